@@ -1,0 +1,1 @@
+"""What turns a trained checkpoint into something servable."""

@@ -1,0 +1,1 @@
+"""Load generators and comparisons that drive a running service from outside."""

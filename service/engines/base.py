@@ -1,0 +1,70 @@
+"""The seam behind which a forward pass runs: sequences in, one raw reward each out.
+
+The contract is small enough to implement in a test file. An engine is called from one thread only and keeps no state
+between calls that could change a reward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Row
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, TypeAlias
+
+from service.records import Sequence
+
+BatchCost: TypeAlias = Literal["packed", "padded"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """How rewards are computed; shown by ``/v1/model``.
+
+    ``cost``: how a batch is priced: ``packed`` is the sum of its tokens, ``padded`` is longest sequence x count.
+    ``parity``: what the start-up probe found (largest absolute difference to plain transformers), empty if not applicable.
+    """
+
+    engine: str
+    architecture: str
+    forward: str
+    device: str
+    dtype: str
+    cost: BatchCost
+    max_input_tokens: int
+    max_batch_tokens: int
+    parity: dict[str, float | int | str | bool] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOutput:
+    """What one forward pass returns. ``rewards``: float32 values as Python floats, in the order of the sequences."""
+
+    rewards: Row[float]
+    shared_tokens: int = 0
+
+
+class Engine(Protocol):
+    """Runs batches on one device."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """How this engine computes rewards; constant after construction."""
+        ...
+
+    def forward(self, sequences: Row[Sequence]) -> EngineOutput:
+        """Score the sequences in one pass.
+
+        Args:
+            sequences: at least one; together within the batch budget; each within ``max_input_tokens``.
+
+        Returns:
+            One raw logit per sequence, in order. Not squashed, not clipped, not checked for being finite.
+
+        Raises:
+            EngineOutOfMemory: the device had no room; the engine is usable again, a smaller batch may fit.
+            Exception: anything else the forward pass raised; the engine is usable again.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free the device's memory. The engine is not used afterwards."""
+        ...

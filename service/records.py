@@ -1,0 +1,187 @@
+"""The records that travel through the service: plain data with a few derived facts.
+
+Nothing here knows a tokenizer, a device or a socket, and nothing beyond the standard library is imported, so the
+client can use these records inside a trainer that has pins of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+TemplateChoice: TypeAlias = Literal["chat", "concat"]
+Truncation: TypeAlias = Literal["error", "prompt_left"]
+DiagnosticsLevel: TypeAlias = Literal["none", "basic", "full"]
+Pooling: TypeAlias = Literal["hf", "last"]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation, as chat templates take it."""
+
+    role: str
+    content: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """A prompt (plain text, or the turns of a conversation) and the completion that answers it."""
+
+    prompt: str | tuple[Message, ...] = field(repr=False)
+    completion: str = field(repr=False)
+
+    @property
+    def num_chars(self) -> int:
+        """Characters of prompt and completion together, before any template."""
+        prompt = self.prompt
+        prompt_chars = len(prompt) if isinstance(prompt, str) else sum(len(turn.content) for turn in prompt)
+        return prompt_chars + len(self.completion)
+
+
+@dataclass(frozen=True, slots=True)
+class TemplatedText:
+    """A text that already went through a chat template; only a BOS token may still be put before it."""
+
+    text: str = field(repr=False)
+
+    @property
+    def num_chars(self) -> int:
+        """Characters of the text."""
+        return len(self.text)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenIds:
+    """Token ids of the served model's own tokenizer; scored exactly as they are."""
+
+    ids: tuple[int, ...] = field(repr=False)
+
+    @property
+    def num_chars(self) -> int:
+        """Zero: ids have no characters; their number is checked against the token limit instead."""
+        return 0
+
+
+Content: TypeAlias = Exchange | TemplatedText | TokenIds
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One entry of a request: what is to be scored, and the names under which the caller knows it.
+
+    ``id`` is echoed; ``group`` names items that answer one prompt (where the prompt alone does not tell).
+    """
+
+    content: Content
+    id: str | None = None
+    group: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """How Items become Sequences; decided by the route and the request, never guessed from a text.
+
+    ``template``: None lets the served model decide (its chat template when it has one, plain concatenation otherwise).
+    ``add_bos``: whether a templated text gets the BOS token that its tokenizer would put in front.
+    """
+
+    template: TemplateChoice | None = None
+    truncation: Truncation = "error"
+    add_bos: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRequest:
+    """What a protocol module makes of a request body.
+
+    ``timeout_s``: seconds from arrival after which no answer is wanted.
+    """
+
+    items: tuple[Item, ...]
+    encoding: Encoding
+    diagnostics: DiagnosticsLevel
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """A tokenised Item.
+
+    ``num_prompt_tokens`` counts the leading tokens that belong to the prompt (template included), after truncation; None
+    where the border is unknown (templated text and token ids). ``num_dropped`` counts prompt tokens cut from the left.
+    ``completion_chars`` is None where the completion is not known as text.
+    """
+
+    token_ids: tuple[int, ...] = field(repr=False)
+    num_prompt_tokens: int | None = None
+    num_dropped: int = 0
+    completion_chars: int | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the model reads."""
+        return len(self.token_ids)
+
+    @property
+    def num_completion_tokens(self) -> int | None:
+        """Tokens after the prompt, template suffix included; None where the border is unknown."""
+        return None if self.num_prompt_tokens is None else self.num_tokens - self.num_prompt_tokens
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the model saw less than the caller sent."""
+        return self.num_dropped > 0
+
+
+@dataclass(frozen=True, slots=True)
+class LengthReport:
+    """The length block of an item's diagnostics; field names are the wire's.
+
+    Prompt and completion counts are of the full text; ``scored_tokens`` is what the model read. None where unknown.
+    """
+
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    completion_chars: int | None
+    scored_tokens: int
+    truncated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """All we say of one Item: the raw output of the scalar head, and what is known about its trustworthiness.
+
+    ``length`` is None when the request asked for no diagnostics.
+    """
+
+    reward: float
+    length: LengthReport | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one request. Prompt and completion count the full texts; ``scored`` what the model read."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    scored_tokens: int = 0
+    shared_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds that a request spent in each stage; ``queue_s`` and ``engine_s`` are those of its slowest item."""
+
+    parse_s: float = 0.0
+    tokenize_s: float = 0.0
+    queue_s: float = 0.0
+    engine_s: float = 0.0
+    total_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelIdentity:
+    """The served model's name and the hash over everything that can change its rewards."""
+
+    name: str
+    version: str

@@ -1,0 +1,112 @@
+"""The one tree of settings: frozen, typed, unknown keys refused, units in the names.
+
+It is read once, from ``serve_config.yaml`` (``args`` of the application) or from the start command's options, and every
+part of the service receives its own section and never the whole. Nothing else reads configuration.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from service.errors import SettingsError
+from service.records import DiagnosticsLevel, Pooling, TemplateChoice, Truncation
+
+
+class Section(BaseModel):
+    """What all parts of the tree share: frozen, strict about names, silent about values in error messages."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+
+class ModelSettings(Section):
+    """Which reward model is served, and how its forward pass is run."""
+
+    path: str | None = Field(None, description="Checkpoint folder, PEFT adapter folder or hub id; none: the demo model.")
+    revision: str | None = Field(None, description="Revision of a hub id; none: the hub's default branch.")
+    name: str | None = Field(None, description="Name in answers and metrics; none: the folder's or hub id's own name.")
+    engine: Literal["auto", "torch", "oracle"] = Field("auto", description="oracle: a known function of the ids, for tests.")
+    forward: Literal["auto", "packed", "padded"] = Field(
+        "auto", description="Forward path of the torch engine; auto: the fastest that agrees with plain transformers."
+    )
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N; auto takes CUDA when there is one.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Arithmetic of the body (the head is always fp32); auto: the checkpoint's own on CUDA, "
+        "bfloat16 on a CPU with native bfloat16 matrix units, else float32."
+    )
+    pooling: Pooling = Field(
+        "hf", description="hf: rightmost token that is not the pad token, transformers' rule; last: the last token."
+    )
+    max_input_tokens: int | None = Field(
+        None, ge=1, description="Longest sequence scored; none: the smaller of the model's and the tokenizer's limit."
+    )
+    num_threads: int | None = Field(None, ge=1, description="CPU threads of the forward pass; none: all cores of the replica.")
+
+
+class TokenizationSettings(Section):
+    """How items become token ids."""
+
+    template: TemplateChoice | None = Field(
+        None, description="Rendering of a plain-string prompt; none: chat when the tokenizer has a template, else concat."
+    )
+    truncation: Truncation = Field("error", description="What happens to an item over the token limit unless the request says.")
+    num_threads: int = Field(2, ge=1, description="Threads that tokenize beside the event loop.")
+
+
+class LimitSettings(Section):
+    """What one request may ask for, and how much work may wait. Raising a limit costs memory, not correctness."""
+
+    max_request_bytes: int = Field(64 * 1024 * 1024, ge=1024, description="Bytes of a request body.")
+    max_request_items: int = Field(2048, ge=1, description="Items of a request.")
+    max_item_chars: int = Field(131_072, ge=1, description="Characters of one item, checked before tokenizing.")
+    max_queue_tokens: int = Field(
+        2_097_152, ge=1, description="Tokens that may wait; beyond it requests are refused with 503. "
+        "A legal request is always admitted to an empty queue, however large."
+    )
+    deadline_s: float = Field(600.0, gt=0, description="Longest and default time to an answer, in seconds.")
+
+
+class BatchingSettings(Section):
+    """How waiting sequences share forward passes."""
+
+    max_batch_tokens: int | None = Field(
+        None, ge=1, description="Tokens of one forward pass; none: 4,096 on CPU, 65,536 on CUDA, at least max_input_tokens."
+    )
+    max_batch_sequences: int = Field(512, ge=1, description="Sequences of one forward pass.")
+    deterministic: bool = Field(
+        False, description="Bit-identical rewards across batches, where that costs speed."
+    )
+
+
+class DiagnosticsSettings(Section):
+    """What is said about an item beside its reward."""
+
+    level: DiagnosticsLevel = Field("basic", description="Level of a request that names none.")
+
+
+class Settings(Section):
+    """All settings of one served model."""
+
+    model: ModelSettings = ModelSettings()
+    tokenization: TokenizationSettings = TokenizationSettings()
+    limits: LimitSettings = LimitSettings()
+    batching: BatchingSettings = BatchingSettings()
+    diagnostics: DiagnosticsSettings = DiagnosticsSettings()
+    revision: str = Field("unknown", description="Code revision of this deployment: changing it redeploys the replicas.")
+
+
+def read_settings(tree: dict[str, Any]) -> Settings:
+    """Build the settings from plain data.
+
+    Raises:
+        SettingsError: a key is unknown or a value malformed; the message names each place, one sentence each.
+    """
+    try:
+        return Settings.model_validate(tree)
+    except ValidationError as error:
+        places = "; ".join(
+            f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}"
+            for problem in error.errors(include_input=False, include_url=False)
+        )
+        raise SettingsError(f"The settings are not valid: {places}") from None

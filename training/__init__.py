@@ -1,0 +1,1 @@
+"""What makes a reward model out of preference pairs."""

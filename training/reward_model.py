@@ -1,0 +1,82 @@
+"""The model that training starts from: a pretrained transformer with a fresh scalar head, and where LoRA adapts it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, TaskType
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from service.errors import CheckpointError
+from training.recipe import Recipe
+
+TORCH_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def load_base(base: str | Path, recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a checkpoint folder or hub id with a scalar head that starts at zero, so that all first rewards are equal.
+
+    What is to be trained is in fp32, since small updates are lost in bf16; the rest has the recipe's dtype. A base
+    without a pad token pads with its end-of-sequence token; pooling skips it (transformers' rule).
+
+    Raises:
+        CheckpointError: the base cannot be loaded, or has neither a pad nor an end-of-sequence token.
+    """
+    dtype = torch.float32 if recipe.full else TORCH_DTYPES[recipe.dtype]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"The base model {base} cannot be loaded ({type(error).__name__}); "
+            "give a checkpoint folder, a hub id that can be reached, or 'demo'."
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise CheckpointError(f"The tokenizer of {base} has neither a pad nor an end-of-sequence token; set one first.")
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    head = scalar_head(model).float()
+    for parameter in head.parameters():
+        torch.nn.init.zeros_(parameter)
+    return model, tokenizer
+
+
+def scalar_head(model: PreTrainedModel) -> torch.nn.Linear:
+    """Return the linear layer that makes one number of the pooled hidden state: the last Linear with one output.
+
+    Raises:
+        CheckpointError: the model has none.
+    """
+    heads = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module.out_features == 1]
+    if not heads:
+        raise CheckpointError("The base model's classification head is not a linear layer; this recipe needs one.")
+    return heads[-1]
+
+
+def lora_config(model: PreTrainedModel, recipe: Recipe) -> LoraConfig:
+    """Return the LoRA configuration (Hu et al. 2021): all linear layers of the adapted blocks, head trained whole.
+
+    The task type makes PEFT train and save the classification head beside the adapter.
+    """
+    num_layers = model.config.get_text_config().num_hidden_layers
+    num_adapted = num_layers if recipe.lora_layers is None else min(recipe.lora_layers, num_layers)
+    head = scalar_head(model)
+    linear_names = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    }
+    return LoraConfig(
+        task_type=TaskType.SEQ_CLS,
+        r=recipe.lora_rank,
+        lora_alpha=2 * recipe.lora_rank,
+        target_modules=sorted(linear_names),
+        layers_to_transform=list(range(num_layers - num_adapted, num_layers)),
+    )

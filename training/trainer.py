@@ -1,0 +1,117 @@
+"""One training run: TRL's RewardTrainer with our recipe, on pairs that are already tokenized.
+
+The loss is TRL's: -log sigma(r_chosen - r_rejected), the negative log-likelihood of the Bradley-Terry model (Bradley
+and Terry 1952; as a loss for reward models: Ouyang et al. 2022, equation 1).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from trl import RewardConfig, RewardTrainer
+
+from training.pairs import TokenizedPair
+from training.recipe import Recipe
+from training.reward_model import TORCH_DTYPES, lora_config
+
+
+class LogFile(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+    """Appends what the trainer logs (loss, accuracy, margin, ...) to a file, one JSON object a line."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def on_log(
+        self,
+        args: TrainingArguments,  # noqa: ARG002 - the signature is transformers'
+        state: TrainerState,
+        control: TrainerControl,  # noqa: ARG002
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Append one line."""
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+
+
+def run_training(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train_pairs: Sequence[TokenizedPair],
+    eval_pairs: Sequence[TokenizedPair],
+    recipe: Recipe,
+    out_dir: Path,
+    *,
+    resume: bool = False,
+) -> PreTrainedModel:
+    """Train, and return the trained model (a PEFT model unless ``recipe.full``), rounded to the recipe's dtype.
+
+    Rounded, because that is how it will be saved: what is evaluated afterwards is what ships. Checkpoints go to
+    ``out_dir/checkpoints`` and log lines to ``out_dir/log.jsonl`` while it runs; ``resume`` goes on from the last
+    checkpoint. Pairs longer than the recipe's limit must have been left out before.
+    """
+    trainer = RewardTrainer(
+        model=model,
+        args=_trainer_settings(recipe, num_pairs=len(train_pairs), evaluates=bool(eval_pairs), out_dir=out_dir),
+        train_dataset=_as_dataset(train_pairs),
+        eval_dataset=_as_dataset(sorted(eval_pairs, key=lambda pair: pair.num_tokens)) if eval_pairs else None,
+        processing_class=tokenizer,
+        peft_config=None if recipe.full else lora_config(model, recipe),
+        callbacks=[LogFile(out_dir / "log.jsonl")],
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer.accelerator.unwrap_model(trainer.model).to(TORCH_DTYPES[recipe.dtype])
+
+
+def _trainer_settings(recipe: Recipe, *, num_pairs: int, evaluates: bool, out_dir: Path) -> RewardConfig:
+    num_steps = math.ceil(recipe.epochs * math.ceil(num_pairs / recipe.batch_pairs))
+    return RewardConfig(
+        output_dir=str(out_dir / "checkpoints"),
+        num_train_epochs=recipe.epochs,
+        per_device_train_batch_size=recipe.micro_batch_pairs,
+        per_device_eval_batch_size=2 * recipe.micro_batch_pairs,
+        gradient_accumulation_steps=recipe.accumulation_steps,
+        gradient_checkpointing=False,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=round(recipe.warmup_share * num_steps),
+        max_length=recipe.max_length,
+        bf16=recipe.dtype == "bf16",
+        use_cpu=not torch.cuda.is_available(),
+        # Batches of like length waste little on padding; the sampler finds the length in a column of ours.
+        train_sampling_strategy="group_by_length",
+        length_column_name="num_tokens",
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        logging_steps=10,
+        save_steps=recipe.checkpoint_steps,
+        save_total_limit=2,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=recipe.eval_steps,
+        seed=recipe.seed,
+        report_to="none",
+    )
+
+
+def _as_dataset(pairs: Sequence[TokenizedPair]) -> Dataset:
+    return Dataset.from_dict(
+        {
+            "chosen_ids": [list(pair.chosen_ids) for pair in pairs],
+            "rejected_ids": [list(pair.rejected_ids) for pair in pairs],
+            "num_tokens": [pair.num_tokens for pair in pairs],
+        }
+    )
