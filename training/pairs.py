@@ -1,23 +1,23 @@
-"""Preference pairs: read from data files, told apart by hold-out, and turned into the tokens that the model reads.
+"""Preference pairs: read from data files, and turned into the tokens that the model reads.
 
-No torch here. A completion is rendered exactly as the service renders it, because a reward learned on one rendering
-says little about another.
+Rendering and tokenizing are the service's own: a reward learned on one rendering says little about another.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from service.dataset import Row, read_rows
-from service.errors import CheckpointError, DatasetError
-from service.records import Message
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from service.errors import DatasetError, HttpError
+from service.records import Encoding, Exchange, Item, Message, Sequence
+from service.settings import TokenizationSettings
+from service.tokenization import Tokenization
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class TokenizedPair:
 
 
 def read_pairs(paths: Iterable[Path]) -> Iterator[PreferencePair]:
-    """Yield the pairs of data files, in order.
+    """Yield the pairs of data files and of folders of them, in order.
 
     Raises:
         DatasetError: a file cannot be read, or a row is no pair; names the place, never the text.
@@ -59,40 +59,31 @@ def read_pairs(paths: Iterable[Path]) -> Iterator[PreferencePair]:
             yield _parse_pair(row)
 
 
-def balance_lengths(pairs: Sequence[PreferencePair], seed: int) -> list[PreferencePair]:
-    """Leave pairs out at random until the longer completion wins as often as the shorter one; the order is kept.
-
-    Length is the easiest thing to learn from preferences (Singhal et al. 2023, "A Long Way to Go"). In balanced pairs
-    it does not tell which completion was chosen.
-    """
-    longer_wins = [index for index, pair in enumerate(pairs) if pair.excess_chars > 0]
-    shorter_wins = [index for index, pair in enumerate(pairs) if pair.excess_chars < 0]
-    surplus = len(longer_wins) - len(shorter_wins)
-    left_out = set(random.Random(seed).sample(longer_wins if surplus > 0 else shorter_wins, abs(surplus)))  # noqa: S311 - a reproducible draw, not a secret
-    return [pair for index, pair in enumerate(pairs) if index not in left_out]
-
-
-def tokenize_pair(pair: PreferencePair, tokenizer: PreTrainedTokenizerBase) -> TokenizedPair:
-    """Render both completions as the service does, and tokenize them. Nothing is cut.
+def tokenize_pairs(pairs: Iterable[PreferencePair], tokenizer: PreTrainedTokenizerBase) -> list[TokenizedPair]:
+    """Tokenize both completions of each pair, in order, with the service's own tokenization. Nothing is cut.
 
     Raises:
-        CheckpointError: the prompt is a conversation and the tokenizer has no chat template.
+        CheckpointError: the tokenizer's chat template renders nothing at all.
+        DatasetError: a prompt does not suit the tokenizer (a conversation, but no chat template); names the pair.
     """
-    return TokenizedPair(
-        pair,
-        chosen_ids=_token_ids(pair.prompt, pair.chosen, tokenizer),
-        rejected_ids=_token_ids(pair.prompt, pair.rejected, tokenizer),
+    pairs = list(pairs)
+    tokenization = Tokenization(
+        tokenizer, TokenizationSettings(), max_input_tokens=sys.maxsize, vocab_size=len(tokenizer)
     )
+    items = [Item(Exchange(pair.prompt, text)) for pair in pairs for text in (pair.chosen, pair.rejected)]
+    token_ids = [
+        _token_ids(outcome, place // 2) for place, outcome in enumerate(tokenization.encode(items, Encoding()))
+    ]
+    return [
+        TokenizedPair(pair, chosen_ids, rejected_ids)
+        for pair, chosen_ids, rejected_ids in zip(pairs, token_ids[::2], token_ids[1::2], strict=True)
+    ]
 
 
-def _token_ids(prompt: str | tuple[Message, ...], completion: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    if tokenizer.chat_template is None:
-        if not isinstance(prompt, str):
-            raise CheckpointError("The tokenizer has no chat template; prompts must be plain strings, not conversations.")
-        return tuple(tokenizer(prompt + completion)["input_ids"])
-    turns = (Message("user", prompt),) if isinstance(prompt, str) else prompt
-    conversation = [{"role": turn.role, "content": turn.content} for turn in (*turns, Message("assistant", completion))]
-    return tuple(tokenizer.apply_chat_template(conversation, return_dict=True)["input_ids"])
+def _token_ids(outcome: Sequence | HttpError, index: int) -> tuple[int, ...]:
+    if isinstance(outcome, HttpError):
+        raise DatasetError(f"Pair {index} (counted from 0) cannot be tokenized: {outcome}")
+    return outcome.token_ids
 
 
 def _parse_pair(row: Row) -> PreferencePair:

@@ -14,50 +14,73 @@ from transformers import (
 )
 
 from service.errors import CheckpointError
+from service.silence import transformers_silenced
 from training.recipe import Recipe
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def load_base(base: str | Path, recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a checkpoint folder or hub id with a scalar head that starts at zero, so that all first rewards are equal.
+    """Load a checkpoint folder or hub id as a reward model.
 
-    What is to be trained is in fp32, since small updates are lost in bf16; the rest has the recipe's dtype. A base
-    without a pad token pads with its end-of-sequence token; pooling skips it (transformers' rule).
+    A base without a scalar head gets one of zeros, so that all first rewards are equal; the head of a reward model is
+    kept. What is to be trained is in fp32, since small updates are lost in bf16; the rest has the recipe's dtype. A
+    base without a pad token pads with its end-of-sequence token, which pooling then skips (transformers' rule).
 
     Raises:
-        CheckpointError: the base cannot be loaded, or has neither a pad nor an end-of-sequence token.
+        CheckpointError: the base cannot be loaded, has neither a pad nor an end-of-sequence token, or lacks weights
+            beside the head that an adapter would leave random.
     """
     dtype = torch.float32 if recipe.full else TORCH_DTYPES[recipe.dtype]
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base)
-        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=dtype)
+        # The report of a missing head would be right, and a surprise to nobody.
+        with transformers_silenced():
+            tokenizer = AutoTokenizer.from_pretrained(base)
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                base, num_labels=1, dtype=dtype, output_loading_info=True
+            )
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"The base model {base} cannot be loaded ({type(error).__name__}); "
             "give a checkpoint folder, a hub id that can be reached, or 'demo'."
         ) from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.pad_token_id is None:
-        raise CheckpointError(f"The tokenizer of {base} has neither a pad nor an end-of-sequence token; set one first.")
-    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    head = scalar_head(model).float()
-    for parameter in head.parameters():
-        torch.nn.init.zeros_(parameter)
+    _settle_padding(model, tokenizer)
+    _prepare_head(model, missing=set(report["missing_keys"]), full=recipe.full)
     return model, tokenizer
 
 
-def scalar_head(model: PreTrainedModel) -> torch.nn.Linear:
-    """Return the linear layer that makes one number of the pooled hidden state: the last Linear with one output.
+def _settle_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise CheckpointError("The base's tokenizer has neither a pad nor an end-of-sequence token; set one first.")
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+
+
+def _prepare_head(model: PreTrainedModel, *, missing: set[str], full: bool) -> None:
+    name, head = scalar_head(model)
+    fresh = {f"{name}.{parameter}" for parameter, _ in head.named_parameters()} & missing
+    if missing - fresh and not full:
+        raise CheckpointError(
+            f"The base lacks {min(missing - fresh)}, which an adapter would leave random; "
+            "train all weights with --full."
+        )
+    head.float()
+    if fresh:
+        for parameter in head.parameters():
+            torch.nn.init.zeros_(parameter)
+
+
+def scalar_head(model: PreTrainedModel) -> tuple[str, torch.nn.Linear]:
+    """Return the layer, and its name, that makes one number of the pooled state: the last Linear with one output.
 
     Raises:
         CheckpointError: the model has none.
     """
-    heads = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module.out_features == 1]
-    if not heads:
-        raise CheckpointError("The base model's classification head is not a linear layer; this recipe needs one.")
-    return heads[-1]
+    for name, module in reversed(list(model.named_modules())):
+        if isinstance(module, torch.nn.Linear) and module.out_features == 1:
+            return name, module
+    raise CheckpointError("The base model's classification head is not a linear layer; this recipe needs one.")
 
 
 def lora_config(model: PreTrainedModel, recipe: Recipe) -> LoraConfig:
@@ -67,7 +90,7 @@ def lora_config(model: PreTrainedModel, recipe: Recipe) -> LoraConfig:
     """
     num_layers = model.config.get_text_config().num_hidden_layers
     num_adapted = num_layers if recipe.lora_layers is None else min(recipe.lora_layers, num_layers)
-    head = scalar_head(model)
+    _, head = scalar_head(model)
     linear_names = {
         name.rpartition(".")[2]
         for name, module in model.named_modules()

@@ -85,7 +85,7 @@ def _trainer_settings(recipe: Recipe, *, num_pairs: int, evaluates: bool, out_di
         per_device_train_batch_size=recipe.micro_batch_pairs,
         per_device_eval_batch_size=2 * recipe.micro_batch_pairs,
         gradient_accumulation_steps=recipe.accumulation_steps,
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         learning_rate=recipe.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=round(recipe.warmup_share * num_steps),

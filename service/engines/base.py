@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Row
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypeAlias
+from typing import Protocol
 
-from service.records import Sequence
+from service.records import BatchCost, Sequence
 
-BatchCost: TypeAlias = Literal["packed", "padded"]
+__all__ = ["BatchCost", "Engine", "EngineInfo", "EngineOutput"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class EngineInfo:
     """How rewards are computed; shown by ``/v1/model``.
 
     ``cost``: how a batch is priced: ``packed`` is the sum of its tokens, ``padded`` is longest sequence x count.
-    ``parity``: what the start-up probe found (largest absolute difference to plain transformers), empty if not applicable.
+    ``parity``: what the start-up probe found (largest absolute difference to plain transformers), empty if none was needed.
     """
 
     engine: str

@@ -1,0 +1,378 @@
+"""Turns what reward-model training leaves behind into a plain scalar-head checkpoint (``reward-convert``).
+
+TRL, OpenRLHF and LLaMA-Factory store a value head under names of their own or beside the model; PEFT stores an
+adapter. The body is copied as it is, and the head goes where transformers' classifier looks for it. Whatever does not
+fit there is told, never dropped in silence, and the result has to pass the judge before it appears.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from service.adapter import CONFIG_FILE as ADAPTER_CONFIG_FILE
+from service.adapter import WEIGHTS_FILE as ADAPTER_WEIGHTS_FILE
+from service.adapter import is_adapter, merge_adapter
+from service.architecture import Fit, fit_classifier, has_classifier
+from service.checkpoint import open_checkpoint
+from service.errors import CheckpointError, StartupError
+from service.settings import ModelSettings
+from service.silence import transformers_silenced
+from service.weights import (
+    VALUE_HEAD_FILE,
+    TensorInfo,
+    ValueHead,
+    find_value_head,
+    open_weights,
+    pickled_weights,
+    weight_files,
+)
+
+MANIFEST_FILE = "conversion.json"
+PICKLED_VALUE_HEAD_FILE = "value_head.bin"
+TOKENIZER_FILES = (
+    "tokenizer*.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.*",
+    "vocab.*",
+    "merges.txt",
+)
+WRAPPER_PREFIX = "pretrained_model."
+"""What TRL's value-head wrapper puts before the names of the body when a trainer saves the wrapper itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What was done, kept beside the result as ``conversion.json``.
+
+    ``head``: the tensor that became the classifier's head; None where the head already was in its place.
+    ``dropped_bias``: the constant by which served rewards lie below those of training. ``notes``: sentences on what
+    differs between training and serving.
+    """
+
+    source: str
+    origin: str
+    head: str | None
+    dropped_bias: float
+    notes: tuple[str, ...]
+
+
+def convert(
+    source: Path, out: Path, *, base: Path | None = None, drop_bias: bool = False, allow_pickle: bool = False
+) -> Conversion:
+    """Write a plain scalar-head checkpoint made from ``source`` to ``out``, whole and judged, or not at all.
+
+    Args:
+        source: a checkpoint with a value head, or a PEFT adapter with a scalar or value head.
+        out: a folder that does not exist or is empty.
+        base: the adapter's base model; needed where the adapter names none that can be found.
+        drop_bias: leave out a bias that the classifier has no place for. It shifts all rewards by one constant.
+        allow_pickle: also read pickled weights, with torch's restricted unpickler, which allows tensors only.
+
+    Raises:
+        CheckpointError: there is nothing to convert, or the result would be refused; says what to do.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} exists and is not empty: name another folder, so that nothing is overwritten.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as workplace:
+        unfinished = Path(workplace) / "checkpoint"
+        unfinished.mkdir()
+        if is_adapter(source):
+            conversion = _convert_adapter(source, unfinished, base, drop_bias=drop_bias)
+        else:
+            conversion = _convert_model(source, unfinished, drop_bias=drop_bias, allow_pickle=allow_pickle)
+        _judge(unfinished, out)
+        manifest = json.dumps(dataclasses.asdict(conversion), indent=2)
+        (unfinished / MANIFEST_FILE).write_text(manifest + "\n", encoding="utf-8")
+        unfinished.rename(out)
+    return conversion
+
+
+def _judge(unfinished: Path, out: Path) -> None:
+    try:
+        open_checkpoint(unfinished, ModelSettings(path=str(unfinished)))
+    except CheckpointError as error:
+        refusal = str(error).replace(str(unfinished), str(out))
+        raise CheckpointError(f"Nothing was written, since the result would be refused: {refusal}") from error
+
+
+def _convert_adapter(source: Path, unfinished: Path, base: Path | None, *, drop_bias: bool) -> Conversion:
+    if not (source / VALUE_HEAD_FILE).is_file():
+        merge_adapter(source, unfinished, base)
+        return Conversion(str(source), "PEFT", None, 0.0, ())
+    tensors = load_file(source / VALUE_HEAD_FILE)
+    weights = [name for name in tensors if name.endswith("weight")]
+    if len(weights) != 1:
+        raise CheckpointError(
+            f"{source / VALUE_HEAD_FILE} holds no single head: one tensor ending in weight is expected."
+        )
+    bias = tensors.get(weights[0].removesuffix("weight") + "bias")
+    dropped = _settle_bias(source, bias, drop_bias=drop_bias)
+    with tempfile.TemporaryDirectory() as workplace:
+        merge_adapter(_put_head_into_adapter(source, Path(workplace), tensors[weights[0]]), unfinished, base)
+    return Conversion(str(source), "LLaMA-Factory", weights[0], dropped, _pooling_notes(unfinished))
+
+
+def _put_head_into_adapter(source: Path, workplace: Path, head: Any) -> Path:
+    """Write a copy of the adapter that carries the head as PEFT would have saved it with the task type SEQ_CLS."""
+    shutil.copytree(source, workplace, dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoint-*", "*.bin"))
+    config = json.loads((source / ADAPTER_CONFIG_FILE).read_bytes())
+    config |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+    (workplace / ADAPTER_CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
+    weights = load_file(source / ADAPTER_WEIGHTS_FILE) | {"base_model.model.score.weight": head}
+    save_file(weights, workplace / ADAPTER_WEIGHTS_FILE, {"format": "pt"})
+    return workplace
+
+
+def _convert_model(source: Path, unfinished: Path, *, drop_bias: bool, allow_pickle: bool) -> Conversion:
+    config = _read_config(source)
+    was_scalar = config.num_labels == 1
+    config.num_labels = 1
+    tensors, infos = _read_tensors(source, allow_pickle=allow_pickle)
+    fit = fit_classifier(config, {name: info.shape for name, info in infos.items()})
+    if not fit.missing_head and was_scalar and not _is_pickled(infos):
+        raise CheckpointError(f"{source} is a plain scalar-head checkpoint already: serve it as it is.")
+    value_head, dropped = None, 0.0
+    if fit.missing_head:
+        value_head = _find_head(source, config, infos, fit)
+        dropped = _put_head_in_place(source, tensors, value_head, fit, drop_bias=drop_bias)
+    _copy_tokenizer(source, unfinished)
+    notes = (*_leftover_notes(fit, value_head), *_normalisation_notes(config), *_settle_pad_token(config, unfinished))
+    _save(source, unfinished, config, tensors, fit.head)
+    return Conversion(
+        source=str(source),
+        origin=value_head.origin if value_head else "transformers",
+        head=value_head.weight if value_head else None,
+        dropped_bias=dropped,
+        notes=(*notes, *_pooling_notes(unfinished)) if value_head else notes,
+    )
+
+
+def _read_config(source: Path) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{source} is no checkpoint of an architecture that transformers knows ({type(error).__name__}): "
+            "name the folder that holds its config.json."
+        ) from error
+    if not has_classifier(config):
+        raise CheckpointError(f"{source} is a {config.model_type} model, for which transformers has no scalar head.")
+    return config
+
+
+def _read_tensors(source: Path, *, allow_pickle: bool) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    """Return all tensors by name and what is known of them; safetensors are mapped, not copied, into memory."""
+    tensors: dict[str, Any] = {}
+    infos: dict[str, TensorInfo] = {}
+    pickles = pickled_weights(source) if allow_pickle else []
+    if not any(source.glob("model*.safetensors")) and pickles:
+        files = pickles
+    else:
+        files = [*weight_files(source), *(file for file in pickles if file.name == PICKLED_VALUE_HEAD_FILE)]
+    for file in files:
+        for stored_name, tensor in _open_file(file).items():
+            name = stored_name.removeprefix(WRAPPER_PREFIX)
+            tensors[name] = tensor
+            infos[name] = TensorInfo(file, tuple(tensor.shape), str(tensor.dtype))
+    return tensors, infos
+
+
+def _open_file(file: Path) -> Mapping[str, Any]:
+    if file.suffix == ".safetensors":
+        with open_weights(file) as weights:
+            return {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118 - the handle is no mapping
+    import torch
+
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever the bytes make the unpickler do
+        raise CheckpointError(
+            f"{file} is no plain pickle of tensors ({type(error).__name__}), and nothing else is opened: "
+            "save the model as safetensors where it was trained."
+        ) from error
+    return {name: tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
+
+
+def _is_pickled(infos: Mapping[str, TensorInfo]) -> bool:
+    return any(info.file.suffix != ".safetensors" for info in infos.values())
+
+
+def _find_head(source: Path, config: Any, infos: Mapping[str, TensorInfo], fit: Fit) -> ValueHead:
+    hidden_size = config.get_text_config().hidden_size
+    value_head = find_value_head(source, {name: infos[name] for name in sorted(fit.unplaced)}, hidden_size)
+    if value_head is None:
+        raise CheckpointError(
+            f"{source} holds no value head, that is no single tensor of shape [1, {hidden_size}] beside the body: "
+            f"put it into the folder as {VALUE_HEAD_FILE}, or train a reward model with `reward-train`."
+        )
+    if sum(name.endswith("weight") for name in fit.head) != 1:
+        raise CheckpointError(
+            f"The head of {fit.architecture} has more layers than a value head ({', '.join(fit.head)}): "
+            "only decoders can be converted."
+        )
+    return value_head
+
+
+def _put_head_in_place(
+    source: Path, tensors: dict[str, Any], value_head: ValueHead, fit: Fit, *, drop_bias: bool
+) -> float:
+    """Rename the value head to what the classifier calls it; return the bias that was dropped, 0.0 if none."""
+    stored = tensors if value_head.weight in tensors else load_file(value_head.file)
+    (weight_name,) = (name for name in fit.head if name.endswith("weight"))
+    tensors[weight_name] = stored.pop(value_head.weight)
+    bias = stored.pop(value_head.bias) if value_head.bias else None
+    return _settle_bias(source, bias, drop_bias=drop_bias)
+
+
+def _settle_bias(source: Path, bias: Any | None, *, drop_bias: bool) -> float:
+    constant = 0.0 if bias is None else float(bias.flatten()[0])
+    if constant and not drop_bias:
+        raise CheckpointError(
+            f"The value head of {source} has a bias of {constant:.6g}, and transformers' classifier has no place for "
+            "it: pass --drop-bias if all rewards may shift by this constant (comparisons stay the same)."
+        )
+    return constant
+
+
+def _copy_tokenizer(source: Path, unfinished: Path) -> None:
+    """Copy the tokenizer's files byte for byte: saving it again could change what it does."""
+    for pattern in TOKENIZER_FILES:
+        for file in source.glob(pattern):
+            shutil.copy(file, unfinished)
+
+
+def _settle_pad_token(config: Any, folder: Path) -> Sequence[str]:
+    """Set the pad token that trainers fall back on where the config has none; tell it."""
+    from transformers import AutoTokenizer
+
+    text_config = config.get_text_config()
+    if text_config.pad_token_id is not None or not (folder / "tokenizer.json").is_file():
+        return ()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    fallback = "tokenizer's pad token" if tokenizer.pad_token_id is not None else "EOS token, as TRL does"
+    text_config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return (f"The config named no pad token; it is now {text_config.pad_token_id}, the {fallback}.",)
+
+
+def _leftover_notes(fit: Fit, value_head: ValueHead | None) -> Sequence[str]:
+    used = {value_head.weight, value_head.bias} if value_head else set()
+    leftover = sorted(name for name in fit.unplaced - used if not name.startswith("lm_head."))
+    if not leftover:
+        return ()
+    return (
+        f"{len(leftover)} tensors have no place in {fit.architecture} and were left out; the first is {leftover[0]}.",
+    )
+
+
+def _normalisation_notes(config: Any) -> Sequence[str]:
+    """OpenRLHF can subtract a mean and divide by a deviation, both kept in the config; raw rewards are served here."""
+    if not getattr(config, "normalize_reward", False) or not hasattr(config, "mean"):
+        return ()
+    return (f"OpenRLHF answered (reward - {config.mean}) / {config.std}; the service answers the raw reward.",)
+
+
+def _pooling_notes(folder: Path) -> tuple[str, ...]:
+    """Value heads are read at the last token, whatever it is; transformers skips pad tokens at the end."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+    end_tokens = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if config.pad_token_id not in end_tokens:
+        return ()
+    note = (
+        "Training read the reward at the last token, be it EOS, but EOS is also the pad token, which pooling skips: "
+        "serve with model.pooling set to last."
+    )
+    return (note,)
+
+
+def _save(source: Path, unfinished: Path, config: Any, tensors: Mapping[str, Any], head: Sequence[str]) -> None:
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+    fit = fit_classifier(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    lacking = [*fit.missing_head, *fit.missing_body, *fit.mismatched_head, *fit.mismatched_body]
+    if lacking:
+        raise CheckpointError(
+            f"{source} does not hold the whole body: {len(lacking)} weights are missing or of another shape (the first "
+            f"is {lacking[0]}); save or copy the whole model."
+        )
+    dtype = Counter(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()).most_common(1)[0][0]
+    with transformers_silenced():
+        model = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)].from_pretrained(
+            None, config=config, state_dict=dict(tensors), dtype=dtype
+        )
+        for name in head:
+            # The head is small and often kept in fp32 beside a bf16 body; it stays as exact as it was.
+            model.get_parameter(name).data = tensors[name].contiguous()
+        model.save_pretrained(unfinished)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``reward-convert``; returns the exit status: 0, or 1 after one sentence on standard error."""
+    options = _parser().parse_args(arguments)
+    console = Console(stderr=True, soft_wrap=True)
+    try:
+        with console.status(f"Converting {options.source}"):
+            conversion = convert(
+                options.source,
+                options.out,
+                base=options.base,
+                drop_bias=options.drop_bias,
+                allow_pickle=options.allow_pickle,
+            )
+    except StartupError as error:
+        console.print(str(error), style="red", markup=False, highlight=False)
+        return 1
+    for line in _report(conversion, options.out):
+        console.print(line, markup=False, highlight=False)
+    return 0
+
+
+def _report(conversion: Conversion, out: Path) -> list[str]:
+    head = f"; its head was {conversion.head}" if conversion.head else ""
+    lines = [f"{out} is a plain scalar-head checkpoint, made from what {conversion.origin} wrote{head}."]
+    if conversion.dropped_bias:
+        lines.append(
+            f"A bias of {conversion.dropped_bias:.6g} was left out: add it to compare with training's rewards."
+        )
+    return [*lines, *conversion.notes, f"Serve it with: reward-serve --model {out}"]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="reward-convert",
+        description="Turn a value-head checkpoint (TRL, OpenRLHF, LLaMA-Factory) or a PEFT adapter into a plain "
+        "scalar-head checkpoint.",
+    )
+    add = parser.add_argument
+    add("source", type=Path, metavar="DIR", help="the checkpoint or adapter")
+    add("out", type=Path, metavar="OUT", help="the folder to write; must not exist or be empty")
+    add("--base", type=Path, metavar="DIR", help="the adapter's base model; none: the one that the adapter names")
+    add("--drop-bias", action="store_true", help="leave out the head's bias, which shifts all rewards alike")
+    add(
+        "--allow-pickle",
+        action="store_true",
+        help="also read pickled weights (.bin), with torch's restricted unpickler; only for files that you trust",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

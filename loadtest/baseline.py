@@ -1,0 +1,130 @@
+"""The reward server that people write first, to be measured beside ours: FastAPI, transformers, padded batches.
+
+One pydantic model an item, a queue that collects up to sixteen waiting items in arrival order, one padded forward pass
+for each. It shares no code with the service, and it is meant to be a fair specimen of its kind, not a bad one.
+
+    python -m loadtest.baseline --model FOLDER --port 8001 --dtype bfloat16
+"""
+
+import argparse
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import torch
+import uvicorn
+from fastapi import FastAPI
+from pydantic import BaseModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+MAX_BATCH_ITEMS = 16
+
+
+class Item(BaseModel):
+    """A prompt and the completion that answers it."""
+
+    prompt: str
+    completion: str
+
+
+class ScoreRequest(BaseModel):
+    """The body of ``POST /v1/score``."""
+
+    items: list[Item]
+
+
+class PaddedScorer:
+    """Runs transformers' own classifier on padded batches. ``dtype``: of weights and arithmetic."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
+        self._tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
+        self._model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=dtype).eval()
+
+    def render(self, item: Item) -> str:
+        """Return the text that the model reads: its chat template, or the two strings joined where it has none."""
+        if self._tokenizer.chat_template is None:
+            return item.prompt + item.completion
+        turns = [{"role": "user", "content": item.prompt}, {"role": "assistant", "content": item.completion}]
+        return str(self._tokenizer.apply_chat_template(turns, tokenize=False))
+
+    def score(self, items: list[Item]) -> list[float]:
+        """Return the raw logit of each item, in order, from one forward pass padded to the longest."""
+        batch = self._tokenizer(
+            [self.render(item) for item in items],
+            add_special_tokens=self._tokenizer.chat_template is None,
+            padding=True,
+            return_tensors="pt",
+        )
+        with torch.inference_mode():
+            rewards: list[float] = self._model(**batch).logits[:, 0].float().tolist()
+        return rewards
+
+
+class Batcher:
+    """Waiting items, oldest first, and the task that scores up to sixteen of them at a time."""
+
+    def __init__(self, scorer: PaddedScorer) -> None:
+        self._scorer = scorer
+        self._waiting: asyncio.Queue[tuple[Item, asyncio.Future[float]]] = asyncio.Queue()
+
+    async def score(self, items: list[Item]) -> list[float]:
+        """Queue the items and return their rewards, in order."""
+        futures: list[asyncio.Future[float]] = [asyncio.get_running_loop().create_future() for _ in items]
+        for waiting in zip(items, futures, strict=True):
+            self._waiting.put_nowait(waiting)
+        return list(await asyncio.gather(*futures))
+
+    async def run(self) -> None:
+        """Score whatever waits, for ever."""
+        while True:
+            batch = [await self._waiting.get()]
+            while len(batch) < MAX_BATCH_ITEMS and not self._waiting.empty():
+                batch.append(self._waiting.get_nowait())
+            try:
+                rewards = await asyncio.to_thread(self._scorer.score, [item for item, _ in batch])
+            except Exception as error:  # noqa: BLE001  (whatever it is, the callers are waiting for it)
+                for _, future in batch:
+                    future.set_exception(error)
+                continue
+            for (_, future), reward in zip(batch, rewards, strict=True):
+                future.set_result(reward)
+
+
+def make_app(scorer: PaddedScorer) -> FastAPI:
+    """Return the application around a scorer; answers have the part of our wire format that a comparison needs."""
+    batcher = Batcher(scorer)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        running = asyncio.create_task(batcher.run())
+        yield
+        running.cancel()
+
+    app = FastAPI(lifespan=lifespan)
+
+    @app.get("/readyz")
+    async def ready() -> dict[str, bool]:
+        return {"ready": True}
+
+    @app.post("/v1/score")
+    async def score(request: ScoreRequest) -> dict[str, list[dict[str, float]]]:
+        rewards = await batcher.score(request.items)
+        return {"results": [{"index": index, "reward": reward} for index, reward in enumerate(rewards)]}
+
+    return app
+
+
+def main() -> None:
+    """Load the model and serve it on loopback until told to stop."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", type=Path, required=True, help="checkpoint folder with a one-label head")
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
+    options = parser.parse_args()
+    app = make_app(PaddedScorer(options.model, getattr(torch, options.dtype)))
+    uvicorn.run(app, host="127.0.0.1", port=options.port, log_level="warning")
+
+
+if __name__ == "__main__":
+    main()

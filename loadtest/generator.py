@@ -1,0 +1,118 @@
+"""Sends prepared requests over kept-alive connections and says what came back, how fast.
+
+It shares the cores with the server that it measures, so it is light: plain asyncio streams, bytes made beforehand,
+answers read only after the clock has stopped. Closed loop: each connection sends its next request when it has the
+answer to the last, so latencies say nothing about a server that is offered more than it can do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+from service.errors import RewardServiceError
+
+
+class UnexpectedAnswer(RewardServiceError):
+    """The server answered something else than rewards; a measurement of that would mean nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """One answer. ``latency_s``: from the first byte sent to the last byte read."""
+
+    status: int
+    content: bytes = field(repr=False)
+    latency_s: float
+
+    @property
+    def rewards(self) -> list[float]:
+        """The rewards in the order of the items.
+
+        Raises:
+            UnexpectedAnswer: not a 200, or an item has no reward.
+        """
+        if self.status != 200:
+            raise UnexpectedAnswer(f"The server answered {self.status} where rewards were asked for")
+        results = json.loads(self.content)["results"]
+        rewards = [result.get("reward", math.nan) for result in results]
+        if not all(map(math.isfinite, rewards)):
+            raise UnexpectedAnswer(
+                f"{sum(not math.isfinite(one) for one in rewards)} items of an answer have no reward"
+            )
+        return rewards
+
+
+@dataclass(frozen=True, slots=True)
+class LoadRun:
+    """All replies in the order of the requests; ``wall_s`` from first send to last answer, ``cpu_s`` spent by us."""
+
+    replies: tuple[Reply, ...]
+    wall_s: float
+    cpu_s: float
+
+    @property
+    def rewards(self) -> list[float]:
+        """The rewards of all items, in the order sent."""
+        return [reward for reply in self.replies for reward in reply.rewards]
+
+    def latency_s(self, quantile: float) -> float:
+        """Latency that this share of the requests stayed within (nearest rank)."""
+        ordered = sorted(reply.latency_s for reply in self.replies)
+        return ordered[max(0, math.ceil(quantile * len(ordered)) - 1)]
+
+
+def send_all(url: str, bodies: Sequence[bytes], num_connections: int) -> LoadRun:
+    """Post every body to ``url`` + ``/v1/score``, over so many connections at a time.
+
+    Raises:
+        OSError, EOFError: a connection broke.
+        UnexpectedAnswer: an answer without a Content-Length.
+    """
+    return asyncio.run(_send_all(url, bodies, num_connections))
+
+
+async def _send_all(url: str, bodies: Sequence[bytes], num_connections: int) -> LoadRun:
+    place = urlsplit(url)
+    host, port = place.hostname or "127.0.0.1", place.port or 80
+    head = f"POST /v1/score HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\nContent-Length: "
+    requests = [f"{head}{len(body)}\r\n\r\n".encode() + body for body in bodies]
+    streams = [await asyncio.open_connection(host, port, limit=2**24) for _ in range(min(num_connections, len(bodies)))]
+    replies: dict[int, Reply] = {}
+    waiting = iter(enumerate(requests))
+    started, cpu_started = time.perf_counter(), time.process_time()
+    try:
+        await asyncio.gather(*(_converse(reader, writer, waiting, replies) for reader, writer in streams))
+        wall_s, cpu_s = time.perf_counter() - started, time.process_time() - cpu_started
+    finally:
+        for _, writer in streams:
+            writer.close()
+    return LoadRun(tuple(replies[number] for number in range(len(requests))), wall_s, cpu_s)
+
+
+async def _converse(
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    waiting: Iterator[tuple[int, bytes]],
+    replies: dict[int, Reply],
+) -> None:
+    for number, request in waiting:
+        sent = time.perf_counter()
+        writer.write(request)
+        status, content = await _read_answer(reader)
+        replies[number] = Reply(status, content, time.perf_counter() - sent)
+
+
+async def _read_answer(reader: asyncio.StreamReader) -> tuple[int, bytes]:
+    head = await reader.readuntil(b"\r\n\r\n")
+    status_line, *headers = head.split(b"\r\n")
+    for line in headers:
+        name, _, value = line.partition(b":")
+        if name.lower() == b"content-length":
+            return int(status_line.split()[1]), await reader.readexactly(int(value))
+    raise UnexpectedAnswer("An answer came without a Content-Length")

@@ -1,0 +1,72 @@
+"""A random reward model of a useful size, for measurements where no trained one is at hand.
+
+Speed depends on shapes, not on what the weights have learnt; the rewards mean nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from loadtest.workload import draw_groups
+from service.silence import transformers_silenced
+
+SPECIAL_TOKENS = {"pad_token": "<pad>", "eos_token": "<eos>"}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """A Qwen2-shaped classifier; the default has 24 million parameters."""
+
+    vocabulary: int = 16_384
+    hidden: int = 384
+    intermediate: int = 1536
+    layers: int = 8
+    heads: int = 6
+    kv_heads: int = 2
+    positions: int = 4096
+
+
+def write_random_checkpoint(
+    folder: Path, shape: ModelShape = ModelShape(), dtype: str = "bfloat16", seed: int = 0
+) -> Path:
+    """Write model and tokenizer into ``folder`` and return it.
+
+    The tokenizer is a byte-level BPE trained on the texts of the workload, so that its words are one token each.
+    """
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForSequenceClassification
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    texts = [text for group in draw_groups(200, 2, seed) for text in (group.prompt, *group.completions)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=shape.vocabulary,
+        special_tokens=list(SPECIAL_TOKENS.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=shape.positions, **SPECIAL_TOKENS)
+    config = Qwen2Config(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=shape.positions,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        num_labels=1,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Qwen2ForSequenceClassification(config).to(getattr(torch, dtype))
+    with transformers_silenced():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,122 @@
+"""Starts the servers that are measured, as processes of their own on loopback, and ends them.
+
+It knows commands, ports and processes, and nothing of what is sent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from service.errors import ServerStartError
+
+READY_WITHIN_S = 300.0
+STOP_WITHIN_S = 30.0
+POLL_S = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class RunningServer:
+    """A server that is ready to score."""
+
+    name: str
+    url: str
+    process: psutil.Process
+
+    def cpu_s(self) -> float:
+        """Processor seconds spent so far by the process and all its living descendants."""
+        spent = 0.0
+        for process in (self.process, *self.process.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                times = process.cpu_times()
+                spent += times.user + times.system
+        return spent
+
+
+@contextlib.contextmanager
+def running_baseline(model: Path, dtype: str, log_folder: Path) -> Iterator[RunningServer]:
+    """Run the plain server on a free port until the block ends."""
+    command = ["-m", "loadtest.baseline", "--model", str(model), "--dtype", dtype]
+    with _running("plain", command, log_folder) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def running_service(model: Path, dtype: str, log_folder: Path) -> Iterator[RunningServer]:
+    """Run our service on a free port until the block ends."""
+    command = ["-m", "service.server", "--model", str(model), "--dtype", dtype, "--log", os.devnull]
+    with _running("ours", command, log_folder) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def _running(name: str, arguments: Sequence[str], log_folder: Path) -> Iterator[RunningServer]:
+    """Run a Python command that takes ``--port``; yields when its ``/readyz`` answers 200.
+
+    Raises:
+        ServerStartError: it ended before, or took too long; names the log.
+    """
+    port = _free_port()
+    log = log_folder / f"{name}.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(  # noqa: S603  (our own commands)
+            [sys.executable, *arguments, "--port", str(port)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    try:
+        _wait_until_ready(name, process, port, log)
+        yield RunningServer(name, f"http://127.0.0.1:{port}", psutil.Process(process.pid))
+    finally:
+        _stop(process)
+
+
+def _wait_until_ready(name: str, process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    give_up = time.monotonic() + READY_WITHIN_S
+    while not _is_ready(port):
+        if process.poll() is not None:
+            last = log.read_text(errors="replace")[-2000:]
+            raise ServerStartError(f"The {name} server ended with status {process.returncode}. Its last words:\n{last}")
+        if time.monotonic() > give_up:
+            raise ServerStartError(f"The {name} server was not ready within {READY_WITHIN_S:.0f} s; its log is {log}")
+        time.sleep(POLL_S)
+
+
+def _is_ready(port: int) -> bool:
+    probe = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        probe.request("GET", "/readyz")
+        return probe.getresponse().status == http.client.OK
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        probe.close()
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Ask politely; after a while end the whole process group."""
+    process.terminate()
+    try:
+        process.wait(STOP_WITHIN_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

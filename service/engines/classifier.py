@@ -1,0 +1,197 @@
+"""A scalar-head classifier as transformers loads it, with its body in the wanted arithmetic and its head in fp32.
+
+It knows how a reward is read off the hidden states (pooling, head) and leaves it to the forward paths how those states
+are computed. It judges nothing: whether the checkpoint can be trusted is settled before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig
+
+from service.engines.base import BatchCost
+from service.engines.row_blocks import set_row_blocks
+from service.errors import SettingsError
+from service.records import Pooling
+from service.silence import transformers_silenced
+
+
+class ForwardPath(Protocol):
+    """One way of running a batch through a classifier."""
+
+    name: str
+    cost: BatchCost
+
+    def rewards(self, rows: Sequence[Sequence[int]]) -> list[float]:
+        """Return one raw fp32 logit per row of token ids, in order; rows are not empty."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Classifier:
+    """A loaded classifier with one label.
+
+    ``model``: the transformers model, on its device, in inference. ``plain_attention``: the attention implementation
+    that transformers chose for it. ``pooling`` and ``pad_token_id`` decide whose hidden state the head reads.
+    """
+
+    model: Any
+    plain_attention: str
+    pooling: Pooling
+    pad_token_id: int | None
+
+    @property
+    def body(self) -> Any:
+        """The transformer below the head: token ids in, hidden states out."""
+        return self.model.base_model
+
+    @property
+    def linear_head(self) -> nn.Linear | None:
+        """The one linear layer on a pooled state, which decoder families call ``score``; None where a head is more."""
+        head = getattr(self.model, "score", None)
+        return head if isinstance(head, nn.Linear) else None
+
+    @property
+    def config(self) -> Any:
+        """The text part of the model's configuration."""
+        return self.model.config.get_text_config()
+
+    @property
+    def architecture(self) -> str:
+        """The transformers class of the model."""
+        return type(self.model).__name__
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        device: torch.device = self.model.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The arithmetic of the body."""
+        dtype: torch.dtype = self.body.dtype
+        return dtype
+
+    @property
+    def is_half_precision(self) -> bool:
+        """Whether the body computes in bfloat16 or float16."""
+        return self.dtype in (torch.bfloat16, torch.float16)
+
+    @property
+    def is_on_cpu(self) -> bool:
+        """Whether the forward pass runs on the CPU."""
+        return self.device.type == "cpu"
+
+    def run_with(self, attention: str, *, row_blocks: bool = False) -> None:
+        """Let the model use an attention implementation that is registered with transformers.
+
+        ``row_blocks``: whether its linear layers multiply in blocks of a fixed number of rows.
+        """
+        self.model.set_attn_implementation(attention)
+        set_row_blocks(self.body, blocked=row_blocks)
+
+    def token_tensor(self, ids: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Return token ids of equal length as int64 [rows, tokens] on the model's device."""
+        return torch.tensor(ids, dtype=torch.long, device=self.device)
+
+    def pooled_position(self, ids: Sequence[int]) -> int:
+        """Return the position in ``ids`` whose hidden state the head reads."""
+        return pooled_position(ids, self.pooling, self.pad_token_id)
+
+    def read_rewards(self, pooled: torch.Tensor) -> list[float]:
+        """Run the linear head on pooled states [rows, hidden] and copy the rewards back, once.
+
+        The states go through one by one: a matrix product's order of additions depends on its number of rows.
+        """
+        head = self.linear_head
+        if head is None:
+            raise TypeError(f"The head of {self.architecture} is more than one linear layer")
+        rewards: list[float] = torch.cat([head(state[None]) for state in pooled])[:, 0].tolist()
+        return rewards
+
+
+def pooled_position(ids: Sequence[int], pooling: Pooling, pad_token_id: int | None) -> int:
+    """Return the position whose hidden state the head reads.
+
+    ``hf`` is the rule of transformers' ``GenericForSequenceClassification``: the rightmost token that is not the pad
+    token, whatever the attention mask says; the first position when all are pad, the last when no pad token is defined.
+
+    Raises:
+        ValueError: there are no tokens, hence no state and no reward.
+    """
+    if not ids:
+        raise ValueError("A sequence without tokens has no reward")
+    last = len(ids) - 1
+    if pooling == "last" or pad_token_id is None:
+        return last
+    return next((position for position in range(last, -1, -1) if ids[position] != pad_token_id), 0)
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """Return the configuration of a checkpoint folder; remote code is never run."""
+    return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def stored_dtype(config: PretrainedConfig) -> torch.dtype:
+    """Return the dtype in which the checkpoint was saved; float32 where its configuration does not say."""
+    name = str(config.dtype or "float32").removeprefix("torch.")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def load_classifier(
+    folder: Path, *, dtype: torch.dtype, device: torch.device, pooling: Pooling, pad_token_id: int | None
+) -> Classifier:
+    """Load a checkpoint folder for inference.
+
+    The head's weights are those of the checkpoint, bit for bit where it stores fp32, and are never rounded to the
+    dtype of the body; hidden states are cast to fp32 before it.
+
+    Raises:
+        SettingsError: another pooling is asked of a model whose own head pools.
+    """
+    config = read_config(folder)
+    with torch.device("meta"):
+        outline = AutoModelForSequenceClassification.from_config(config)
+    head_names = [name for name, _ in outline.named_children() if name != outline.base_model_prefix]
+
+    with transformers_silenced(), _kept_in_fp32(type(outline), head_names):
+        model = AutoModelForSequenceClassification.from_pretrained(
+            folder, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False
+        )
+    for name in head_names:
+        getattr(model, name).register_forward_pre_hook(_cast_to_fp32)
+    model.config.get_text_config().pad_token_id = pad_token_id
+    model.requires_grad_(requires_grad=False).eval().to(device)
+
+    classifier = Classifier(model, model.config._attn_implementation, pooling, pad_token_id)  # noqa: SLF001 - no public name
+    if pooling != "hf" and classifier.linear_head is None:
+        raise SettingsError(
+            f"model.pooling is {pooling}, but {classifier.architecture} pools in its own head: leave the setting out"
+        )
+    return classifier
+
+
+@contextmanager
+def _kept_in_fp32(model_class: Any, names: Sequence[str]) -> Iterator[None]:
+    """Let transformers load the named top-level modules of a class in fp32, whatever the dtype of the rest."""
+    declared = model_class._keep_in_fp32_modules_strict  # noqa: SLF001 - how transformers' own models say it
+    model_class._keep_in_fp32_modules_strict = {*(declared or ()), *(rf"^{name}\." for name in names)}  # noqa: SLF001
+    try:
+        yield
+    finally:
+        model_class._keep_in_fp32_modules_strict = declared  # noqa: SLF001
+
+
+def _cast_to_fp32(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(
+        value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value for value in inputs
+    )

@@ -1,0 +1,80 @@
+"""Where the forward pass runs and in which arithmetic: settings resolved against the machine at hand.
+
+It loads no model. What "auto" became is shown by ``/v1/model``, so that what runs can be read.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from service.errors import SettingsError
+
+
+def resolve_device(choice: str) -> torch.device:
+    """Return the device of the setting; ``auto`` takes CUDA when there is one.
+
+    Raises:
+        SettingsError: the name is no device, or this machine lacks it.
+    """
+    if choice == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(choice)
+    except RuntimeError:
+        raise SettingsError(f"model.device is {choice}: use auto, cpu, cuda or cuda:N") from None
+    if device.type not in {"cpu", "cuda"}:
+        raise SettingsError(f"model.device is {choice}: use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise SettingsError(f"model.device is {choice}, but this process sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def resolve_dtype(choice: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the arithmetic of the body.
+
+    Args:
+        choice: the setting: ``auto`` or the name of a torch dtype.
+        stored: in which dtype the checkpoint was saved.
+        device: where the forward pass runs; ``auto`` keeps the stored dtype on CUDA and asks a CPU for its units.
+    """
+    if choice != "auto":
+        dtype: torch.dtype = getattr(torch, choice)
+        return dtype
+    if device.type == "cuda":
+        return stored
+    return torch.bfloat16 if has_bfloat16_units() else torch.float32
+
+
+def has_bfloat16_units() -> bool:
+    """Whether this CPU multiplies bfloat16 natively (AMX, AVX-512 BF16); without, bfloat16 is slower than float32."""
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+def resolve_threads(choice: int | None) -> int:
+    """Return the CPU threads of the forward pass: the setting, else as many as this process may run on.
+
+    Ray starts its workers with ``OMP_NUM_THREADS=1``, so torch's own default would leave a replica on one core.
+    """
+    if choice is not None:
+        return choice
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def release_memory(device: torch.device) -> None:
+    """Give freed memory back to the device, so that a smaller batch finds room in one piece."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the error says that the device had no room; torch has no class of its own for the CPU's allocator."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        sign in str(error) for sign in ("DefaultCPUAllocator", "not enough memory", "_STATUS_ALLOC_FAILED")
+    )

@@ -1,0 +1,221 @@
+"""The start-up probe: does a forward path of ours give the rewards of the plain transformers forward?
+
+What to probe and how far two numbers may differ is decided in pure functions; ``choose_path`` runs the model. It looks
+at arithmetic only, not at whether the checkpoint's rewards make sense.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+
+from service.engines.classifier import Classifier, ForwardPath
+from service.engines.packing import PackedForward
+from service.engines.padded import PaddedForward
+from service.errors import ParityError
+
+logger = logging.getLogger(__name__)
+
+PathChoice: TypeAlias = Literal["auto", "packed", "padded"]
+
+PATHS: Mapping[str, Callable[[Classifier], ForwardPath]] = {"packed": PackedForward, "padded": PaddedForward}
+"""Our forward paths, fastest first."""
+
+LENGTHS = (1, 2, 9, 40, 130)
+"""Tokens of the ordinary probes; a window that is small enough adds one beyond it."""
+
+LONGEST_PROBE = 1280
+"""No probe is longer, so that the probe of a large model on a CPU takes seconds."""
+
+FP32_TOLERANCE = 1e-4
+"""Largest difference in fp32, for rewards up to one in magnitude; in proportion above."""
+
+NOISE_FACTOR = 4.0
+"""How many times the noise of half precision a path may differ from plain transformers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """What the probe found about the path that serves; rewards and differences in raw logits.
+
+    ``noise``: how far the plain forward's own rewards move when each embedding moves by its last bit; 0 in fp32, where
+    it is not measured. ``reward_range``: from the lowest to the highest plain reward of the probes.
+    """
+
+    max_difference: float
+    tolerance: float
+    noise: float
+    reward_range: float
+    num_probes: int
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the largest difference is within the tolerance; a NaN never agrees."""
+        return self.max_difference <= self.tolerance
+
+    @property
+    def is_conclusive(self) -> bool:
+        """Whether rewards differ enough from each other for a wrong path to show."""
+        return self.tolerance < self.reward_range
+
+    def as_record(self) -> dict[str, float | int | str | bool]:
+        """Return the findings as ``/v1/model`` shows them."""
+        return {**asdict(self), "conclusive": self.is_conclusive}
+
+
+def probe_rows(
+    *, vocab_size: int, pad_token_id: int | None, eos_token_id: int | None, window: int | None, max_tokens: int
+) -> list[tuple[int, ...]]:
+    """Return token ids that try what paths get wrong: lengths, the pooled position, and a sliding window.
+
+    Besides ordinary rows: one that ends in EOS, in two EOS, in EOS and another token, in the pad token, and one of pads
+    only. A row beyond ``window`` is there when it is no longer than ``LONGEST_PROBE``; none is beyond ``max_tokens``.
+    """
+    special = {pad_token_id, eos_token_id}
+    # Multiples of a large prime visit the whole vocabulary without a pattern, and are the same at every start.
+    ordinary = [
+        token for token in ((7919 * k + 11) % vocab_size for k in range(2 * LONGEST_PROBE)) if token not in special
+    ]
+    endings: list[tuple[int, ...]] = []
+    if eos_token_id is not None:
+        endings += [(eos_token_id,), (eos_token_id, eos_token_id), (eos_token_id, ordinary[5])]
+    if pad_token_id is not None:
+        endings += [(pad_token_id,)]
+    lengths = [*LENGTHS, window + window // 4 + 2] if window is not None else list(LENGTHS)
+    rows = [tuple(ordinary[length : 2 * length]) for length in lengths if length <= LONGEST_PROBE]
+    rows += [(*ordinary[30 * turn : 30 * turn + 23], *ending) for turn, ending in enumerate(endings)]
+    if pad_token_id is not None:
+        rows.append((pad_token_id,) * 3)
+    return [row for row in rows if len(row) <= max_tokens]
+
+
+def tolerance(dtype: torch.dtype, rewards: Sequence[float], noise: float) -> float:
+    """Return the largest difference to the plain rewards that rounding alone explains.
+
+    fp32: ``FP32_TOLERANCE``, in proportion to the largest reward above one. Half precision: ``NOISE_FACTOR`` times the
+    noise that the plain forward itself has, since its rounding differs from ours only in where it falls; at least one
+    unit in the last place of the largest reward.
+    """
+    magnitude = max(abs(reward) for reward in rewards)
+    if dtype == torch.float32:
+        return FP32_TOLERANCE * max(1.0, magnitude)
+    return max(NOISE_FACTOR * noise, torch.finfo(dtype).eps * magnitude)
+
+
+def max_difference(rewards: Sequence[float], plain: Sequence[float]) -> float:
+    """Return the largest absolute difference; NaN when any reward is."""
+    differences = torch.tensor(rewards, dtype=torch.float64) - torch.tensor(plain, dtype=torch.float64)
+    return float(differences.abs().max())
+
+
+def choose_path(classifier: Classifier, choice: PathChoice, max_tokens: int) -> tuple[ForwardPath, Parity]:
+    """Return the fastest path that agrees with plain transformers on this classifier, ready to run, and the evidence.
+
+    Args:
+        classifier: left with the attention of the path that is returned.
+        choice: ``auto``, or the one path to try.
+        max_tokens: longest row that may share a pass with any other.
+
+    Raises:
+        ParityError: no path agrees, or the chosen one does not.
+    """
+    config = classifier.config
+    rows = probe_rows(
+        vocab_size=config.vocab_size,
+        pad_token_id=classifier.pad_token_id,
+        eos_token_id=_first(config.eos_token_id),
+        window=_window(config),
+        max_tokens=max_tokens,
+    )
+    plain = plain_rewards(classifier, rows)
+    noise = 0.0
+    if classifier.is_half_precision:
+        with _last_bit_moved(classifier):
+            noise = max_difference(plain_rewards(classifier, rows), plain)
+    limit = tolerance(classifier.dtype, plain, noise)
+
+    refusals = []
+    for name in PATHS if choice == "auto" else (choice,):
+        try:
+            path = PATHS[name](classifier)
+            difference = max_difference(path.rewards(rows), plain)
+        except Exception as error:  # noqa: BLE001 - whatever a foreign model raises here, this path does not carry it
+            refusals.append(f"{name} does not run ({type(error).__name__}: {error})")
+            continue
+        parity = Parity(difference, limit, noise, max(plain) - min(plain), len(rows))
+        if parity.agrees:
+            _report(classifier, name, parity, refusals)
+            return path, parity
+        refusals.append(f"{name} differs by {difference:.3g}, more than {limit:.3g}")
+    raise ParityError(
+        f"No forward path agrees with plain transformers on {classifier.architecture}: {'; '.join(refusals)}"
+    )
+
+
+def _report(classifier: Classifier, name: str, parity: Parity, refusals: Sequence[str]) -> None:
+    logger.info(
+        "%s runs %s in %s: largest difference to plain transformers %.3g, limit %.3g, on %d probes%s",
+        classifier.architecture,
+        name,
+        classifier.dtype,
+        parity.max_difference,
+        parity.tolerance,
+        parity.num_probes,
+        "".join(f"; {refusal}" for refusal in refusals),
+    )
+    if not parity.is_conclusive:
+        logger.warning(
+            "The parity probe cannot tell right from wrong here: its rewards differ by %.3g, rounding by %.3g; "
+            "model.dtype float32 would make it sharper",
+            parity.reward_range,
+            parity.tolerance,
+        )
+
+
+@torch.inference_mode()
+def plain_rewards(classifier: Classifier, rows: Sequence[Sequence[int]]) -> list[float]:
+    """Return the rewards of the plain transformers forward, row by row, with the attention transformers chose itself.
+
+    The weights are the served ones, the head's in fp32. ``last`` pooling is not transformers' own, so there the state
+    of the last token is read off transformers' body.
+    """
+    classifier.run_with(classifier.plain_attention)
+    rewards = []
+    for row in rows:
+        ids = classifier.token_tensor([row])
+        if classifier.pooling == "last":
+            states = classifier.body(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+            rewards += classifier.read_rewards(states[:, -1])
+        else:
+            rewards.append(float(classifier.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, 0]))
+    return rewards
+
+
+@contextmanager
+def _last_bit_moved(classifier: Classifier) -> Iterator[None]:
+    """Move every embedding by one unit in its last place, up and down by turns, while the context is open."""
+
+    def move(_module: torch.nn.Module, _inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        ups_and_downs = 1 - 2 * (torch.arange(output.shape[-1], device=output.device) % 2)
+        return output * (1 + torch.finfo(output.dtype).eps * ups_and_downs).to(output.dtype)
+
+    handle = classifier.model.get_input_embeddings().register_forward_hook(move)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _first(token_ids: int | Sequence[int] | None) -> int | None:
+    return token_ids if token_ids is None or isinstance(token_ids, int) else token_ids[0]
+
+
+def _window(config: Any) -> int | None:
+    """Return the sliding window of a configuration, under the names that transformers' families give it."""
+    window: int | None = getattr(config, "sliding_window", None) or getattr(config, "local_attention", None)
+    return window

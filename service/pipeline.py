@@ -1,0 +1,209 @@
+"""One batch, from sequences to Scores: forward pass, checks, diagnostics.
+
+Synchronous, without a queue and without asyncio: the online path, the batch job and the audit all score through it, so
+that a served reward and an audited one cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Row
+from dataclasses import dataclass
+
+from service.batching import BatchBudget, bisect
+from service.diagnostics.length import length_report
+from service.engines.base import Engine
+from service.errors import EngineFailed, EngineOutOfMemory, HttpError, NonFiniteReward, OutputMismatch, WarmUpFailed
+from service.records import DiagnosticsLevel, Score, Sequence
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchOutcome:
+    """What became of a batch: a Score or an error for each sequence, in order, and what that took.
+
+    ``shared_tokens``: tokens that the engine did not compute again. ``out_of_memory``: some pass did not fit.
+    """
+
+    outcomes: tuple[Score | HttpError, ...]
+    num_forwards: int
+    out_of_memory: bool
+    shared_tokens: int
+    forward_s: float
+    diagnose_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class WarmUp:
+    """What the warm-up found: the budget that fits the device, and how fast the passes within it were."""
+
+    budget: BatchBudget
+    num_tokens: int
+    seconds: float
+
+
+class Pipeline:
+    """Scores batches on one engine; `run` and `warm_up` are called from the engine's own thread only."""
+
+    def __init__(self, engine: Engine, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.engine = engine
+        self._clock = clock
+
+    def run(self, sequences: Row[Sequence], levels: Row[DiagnosticsLevel]) -> BatchOutcome:
+        """Score a batch; every sequence gets exactly one outcome, whatever the engine does.
+
+        A pass that raises is halved until the sequences that cannot be scored stand alone; their neighbours get their
+        rewards. The reward does not depend on the level.
+
+        Args:
+            sequences: within the batch budget.
+            levels: of diagnostics, one for each sequence.
+
+        Returns:
+            Scores and errors in the order of the sequences. The errors are EngineFailed, EngineOutOfMemory,
+            OutputMismatch and NonFiniteReward.
+        """
+        begin = self._clock()
+        passes = _Passes(self.engine, sequences)
+        passes.run_all()
+        computed = self._clock()
+        outcomes = tuple(
+            score_of(reward, sequence, level)
+            for reward, sequence, level in zip(passes.rewards, sequences, levels, strict=True)
+        )
+        return BatchOutcome(
+            outcomes=outcomes,
+            num_forwards=passes.num_forwards,
+            out_of_memory=passes.out_of_memory,
+            shared_tokens=passes.shared_tokens,
+            forward_s=computed - begin,
+            diagnose_s=self._clock() - computed,
+        )
+
+    def warm_up(self, budget: BatchBudget, token_ids: Row[int]) -> WarmUp:
+        """Run the largest legal batches, so that a lack of memory shows at start and not under load.
+
+        Out of memory halves the budget, down to the longest legal sequence.
+
+        Args:
+            budget: wanted for a pass.
+            token_ids: ordinary ids of the vocabulary, not the pad token; the sequences begin with different ones as far
+                as they go, so that no engine saves memory by sharing prefixes.
+
+        Raises:
+            WarmUpFailed: the engine raised, answered with the wrong count, or has no room for one longest sequence.
+        """
+        longest = self.engine.info.max_input_tokens
+        while True:
+            batches = largest_batches(budget, longest, token_ids)
+            begin = self._clock()
+            try:
+                for batch in batches:
+                    self._warm_up_pass(batch)
+            except EngineOutOfMemory as error:
+                if budget.max_tokens <= longest:
+                    raise WarmUpFailed(
+                        f"The device has no room for a batch of {budget.max_tokens} tokens, one longest sequence; "
+                        "lower model.max_input_tokens or take a larger device."
+                    ) from error
+                budget = budget.halved(floor=longest)
+                logger.warning("Out of memory at warm-up; the batch budget is now %d tokens.", budget.max_tokens)
+                continue
+            num_tokens = sum(sequence.num_tokens for batch in batches for sequence in batch)
+            return WarmUp(budget, num_tokens, self._clock() - begin)
+
+    def _warm_up_pass(self, batch: Row[Sequence]) -> None:
+        size = f"{len(batch)} sequences of {batch[0].num_tokens} tokens"
+        try:
+            output = self.engine.forward(batch)
+        except EngineOutOfMemory:
+            raise
+        except Exception as error:
+            raise WarmUpFailed(f"The engine raised {type(error).__name__} on a batch of {size}: {error}") from error
+        if len(output.rewards) != len(batch):
+            raise WarmUpFailed(f"The engine returned {len(output.rewards)} rewards for a batch of {size}.")
+
+
+class _Passes:
+    """The forward passes over one batch, and what they have found so far."""
+
+    def __init__(self, engine: Engine, sequences: Row[Sequence]) -> None:
+        self._engine = engine
+        self._sequences = sequences
+        self._found: dict[int, float | HttpError] = {}
+        self.num_forwards = 0
+        self.out_of_memory = False
+        self.shared_tokens = 0
+
+    @property
+    def rewards(self) -> list[float | HttpError]:
+        """In the order of the sequences; unchecked for being finite."""
+        return [self._found[place] for place in range(len(self._sequences))]
+
+    def run_all(self) -> None:
+        """Pass over the batch, and over its halves where it raises."""
+        poison = bisect(len(self._sequences), self._passes)
+        if poison:
+            logger.warning("%d of %d sequences cannot be scored.", len(poison), len(self._sequences))
+
+    def _passes(self, run: range) -> bool:
+        self.num_forwards += 1
+        try:
+            output = self._engine.forward(self._sequences[run.start : run.stop])
+        except EngineOutOfMemory as error:
+            self.out_of_memory = True
+            self._found.update(dict.fromkeys(run, error))
+            return False
+        except Exception as error:
+            # Whatever a foreign forward pass raises is a failure of these sequences, not of the thread that serves all.
+            logger.warning("A forward pass over %d sequences raised.", len(run), exc_info=True)
+            failure = EngineFailed(f"The forward pass raised {type(error).__name__}.")
+            failure.__cause__ = error
+            self._found.update(dict.fromkeys(run, failure))
+            return False
+        self.shared_tokens += output.shared_tokens
+        if len(output.rewards) == len(run):
+            self._found.update(zip(run, output.rewards, strict=True))
+        else:
+            # Nothing tells which reward belongs to whom, so all are thrown away; a retry would trust the same code.
+            mismatch = OutputMismatch(f"The engine returned {len(output.rewards)} rewards for {len(run)} sequences.")
+            logger.error("%s", mismatch)
+            self._found.update(dict.fromkeys(run, mismatch))
+        return True
+
+
+def score_of(reward: float | HttpError, sequence: Sequence, level: DiagnosticsLevel) -> Score | HttpError:
+    """Say of a sequence what its reward and the level of diagnostics allow; an error stays what it is.
+
+    A reward that is not finite becomes NonFiniteReward: it is never passed on as a number.
+    """
+    if isinstance(reward, HttpError):
+        return reward
+    if not math.isfinite(reward):
+        return NonFiniteReward(f"The model answered {reward} for {sequence.num_tokens} tokens.")
+    return Score(reward, None if level == "none" else length_report(sequence))
+
+
+def largest_batches(budget: BatchBudget, max_input_tokens: int, token_ids: Row[int]) -> list[list[Sequence]]:
+    """Return the batches that need most: one longest sequence, a budget full of longest ones, and of shortest ones."""
+    num_longest = min(budget.max_tokens // max_input_tokens, budget.max_sequences)
+    num_shortest = min(budget.max_sequences, budget.max_tokens)
+    shapes = {
+        (1, max_input_tokens),
+        (num_longest, max_input_tokens),
+        (num_shortest, min(budget.max_tokens // num_shortest, max_input_tokens)),
+    }
+    return [_varied_sequences(count, length, token_ids) for count, length in sorted(shapes)]
+
+
+def _varied_sequences(count: int, length: int, token_ids: Row[int]) -> list[Sequence]:
+    # Each round through the ids takes larger steps, so that two rows have at most their first token in common.
+    num_ids = len(token_ids)
+    return [
+        Sequence(tuple(token_ids[(row + column * (1 + row // num_ids)) % num_ids] for column in range(length)))
+        for row in range(count)
+    ]

@@ -1,0 +1,77 @@
+"""The bytes of a request body, read under a limit.
+
+Counted while they arrive, so neither a lying Content-Length nor a small gzip of a large text makes us hold more than
+the limit. It does not look into the bytes; that is for the module of each wire format.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections.abc import AsyncIterator, Mapping
+
+from service.errors import BodyTooLarge, MalformedBody, UnsupportedMediaType
+
+_GZIP_WINDOW = 16 + zlib.MAX_WBITS
+_INFLATE_STEP = 1024 * 1024
+"""Bytes inflated before the event loop may do something else."""
+
+
+async def read_json_body(headers: Mapping[str, str], chunks: AsyncIterator[bytes], max_bytes: int) -> bytes:
+    """Read the body of a JSON request, plain or gzipped.
+
+    Args:
+        headers: of the request; names in lower case.
+        chunks: the body as it arrives.
+        max_bytes: limit on the bytes received, and again on the bytes after decompression.
+
+    Raises:
+        UnsupportedMediaType: the Content-Type is not JSON (a missing one is taken for JSON), or the coding not gzip.
+        BodyTooLarge: the limit is passed; nothing beyond it was kept.
+        MalformedBody: the gzip stream is broken, cut off, or followed by something else.
+    """
+    _check_media_type(headers.get("content-type", ""))
+    coding = headers.get("content-encoding", "identity").strip().lower()
+    if coding not in {"identity", "gzip"}:
+        raise UnsupportedMediaType("The Content-Encoding is neither gzip nor identity")
+    declared = headers.get("content-length", "")
+    if declared.isdecimal() and len(declared) < 20 and int(declared) > max_bytes:
+        raise BodyTooLarge(f"The body has {declared} bytes; the limit is {max_bytes}")
+    received = await _read(chunks, max_bytes)
+    return await _inflate(received, max_bytes) if coding == "gzip" else received
+
+
+def _check_media_type(content_type: str) -> None:
+    media_type, _, parameters = content_type.lower().partition(";")
+    if media_type.strip() not in {"", "application/json", "text/json"}:
+        raise UnsupportedMediaType("The Content-Type is not application/json")
+    charset = parameters.partition("charset=")[2].strip(' "')
+    if charset and charset not in {"utf-8", "utf8"}:
+        raise UnsupportedMediaType("JSON is read as UTF-8 only")
+
+
+async def _read(chunks: AsyncIterator[bytes], max_bytes: int) -> bytes:
+    body = bytearray()
+    async for chunk in chunks:
+        if len(body) + len(chunk) > max_bytes:
+            raise BodyTooLarge(f"The body has more than {max_bytes} bytes")
+        body += chunk
+    return bytes(body)
+
+
+async def _inflate(compressed: bytes, max_bytes: int) -> bytes:
+    inflater = zlib.decompressobj(_GZIP_WINDOW)
+    body = bytearray()
+    rest = compressed
+    while rest and not inflater.eof:
+        try:
+            body += inflater.decompress(rest, min(_INFLATE_STEP, max_bytes + 1 - len(body)))
+        except zlib.error:
+            raise MalformedBody("The body is not the gzip stream that its Content-Encoding promises") from None
+        if len(body) > max_bytes:
+            raise BodyTooLarge(f"The body has more than {max_bytes} bytes after decompression")
+        rest = inflater.unconsumed_tail
+        await asyncio.sleep(0)
+    if not inflater.eof or inflater.unused_data:
+        raise MalformedBody("The gzip stream is cut off or followed by other bytes")
+    return bytes(body)

@@ -1,0 +1,342 @@
+"""The service's own wire format, version 1: request bodies to ScoreRequests, outcomes to answer bodies.
+
+Pure: it knows neither a web framework nor an engine. A body is decoded once, straight from its bytes, and no part of it
+ever stands in an error: places are named by pointer and limits by number. Where a JSON object repeats a key, the last
+one counts.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal, TypeAlias
+
+import msgspec
+from msgspec import UNSET, Meta, UnsetType
+
+from service.errors import (
+    HttpError,
+    InvalidRequest,
+    ItemTooLong,
+    MalformedBody,
+    NonFiniteReward,
+    TooManyItems,
+    Violation,
+)
+from service.protocols.problem import item_error
+from service.records import (
+    Content,
+    DiagnosticsLevel,
+    Encoding,
+    Exchange,
+    Item,
+    Message,
+    ModelIdentity,
+    Score,
+    ScoreRequest,
+    TemplateChoice,
+    TemplatedText,
+    Timings,
+    TokenIds,
+    Truncation,
+    Usage,
+)
+from service.settings import LimitSettings
+
+MAX_NAME_CHARS = 256
+"""Characters of an item's ``id`` or ``group``: they are echoed, so they are kept short."""
+
+Outcome: TypeAlias = Score | HttpError
+_Name = Annotated[str, Meta(max_length=MAX_NAME_CHARS)]
+_TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+_Timeout = Annotated[int, Meta(ge=1)]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestDefaults:
+    """What a request that says nothing gets, and what no request may pass."""
+
+    limits: LimitSettings
+    truncation: Truncation
+    diagnostics: DiagnosticsLevel
+
+
+class WireMessage(msgspec.Struct, forbid_unknown_fields=True):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+class WireItem(msgspec.Struct, forbid_unknown_fields=True):
+    """One text to score, in exactly one of three forms: prompt and completion, templated text, or token ids."""
+
+    prompt: str | list[WireMessage] | UnsetType = UNSET
+    completion: str | UnsetType = UNSET
+    text: str | UnsetType = UNSET
+    token_ids: list[_TokenId] | UnsetType = UNSET
+    id: _Name | None = None
+    group: _Name | None = None
+
+
+class WireOptions(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """What both scoring routes take beside the texts."""
+
+    diagnostics: Literal["none", "basic", "full"] | None = None
+    truncation: Literal["error", "prompt_left"] | None = None
+    template: Literal["chat", "concat"] | None = None
+    timeout_ms: _Timeout | None = None
+
+
+class WireScoreRequest(WireOptions, forbid_unknown_fields=True, kw_only=True):
+    """The body of ``POST /v1/score``."""
+
+    items: list[WireItem]
+
+
+class WireCompareRequest(WireOptions, forbid_unknown_fields=True, kw_only=True):
+    """The body of ``POST /v1/compare``: answers to one prompt, to be ranked."""
+
+    prompt: str | list[WireMessage]
+    completions: list[str]
+
+
+_score_decoder = msgspec.json.Decoder(WireScoreRequest)
+_compare_decoder = msgspec.json.Decoder(WireCompareRequest)
+
+
+def parse_score_request(body: bytes, defaults: RequestDefaults) -> ScoreRequest:
+    """Make a ScoreRequest of the body of ``POST /v1/score``.
+
+    Raises:
+        MalformedBody: not JSON, not UTF-8, a number that JSON does not have, or something after the end.
+        InvalidRequest: a field is missing, unknown, of the wrong type or out of range; names the place.
+        TooManyItems: more items than ``max_request_items``.
+        ItemTooLong: an item has more characters than ``max_item_chars``.
+    """
+    wire: WireScoreRequest = _decode(_score_decoder, body)
+    _check_count(len(wire.items), 1, defaults.limits.max_request_items, "/items", "items")
+    items = tuple(_read_item(item, index) for index, item in enumerate(wire.items))
+    return _request(items, wire, defaults)
+
+
+def parse_compare_request(body: bytes, defaults: RequestDefaults) -> ScoreRequest:
+    """Make a ScoreRequest of the body of ``POST /v1/compare``: one item per completion, in order.
+
+    Raises:
+        MalformedBody, InvalidRequest, TooManyItems, ItemTooLong: as for ``parse_score_request``.
+    """
+    wire: WireCompareRequest = _decode(_compare_decoder, body)
+    limits = defaults.limits
+    max_completions = min(limits.max_compare_completions, limits.max_request_items)
+    _check_count(len(wire.completions), 2, max_completions, "/completions", "completions")
+    prompt = _read_prompt(wire.prompt, "/prompt")
+    items = tuple(Item(Exchange(prompt, completion)) for completion in wire.completions)
+    return _request(items, wire, defaults)
+
+
+def render_scores(
+    request: ScoreRequest,
+    outcomes: Sequence[Outcome],
+    model: ModelIdentity,
+    template: TemplateChoice,
+    usage: Usage,
+    timings: Timings,
+) -> bytes:
+    """Render the answer of ``POST /v1/score``: one result per item, in input order.
+
+    Rewards keep every digit of their float32 value. An item without a reward has an ``error`` instead, never a number.
+
+    Raises:
+        NonFiniteReward: a Score holds NaN or infinity, which the scorer should have turned into an item error.
+    """
+    results = [
+        _result(index, item, outcome) for index, (item, outcome) in enumerate(zip(request.items, outcomes, strict=True))
+    ]
+    return msgspec.json.encode(_envelope(model, template, usage, timings) | {"results": results})
+
+
+def render_comparison(
+    request: ScoreRequest,
+    outcomes: Sequence[Outcome],
+    model: ModelIdentity,
+    template: TemplateChoice,
+    usage: Usage,
+    timings: Timings,
+) -> bytes:
+    """Render the answer of ``POST /v1/compare``: results as of ``/v1/score``, and who would win against whom.
+
+    Raises:
+        HttpError: the error of the first completion that has no reward; a comparison with a hole in it is none.
+    """
+    for outcome in outcomes:
+        if isinstance(outcome, HttpError):
+            raise outcome
+    results = [
+        _result(index, item, outcome) for index, (item, outcome) in enumerate(zip(request.items, outcomes, strict=True))
+    ]
+    rewards = [result["reward"] for result in results]
+    answer = {
+        "rewards": rewards,
+        "probabilities": win_probabilities(rewards),
+        "best": max(range(len(rewards)), key=rewards.__getitem__),
+        "results": results,
+    }
+    return msgspec.json.encode(_envelope(model, template, usage, timings) | answer)
+
+
+def win_probabilities(rewards: Sequence[float]) -> list[list[float]]:
+    """Probability that answer ``i`` (row) is preferred to answer ``j`` (column), 0.5 on the diagonal.
+
+    Bradley and Terry 1952 with strengths ``exp(reward)``: ``sigma(r_i - r_j)``. The exponential is only taken of
+    numbers that are not positive, so no difference of rewards overflows, and row and column sum to one.
+    """
+    table = [[0.5] * len(rewards) for _ in rewards]
+    for i, row_reward in enumerate(rewards):
+        for j in range(i + 1, len(rewards)):
+            margin = row_reward - rewards[j]
+            odds_of_loser = math.exp(-abs(margin))
+            winner, loser = 1.0 / (1.0 + odds_of_loser), odds_of_loser / (1.0 + odds_of_loser)
+            table[i][j], table[j][i] = (winner, loser) if margin >= 0 else (loser, winner)
+    return table
+
+
+def _request(items: tuple[Item, ...], options: WireOptions, defaults: RequestDefaults) -> ScoreRequest:
+    for index, item in enumerate(items):
+        if item.content.num_chars > defaults.limits.max_item_chars:
+            raise ItemTooLong(
+                f"Item {index} has {item.content.num_chars} characters; the limit is {defaults.limits.max_item_chars}"
+            )
+    encoding = Encoding(template=options.template, truncation=options.truncation or defaults.truncation)
+    timeout_s = _timeout_s(options.timeout_ms, defaults.limits.deadline_s)
+    return ScoreRequest(items, encoding, options.diagnostics or defaults.diagnostics, timeout_s)
+
+
+def _timeout_s(timeout_ms: int | None, deadline_s: float) -> float:
+    if timeout_ms is None:
+        return deadline_s
+    if timeout_ms > deadline_s * 1000:
+        raise _invalid("/timeout_ms", "out_of_range", f"timeout_ms is at most {deadline_s * 1000:.0f} here")
+    return timeout_ms / 1000
+
+
+def _check_count(count: int, least: int, most: int, pointer: str, noun: str) -> None:
+    if count < least:
+        raise _invalid(pointer, "too_few", f"The request has {count} {noun}; it needs at least {least}")
+    if count > most:
+        raise TooManyItems(f"The request has {count} {noun}; the limit is {most}")
+
+
+def _read_item(wire: WireItem, index: int) -> Item:
+    return Item(_read_content(wire, index), wire.id, wire.group)
+
+
+def _read_content(wire: WireItem, index: int) -> Content:
+    prompt, completion, text, token_ids = wire.prompt, wire.completion, wire.text, wire.token_ids
+    if prompt is not UNSET and completion is not UNSET and text is UNSET and token_ids is UNSET:
+        return Exchange(_read_prompt(prompt, f"/items/{index}/prompt"), completion)
+    if prompt is UNSET and completion is UNSET:
+        if text is not UNSET and token_ids is UNSET:
+            return TemplatedText(text)
+        if token_ids is not UNSET and text is UNSET:
+            if not token_ids:
+                raise _invalid(f"/items/{index}/token_ids", "too_few", "An item needs at least one token id")
+            return TokenIds(tuple(token_ids))
+    raise _invalid(
+        f"/items/{index}",
+        "not_one_form",
+        "An item has either prompt and completion, or text, or token_ids, and nothing else",
+    )
+
+
+def _read_prompt(prompt: str | list[WireMessage], pointer: str) -> str | tuple[Message, ...]:
+    if isinstance(prompt, str):
+        return prompt
+    if not prompt:
+        raise _invalid(pointer, "too_few", "A prompt that is a list needs at least one message")
+    return tuple(Message(turn.role, turn.content) for turn in prompt)
+
+
+def _envelope(model: ModelIdentity, template: TemplateChoice, usage: Usage, timings: Timings) -> dict[str, Any]:
+    return {
+        "model": {"name": model.name, "version": model.version},
+        "template": template,
+        "usage": asdict(usage),
+        "timings_ms": {name.removesuffix("_s"): round(seconds * 1000, 3) for name, seconds in asdict(timings).items()},
+    }
+
+
+def _result(index: int, item: Item, outcome: Outcome) -> dict[str, Any]:
+    result: dict[str, Any] = {"index": index}
+    if item.id is not None:
+        result["id"] = item.id
+    if isinstance(outcome, HttpError):
+        return result | {"error": item_error(outcome)}
+    if not math.isfinite(outcome.reward):
+        # The encoder would write null, and null is not a reward.
+        raise NonFiniteReward(f"Item {index} has no finite reward")
+    result["reward"] = outcome.reward
+    if outcome.length is not None:
+        result["length"] = outcome.length
+    return result
+
+
+# What msgspec's messages start with, and what we say instead: its own words may quote the body.
+_VIOLATIONS = (
+    ("Object contains unknown field", "unknown_field", "An object has a field that this route does not know"),
+    ("Object missing required field", "missing_field", "A required field is missing"),
+    ("Invalid enum value", "out_of_range", "A field has none of the values that it may have"),
+    ("Integer value out of range", "out_of_range", "A number is out of range"),
+    ("Number out of range", "out_of_range", "A number is out of range"),
+)
+_BOUND = re.compile(r"Expected `[a-z]+` (?:of length )?[<>]=? ")
+_PLACE = re.compile(r" - at `\$([^`]*)`\Z")
+_MISSING = re.compile(r"required field `([a-z_]+)`")
+_STEP = re.compile(r"\.([a-z_]+)|\[(\d+)\]")
+# An escaped backslash, a whole surrogate pair, or (captured) one half alone.
+_SURROGATE_ESCAPE = re.compile(
+    rb"\\\\|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(\\u[dD][89a-fA-F][0-9a-fA-F]{2})"
+)
+
+
+def _decode(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        raise _violation(str(error)) from None
+    except RecursionError:
+        raise MalformedBody("The JSON is nested too deeply") from None
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raise _malformed(decoder, body) from None
+
+
+def _malformed(decoder: msgspec.json.Decoder[Any], body: bytes) -> HttpError:
+    """Tell a text that Unicode does not have (the caller's tokenizer cut a pair) from a body that is no JSON at all."""
+    repaired = _SURROGATE_ESCAPE.sub(lambda match: b"\\ufffd" if match[1] else match[0], body)
+    if repaired != body:
+        try:
+            decoder.decode(repaired)
+        except msgspec.ValidationError:
+            pass
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return MalformedBody("The body is not JSON in UTF-8")
+        return _invalid("", "lone_surrogate", "A string holds one half of a surrogate pair, which is no character")
+    return MalformedBody("The body is not JSON in UTF-8")
+
+
+def _violation(message: str) -> InvalidRequest:
+    place = _PLACE.search(message)
+    pointer = "".join(f"/{name or number}" for name, number in _STEP.findall(place[1] if place else ""))
+    for start, code, detail in _VIOLATIONS:
+        if message.startswith(start):
+            missing = _MISSING.search(message) if code == "missing_field" else None
+            return _invalid(f"{pointer}/{missing[1]}" if missing else pointer, code, detail)
+    if _BOUND.match(message):
+        return _invalid(pointer, "out_of_range", "A value is out of range")
+    return _invalid(pointer, "wrong_type", "A value has the wrong type")
+
+
+def _invalid(pointer: str, code: str, detail: str) -> InvalidRequest:
+    return InvalidRequest(f"{detail} (at {pointer or 'the whole body'})", [Violation(pointer, code)])

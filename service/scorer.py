@@ -1,0 +1,578 @@
+"""The asyncio side of scoring: admit, tokenize, queue, and answer every accepted item exactly once.
+
+The event loop admits, queues and resolves; threads tokenize; one thread of its own owns the engine. What a batch holds
+is decided in ``batching``, what a reward means in ``pipeline``; here is only who waits for whom.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Hashable
+from collections.abc import Sequence as Row
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeAlias
+
+from service.batching import BatchBudget, Entry, Queue, TakenBatch, batch_cost
+from service.errors import (
+    DeadlineExceeded,
+    Draining,
+    EngineUnavailable,
+    HttpError,
+    InternalError,
+    NonFiniteReward,
+    NotReady,
+    RequestRefused,
+    WarmUpFailed,
+)
+from service.metrics import Metrics
+from service.pipeline import BatchOutcome, Pipeline, score_of
+from service.records import DiagnosticsLevel, Encoding, Item, Score, ScoreRequest, Sequence, Timings, Usage
+from service.settings import BatchingSettings, LimitSettings
+
+logger = logging.getLogger(__name__)
+
+State: TypeAlias = Literal["starting", "ready", "draining", "failed"]
+Outcome: TypeAlias = Score | HttpError
+
+CHUNK_ITEMS = 64
+"""Items tokenized in one go: a large request gives way to small ones after each chunk."""
+
+HEAD_TOKENS = 64
+"""Leading tokens by which sequences are kept beside their likes where the end of the prompt is unknown."""
+
+ENGINE_STOP_S = 5.0
+"""How long `Scorer.stop` waits for the pass that is running; the process may end without it."""
+
+
+class Encoder(Protocol):
+    """What the scorer needs of tokenization; safe to call from several threads."""
+
+    @property
+    def sample_token_ids(self) -> Row[int]:
+        """Ordinary token ids, of which warm-up batches are made."""
+        ...
+
+    def encode(self, items: Row[Item], encoding: Encoding) -> Row[Sequence | HttpError]:
+        """Return a Sequence or an error for each item, in order."""
+        ...
+
+    def estimate_tokens(self, items: Row[Item]) -> int:
+        """Guess the tokens of the items without tokenizing."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredRequest:
+    """The answer to a ScoreRequest: a Score or an error for each item, in input order, and what that took.
+
+    ``usage.shared_tokens`` counts repeated items, and what the engine shared in batches that held this request alone;
+    what it shared with other requests belongs to nobody.
+    """
+
+    outcomes: tuple[Outcome, ...]
+    usage: Usage
+    timings: Timings
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a request asks of the engine: each distinct token sequence once.
+
+    ``prefixes``: for each sequence, the key of what it may share. ``places``: for each, the items that it answers.
+    """
+
+    sequences: tuple[Sequence, ...]
+    prefixes: tuple[Hashable, ...]
+    places: tuple[tuple[int, ...], ...]
+
+
+def plan_work(items: Row[Item], encoded: Row[Sequence | HttpError]) -> Work:
+    """Leave out errors and repeated token sequences, and put what shares a beginning side by side.
+
+    Equal token ids are computed once, so the same text is bit-identical within a request, whatever the batches are.
+    """
+    first: dict[tuple[int, ...], Sequence] = {}
+    places: dict[tuple[int, ...], list[int]] = {}
+    for place, sequence in enumerate(encoded):
+        if isinstance(sequence, Sequence):
+            first.setdefault(sequence.token_ids, sequence)
+            places.setdefault(sequence.token_ids, []).append(place)
+    distinct = sorted(first)
+    return Work(
+        sequences=tuple(first[ids] for ids in distinct),
+        prefixes=tuple(prefix_key(items[places[ids][0]], first[ids]) for ids in distinct),
+        places=tuple(tuple(places[ids]) for ids in distinct),
+    )
+
+
+def prefix_key(item: Item, sequence: Sequence) -> Hashable:
+    """Return a key that is equal for sequences of one prompt, in this request and in others.
+
+    It is a hash, which may collide: it only decides who travels together. What is shared is decided on token ids.
+    """
+    if sequence.num_prompt_tokens is not None:
+        return hash(sequence.token_ids[: sequence.num_prompt_tokens])
+    if item.group is not None:
+        return item.group, hash(sequence.token_ids[:HEAD_TOKENS])
+    return hash(sequence.token_ids[:HEAD_TOKENS])
+
+
+class _Pending:
+    """A request on its way: what was asked, what is known so far, and the future that its caller awaits.
+
+    Settled on the event loop only.
+    """
+
+    def __init__(
+        self, level: DiagnosticsLevel, encoded: Row[Sequence | HttpError], work: Work, queued_at: float
+    ) -> None:
+        self.level = level
+        self.encoded = encoded
+        self.work = work
+        self.answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._queued_at = queued_at
+        self._outcomes: list[Outcome | None] = [None if isinstance(entry, Sequence) else entry for entry in encoded]
+        self._num_waiting = len(work.sequences)
+        self._shared_tokens = 0
+        self._queue_s = 0.0
+        self._engine_s = 0.0
+        if not self._num_waiting:
+            self.answered.set_result(None)
+
+    def settle(self, entry: Entry, outcome: Outcome) -> None:
+        """Take in the outcome of one sequence, for all the items that it answers; the last one answers the request."""
+        for place in self.work.places[entry.place]:
+            self._outcomes[place] = self._outcome_of_twin(place, entry, outcome)
+        self._num_waiting -= 1
+        if not self._num_waiting and not self.answered.done():
+            self.answered.set_result(None)
+
+    def note_batch(self, begin: float, engine_s: float, shared_tokens: int) -> None:
+        """Remember the batch that was answered last: its items are the slowest of the request."""
+        self._queue_s, self._engine_s = begin - self._queued_at, engine_s
+        self._shared_tokens += shared_tokens
+
+    def fail(self, error: HttpError) -> None:
+        """Answer the request as a whole with an error, unless it has its answer."""
+        if not self.answered.done():
+            self.answered.set_exception(error)
+
+    def scored(self, tokenize_s: float, total_s: float) -> ScoredRequest:
+        """Return the answer, once every item has its outcome."""
+        outcomes = tuple(outcome for outcome in self._outcomes if outcome is not None)
+        if len(outcomes) != len(self.encoded):
+            raise InternalError(f"{len(self.encoded) - len(outcomes)} items have no outcome.")
+        timings = Timings(tokenize_s=tokenize_s, queue_s=self._queue_s, engine_s=self._engine_s, total_s=total_s)
+        return ScoredRequest(outcomes, self._usage(outcomes), timings)
+
+    def _outcome_of_twin(self, place: int, entry: Entry, outcome: Outcome) -> Outcome:
+        """Give an item the reward of its equal: the ids are the same, but what is known of the text may differ."""
+        twin = self.encoded[place]
+        if isinstance(outcome, HttpError) or isinstance(twin, HttpError) or twin == entry.sequence:
+            return outcome
+        return score_of(outcome.reward, twin, self.level)
+
+    def _usage(self, outcomes: Row[Outcome]) -> Usage:
+        sequences = [sequence for sequence in self.encoded if isinstance(sequence, Sequence)]
+        scored = [
+            sequence.num_tokens
+            for sequence, outcome in zip(self.encoded, outcomes, strict=True)
+            if isinstance(sequence, Sequence) and isinstance(outcome, Score)
+        ]
+        repeated = sum(
+            (len(places) - 1) * sequence.num_tokens
+            for sequence, places in zip(self.work.sequences, self.work.places, strict=True)
+            if isinstance(outcomes[places[0]], Score)
+        )
+        return Usage(
+            prompt_tokens=sum((sequence.num_prompt_tokens or 0) + sequence.num_dropped for sequence in sequences),
+            completion_tokens=sum(sequence.num_completion_tokens or 0 for sequence in sequences),
+            scored_tokens=sum(scored),
+            shared_tokens=repeated + self._shared_tokens,
+        )
+
+
+class Scorer:
+    """Scores requests on one engine, many at a time.
+
+    Args:
+        encoder: turns items into sequences.
+        pipeline: on an engine that nobody else uses.
+        limits: on requests and on what may wait.
+        batching: the budget of a pass.
+        metrics: of this replica.
+        num_tokenizer_threads: beside the event loop.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        pipeline: Pipeline,
+        limits: LimitSettings,
+        batching: BatchingSettings,
+        metrics: Metrics,
+        *,
+        num_tokenizer_threads: int = 2,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        info = pipeline.engine.info
+        self._encoder = encoder
+        self._pipeline = pipeline
+        self._limits = limits
+        self._metrics = metrics
+        self._clock = clock
+        self._budget = BatchBudget(
+            info.cost,
+            max(batching.max_batch_tokens or info.max_batch_tokens, info.max_input_tokens),
+            batching.max_batch_sequences,
+        )
+        self._state: State = "starting"
+        self._threads = ThreadPoolExecutor(num_tokenizer_threads, thread_name_prefix="tokenize")
+        self._engine_thread = threading.Thread(target=self._run_engine, name="engine", daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._started: asyncio.Future[None] | None = None
+        self._keys = itertools.count()
+        self._num_accepted = 0
+        self._all_answered = asyncio.Event()
+        self._all_answered.set()
+        # What follows is shared with the engine thread and touched under the condition's lock only.
+        self._work_waits = threading.Condition()
+        self._queue = Queue(limits.max_queue_tokens)
+        self._pending: dict[Hashable, _Pending] = {}
+        self._stopped = False
+        self._busy_since: float | None = None
+        self._publish_gauges()
+
+    # --- Life --------------------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> State:
+        """``ready`` takes requests; ``draining`` answers those it has taken; ``failed`` must be replaced."""
+        return self._state
+
+    @property
+    def queued_tokens(self) -> int:
+        """Tokens that wait for the engine, those of requests still being tokenized estimated."""
+        return self._queue.num_waiting_tokens
+
+    @property
+    def budget(self) -> BatchBudget:
+        """What a pass may hold now; it shrinks when the device runs out of memory."""
+        return self._budget
+
+    @property
+    def is_engine_alive(self) -> bool:
+        """Whether the engine thread runs."""
+        return self._engine_thread.is_alive()
+
+    async def start(self) -> None:
+        """Start the engine thread and warm the engine up; return when requests are taken.
+
+        Raises:
+            WarmUpFailed: the largest legal batch does not run.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._started = self._loop.create_future()
+        self._engine_thread.start()
+        await self._started
+        if self._state == "starting":
+            self._enter("ready")
+
+    async def stop(self, drain_s: float) -> None:
+        """Take no more requests, answer the accepted ones for up to ``drain_s``, then end the engine thread.
+
+        Requests that are not answered by then get Draining. May be called again; a pass that hangs is left behind.
+        """
+        if self._state != "failed":
+            self._enter("draining")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(drain_s):
+                await self._all_answered.wait()
+        with self._work_waits:
+            self._stopped = True
+            self._work_waits.notify()
+        self._fail_all(lambda: Draining("The replica shut down before this request's turn came."))
+        if self.is_engine_alive:
+            await asyncio.to_thread(self._engine_thread.join, ENGINE_STOP_S)
+        self._threads.shutdown(wait=False)
+
+    def check_health(self) -> None:
+        """Say nothing while the engine is well.
+
+        Raises:
+            EngineUnavailable: its thread has died, or one batch has run for longer than any caller may wait.
+        """
+        if self._state == "failed":
+            raise EngineUnavailable("The engine thread has died.")
+        busy_since = self._busy_since
+        if busy_since is not None and self._clock() - busy_since > self._limits.deadline_s:
+            raise EngineUnavailable(f"A batch has been running for more than {self._limits.deadline_s:g} s.")
+
+    def _enter(self, state: State) -> None:
+        self._state = state
+        self._metrics.ready.set(state == "ready")
+
+    # --- The road of a request ---------------------------------------------------------------------------------------
+
+    async def score(self, request: ScoreRequest) -> ScoredRequest:
+        """Score a request; exactly one answer comes, here or as an exception.
+
+        Raises:
+            Overloaded, NotReady, Draining, EngineUnavailable: it was refused before any work.
+            DeadlineExceeded: its time is over; what was still waiting is not computed.
+            EngineUnavailable, Draining: the replica ended before it was answered.
+            CancelledError: the caller left; what was still waiting is not computed.
+        """
+        num_items = len(request.items)
+        arrived = self._clock()
+        timeout_s = min(request.timeout_s, self._limits.deadline_s)
+        key = self._admit(request)
+        self._accept(num_items)
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._score_accepted(key, request, arrived, arrived + timeout_s)
+        except (TimeoutError, DeadlineExceeded):
+            self._count(num_items, "expired")
+            raise DeadlineExceeded(f"No answer within {timeout_s:g} s.") from None
+        except asyncio.CancelledError:
+            self._count(num_items, "cancelled")
+            raise
+        except BaseException:
+            self._count(num_items, "error")
+            raise
+        finally:
+            self._release(key, num_items)
+
+    def _admit(self, request: ScoreRequest) -> Hashable:
+        """Refuse before anything was done, or reserve room in the line and return the key of the reservation."""
+        key = next(self._keys)
+        try:
+            self._refuse_unless_ready()
+            num_tokens = self._encoder.estimate_tokens(request.items)
+            with self._work_waits:
+                self._queue.admit(key, num_tokens)
+        except HttpError as refusal:
+            self._metrics.shed.labels(reason=refusal.code).inc()
+            self._count(len(request.items), "shed")
+            raise
+        return key
+
+    def _refuse_unless_ready(self) -> None:
+        if self._state == "starting":
+            raise NotReady("The model is loading or warming up.")
+        if self._state == "draining":
+            raise Draining("This replica takes no new requests.")
+        if self._state == "failed":
+            raise EngineUnavailable("The engine thread has died.")
+
+    def _accept(self, num_items: int) -> None:
+        self._num_accepted += 1
+        self._all_answered.clear()
+        self._metrics.inflight_items.inc(num_items)
+
+    def _release(self, key: Hashable, num_items: int) -> None:
+        with self._work_waits:
+            self._queue.cancel(key)
+            self._pending.pop(key, None)
+        self._metrics.inflight_items.dec(num_items)
+        self._num_accepted -= 1
+        if not self._num_accepted:
+            self._all_answered.set()
+
+    async def _score_accepted(
+        self, key: Hashable, request: ScoreRequest, arrived: float, deadline: float
+    ) -> ScoredRequest:
+        begin = self._clock()
+        encoded, work = await self._encode(request)
+        queued = self._clock()
+        pending = _Pending(request.diagnostics, encoded, work, queued)
+        self._enqueue(key, pending, queued, deadline)
+        await pending.answered
+        scored = pending.scored(tokenize_s=queued - begin, total_s=self._clock() - arrived)
+        self._observe(scored, encoded)
+        return scored
+
+    async def _encode(self, request: ScoreRequest) -> tuple[list[Sequence | HttpError], Work]:
+        loop = asyncio.get_running_loop()
+        encoded: list[Sequence | HttpError] = []
+        for start in range(0, len(request.items), CHUNK_ITEMS):
+            self._refuse_if_stopped()
+            chunk = request.items[start : start + CHUNK_ITEMS]
+            encoded += await loop.run_in_executor(self._threads, self._encoder.encode, chunk, request.encoding)
+        if len(encoded) <= CHUNK_ITEMS:
+            return encoded, plan_work(request.items, encoded)
+        return encoded, await loop.run_in_executor(self._threads, plan_work, request.items, encoded)
+
+    def _enqueue(self, key: Hashable, pending: _Pending, now: float, deadline: float) -> None:
+        with self._work_waits:
+            self._refuse_if_stopped()
+            self._pending[key] = pending
+            self._queue.put(key, pending.work.sequences, pending.work.prefixes, now=now, deadline=deadline)
+            self._work_waits.notify()
+
+    def _refuse_if_stopped(self) -> None:
+        """Nobody would serve what is queued now; checked again where a request resumes after an await."""
+        if self._state == "failed":
+            raise EngineUnavailable("The engine thread has died.")
+        if self._stopped:
+            raise Draining("The replica shut down before this request's turn came.")
+
+    # --- The engine thread -------------------------------------------------------------------------------------------
+
+    def _run_engine(self) -> None:
+        try:
+            self._warm_up()
+            self._call_loop(self._finish_start, None)
+            while batch := self._next_batch():
+                self._run_batch(*batch)
+            self._pipeline.engine.close()
+        except BaseException as error:  # whatever ends this thread, those who wait on it must hear of it
+            logger.critical("The engine thread has died.", exc_info=True)
+            self._call_loop(self._on_engine_death, error)
+
+    def _warm_up(self) -> None:
+        warm_up = self._pipeline.warm_up(self._budget, self._encoder.sample_token_ids)
+        with self._work_waits:
+            self._queue.record_throughput(warm_up.num_tokens, warm_up.seconds)
+        self._set_budget(warm_up.budget)
+
+    def _next_batch(self) -> tuple[TakenBatch, list[_Pending]] | None:
+        """Wait for work and take it, with whom each entry belongs to (first those to compute, then the expired)."""
+        with self._work_waits:
+            while not self._stopped:
+                taken = self._queue.take_batch(self._clock(), self._budget)
+                if taken.entries or taken.expired:
+                    return taken, [self._pending[entry.request] for entry in (*taken.entries, *taken.expired)]
+                self._work_waits.wait()
+        return None
+
+    def _run_batch(self, taken: TakenBatch, owners: Row[_Pending]) -> None:
+        num_computed = len(taken.entries)
+        if taken.expired:
+            self._call_loop(self._expire, owners[num_computed:])
+        if not taken.entries:
+            return
+        self._busy_since = begin = self._clock()
+        outcome = self._outcome_of(taken.entries, owners[:num_computed])
+        engine_s = self._clock() - begin
+        self._busy_since = None
+        lengths = [entry.num_tokens for entry in taken.entries]
+        with self._work_waits:
+            self._queue.record_throughput(sum(lengths), engine_s)
+        if outcome.out_of_memory and num_computed > 1:
+            self._set_budget(self._budget.halved(floor=self._pipeline.engine.info.max_input_tokens))
+        self._observe_batch(lengths, outcome)
+        self._call_loop(self._resolve, taken.entries, owners[:num_computed], outcome, begin, engine_s)
+
+    def _outcome_of(self, entries: Row[Entry], owners: Row[_Pending]) -> BatchOutcome:
+        try:
+            return self._pipeline.run([entry.sequence for entry in entries], [owner.level for owner in owners])
+        except Exception:
+            logger.exception("A batch of %d sequences failed outside the engine.", len(entries))
+            return BatchOutcome(tuple(InternalError("The batch failed.") for _ in entries), 0, False, 0, 0.0, 0.0)
+
+    def _call_loop(self, callback: Callable[..., None], *args: object) -> None:
+        assert self._loop is not None  # noqa: S101 - the thread is started by start()
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to hear it
+            self._loop.call_soon_threadsafe(callback, *args)
+
+    def _set_budget(self, budget: BatchBudget) -> None:
+        if budget != self._budget:
+            logger.warning("A pass now holds at most %d tokens.", budget.max_tokens)
+        self._budget = budget
+        self._metrics.budget_tokens.set(budget.max_tokens)
+
+    # --- Back on the event loop --------------------------------------------------------------------------------------
+
+    def _finish_start(self, error: WarmUpFailed | None) -> None:
+        if self._started is None or self._started.done():
+            return
+        if error:
+            self._started.set_exception(error)
+        else:
+            self._started.set_result(None)
+
+    def _resolve(
+        self, entries: Row[Entry], owners: Row[_Pending], outcome: BatchOutcome, begin: float, engine_s: float
+    ) -> None:
+        distinct = dict.fromkeys(owners)
+        shared_tokens = outcome.shared_tokens if len(distinct) == 1 else 0
+        for owner in distinct:
+            owner.note_batch(begin, engine_s, shared_tokens)
+        for entry, owner, its_outcome in zip(entries, owners, outcome.outcomes, strict=True):
+            owner.settle(entry, its_outcome)
+
+    def _expire(self, owners: Row[_Pending]) -> None:
+        for owner in owners:
+            owner.fail(DeadlineExceeded("The deadline passed in the queue."))
+
+    def _on_engine_death(self, error: BaseException) -> None:
+        self._enter("failed")
+        failure = error if isinstance(error, WarmUpFailed) else WarmUpFailed(f"Warm-up ended: {type(error).__name__}.")
+        self._finish_start(failure)
+        self._fail_all(lambda: EngineUnavailable("The engine thread has died."))
+
+    def _fail_all(self, error: Callable[[], HttpError]) -> None:
+        for pending in list(self._pending.values()):
+            pending.fail(error())
+
+    # --- What is counted ---------------------------------------------------------------------------------------------
+
+    def _publish_gauges(self) -> None:
+        self._metrics.budget_tokens.set(self._budget.max_tokens)
+        self._metrics.queue_items.set_function(lambda: len(self._queue))
+        self._metrics.queue_tokens.set_function(lambda: self.queued_tokens)
+        self._metrics.queue_oldest.set_function(self._oldest_wait_s)
+
+    def _oldest_wait_s(self) -> float:
+        with self._work_waits:
+            oldest = self._queue.oldest_arrival
+        return 0.0 if oldest is None else self._clock() - oldest
+
+    def _count(self, num_items: int, outcome: str) -> None:
+        self._metrics.items.labels(outcome=outcome).inc(num_items)
+
+    def _observe(self, scored: ScoredRequest, encoded: Row[Sequence | HttpError]) -> None:
+        metrics = self._metrics
+        metrics.stage_duration.labels(stage="tokenize").observe(scored.timings.tokenize_s)
+        metrics.stage_duration.labels(stage="queue").observe(scored.timings.queue_s)
+        labels = Counter(map(outcome_label, scored.outcomes, encoded))
+        for label, num_items in labels.items():
+            self._count(num_items, label)
+        for outcome, sequence in zip(scored.outcomes, encoded, strict=True):
+            if isinstance(outcome, Score) and isinstance(sequence, Sequence):
+                metrics.reward.observe(outcome.reward)
+                if sequence.num_completion_tokens is not None:
+                    metrics.completion_length.observe(sequence.num_completion_tokens)
+
+    def _observe_batch(self, lengths: Row[int], outcome: BatchOutcome) -> None:
+        metrics = self._metrics
+        real = sum(lengths)
+        metrics.batch_items.observe(len(lengths))
+        metrics.batch_tokens.observe(real)
+        metrics.forwards.inc(outcome.num_forwards)
+        metrics.oom.inc(outcome.out_of_memory)
+        metrics.tokens.labels(kind="real").inc(real)
+        metrics.tokens.labels(kind="padding").inc(batch_cost(lengths, self._budget.cost) - real)
+        metrics.tokens.labels(kind="shared").inc(outcome.shared_tokens)
+        metrics.stage_duration.labels(stage="forward").observe(outcome.forward_s)
+        metrics.stage_duration.labels(stage="diagnose").observe(outcome.diagnose_s)
+
+
+def outcome_label(outcome: Outcome, sequence: Sequence | HttpError) -> str:
+    """Name an item's outcome as ``rm_items_total`` does; an item that was not tokenized has its error twice."""
+    if isinstance(outcome, NonFiniteReward):
+        return "non_finite"
+    if isinstance(outcome, RequestRefused):
+        return "invalid"
+    if isinstance(outcome, HttpError):
+        return "error"
+    return "truncated" if isinstance(sequence, Sequence) and sequence.truncated else "ok"

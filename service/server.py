@@ -1,0 +1,256 @@
+"""The command ``reward-serve``: judges the checkpoint, starts the service on this machine, and ends it cleanly.
+
+Ray runs in a child process under a supervisor; this process imports neither Ray nor, beyond the judgement, torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Self
+
+from rich.console import Console
+from rich.status import Status
+
+from service.errors import StartupError
+from service.settings import Settings, read_settings
+from service.substrate import Launch, choose_ports, ray_environment
+from service.supervisor import StopRequested, private_folder, raise_on_stop_signals, reachable, supervise, sweep
+
+DRAIN_S = 6.0
+"""Seconds for accepted requests after Ctrl-C; with Serve's own end this stays below the supervisor's patience."""
+REPLICA_DRAIN_S = 1.0
+"""How long a leaving replica stays reachable, so that HAProxy has heard of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the judgement found. ``path`` and ``name`` are None for the oracle, which has no checkpoint."""
+
+    path: str | None
+    name: str | None
+    needs_gpu: bool
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    raise_on_stop_signals()
+    try:
+        settings = read_settings(_tree(options))
+        if options.check is not None:
+            _check(settings, console)
+        else:
+            _serve(settings, options, console)
+    except StartupError as error:
+        console.print(f"reward-serve: {error}", markup=False, style="red")
+        return 1
+    except StopRequested:
+        return 0
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="reward-serve", description="Serve a scalar-head reward model over HTTP.")
+    parser.add_argument("--model", metavar="DIR", help="checkpoint folder or hub id; none: the demo model")
+    parser.add_argument("--check", metavar="DIR", help="judge this checkpoint and run the parity probe, serve nothing")
+    parser.add_argument("--model-revision", metavar="REV", help="revision of a hub id")
+    parser.add_argument("--name", help="the model's name in answers and metrics")
+    parser.add_argument("--engine", choices=["auto", "torch", "oracle"], help="oracle: a known function, for tests")
+    parser.add_argument("--forward", choices=["auto", "packed", "padded"], help="forward path of the torch engine")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"])
+    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--pooling", choices=["hf", "last"])
+    parser.add_argument("--max-input-tokens", type=int, metavar="N", help="longest sequence that is scored")
+    parser.add_argument("--max-batch-tokens", type=int, metavar="N", help="tokens of one forward pass")
+    parser.add_argument("--num-threads", type=int, metavar="N", help="CPU threads of the forward pass, per replica")
+    parser.add_argument("--deterministic", action="store_true", default=None, help="bit-identical across batches")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="where HTTP listens (default: %(default)s, this machine only)"
+    )
+    parser.add_argument("--port", type=int, default=8000, help="default: %(default)s")
+    parser.add_argument(
+        "--replicas", type=int, default=1, help="copies of the model; each takes a GPU where there are any"
+    )
+    parser.add_argument(
+        "--log",
+        metavar="FILE",
+        help="one JSON line per request; -: standard output, the default unless it is a terminal",
+    )
+    parser.add_argument("--revision", default="unknown", help="code revision of this deployment, shown by /v1/model")
+    return parser
+
+
+def _tree(options: argparse.Namespace) -> dict[str, Any]:
+    model = {
+        "path": options.check or options.model,
+        "revision": options.model_revision,
+        "name": options.name,
+        "engine": options.engine,
+        "forward": options.forward,
+        "device": options.device,
+        "dtype": options.dtype,
+        "pooling": options.pooling,
+        "max_input_tokens": options.max_input_tokens,
+        "num_threads": options.num_threads,
+    }
+    batching = {"max_batch_tokens": options.max_batch_tokens, "deterministic": options.deterministic}
+    return {
+        "model": {name: value for name, value in model.items() if value is not None},
+        "batching": {name: value for name, value in batching.items() if value is not None},
+        "revision": options.revision,
+    }
+
+
+def _check(settings: Settings, console: Console) -> None:
+    from service.assembly import assemble, judge
+    from service.checkpoint import describe
+
+    for line in describe(judge(settings.model)):
+        console.print(line, markup=False)
+    served = assemble(settings)
+    info = served.info
+    console.print(f"  served as         {served.identity.name}, version {served.identity.version}", markup=False)
+    console.print(f"  forward           {info.forward}, {info.dtype} on {info.device}", markup=False)
+    for name, value in info.parity.items():
+        console.print(f"  parity            {name}: {value}", markup=False)
+
+
+def _serve(settings: Settings, options: argparse.Namespace, console: Console) -> None:
+    ports = choose_ports(options.host, options.port)
+    with _TerminalProgress(console, _reachable_url(options)) as progress:
+        progress.stage("checkpoint")
+        verdict = _judge_apart(settings)
+        settings = _settled(settings, verdict, options)
+        with private_folder() as folder:
+            launch = Launch(
+                settings=_with_log(settings, options.log, str(folder)).model_dump(mode="json"),
+                folder=str(folder),
+                host=options.host,
+                port=options.port,
+                replicas=options.replicas,
+                cpus=_cores_each(options.replicas),
+                gpus=int(verdict.needs_gpu),
+                drain_s=DRAIN_S,
+            )
+            environment = ray_environment(folder, ports, deadline_s=settings.limits.deadline_s, drain_s=REPLICA_DRAIN_S)
+            supervise(launch, environment, progress)
+
+
+def _judge_apart(settings: Settings) -> Verdict:
+    """Judge the checkpoint in a process of its own, so that torch's memory goes with it."""
+    if settings.model.engine == "oracle":
+        return Verdict(None, None, needs_gpu=False)
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(1, mp_context=context, initializer=_leave_signals_to_parent)
+    try:
+        return pool.submit(_verdict, settings).result()
+    except StopRequested:
+        sweep()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _leave_signals_to_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _verdict(settings: Settings) -> Verdict:
+    from service.assembly import judge
+    from service.engines.device import resolve_device
+
+    checkpoint = judge(settings.model)
+    is_cuda = resolve_device(settings.model.device).type == "cuda"
+    return Verdict(str(checkpoint.path), checkpoint.name, needs_gpu=is_cuda)
+
+
+def _settled(settings: Settings, verdict: Verdict, options: argparse.Namespace) -> Settings:
+    """The settings with what is known by now, so that replicas neither search nor download again."""
+    found: dict[str, Any] = {}
+    if verdict.path is not None:
+        found |= {"path": verdict.path, "name": verdict.name}
+    if settings.model.num_threads is None:
+        found["num_threads"] = _cores_each(options.replicas)
+    return settings.model_copy(update={"model": settings.model.model_copy(update=found)})
+
+
+def _with_log(settings: Settings, choice: str | None, folder: str) -> Settings:
+    to_stdout = choice == "-" or (choice is None and not sys.stdout.isatty())
+    path = f"/proc/{os.getpid()}/fd/1" if to_stdout else choice or f"{folder}/requests.jsonl"
+    return settings.model_copy(update={"log": path})
+
+
+def _cores_each(replicas: int) -> int:
+    return max(1, len(os.sched_getaffinity(0)) // replicas)
+
+
+def _reachable_url(options: argparse.Namespace) -> str:
+    return f"http://{reachable(options.host)}:{options.port}"
+
+
+_STAGES = {
+    "checkpoint": "Judging the checkpoint",
+    "ray": "Starting Ray",
+    "serve": "Starting Ray Serve",
+    "model": "Loading the model and warming up",
+    "running": "Waiting for the first answer through the proxy",
+}
+_EXAMPLE = """\
+curl -s {url}/v1/score -H 'Content-Type: application/json' -d '{{"items": [
+  {{"prompt": "How do I boil an egg?", "completion": "Put it in boiling water for eight minutes."}},
+  {{"prompt": "How do I boil an egg?", "completion": "No."}}]}}'"""
+
+
+class _TerminalProgress:
+    """Shows the start: a moving line on a terminal, a plain line per stage elsewhere."""
+
+    def __init__(self, console: Console, url: str) -> None:
+        self._console = console
+        self._url = url
+        self._status: Status | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end_status()
+
+    def stage(self, name: str) -> None:
+        """Show that a stage has begun."""
+        self._show(_STAGES[name])
+
+    def ready(self, elapsed_s: float) -> None:
+        """Show that the service answers, and how to ask it."""
+        self._end_status()
+        self._console.print(
+            f"Ready in {elapsed_s:.0f} s: {self._url}\n\n{_EXAMPLE.format(url=self._url)}\n", markup=False
+        )
+
+    def stopping(self) -> None:
+        """Show that the end has begun."""
+        self._show("Stopping: accepted requests are answered first")
+
+    def _show(self, text: str) -> None:
+        self._end_status()
+        if self._console.is_terminal:
+            self._status = self._console.status(text)
+            self._status.start()
+        else:
+            self._console.print(f"{text} ...", markup=False)
+
+    def _end_status(self) -> None:
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

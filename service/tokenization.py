@@ -1,0 +1,275 @@
+"""Turns Items into token Sequences: the one place that knows chat templates, special tokens and truncation.
+
+It must give the ids that training gave, or every reward is off. So it follows TRL and transformers to the letter: a
+conversation goes through the model's chat template and gets no further special tokens; a plain text gets what the
+tokenizer puts in front of it. A special token written out in a text counts as that token, in training as here. Nothing
+is ever appended to a decoder's text, since the last token is where the reward is read: a model trained on plain texts
+that end in EOS (as TRL ends them) wants the EOS in the completion.
+
+It holds no state that a call changes, so several threads may encode at once.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence as Row
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
+from math import ceil
+from typing import Any, assert_never
+
+from service.errors import CheckpointError, HttpError, InvalidRequest, SequenceTooLong, SettingsError
+from service.records import (
+    Encoding,
+    Exchange,
+    Item,
+    Message,
+    Sequence,
+    TemplateChoice,
+    TemplatedText,
+    TokenIds,
+    Truncation,
+)
+from service.settings import TokenizationSettings
+
+SAMPLE_PROMPT = "What does a reward model do?"
+SAMPLE_COMPLETION = "It reads a prompt with its answer and says, as one number, how much people would like that answer."
+SAMPLE = Item(Exchange(SAMPLE_PROMPT, SAMPLE_COMPLETION))
+"""A fixed item, whose token ids show at a glance whether two services read the same text in the same way."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """What is handed to the tokenizer for one item.
+
+    ``wrapped``: whether the text gets the special tokens that the tokenizer puts around a plain text. ``prompt_chars``:
+    where the completion begins; None if that is unknown.
+    """
+
+    text: str = field(repr=False)
+    wrapped: bool
+    prompt_chars: int | None = None
+    completion_chars: int | None = None
+
+
+class Tokenization:
+    """Encodes Items for one model.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers; read once, never changed.
+        settings: the defaults of the service.
+        max_input_tokens: the longest Sequence that may come out.
+        vocab_size: token ids that callers send must be below it (the embedding's rows).
+
+    ``sample_token_ids`` are those of ``SAMPLE`` under the defaults.
+
+    Raises:
+        SettingsError: the chat template is set as default, but the tokenizer has none.
+        CheckpointError: the chat template does not even render a question with its answer.
+    """
+
+    def __init__(
+        self, tokenizer: Any, settings: TokenizationSettings, *, max_input_tokens: int, vocab_size: int
+    ) -> None:
+        if settings.template == "chat" and not tokenizer.chat_template:
+            raise SettingsError("tokenization.template is chat, but the tokenizer has no chat template: set concat.")
+        self._tokenizer = tokenizer
+        self._backend = _private_backend(tokenizer)
+        self._prefix, self._suffix = _special_tokens_around_text(tokenizer, self._backend)
+        self._openers = {tokenizer.bos_token_id, *self._prefix}
+        self._default_template: TemplateChoice = settings.template or ("chat" if tokenizer.chat_template else "concat")
+        self._max_input_tokens = max_input_tokens
+        self._vocab_size = vocab_size
+        self.sample_token_ids = self._encode_sample()
+        self._tokens_per_char, self._extra_tokens = self._measure_sample()
+
+    def template_for(self, encoding: Encoding) -> TemplateChoice:
+        """Tell how a plain-string prompt is rendered under this encoding, for the answer to echo."""
+        return encoding.template or self._default_template
+
+    def encode(self, items: Row[Item], encoding: Encoding) -> list[Sequence | HttpError]:
+        """Tokenize the items in one call of the tokenizer; in place of an item that cannot be encoded stands its error.
+
+        An Exchange whose prompt is a string becomes a user turn and an assistant turn of the chat template, or under
+        ``concat`` the two strings joined. A prompt of messages always goes through the chat template. Templated text
+        gets the tokenizer's BOS if ``add_bos``, and unless it brings one. Token ids stay as they are.
+
+        Truncation ``prompt_left`` cuts what is too long from the left, behind its BOS. It stops before the completion;
+        in templated text the border is unknown, so there the caller answers for what is cut. Token ids are never cut.
+
+        Args:
+            items: any number, also none.
+            encoding: the wishes of the request.
+
+        Returns:
+            One entry per item, in order: a Sequence, or one of
+            InvalidRequest: messages without a chat template, or messages that it refuses; ids outside the vocabulary;
+            no tokens at all.
+            SequenceTooLong: over ``max_input_tokens``, and cutting was not asked for or cannot help.
+        """
+        prompts: dict[tuple[Message, ...], str] = {}
+        prepared = [self._prepare(item, encoding, prompts) for item in items]
+        texts = [entry.text for entry in prepared if isinstance(entry, _Text)]
+        encoded = iter(self._backend.encode_batch(texts, add_special_tokens=False))
+        outcomes: list[Sequence | HttpError] = []
+        for entry in prepared:
+            match entry:
+                case _Text():
+                    outcomes.append(self._fit(self._sequence(entry, next(encoded)), encoding.truncation))
+                case TokenIds():
+                    outcomes.append(self._check_ids(entry))
+                case HttpError():
+                    outcomes.append(entry)
+        return outcomes
+
+    def estimate_tokens(self, items: Row[Item]) -> int:
+        """Guess the tokens of the items from their characters, without tokenizing; at least one per item.
+
+        Admission counts with it: to tokenize first would let an overload cost what it should not. Token ids are exact.
+        """
+        return sum(self._estimate(item) for item in items)
+
+    def _estimate(self, item: Item) -> int:
+        if isinstance(item.content, TokenIds):
+            return max(1, len(item.content.ids))
+        return max(1, self._extra_tokens + ceil(item.content.num_chars * self._tokens_per_char))
+
+    def _prepare(
+        self, item: Item, encoding: Encoding, prompts: dict[tuple[Message, ...], str]
+    ) -> _Text | TokenIds | HttpError:
+        content = item.content
+        match content:
+            case Exchange():
+                return self._render_exchange(content, self.template_for(encoding), prompts)
+            case TemplatedText():
+                return _Text(content.text, wrapped=encoding.add_bos)
+            case TokenIds():
+                return content
+            case _:
+                assert_never(content)
+
+    def _render_exchange(
+        self, exchange: Exchange, template: TemplateChoice, prompts: dict[tuple[Message, ...], str]
+    ) -> _Text | HttpError:
+        prompt, completion = exchange.prompt, exchange.completion
+        if isinstance(prompt, str):
+            if template == "concat":
+                return _Text(prompt + completion, True, len(prompt), len(completion))
+            prompt = (Message("user", prompt),)
+        if not self._tokenizer.chat_template:
+            return InvalidRequest("The model has no chat template: the prompt must be a string, its template concat.")
+        try:
+            # The prompt alone shows where the completion begins; many items share a prompt, so it is rendered once.
+            if prompt not in prompts:
+                prompts[prompt] = self._render(prompt, open_ended=True)
+            text = self._render((*prompt, Message("assistant", completion)), open_ended=False)
+        except Exception as error:  # noqa: BLE001 - a template is a program and may raise anything
+            # Its message may quote the conversation, so only its class is told.
+            return InvalidRequest(f"The model's chat template refuses these messages ({type(error).__name__}).")
+        return _Text(text, False, _common_prefix_length(prompts[prompt], text), len(completion))
+
+    def _render(self, messages: tuple[Message, ...], *, open_ended: bool) -> str:
+        conversation = [{"role": message.role, "content": message.content} for message in messages]
+        return str(self._tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=open_ended))
+
+    def _sequence(self, text: _Text, encoded: Any) -> Sequence:
+        ids = tuple(encoded.ids)
+        num_prompt_tokens = None if text.prompt_chars is None else _tokens_before(text.prompt_chars, encoded)
+        if text.wrapped and ids[: len(self._prefix)] != self._prefix:
+            ids = self._prefix + ids
+            if num_prompt_tokens is not None:
+                num_prompt_tokens += len(self._prefix)
+        if text.wrapped and self._suffix and ids[-len(self._suffix) :] != self._suffix:
+            ids += self._suffix
+        return Sequence(ids, num_prompt_tokens, completion_chars=text.completion_chars)
+
+    def _fit(self, sequence: Sequence, truncation: Truncation) -> Sequence | HttpError:
+        ids, limit = sequence.token_ids, self._max_input_tokens
+        if not ids:
+            return InvalidRequest("The item has no tokens.")
+        excess = len(ids) - limit
+        if excess <= 0:
+            return sequence
+        if truncation == "error":
+            return _too_long(len(ids), limit)
+        num_openers = sum(1 for _ in takewhile(self._openers.__contains__, ids))
+        end_of_prompt = len(ids) if sequence.num_prompt_tokens is None else sequence.num_prompt_tokens
+        if excess > end_of_prompt - num_openers:
+            return SequenceTooLong(
+                f"{len(ids):,} tokens, {len(ids) - end_of_prompt:,} of them in the completion, which is never cut; "
+                f"the limit is {limit:,}."
+            )
+        return replace(
+            sequence,
+            token_ids=ids[:num_openers] + ids[num_openers + excess :],
+            num_prompt_tokens=None if sequence.num_prompt_tokens is None else sequence.num_prompt_tokens - excess,
+            num_dropped=excess,
+        )
+
+    def _check_ids(self, content: TokenIds) -> Sequence | HttpError:
+        ids = content.ids
+        if not ids:
+            return InvalidRequest("The item has no tokens.")
+        if min(ids) < 0 or max(ids) >= self._vocab_size:
+            place = next(place for place, token_id in enumerate(ids) if not 0 <= token_id < self._vocab_size)
+            return InvalidRequest(f"The token id at place {place} is not in the vocabulary of {self._vocab_size:,}.")
+        return Sequence(ids) if len(ids) <= self._max_input_tokens else _too_long(len(ids), self._max_input_tokens)
+
+    def _encode_sample(self) -> tuple[int, ...]:
+        prepared = self._prepare(SAMPLE, Encoding(), {})
+        if not isinstance(prepared, _Text):
+            raise CheckpointError(
+                "The tokenizer's chat template cannot render a question with its answer: "
+                "mend it, or set tokenization.template to concat."
+            )
+        return self._sequence(prepared, self._backend.encode(prepared.text, add_special_tokens=False)).token_ids
+
+    def _measure_sample(self) -> tuple[float, int]:
+        """Tokens per character of plain text, and the tokens that template and special tokens add to an item."""
+        plain = SAMPLE_PROMPT + SAMPLE_COMPLETION
+        num_tokens = len(self._backend.encode(plain, add_special_tokens=False))
+        return num_tokens / len(plain), max(0, len(self.sample_token_ids) - num_tokens)
+
+
+def _private_backend(tokenizer: Any) -> Any:
+    """A copy of the Rust tokenizer, since transformers sets padding and truncation on its own in every call."""
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    return backend
+
+
+def _special_tokens_around_text(tokenizer: Any, backend: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the ids that the tokenizer puts before a plain text, and those behind it that may stay.
+
+    An encoder was trained on texts between CLS and SEP, so both stay. Another token behind the text (the EOS that some
+    tokenizers add) would move the place where a decoder is read, so it is left out.
+    """
+    encoded = backend.encode("a", add_special_tokens=True)
+    num_before = sum(1 for _ in takewhile(bool, encoded.special_tokens_mask))
+    num_behind = sum(1 for _ in takewhile(bool, reversed(encoded.special_tokens_mask)))
+    before, behind = tuple(encoded.ids[:num_before]), tuple(encoded.ids[len(encoded) - num_behind :])
+    is_encoder = tokenizer.cls_token_id in before and tokenizer.sep_token_id in behind
+    return before, behind if is_encoder else ()
+
+
+def _common_prefix_length(prompt: str, text: str) -> int:
+    """Where the completion begins in a rendered conversation, by TRL's definition.
+
+    It is the end of what the prompt, rendered alone with the generation prompt, has in common with the whole.
+    """
+    if text.startswith(prompt):
+        return len(prompt)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, text, strict=False)))
+
+
+def _tokens_before(char: int, encoded: Any) -> int:
+    """Count the tokens that end at or before a character; a token across the border belongs to what follows."""
+    return bisect_right(range(len(encoded)), char, key=lambda token: encoded.token_to_chars(token)[1])
+
+
+def _too_long(num_tokens: int, limit: int) -> SequenceTooLong:
+    return SequenceTooLong(f"{num_tokens:,} tokens; the limit is {limit:,}.")

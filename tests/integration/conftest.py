@@ -1,0 +1,19 @@
+"""One real server for all tests of this folder that need no other."""
+
+from collections.abc import Iterator
+
+import pytest
+from serving import RunningServer, serving
+
+
+@pytest.fixture(scope="session")
+def oracle_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """``reward-serve --engine oracle``, ready, for the whole test run."""
+    with serving(tmp_path_factory.mktemp("server"), "--engine", "oracle") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def server_url(oracle_server: RunningServer) -> str:
+    """Base URL of the oracle's server."""
+    return oracle_server.url

@@ -1,0 +1,54 @@
+"""The work of load tests: seeded, and as long as promised."""
+
+from __future__ import annotations
+
+import json
+import statistics
+
+import pytest
+
+from loadtest.workload import HH_COMPLETIONS, HH_PROMPTS, WORDS, LengthLaw, draw_groups, request_bodies
+
+
+def test_equal_seeds_give_equal_texts() -> None:
+    """Work can be repeated on another day and another machine; another seed is other work."""
+    assert draw_groups(3, 4, seed=5) == draw_groups(3, 4, seed=5)
+    assert draw_groups(3, 4, seed=5) != draw_groups(3, 4, seed=6)
+
+
+@pytest.mark.parametrize(
+    ("law", "median_words", "p95_words", "mean_words"),
+    [(HH_PROMPTS, 73, 322, 107.2), (HH_COMPLETIONS, 38, 163, 54.3)],
+    ids=["prompts", "completions"],
+)
+def test_lengths_are_those_of_real_preference_data(
+    law: LengthLaw, median_words: float, p95_words: float, mean_words: float
+) -> None:
+    """Median, 95th percentile and mean of what is drawn are those counted in HH-RLHF, at 1.3 tokens a word."""
+    groups = draw_groups(20_000, 0, seed=1, prompts=law)
+    lengths = sorted(len(group.prompt.split()) / 1.3 for group in groups)
+
+    assert statistics.median(lengths) == pytest.approx(median_words, rel=0.05)
+    assert lengths[int(0.95 * len(lengths))] == pytest.approx(p95_words, rel=0.08)
+    assert statistics.fmean(lengths) == pytest.approx(mean_words, rel=0.08)
+    assert max(lengths) * 1.3 <= law.longest
+
+
+def test_completions_of_a_group_differ_in_length_and_share_the_prompt() -> None:
+    """A group is what a rollout with several samples per prompt sends."""
+    (group,) = draw_groups(1, 8, seed=2)
+
+    assert len({len(completion.split()) for completion in group.completions}) > 4
+    assert {item["prompt"] for item in group.items} == {group.prompt}
+    assert set(group.prompt.split()) <= set(WORDS)
+
+
+def test_requests_hold_every_item_once_in_order() -> None:
+    """However they are cut, the bodies together are the items of the groups."""
+    groups = draw_groups(3, 4, seed=3)
+
+    bodies = request_bodies(groups, items_per_request=5)
+
+    sent = [item for body in bodies for item in json.loads(body)["items"]]
+    assert [len(json.loads(body)["items"]) for body in bodies] == [5, 5, 2]
+    assert [item for group in groups for item in group.items] == sent

@@ -1,0 +1,35 @@
+"""Synthetic preference pairs with a rule that a tiny model learns in seconds: people prefer the polite answer."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+FILLER = ["the", "quick", "brown", "fox", "can", "jump", "over", "a", "lazy", "dog", "and", "an", "old", "ship"]
+POLITE, RUDE = "please", "stupid"
+
+
+def polite_pairs(num_pairs: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows of pairs in which the chosen answer holds the polite word and the rejected one the rude word."""
+    rng = random.Random(seed)
+    return [
+        {
+            "prompt": [{"role": "user", "content": f"Question {seed}-{number}?"}],
+            "chosen": _answer(POLITE, rng),
+            "rejected": _answer(RUDE, rng),
+        }
+        for number in range(num_pairs)
+    ]
+
+
+def write_pairs(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def _answer(word: str, rng: random.Random) -> str:
+    words = rng.choices(FILLER, k=rng.randint(2, 6))
+    words.insert(rng.randint(0, len(words)), word)
+    return " ".join(words)

@@ -1,0 +1,413 @@
+"""The native wire format: what a body means, what is wrong with it, and how answers look."""
+
+import json
+import math
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.errors import (
+    HttpError,
+    InvalidRequest,
+    ItemTooLong,
+    MalformedBody,
+    NonFiniteReward,
+    SequenceTooLong,
+    TooManyItems,
+)
+from service.protocols.native import (
+    MAX_NAME_CHARS,
+    RequestDefaults,
+    parse_compare_request,
+    parse_score_request,
+    render_comparison,
+    render_scores,
+    win_probabilities,
+)
+from service.records import (
+    Encoding,
+    Exchange,
+    Item,
+    LengthReport,
+    Message,
+    ModelIdentity,
+    Score,
+    ScoreRequest,
+    TemplatedText,
+    Timings,
+    TokenIds,
+    Usage,
+)
+from service.settings import LimitSettings
+
+DEFAULTS = RequestDefaults(LimitSettings(), truncation="error", diagnostics="basic")
+CANARY = "canary-7f3a"
+ITEM = {"prompt": "p", "completion": "c"}
+
+
+def body_of(**fields: object) -> bytes:
+    return json.dumps({"items": [ITEM]} | fields).encode()
+
+
+def limited(**limits: int) -> RequestDefaults:
+    return RequestDefaults(LimitSettings(**limits), truncation="error", diagnostics="basic")
+
+
+def violations(body: bytes) -> list[tuple[str, str]]:
+    with pytest.raises(InvalidRequest) as caught:
+        parse_score_request(body, DEFAULTS)
+    assert CANARY not in str(caught.value)
+    return [(broken.pointer, broken.code) for broken in caught.value.violations]
+
+
+def test_every_form_of_an_item() -> None:
+    """Text pairs, conversations, templated text and token ids each become their own kind of content, in order."""
+    turns = [{"role": "user", "content": "hello"}]
+    items = [
+        {"prompt": "p", "completion": "c", "id": "a", "group": "g"},
+        {"prompt": turns, "completion": ""},
+        {"text": "t"},
+        {"token_ids": [0, 7]},
+    ]
+
+    request = parse_score_request(body_of(items=items), DEFAULTS)
+
+    assert request.items == (
+        Item(Exchange("p", "c"), "a", "g"),
+        Item(Exchange((Message("user", "hello"),), "")),
+        Item(TemplatedText("t")),
+        Item(TokenIds((0, 7))),
+    )
+
+
+def test_silence_means_the_defaults() -> None:
+    """A request that names no option gets those of the service."""
+    defaults = RequestDefaults(LimitSettings(deadline_s=20.0), truncation="prompt_left", diagnostics="full")
+
+    request = parse_score_request(body_of(), defaults)
+
+    assert (request.encoding, request.diagnostics, request.timeout_s) == (Encoding(None, "prompt_left"), "full", 20.0)
+
+
+def test_options_of_the_request_win() -> None:
+    """What a request names counts more than the defaults; the timeout arrives in seconds."""
+    request = parse_score_request(
+        body_of(diagnostics="none", truncation="prompt_left", template="concat", timeout_ms=1500), DEFAULTS
+    )
+
+    assert (request.encoding, request.diagnostics, request.timeout_s) == (
+        Encoding("concat", "prompt_left"),
+        "none",
+        1.5,
+    )
+
+
+def test_repeated_key_last_wins() -> None:
+    """Where an object repeats a key, the last one counts."""
+    request = parse_score_request(b'{"items":[],"items":[{"text":"a","text":"b"}]}', DEFAULTS)
+
+    assert request.items == (Item(TemplatedText("b")),)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b'{"items":[]} {}',
+        b'{"items":NaN}',
+        b'{"timeout_ms":Infinity}',
+        b'{"timeout_ms":-Infinity}',
+        b'{"items":[{"text":"\xff"}]}',
+        b'{"items":[{"text":"\x01"}]}',
+        b'{"items":[{"text":"\\x41"}]}',
+        b'\xef\xbb\xbf{"items":[]}',
+        '{"items":[{"text":"a"}]}'.encode("utf-16"),
+        b'{"items":[{"text":"\\ud800"}',
+    ],
+    ids=[
+        "empty",
+        "cut",
+        "trailing",
+        "nan",
+        "inf",
+        "neg-inf",
+        "bad-utf8",
+        "control",
+        "escape",
+        "bom",
+        "utf16",
+        "cut-lone",
+    ],
+)
+def test_no_json(body: bytes) -> None:
+    """A body that is not JSON in UTF-8 is malformed, whatever else may be wrong with it."""
+    with pytest.raises(MalformedBody):
+        parse_score_request(body, DEFAULTS)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [rb"\ud800", rb"x\uDFFFy", rb"\ud800A", rb"\\\ud83d", rb"\ud83d\ud83d\ude00"],
+    ids=["high", "low", "high-then-letter", "after-backslash", "high-then-pair"],
+)
+def test_lone_surrogate(text: bytes) -> None:
+    """Half a surrogate pair is JSON but no text: the caller's mistake to mend, told apart from a broken body."""
+    assert violations(b'{"items":[{"text":"' + text + b'"}]}') == [("", "lone_surrogate")]
+
+
+def test_surrogates_that_are_none() -> None:
+    """A whole pair is a character, and an escaped backslash before u is just text."""
+    request = parse_score_request(rb'{"items":[{"text":"\ud83d\ude00 \\ud800"}]}', DEFAULTS)
+
+    assert request.items == (Item(TemplatedText("\U0001f600 \\ud800")),)
+
+
+@pytest.mark.parametrize(
+    ("fields", "pointer", "code"),
+    [
+        ({CANARY: 1}, "", "unknown_field"),
+        ({"items": [ITEM | {CANARY: 1}]}, "/items/0", "unknown_field"),
+        ({"items": CANARY}, "/items", "wrong_type"),
+        ({"items": []}, "/items", "too_few"),
+        ({"items": [ITEM, CANARY]}, "/items/1", "wrong_type"),
+        ({"items": [{"prompt": 1, "completion": CANARY}]}, "/items/0/prompt", "wrong_type"),
+        ({"items": [{"prompt": None, "completion": CANARY}]}, "/items/0/prompt", "wrong_type"),
+        ({"items": [{"prompt": [{"role": "user"}], "completion": ""}]}, "/items/0/prompt/0/content", "missing_field"),
+        ({"items": [{"prompt": [], "completion": ""}]}, "/items/0/prompt", "too_few"),
+        ({"items": [{"prompt": [[[CANARY]]], "completion": ""}]}, "/items/0/prompt/0", "wrong_type"),
+        ({"items": [{"prompt": CANARY}]}, "/items/0", "not_one_form"),
+        ({"items": [{}]}, "/items/0", "not_one_form"),
+        ({"items": [ITEM | {"text": CANARY}]}, "/items/0", "not_one_form"),
+        ({"items": [{"text": CANARY, "token_ids": [1]}]}, "/items/0", "not_one_form"),
+        ({"items": [{"token_ids": []}]}, "/items/0/token_ids", "too_few"),
+        ({"items": [{"token_ids": [1, -1]}]}, "/items/0/token_ids/1", "out_of_range"),
+        ({"items": [{"token_ids": [1.5]}]}, "/items/0/token_ids/0", "wrong_type"),
+        ({"items": [{"token_ids": [2**31]}]}, "/items/0/token_ids/0", "out_of_range"),
+        ({"items": [{"token_ids": [10**400]}]}, "/items/0/token_ids/0", "out_of_range"),
+        ({"items": [ITEM | {"id": 7}]}, "/items/0/id", "wrong_type"),
+        ({"diagnostics": CANARY}, "/diagnostics", "out_of_range"),
+        ({"truncation": CANARY}, "/truncation", "out_of_range"),
+        ({"template": CANARY}, "/template", "out_of_range"),
+        ({"timeout_ms": 0}, "/timeout_ms", "out_of_range"),
+        ({"timeout_ms": 600_001}, "/timeout_ms", "out_of_range"),
+        ({"timeout_ms": True}, "/timeout_ms", "wrong_type"),
+        ({"timeout_ms": CANARY}, "/timeout_ms", "wrong_type"),
+    ],
+)
+def test_wrong_request(fields: dict[str, object], pointer: str, code: str) -> None:
+    """Each broken rule is named by its place and a stable word, and nothing of the body stands in the error."""
+    assert violations(body_of(**fields)) == [(pointer, code)]
+
+
+def test_missing_items() -> None:
+    """A request without items is told which field it lacks."""
+    assert violations(b"{}") == [("/items", "missing_field")]
+
+
+def test_deep_nesting_is_refused_without_recursion() -> None:
+    """Brackets by the hundred thousand cost an answer, not the process."""
+    with pytest.raises(HttpError) as caught:
+        parse_score_request(b'{"items":[{"prompt":' + b"[" * 100_000, DEFAULTS)
+
+    assert caught.value.status in {400, 422}
+
+
+@pytest.mark.parametrize(("length", "fits"), [(9, True), (10, True), (11, False)])
+def test_limit_of_items(length: int, fits: bool) -> None:
+    """The item limit holds exactly."""
+    check_limit(fits, TooManyItems, body_of(items=[ITEM] * length), limited(max_request_items=10))
+
+
+@pytest.mark.parametrize(("length", "fits"), [(9, True), (10, True), (11, False)])
+@pytest.mark.parametrize("form", ["pair", "conversation", "text"])
+def test_limit_of_characters(form: str, length: int, fits: bool) -> None:
+    """The character limit counts prompt and completion together, in characters and not in bytes, in every form."""
+    turns = [{"role": "user", "content": "ü" * 4}, {"role": "user", "content": "ü"}]
+    item = {
+        "pair": {"prompt": "ü" * 5, "completion": "ü" * (length - 5)},
+        "conversation": {"prompt": turns, "completion": "ü" * (length - 5)},
+        "text": {"text": "ü" * length},
+    }[form]
+
+    check_limit(fits, ItemTooLong, body_of(items=[item]), limited(max_item_chars=10))
+
+
+@pytest.mark.parametrize(
+    ("length", "fits"), [(MAX_NAME_CHARS - 1, True), (MAX_NAME_CHARS, True), (MAX_NAME_CHARS + 1, False)]
+)
+@pytest.mark.parametrize("name", ["id", "group"])
+def test_limit_of_names(name: str, length: int, fits: bool) -> None:
+    """Names that are echoed are kept short, exactly."""
+    check_limit(fits, InvalidRequest, body_of(items=[ITEM | {name: "x" * length}]), DEFAULTS)
+
+
+@pytest.mark.parametrize(("timeout_ms", "fits"), [(1999, True), (2000, True), (2001, False)])
+def test_limit_of_the_timeout(timeout_ms: int, fits: bool) -> None:
+    """No request may wait longer than the service's deadline."""
+    defaults = RequestDefaults(LimitSettings(deadline_s=2.0), truncation="error", diagnostics="basic")
+
+    check_limit(fits, InvalidRequest, body_of(timeout_ms=timeout_ms), defaults)
+
+
+def check_limit(fits: bool, error: type[HttpError], body: bytes, defaults: RequestDefaults) -> None:
+    if fits:
+        assert parse_score_request(body, defaults).items
+    else:
+        with pytest.raises(error):
+            parse_score_request(body, defaults)
+
+
+@pytest.mark.parametrize(("count", "error"), [(1, InvalidRequest), (2, None), (5, None), (6, TooManyItems)])
+def test_comparison_takes_two_or_more(count: int, error: type[HttpError] | None) -> None:
+    """A comparison needs two completions, has a limit of its own, and is one item per completion."""
+    body = json.dumps({"prompt": "p", "completions": ["c"] * count}).encode()
+    if error is None:
+        request = parse_compare_request(body, limited(max_compare_completions=5))
+        assert request.items == (Item(Exchange("p", "c")),) * count
+    else:
+        with pytest.raises(error):
+            parse_compare_request(body, limited(max_compare_completions=5))
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_get_a_request_or_our_own_error(body: bytes) -> None:
+    """No body raises anything but our own refusals."""
+    assert status_of(body) in {200, 400, 413, 422}
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["prompt", "text", "x"]), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+FIELDS = st.sampled_from(["items", "diagnostics", "truncation", "template", "timeout_ms", "other"])
+
+
+@given(st.dictionaries(FIELDS, JSON_VALUES, max_size=4))
+def test_any_json_gets_a_request_or_our_own_error(fields: dict[str, object]) -> None:
+    """No JSON object raises anything but our own refusals."""
+    assert status_of(msgspec.json.encode(fields)) in {200, 400, 413, 422}
+
+
+def status_of(body: bytes) -> int:
+    try:
+        parse_score_request(body, DEFAULTS)
+    except HttpError as error:
+        return error.status
+    return 200
+
+
+MODEL = ModelIdentity("tiny", "v1")
+USAGE = Usage(3, 4, 7, 1)
+TIMINGS = Timings(0.001, 0.002, 0.003, 0.004, 0.0105)
+
+
+def request_of(*items: Item) -> ScoreRequest:
+    return ScoreRequest(items, Encoding(), "basic", 1.0)
+
+
+def test_answer_in_full() -> None:
+    """The answer says what scored, keeps the order, echoes ids, and stands an error where a reward is missing."""
+    items = (Item(TemplatedText("a"), "first"), Item(TemplatedText("b")))
+    length = LengthReport(None, None, None, 7, truncated=False)
+    outcomes = (Score(1.5, length), SequenceTooLong("9 tokens; the limit is 8"))
+
+    answer = json.loads(render_scores(request_of(*items), outcomes, MODEL, "chat", USAGE, TIMINGS))
+
+    assert answer == {
+        "model": {"name": "tiny", "version": "v1"},
+        "template": "chat",
+        "usage": {"prompt_tokens": 3, "completion_tokens": 4, "scored_tokens": 7, "shared_tokens": 1},
+        "timings_ms": {"parse": 1.0, "tokenize": 2.0, "queue": 3.0, "engine": 4.0, "total": 10.5},
+        "results": [
+            {
+                "index": 0,
+                "id": "first",
+                "reward": 1.5,
+                "length": {
+                    "prompt_tokens": None,
+                    "completion_tokens": None,
+                    "completion_chars": None,
+                    "scored_tokens": 7,
+                    "truncated": False,
+                },
+            },
+            {
+                "index": 1,
+                "error": {
+                    "type": "urn:reward-service:problem:sequence_too_long",
+                    "title": "The item has too many tokens",
+                    "detail": "9 tokens; the limit is 8",
+                    "code": "sequence_too_long",
+                },
+            },
+        ],
+    }
+
+
+@given(st.floats(width=32, allow_nan=False, allow_infinity=False))
+def test_rewards_keep_every_digit(reward: float) -> None:
+    """What comes out of the wire is the float32 that went in, bit for bit, without any diagnostics block."""
+    answer = json.loads(
+        render_scores(request_of(Item(TemplatedText("a"))), (Score(reward),), MODEL, "chat", USAGE, TIMINGS)
+    )
+
+    assert answer["results"] == [{"index": 0, "reward": reward}]
+
+
+@pytest.mark.parametrize("reward", [math.nan, math.inf, -math.inf])
+def test_no_number_is_invented(reward: float) -> None:
+    """A Score that is no number ends the answer instead of becoming null."""
+    with pytest.raises(NonFiniteReward):
+        render_scores(request_of(Item(TemplatedText("a"))), (Score(reward),), MODEL, "chat", USAGE, TIMINGS)
+
+
+def test_an_outcome_too_few_is_a_bug() -> None:
+    """Answers are never shifted to fit: a wrong count raises."""
+    with pytest.raises(ValueError, match="shorter"):
+        render_scores(
+            request_of(Item(TemplatedText("a")), Item(TemplatedText("b"))), (Score(1.0),), MODEL, "chat", USAGE, TIMINGS
+        )
+
+
+def test_win_probabilities_by_hand() -> None:
+    """Rewards 0 and ln 3 give odds of 1 to 3 (Bradley and Terry); nobody is preferred to itself."""
+    table = win_probabilities([0.0, math.log(3.0)])
+
+    assert table == [[0.5, pytest.approx(0.25)], [pytest.approx(0.75), 0.5]]
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=2, max_size=5))
+def test_win_probabilities_are_probabilities(rewards: list[float]) -> None:
+    """Whatever the rewards, each pair sums to one, stays in [0, 1], and favours the higher reward."""
+    table = win_probabilities(rewards)
+
+    for i, row in enumerate(rewards):
+        for j, column in enumerate(rewards):
+            assert 0.0 <= table[i][j] <= 1.0
+            assert table[i][j] + table[j][i] == pytest.approx(1.0)
+            assert (table[i][j] >= 0.5) == (row >= column) or table[i][j] == pytest.approx(0.5)
+
+
+def test_comparison_names_the_best() -> None:
+    """A comparison answers rewards, probabilities and the index of the highest reward."""
+    items = (Item(Exchange("p", "a")), Item(Exchange("p", "b")))
+
+    answer = json.loads(render_comparison(request_of(*items), (Score(0.0), Score(2.0)), MODEL, "chat", USAGE, TIMINGS))
+
+    assert (answer["rewards"], answer["best"]) == ([0.0, 2.0], 1)
+    assert answer["probabilities"][1][0] == pytest.approx(1 / (1 + math.exp(-2.0)))
+
+
+def test_comparison_with_a_hole_is_none() -> None:
+    """One completion without a reward fails the comparison with that completion's error."""
+    items = (Item(Exchange("p", "a")), Item(Exchange("p", "b")))
+    error = SequenceTooLong("9 tokens; the limit is 8")
+
+    with pytest.raises(SequenceTooLong):
+        render_comparison(request_of(*items), (Score(0.0), error), MODEL, "chat", USAGE, TIMINGS)

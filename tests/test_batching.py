@@ -1,0 +1,451 @@
+"""The laws of the queue: every sequence leaves once, within the budget, in a fair order, beside its companions."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Hashable
+from collections.abc import Sequence as Row
+from itertools import count
+from math import log2
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.batching import (
+    PATIENCE_BATCHES,
+    RETRY_AFTER_UNMEASURED_S,
+    BatchBudget,
+    Entry,
+    Queue,
+    Throughput,
+    batch_cost,
+    bisect,
+    neighbours_in_length,
+)
+from service.errors import Overloaded
+from service.records import Sequence
+
+LAW = settings(max_examples=60, deadline=None)
+"""A law is tried on enough cases; how long one takes on a busy machine is not its subject."""
+
+FOREVER = float("inf")
+PACKED = BatchBudget("packed", max_tokens=100, max_sequences=16)
+PADDED = BatchBudget("padded", max_tokens=100, max_sequences=16)
+
+
+def sequence(num_tokens: int) -> Sequence:
+    return Sequence(tuple(range(num_tokens)))
+
+
+def put(
+    queue: Queue,
+    request: str,
+    lengths: Row[int],
+    prefixes: Row[Hashable] | None = None,
+    *,
+    now: float = 0.0,
+    deadline: float = FOREVER,
+) -> None:
+    own: list[Hashable] = [(request, place) for place in range(len(lengths))]
+    keys = own if prefixes is None else prefixes
+    queue.put(request, [sequence(n) for n in lengths], keys, now=now, deadline=deadline)
+
+
+def new_queue(max_waiting_tokens: int = 10**9) -> Queue:
+    return Queue(max_waiting_tokens)
+
+
+def take(queue: Queue, budget: BatchBudget = PACKED, now: float = 0.0) -> tuple[Entry, ...]:
+    return queue.take_batch(now, budget).entries
+
+
+def drain(queue: Queue, budget: BatchBudget = PACKED) -> list[tuple[Entry, ...]]:
+    batches = []
+    while batch := take(queue, budget):
+        batches.append(batch)
+    return batches
+
+
+def names(batch: Row[Entry]) -> list[tuple[object, int]]:
+    return [(entry.request, entry.place) for entry in batch]
+
+
+# --- Laws for any work -----------------------------------------------------------------------------------------------
+
+requests = st.lists(
+    st.lists(st.tuples(st.integers(1, 100), st.integers(0, 3)), min_size=1, max_size=12), min_size=1, max_size=12
+)
+budgets = st.builds(
+    BatchBudget, st.sampled_from(["packed", "padded"]), st.integers(100, 400), st.integers(min_value=1, max_value=20)
+)
+
+
+@LAW
+@given(requests, budgets)
+def test_each_sequence_leaves_exactly_once_within_the_budget(
+    work: list[list[tuple[int, int]]], budget: BatchBudget
+) -> None:
+    """Whatever waits, no sequence is lost or taken twice, and no batch costs more than the budget."""
+    queue = new_queue()
+    for name, items in enumerate(work):
+        put(queue, str(name), [n for n, _ in items], [prefix for _, prefix in items])
+
+    batches = drain(queue, budget)
+
+    left = Counter(name for batch in batches for name in names(batch))
+    assert left == Counter((str(name), place) for name, items in enumerate(work) for place in range(len(items)))
+    for batch in batches:
+        assert batch_cost([entry.num_tokens for entry in batch], budget.cost) <= budget.max_tokens
+        assert len(batch) <= budget.max_sequences
+    assert (len(queue), queue.num_waiting_tokens, queue.oldest_arrival) == (0, 0, None)
+
+
+@LAW
+@given(requests, budgets, st.data())
+def test_no_cancelled_and_no_expired_sequence_is_computed(
+    work: list[list[tuple[int, int]]], budget: BatchBudget, data: st.DataObject
+) -> None:
+    """Requests that are cancelled or expired at any moment leave nothing in later batches, and others leave whole."""
+    queue = new_queue()
+    deadlines = data.draw(st.lists(st.sampled_from([2.5, FOREVER]), min_size=len(work), max_size=len(work)))
+    cancelled_at = data.draw(st.lists(st.sampled_from([0, 1, 4, 999]), min_size=len(work), max_size=len(work)))
+    for name, items in enumerate(work):
+        put(queue, str(name), [n for n, _ in items], [p for _, p in items], deadline=deadlines[name])
+
+    computed: Counter[object] = Counter()
+    expired: Counter[object] = Counter()
+    cancelled: Counter[object] = Counter()
+    for now in count():
+        for name, moment in enumerate(cancelled_at):
+            if moment == now:
+                cancelled[str(name)] += queue.cancel(str(name))
+        if not len(queue):
+            break
+        taken = queue.take_batch(float(now), budget)
+        for entry in taken.entries:
+            assert entry.deadline > now
+            assert cancelled_at[int(str(entry.request))] > now
+            computed[entry.request] += 1
+        expired.update(entry.request for entry in taken.expired)
+    for name, items in enumerate(work):
+        assert computed[str(name)] + expired[str(name)] + cancelled[str(name)] == len(items)
+        if deadlines[name] == FOREVER:
+            assert not expired[str(name)]
+    assert queue.num_waiting_tokens == 0
+
+
+@LAW
+@given(st.lists(st.integers(5, 50), min_size=2, max_size=8), st.integers(20, 100))
+def test_requests_that_all_wait_are_served_alike(lengths: list[int], num_batches: int) -> None:
+    """While requests stay in the line, the tokens they have been given differ by no more than a few largest groups."""
+    queue = new_queue()
+    for name, length in enumerate(lengths):
+        put(queue, str(name), [length] * (num_batches * PACKED.max_tokens // length))
+
+    served: Counter[object] = Counter()
+    for _ in range(num_batches // len(lengths)):
+        for entry in take(queue):
+            served[entry.request] += entry.num_tokens
+
+    spread = max(served.values()) - min(served[str(name)] for name in range(len(lengths)))
+    assert spread <= PACKED.max_tokens + 2 * max(lengths)
+
+
+@LAW
+@given(
+    st.lists(st.integers(0, 4), min_size=1, max_size=40),
+    st.integers(1, 9),
+)
+def test_groups_that_fit_leave_together(groups: list[int], length: int) -> None:
+    """Sequences of one prefix and one request are never split over batches when a batch can hold all of them."""
+    queue = new_queue()
+    put(queue, "one", [length] * len(groups), groups)
+    budget = BatchBudget("packed", max_tokens=length * len(groups), max_sequences=max(Counter(groups).values()))
+
+    batches = drain(queue, budget)
+
+    homes: dict[int, set[int]] = {}
+    for index, batch in enumerate(batches):
+        for entry in batch:
+            homes.setdefault(groups[entry.place], set()).add(index)
+    assert all(len(home) == 1 for home in homes.values())
+
+
+# --- Fairness --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [PACKED, PADDED], ids=["packed", "padded"])
+def test_small_newcomer_is_in_the_next_batch(budget: BatchBudget) -> None:
+    """A request of one item never waits behind requests of a thousand, whatever those have waiting."""
+    queue = new_queue()
+    for bulk in ("a", "b", "c"):
+        put(queue, bulk, [40] * 1024)
+    for _ in range(7):
+        take(queue, budget)
+    put(queue, "small", [30])
+
+    assert ("small", 0) in names(take(queue, budget))
+
+
+def test_stream_of_newcomers_does_not_starve_a_large_request() -> None:
+    """Though each newcomer goes first, a request that was passed over too often heads a batch."""
+    queue = new_queue()
+    put(queue, "bulk", [90] * 4)
+    served_at = []
+    for batch in range(20 * PATIENCE_BATCHES):
+        put(queue, f"{batch}-a", [50])
+        put(queue, f"{batch}-b", [50])
+        if any(entry.request == "bulk" for entry in take(queue)):
+            served_at.append(batch)
+
+    assert served_at[0] == PATIENCE_BATCHES
+    assert len(served_at) == 4
+
+
+def test_among_equals_the_smaller_request_goes_first() -> None:
+    """Of two requests that were served nothing yet, the smaller is answered first, though it came second."""
+    queue = new_queue()
+    put(queue, "large", [60] * 10)
+    put(queue, "small", [60])
+
+    assert names(take(queue))[0] == ("small", 0)
+
+
+# --- Prefix groups ---------------------------------------------------------------------------------------------------
+
+
+def test_companions_of_other_requests_travel_along() -> None:
+    """One-item requests of one prompt share a batch, past strangers that came between them."""
+    queue = new_queue()
+    for name in range(4):
+        put(queue, f"prompt-{name}", [10], ["prompt"])
+        put(queue, f"stranger-{name}", [10])
+
+    batch = take(queue, BatchBudget("packed", max_tokens=80, max_sequences=8))
+
+    assert [entry.request for entry in batch[:4]] == [f"prompt-{name}" for name in range(4)]
+
+
+def test_companions_leave_half_of_the_batch_to_the_fair_order() -> None:
+    """A popular prompt cannot fill a batch while others wait for their turn."""
+    queue = new_queue()
+    for name in range(20):
+        put(queue, f"prompt-{name}", [10], ["prompt"])
+    put(queue, "stranger", [10])
+
+    first = take(queue, BatchBudget("packed", max_tokens=60, max_sequences=6))
+    second = take(queue, BatchBudget("packed", max_tokens=160, max_sequences=16))
+
+    assert len(first) == 6
+    assert ("stranger", 0) in names(second)
+
+
+def test_group_larger_than_the_budget_leaves_in_full_runs() -> None:
+    """A group that no batch can hold is split, in order and without leaving room unused."""
+    queue = new_queue()
+    put(queue, "one", [10] * 25, ["prompt"] * 25)
+
+    batches = drain(queue)
+
+    assert [len(batch) for batch in batches] == [10, 10, 5]
+    assert [entry.place for batch in batches for entry in batch] == list(range(25))
+
+
+def test_misfitting_group_leaves_its_room_to_the_next_request() -> None:
+    """A group that would fit the next batch whole waits for it, and smaller work of others uses the room."""
+    queue = new_queue()
+    put(queue, "groups", [30] * 4, ["x", "x", "y", "y"])
+    put(queue, "loose", [30] * 5)
+    take(queue)
+
+    batches = drain(queue)
+
+    homes = [{entry.place for entry in batch if entry.request == "groups"} for batch in batches]
+    assert all(home in ({0, 1}, {2, 3}, set()) for home in homes)
+
+
+# --- Padding ---------------------------------------------------------------------------------------------------------
+
+
+def test_padded_batch_keeps_to_neighbours_in_length() -> None:
+    """Around the head stand the sequences nearest to it in length, so that little padding is computed."""
+    lengths = [40, 10, 400, 39, 12, 41, 380, 11]
+
+    chosen = neighbours_in_length(lengths, BatchBudget("padded", 123, 16))
+
+    assert sorted(lengths[index] for index in chosen) == [39, 40, 41]
+
+
+def test_padded_batch_of_mixed_lengths_wastes_little() -> None:
+    """Over a long line of mixed lengths, less than a tenth of the computed tokens is padding."""
+    queue = new_queue()
+    for name in range(16):
+        put(queue, str(name), [20 + (37 * place + 101 * name) % 480 for place in range(64)])
+    budget = BatchBudget("padded", max_tokens=4096, max_sequences=512)
+
+    lengths = [[entry.num_tokens for entry in batch] for batch in drain(queue, budget)]
+
+    computed = sum(batch_cost(batch, "padded") for batch in lengths)
+    assert sum(map(sum, lengths)) / computed > 0.9
+
+
+@LAW
+@given(st.lists(st.integers(1, 90), min_size=1, max_size=60))
+def test_padded_choice_holds_the_head_and_fits(lengths: list[int]) -> None:
+    """The fairest sequence is always in the batch, and the padded cost is within the budget."""
+    chosen = neighbours_in_length(lengths, PADDED)
+
+    assert 0 in chosen
+    assert len(set(chosen)) == len(chosen) <= PADDED.max_sequences
+    assert batch_cost([lengths[index] for index in chosen], "padded") <= PADDED.max_tokens
+
+
+# --- Limits ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [PACKED, PADDED], ids=["packed", "padded"])
+def test_sequence_over_the_budget_goes_alone(budget: BatchBudget) -> None:
+    """A sequence that admission let through is computed even when the budget is smaller, with nobody beside it."""
+    queue = new_queue()
+    put(queue, "long", [250, 10, 250])
+
+    assert [[entry.num_tokens for entry in batch] for batch in drain(queue, budget)].count([250]) == 2
+    assert len(queue) == 0
+
+
+def test_any_request_enters_an_empty_line() -> None:
+    """The limit on waiting tokens cannot refuse a legal request for good: alone it always gets in."""
+    queue = new_queue(max_waiting_tokens=100)
+
+    queue.admit("huge", 10**6)
+
+    assert queue.num_waiting_tokens == 10**6
+
+
+def test_refusal_tells_when_there_will_be_room() -> None:
+    """Retry-After is the excess over the limit divided by the measured speed, at most the time to empty the line."""
+    queue = new_queue(max_waiting_tokens=100)
+    queue.record_throughput(50, seconds=5.0)
+    queue.admit("first", 80)
+
+    with pytest.raises(Overloaded) as excess:
+        queue.admit("second", 40)
+    with pytest.raises(Overloaded) as whole:
+        queue.admit("third", 1000)
+
+    assert excess.value.retry_after_s == pytest.approx(2.0)
+    assert whole.value.retry_after_s == pytest.approx(8.0)
+    assert queue.num_waiting_tokens == 80
+
+
+def test_refusal_before_any_measurement_asks_to_come_back_soon() -> None:
+    """Without a measured speed no time is computed."""
+    queue = new_queue(max_waiting_tokens=100)
+    queue.admit("first", 100)
+
+    with pytest.raises(Overloaded) as refusal:
+        queue.admit("second", 1)
+
+    assert refusal.value.retry_after_s == RETRY_AFTER_UNMEASURED_S
+
+
+def test_reservation_gives_way_to_the_counted_tokens() -> None:
+    """The estimate holds room until the tokens are known; leaving and cancelling give it back."""
+    queue = new_queue(max_waiting_tokens=100)
+    queue.admit("first", 90)
+    put(queue, "first", [20, 30])
+    assert queue.num_waiting_tokens == 50
+
+    queue.admit("second", 50)
+    queue.cancel("second")
+    take(queue)
+
+    assert queue.num_waiting_tokens == 0
+
+
+def test_recent_throughput_outweighs_the_past() -> None:
+    """When the engine slows down, the estimate follows within seconds of engine time."""
+    throughput = Throughput()
+    throughput.record(10_000, seconds=10.0)
+    throughput.record(1_000, seconds=10.0)
+
+    assert throughput.tokens_per_s == pytest.approx((10_000 / 2 + 1_000) / 15)
+
+
+def test_halved_budget_still_holds_the_longest_sequence() -> None:
+    """Halving stops at the longest legal sequence."""
+    budget = BatchBudget("packed", 4096, 512)
+
+    assert [budget.halved(1500).max_tokens, budget.halved(1500).halved(1500).max_tokens] == [2048, 1500]
+
+
+# --- Cost ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_requests", [1, 1_000, 100_000], ids=["one-request", "thousand", "one-item-requests"])
+@pytest.mark.parametrize("cost", ["packed", "padded"])
+def test_batch_costs_the_same_from_a_long_line(num_requests: int, cost: str) -> None:
+    """Taking a batch out of 100,000 waiting sequences is not slower than out of 1,000, by more than noise."""
+
+    def seconds_per_batch(num_entries: int) -> float:
+        queue = new_queue()
+        per_request = max(1, num_entries // num_requests)
+        for name in range(num_entries // per_request):
+            put(queue, str(name), [8] * per_request, [place // 4 for place in range(per_request)])
+        budget = BatchBudget(cost, max_tokens=512, max_sequences=64)  # type: ignore[arg-type]
+        times = []
+        for _ in range(12):
+            begin = time.perf_counter()
+            take(queue, budget)
+            times.append(time.perf_counter() - begin)
+        return sorted(times)[len(times) // 2]
+
+    assert seconds_per_batch(100_000) < 8 * seconds_per_batch(1_000) + 0.001
+
+
+def test_ten_thousand_cancels_leave_nothing_behind() -> None:
+    """Requests that come and go before their turn do not make the queue grow."""
+    queue = new_queue()
+    put(queue, "stays", [10])
+    for name in range(10_000):
+        put(queue, str(name), [10, 10], ["a", "b"])
+        queue.cancel(str(name))
+
+    assert len(queue) == 1
+    assert len(queue._turns) < 200
+    assert set(queue._by_prefix) == {("stays", 0)}
+    assert names(take(queue)) == [("stays", 0)]
+
+
+# --- Poison ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("position", [0, 1, 100, 127, 128, 255])
+def test_one_poison_in_256_costs_17_passes(position: int) -> None:
+    """Bisection isolates the one sequence that fails at the price of 2 log2(n) + 1 passes."""
+    runs: list[range] = []
+
+    def passes(run: range) -> bool:
+        runs.append(run)
+        return position not in run
+
+    assert bisect(256, passes) == [position]
+    assert len(runs) <= 2 * log2(256) + 1
+
+
+@LAW
+@given(st.integers(0, 40), st.data())
+def test_bisection_answers_every_position(num_sequences: int, data: st.DataObject) -> None:
+    """Exactly the poison is found, and each other position is in exactly one run that passed."""
+    poison = data.draw(st.sets(st.integers(0, num_sequences - 1))) if num_sequences else set()
+    passed: list[int] = []
+
+    def passes(run: range) -> bool:
+        good = poison.isdisjoint(run)
+        passed.extend(run if good else [])
+        return good
+
+    assert bisect(num_sequences, passes) == sorted(poison)
+    assert sorted(passed) == sorted(set(range(num_sequences)) - poison)

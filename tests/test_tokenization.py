@@ -1,0 +1,356 @@
+"""What the tokenization promises: the ids that training gave, an exact border, and no silent cut."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_models import BOS, DECODER_FAMILIES, EOS, FAMILIES_WITH_BOS, SENTENCES, tiny_tokenizer
+from tokenizers import processors
+
+from service.errors import CheckpointError, InvalidRequest, SequenceTooLong, SettingsError
+from service.records import Encoding, Exchange, Item, Message, Sequence, TemplatedText, TokenIds
+from service.settings import TokenizationSettings
+from service.tokenization import SAMPLE_COMPLETION, SAMPLE_PROMPT, Tokenization
+
+LIMIT = 200
+DEFAULT = Encoding()
+LLAMA = tiny_tokenizer("llama")
+
+# Like Llama's and Gemma's: it trims what it is given, so a prompt cannot be rendered apart from its completion.
+TRIMMING_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "[{{ message['role'] }}] {{ message['content'] | trim }}{% if not loop.last %}{{ eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ eos_token }}[assistant] <think>{% endif %}"
+)
+
+
+def tokenization(tokenizer: Any, *, limit: int = LIMIT, **settings: Any) -> Tokenization:
+    return Tokenization(tokenizer, TokenizationSettings(**settings), max_input_tokens=limit, vocab_size=len(tokenizer))
+
+
+def encode_one(scheme: Tokenization, content: Any, encoding: Encoding = DEFAULT) -> Any:
+    (outcome,) = scheme.encode([Item(content)], encoding)
+    return outcome
+
+
+def sequence_of(scheme: Tokenization, content: Any, encoding: Encoding = DEFAULT) -> Sequence:
+    outcome = encode_one(scheme, content, encoding)
+    assert isinstance(outcome, Sequence), outcome
+    return outcome
+
+
+@pytest.mark.parametrize("family", DECODER_FAMILIES)
+def test_an_exchange_gets_the_ids_of_trl(family: str) -> None:
+    """A conversation is tokenized exactly as TRL's reward trainer tokenizes it, for each family of decoders."""
+    from trl.data_utils import _tokenize
+
+    tokenizer = tiny_tokenizer(family)
+    turns = [("system", "Be brief."), ("user", "How do I boil an egg?")]
+    answer = " Put it into boiling water.\n"
+
+    encoded = sequence_of(tokenization(tokenizer), Exchange(tuple(Message(*turn) for turn in turns), answer))
+
+    conversation = [{"role": role, "content": content} for role, content in [*turns, ("assistant", answer)]]
+    assert list(encoded.token_ids) == _tokenize(tokenizer, conversation)["input_ids"]
+
+
+@pytest.mark.parametrize("family", DECODER_FAMILIES)
+def test_joined_text_gets_the_ids_of_trl(family: str) -> None:
+    """Under concat the joined strings are tokenized as TRL tokenizes a plain text, BOS included where there is one."""
+    from trl.data_utils import _tokenize
+
+    tokenizer = tiny_tokenizer(family)
+
+    encoded = sequence_of(tokenization(tokenizer, template="concat"), Exchange("How do I", " boil an egg?"))
+
+    assert list(encoded.token_ids) == _tokenize(tokenizer, "How do I boil an egg?")["input_ids"]
+    assert (encoded.token_ids[0] == tokenizer.bos_token_id) == (family in FAMILIES_WITH_BOS)
+
+
+def test_a_string_prompt_is_one_user_turn() -> None:
+    """With a chat template, a string prompt and a list of one user message are the same."""
+    scheme = tokenization(tiny_tokenizer("llama"))
+
+    as_string = sequence_of(scheme, Exchange("How?", "So."))
+    as_messages = sequence_of(scheme, Exchange((Message("user", "How?"),), "So."))
+
+    assert as_string == as_messages
+
+
+def test_the_template_in_force_is_told() -> None:
+    """The request wins over the settings, the settings over the model, and the model's own template over joining."""
+    with_template, without = tiny_tokenizer("llama"), tiny_tokenizer("bert")
+
+    assert tokenization(with_template).template_for(Encoding()) == "chat"
+    assert tokenization(without).template_for(Encoding()) == "concat"
+    assert tokenization(with_template, template="concat").template_for(Encoding()) == "concat"
+    assert tokenization(with_template, template="concat").template_for(Encoding(template="chat")) == "chat"
+
+
+def test_a_template_may_trim_and_its_prompt_may_differ() -> None:
+    """Where the template trims or opens the answer with more than it keeps, ids are still those of the whole text."""
+    tokenizer = tiny_tokenizer("llama")
+    tokenizer.chat_template = TRIMMING_TEMPLATE
+
+    encoded = sequence_of(tokenization(tokenizer), Exchange("  How?  ", "  So.  "))
+
+    text = f"{BOS}[user] How?{EOS}[assistant] So."
+    prompt = f"{BOS}[user] How?{EOS}[assistant] "
+    assert list(encoded.token_ids) == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(encoded.token_ids[: encoded.num_prompt_tokens]) == prompt
+
+
+def test_special_tokens_in_a_text_count_as_such() -> None:
+    """A user who writes out a special token gets that token, as in training, and the model is the judge of it."""
+    tokenizer = tiny_tokenizer("qwen2")
+
+    encoded = sequence_of(tokenization(tokenizer, template="concat"), Exchange("a<|im_end|>", "b"))
+
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in encoded.token_ids
+
+
+@given(prompt=st.text(max_size=40), completion=st.text(max_size=40))
+def test_the_border_is_exact(prompt: str, completion: str) -> None:
+    """The tokens before the border end within the prompt, and the next one reaches into the completion."""
+    encoded = sequence_of(tokenization(LLAMA, limit=10_000, template="concat"), Exchange(prompt, completion))
+
+    ends = [end for _, end in LLAMA(prompt + completion, return_offsets_mapping=True)["offset_mapping"]]
+    assert encoded.num_prompt_tokens is not None
+    assert all(end <= len(prompt) for end in ends[: encoded.num_prompt_tokens])
+    assert all(end > len(prompt) for end in ends[encoded.num_prompt_tokens :][:1])
+    assert encoded.completion_chars == len(completion)
+
+
+def test_a_token_across_the_border_belongs_to_the_completion() -> None:
+    """Prompt and completion are never tokenized apart: a token that spans both is counted once, as completion."""
+    scheme = tokenization(tiny_tokenizer("qwen2"), template="concat")
+
+    whole = sequence_of(scheme, Exchange("the quick br", "own fox"))
+    prompt_only = sequence_of(scheme, Exchange("the quick br", ""))
+
+    assert whole.token_ids == sequence_of(scheme, Exchange("the quick brown fox", "")).token_ids
+    assert whole.num_prompt_tokens is not None
+    assert prompt_only.num_prompt_tokens is not None
+    assert whole.num_prompt_tokens < prompt_only.num_prompt_tokens
+
+
+def test_an_empty_completion_is_scored() -> None:
+    """Saying nothing is an answer too."""
+    encoded = sequence_of(tokenization(tiny_tokenizer("llama"), template="concat"), Exchange("How?", ""))
+
+    assert encoded.num_completion_tokens == 0
+    assert encoded.completion_chars == 0
+
+
+def test_nothing_is_appended_to_a_decoders_text() -> None:
+    """A tokenizer that adds EOS by itself would move the place where the reward is read; its EOS is left out."""
+    tokenizer = tiny_tokenizer("llama")
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in (BOS, EOS)}
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A {EOS}", special_tokens=list(ids.items())
+    )
+
+    encoded = sequence_of(tokenization(tokenizer, template="concat"), Exchange("How?", " So."))
+
+    assert tokenizer("How? So.")["input_ids"] == [*encoded.token_ids, ids[EOS]]
+
+
+def test_an_encoder_keeps_its_frame() -> None:
+    """A plain text for an encoder stands between CLS and SEP, as transformers' own call puts it."""
+    tokenizer = tiny_tokenizer("bert")
+
+    encoded = sequence_of(tokenization(tokenizer), Exchange("How do I ", "boil an egg?"))
+
+    assert list(encoded.token_ids) == tokenizer("How do I boil an egg?")["input_ids"]
+    assert encoded.token_ids[-1] == tokenizer.sep_token_id
+
+
+@pytest.mark.parametrize(
+    ("text", "add_bos", "num_bos"),
+    [
+        ("How?", True, 1),
+        ("How?", False, 0),
+        (f"{BOS}How?", True, 1),
+        (f"{BOS}How?", False, 1),
+        (f"{BOS}{BOS}a", True, 2),
+    ],
+    ids=["added", "not-wanted", "already-there", "left-alone", "callers-own-double"],
+)
+def test_bos_before_templated_text(text: str, add_bos: bool, num_bos: int) -> None:
+    """BOS is added once, if wanted and missing; what the caller wrote is never taken away."""
+    tokenizer = tiny_tokenizer("llama")
+
+    encoded = sequence_of(tokenization(tokenizer), TemplatedText(text), Encoding(add_bos=add_bos))
+
+    assert encoded.token_ids.count(tokenizer.bos_token_id) == num_bos
+    assert encoded.num_prompt_tokens is None
+    assert encoded.completion_chars is None
+
+
+def test_token_ids_stay_as_they_are() -> None:
+    """Ids are scored untouched: no BOS, no border."""
+    assert sequence_of(tokenization(tiny_tokenizer("llama")), TokenIds((7, 8, 9))) == Sequence((7, 8, 9))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [TokenIds(()), TokenIds((1, 400)), TokenIds((-1,)), TemplatedText(""), Exchange("", "")],
+    ids=["no-ids", "id-too-large", "negative-id", "no-text", "empty-exchange"],
+)
+def test_what_has_no_tokens_is_an_item_error(content: Any) -> None:
+    """Nothing to score, or ids that the model does not have: the item is refused, not the batch."""
+    scheme = tokenization(tiny_tokenizer("qwen2"), template="concat")
+
+    refused, scored = scheme.encode([Item(content), Item(TokenIds((5,)))], Encoding())
+
+    assert isinstance(refused, InvalidRequest)
+    assert scored == Sequence((5,))
+
+
+def test_messages_need_a_chat_template() -> None:
+    """Without a template there is no way to render messages, and none is invented."""
+    outcome = encode_one(tokenization(tiny_tokenizer("bert")), Exchange((Message("user", "How?"),), "So."))
+
+    assert isinstance(outcome, InvalidRequest)
+
+
+def test_a_refusing_template_tells_no_text() -> None:
+    """A template that raises on an item makes an item error, and what it quotes does not come out."""
+    tokenizer = tiny_tokenizer("llama")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception(m['content']) }}{% endif %}"
+        "{{ m['content'] }}{% endfor %}"
+    )
+
+    outcome = encode_one(tokenization(tokenizer), Exchange((Message("system", "a secret"),), "So."))
+
+    assert isinstance(outcome, InvalidRequest)
+    assert "secret" not in outcome.detail
+
+
+LONG_PROMPT = " ".join(SENTENCES)
+
+
+@pytest.mark.parametrize("template", ["chat", "concat"])
+def test_prompt_left_cuts_behind_bos_and_before_the_completion(template: Any) -> None:
+    """The cut leaves BOS in front and the completion whole, fills the limit, and says how much is gone."""
+    tokenizer = tiny_tokenizer("llama")
+    exchange = Exchange(LONG_PROMPT, " Yes, of course.")
+    whole = sequence_of(tokenization(tokenizer, limit=10_000), exchange, Encoding(template))
+
+    cut = sequence_of(tokenization(tokenizer, limit=50), exchange, Encoding(template, truncation="prompt_left"))
+
+    assert cut.token_ids == whole.token_ids[:1] + whole.token_ids[-49:]
+    assert cut.token_ids[0] == tokenizer.bos_token_id
+    assert cut.num_completion_tokens == whole.num_completion_tokens
+    assert cut.num_dropped == whole.num_tokens - 50
+
+
+@pytest.mark.parametrize("limit", [-1, 0, 1])
+def test_the_limit_is_exact(limit: int) -> None:
+    """A text of just the limit passes, one token more does not."""
+    tokenizer = tiny_tokenizer("llama")
+    exchange = Exchange("How do I boil an egg?", "Put it into water.")
+    num_tokens = sequence_of(tokenization(tokenizer), exchange).num_tokens
+
+    outcome = encode_one(tokenization(tokenizer, limit=num_tokens + limit), exchange)
+
+    assert isinstance(outcome, SequenceTooLong if limit < 0 else Sequence)
+
+
+@pytest.mark.parametrize(
+    ("content", "truncation"),
+    [
+        (Exchange(LONG_PROMPT, "Yes."), "error"),
+        (Exchange("How?", LONG_PROMPT), "prompt_left"),
+        (TemplatedText(LONG_PROMPT), "error"),
+        (TokenIds((5,) * 300), "prompt_left"),
+    ],
+    ids=["not-asked-for", "completion-alone", "templated-not-asked-for", "token-ids"],
+)
+def test_what_may_not_be_cut_is_too_long(content: Any, truncation: Any) -> None:
+    """Without leave, or where only the completion is left to cut, the item is refused with its sizes."""
+    outcome = encode_one(tokenization(tiny_tokenizer("llama"), limit=50), content, Encoding(truncation=truncation))
+
+    assert isinstance(outcome, SequenceTooLong)
+    assert "the limit is 50" in outcome.detail
+
+
+def test_templated_text_may_be_cut_on_request() -> None:
+    """The border of a templated text is unknown, so with leave it is cut from the left, behind its BOS."""
+    tokenizer = tiny_tokenizer("llama")
+
+    cut = sequence_of(tokenization(tokenizer, limit=50), TemplatedText(LONG_PROMPT), Encoding(truncation="prompt_left"))
+
+    assert cut.num_tokens == 50
+    assert cut.truncated
+    assert list(cut.token_ids) == [tokenizer.bos_token_id, *tokenizer(LONG_PROMPT)["input_ids"][-49:]]
+
+
+def test_estimates_are_near_and_never_nothing() -> None:
+    """Admission counts at least one token an item, about right for prose, and exactly for ids."""
+    scheme = tokenization(tiny_tokenizer("llama"), limit=10_000)
+    prose = [Item(Exchange(sentence, sentence)) for sentence in SENTENCES]
+    true = sum(outcome.num_tokens for outcome in scheme.encode(prose, Encoding()) if isinstance(outcome, Sequence))
+
+    assert true / 2 < scheme.estimate_tokens(prose) < true * 2
+    assert scheme.estimate_tokens([Item(TokenIds((1, 2, 3)))]) == 3
+    assert scheme.estimate_tokens([Item(TemplatedText("")), Item(TokenIds(()))]) >= 2
+    assert scheme.estimate_tokens([]) == 0
+
+
+def test_order_is_kept_in_mixed_requests() -> None:
+    """Each outcome stands in its item's place, whatever kinds are mixed, and equals what the item gives alone."""
+    scheme = tokenization(tiny_tokenizer("llama"), limit=60)
+    contents = [Exchange("How?", sentence) for sentence in SENTENCES]
+    mixed = [
+        Item(content) for pair in zip(contents, [TokenIds((n,)) for n in range(9, 15)], strict=True) for content in pair
+    ]
+
+    outcomes = scheme.encode([*mixed, Item(TemplatedText("end")), Item(TokenIds(()))], Encoding())
+
+    alone = [encode_one(scheme, item.content) for item in mixed]
+    assert [str(outcome) for outcome in outcomes[:-2]] == [str(outcome) for outcome in alone]
+    assert scheme.encode([], Encoding()) == []
+
+
+def test_threads_may_share_it() -> None:
+    """Many threads encode at once and get what one would, also while transformers pads with the same tokenizer."""
+    tokenizer = tiny_tokenizer("llama")
+    scheme = tokenization(tokenizer)
+    items = [Item(Exchange("How?", sentence)) for sentence in SENTENCES]
+    expected = scheme.encode(items, Encoding())
+
+    def encode_and_pad(_: int) -> Any:
+        return scheme.encode(items, Encoding())
+
+    with ThreadPoolExecutor(4) as pool:
+        outcomes = list(pool.map(encode_and_pad, range(40)))
+        tokenizer(list(SENTENCES), padding="max_length", truncation=True, max_length=8)
+
+    assert all(outcome == expected for outcome in [*outcomes, scheme.encode(items, Encoding())])
+
+
+def test_the_sample_is_the_tokenizers_own() -> None:
+    """The ids shown for comparison are those of the fixed exchange through the model's template."""
+    tokenizer = tiny_tokenizer("llama")
+    conversation = [{"role": "user", "content": SAMPLE_PROMPT}, {"role": "assistant", "content": SAMPLE_COMPLETION}]
+
+    ids = tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=True)["input_ids"]
+
+    assert list(tokenization(tokenizer, limit=4).sample_token_ids) == ids
+
+
+def test_an_impossible_default_ends_the_start() -> None:
+    """A chat template that is asked for and missing, or present and broken, is found before the first request."""
+    broken = tiny_tokenizer("llama")
+    broken.chat_template = "{{ raise_exception('never') }}"
+
+    with pytest.raises(SettingsError, match="set concat"):
+        tokenization(tiny_tokenizer("bert"), template="chat")
+    with pytest.raises(CheckpointError, match=r"set tokenization\.template to concat"):
+        tokenization(broken)

@@ -1,0 +1,63 @@
+"""Accuracy, its error and its baseline, against numbers that were worked out by hand."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import SENTENCES, write_tiny_checkpoint
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from training import evaluation
+from training.evaluation import Share, describe, evaluate, rewards
+from training.pairs import PreferencePair, tokenize_pairs
+
+
+def test_a_tie_counts_one_half() -> None:
+    """Two wins, a tie and a loss make 2.5 of 4, with the error sqrt(p (1 - p) / n)."""
+    share = Share.of([0.1, 3.0, 0.0, -1.0])
+
+    assert share.value == 0.625
+    assert share.standard_error == pytest.approx(math.sqrt(0.625 * 0.375 / 4))
+
+
+def test_no_pairs_have_no_accuracy() -> None:
+    """Nothing measured is NaN, not zero."""
+    assert math.isnan(Share.of([]).value)
+
+
+def test_rewards_come_back_in_input_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of like length do not reorder the answers: each equals the model's reward for the sequence alone."""
+    monkeypatch.setattr(evaluation, "MAX_BATCH_TOKENS", 64)
+    folder = write_tiny_checkpoint(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    sequences = [tuple(tokenizer(sentence)["input_ids"]) for sentence in SENTENCES]
+
+    batched = rewards(model, sequences)
+
+    with torch.inference_mode():
+        alone = [model(input_ids=torch.tensor([sequence])).logits.item() for sequence in sequences]
+    assert batched.tolist() == pytest.approx(alone, abs=1e-5)
+
+
+def test_agreement_is_read_beside_length(tmp_path: Path) -> None:
+    """Swapping chosen and rejected turns accuracy and the length baseline round, and leaves the correlation."""
+    folder = write_tiny_checkpoint(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = list(pairwise(SENTENCES))
+    pairs = tokenize_pairs([PreferencePair("Hm?", chosen, rejected) for chosen, rejected in texts], tokenizer)
+    swapped = tokenize_pairs([PreferencePair("Hm?", rejected, chosen) for chosen, rejected in texts], tokenizer)
+
+    there, back = evaluate(model, pairs), evaluate(model, swapped)
+
+    assert there.num_pairs == len(texts)
+    assert there.longer_wins.value == sum(len(a) > len(b) for a, b in texts) / len(texts)
+    assert there.accuracy.value == pytest.approx(1 - back.accuracy.value)
+    assert there.mean_margin == pytest.approx(-back.mean_margin)
+    assert there.log_length_correlation == pytest.approx(back.log_length_correlation)
+    assert f"accuracy {there.accuracy.value:.1%}" in describe("rows.jsonl", there)

@@ -1,0 +1,70 @@
+"""Which pairs a run trains on."""
+
+from __future__ import annotations
+
+import pytest
+
+from service.errors import DatasetError
+from service.holdout import is_held_out
+from training.pairs import PreferencePair, TokenizedPair
+from training.recipe import Recipe
+from training.selection import balance_lengths, select_pairs, watched_pairs
+
+
+def pair(prompt: str = "?", *, chosen_chars: int = 1, rejected_chars: int = 1, num_tokens: int = 1) -> TokenizedPair:
+    return TokenizedPair(PreferencePair(prompt, "c" * chosen_chars, "r" * rejected_chars), (0,) * num_tokens, (0,))
+
+
+def test_held_out_prompts_are_never_selected() -> None:
+    """No pair of a held-out prompt is trained on, and no other pair is lost; the counts say so."""
+    pairs = [pair(f"prompt {n}") for n in range(100)]
+    expected = [pair for pair in pairs if not is_held_out(pair.pair.prompt, 25)]
+
+    selection = select_pairs(pairs, Recipe(hold_out_percent=25))
+
+    assert selection.pairs == expected
+    assert 0 < selection.counts.held_out == 100 - len(expected)
+
+
+def test_long_pairs_are_left_out_and_counted() -> None:
+    """A pair is measured by its longer side, and is left out whole rather than cut."""
+    pairs = [pair(num_tokens=10), pair(num_tokens=11)]
+
+    selection = select_pairs(pairs, Recipe(max_length=10, hold_out_percent=0))
+
+    assert selection.pairs == pairs[:1]
+    assert selection.counts.too_long == 1
+
+
+def test_an_empty_selection_says_where_the_pairs_went() -> None:
+    """Training on nothing is refused with the counts."""
+    with pytest.raises(DatasetError, match="of 2 pairs 0 are held out and 2 are longer than 5 tokens"):
+        select_pairs([pair(num_tokens=9)] * 2, Recipe(max_length=5, hold_out_percent=0))
+
+
+@pytest.mark.parametrize(("num_longer", "num_shorter"), [(7, 3), (3, 7), (4, 4), (5, 0)])
+def test_balanced_pairs_do_not_favour_a_length(num_longer: int, num_shorter: int) -> None:
+    """Only the surplus goes; equally long completions and the order stay, and the same seed leaves out the same."""
+    longer = [pair(f"l{n}", chosen_chars=2) for n in range(num_longer)]
+    shorter = [pair(f"s{n}", rejected_chars=2) for n in range(num_shorter)]
+    even = [pair("even")]
+    pairs = longer + even + shorter
+
+    balanced = balance_lengths(pairs, seed=1)
+
+    kept = min(num_longer, num_shorter)
+    assert sorted(pair.pair.excess_chars for pair in balanced) == [-1] * kept + [0] + [1] * kept
+    assert balanced == [pair for pair in pairs if pair in balanced] == balance_lengths(pairs, seed=1)
+
+
+def test_the_watched_pairs_are_a_fixed_draw() -> None:
+    """The same pairs are watched in each run, and none that the trainer would drop for its length."""
+    pairs = [pair(f"p{n}", num_tokens=1 + n) for n in range(20)]
+    recipe = Recipe(eval_pairs=5, max_length=10)
+
+    watched = watched_pairs(pairs, recipe)
+
+    assert watched == watched_pairs(pairs, recipe)
+    assert len(watched) == 5
+    assert all(pair.num_tokens <= 10 for pair in watched)
+    assert len(watched_pairs(pairs, Recipe(eval_pairs=50, max_length=10))) == 10

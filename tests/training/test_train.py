@@ -1,0 +1,222 @@
+"""``reward-train`` from files to a served folder: TRL's own trainer on a tiny model and a rule that it can learn."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from preference_rows import polite_pairs, write_pairs
+from safetensors.torch import load_file, save_file
+from tiny_models import write_tiny_causal_lm, write_tiny_checkpoint
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from service.adapter import merge_adapter
+from service.errors import CheckpointError
+from service.holdout import is_held_out
+from training import train as reward_train
+from training.evaluation import evaluate, rewards
+from training.manifest import MANIFEST_FILE, Manifest
+from training.pairs import TokenizedPair, read_pairs, tokenize_pairs
+from training.recipe import Recipe
+from training.reward_model import load_base, lora_config, scalar_head
+from training.train import train
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*will be removed in v6:FutureWarning")
+"""PEFT and TRL read names that transformers has deprecated."""
+
+RECIPE = Recipe(
+    lora_rank=8,
+    learning_rate=1e-2,
+    epochs=4,
+    max_length=128,
+    batch_pairs=8,
+    micro_batch_pairs=4,
+    hold_out_percent=25,
+    dtype="fp32",
+    eval_steps=20,
+    eval_pairs=8,
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished training run, shared by the tests that look at its different sides."""
+
+    base: Path
+    out: Path
+    manifest: Manifest
+    held_out: list[TokenizedPair]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("run")
+    base = write_tiny_causal_lm(folder / "base")
+    data = write_pairs(folder / "train.jsonl", polite_pairs(160))
+    watched = write_pairs(folder / "dev.jsonl", polite_pairs(24, seed=1))
+    manifest = train([data], str(base), folder / "out", RECIPE, [watched])
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    held_out = [pair for pair in read_pairs([data]) if is_held_out(pair.prompt)]
+    return Run(base, folder / "out", manifest, tokenize_pairs(held_out, tokenizer))
+
+
+def adapted_model(run: Run) -> PeftModel:
+    base = AutoModelForSequenceClassification.from_pretrained(run.base, num_labels=1, dtype=torch.float32)
+    return PeftModel.from_pretrained(base, run.out).eval()
+
+
+def test_accuracy_on_unseen_prompts_goes_up(run: Run) -> None:
+    """The rule is learned, not the rows: from one half (a zero head answers ties) to nearly all held-out pairs."""
+    untrained, _ = load_base(run.base, RECIPE)
+
+    before, after = evaluate(untrained, run.held_out), evaluate(adapted_model(run), run.held_out)
+
+    assert before.accuracy.value == 0.5
+    assert after.accuracy.value > 0.9
+    assert run.manifest.evaluations["dev.jsonl"].accuracy.value > 0.9
+
+
+def test_the_adapter_carries_a_trained_head(run: Run) -> None:
+    """The head is in the adapter's file, with one output, and no longer zero."""
+    tensors = load_file(run.out / "adapter_model.safetensors")
+
+    (head,) = [tensor for name, tensor in tensors.items() if "lora" not in name]
+
+    assert head.shape[0] == 1
+    assert head.abs().sum() > 0
+
+
+def test_the_merged_checkpoint_gives_the_same_rewards(run: Run, tmp_path: Path) -> None:
+    """What the service loads answers as the trained model did, within 1e-4 in fp32."""
+    sequences = [pair.chosen_ids for pair in run.held_out] + [pair.rejected_ids for pair in run.held_out]
+    expected = rewards(adapted_model(run), sequences)
+
+    merged = AutoModelForSequenceClassification.from_pretrained(merge_adapter(run.out, tmp_path / "merged"))
+
+    assert rewards(merged, sequences).tolist() == pytest.approx(expected.tolist(), abs=1e-4)
+    assert expected.std() > 0.1
+
+
+def test_held_out_prompts_were_never_trained_on(run: Run) -> None:
+    """All pairs are accounted for, and the trainer made exactly the steps that the allowed ones fill."""
+    counts = run.manifest.pairs
+    assert counts.held_out == len(run.held_out) > 0
+    assert counts.trained == 160 - counts.held_out
+
+    last = json.loads((run.out / "checkpoints" / latest_checkpoint(run) / "trainer_state.json").read_text())
+
+    assert last["max_steps"] == RECIPE.epochs * -(-counts.trained // RECIPE.batch_pairs)
+
+
+def latest_checkpoint(run: Run) -> str:
+    return max((path.name for path in (run.out / "checkpoints").glob("checkpoint-*")), key=lambda name: int(name[11:]))
+
+
+def test_the_manifest_tells_what_was_done(run: Run) -> None:
+    """Base, data and libraries are named with hashes or versions, and the recipe is complete."""
+    written = json.loads((run.out / MANIFEST_FILE).read_text())
+
+    assert written["recipe"]["learning_rate"] == RECIPE.learning_rate
+    assert len(written["base_hash"]) == 64
+    assert list(written["data_hashes"]) == ["train.jsonl"]
+    assert written["libraries"]["trl"]
+    assert written["evaluations"]["dev.jsonl"]["num_pairs"] == 24
+
+
+def test_the_log_has_the_loss_of_every_tenth_step(run: Run) -> None:
+    """The log is JSON lines that a plot can be made from, and the loss falls."""
+    lines = [json.loads(line) for line in (run.out / "log.jsonl").read_text().splitlines()]
+
+    losses = [line["loss"] for line in lines if "loss" in line]
+
+    assert losses[-1] < losses[0]
+    assert any("eval_accuracy" in line for line in lines)
+
+
+def test_only_the_topmost_layers_are_adapted(tmp_path: Path) -> None:
+    """With ``lora_layers`` the layers below stay as they are, and the head is never a LoRA target."""
+    model, _ = load_base(write_tiny_causal_lm(tmp_path), RECIPE)
+
+    config = lora_config(model, Recipe(lora_layers=2))
+
+    assert config.layers_to_transform == [1, 2]
+    assert "score" not in config.target_modules
+    assert {"q_proj", "down_proj"} <= set(config.target_modules)
+
+
+def test_a_reward_models_own_head_is_kept(tmp_path: Path) -> None:
+    """Training on from a reward model starts at its rewards; only a missing head starts at zero."""
+    _, fresh = scalar_head(load_base(write_tiny_causal_lm(tmp_path / "causal"), RECIPE)[0])
+    _, kept = scalar_head(load_base(write_tiny_checkpoint(tmp_path / "reward"), RECIPE)[0])
+
+    assert fresh.weight.abs().sum() == 0
+    assert kept.weight.abs().sum() > 0
+
+
+def test_an_adapter_is_refused_where_the_base_lacks_more_than_a_head(tmp_path: Path) -> None:
+    """Weights that transformers would draw at random must be trained whole, since an adapter does not carry them."""
+    folder = write_tiny_causal_lm(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(CheckpointError, match=r"lacks model\.norm\.weight.*--full"):
+        load_base(folder, RECIPE)
+
+
+def test_the_command_trains_all_weights_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``--full`` writes a whole checkpoint with its head, and the accuracy is printed beside that of length."""
+    base = write_tiny_causal_lm(tmp_path / "base")
+    data = write_pairs(tmp_path / "pairs.jsonl", polite_pairs(16))
+    command = ["--data", str(data), "--base", str(base), "--out", str(tmp_path / "out"), "--eval", str(data)]
+
+    status = reward_train.main([*command, "--full", "--dtype", "fp32", "--max-length", "128"])
+
+    assert status == 0
+    assert "pairs.jsonl: accuracy" in capsys.readouterr().err
+    assert load_file(tmp_path / "out" / "model.safetensors")["score.weight"].shape[0] == 1
+
+
+def test_the_command_merges_when_asked(tmp_path: Path) -> None:
+    """``--merge`` leaves a plain checkpoint beside the adapter."""
+    base = write_tiny_causal_lm(tmp_path / "base")
+    data = write_pairs(tmp_path / "pairs.jsonl", polite_pairs(16))
+    command = ["--data", str(data), "--base", str(base), "--out", str(tmp_path / "out"), "--dtype", "fp32"]
+
+    status = reward_train.main([*command, "--max-length", "128", "--merge", str(tmp_path / "merged")])
+
+    assert status == 0
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--data", "missing.jsonl"], "missing.jsonl does not exist"),
+        (["--data", "pairs.jsonl", "--base", "no/such/model/here"], "cannot be loaded"),
+        (["--data", "pairs.jsonl", "--max-length", "3"], "No pair is left to train on"),
+        (["--data", "pairs.jsonl", "--full", "--merge", "merged"], "--merge is for adapters"),
+    ],
+    ids=["no-data", "no-base", "nothing-left", "merge-of-nothing"],
+)
+def test_what_cannot_be_trained_ends_with_one_sentence(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    complaint: str,
+) -> None:
+    """Exit status 1 and a sentence, no traceback, and no folder that looks like a result."""
+    monkeypatch.chdir(tmp_path)
+    base = write_tiny_causal_lm(tmp_path / "base")
+    write_pairs(tmp_path / "pairs.jsonl", polite_pairs(8))
+
+    status = reward_train.main(["--base", str(base), "--out", "out", *arguments])
+
+    assert status == 1
+    assert complaint in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
