@@ -58,7 +58,8 @@ class LoadShape:
 class Measurement:
     """What one server did with one round of one shape.
 
-    ``client_cpu`` and ``idle_cpu``: cores used meanwhile by the generator and by the other, idle server.
+    ``server_cpu``, ``client_cpu`` and ``idle_cpu``: cores used meanwhile by this server, by the generator and by the
+    other, idle server. A server that got fewer cores than there are was disturbed.
     """
 
     server: str
@@ -67,6 +68,7 @@ class Measurement:
     items_per_s: float
     latency_p50_s: float
     latency_p95_s: float
+    server_cpu: float
     client_cpu: float
     idle_cpu: float
     rewards: list[float] = field(repr=False)
@@ -183,7 +185,7 @@ def _turns(
 def _measure_one(
     shape: LoadShape, round_: int, server: RunningServer, idle: RunningServer, bodies: Sequence[bytes]
 ) -> Measurement:
-    idle_before = idle.cpu_s()
+    server_before, idle_before = server.cpu_s(), idle.cpu_s()
     run: LoadRun = send_all(server.url, bodies, shape.num_connections)
     rewards = run.rewards
     return Measurement(
@@ -193,6 +195,7 @@ def _measure_one(
         items_per_s=len(rewards) / run.wall_s,
         latency_p50_s=run.latency_s(0.5),
         latency_p95_s=run.latency_s(0.95),
+        server_cpu=(server.cpu_s() - server_before) / run.wall_s,
         client_cpu=run.cpu_s / run.wall_s,
         idle_cpu=(idle.cpu_s() - idle_before) / run.wall_s,
         rewards=rewards,
@@ -207,7 +210,7 @@ def _print(
     *,
     agrees: bool,
 ) -> None:
-    table = Table("work", "server", "items/s", "p50 s", "p95 s", "ratio (each round)")
+    table = Table("work", "server", "items/s", "p50 s", "p95 s", "cores", "ratio (each round)")
     for shape in shapes:
         per_round = ratios(found, shape.name)
         said = f"{statistics.median(per_round):.2f} ({', '.join(f'{ratio:.2f}' for ratio in per_round)})"
@@ -215,7 +218,7 @@ def _print(
             mine = [one for one in found if (one.shape, one.server) == (shape.name, server)]
             medians = [
                 statistics.median(getattr(one, name) for one in mine)
-                for name in ("items_per_s", "latency_p50_s", "latency_p95_s")
+                for name in ("items_per_s", "latency_p50_s", "latency_p95_s", "server_cpu")
             ]
             title = shape.title if server == "plain" else ""
             table.add_row(title, server, *(f"{median:.2f}" for median in medians), said if server == "ours" else "")

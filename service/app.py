@@ -16,6 +16,7 @@ from typing import Any, TextIO
 import ray
 from fastapi import FastAPI
 from ray import serve
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from service.assembly import ServedModel, assemble
@@ -31,6 +32,7 @@ ANSWER_S = 0.5
 """How long a computed answer may take through the sockets once the scorer has ended."""
 OBJECT_STORE_BYTES = 200_000_000
 """Ray's object store; nothing large goes through it."""
+_OUR_ERROR = re.compile(r"service\.errors\.\w+: (.+)")
 
 
 class RewardReplica:
@@ -73,7 +75,7 @@ class RewardReplica:
             answers = await self._siblings.broadcast("exposition").results_async(
                 timeout_s=SCRAPE_TIMEOUT_S, return_exceptions=True
             )
-        except TimeoutError:
+        except (TimeoutError, RayServeException):
             return merge_expositions({own_name: own}, incomplete=True)
         texts = dict(answer for answer in answers if not isinstance(answer, BaseException))
         incomplete = len(texts) < len(answers) or own_name not in texts
@@ -131,6 +133,7 @@ def main() -> None:
 def _start(launch: Launch, reports: TextIO) -> None:
     _report(reports, stage="ray")
     ray.init(
+        address="local",  # a Ray of our own, also where another one runs
         num_cpus=launch.cpus * launch.replicas,
         num_gpus=launch.gpus * launch.replicas,
         include_dashboard=False,
@@ -161,14 +164,15 @@ def _stop(drain_s: float) -> None:
     ray.shutdown()
 
 
+def _reason(error: Exception) -> str:
+    """The sentence of our own error wherever Ray has wrapped it, or else the last line of what Ray says."""
+    said = str(getattr(error, "cause", None) or error)
+    if serve.status().applications.get(APP_NAME) is not None:
+        deployments = serve.status().applications[APP_NAME].deployments
+        said = "\n".join([said, *(deployment.message for deployment in deployments.values())])
+    ours = _OUR_ERROR.findall(said)
+    return str(ours[-1] if ours else said.strip().splitlines()[-1])
+
+
 def _report(reports: TextIO, **facts: str) -> None:
     reports.write(json.dumps(facts) + "\n")
-
-
-def _reason(error: Exception) -> str:
-    """The sentence of our own error inside what Ray wraps around it, or else the first line of the error itself."""
-    ours = re.findall(r"service\.errors\.\w+: (.+)", str(error))
-    if ours:
-        return str(ours[-1])
-    cause = getattr(error, "cause", None) or error
-    return f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"

@@ -135,6 +135,7 @@ class _Passes:
         self._engine = engine
         self._sequences = sequences
         self._found: dict[int, float | HttpError] = {}
+        self._failure_logged = False
         self.num_forwards = 0
         self.out_of_memory = False
         self.shared_tokens = 0
@@ -155,15 +156,13 @@ class _Passes:
         try:
             output = self._engine.forward(self._sequences[run.start : run.stop])
         except EngineOutOfMemory as error:
+            # A new error, because this one's traceback keeps the tensors of the pass alive while its halves need room.
             self.out_of_memory = True
-            self._found.update(dict.fromkeys(run, error))
+            self._found.update(dict.fromkeys(run, EngineOutOfMemory(str(error))))
             return False
-        except Exception as error:
-            # Whatever a foreign forward pass raises is a failure of these sequences, not of the thread that serves all.
-            logger.warning("A forward pass over %d sequences raised.", len(run), exc_info=True)
-            failure = EngineFailed(f"The forward pass raised {type(error).__name__}.")
-            failure.__cause__ = error
-            self._found.update(dict.fromkeys(run, failure))
+        except Exception as error:  # noqa: BLE001 - whatever a foreign pass raises fails its sequences, not our thread
+            self._log_first(error, len(run))
+            self._found.update(dict.fromkeys(run, EngineFailed(f"The forward pass raised {type(error).__name__}.")))
             return False
         self.shared_tokens += output.shared_tokens
         if len(output.rewards) == len(run):
@@ -174,6 +173,12 @@ class _Passes:
             logger.error("%s", mismatch)
             self._found.update(dict.fromkeys(run, mismatch))
         return True
+
+    def _log_first(self, error: Exception, num_sequences: int) -> None:
+        """Log the traceback once a batch: the halves fail for the same reason."""
+        if not self._failure_logged:
+            logger.warning("A forward pass over %d sequences raised.", num_sequences, exc_info=error)
+            self._failure_logged = True
 
 
 def score_of(reward: float | HttpError, sequence: Sequence, level: DiagnosticsLevel) -> Score | HttpError:

@@ -108,8 +108,9 @@ class ScoreRequest:
 class Sequence:
     """A tokenised Item.
 
-    ``num_prompt_tokens`` counts the leading tokens that belong to the prompt (template included), after truncation; None
-    where the border is unknown (templated text and token ids). ``num_dropped`` counts prompt tokens cut from the left.
+    ``num_prompt_tokens`` counts the leading tokens that belong to the prompt (template included), after truncation;
+    None where the border is unknown (templated text and token ids). ``num_dropped`` counts prompt tokens cut from the
+    left.
     ``completion_chars`` is None where the completion is not known as text.
     """
 

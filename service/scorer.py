@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from collections.abc import Sequence as Row
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -41,8 +41,11 @@ logger = logging.getLogger(__name__)
 State: TypeAlias = Literal["starting", "ready", "draining", "failed"]
 Outcome: TypeAlias = Score | HttpError
 
-CHUNK_ITEMS = 64
-"""Items tokenized in one go: a large request gives way to small ones after each chunk."""
+CHUNK_CHARS = 65_536
+"""Characters tokenized in one go: a large request gives way to small ones after each chunk."""
+
+MIN_ITEM_CHARS = 1024
+"""What an item counts for in a chunk at least; 64 items are a full one, however short they are."""
 
 HEAD_TOKENS = 64
 """Leading tokens by which sequences are kept beside their likes where the end of the prompt is unknown."""
@@ -91,6 +94,20 @@ class Work:
     sequences: tuple[Sequence, ...]
     prefixes: tuple[Hashable, ...]
     places: tuple[tuple[int, ...], ...]
+
+
+def chunks_of(items: Row[Item]) -> Iterator[list[Item]]:
+    """Cut the items, in order, into lists of about `CHUNK_CHARS` characters; a longer item stands alone or last."""
+    chunk: list[Item] = []
+    num_chars = 0
+    for item in items:
+        chunk.append(item)
+        num_chars += max(item.content.num_chars, MIN_ITEM_CHARS)
+        if num_chars >= CHUNK_CHARS:
+            yield chunk
+            chunk, num_chars = [], 0
+    if chunk:
+        yield chunk
 
 
 def plan_work(items: Row[Item], encoded: Row[Sequence | HttpError]) -> Work:
@@ -243,12 +260,12 @@ class Scorer:
         self._num_accepted = 0
         self._all_answered = asyncio.Event()
         self._all_answered.set()
-        # What follows is shared with the engine thread and touched under the condition's lock only.
+        self._busy_since: float | None = None  # as the budget, written by the engine thread alone
+        # Shared with the engine thread, and changed under the condition's lock only.
         self._work_waits = threading.Condition()
         self._queue = Queue(limits.max_queue_tokens)
         self._pending: dict[Hashable, _Pending] = {}
         self._stopped = False
-        self._busy_since: float | None = None
         self._publish_gauges()
 
     # --- Life --------------------------------------------------------------------------------------------------------
@@ -403,12 +420,12 @@ class Scorer:
     async def _encode(self, request: ScoreRequest) -> tuple[list[Sequence | HttpError], Work]:
         loop = asyncio.get_running_loop()
         encoded: list[Sequence | HttpError] = []
-        for start in range(0, len(request.items), CHUNK_ITEMS):
+        for chunk in chunks_of(request.items):
             self._refuse_if_stopped()
-            chunk = request.items[start : start + CHUNK_ITEMS]
             encoded += await loop.run_in_executor(self._threads, self._encoder.encode, chunk, request.encoding)
-        if len(encoded) <= CHUNK_ITEMS:
+        if len(encoded) <= CHUNK_CHARS // MIN_ITEM_CHARS:
             return encoded, plan_work(request.items, encoded)
+        self._refuse_if_stopped()
         return encoded, await loop.run_in_executor(self._threads, plan_work, request.items, encoded)
 
     def _enqueue(self, key: Hashable, pending: _Pending, now: float, deadline: float) -> None:

@@ -6,27 +6,35 @@ Ray runs in a child process under a supervisor; this process imports neither Ray
 from __future__ import annotations
 
 import argparse
-import multiprocessing
+import json
 import os
-import signal
+import subprocess
 import sys
+import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from rich.console import Console
 from rich.status import Status
 
-from service.errors import StartupError
-from service.settings import Settings, read_settings
+from service.errors import CheckpointError, StartupError
+from service.settings import ModelSettings, Settings, read_settings
 from service.substrate import Launch, choose_ports, ray_environment
-from service.supervisor import StopRequested, private_folder, raise_on_stop_signals, reachable, supervise, sweep
+from service.supervisor import (
+    Progress,
+    StopRequested,
+    private_folder,
+    raise_on_stop_signals,
+    reachable,
+    supervise,
+)
 
 DRAIN_S = 6.0
 """Seconds for accepted requests after Ctrl-C; with Serve's own end this stays below the supervisor's patience."""
 REPLICA_DRAIN_S = 1.0
 """How long a leaving replica stays reachable, so that HAProxy has heard of it."""
+_JUDGE = "import sys; from service.server import print_verdict; print_verdict(sys.stdin.read())"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--port", type=int, default=8000, help="default: %(default)s")
     parser.add_argument(
-        "--replicas", type=int, default=1, help="copies of the model; each takes a GPU where there are any"
+        "--replicas", type=_positive, default=1, help="copies of the model; each takes a GPU where there are any"
     )
     parser.add_argument(
         "--log",
@@ -86,6 +94,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--revision", default="unknown", help="code revision of this deployment, shown by /v1/model")
     return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
 
 
 def _tree(options: argparse.Namespace) -> dict[str, Any]:
@@ -126,8 +141,7 @@ def _check(settings: Settings, console: Console) -> None:
 def _serve(settings: Settings, options: argparse.Namespace, console: Console) -> None:
     ports = choose_ports(options.host, options.port)
     with _TerminalProgress(console, _reachable_url(options)) as progress:
-        progress.stage("checkpoint")
-        verdict = _judge_apart(settings)
+        verdict = _judge_apart(settings, progress)
         settings = _settled(settings, verdict, options)
         with private_folder() as folder:
             launch = Launch(
@@ -144,32 +158,44 @@ def _serve(settings: Settings, options: argparse.Namespace, console: Console) ->
             supervise(launch, environment, progress)
 
 
-def _judge_apart(settings: Settings) -> Verdict:
+def _judge_apart(settings: Settings, progress: Progress) -> Verdict:
     """Judge the checkpoint in a process of its own, so that torch's memory goes with it."""
     if settings.model.engine == "oracle":
         return Verdict(None, None, needs_gpu=False)
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(1, mp_context=context, initializer=_leave_signals_to_parent)
-    try:
-        return pool.submit(_verdict, settings).result()
-    except StopRequested:
-        sweep()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
+    progress.stage("checkpoint")
+    judge = subprocess.run(  # noqa: S603 - our own interpreter and our own module
+        [sys.executable, "-P", "-c", _JUDGE],
+        input=settings.model.model_dump_json(),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+        start_new_session=True,
+    )
+    if judge.returncode != 0:
+        raise CheckpointError(f"The judgement of the checkpoint broke off with status {judge.returncode}.")
+    answer = json.loads(judge.stdout)
+    if "refusal" in answer:
+        raise CheckpointError(answer["refusal"])
+    return Verdict(**answer)
 
 
-def _leave_signals_to_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def print_verdict(model: str) -> None:
+    """Print the Verdict on a checkpoint as JSON, or the sentence that refuses it; runs in a process of its own.
 
-
-def _verdict(settings: Settings) -> Verdict:
+    Args:
+        model: ModelSettings as JSON.
+    """
     from service.assembly import judge
     from service.engines.device import resolve_device
 
-    checkpoint = judge(settings.model)
-    is_cuda = resolve_device(settings.model.device).type == "cuda"
-    return Verdict(str(checkpoint.path), checkpoint.name, needs_gpu=is_cuda)
+    settings = ModelSettings.model_validate_json(model)
+    try:
+        checkpoint = judge(settings)
+        needs_gpu = resolve_device(settings.device).type == "cuda"
+        answer = asdict(Verdict(str(checkpoint.path), checkpoint.name, needs_gpu))
+    except StartupError as error:
+        answer = {"refusal": str(error)}
+    print(json.dumps(answer))
 
 
 def _settled(settings: Settings, verdict: Verdict, options: argparse.Namespace) -> Settings:
@@ -216,6 +242,7 @@ class _TerminalProgress:
         self._console = console
         self._url = url
         self._status: Status | None = None
+        self._started_at = time.monotonic()
 
     def __enter__(self) -> Self:
         return self
@@ -225,11 +252,13 @@ class _TerminalProgress:
 
     def stage(self, name: str) -> None:
         """Show that a stage has begun."""
-        self._show(_STAGES[name])
+        # The judgement may show the progress of a download, which a moving line of ours would write over.
+        self._show(_STAGES[name], moving=name != "checkpoint")
 
-    def ready(self, elapsed_s: float) -> None:
+    def ready(self) -> None:
         """Show that the service answers, and how to ask it."""
         self._end_status()
+        elapsed_s = time.monotonic() - self._started_at
         self._console.print(
             f"Ready in {elapsed_s:.0f} s: {self._url}\n\n{_EXAMPLE.format(url=self._url)}\n", markup=False
         )
@@ -238,9 +267,9 @@ class _TerminalProgress:
         """Show that the end has begun."""
         self._show("Stopping: accepted requests are answered first")
 
-    def _show(self, text: str) -> None:
+    def _show(self, text: str, *, moving: bool = True) -> None:
         self._end_status()
-        if self._console.is_terminal:
+        if moving and self._console.is_terminal:
             self._status = self._console.status(text)
             self._status.start()
         else:

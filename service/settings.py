@@ -59,7 +59,9 @@ class LimitSettings(Section):
 
     max_request_bytes: int = Field(64 * 1024 * 1024, ge=1024, description="Bytes of a request body.")
     max_request_items: int = Field(2048, ge=1, description="Items of a request.")
-    max_compare_completions: int = Field(256, ge=2, description="Completions of a comparison; the answer grows with its square.")
+    max_compare_completions: int = Field(
+        256, ge=2, description="Completions of a comparison; the answer grows with its square."
+    )
     max_item_chars: int = Field(131_072, ge=1, description="Characters of one item, checked before tokenizing.")
     max_queue_tokens: int = Field(
         2_097_152, ge=1, description="Tokens that may wait; beyond it requests are refused with 503. "
@@ -95,7 +97,7 @@ class Settings(Section):
     batching: BatchingSettings = BatchingSettings()
     diagnostics: DiagnosticsSettings = DiagnosticsSettings()
     log: str | None = Field(
-        None, description="File that gets one JSON line per request; none: standard error, which Ray keeps with its logs."
+        None, description="File that gets a JSON line per request; none: standard error, which Ray keeps with its logs."
     )
     revision: str = Field("unknown", description="Code revision of this deployment: changing it redeploys the replicas.")
 

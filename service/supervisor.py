@@ -48,7 +48,7 @@ class Progress(Protocol):
         """Say that a stage has begun: ``ray``, ``serve``, ``model``, ``running``."""
         ...
 
-    def ready(self, elapsed_s: float) -> None:
+    def ready(self) -> None:
         """Say that the service answers."""
         ...
 
@@ -156,7 +156,7 @@ class _Server:
                 self._is_running = report["stage"] == "running"
                 progress.stage(report["stage"])
             self._check_alive()
-        progress.ready(time.monotonic() - self._started_at)
+        progress.ready()
 
     def watch(self) -> None:
         """Return never; raise when the server ends by itself."""

@@ -86,7 +86,7 @@ def start(tmp_path: Path) -> Start:
 
 
 def faulty_scorer(served: ServedModel, settings: Settings, faults: OracleFaults) -> Scorer:
-    engine = OracleEngine(max_input_tokens=64, max_batch_tokens=1024, faults=faults)
+    engine = OracleEngine(max_input_tokens=64, max_batch_tokens=64, faults=faults)
     tokenization = Tokenization(byte_tokenizer(64), settings.tokenization, max_input_tokens=64, vocab_size=257)
     return Scorer(tokenization, Pipeline(engine), settings.limits, settings.batching, served.metrics)
 
@@ -378,7 +378,7 @@ async def test_not_ready_before_the_warm_up(start: Start) -> None:
 
 async def test_overload_is_refused_with_a_time_to_return(start: Start) -> None:
     """With the line full, a further request is a 503 that says when there should be room."""
-    slow = OracleFaults(seconds_per_token=0.005)
+    slow = OracleFaults(seconds_per_token=0.002)
     async with start(slow, limits={"max_queue_tokens": 60}) as app:
         items = [{"prompt": f"{n}", "completion": "c" * 50} for n in range(4)]
         answers = await asyncio.gather(*(app.post({"items": [item]}) for item in items * 2))
@@ -392,7 +392,7 @@ async def test_overload_is_refused_with_a_time_to_return(start: Start) -> None:
 
 async def test_deadline_is_504(start: Start) -> None:
     """A request whose time is over gets a 504, not a 408 that some trainers take for fatal."""
-    async with start(OracleFaults(seconds_per_token=0.002)) as app:
+    async with start(OracleFaults(seconds_per_token=0.001)) as app:
         answer = await app.post({"items": [{"text": f"{n}" * 30} for n in range(20)], "timeout_ms": 20})
 
     assert_problem(answer, 504, "deadline_exceeded")

@@ -204,6 +204,36 @@ def test_stream_of_newcomers_does_not_starve_a_large_request() -> None:
     assert len(served_at) == 4
 
 
+def test_patience_rules_few_batches() -> None:
+    """However many large requests have waited long, small newcomers are in the next batch nearly always."""
+    queue = new_queue()
+    for bulk in range(60):
+        put(queue, f"bulk-{bulk}", [90] * 8)
+    for _ in range(2 * PATIENCE_BATCHES):
+        take(queue)
+
+    at_once = 0
+    for newcomer in range(40):
+        put(queue, f"small-{newcomer}", [80])
+        at_once += names(take(queue)) == [(f"small-{newcomer}", 0)]
+        take(queue)
+
+    assert at_once >= 30
+
+
+def test_newcomer_does_not_catch_up_on_the_past() -> None:
+    """A large request that comes late shares the engine from then on; it is not owed what others had before."""
+    queue = new_queue()
+    put(queue, "old", [10] * 1000)
+    for _ in range(50):
+        take(queue)
+    put(queue, "new", [10] * 1000)
+
+    served = Counter(entry.request for _ in range(10) for entry in take(queue))
+
+    assert served["old"] == served["new"] == 50
+
+
 def test_among_equals_the_smaller_request_goes_first() -> None:
     """Of two requests that were served nothing yet, the smaller is answered first, though it came second."""
     queue = new_queue()
@@ -231,15 +261,15 @@ def test_companions_of_other_requests_travel_along() -> None:
 def test_companions_leave_half_of_the_batch_to_the_fair_order() -> None:
     """A popular prompt cannot fill a batch while others wait for their turn."""
     queue = new_queue()
-    for name in range(20):
-        put(queue, f"prompt-{name}", [10], ["prompt"])
+    put(queue, "prompt", [10], ["prompt"])
     put(queue, "stranger", [10])
+    for name in range(30):
+        put(queue, f"prompt-{name}", [10], ["prompt"])
 
-    first = take(queue, BatchBudget("packed", max_tokens=60, max_sequences=6))
-    second = take(queue, BatchBudget("packed", max_tokens=160, max_sequences=16))
+    batch = take(queue)
 
-    assert len(first) == 6
-    assert ("stranger", 0) in names(second)
+    assert [entry.request for entry in batch[:7]] == ["prompt", *(f"prompt-{name}" for name in range(5)), "stranger"]
+    assert len(batch) == 10
 
 
 def test_group_larger_than_the_budget_leaves_in_full_runs() -> None:
@@ -384,7 +414,7 @@ def test_halved_budget_still_holds_the_longest_sequence() -> None:
 # --- Cost ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_requests", [1, 1_000, 100_000], ids=["one-request", "thousand", "one-item-requests"])
+@pytest.mark.parametrize("num_requests", [1, 100_000], ids=["one-request", "one-item-requests"])
 @pytest.mark.parametrize("cost", ["packed", "padded"])
 def test_batch_costs_the_same_from_a_long_line(num_requests: int, cost: str) -> None:
     """Taking a batch out of 100,000 waiting sequences is not slower than out of 1,000, by more than noise."""
@@ -406,17 +436,19 @@ def test_batch_costs_the_same_from_a_long_line(num_requests: int, cost: str) -> 
 
 
 def test_ten_thousand_cancels_leave_nothing_behind() -> None:
-    """Requests that come and go before their turn do not make the queue grow."""
+    """Requests that come and go before their turn leave the order and the size of the queue alone."""
     queue = new_queue()
-    put(queue, "stays", [10])
+    stay = [100 - length for length in range(40)]
+    for length in stay:
+        put(queue, f"stays-{length}", [length])
     for name in range(10_000):
-        put(queue, str(name), [10, 10], ["a", "b"])
+        put(queue, str(name), [150, 150], ["a", "b"])
         queue.cancel(str(name))
 
-    assert len(queue) == 1
+    assert len(queue) == len(queue._by_prefix) == 40
     assert len(queue._turns) < 200
-    assert set(queue._by_prefix) == {("stays", 0)}
-    assert names(take(queue)) == [("stays", 0)]
+    everything = take(queue, BatchBudget("packed", max_tokens=10_000, max_sequences=100))
+    assert [entry.num_tokens for entry in everything] == sorted(stay)
 
 
 # --- Poison ----------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from service.errors import EngineFailed, EngineOutOfMemory, HttpError, NonFinite
 from service.pipeline import Pipeline
 from service.records import DiagnosticsLevel, Score, Sequence
 
-POISON, NAN = 1, 2
+POISON, NAN, INFINITY = 1, 2, 3
 
 
 class ScriptedEngine:
@@ -101,12 +101,12 @@ def test_one_poison_in_256_fails_alone(position: int) -> None:
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.lists(st.sampled_from(["good", "poison", "nan"]), min_size=1, max_size=24))
+@given(st.lists(st.sampled_from(["good", "poison", "nan", "infinity"]), min_size=1, max_size=24))
 def test_every_sequence_gets_the_outcome_it_deserves(kinds: list[str]) -> None:
     """Whatever mix of poison, NaN and good sequences shares a batch, none touches its neighbours."""
-    first_id = {"good": 9, "poison": POISON, "nan": NAN}
+    first_id = {"good": 9, "poison": POISON, "nan": NAN, "infinity": INFINITY}
     sequences = [Sequence((first_id[kind], 100 + place)) for place, kind in enumerate(kinds)]
-    engine = ScriptedEngine(faults=OracleFaults(raise_on=POISON, nan_on=NAN))
+    engine = ScriptedEngine(faults=OracleFaults(raise_on=POISON, nan_on=NAN, infinity_on=INFINITY))
 
     outcomes = Pipeline(engine).run(sequences, levels(sequences)).outcomes
 
@@ -169,6 +169,27 @@ def test_failed_pass_is_logged_without_ids(caplog: pytest.LogCaptureFixture) -> 
     assert "98765" not in caplog.text
 
 
+def test_failed_pass_is_logged_once_a_batch(caplog: pytest.LogCaptureFixture) -> None:
+    """Bisection of a poisoned batch leaves one traceback in the log, not one for each of its passes."""
+    sequences = [*distinct(63), Sequence((POISON,))]
+    with caplog.at_level(logging.WARNING):
+        Pipeline(ScriptedEngine(faults=OracleFaults(raise_on=POISON))).run(sequences, levels(sequences))
+
+    assert caplog.text.count("Traceback") == 1
+
+
+def test_errors_keep_nothing_of_the_pass_alive() -> None:
+    """An error in an outcome holds no traceback, whose frames would hold the tensors of the failed pass."""
+    engine = ScriptedEngine(faults=OracleFaults(raise_on=POISON, memory_tokens=2))
+
+    outcomes = Pipeline(engine).run([Sequence((POISON,)), Sequence((9, 9, 9))], ["none"] * 2).outcomes
+
+    assert [type(error) for error in outcomes] == [EngineFailed, EngineOutOfMemory]
+    for error in outcomes:
+        assert isinstance(error, HttpError)
+        assert (error.__traceback__, error.__cause__, error.__context__) == (None, None, None)
+
+
 # --- Warm-up ---------------------------------------------------------------------------------------------------------
 
 BUDGET = BatchBudget("packed", max_tokens=256, max_sequences=32)
@@ -189,10 +210,10 @@ def test_warm_up_runs_the_largest_legal_batches() -> None:
 
 
 def test_warm_up_finds_the_budget_that_fits() -> None:
-    """A device without room for the wanted budget starts with half of it, or a quarter."""
-    pipeline = Pipeline(ScriptedEngine(max_input_tokens=64, faults=OracleFaults(memory_tokens=100)))
+    """A device without room for the wanted budget starts with less, down to one longest sequence."""
+    pipeline = Pipeline(ScriptedEngine(max_input_tokens=50, faults=OracleFaults(memory_tokens=60)))
 
-    assert pipeline.warm_up(BUDGET, IDS).budget.max_tokens == 64
+    assert pipeline.warm_up(BUDGET, IDS).budget.max_tokens == 50
 
 
 def no_rows(*_: object) -> list[float]:

@@ -40,7 +40,7 @@ from service.errors import (
 from service.metrics import Metrics
 from service.pipeline import Pipeline
 from service.records import DiagnosticsLevel, Encoding, Exchange, Item, Score, ScoreRequest, Sequence, TokenIds
-from service.scorer import CHUNK_ITEMS, ScoredRequest, Scorer, plan_work
+from service.scorer import CHUNK_CHARS, ScoredRequest, Scorer, chunks_of, plan_work
 from service.settings import BatchingSettings, LimitSettings, TokenizationSettings
 from service.tokenization import Tokenization
 
@@ -169,7 +169,7 @@ async def test_rewards_come_in_input_order_with_what_they_took(tokenization: Tok
 
 async def test_large_request_is_answered_whole(tokenization: Tokenization) -> None:
     """A request of many chunks and many batches comes back complete and in order."""
-    completions = [f"answer {number}" for number in range(3 * CHUNK_ITEMS + 7)]
+    completions = [f"answer {number}" for number in range(200)]
     async with running(new_scorer(tokenization, GatedEngine())) as scorer:
         scored = await scorer.score(request(*completions))
 
@@ -232,6 +232,7 @@ async def test_mixed_load_loses_and_swaps_nothing(tokenization: Tokenization) ->
     loads = [[completion() for _ in range(dice.choice([1, 1, 1, 2, 8, 64]))] for _ in range(300)]
     async with running(new_scorer(tokenization, engine, metrics=metrics)) as scorer:
         answers = await asyncio.gather(*(scorer.score(request(*load)) for load in loads))
+        assert (len(scorer._queue), scorer.queued_tokens, len(scorer._pending)) == (0, 0, 0)
 
     for load, answer in zip(loads, answers, strict=True):
         assert rewards(answer) == [deserved(text) for text in load]
@@ -476,14 +477,16 @@ async def test_accepted_requests_are_answered_while_draining(tokenization: Token
     scorer = new_scorer(tokenization, engine)
     async with running(scorer, engine):
         engine.hold()
-        accepted = [asyncio.create_task(scorer.score(request(f"accepted {number}"))) for number in range(30)]
-        await until(lambda: len(scorer._queue) + 1 >= 29 and engine.entered.is_set())
+        first = asyncio.create_task(scorer.score(request("accepted 0")))
+        await engine.until_entered()
+        others = [asyncio.create_task(scorer.score(request(f"accepted {number}"))) for number in range(1, 30)]
+        await until(lambda: len(scorer._queue) == 29)
         stopping = asyncio.create_task(scorer.stop(drain_s=30))
         await until(lambda: scorer.state == "draining")
         with pytest.raises(Draining):
             await scorer.score(request("late"))
         engine.gate.set()
-        answers = await asyncio.gather(*accepted)
+        answers = await asyncio.gather(first, *others)
         await stopping
 
     assert [rewards(answer) for answer in answers] == [expected(f"accepted {number}") for number in range(30)]
@@ -540,6 +543,8 @@ async def test_stuck_engine_is_reported(tokenization: Tokenization) -> None:
         now[0] = 1.0
         engine.gate.set()
         await task
+        now[0] = 1000.0
+        scorer.check_health()
 
 
 async def test_out_of_memory_shrinks_the_budget(tokenization: Tokenization) -> None:
@@ -587,6 +592,18 @@ async def test_metrics_tell_what_waits(tokenization: Tokenization) -> None:
 
 
 ITEMS = [Item(Exchange(prompt, completion)) for prompt in ("p", "q") for completion in ("a", "b", "a")]
+
+
+@pytest.mark.parametrize("length", [0, 10, 3000, 2 * CHUNK_CHARS])
+def test_chunks_hold_all_items_in_order(length: int) -> None:
+    """A request is cut into pieces of bounded work, without losing or moving an item."""
+    items = [Item(Exchange("p", f"{number}" + "x" * length)) for number in range(150)]
+
+    chunks = list(chunks_of(items))
+
+    assert [item for chunk in chunks for item in chunk] == items
+    assert len(chunks) > 1
+    assert all(sum(item.content.num_chars for item in chunk[:-1]) < CHUNK_CHARS for chunk in chunks)
 
 
 def test_plan_keeps_prompts_together_and_each_sequence_once() -> None:

@@ -20,7 +20,7 @@ class EngineInfo:
     """How rewards are computed; shown by ``/v1/model``.
 
     ``cost``: how a batch is priced: ``packed`` is the sum of its tokens, ``padded`` is longest sequence x count.
-    ``parity``: what the start-up probe found (largest absolute difference to plain transformers), empty if none was needed.
+    ``parity``: what the start-up probe found (largest absolute difference to plain transformers); empty without one.
     """
 
     engine: str

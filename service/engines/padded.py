@@ -16,8 +16,8 @@ from service.engines.classifier import Classifier
 class PaddedForward:
     """Runs a batch as a rectangle. What a batch costs is its longest sequence times its count.
 
-    On a CPU in half precision each row is a rectangle of its own: filling would choose other kernels, whose rounding moves
-    a reward by hundredths, and on a CPU it saves no time.
+    On a CPU in half precision each row is a rectangle of its own: filling would choose other kernels, whose rounding
+    moves a reward by hundredths, and on a CPU it saves little time.
     """
 
     name = "padded"

@@ -19,7 +19,7 @@ from loadtest.random_checkpoint import ModelShape, write_random_checkpoint
 
 
 def measured(server: str, round_: int, items_per_s: float, rewards: list[float]) -> Measurement:
-    return Measurement(server, "single", round_, items_per_s, 0.1, 0.2, 0.0, 0.0, rewards)
+    return Measurement(server, "single", round_, items_per_s, 0.1, 0.2, 2.0, 0.0, 0.0, rewards)
 
 
 def test_ratio_is_ours_over_plain_of_the_same_round() -> None:

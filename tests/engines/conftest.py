@@ -1,0 +1,34 @@
+"""Tiny checkpoints for the engine tests, each written once per run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import write_tiny_checkpoint
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return the folder of a tiny checkpoint: family first, then what ``write_tiny_checkpoint`` takes."""
+    folders: dict[str, Path] = {}
+
+    def write(family: str, **options: Any) -> Path:
+        key = f"{family} {sorted(options.items())}"
+        if key not in folders:
+            folders[key] = write_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "model", family, **options)
+        return folders[key]
+
+    return write
+
+
+@pytest.fixture(autouse=True)
+def few_threads() -> Iterator[None]:
+    """Tiny matrices are faster on one thread, and much faster where other processes want the cores too."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)

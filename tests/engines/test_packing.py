@@ -1,0 +1,180 @@
+"""The packed path gives the rewards of plain transformers, whatever stands beside a sequence in the row."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from scipy.stats import spearmanr
+from tiny_classifiers import load_tiny, random_rows, rows_with_endings, shuffled_batches
+from tiny_models import DECODER_FAMILIES, ENCODER_FAMILIES
+
+from service.engines import packing
+from service.engines.packing import PackedForward, PackingUnsupportedError, no_mask
+from service.engines.parity import plain_rewards
+
+
+@pytest.mark.parametrize("pad_is_eos", [False, True], ids=["own-pad", "pad-is-eos"])
+@pytest.mark.parametrize("family", DECODER_FAMILIES)
+def test_packed_rewards_are_plain_transformers_rewards(tiny_checkpoint, family: str, pad_is_eos: bool) -> None:
+    """In fp32 every family's packed rewards equal its plain forward one by one, for all lengths and endings."""
+    classifier = load_tiny(tiny_checkpoint(family, pad_is_eos=pad_is_eos))
+    rows = rows_with_endings(classifier)
+    plain = plain_rewards(classifier, rows)
+
+    rewards = PackedForward(classifier).rewards(rows)
+
+    assert rewards == pytest.approx(plain, abs=1e-5, rel=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", DECODER_FAMILIES)
+def test_half_precision_keeps_the_order_of_rewards(tiny_checkpoint, family: str, dtype: torch.dtype) -> None:
+    """In half precision the packed rewards rank items as the plain forward in the same dtype does."""
+    classifier = load_tiny(tiny_checkpoint(family), dtype)
+    rows = random_rows(classifier, lengths=tuple(range(3, 43)))
+    plain = plain_rewards(classifier, rows)
+
+    rewards = PackedForward(classifier).rewards(rows)
+
+    assert spearmanr(rewards, plain).statistic >= 0.999
+
+
+@pytest.mark.parametrize("family", DECODER_FAMILIES)
+def test_batch_and_order_do_not_change_a_reward_in_fp32(tiny_checkpoint, family: str) -> None:
+    """A text's fp32 reward is the same within 1e-5 alone, in any batch and in any order."""
+    classifier = load_tiny(tiny_checkpoint(family))
+    path = PackedForward(classifier)
+    rows = random_rows(classifier)
+    alone = {row: path.rewards([row])[0] for row in rows}
+
+    for seed in range(4):
+        for batch in shuffled_batches(rows, seed):
+            assert path.rewards(batch) == pytest.approx([alone[row] for row in batch], abs=1e-5, rel=0)
+
+
+@pytest.mark.parametrize("family", DECODER_FAMILIES)
+def test_batch_and_order_do_not_change_a_bit_in_bf16(tiny_checkpoint, family: str) -> None:
+    """A text's bf16 reward on a CPU is the same bit for bit alone, in any batch and in any order."""
+    classifier = load_tiny(tiny_checkpoint(family, hidden_size=192, intermediate_size=576), torch.bfloat16)
+    path = PackedForward(classifier)
+    rows = random_rows(classifier, lengths=(5, 1, 70, 133, 200, 2, 64))
+    alone = {row: path.rewards([row])[0] for row in rows}
+
+    for seed in range(3):
+        for batch in shuffled_batches(rows, seed):
+            assert path.rewards(batch) == [alone[row] for row in batch]
+
+
+def test_a_neighbour_changes_nothing(tiny_checkpoint) -> None:
+    """Another text of the same length in the same row leaves the rewards before and after it untouched, bit for bit."""
+    classifier = load_tiny(tiny_checkpoint("llama"))
+    path = PackedForward(classifier)
+    before, neighbour, other, after = random_rows(classifier, lengths=(20, 30, 30, 40))
+
+    first = path.rewards([before, neighbour, after])
+    second = path.rewards([before, other, after])
+
+    assert (first[0], first[2]) == (second[0], second[2])
+    assert first[1] != second[1]
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3", "phi3"])
+def test_the_sliding_window_is_kept(tiny_checkpoint, family: str) -> None:
+    """A sequence longer than the window gets the window's reward, which differs from the reward without one."""
+    windowed = load_tiny(tiny_checkpoint(family, sliding_window=16))
+    unbounded = load_tiny(tiny_checkpoint(family, sliding_window=400))
+    rows = random_rows(windowed, lengths=(100, 15, 16, 17, 18))
+
+    rewards = PackedForward(windowed).rewards(rows)
+    without_window = PackedForward(unbounded).rewards(rows)
+
+    assert rewards == pytest.approx(plain_rewards(windowed, rows), abs=1e-5, rel=0)
+    assert abs(rewards[0] - without_window[0]) > 0.01
+    assert rewards[1:3] == pytest.approx(without_window[1:3], abs=1e-5, rel=0)
+
+
+def test_layers_have_windows_of_their_own(tiny_checkpoint) -> None:
+    """Qwen2 with windows in its upper layers only is carried: each layer keeps the window of its own."""
+    classifier = load_tiny(tiny_checkpoint("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=2))
+    without = load_tiny(tiny_checkpoint("qwen2"))
+    rows = random_rows(classifier, lengths=(60, 8, 9))
+
+    rewards = PackedForward(classifier).rewards(rows)
+
+    assert classifier.config.layer_types == ["full_attention", "full_attention", "sliding_attention"]
+    assert rewards == pytest.approx(plain_rewards(classifier, rows), abs=1e-5, rel=0)
+    assert abs(rewards[0] - PackedForward(without).rewards(rows)[0]) > 0.01
+
+
+def test_the_soft_cap_is_kept(tiny_checkpoint) -> None:
+    """Gemma-2's soft cap on the scores reaches the reward: a tight cap gives another reward, and the plain one."""
+    tight = load_tiny(tiny_checkpoint("gemma2", attn_logit_softcapping=0.3))
+    loose = load_tiny(tiny_checkpoint("gemma2", attn_logit_softcapping=50.0))
+    rows = random_rows(tight)
+
+    rewards = PackedForward(tight).rewards(rows)
+
+    assert rewards == pytest.approx(plain_rewards(tight, rows), abs=1e-5, rel=0)
+    assert abs(rewards[2] - PackedForward(loose).rewards(rows)[2]) > 0.01
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2"])
+def test_long_sequences_are_attended_to_in_blocks(tiny_checkpoint, monkeypatch, family: str) -> None:
+    """Cutting the queries of a long sequence into blocks, so that no mask grows with its square, changes no reward."""
+    monkeypatch.setattr(packing, "QUERY_BLOCK", 24)
+    classifier = load_tiny(tiny_checkpoint(family))
+    rows = random_rows(classifier, lengths=(130, 24, 25, 48, 7))
+
+    assert PackedForward(classifier).rewards(rows) == pytest.approx(plain_rewards(classifier, rows), abs=1e-5, rel=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_last_pooling_reads_the_last_token(tiny_checkpoint, family: str) -> None:
+    """With ``last`` pooling a final EOS that is the pad token is scored; with ``hf`` it is skipped."""
+    folder = tiny_checkpoint(family, pad_is_eos=True)
+    last, rule = load_tiny(folder, pooling="last"), load_tiny(folder, pooling="hf")
+    (row,) = random_rows(last, lengths=(30,))
+    ended = (*row, last.config.eos_token_id)
+
+    last_rewards = PackedForward(last).rewards([row, ended])
+    rule_rewards = PackedForward(rule).rewards([row, ended])
+
+    assert last_rewards == pytest.approx(plain_rewards(last, [row, ended]), abs=1e-5, rel=0)
+    assert last_rewards[0] == rule_rewards[0] == rule_rewards[1]
+    assert abs(last_rewards[1] - rule_rewards[1]) > 1e-3
+
+
+@pytest.mark.parametrize("family", ENCODER_FAMILIES)
+def test_encoders_are_not_claimed(tiny_checkpoint, family: str) -> None:
+    """A model whose head is more than one linear layer is refused at once, not scored wrongly."""
+    with pytest.raises(PackingUnsupportedError):
+        PackedForward(load_tiny(tiny_checkpoint(family)))
+
+
+def test_bidirectional_attention_is_not_claimed(tiny_checkpoint) -> None:
+    """A decoder that was turned into an encoder (it sees what comes later) is refused at its first pass."""
+    classifier = load_tiny(tiny_checkpoint("gemma3", use_bidirectional_attention=True))
+
+    with pytest.raises(PackingUnsupportedError):
+        PackedForward(classifier).rewards(random_rows(classifier))
+
+
+def test_no_mask_is_built() -> None:
+    """The mask function builds nothing for a causal row, and refuses a pattern that it would have to build."""
+    assert no_mask(batch_size=1, q_length=10**6, kv_length=10**6, use_vmap=False) is None
+    with pytest.raises(PackingUnsupportedError):
+        no_mask(use_vmap=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", DECODER_FAMILIES)
+def test_packed_rewards_are_plain_rewards_on_cuda(tiny_checkpoint, family: str, dtype: torch.dtype) -> None:
+    """On CUDA, with the variable-length kernel where it applies, packed rewards equal the plain forward one by one."""
+    classifier = load_tiny(tiny_checkpoint(family), dtype, device=torch.device("cuda"))
+    rows = rows_with_endings(classifier)
+    plain = plain_rewards(classifier, rows)
+
+    rewards = PackedForward(classifier).rewards(rows)
+
+    assert rewards == pytest.approx(plain, abs=1e-4 if dtype == torch.float32 else 0.1, rel=0)

@@ -1,0 +1,167 @@
+"""Starting and ending the real server: nothing accepted is lost, and nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx2
+import pytest
+from serving import RunningServer, alive, eventually, listening_ports, open_ports, serving, started, stop
+from tiny_models import write_tiny_checkpoint
+
+from service.engines.oracle import oracle_reward_of_text
+
+pytestmark = pytest.mark.slow
+
+STOP_WITHIN_S = 15.0
+ORACLE = ("--engine", "oracle")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_end_answers_what_was_accepted_and_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    """In the middle of work the signal ends everything within 15 s: whole answers or honest refusals, exit status 0."""
+    with serving(tmp_path, *ORACLE) as server, ThreadPoolExecutor(8) as pool:
+        processes, folder = server.descendants(), server.folder()
+        ports = listening_ports(processes)
+        answers = [pool.submit(ask_much, server.url) for _ in range(8)]
+        assert eventually(lambda: is_working(server), 20.0)
+        begin = time.monotonic()
+        status = stop(server.process, number)
+        elapsed_s = time.monotonic() - begin
+        outcomes = [answer.result() for answer in answers]
+
+    assert status == 0
+    assert elapsed_s < STOP_WITHIN_S
+    assert alive(processes) == []
+    assert ports
+    assert open_ports(ports) == set()
+    assert not folder.exists()
+    assert "scored" in outcomes
+    assert set(outcomes) <= {"scored", "draining"}
+
+
+def is_working(server: RunningServer) -> bool:
+    return '"event": "scored"' in server.output.read_text() or any(
+        line.startswith("rm_inflight_items{") and float(line.split()[-1]) > 0
+        for line in httpx2.get(f"{server.url}/metrics", timeout=30).text.splitlines()
+    )
+
+
+def ask_much(url: str) -> str:
+    """Send one request of 512 items and say what became of it: every reward is checked."""
+    items = [{"prompt": f"{n} ", "completion": "word " * 100} for n in range(512)]
+    answer = httpx2.post(f"{url}/v1/score", json={"items": items}, timeout=60)
+    if answer.status_code == 503:
+        return str(answer.json()["code"])
+    assert answer.status_code == 200, answer.text
+    rewards = [result["reward"] for result in answer.json()["results"]]
+    assert rewards == [oracle_reward_of_text(item["prompt"], item["completion"]) for item in items]
+    return "scored"
+
+
+@pytest.mark.parametrize("stage", ["Starting Ray ...", "Loading the model"])
+def test_end_during_the_start(tmp_path: Path, stage: str) -> None:
+    """A server that is told to end while it starts ends at once, with status 0, and leaves nothing."""
+    with started(tmp_path, *ORACLE) as server:
+        assert eventually(lambda: stage in server.messages.read_text(), 60.0)
+        time.sleep(1.5)
+        processes = server.descendants()
+        ports = listening_ports(processes)
+        status = stop(server.process)
+
+    assert status == 0
+    assert processes
+    assert alive(processes) == []
+    assert open_ports(ports) == set()
+
+
+def test_end_during_the_judgement(tmp_path: Path) -> None:
+    """A server that is told to end while its checkpoint is judged ends at once and says nothing else."""
+    with started(tmp_path, "--model", str(write_tiny_checkpoint(tmp_path / "model"))) as server:
+        assert eventually(lambda: "Judging" in server.messages.read_text(), 20.0)
+        time.sleep(0.5)
+        processes = server.descendants()
+        status = stop(server.process)
+
+    assert status == 0
+    assert processes
+    assert alive(processes) == []
+    assert server.messages.read_text() == "Judging the checkpoint ...\n"
+
+
+def test_replica_that_cannot_start(tmp_path: Path) -> None:
+    """When a replica fails where the command could not foresee it, its reason is the command's one sentence."""
+    with started(tmp_path, *ORACLE, "--log", str(tmp_path / "nowhere" / "log")) as server:
+        status = server.process.wait(90)
+
+    last_line = server.messages.read_text().splitlines()[-1]
+    assert status == 1
+    assert "reward-serve: FileNotFoundError: " in last_line
+    shutil.rmtree(Path(last_line.partition("The log is ")[2].rstrip(".")).parent)
+
+
+def test_death_of_ray_ends_the_command(tmp_path: Path) -> None:
+    """When Ray's driver dies, the start command says so, exits non-zero, and takes the rest with it."""
+    with serving(tmp_path, *ORACLE) as server:
+        processes, folder = server.descendants(), server.folder()
+        ports = listening_ports(processes)
+        server.runs_ray().kill()
+        status = server.process.wait(STOP_WITHIN_S)
+
+    assert status == 1
+    assert alive(processes) == []
+    assert open_ports(ports) == set()
+    last_line = server.messages.read_text().splitlines()[-1]
+    assert "ended by itself" in last_line
+    assert f"The log is {folder}/server.log." in last_line
+    assert (folder / "server.log").is_file()
+    shutil.rmtree(folder)
+
+
+def test_death_of_the_command_ends_ray(tmp_path: Path) -> None:
+    """When the start command is killed, Ray notices the broken pipe and shuts down in order."""
+    with serving(tmp_path, *ORACLE) as server:
+        processes, folder = server.descendants(), server.folder()
+        server.process.kill()
+        server.process.wait()
+
+        assert eventually(lambda: not alive(processes), 30.0)
+    shutil.rmtree(folder)
+
+
+def test_two_servers_side_by_side(server_url: str, tmp_path: Path) -> None:
+    """A second server on the same machine finds ports of its own; one scrape shows all its replicas."""
+    with serving(tmp_path, *ORACLE, "--replicas", "2") as second:
+        for url in (server_url, second.url):
+            answer = httpx2.post(f"{url}/v1/score", json={"items": [{"prompt": "a", "completion": "b"}]})
+            assert answer.json()["results"][0]["reward"] == oracle_reward_of_text("a", "b")
+        exposition = httpx2.get(f"{second.url}/metrics").text
+
+    ready = [line for line in exposition.splitlines() if line.startswith("rm_ready{")]
+    assert len({line.partition('replica="')[2].partition('"')[0] for line in ready}) == 2
+    assert "rm_metrics_scrape_incomplete 0.0" in exposition
+
+
+def test_messages_of_a_start(tmp_path: Path) -> None:
+    """Without a terminal the start is a few plain lines and a command to paste; Ray says nothing."""
+    with serving(tmp_path, *ORACLE) as server:
+        lines = server.messages.read_text().splitlines()
+        httpx2.post(f"{server.url}/v1/score", json={"items": [{"text": "a"}]})
+        assert eventually(lambda: bool(server.output.read_text()), 5.0)
+        logged = [json.loads(line) for line in server.output.read_text().splitlines()]
+
+    assert lines[:4] == [
+        "Starting Ray ...",
+        "Starting Ray Serve ...",
+        "Loading the model and warming up ...",
+        "Waiting for the first answer through the proxy ...",
+    ]
+    assert lines[4].startswith("Ready in ")
+    assert lines[6].startswith("curl ")
+    assert len(lines) == 10
+    assert [line["event"] for line in logged] == ["scored"]
