@@ -167,9 +167,9 @@ def _stop(drain_s: float) -> None:
 def _reason(error: Exception) -> str:
     """The sentence of our own error wherever Ray has wrapped it, or else the last line of what Ray says."""
     said = str(getattr(error, "cause", None) or error)
-    if serve.status().applications.get(APP_NAME) is not None:
-        deployments = serve.status().applications[APP_NAME].deployments
-        said = "\n".join([said, *(deployment.message for deployment in deployments.values())])
+    applications = serve.status().applications if ray.is_initialized() else {}
+    if APP_NAME in applications:
+        said = "\n".join([said, *(found.message for found in applications[APP_NAME].deployments.values())])
     ours = _OUR_ERROR.findall(said)
     return str(ours[-1] if ours else said.strip().splitlines()[-1])
 

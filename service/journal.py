@@ -7,47 +7,43 @@ short queue in front of it is dropped. It does not decide what is worth a line; 
 from __future__ import annotations
 
 import json
-import logging
+import os
 import queue
-import sys
+import threading
 import traceback
+from contextlib import suppress
 from datetime import UTC, datetime
-from logging.handlers import QueueHandler, QueueListener
 from pathlib import Path
 from typing import Any
 
 MAX_WAITING_LINES = 10_000
-
-_logger = logging.getLogger("service.journal")
-
-
-class _DroppingHandler(QueueHandler):
-    def enqueue(self, record: logging.LogRecord) -> None:
-        try:
-            self.queue.put_nowait(record)
-        except queue.Full:
-            return
-
-    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        return record  # the message is a finished line already
+CLOSE_S = 1.0
+"""How long the end waits for a reader that stands still."""
+STDERR = 2
+APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT
 
 
 class Journal:
     """An open log. ``path``: a file that is appended to; none: standard error, which Ray keeps with its own logs."""
 
     def __init__(self, path: str | None = None) -> None:
-        self._file = None if path is None else Path(path).open("a", encoding="utf-8", buffering=1)  # noqa: SIM115 - see close
-        waiting: queue.Queue[logging.LogRecord] = queue.Queue(MAX_WAITING_LINES)
-        self._handler = _DroppingHandler(waiting)
-        self._listener = QueueListener(waiting, logging.StreamHandler(self._file or sys.stderr))
-        self._listener.start()
-        self._is_open = True
+        # A bare descriptor: a line is one write, so the lines of several replicas do not mix.
+        self._descriptor = os.dup(STDERR) if path is None else os.open(path, APPEND, 0o644)
+        self._waiting: queue.Queue[bytes | None] = queue.Queue(MAX_WAITING_LINES)
+        self._writer = threading.Thread(target=self._write_all, name="journal", daemon=True)
+        self._writer.start()
+
+    @property
+    def num_waiting(self) -> int:
+        """Lines that are not written yet."""
+        return self._waiting.qsize()
 
     def write(self, event: str, **facts: Any) -> None:
         """Append one line. Facts that are None are left out."""
         line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event}
         line |= {name: fact for name, fact in facts.items() if fact is not None}
-        self._handler.handle(logging.makeLogRecord({"msg": json.dumps(line), "name": _logger.name}))
+        with suppress(queue.Full):
+            self._waiting.put_nowait(json.dumps(line).encode() + b"\n")
 
     def write_bug(self, error: BaseException, **facts: Any) -> None:
         """Append the class of an unexpected exception and where it came from; its message may quote a user."""
@@ -59,9 +55,14 @@ class Journal:
 
     def close(self) -> None:
         """Write what is waiting, then stop; what is written later is lost. May be called again."""
-        if not self._is_open:
+        if not self._writer.is_alive():
             return
-        self._is_open = False
-        self._listener.stop()
-        if self._file is not None:
-            self._file.close()
+        with suppress(queue.Full):
+            self._waiting.put(None, timeout=CLOSE_S)
+        self._writer.join(CLOSE_S)
+
+    def _write_all(self) -> None:
+        while (line := self._waiting.get()) is not None:
+            with suppress(OSError):  # a full disk or a reader that has gone costs the line, not the service
+                os.write(self._descriptor, line)
+        os.close(self._descriptor)

@@ -13,12 +13,13 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Self
 
 from rich.console import Console
 from rich.status import Status
 
-from service.errors import CheckpointError, StartupError
+from service.errors import CheckpointError, SettingsError, StartupError
 from service.settings import ModelSettings, Settings, read_settings
 from service.substrate import Launch, choose_ports, ray_environment
 from service.supervisor import (
@@ -69,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="reward-serve", description="Serve a scalar-head reward model over HTTP.")
     parser.add_argument("--model", metavar="DIR", help="checkpoint folder or hub id; none: the demo model")
     parser.add_argument("--check", metavar="DIR", help="judge this checkpoint and run the parity probe, serve nothing")
-    parser.add_argument("--model-revision", metavar="REV", help="revision of a hub id")
+    parser.add_argument("--revision", metavar="REV", help="revision of a hub id")
     parser.add_argument("--name", help="the model's name in answers and metrics")
     parser.add_argument("--engine", choices=["auto", "torch", "oracle"], help="oracle: a known function, for tests")
     parser.add_argument("--forward", choices=["auto", "packed", "padded"], help="forward path of the torch engine")
@@ -92,7 +93,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="one JSON line per request; -: standard output, the default unless it is a terminal",
     )
-    parser.add_argument("--revision", default="unknown", help="code revision of this deployment, shown by /v1/model")
     return parser
 
 
@@ -106,7 +106,7 @@ def _positive(text: str) -> int:
 def _tree(options: argparse.Namespace) -> dict[str, Any]:
     model = {
         "path": options.check or options.model,
-        "revision": options.model_revision,
+        "revision": options.revision,
         "name": options.name,
         "engine": options.engine,
         "forward": options.forward,
@@ -120,7 +120,6 @@ def _tree(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "model": {name: value for name, value in model.items() if value is not None},
         "batching": {name: value for name, value in batching.items() if value is not None},
-        "revision": options.revision,
     }
 
 
@@ -145,7 +144,7 @@ def _serve(settings: Settings, options: argparse.Namespace, console: Console) ->
         settings = _settled(settings, verdict, options)
         with private_folder() as folder:
             launch = Launch(
-                settings=_with_log(settings, options.log, str(folder)).model_dump(mode="json"),
+                settings=settings.model_dump(mode="json") | {"log": _log_path(options.log, folder)},
                 folder=str(folder),
                 host=options.host,
                 port=options.port,
@@ -155,7 +154,7 @@ def _serve(settings: Settings, options: argparse.Namespace, console: Console) ->
                 drain_s=DRAIN_S,
             )
             environment = ray_environment(folder, ports, deadline_s=settings.limits.deadline_s, drain_s=REPLICA_DRAIN_S)
-            supervise(launch, environment, progress)
+            supervise(launch, environment | visible_devices(options.device), progress)
 
 
 def _judge_apart(settings: Settings, progress: Progress) -> Verdict:
@@ -192,7 +191,7 @@ def print_verdict(model: str) -> None:
     try:
         checkpoint = judge(settings)
         needs_gpu = resolve_device(settings.device).type == "cuda"
-        answer = asdict(Verdict(str(checkpoint.path), checkpoint.name, needs_gpu))
+        answer = asdict(Verdict(str(checkpoint.path.resolve()), checkpoint.name, needs_gpu))
     except StartupError as error:
         answer = {"refusal": str(error)}
     print(json.dumps(answer))
@@ -203,15 +202,31 @@ def _settled(settings: Settings, verdict: Verdict, options: argparse.Namespace) 
     found: dict[str, Any] = {}
     if verdict.path is not None:
         found |= {"path": verdict.path, "name": verdict.name}
+    if verdict.needs_gpu:
+        found["device"] = "cuda"  # Ray shows each replica its own device alone, whatever its number
     if settings.model.num_threads is None:
         found["num_threads"] = _cores_each(options.replicas)
     return settings.model_copy(update={"model": settings.model.model_copy(update=found)})
 
 
-def _with_log(settings: Settings, choice: str | None, folder: str) -> Settings:
-    to_stdout = choice == "-" or (choice is None and not sys.stdout.isatty())
-    path = f"/proc/{os.getpid()}/fd/1" if to_stdout else choice or f"{folder}/requests.jsonl"
-    return settings.model_copy(update={"log": path})
+def visible_devices(device: str | None) -> dict[str, str]:
+    """The environment that shows Ray one CUDA device alone, when the command names one by number."""
+    name, _, number = (device or "").partition(":")
+    return {"CUDA_VISIBLE_DEVICES": number} if name == "cuda" and number else {}
+
+
+def _log_path(choice: str | None, folder: Path) -> str:
+    """The file that replicas append to; they are other processes, so standard output has to have a path."""
+    if choice not in {None, "-"}:
+        return str(Path(str(choice)).absolute())
+    stdout = Path(f"/proc/{os.getpid()}/fd/1")
+    try:
+        stdout.open("ab").close()
+    except OSError:  # a socket, as under systemd, has no path
+        if choice == "-":
+            raise SettingsError("Standard output cannot be shared with the replicas; name a file with --log.") from None
+        return str(folder / "requests.jsonl")
+    return str(folder / "requests.jsonl" if choice is None and sys.stdout.isatty() else stdout)
 
 
 def _cores_each(replicas: int) -> int:

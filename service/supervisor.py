@@ -142,8 +142,9 @@ class _Server:
         os.close(reports_child)
         assert self._process.stdin is not None  # noqa: S101 - for the type checker
         self._stdin = self._process.stdin
-        self._stdin.write(json.dumps(asdict(launch)).encode() + b"\n")
-        self._stdin.flush()
+        with suppress(BrokenPipeError):  # it has ended already: await_ready will say so
+            self._stdin.write(json.dumps(asdict(launch)).encode() + b"\n")
+            self._stdin.flush()
 
     def await_ready(self, progress: Progress) -> None:
         """Return once ``/readyz`` answers 200 through the proxy."""

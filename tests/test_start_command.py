@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tiny_models import write_tiny_causal_lm, write_tiny_checkpoint
 
-from service.server import main
+from service.server import main, visible_devices
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +69,15 @@ def test_refused_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path, 
     write_tiny_causal_lm(tmp_path)
 
     assert "reward-convert" in refusal(capsys, option, str(tmp_path), "--port", "0")
+
+
+@pytest.mark.parametrize(
+    ("device", "environment"),
+    [(None, {}), ("auto", {}), ("cpu", {}), ("cuda", {}), ("cuda:3", {"CUDA_VISIBLE_DEVICES": "3"})],
+)
+def test_a_numbered_device_is_the_only_one_shown(device: str | None, environment: dict[str, str]) -> None:
+    """Ray hands out devices itself; a device asked for by number is the only one it gets to hand out."""
+    assert visible_devices(device) == environment
 
 
 def test_check_of_a_good_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -73,7 +73,8 @@ def run_training(
         peft_config=None if recipe.full else lora_config(model, recipe),
         callbacks=[LogFile(out_dir / "log.jsonl")],
     )
-    trainer.train(resume_from_checkpoint=resume)
+    if recipe.epochs > 0:
+        trainer.train(resume_from_checkpoint=resume)
     return trainer.accelerator.unwrap_model(trainer.model).to(TORCH_DTYPES[recipe.dtype])
 
 

@@ -1,0 +1,1 @@
+"""Forward passes behind one seam: sequences in, raw rewards out."""

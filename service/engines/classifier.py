@@ -163,9 +163,16 @@ def load_classifier(
         outline = AutoModelForSequenceClassification.from_config(config)
     head_names = [name for name, _ in outline.named_children() if name != outline.base_model_prefix]
 
+    # Fused attention knows no soft caps, and some versions of transformers choose it for such models all the same.
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
     with transformers_silenced(), _kept_in_fp32(type(outline), head_names):
         model = AutoModelForSequenceClassification.from_pretrained(
-            folder, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation="eager" if capped else None,
+            local_files_only=True,
+            trust_remote_code=False,
         )
     for name in head_names:
         getattr(model, name).register_forward_pre_hook(_cast_to_fp32)

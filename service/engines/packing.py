@@ -6,12 +6,15 @@ The model's own transformers code runs unchanged; this module only gives it an a
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -24,6 +27,9 @@ ATTENTION = "packed_rows"
 QUERY_BLOCK = 512
 """Queries that share one explicit mask or score matrix, so that none grows with the square of a sequence."""
 
+
+VARLEN_SHARES_KEYS = "enable_gqa" in inspect.signature(varlen_attn).parameters
+"""Whether the variable-length kernel of this torch takes keys that query heads share; torch 2.11 does not."""
 
 LARGEST_FLASH_HEAD = 256
 """Largest head dimension of torch's flash attention."""
@@ -132,14 +138,18 @@ def packed_attention(
     if softcap is None and _has_varlen_kernel(query, value):
         return _attend_varlen(query, key, value, packing, scaling, sliding_window), None
 
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    key, value = _repeat_keys(key, query), _repeat_keys(value, query)
     output = query.new_empty((1, query.shape[2], query.shape[1], value.shape[3]))
     for begin, end in packing.bounds:
         part = query[:, :, begin:end], key[:, :, begin:end], value[:, :, begin:end]
         output[:, begin:end] = _attend(*part, scaling, sliding_window, softcap).transpose(1, 2)
     return output, None
+
+
+def _repeat_keys(states: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """Repeat keys or values that several query heads share, once for each of them."""
+    groups = query.shape[1] // states.shape[1]
+    return states if groups == 1 else states.repeat_interleave(groups, dim=1)
 
 
 def _attend(
@@ -212,9 +222,12 @@ def _attend_varlen(
     window: int | None,
 ) -> torch.Tensor:
     """Attend to all sequences in one kernel; the same shapes as ``packed_attention``."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    output: torch.Tensor = varlen_attn(  # type: ignore[assignment]  # a tuple only when asked for more
+    kernel: Any = varlen_attn
+    if VARLEN_SHARES_KEYS:
+        kernel = partial(varlen_attn, enable_gqa=True)
+    else:
+        key, value = _repeat_keys(key, query), _repeat_keys(value, query)
+    output: torch.Tensor = kernel(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
@@ -225,7 +238,6 @@ def _attend_varlen(
         scale=scaling,
         # How far a query sees to the left and to the right of itself; -1: to the end.
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
     )
     return output.unsqueeze(0)
 

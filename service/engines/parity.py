@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from math import inf, isfinite, isnan
+from statistics import median
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -43,29 +45,21 @@ NOISE_FACTOR = 4.0
 class Parity:
     """What the probe found about the path that serves; rewards and differences in raw logits.
 
-    ``noise``: how far the plain forward's own rewards move when each embedding moves by its last bit; 0 in fp32, where
-    it is not measured. ``reward_range``: from the lowest to the highest plain reward of the probes.
+    ``max_difference`` and ``tolerance`` are those of the probe that came nearest to its tolerance, or went beyond.
+    ``noise``: how far a plain reward typically moves when each embedding moves by its last bit; 0 in fp32, where it is
+    not measured. ``conclusive``: whether plain rewards differ enough from each other for a wrong path to show.
     """
 
     max_difference: float
     tolerance: float
     noise: float
-    reward_range: float
+    conclusive: bool
     num_probes: int
 
     @property
     def agrees(self) -> bool:
-        """Whether the largest difference is within the tolerance; a NaN never agrees."""
-        return self.max_difference <= self.tolerance
-
-    @property
-    def is_conclusive(self) -> bool:
-        """Whether rewards differ enough from each other for a wrong path to show."""
-        return self.tolerance < self.reward_range
-
-    def as_record(self) -> dict[str, float | int | str | bool]:
-        """Return the findings as ``/v1/model`` shows them."""
-        return {**asdict(self), "conclusive": self.is_conclusive}
+        """Whether every probe is within its tolerance; a reward that is not finite never is."""
+        return isfinite(self.max_difference) and self.max_difference <= self.tolerance
 
 
 def probe_rows(
@@ -94,23 +88,35 @@ def probe_rows(
     return [row for row in rows if len(row) <= max_tokens]
 
 
-def tolerance(dtype: torch.dtype, rewards: Sequence[float], noise: float) -> float:
-    """Return the largest difference to the plain rewards that rounding alone explains.
+def tolerances(dtype: torch.dtype, plain: Sequence[float], noise: Sequence[float]) -> list[float]:
+    """Return for each probe the largest difference to its plain reward that rounding alone explains.
 
     fp32: ``FP32_TOLERANCE``, in proportion to the largest reward above one. Half precision: ``NOISE_FACTOR`` times the
-    noise that the plain forward itself has, since its rounding differs from ours only in where it falls; at least one
-    unit in the last place of the largest reward.
+    noise that the plain forward itself has on this probe, or on the median one if that is more, since its rounding
+    differs from ours only in where it falls; at least one unit in the last place of the largest reward. Noise goes by
+    the probe because some (very short ones) are far more sensitive than real texts and would blunt the rest.
     """
-    magnitude = max(abs(reward) for reward in rewards)
+    magnitude = max(abs(reward) for reward in plain)
     if dtype == torch.float32:
-        return FP32_TOLERANCE * max(1.0, magnitude)
-    return max(NOISE_FACTOR * noise, torch.finfo(dtype).eps * magnitude)
+        return [FP32_TOLERANCE * max(1.0, magnitude)] * len(plain)
+    last_place, typical = torch.finfo(dtype).eps * magnitude, median(noise)
+    return [max(NOISE_FACTOR * max(own, typical), last_place, torch.finfo(dtype).tiny) for own in noise]
 
 
-def max_difference(rewards: Sequence[float], plain: Sequence[float]) -> float:
-    """Return the largest absolute difference; NaN when any reward is."""
-    differences = torch.tensor(rewards, dtype=torch.float64) - torch.tensor(plain, dtype=torch.float64)
-    return float(differences.abs().max())
+def differences(rewards: Sequence[float], plain: Sequence[float]) -> list[float]:
+    """Return the absolute difference of each reward to the plain one; infinity where either is NaN."""
+    gaps = [abs(reward - reference) for reward, reference in zip(rewards, plain, strict=True)]
+    return [inf if isnan(gap) else gap for gap in gaps]
+
+
+def compare(
+    rewards: Sequence[float], plain: Sequence[float], noise: Sequence[float], limits: Sequence[float]
+) -> Parity:
+    """Judge a path's rewards of the probes; all arguments are in the order of the probes."""
+    gaps = differences(rewards, plain)
+    gap, limit = max(zip(gaps, limits, strict=True), key=lambda found: found[0] / found[1])
+    conclusive = median(limits) < max(plain) - min(plain)
+    return Parity(gap, limit, median(noise), conclusive, len(plain))
 
 
 def choose_path(classifier: Classifier, choice: PathChoice, max_tokens: int) -> tuple[ForwardPath, Parity]:
@@ -122,7 +128,7 @@ def choose_path(classifier: Classifier, choice: PathChoice, max_tokens: int) -> 
         max_tokens: longest row that may share a pass with any other.
 
     Raises:
-        ParityError: no path agrees, or the chosen one does not.
+        ParityError: no path agrees, or the chosen one does not, or plain transformers itself gives NaN or infinity.
     """
     config = classifier.config
     rows = probe_rows(
@@ -133,25 +139,29 @@ def choose_path(classifier: Classifier, choice: PathChoice, max_tokens: int) -> 
         max_tokens=max_tokens,
     )
     plain = plain_rewards(classifier, rows)
-    noise = 0.0
+    if not all(map(isfinite, plain)):
+        raise ParityError(
+            f"Plain transformers gives {classifier.architecture} no finite reward in {classifier.dtype}: "
+            "choose another model.dtype"
+        )
+    noise = [0.0] * len(rows)
     if classifier.is_half_precision:
         with _last_bit_moved(classifier):
-            noise = max_difference(plain_rewards(classifier, rows), plain)
-    limit = tolerance(classifier.dtype, plain, noise)
+            noise = differences(plain_rewards(classifier, rows), plain)
+    limits = tolerances(classifier.dtype, plain, noise)
 
     refusals = []
     for name in PATHS if choice == "auto" else (choice,):
         try:
             path = PATHS[name](classifier)
-            difference = max_difference(path.rewards(rows), plain)
+            parity = compare(path.rewards(rows), plain, noise, limits)
         except Exception as error:  # noqa: BLE001 - whatever a foreign model raises here, this path does not carry it
             refusals.append(f"{name} does not run ({type(error).__name__}: {error})")
             continue
-        parity = Parity(difference, limit, noise, max(plain) - min(plain), len(rows))
         if parity.agrees:
             _report(classifier, name, parity, refusals)
             return path, parity
-        refusals.append(f"{name} differs by {difference:.3g}, more than {limit:.3g}")
+        refusals.append(f"{name} differs by {parity.max_difference:.3g}, more than {parity.tolerance:.3g}")
     raise ParityError(
         f"No forward path agrees with plain transformers on {classifier.architecture}: {'; '.join(refusals)}"
     )
@@ -168,12 +178,10 @@ def _report(classifier: Classifier, name: str, parity: Parity, refusals: Sequenc
         parity.num_probes,
         "".join(f"; {refusal}" for refusal in refusals),
     )
-    if not parity.is_conclusive:
+    if not parity.conclusive:
         logger.warning(
-            "The parity probe cannot tell right from wrong here: its rewards differ by %.3g, rounding by %.3g; "
-            "model.dtype float32 would make it sharper",
-            parity.reward_range,
-            parity.tolerance,
+            "The parity probe cannot tell right from wrong here: rounding moves rewards as far as they lie apart; "
+            "with model.dtype float32 it is sharper"
         )
 
 

@@ -7,6 +7,7 @@ queue's.
 from __future__ import annotations
 
 from collections.abc import Sequence as Row
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -136,5 +137,5 @@ def _describe(
         cost=path.cost,
         max_input_tokens=max_input_tokens,
         max_batch_tokens=max_batch_tokens,
-        parity=parity.as_record(),
+        parity=asdict(parity),
     )

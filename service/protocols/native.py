@@ -306,8 +306,6 @@ def _decode(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
         raise _violation(str(error)) from None
-    except RecursionError:
-        raise MalformedBody("The JSON is nested too deeply") from None
     except (msgspec.DecodeError, UnicodeDecodeError):
         raise _malformed(decoder, body) from None
 
@@ -320,7 +318,7 @@ def _malformed(decoder: msgspec.json.Decoder[Any], body: bytes) -> HttpError:
             decoder.decode(repaired)
         except msgspec.ValidationError:
             pass
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        except (msgspec.DecodeError, UnicodeDecodeError):
             return MalformedBody("The body is not JSON in UTF-8")
         return _invalid("", "lone_surrogate", "A string holds one half of a surrogate pair, which is no character")
     return MalformedBody("The body is not JSON in UTF-8")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from scipy.stats import spearmanr
 from tiny_classifiers import load_tiny, random_rows, rows_with_endings, shuffled_batches
 from tiny_models import DECODER_FAMILIES, ENCODER_FAMILIES
+from torch.nn.functional import scaled_dot_product_attention
 
 from service.engines import packing
 from service.engines.packing import PackedForward, PackingUnsupportedError, no_mask
@@ -164,6 +167,40 @@ def test_no_mask_is_built() -> None:
     assert no_mask(batch_size=1, q_length=10**6, kv_length=10**6, use_vmap=False) is None
     with pytest.raises(PackingUnsupportedError):
         no_mask(use_vmap=True)
+
+
+def varlen_by_its_documentation(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
+):
+    """Do what torch's CUDA kernel does: rows [tokens, heads, dimension], a query sees `left` keys before itself."""
+    assert torch.equal(cu_seq_q, cu_seq_k)
+    assert cu_seq_q.dtype == torch.int32
+    assert max_q == max_k == int(cu_seq_q.diff().max())
+    left, right = window_size
+    assert right == 0
+    output = torch.empty_like(query)
+    for begin, end in pairwise(cu_seq_q.tolist()):
+        distance = torch.arange(end - begin)[:, None] - torch.arange(end - begin)
+        seen = (distance >= 0) & (distance <= (left if left >= 0 else end))
+        parts = (states[begin:end].transpose(0, 1)[None] for states in (query, key, value))
+        attended = scaled_dot_product_attention(*parts, attn_mask=seen, scale=scale, enable_gqa=enable_gqa)
+        output[begin:end] = attended[0].transpose(0, 1)
+    return output
+
+
+@pytest.mark.parametrize("shares_keys", [True, False], ids=["shared-keys", "torch-2.11"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "olmo2"])
+def test_the_varlen_kernel_is_called_by_its_documentation(
+    tiny_checkpoint, monkeypatch, family: str, shares_keys: bool
+) -> None:
+    """Layout, borders, scale, window and shared keys reach the kernel as documented: a stand-in gives plain rewards."""
+    monkeypatch.setattr(packing, "_has_varlen_kernel", lambda query, value: True)
+    monkeypatch.setattr(packing, "varlen_attn", varlen_by_its_documentation)
+    monkeypatch.setattr(packing, "VARLEN_SHARES_KEYS", shares_keys)
+    classifier = load_tiny(tiny_checkpoint(family))
+    rows = random_rows(classifier)
+
+    assert PackedForward(classifier).rewards(rows) == pytest.approx(plain_rewards(classifier, rows), abs=1e-5, rel=0)
 
 
 @pytest.mark.gpu
