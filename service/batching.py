@@ -41,15 +41,18 @@ RETRY_AFTER_UNMEASURED_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class BatchBudget:
-    """What one forward pass may hold: tokens, priced as the engine prices them, and sequences."""
+    """What one forward pass may hold: tokens, priced as the engine prices them, and sequences.
+
+    A single sequence with more tokens than the budget is legal, and has a pass of its own.
+    """
 
     cost: BatchCost
     max_tokens: int
     max_sequences: int
 
-    def halved(self, floor: int) -> BatchBudget:
-        """Return half the tokens, but never fewer than ``floor``: the longest legal sequence must always fit."""
-        return replace(self, max_tokens=max(self.max_tokens // 2, floor))
+    def halved(self) -> BatchBudget:
+        """Return half the tokens, at least one: from there on every sequence goes alone."""
+        return replace(self, max_tokens=max(self.max_tokens // 2, 1))
 
 
 def batch_cost(lengths: Row[int], cost: BatchCost) -> int:

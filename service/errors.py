@@ -10,7 +10,7 @@
     │   ├── ItemTooLong            413    more characters than one item may have
     │   ├── UnsupportedMediaType   415    a Content-Type or Content-Encoding that we do not read
     │   ├── InvalidRequest         422    a field is missing, unknown, of the wrong type or out of range
-    │   ├── SequenceTooLong        422    more tokens than the model takes, and truncation was not asked for or cannot help
+    │   ├── SequenceTooLong        422    more tokens than the model takes, and truncation cannot help
     │   └── Overloaded             503    the line is full; carries retry_after_s
     ├── ScoringFailed                     we accepted it and failed, or cannot accept it now
     │   ├── ClientGone             499    the caller has left; for logs and metrics only
@@ -269,7 +269,8 @@ class ItemsFailed(ClientError):
     def __init__(self, failures: Sequence[ItemFailure], rewards: Sequence[float | None]) -> None:
         first = failures[0]
         super().__init__(
-            f"{len(failures)} of {len(rewards)} items have no reward; the first is item {first.index}: {first.code}: {first.detail}"
+            f"{len(failures)} of {len(rewards)} items have no reward; "
+            f"the first is item {first.index}: {first.code}: {first.detail}"
         )
         self.failures = tuple(failures)
         self.rewards = tuple(rewards)

@@ -87,7 +87,7 @@ class Pipeline:
     def warm_up(self, budget: BatchBudget, token_ids: Row[int]) -> WarmUp:
         """Run the largest legal batches, so that a lack of memory shows at start and not under load.
 
-        Out of memory halves the budget, down to the longest legal sequence.
+        A longest sequence must fit alone; where a full budget does not, it is halved until it does.
 
         Args:
             budget: wanted for a pass.
@@ -101,16 +101,18 @@ class Pipeline:
         while True:
             batches = largest_batches(budget, longest, token_ids)
             begin = self._clock()
+            num_fitting = 0
             try:
                 for batch in batches:
                     self._warm_up_pass(batch)
+                    num_fitting += 1
             except EngineOutOfMemory as error:
-                if budget.max_tokens <= longest:
+                if not num_fitting:
                     raise WarmUpFailed(
-                        f"The device has no room for a batch of {budget.max_tokens} tokens, one longest sequence; "
+                        f"The device has no room for one longest sequence of {longest} tokens; "
                         "lower model.max_input_tokens or take a larger device."
                     ) from error
-                budget = budget.halved(floor=longest)
+                budget = budget.halved()
                 logger.warning("Out of memory at warm-up; the batch budget is now %d tokens.", budget.max_tokens)
                 continue
             num_tokens = sum(sequence.num_tokens for batch in batches for sequence in batch)
@@ -194,15 +196,13 @@ def score_of(reward: float | HttpError, sequence: Sequence, level: DiagnosticsLe
 
 
 def largest_batches(budget: BatchBudget, max_input_tokens: int, token_ids: Row[int]) -> list[list[Sequence]]:
-    """Return the batches that need most: one longest sequence, a budget full of longest ones, and of shortest ones."""
-    num_longest = min(budget.max_tokens // max_input_tokens, budget.max_sequences)
-    num_shortest = min(budget.max_sequences, budget.max_tokens)
-    shapes = {
-        (1, max_input_tokens),
-        (num_longest, max_input_tokens),
-        (num_shortest, min(budget.max_tokens // num_shortest, max_input_tokens)),
-    }
-    return [_varied_sequences(count, length, token_ids) for count, length in sorted(shapes)]
+    """Return the batches that need most: one longest sequence; then a budget full of long ones, and of short ones."""
+    long = min(max_input_tokens, budget.max_tokens)
+    num_long = min(budget.max_tokens // long, budget.max_sequences)
+    num_short = min(budget.max_sequences, budget.max_tokens)
+    short = min(budget.max_tokens // num_short, max_input_tokens)
+    shapes = dict.fromkeys([(1, max_input_tokens), (num_long, long), (num_short, short)])
+    return [_varied_sequences(count, length, token_ids) for count, length in shapes]
 
 
 def _varied_sequences(count: int, length: int, token_ids: Row[int]) -> list[Sequence]:

@@ -248,7 +248,7 @@ class Scorer:
         self._clock = clock
         self._budget = BatchBudget(
             info.cost,
-            max(batching.max_batch_tokens or info.max_batch_tokens, info.max_input_tokens),
+            batching.max_batch_tokens or info.max_batch_tokens,
             batching.max_batch_sequences,
         )
         self._state: State = "starting"
@@ -485,7 +485,7 @@ class Scorer:
         with self._work_waits:
             self._queue.record_throughput(sum(lengths), engine_s)
         if outcome.out_of_memory and num_computed > 1:
-            self._set_budget(self._budget.halved(floor=self._pipeline.engine.info.max_input_tokens))
+            self._set_budget(self._budget.halved())
         self._observe_batch(lengths, outcome)
         self._call_loop(self._resolve, taken.entries, owners[:num_computed], outcome, begin, engine_s)
 

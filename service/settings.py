@@ -23,17 +23,18 @@ class Section(BaseModel):
 class ModelSettings(Section):
     """Which reward model is served, and how its forward pass is run."""
 
-    path: str | None = Field(None, description="Checkpoint folder, PEFT adapter folder or hub id; none: the demo model.")
+    path: str | None = Field(None, description="Checkpoint or PEFT adapter folder, or hub id; none: the demo model.")
     revision: str | None = Field(None, description="Revision of a hub id; none: the hub's default branch.")
-    name: str | None = Field(None, description="Name in answers and metrics; none: the folder's or hub id's own name.")
-    engine: Literal["auto", "torch", "oracle"] = Field("auto", description="oracle: a known function of the ids, for tests.")
+    name: str | None = Field(None, description="Name in answers and metrics; none: that of folder or hub id.")
+    engine: Literal["auto", "torch", "oracle"] = Field("auto", description="oracle: a known function, for tests.")
     forward: Literal["auto", "packed", "padded"] = Field(
         "auto", description="Forward path of the torch engine; auto: the fastest that agrees with plain transformers."
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N; auto takes CUDA when there is one.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Arithmetic of the body (the head is always fp32); auto: the checkpoint's own on CUDA, "
-        "bfloat16 on a CPU with native bfloat16 matrix units, else float32."
+        "auto",
+        description="Arithmetic of the body (the head is always fp32); auto: the checkpoint's own on CUDA, "
+        "bfloat16 on a CPU with native bfloat16 matrix units, else float32.",
     )
     pooling: Pooling = Field(
         "hf", description="hf: rightmost token that is not the pad token, transformers' rule; last: the last token."
@@ -41,16 +42,16 @@ class ModelSettings(Section):
     max_input_tokens: int | None = Field(
         None, ge=1, description="Longest sequence scored; none: the smaller of the model's and the tokenizer's limit."
     )
-    num_threads: int | None = Field(None, ge=1, description="CPU threads of the forward pass; none: all cores of the replica.")
+    num_threads: int | None = Field(None, ge=1, description="CPU threads of the forward pass; none: all.")
 
 
 class TokenizationSettings(Section):
     """How items become token ids."""
 
     template: TemplateChoice | None = Field(
-        None, description="Rendering of a plain-string prompt; none: chat when the tokenizer has a template, else concat."
+        None, description="Rendering of a plain-string prompt; none: chat where there is a template, else concat."
     )
-    truncation: Truncation = Field("error", description="What happens to an item over the token limit unless the request says.")
+    truncation: Truncation = Field("error", description="What becomes of an item over the token limit.")
     num_threads: int = Field(2, ge=1, description="Threads that tokenize beside the event loop.")
 
 
@@ -64,8 +65,10 @@ class LimitSettings(Section):
     )
     max_item_chars: int = Field(131_072, ge=1, description="Characters of one item, checked before tokenizing.")
     max_queue_tokens: int = Field(
-        2_097_152, ge=1, description="Tokens that may wait; beyond it requests are refused with 503. "
-        "A legal request is always admitted to an empty queue, however large."
+        2_097_152,
+        ge=1,
+        description="Tokens that may wait; beyond it requests are refused with 503. "
+        "A legal request is always admitted to an empty queue, however large.",
     )
     deadline_s: float = Field(600.0, gt=0, description="Longest and default time to an answer, in seconds.")
 
@@ -74,12 +77,12 @@ class BatchingSettings(Section):
     """How waiting sequences share forward passes."""
 
     max_batch_tokens: int | None = Field(
-        None, ge=1, description="Tokens of one forward pass; none: 4,096 on CPU, 65,536 on CUDA, at least max_input_tokens."
+        None,
+        ge=1,
+        description="Tokens of one forward pass; none: 2,048 on CPU, 65,536 on CUDA. A longer sequence goes alone.",
     )
     max_batch_sequences: int = Field(512, ge=1, description="Sequences of one forward pass.")
-    deterministic: bool = Field(
-        False, description="Bit-identical rewards across batches, where that costs speed."
-    )
+    deterministic: bool = Field(False, description="Bit-identical rewards across batches, where that costs speed.")
 
 
 class DiagnosticsSettings(Section):
@@ -97,9 +100,9 @@ class Settings(Section):
     batching: BatchingSettings = BatchingSettings()
     diagnostics: DiagnosticsSettings = DiagnosticsSettings()
     log: str | None = Field(
-        None, description="File that gets a JSON line per request; none: standard error, which Ray keeps with its logs."
+        None, description="File that gets a JSON line per request; none: standard error, which Ray keeps."
     )
-    revision: str = Field("unknown", description="Code revision of this deployment: changing it redeploys the replicas.")
+    revision: str = Field("unknown", description="Code revision of this deployment; a change redeploys.")
 
 
 def read_settings(tree: dict[str, Any]) -> Settings:

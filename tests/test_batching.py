@@ -404,11 +404,11 @@ def test_recent_throughput_outweighs_the_past() -> None:
     assert throughput.tokens_per_s == pytest.approx((10_000 / 2 + 1_000) / 15)
 
 
-def test_halved_budget_still_holds_the_longest_sequence() -> None:
-    """Halving stops at the longest legal sequence."""
+def test_halved_budget_is_never_empty() -> None:
+    """Halving stops at one token: from there on every sequence goes alone."""
     budget = BatchBudget("packed", 4096, 512)
 
-    assert [budget.halved(1500).max_tokens, budget.halved(1500).halved(1500).max_tokens] == [2048, 1500]
+    assert [budget.halved().max_tokens, BatchBudget("packed", 1, 512).halved().max_tokens] == [2048, 1]
 
 
 # --- Cost ------------------------------------------------------------------------------------------------------------

@@ -210,10 +210,19 @@ def test_warm_up_runs_the_largest_legal_batches() -> None:
 
 
 def test_warm_up_finds_the_budget_that_fits() -> None:
-    """A device without room for the wanted budget starts with less, down to one longest sequence."""
-    pipeline = Pipeline(ScriptedEngine(max_input_tokens=50, faults=OracleFaults(memory_tokens=60)))
+    """A device without room for the wanted budget starts with half of it, or half of that."""
+    pipeline = Pipeline(ScriptedEngine(max_input_tokens=50, faults=OracleFaults(memory_tokens=70)))
 
-    assert pipeline.warm_up(BUDGET, IDS).budget.max_tokens == 50
+    assert pipeline.warm_up(BUDGET, IDS).budget.max_tokens == 64
+
+
+def test_warm_up_of_a_budget_below_the_longest_sequence() -> None:
+    """The longest sequence is tried alone even where it is longer than the budget of a shared pass."""
+    engine = ScriptedEngine(max_input_tokens=1000)
+
+    Pipeline(engine).warm_up(BUDGET, IDS)
+
+    assert [(len(batch), batch[0].num_tokens) for batch in engine.batches] == [(1, 1000), (1, 256), (32, 8)]
 
 
 def no_rows(*_: object) -> list[float]:
@@ -227,7 +236,7 @@ def broken(*_: object) -> list[float]:
 @pytest.mark.parametrize(
     ("engine", "sentence"),
     [
-        (ScriptedEngine(faults=OracleFaults(memory_tokens=63)), "no room for a batch of 64 tokens"),
+        (ScriptedEngine(faults=OracleFaults(memory_tokens=63)), "no room for one longest sequence of 64 tokens"),
         (ScriptedEngine(broken), "raised RuntimeError on a batch of 1 sequences of 64 tokens: the kernel is missing"),
         (ScriptedEngine(no_rows), "returned 0 rewards"),
     ],

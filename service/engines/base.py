@@ -54,7 +54,7 @@ class Engine(Protocol):
         """Score the sequences in one pass.
 
         Args:
-            sequences: at least one; together within the batch budget; each within ``max_input_tokens``.
+            sequences: at least one, each within ``max_input_tokens``; several together are within the batch budget.
 
         Returns:
             One raw logit per sequence, in order. Not squashed, not clipped, not checked for being finite.

@@ -116,7 +116,7 @@ class OracleEngine:
             dtype="float32",
             cost=cost,
             max_input_tokens=max_input_tokens,
-            max_batch_tokens=max(max_batch_tokens, max_input_tokens),
+            max_batch_tokens=max_batch_tokens,
         )
 
     @property

@@ -17,11 +17,12 @@ from service.engines.classifier import Classifier, ForwardPath, load_classifier,
 from service.engines.device import is_out_of_memory, release_memory, resolve_device, resolve_dtype, resolve_threads
 from service.engines.parity import Parity, choose_path
 from service.engines.rotary import length_border
-from service.errors import EngineOutOfMemory, SettingsError
+from service.errors import EngineOutOfMemory
 from service.records import Sequence
 from service.settings import BatchingSettings, ModelSettings
 
-DEFAULT_BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
+DEFAULT_BATCH_TOKENS = {"cpu": 2048, "cuda": 65_536}
+"""Enough to keep the device busy; more would only make the next request wait longer."""
 
 
 class TorchEngine:
@@ -104,12 +105,7 @@ def load_torch_engine(
         SettingsError: a setting does not fit this machine or this model.
     """
     device = resolve_device(model.device)
-    max_batch_tokens = batching.max_batch_tokens or max(DEFAULT_BATCH_TOKENS[device.type], max_input_tokens)
-    if max_batch_tokens < max_input_tokens:
-        raise SettingsError(
-            f"batching.max_batch_tokens is {max_batch_tokens}, but a sequence may have {max_input_tokens} tokens: "
-            "raise it, or lower model.max_input_tokens"
-        )
+    max_batch_tokens = batching.max_batch_tokens or DEFAULT_BATCH_TOKENS[device.type]
     torch.set_num_threads(resolve_threads(model.num_threads))
     config = read_config(folder)
     border = length_border(config.get_text_config(), max_input_tokens)
