@@ -79,7 +79,8 @@ class RewardReplica:
             return merge_expositions({own_name: own}, incomplete=True)
         texts = dict(answer for answer in answers if not isinstance(answer, BaseException))
         incomplete = len(texts) < len(answers) or own_name not in texts
-        return merge_expositions({own_name: own} | texts, incomplete=incomplete)
+        # Parsing the texts of many replicas takes tens of milliseconds, in which the event loop must answer others.
+        return await asyncio.to_thread(merge_expositions, {own_name: own} | texts, incomplete=incomplete)
 
     async def __del__(self) -> None:
         """Stop the engine thread and free the device; Ray calls it once, after the drain."""

@@ -119,6 +119,8 @@ def ray_environment(folder: Path, ports: Ports, *, deadline_s: float, drain_s: f
         "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
         # Keeps Ray's own ports on loopback; its name speaks of other systems, its effect is the same on Linux.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        # Ray's workers yield to everything else on the machine by default; here the replica is what the machine is for.
+        "RAY_worker_niceness": "0",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(_write_token(folder)),
         "AUTOSCALER_METRIC_PORT": str(ports.autoscaler_metrics),

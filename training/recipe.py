@@ -20,7 +20,6 @@ class Recipe:
     backward pass, which is what memory must hold. ``hold_out_percent``: share of the prompts never trained on (see
     service.holdout). ``balance_lengths``: leave pairs out until longer and shorter completions win equally often.
     ``dtype``: of the frozen weights and of the computation; trained weights are kept in fp32 until they are saved.
-    ``probe_head``: start from a head fitted to the frozen base (see training.probe) instead of zeros.
     ``checkpoint_steps``, ``eval_steps``, ``eval_pairs``: optimizer steps between saved checkpoints and between
     evaluations on at most that many pairs while training.
     """
@@ -36,7 +35,6 @@ class Recipe:
     micro_batch_pairs: int = 4
     hold_out_percent: float = HOLD_OUT_PERCENT
     balance_lengths: bool = False
-    probe_head: bool = False
     dtype: Literal["bf16", "fp32"] = "bf16"
     checkpoint_steps: int = 50
     eval_steps: int = 100

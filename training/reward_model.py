@@ -83,15 +83,6 @@ def scalar_head(model: PreTrainedModel) -> tuple[str, torch.nn.Linear]:
     raise CheckpointError("The base model's classification head is not a linear layer; this recipe needs one.")
 
 
-def set_head(model: PreTrainedModel, weights: torch.Tensor) -> None:
-    """Put weights, float32 [hidden], into the scalar head; a bias becomes zero, as it cancels in every comparison."""
-    _, head = scalar_head(model)
-    with torch.no_grad():
-        head.weight.copy_(weights[None])
-        if head.bias is not None:
-            head.bias.zero_()
-
-
 def lora_config(model: PreTrainedModel, recipe: Recipe) -> LoraConfig:
     """Return the LoRA configuration (Hu et al. 2021): all linear layers of the adapted blocks, head trained whole.
 

@@ -18,9 +18,8 @@ from service.errors import SettingsError, StartupError
 from training.evaluation import describe, evaluate
 from training.manifest import Manifest, data_hashes, weights_hash
 from training.pairs import read_pairs, tokenize_pairs
-from training.probe import fit_head
 from training.recipe import Recipe
-from training.reward_model import load_base, set_head
+from training.reward_model import load_base
 from training.selection import select_pairs, watched_pairs
 from training.trainer import run_training
 
@@ -56,8 +55,6 @@ def train(
     base_path, base_name = (obtain_demo_base(), DEMO_BASE) if base == DEMO else (Path(base), base)
     model, tokenizer = load_base(base_path if base_path.is_dir() else base, recipe)
     selection = select_pairs(tokenize_pairs(read_pairs(data), tokenizer), recipe)
-    if recipe.probe_head:
-        set_head(model, fit_head(model, selection.pairs))
     evaluated = {file.name: tokenize_pairs(read_pairs([file]), tokenizer) for file in eval_files}
     watched = watched_pairs(next(iter(evaluated.values()), []), recipe)
 
@@ -137,14 +134,13 @@ def _parser() -> argparse.ArgumentParser:
         "--epochs",
         type=float,
         default=default.epochs,
-        help="passes over the pairs; 0 with --probe-head fits the head alone",
+        help="passes over the pairs",
     )
     add("--max-length", type=int, default=default.max_length, help="tokens; pairs that are longer are left out")
     add("--batch-pairs", type=int, default=default.batch_pairs, help="pairs per optimizer step")
     add("--micro-batch-pairs", type=int, default=default.micro_batch_pairs, help="pairs per backward pass")
     add("--hold-out-percent", type=float, default=default.hold_out_percent, help="share of prompts never trained on")
     add("--balance-lengths", action="store_true", help="leave pairs out until longer and shorter answers win equally")
-    add("--probe-head", action="store_true", help="start from a head fitted to the frozen base instead of zeros")
     add("--dtype", choices=("bf16", "fp32"), default=default.dtype, help="of the computation and of the saved weights")
     add("--checkpoint-steps", type=int, default=default.checkpoint_steps, help="steps between checkpoints")
     add("--eval-steps", type=int, default=default.eval_steps, help="steps between evaluations")

@@ -27,6 +27,7 @@ from trl import RewardConfig, RewardTrainer
 from training.pairs import TokenizedPair
 from training.recipe import Recipe
 from training.reward_model import TORCH_DTYPES, lora_config
+from training.shared_prompts import prompts_shared
 
 
 class LogFile(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
@@ -73,7 +74,7 @@ def run_training(
         peft_config=None if recipe.full else lora_config(model, recipe),
         callbacks=[LogFile(out_dir / "log.jsonl")],
     )
-    if recipe.epochs > 0:
+    with prompts_shared(model):
         trainer.train(resume_from_checkpoint=resume)
     return trainer.accelerator.unwrap_model(trainer.model).to(TORCH_DTYPES[recipe.dtype])
 

@@ -20,9 +20,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from service.engines.base import BatchCost
 from service.engines.classifier import Classifier
+from service.engines.row_blocks import padded_rows
 
 ATTENTION = "packed_rows"
 """The name under which transformers knows our attention and mask functions."""
+
+FILLER_ID = 0
+"""The token at the end of a row that belongs to nobody: any will do, its states are computed and never read."""
 
 QUERY_BLOCK = 512
 """Queries that share one explicit mask or score matrix, so that none grows with the square of a sequence."""
@@ -44,17 +48,19 @@ class Packing:
     """Where the sequences of a packed row begin and end.
 
     ``bounds``: first and one-past-last position of each sequence. ``borders``: the same as int32 [sequences + 1] on the
-    device, as variable-length kernels take them.
+    device, as variable-length kernels take them. ``num_filler``: tokens at the end of the row that belong to nobody.
     """
 
     bounds: tuple[tuple[int, int], ...]
     borders: torch.Tensor
+    num_filler: int = 0
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device) -> Packing:
-        """Lay out sequences of these lengths one after another."""
+    def of(cls, lengths: Sequence[int], device: torch.device, *, row_blocks: bool = False) -> Packing:
+        """Lay out sequences of these lengths one after another; with row blocks, up to a length that suits them."""
         borders = list(accumulate(lengths, initial=0))
-        return cls(tuple(pairwise(borders)), torch.tensor(borders, dtype=torch.int32, device=device))
+        num_filler = padded_rows(borders[-1]) - borders[-1] if row_blocks else 0
+        return cls(tuple(pairwise(borders)), torch.tensor(borders, dtype=torch.int32, device=device), num_filler)
 
     @property
     def longest(self) -> int:
@@ -62,8 +68,9 @@ class Packing:
         return max(end - begin for begin, end in self.bounds)
 
     def position_ids(self) -> torch.Tensor:
-        """Return int64 [1, tokens]: positions that start again at zero with each sequence."""
+        """Return int64 [1, tokens]: positions that start again at zero with each sequence; zeros for the filler."""
         counts = [torch.arange(end - begin) for begin, end in self.bounds]
+        counts.append(torch.zeros(self.num_filler, dtype=torch.long))
         return torch.cat(counts).unsqueeze(0).to(self.borders.device)
 
 
@@ -79,16 +86,18 @@ class PackedForward:
     def __init__(self, classifier: Classifier) -> None:
         if classifier.linear_head is None:
             raise PackingUnsupportedError(f"{classifier.architecture} does not read its reward off one token's state")
-        classifier.run_with(ATTENTION, row_blocks=classifier.is_on_cpu and classifier.is_half_precision)
+        self._row_blocks = classifier.is_on_cpu and classifier.is_half_precision
+        classifier.run_with(ATTENTION, row_blocks=self._row_blocks)
         self._classifier = classifier
 
     @torch.inference_mode()
     def rewards(self, rows: Sequence[Sequence[int]]) -> list[float]:
         """Return one raw fp32 logit per row of token ids, in order."""
         classifier = self._classifier
-        packing = Packing.of([len(row) for row in rows], classifier.device)
+        packing = Packing.of([len(row) for row in rows], classifier.device, row_blocks=self._row_blocks)
+        ids = [token for row in rows for token in row] + [FILLER_ID] * packing.num_filler
         states = classifier.body(
-            input_ids=classifier.token_tensor([[token for row in rows for token in row]]),
+            input_ids=classifier.token_tensor([ids]),
             position_ids=packing.position_ids(),
             use_cache=False,
             packing=packing,
@@ -140,6 +149,7 @@ def packed_attention(
 
     key, value = _repeat_keys(key, query), _repeat_keys(value, query)
     output = query.new_empty((1, query.shape[2], query.shape[1], value.shape[3]))
+    output[:, query.shape[2] - packing.num_filler :] = 0  # whatever stood there may be NaN, which slows down a CPU
     for begin, end in packing.bounds:
         part = query[:, :, begin:end], key[:, :, begin:end], value[:, :, begin:end]
         output[:, begin:end] = _attend(*part, scaling, sliding_window, softcap).transpose(1, 2)

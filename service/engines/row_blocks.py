@@ -1,43 +1,93 @@
-"""Linear layers that multiply in blocks of a fixed number of rows, so that no token's result depends on the batch.
+"""Linear layers whose result for a token does not depend on how many tokens are multiplied at once.
 
 CPU libraries choose their kernel, and with it the order of additions, by the number of rows. In half precision that one
-rounding grows through the layers to some hundredths of a reward's spread, far above what a batch may change.
+rounding grows through the layers to some hundredths of a reward's spread, far above what a batch may change. Most
+numbers of rows share a kernel, though: which do is found out once for each shape, and only those are multiplied.
 """
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import nn
+from torch.nn.functional import linear
 
-NUM_ROWS = 256
-"""Rows of a block: enough to keep a CPU's matrix units busy, few enough to fill up for a lone short sequence."""
+STEP = 128
+"""Numbers of rows are multiples of this: the tiles of a CPU's matrix units are then always full."""
+
+SMALLEST = 384
+"""Rows of the smallest multiplication. Below, oneDNN takes other kernels for most shapes (seen on AMX)."""
+
+LARGEST = 2048
+"""Rows of the largest one; beyond it a weight is read often enough for more to gain nothing."""
 
 
 class RowBlockedLinear(nn.Linear):
-    """A linear layer whose every multiplication has ``NUM_ROWS`` rows; the last block is filled up with zeros."""
+    """A linear layer that multiplies numbers of rows which give the same bits; a last block is filled with zeros."""
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """Return what ``nn.Linear`` returns, up to rounding."""
+        bias: torch.Tensor | None = self._parameters["bias"]  # torch's stubs deny that `self.bias` may be None
+        num_rows = states.numel() // self.in_features
+        sizes = agreeing_sizes(
+            self.in_features, self.out_features, bias is not None, self.weight.dtype, torch.get_num_threads()
+        )
+        if num_rows in sizes:
+            return linear(states, self.weight, bias)
         rows = states.reshape(-1, self.in_features)
-        output = rows.new_empty(len(rows), self.out_features)
-        num_whole = len(rows) // NUM_ROWS * NUM_ROWS
-        for first in range(0, num_whole, NUM_ROWS):
-            block = slice(first, first + NUM_ROWS)
-            self._multiply(rows[block], output[block])
-        if num_whole < len(rows):
-            filled = rows.new_zeros(NUM_ROWS, self.in_features)
-            filled[: len(rows) - num_whole] = rows[num_whole:]
-            result = rows.new_empty(NUM_ROWS, self.out_features)
-            self._multiply(filled, result)
-            output[num_whole:] = result[: len(rows) - num_whole]
+        output = rows.new_empty(num_rows, self.out_features)
+        first = 0
+        for size in plan_blocks(num_rows, sizes):
+            block = rows[first : first + size]
+            filled = nn.functional.pad(block, (0, 0, 0, size - len(block)))
+            output[first : first + size] = linear(filled, self.weight, bias)[: len(block)]
+            first += size
         return output.view(*states.shape[:-1], self.out_features)
 
-    def _multiply(self, rows: torch.Tensor, output: torch.Tensor) -> None:
-        bias = self._parameters["bias"]  # torch's stubs deny that `self.bias` may be None
-        if bias is None:
-            torch.mm(rows, self.weight.t(), out=output)
-        else:
-            torch.addmm(bias, rows, self.weight.t(), out=output)
+
+def padded_rows(num_rows: int) -> int:
+    """Return the number of rows at which a packed row should end, so that most layers need no blocks at all."""
+    return max(SMALLEST, -(-num_rows // STEP) * STEP)
+
+
+def plan_blocks(num_rows: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the sizes of the blocks that cover so many rows: with fewest rows to spare, then fewest blocks.
+
+    Args:
+        num_rows: at least one.
+        sizes: of blocks that give the same bits; multiples of ``STEP``.
+    """
+    return _best_blocks(-(-num_rows // STEP) * STEP, sizes)
+
+
+@cache
+def _best_blocks(num_rows: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    plans = [(size,) if size >= num_rows else (size, *_best_blocks(num_rows - size, sizes)) for size in sizes]
+    return min(plans, key=lambda blocks: (sum(blocks), len(blocks)))
+
+
+@cache
+def agreeing_sizes(
+    in_features: int, out_features: int, is_biased: bool, dtype: torch.dtype, num_threads: int
+) -> tuple[int, ...]:
+    """Try which numbers of rows give every row the bits that it has among ``SMALLEST`` rows; ascending.
+
+    The kernel depends on the shape and on the number of threads, not on the numbers, so random ones will do; any other
+    order of additions shows somewhere among so many results.
+    """
+    del num_threads  # part of the key: with other threads, rows are shared out differently
+    random = torch.Generator().manual_seed(0)
+    rows = torch.randn(STEP, in_features, generator=random).to(dtype)
+    weight = torch.randn(out_features, in_features, generator=random).to(dtype)
+    bias = torch.randn(out_features, generator=random).to(dtype) if is_biased else None
+
+    def results(size: int) -> torch.Tensor:
+        return linear(rows.repeat(size // STEP, 1), weight, bias).view(size // STEP, STEP, out_features)
+
+    wanted = results(SMALLEST)[0]
+    larger = range(SMALLEST + STEP, LARGEST + 1, STEP)
+    return SMALLEST, *(size for size in larger if bool((results(size) == wanted).all()))
 
 
 def set_row_blocks(body: nn.Module, *, blocked: bool) -> None:
