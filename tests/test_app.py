@@ -189,7 +189,7 @@ async def test_comparison_with_an_item_error(app: App) -> None:
         ({"items": []}, 422, "invalid_request"),
         ({"items": [{"prompt": CANARY}]}, 422, "invalid_request"),
         ({"items": [{"prompt": 3, "completion": CANARY}]}, 422, "invalid_request"),
-        ({"items": [ITEM], "timeout_ms": 10**9}, 422, "invalid_request"),
+        ({"items": [ITEM], "timeout_ms": 0}, 422, "invalid_request"),
         ({"items": [ITEM] * 2049}, 413, "too_many_items"),
         ({"items": [{"text": CANARY * 20_000}]}, 413, "item_too_long"),
     ],

@@ -60,11 +60,9 @@ class SharedRows:
         return cls(rows, positions, visible, origins)
 
     def attention_mask(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return the additive mask [pair, 1, query, key]."""
-        hidden = torch.finfo(dtype).min
-        return torch.zeros(self.visible.shape, dtype=dtype, device=self.ids.device).masked_fill(~self.visible, hidden)[
-            :, None
-        ]
+        """Return the mask that is added to the attention scores: [pair, 1, query, key]."""
+        mask = torch.zeros(self.visible.shape, dtype=dtype, device=self.ids.device)
+        return mask.masked_fill(~self.visible, torch.finfo(dtype).min)[:, None]
 
     def scatter(self, states: torch.Tensor) -> torch.Tensor:
         """Bring states [pair, token, hidden] of the rows back to the padded batch: [2 pairs, token, hidden]."""
