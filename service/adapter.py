@@ -36,8 +36,8 @@ def merge_adapter(adapter_dir: Path, out_dir: Path, base_dir: Path | None = None
     """Merge a PEFT adapter into its base, write the plain scalar-head checkpoint to ``out_dir`` and return it.
 
     W' = W + scale * B A for each adapted weight (Hu et al. 2021, equation 3; PEFT's own code does it, so its variants
-    of LoRA work too), computed in fp32 and stored in the base's dtype. The head is the adapter's. The tokenizer is the
-    adapter's where it brings one, else the base's.
+    of LoRA work too), computed in fp32 and stored in the base's dtype. The head is the adapter's, kept in fp32 as it
+    will be served. The tokenizer is the adapter's where it brings one, else the base's.
 
     Args:
         adapter_dir: ``adapter_config.json`` and ``adapter_model.safetensors``.
@@ -145,7 +145,7 @@ def _load_base(base: Path | str, adapter_dir: Path, brought: Collection[str]) ->
 
 
 def _merge(model: Any, adapter_dir: Path, base: Path | str) -> None:
-    """Merge in place, so that ``model`` is afterwards the plain model with the adapted weights, in its own dtype."""
+    """Merge in place, so that ``model`` is afterwards the plain model with the adapted weights and an fp32 head."""
     import torch
     from peft import PeftModel
 
@@ -157,7 +157,7 @@ def _merge(model: Any, adapter_dir: Path, base: Path | str) -> None:
             f"The adapter {adapter_dir} does not fit the base model {base} ({type(error).__name__}); "
             "give the base that it was trained on."
         ) from error
-    model.to(stored_dtype)
+    model.base_model.to(stored_dtype)
 
 
 def _pad_token_id(config: Any, tokenizer: Any) -> int | None:

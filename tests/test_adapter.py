@@ -66,13 +66,15 @@ def test_a_merged_folder_is_an_ordinary_checkpoint(tmp_path: Path, adapter: Path
 
 
 def test_the_dtype_is_the_bases(tmp_path: Path) -> None:
-    """A bf16 base gives a bf16 checkpoint: no hidden doubling of memory."""
+    """A bf16 base gives a bf16 checkpoint, without a hidden doubling of memory; only the head is fp32."""
     base = write_tiny_checkpoint(tmp_path / "base", dtype=torch.bfloat16)
     adapter = write_adapter(tmp_path / "adapter", base)
 
     merged_dir = merge_adapter(adapter, tmp_path / "merged")
 
-    assert {tensor.dtype for tensor in load_file(merged_dir / "model.safetensors").values()} == {torch.bfloat16}
+    dtypes = {name: tensor.dtype for name, tensor in load_file(merged_dir / "model.safetensors").items()}
+    assert dtypes.pop("score.weight") == torch.float32
+    assert set(dtypes.values()) == {torch.bfloat16}
 
 
 def test_a_given_base_wins_over_the_named_one(tmp_path: Path, base: Path, adapter: Path) -> None:
