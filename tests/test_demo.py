@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from tiny_adapters import write_adapter
-from tiny_models import write_tiny_causal_lm
+from tiny_models import SENTENCES, write_tiny_causal_lm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from service import demo, demo_base
@@ -148,23 +149,25 @@ def test_a_new_adapter_gets_a_new_folder(tmp_path: Path, tiny_base: Path) -> Non
 
 
 @pytest.mark.slow
-def test_the_shipped_demo_model_prefers_help_to_abuse() -> None:
-    """The adapter in the repository, merged into the real base, ranks answers whose order nobody would dispute."""
-    folder = obtain_demo_model()
+def test_the_shipped_demo_model_is_what_was_trained(tmp_path: Path) -> None:
+    """Downloaded, dequantized and merged, the demo gives the rewards of base plus adapter, up to bfloat16 rounding."""
+    folder = obtain_demo_model(tmp_path)
+    base = AutoModelForSequenceClassification.from_pretrained(
+        obtain_demo_base(tmp_path), num_labels=1, dtype=torch.float32
+    )
+    trained = PeftModel.from_pretrained(base, demo.ADAPTER_FOLDER).eval()
+    merged = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForSequenceClassification.from_pretrained(folder)
-    pairs = [
-        ("How do I boil an egg?", "Put it into boiling water for eight minutes, then cool it.", "egg egg egg egg egg"),
-        ("Can you help me to write a letter?", "Of course! Who is the letter to?", "No. Go away, you idiot."),
-        ("What is the capital of France?", "The capital of France is Paris.", "I don't know, why would I care?"),
-    ]
 
-    def reward(question: str, answer: str) -> float:
-        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)["input_ids"]
+    def rewards(model: torch.nn.Module) -> torch.Tensor:
+        turns = [
+            [{"role": "user", "content": "Tell me."}, {"role": "assistant", "content": text}] for text in SENTENCES
+        ]
+        batch = tokenizer.apply_chat_template(turns, padding=True, return_tensors="pt", return_dict=True)
         with torch.inference_mode():
-            return float(model(input_ids=ids).logits)
+            return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
 
-    assert model.dtype == torch.bfloat16
-    for question, better, worse in pairs:
-        assert reward(question, better) > reward(question, worse)
+    expected = rewards(trained)
+    assert AutoModelForSequenceClassification.from_pretrained(folder).dtype == torch.bfloat16
+    torch.testing.assert_close(rewards(merged), expected, atol=0.05, rtol=0)
+    assert expected.std() > 0.1

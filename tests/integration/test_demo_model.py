@@ -1,0 +1,139 @@
+"""The demo model, served for real: its rewards are those of plain transformers, on the wire and in both precisions.
+
+The texts are human preference pairs where the environment variable ``PREFERENCE_PAIRS`` names a file of them, and
+texts of like lengths made of common words elsewhere.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+from serving import RunningServer, serving
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from loadtest.workload import draw_groups
+from service.checkpoint import open_checkpoint
+from service.client import RewardClient
+from service.dataset import read_rows
+from service.demo import obtain_demo_model
+from service.engines.torch import load_torch_engine
+from service.records import Sequence
+from service.settings import BatchingSettings, ModelSettings
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+NUM_PAIRS = 110
+LONGEST_CHARS = 2500
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Prompts as turns, and completions; of a pair the chosen one first, the rejected one next."""
+
+    prompts: list[list[dict[str, str]]] = field(repr=False)
+    completions: list[str] = field(repr=False)
+
+    @property
+    def conversations(self) -> list[list[dict[str, str]]]:
+        """Prompt and completion as a chat template takes them."""
+        return [
+            [*prompt, {"role": "assistant", "content": completion}]
+            for prompt, completion in zip(self.prompts, self.completions, strict=True)
+        ]
+
+
+@pytest.fixture(scope="module")
+def texts() -> Texts:
+    pairs = _human_pairs() if os.environ.get("PREFERENCE_PAIRS") else _made_up_pairs()
+    return Texts(
+        [prompt for prompt, _, _ in pairs for _ in range(2)],
+        [completion for _, chosen, rejected in pairs for completion in (chosen, rejected)],
+    )
+
+
+def _human_pairs() -> list[Any]:
+    rows = (row.values for row in read_rows(Path(os.environ["PREFERENCE_PAIRS"])))
+    short = (row for row in rows if len(str(row["prompt"])) + len(row["chosen"] + row["rejected"]) < LONGEST_CHARS)
+    return [(row["prompt"], row["chosen"], row["rejected"]) for row in islice(short, NUM_PAIRS)]
+
+
+def _made_up_pairs() -> list[Any]:
+    groups = draw_groups(NUM_PAIRS, 2, seed=7)
+    return [([{"role": "user", "content": group.prompt[:LONGEST_CHARS]}], *group.completions) for group in groups]
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Path:
+    return obtain_demo_model()
+
+
+@pytest.fixture(scope="module")
+def plain_rewards(checkpoint: Path, texts: Texts) -> np.ndarray:
+    """Rewards of plain transformers in fp32, one text at a time; float64 [item]."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model = AutoModelForSequenceClassification.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    rewards = []
+    with torch.inference_mode():
+        for conversation in texts.conversations:
+            text = tokenizer.apply_chat_template(conversation, tokenize=False)
+            inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+            rewards.append(model(**inputs).logits[0, 0].item())
+    return np.array(rewards)
+
+
+@pytest.fixture(scope="module")
+def demo_server(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with serving(tmp_path_factory.mktemp("demo"), "--dtype", "float32") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def served_rewards(demo_server: RunningServer, texts: Texts) -> np.ndarray:
+    with RewardClient(demo_server.url, deadline_s=600) as client:
+        return np.array(client.score(texts.prompts, texts.completions))
+
+
+def test_served_rewards_are_plain_transformers(served_rewards: np.ndarray, plain_rewards: np.ndarray) -> None:
+    """At least 200 items over HTTP in fp32: within 1e-4 of plain transformers, and in the same order."""
+    assert len(served_rewards) >= 200
+    assert np.abs(served_rewards - plain_rewards).max() <= 1e-4
+    order = np.argsort(plain_rewards)
+    steps = np.diff(served_rewards[order])
+    distinguishable = np.diff(plain_rewards[order]) > 2e-5
+    assert (steps[distinguishable] > 0).all()
+
+
+def test_served_pair_accuracy_is_the_offline_one(served_rewards: np.ndarray, plain_rewards: np.ndarray) -> None:
+    """Whoever audits the checkpoint offline finds the very share of pairs that the service ranks as people did."""
+    served = served_rewards[0::2] > served_rewards[1::2]
+    plain = plain_rewards[0::2] > plain_rewards[1::2]
+
+    assert served.mean() == plain.mean()
+
+
+def test_bfloat16_ranks_as_fp32_does(checkpoint: Path, texts: Texts, plain_rewards: np.ndarray) -> None:
+    """The body in bfloat16 keeps the order of plain fp32 rewards: Spearman at least 0.999."""
+    settings = ModelSettings(dtype="bfloat16", device="cpu")
+    judged = open_checkpoint(checkpoint, settings)
+    engine = load_torch_engine(
+        checkpoint,
+        settings,
+        BatchingSettings(),
+        pad_token_id=judged.pad_token_id,
+        max_input_tokens=judged.max_input_tokens,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    rendered = tokenizer.apply_chat_template(texts.conversations, tokenize=False)
+    ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+    rewards = [engine.forward([Sequence(tuple(text))]).rewards[0] for text in ids]
+
+    assert spearmanr(rewards, plain_rewards).statistic >= 0.999
