@@ -5,6 +5,7 @@ It loads no model. What "auto" became is shown by ``/v1/model``, so that what ru
 
 from __future__ import annotations
 
+import ctypes
 import os
 
 import torch
@@ -63,6 +64,26 @@ def resolve_threads(choice: int | None) -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -2, -3, -8
+"""Parameters of glibc's ``mallopt``, as ``malloc.h`` numbers them."""
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep what a CPU forward pass frees, for the next pass to take.
+
+    A pass allocates and frees the same tens of megabytes each time. By default glibc gives them back to the kernel,
+    which clears every page anew: a tenth to a third of the time of a small model (measured on two cores). One arena,
+    because the others cannot grow beyond 64 MiB in one piece. Without glibc nothing happens.
+    """
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
+        return
+    libc.mallopt(_ARENA_MAX, 1)
+    libc.mallopt(_MMAP_THRESHOLD, 32 * 1024 * 1024)  # the most that it takes
+    libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+    libc.mallopt(_TOP_PAD, 64 * 1024 * 1024)
 
 
 def release_memory(device: torch.device) -> None:

@@ -14,7 +14,14 @@ import torch
 
 from service.engines.base import EngineInfo, EngineOutput
 from service.engines.classifier import Classifier, ForwardPath, load_classifier, read_config, stored_dtype
-from service.engines.device import is_out_of_memory, release_memory, resolve_device, resolve_dtype, resolve_threads
+from service.engines.device import (
+    is_out_of_memory,
+    keep_freed_memory,
+    release_memory,
+    resolve_device,
+    resolve_dtype,
+    resolve_threads,
+)
 from service.engines.parity import Parity, choose_path
 from service.engines.rotary import length_border
 from service.errors import EngineOutOfMemory
@@ -105,6 +112,8 @@ def load_torch_engine(
         SettingsError: a setting does not fit this machine or this model.
     """
     device = resolve_device(model.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     max_batch_tokens = batching.max_batch_tokens or DEFAULT_BATCH_TOKENS[device.type]
     torch.set_num_threads(resolve_threads(model.num_threads))
     config = read_config(folder)
