@@ -15,7 +15,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -41,17 +41,20 @@ class LoadShape:
     num_groups: int
     items_per_request: int
     num_connections: int
+    is_shuffled: bool = False
 
     @property
     def title(self) -> str:
         """The shape in a few words."""
+        order = ", shuffled" if self.is_shuffled else ""
         if self.num_connections == 1:
-            return f"1 request, {self.num_groups} groups of {GROUP_SIZE}"
-        return f"single items, {self.num_connections} connections"
+            return f"1 request, {self.num_groups} groups of {GROUP_SIZE}{order}"
+        return f"single items, {self.num_connections} connections{order}"
 
     def bodies(self, seed: int) -> list[bytes]:
         """The requests of one round."""
-        return request_bodies(draw_groups(self.num_groups, GROUP_SIZE, seed), self.items_per_request)
+        groups = draw_groups(self.num_groups, GROUP_SIZE, seed)
+        return request_bodies(groups, self.items_per_request, seed if self.is_shuffled else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         LoadShape("single", num_groups=options.single_groups, items_per_request=1, num_connections=32),
         LoadShape("bulk", options.bulk_groups, items_per_request=options.bulk_groups * GROUP_SIZE, num_connections=1),
     ]
+    shapes.append(replace(shapes[-1], name="bulk shuffled", is_shuffled=True))
     try:
         found = _measure(options, shapes, console)
     except (StartupError, UnexpectedAnswer, OSError, EOFError) as error:

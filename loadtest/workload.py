@@ -84,8 +84,14 @@ def draw_groups(
     ]
 
 
-def request_bodies(groups: Iterable[Group], items_per_request: int) -> list[bytes]:
-    """Return bodies of ``POST /v1/score`` with so many items each, in order; the last may have fewer."""
+def request_bodies(groups: Iterable[Group], items_per_request: int, shuffle_seed: int | None = None) -> list[bytes]:
+    """Return bodies of ``POST /v1/score`` with so many items each; the last may have fewer.
+
+    Items stand in the order of their groups, as a trainer sends a whole batch, or, with a seed, shuffled, as rollouts
+    arrive that end at different times.
+    """
     items = [item for group in groups for item in group.items]
+    if shuffle_seed is not None:
+        random.Random(shuffle_seed).shuffle(items)  # noqa: S311  (a workload, not a secret)
     starts = range(0, len(items), items_per_request)
     return [json.dumps({"items": items[start : start + items_per_request]}).encode() for start in starts]

@@ -139,7 +139,7 @@ def test_the_command_measures_both_servers_and_leaves_nothing_behind(tmp_path: P
     assert said["agreement"]["num_items"] == 4 * 8 + 2 * 8
     assert all(shape["ratio"] > 0 for shape in said["shapes"])
     assert {(one["server"], one["shape"]) for one in said["measurements"]} == {
-        (server, shape) for server in ("plain", "ours") for shape in ("single", "bulk")
+        (server, shape) for server in ("plain", "ours") for shape in ("single", "bulk", "bulk shuffled")
     }
     assert not [process for process in Path("/proc").glob("[0-9]*") if _mentions(process, str(model))]
 

@@ -52,3 +52,15 @@ def test_requests_hold_every_item_once_in_order() -> None:
     sent = [item for body in bodies for item in json.loads(body)["items"]]
     assert [len(json.loads(body)["items"]) for body in bodies] == [5, 5, 2]
     assert [item for group in groups for item in group.items] == sent
+
+
+def test_shuffled_requests_hold_every_item_once() -> None:
+    """Shuffling moves items, equally on every machine, and neither loses nor repeats one."""
+    groups = draw_groups(3, 4, seed=3)
+
+    (ordered,), (shuffled,) = request_bodies(groups, 12), request_bodies(groups, 12, shuffle_seed=1)
+
+    assert request_bodies(groups, 12, shuffle_seed=1) == [shuffled]
+    in_order, moved = (json.loads(body)["items"] for body in (ordered, shuffled))
+    assert moved != in_order
+    assert sorted(map(str, moved)) == sorted(map(str, in_order))
