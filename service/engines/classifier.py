@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig
 
 from service.engines.base import BatchCost
+from service.engines.gating import gate_in_place
 from service.engines.row_blocks import set_row_blocks
 from service.errors import SettingsError
 from service.records import Pooling
@@ -178,6 +179,7 @@ def load_classifier(
         getattr(model, name).register_forward_pre_hook(_cast_to_fp32)
     model.config.get_text_config().pad_token_id = pad_token_id
     model.requires_grad_(requires_grad=False).eval().to(device)
+    gate_in_place(model.base_model)
 
     classifier = Classifier(model, model.config._attn_implementation, pooling, pad_token_id)  # noqa: SLF001 - no public name
     if pooling != "hf" and classifier.linear_head is None:

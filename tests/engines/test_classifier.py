@@ -7,8 +7,10 @@ import torch
 from safetensors.torch import load_file
 from tiny_classifiers import load_tiny
 from tiny_models import FAMILIES
+from transformers import AutoModelForSequenceClassification
 
 from service.engines.classifier import pooled_position, read_config, stored_dtype
+from service.engines.gating import gate_in_place
 from service.errors import SettingsError
 
 
@@ -79,3 +81,17 @@ def test_the_stored_dtype_is_the_configurations(tiny_checkpoint) -> None:
     """The dtype a checkpoint was saved in is read from its configuration."""
     assert stored_dtype(read_config(tiny_checkpoint("llama", dtype=torch.bfloat16))) == torch.bfloat16
     assert stored_dtype(read_config(tiny_checkpoint("llama"))) == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gating_in_place_changes_no_bit(tiny_checkpoint, dtype: torch.dtype) -> None:
+    """Overwriting the gate gives the very rewards of the model as transformers loads it."""
+    folder = tiny_checkpoint("llama")
+    plain = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype).eval()
+    changed = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype).eval()
+    gate_in_place(changed)
+    ids = torch.arange(5, 45).unsqueeze(0)
+
+    with torch.inference_mode():
+        assert torch.equal(plain(ids).logits, changed(ids).logits)
+    assert any(isinstance(module, torch.nn.SiLU) and module.inplace for module in changed.modules())
