@@ -136,7 +136,7 @@ def test_the_command_measures_both_servers_and_leaves_nothing_behind(tmp_path: P
     assert done.returncode == 0, done.stdout + done.stderr
     said = json.loads(report.read_text())
     assert said["agreement"]["agrees"]
-    assert said["agreement"]["num_items"] == 4 * 8 + 2 * 8
+    assert said["agreement"]["num_items"] == 4 * 8 + 2 * 2 * 8
     assert all(shape["ratio"] > 0 for shape in said["shapes"])
     assert {(one["server"], one["shape"]) for one in said["measurements"]} == {
         (server, shape) for server in ("plain", "ours") for shape in ("single", "bulk", "bulk shuffled")
