@@ -2,6 +2,9 @@
 
 Pure: no clock, no lock, no device. The caller passes ``now``, holds the lock and runs the batch; tests pass numbers.
 
+A pass is priced at the tokens that it computes: what its sequences begin alike counts once where the engine shares it.
+The price may be a little high, where strangers begin alike, and never low, because memory is planned by it.
+
 Fairness is start-time fair queueing (Goyal, Vin and Cheng, 1996) between requests, in tokens: the request that has been
 served least goes next, and a newcomer starts level with the least-served one, so a request of one item is in the next
 batch however large its neighbours are. Among equals the smaller request goes first.
@@ -18,6 +21,7 @@ from itertools import chain, islice
 from typing import TypeAlias
 
 from service.errors import Overloaded
+from service.prefix_tree import num_common, worth_sharing
 from service.records import BatchCost, Sequence
 
 PATIENCE_BATCHES = 8
@@ -67,6 +71,7 @@ class Entry:
     """A sequence that waits: whose it is, its place in the request, and until when its answer is wanted.
 
     ``prefix`` is equal for sequences that share their prompt; ``arrived`` and ``deadline`` are on the caller's clock.
+    ``num_shared``: leading tokens that need no computing in a pass that holds the entry before it in its group too.
     """
 
     request: Hashable
@@ -75,11 +80,17 @@ class Entry:
     prefix: Hashable
     arrived: float
     deadline: float
+    num_shared: int = 0
 
     @property
     def num_tokens(self) -> int:
         """Tokens that the model reads."""
         return self.sequence.num_tokens
+
+    @property
+    def num_own(self) -> int:
+        """Tokens that are computed for it alone."""
+        return self.num_tokens - self.num_shared
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,15 +107,22 @@ class _Group:
 
     prefix: Hashable
     entries: OrderedDict[int, Entry] = field(default_factory=OrderedDict)
-    num_tokens: int = 0
+    num_own: int = 0
+    last: Sequence | None = None
+
+    @property
+    def cost(self) -> int:
+        """Tokens of a pass over all of it: what the first entry shares with one that has left is computed again."""
+        return self.num_own + next(iter(self.entries.values())).num_shared
 
     def add(self, entry: Entry) -> None:
         self.entries[entry.place] = entry
-        self.num_tokens += entry.num_tokens
+        self.num_own += entry.num_own
+        self.last = entry.sequence
 
     def remove(self, entry: Entry) -> None:
         del self.entries[entry.place]
-        self.num_tokens -= entry.num_tokens
+        self.num_own -= entry.num_own
 
 
 @dataclass(slots=True, eq=False)
@@ -134,6 +152,14 @@ class _Line:
 _Turn: TypeAlias = tuple[float, int, int, _Line]
 
 
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Entries of one group that leave together, in order, and the tokens that a pass computes for them."""
+
+    entries: tuple[Entry, ...] = ()
+    cost: int = 0
+
+
 @dataclass(slots=True)
 class _Room:
     """What a batch in the making still has room for."""
@@ -144,9 +170,9 @@ class _Room:
     def holds(self, num_tokens: int, num_sequences: int) -> bool:
         return num_tokens <= self.tokens and num_sequences <= self.sequences
 
-    def take(self, run: Row[Entry]) -> None:
-        self.tokens -= sum(entry.num_tokens for entry in run)
-        self.sequences -= len(run)
+    def take(self, run: _Run) -> None:
+        self.tokens -= run.cost
+        self.sequences -= len(run.entries)
 
     def at_most(self, other: _Room) -> _Room:
         return _Room(min(self.tokens, other.tokens), min(self.sequences, other.sequences))
@@ -176,10 +202,15 @@ class Queue:
 
     A request is admitted with an estimate of its tokens, put in when they are known, and leaves in batches. What waits
     is what was admitted or put and has not left. Not thread-safe: the caller holds a lock.
+
+    Args:
+        max_waiting_tokens: beyond it requests are refused.
+        shared_from: common beginnings of at least so many tokens are computed once in a pass; None: none is.
     """
 
-    def __init__(self, max_waiting_tokens: int) -> None:
+    def __init__(self, max_waiting_tokens: int, shared_from: int | None = None) -> None:
         self._max_waiting_tokens = max_waiting_tokens
+        self._shared_from = shared_from
         self._throughput = Throughput()
         self._reserved: dict[Hashable, int] = {}
         self._num_reserved_tokens = 0
@@ -273,7 +304,8 @@ class Queue:
             if group is None:
                 group = line.groups[prefix] = _Group(prefix)
                 self._by_prefix.setdefault(prefix, OrderedDict())[line.order] = line
-            group.add(Entry(request, place, sequence, prefix, now, deadline))
+            num_shared = 0 if group.last is None else self._num_shared(group.last, sequence)
+            group.add(Entry(request, place, sequence, prefix, now, deadline, num_shared))
             line.num_entries += 1
             line.num_tokens += sequence.num_tokens
         if not line.num_entries:
@@ -282,6 +314,15 @@ class Queue:
         self._num_entries += line.num_entries
         self._num_entry_tokens += line.num_tokens
         self._await_turn(line)
+
+    def _num_shared(self, before: Sequence, sequence: Sequence) -> int:
+        """Return how many leading tokens a pass computes once for both, or a few less: never more than it does."""
+        if self._shared_from is None:
+            return 0
+        ids, prompt = sequence.token_ids, sequence.num_prompt_tokens
+        if prompt is not None and ids[:prompt] == before.token_ids[:prompt]:  # by far the most common, and quickly seen
+            return worth_sharing(prompt, self._shared_from)
+        return worth_sharing(num_common(before.token_ids, ids), self._shared_from)
 
     def cancel(self, request: Hashable) -> int:
         """Drop what a request has reserved or waiting; return the number of entries dropped. Unknown keys drop none."""
@@ -359,10 +400,10 @@ class Queue:
         self._remove(line, entries)
         return entries
 
-    def _serve(self, line: _Line, run: Row[Entry]) -> None:
+    def _serve(self, line: _Line, run: _Run) -> None:
         """Take a run out of its line, at the cost of the line's place in the order."""
-        self._remove(line, run)
-        line.served += sum(entry.num_tokens for entry in run)
+        self._remove(line, run.entries)
+        line.served += run.cost
         line.last_batch = self._num_batches
         if line.num_entries:
             self._least_recent.move_to_end(line.request)
@@ -400,12 +441,12 @@ class Queue:
         room_for_companions = _Room(budget.max_tokens // 2, budget.max_sequences // 2)
         for line in self._lines_by_turn(now, expired):
             group = line.first_group
-            run = _run_of(group, room, budget, alone=not batch)
-            if run:
+            run = self._run_of(group, room, budget, batch)
+            if run.entries:
                 self._serve(line, run)
                 room.take(run)
-                batch += run
-                batch += self._companions(group.prefix, line, room, room_for_companions, budget, now)
+                batch += run.entries
+                self._add_companions(batch, group.prefix, line, room, room_for_companions, budget, now)
             else:
                 misfits.append(line)
             if not room.holds(1, 1) or len(misfits) == MAX_MISFITS:
@@ -415,24 +456,50 @@ class Queue:
                 self._await_turn(line)
         return batch
 
-    def _companions(
-        self, prefix: Hashable, line: _Line, room: _Room, allowance: _Room, budget: BatchBudget, now: float
-    ) -> list[Entry]:
+    def _add_companions(
+        self,
+        batch: list[Entry],
+        prefix: Hashable,
+        line: _Line,
+        room: _Room,
+        allowance: _Room,
+        budget: BatchBudget,
+        now: float,
+    ) -> None:
         """Pull entries of the same prefix out of other lines: in the same pass the prompt is computed once for all."""
-        companions: list[Entry] = []
         if not room.at_most(allowance).holds(1, 1):
-            return companions
+            return
         for other in list(islice(self._by_prefix.get(prefix, {}).values(), budget.max_sequences)):
             if other is line or other.deadline <= now:
                 continue
-            run = _run_of(other.groups[prefix], room.at_most(allowance), budget, alone=False)
-            if not run:
+            run = self._run_of(other.groups[prefix], room.at_most(allowance), budget, batch)
+            if not run.entries:
                 break
             self._serve(other, run)
             room.take(run)
             allowance.take(run)
-            companions += run
-        return companions
+            batch += run.entries
+
+    def _run_of(self, group: _Group, room: _Room, budget: BatchBudget, batch: Row[Entry]) -> _Run:
+        """Return what of a group goes into this room: all of it; nothing, if it fits a later batch whole; else a run.
+
+        Its first entry shares what it can with the last one of the batch so far, the others with the one before them.
+        """
+        first = next(iter(group.entries.values()))
+        saved = self._num_shared(batch[-1].sequence, first.sequence) if batch else 0
+        if room.holds(group.cost - saved, len(group.entries)):
+            return _Run(tuple(group.entries.values()), group.cost - saved)
+        if group.cost <= budget.max_tokens and len(group.entries) <= budget.max_sequences:
+            return _Run()
+        entries: list[Entry] = []
+        cost = first.num_shared - saved
+        for entry in group.entries.values():
+            fits = room.holds(cost + entry.num_own, len(entries) + 1)
+            if not fits and (batch or entries):
+                break
+            cost += entry.num_own
+            entries.append(entry)
+        return _Run(tuple(entries), cost) if entries else _Run()
 
     # --- Padded: neighbours in length --------------------------------------------------------------------------------
 
@@ -451,27 +518,11 @@ class Queue:
             return []
         chosen = [window[index] for index in neighbours_in_length([entry.num_tokens for entry, _ in window], budget)]
         for entry, line in chosen:
-            self._serve(line, [entry])
+            self._serve(line, _Run((entry,), entry.num_tokens))
         for line in lines:
             if line.num_entries and line.turn is None:
                 self._await_turn(line)
         return [entry for entry, _ in chosen]
-
-
-def _run_of(group: _Group, room: _Room, budget: BatchBudget, *, alone: bool) -> list[Entry]:
-    """Return what of a group goes into this room: all of it; nothing, if it fits a later batch whole; else a run."""
-    if room.holds(group.num_tokens, len(group.entries)):
-        return list(group.entries.values())
-    if group.num_tokens <= budget.max_tokens and len(group.entries) <= budget.max_sequences:
-        return []
-    run: list[Entry] = []
-    num_tokens = 0
-    for entry in group.entries.values():
-        num_tokens += entry.num_tokens
-        if not room.holds(num_tokens, len(run) + 1) and not (alone and not run):
-            break
-        run.append(entry)
-    return run
 
 
 def neighbours_in_length(lengths: Row[int], budget: BatchBudget) -> list[int]:

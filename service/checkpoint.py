@@ -157,7 +157,7 @@ def open_checkpoint(path: Path, settings: ModelSettings) -> Checkpoint:
     max_input_tokens = settle_limit(path, fit.max_positions, tokenizer, settings.max_input_tokens)
     return Checkpoint(
         path=path,
-        name=_name(settings),
+        name=checkpoint_name(settings),
         config=config,
         tokenizer=tokenizer,
         architecture=fit.architecture,
@@ -218,20 +218,36 @@ def _examine_weights(path: Path, files: list[Path], tokenizer: Any) -> Hashes:
     with ThreadPoolExecutor(max_workers=1) as pool:
         weights = pool.submit(hash_files, files)
         refuse_non_finite(path, files)
-        config = {key: value for key, value in read_json(path / CONFIG_FILE).items() if key not in PASSING_CONFIG_KEYS}
         return Hashes(
-            config=_hash_text(json.dumps(config, sort_keys=True)),
+            config=hash_config(path),
             weights=weights.result(),
-            tokenizer=_hash_text(tokenizer.backend_tokenizer.to_str()),
-            template=_hash_text(tokenizer.get_chat_template()) if tokenizer.chat_template else "",
+            tokenizer=hash_tokenizer(tokenizer),
+            template=hash_template(tokenizer),
         )
+
+
+def hash_config(path: Path) -> str:
+    """Return the sha256 of a folder's configuration, without what changes no reward."""
+    config = {key: value for key, value in read_json(path / CONFIG_FILE).items() if key not in PASSING_CONFIG_KEYS}
+    return _hash_text(json.dumps(config, sort_keys=True))
+
+
+def hash_tokenizer(tokenizer: Any) -> str:
+    """Return the sha256 of what a fast tokenizer does."""
+    return _hash_text(tokenizer.backend_tokenizer.to_str())
+
+
+def hash_template(tokenizer: Any) -> str:
+    """Return the sha256 of a tokenizer's chat template; empty without one."""
+    return _hash_text(tokenizer.get_chat_template()) if tokenizer.chat_template else ""
 
 
 def _hash_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _name(settings: ModelSettings) -> str:
+def checkpoint_name(settings: ModelSettings) -> str:
+    """Return the name of the model in answers and metrics: the setting, else that of its folder or hub id."""
     if settings.name is not None:
         return settings.name
     if settings.path is None:

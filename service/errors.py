@@ -4,6 +4,7 @@
     ├── RequestRefused                    the caller can act on it; nothing was computed
     │   ├── MalformedBody          400    the body is not JSON, not UTF-8, or holds NaN
     │   ├── RouteNotFound          404
+    │   ├── RunNotFound            404    no items of that training run are remembered
     │   ├── MethodNotAllowed       405
     │   ├── BodyTooLarge           413    more bytes than one request may have
     │   ├── TooManyItems           413    more items than one request may have
@@ -26,6 +27,7 @@
     ├── StartupError                      the process ends with one clear sentence; never crosses HTTP
     │   ├── SettingsError                 a setting is unknown, malformed or contradicts another
     │   ├── CheckpointError               the checkpoint cannot be trusted or read
+    │   ├── CalibrationError              a calibration cannot be read, or cannot be made of the data
     │   ├── DatasetError                  a data file cannot be read, or a row is not what the command needs
     │   ├── ParityError                   no forward path agrees with plain transformers
     │   ├── ServerStartError              Ray or the HTTP server did not come up
@@ -34,6 +36,7 @@
         ├── RequestRejected               the service refused the request for good (4xx)
         ├── ItemsFailed                   some items have no reward; carries them and the rewards of the others
         ├── BadAnswer                     the answer is not what the protocol promises
+        ├── ReferenceMismatch             the KL reference is not the checkpoint that the model was initialised from
         ├── ServiceUnavailable            5xx or broken connections until the tries were spent
         └── ClientDeadlineExceeded        the caller's own deadline passed
 
@@ -85,6 +88,12 @@ class RouteNotFound(RequestRefused):
     """No such route."""
 
     status, code, title = 404, "not_found", "No such route"
+
+
+class RunNotFound(RequestRefused):
+    """No items of that training run are remembered."""
+
+    status, code, title = 404, "run_not_found", "No such run"
 
 
 class MethodNotAllowed(RequestRefused):
@@ -225,6 +234,10 @@ class CheckpointError(StartupError):
     """The checkpoint cannot be trusted or read; the message says what to do."""
 
 
+class CalibrationError(StartupError):
+    """A calibration cannot be read, or cannot be made of the data; the service starts without one all the same."""
+
+
 class DatasetError(StartupError):
     """A data file cannot be read, or a row is not what the command needs; names file and line, never the text."""
 
@@ -278,6 +291,10 @@ class ItemsFailed(ClientError):
 
 class BadAnswer(ClientError):
     """The answer is not what the protocol promises: wrong count, wrong order, no finite reward, not JSON."""
+
+
+class ReferenceMismatch(ClientError):
+    """The caller requires its KL reference to be what the reward model was initialised from, and that is not shown."""
 
 
 class ServiceUnavailable(ClientError):

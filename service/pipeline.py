@@ -13,8 +13,11 @@ from collections.abc import Callable
 from collections.abc import Sequence as Row
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from service.batching import BatchBudget, bisect
-from service.diagnostics.length import length_report
+from service.diagnostics.diagnosis import Diagnostician
 from service.engines.base import Engine
 from service.errors import EngineFailed, EngineOutOfMemory, HttpError, NonFiniteReward, OutputMismatch, WarmUpFailed
 from service.records import DiagnosticsLevel, Score, Sequence
@@ -26,13 +29,14 @@ logger = logging.getLogger(__name__)
 class BatchOutcome:
     """What became of a batch: a Score or an error for each sequence, in order, and what that took.
 
-    ``shared_tokens``: tokens that the engine did not compute again. ``out_of_memory``: some pass did not fit.
+    ``shared_tokens``: of each sequence, the tokens that were computed for another one; zero where it has no reward.
+    ``out_of_memory``: some pass did not fit.
     """
 
     outcomes: tuple[Score | HttpError, ...]
     num_forwards: int
     out_of_memory: bool
-    shared_tokens: int
+    shared_tokens: tuple[int, ...]
     forward_s: float
     diagnose_s: float
 
@@ -47,17 +51,30 @@ class WarmUp:
 
 
 class Pipeline:
-    """Scores batches on one engine; `run` and `warm_up` are called from the engine's own thread only."""
+    """Scores batches on one engine; `run` and `warm_up` are called from the engine's own thread only.
 
-    def __init__(self, engine: Engine, clock: Callable[[], float] = time.perf_counter) -> None:
+    Args:
+        engine: that nobody else uses.
+        diagnostician: measures the states of a batch, and completes the Scores of a request; none has no calibration.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        diagnostician: Diagnostician | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self.engine = engine
+        self.diagnostician = diagnostician or Diagnostician(None)
         self._clock = clock
 
     def run(self, sequences: Row[Sequence], levels: Row[DiagnosticsLevel]) -> BatchOutcome:
         """Score a batch; every sequence gets exactly one outcome, whatever the engine does.
 
         A pass that raises is halved until the sequences that cannot be scored stand alone; their neighbours get their
-        rewards. The reward does not depend on the level.
+        rewards. The reward does not depend on the level. A Score holds what a batch can tell; the rest is said by the
+        diagnostician where all items of a request are known.
 
         Args:
             sequences: within the batch budget.
@@ -68,21 +85,30 @@ class Pipeline:
             OutputMismatch and NonFiniteReward.
         """
         begin = self._clock()
-        passes = _Passes(self.engine, sequences)
+        wants_states = [self.diagnostician.wants_states(level) for level in levels]
+        passes = _Passes(self.engine, sequences, states=any(wants_states))
         passes.run_all()
         computed = self._clock()
-        outcomes = tuple(
-            score_of(reward, sequence, level)
-            for reward, sequence, level in zip(passes.rewards, sequences, levels, strict=True)
-        )
+        outcomes = [score_of(reward, sequence) for reward, sequence in zip(passes.rewards, sequences, strict=True)]
+        self._measure(outcomes, passes, wants_states)
         return BatchOutcome(
-            outcomes=outcomes,
+            outcomes=tuple(outcomes),
             num_forwards=passes.num_forwards,
             out_of_memory=passes.out_of_memory,
-            shared_tokens=passes.shared_tokens,
+            shared_tokens=tuple(passes.shared_tokens),
             forward_s=computed - begin,
             diagnose_s=self._clock() - computed,
         )
+
+    def _measure(self, outcomes: list[Score | HttpError], passes: _Passes, wanted: Row[bool]) -> None:
+        """Put what the states say into the Scores that want it."""
+        rewards = {place: outcome.reward for place, outcome in enumerate(outcomes) if isinstance(outcome, Score)}
+        places = [place for place in rewards if wanted[place] and place in passes.states]
+        if places:
+            states = np.stack([passes.states[place] for place in places])
+            measured = self.diagnostician.read_states([rewards[place] for place in places], states)
+            for place, score in zip(places, measured, strict=True):
+                outcomes[place] = score
 
     def warm_up(self, budget: BatchBudget, token_ids: Row[int]) -> WarmUp:
         """Run the largest legal batches, so that a lack of memory shows at start and not under load.
@@ -133,14 +159,16 @@ class Pipeline:
 class _Passes:
     """The forward passes over one batch, and what they have found so far."""
 
-    def __init__(self, engine: Engine, sequences: Row[Sequence]) -> None:
+    def __init__(self, engine: Engine, sequences: Row[Sequence], *, states: bool) -> None:
         self._engine = engine
         self._sequences = sequences
+        self._wants_states = states
         self._found: dict[int, float | HttpError] = {}
         self._failure_logged = False
         self.num_forwards = 0
         self.out_of_memory = False
-        self.shared_tokens = 0
+        self.shared_tokens = [0] * len(sequences)
+        self.states: dict[int, NDArray[np.float32]] = {}
 
     @property
     def rewards(self) -> list[float | HttpError]:
@@ -156,7 +184,7 @@ class _Passes:
     def _passes(self, run: range) -> bool:
         self.num_forwards += 1
         try:
-            output = self._engine.forward(self._sequences[run.start : run.stop])
+            output = self._engine.forward(self._sequences[run.start : run.stop], states=self._wants_states)
         except EngineOutOfMemory as error:
             # A new error, because this one's traceback keeps the tensors of the pass alive while its halves need room.
             self.out_of_memory = True
@@ -166,9 +194,12 @@ class _Passes:
             self._log_first(error, len(run))
             self._found.update(dict.fromkeys(run, EngineFailed(f"The forward pass raised {type(error).__name__}.")))
             return False
-        self.shared_tokens += output.shared_tokens
         if len(output.rewards) == len(run):
             self._found.update(zip(run, output.rewards, strict=True))
+            if output.states is not None:
+                self.states.update(zip(run, output.states, strict=True))
+            if output.shared_tokens:
+                self.shared_tokens[run.start : run.stop] = output.shared_tokens
         else:
             # Nothing tells which reward belongs to whom, so all are thrown away; a retry would trust the same code.
             mismatch = OutputMismatch(f"The engine returned {len(output.rewards)} rewards for {len(run)} sequences.")
@@ -183,8 +214,8 @@ class _Passes:
             self._failure_logged = True
 
 
-def score_of(reward: float | HttpError, sequence: Sequence, level: DiagnosticsLevel) -> Score | HttpError:
-    """Say of a sequence what its reward and the level of diagnostics allow; an error stays what it is.
+def score_of(reward: float | HttpError, sequence: Sequence) -> Score | HttpError:
+    """Make a Score of a reward; an error stays what it is.
 
     A reward that is not finite becomes NonFiniteReward: it is never passed on as a number.
     """
@@ -192,7 +223,7 @@ def score_of(reward: float | HttpError, sequence: Sequence, level: DiagnosticsLe
         return reward
     if not math.isfinite(reward):
         return NonFiniteReward(f"The model answered {reward} for {sequence.num_tokens} tokens.")
-    return Score(reward, None if level == "none" else length_report(sequence))
+    return Score(reward)
 
 
 def largest_batches(budget: BatchBudget, max_input_tokens: int, token_ids: Row[int]) -> list[list[Sequence]]:

@@ -14,6 +14,9 @@ Truncation: TypeAlias = Literal["error", "prompt_left"]
 DiagnosticsLevel: TypeAlias = Literal["none", "basic", "full"]
 Pooling: TypeAlias = Literal["hf", "last"]
 BatchCost: TypeAlias = Literal["packed", "padded"]
+StatePooling: TypeAlias = Literal["last", "mean"]
+OodMode: TypeAlias = Literal["single", "group"]
+CalibrationGap: TypeAlias = Literal["missing", "inapplicable"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +98,15 @@ class Encoding:
 class ScoreRequest:
     """What a protocol module makes of a request body.
 
-    ``timeout_s``: seconds from arrival after which no answer is wanted.
+    ``timeout_s``: seconds from arrival after which no answer is wanted. ``run_id``: the training run that asks, where
+    it names itself; its monitors are kept apart.
     """
 
     items: tuple[Item, ...]
     encoding: Encoding
     diagnostics: DiagnosticsLevel
     timeout_s: float
+    run_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,10 +141,25 @@ class Sequence:
 
 
 @dataclass(frozen=True, slots=True)
+class StateTap:
+    """A place of the forward pass at which hidden states are read for the diagnostics.
+
+    ``layer``: 0 is the embeddings, n the output of the n-th block; the last one is read behind the final norm, as the
+    head does. ``pooling``: ``last`` is the token whose state the head reads; ``mean`` is the mean over the completion's
+    tokens, or over all where the border to the prompt is unknown.
+    """
+
+    layer: int
+    pooling: StatePooling
+
+
+@dataclass(frozen=True, slots=True)
 class LengthReport:
     """The length block of an item's diagnostics; field names are the wire's.
 
     Prompt and completion counts are of the full text; ``scored_tokens`` is what the model read. None where unknown.
+    ``length_z`` (in standard deviations of the log length) and ``length_percentile`` (0 to 1) place the completion
+    among the calibration's; None without one.
     """
 
     prompt_tokens: int | None
@@ -147,17 +167,104 @@ class LengthReport:
     completion_chars: int | None
     scored_tokens: int
     truncated: bool
+    length_z: float | None = None
+    length_percentile: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StyleReport:
+    """The style block of an item's diagnostics: tells of formatting, flattery and repetition in the completion.
+
+    Counts are of the whole completion; hedges and flattery are hits of an English lexicon. The fractions are those of
+    level ``full``, None below it. ``style_p``: conformal p-value of the style as a whole; None without a calibration.
+    """
+
+    headers: int
+    list_items: int
+    bold: int
+    emoji: int
+    hedges: int
+    flattery: int
+    words: int
+    repeat4: float | None = None
+    zlib_ratio: float | None = None
+    non_ascii: float | None = None
+    prompt_overlap: float | None = None
+    style_p: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPValues:
+    """Conformal p-values of the pooled states in the middle of the model and at its end; None where not admitted."""
+
+    mid: float | None = None
+    last: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OodReport:
+    """The out-of-distribution block: how typical an item is of the calibration's. Field names are the wire's.
+
+    ``p_value`` decides: the share of calibration items at least as unusual as this one, within [``resolution``, 1].
+    ``flag``: whether it is at most the set rate of false alarms. ``surprise``: the score behind it, a -ln p that
+    goes on where ranks end, beyond all calibration items; its mean is the most sensitive signal of drift. ``p_*``: the
+    components' own p-values, None where a component is not in the calibration or does not apply. ``score``: raw squared
+    distance of the feature component. ``reason``: the component that decided. ``valid_for_tail``: False where the model
+    read a part only.
+    """
+
+    p_value: float
+    flag: bool
+    mode: OodMode
+    surprise: float
+    reason: str
+    resolution: float
+    calibration_id: str
+    valid_for_tail: bool
+    p_text: float | None = None
+    p_feature: float | None = None
+    p_layers: LayerPValues = LayerPValues()
+    p_oe: float | None = None
+    p_group: float | None = None
+    score: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GroupReport:
+    """The group block: an item beside the other completions of its prompt in the same request.
+
+    ``n``: completions with a reward, this one included. ``length_corr``: Pearson correlation of reward and log length
+    within the group; None for fewer than three, or where either does not vary. ``reward_centered``: the reward less the
+    group's mean.
+    """
+
+    n: int
+    length_corr: float | None
+    reward_centered: float
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
     """All we say of one Item: the raw output of the scalar head, and what is known about its trustworthiness.
 
-    ``length`` is None when the request asked for no diagnostics.
+    What is None was not asked for, or could not be known: nothing here is ever guessed. ``reward_z`` (standard
+    deviations), ``reward_percentile`` (0 to 1), ``reward_length_adjusted`` and ``reward_std_epistemic`` (both in units
+    of the reward) and ``ood`` need a calibration. ``gap``: why calibrated diagnostics that were asked for are None:
+    there is no calibration, or the item shows no border between prompt and completion. ``traits``: the statistics by
+    which siblings are compared; never leaves the service.
     """
 
     reward: float
     length: LengthReport | None = None
+    reward_z: float | None = None
+    reward_percentile: float | None = None
+    reward_length_adjusted: float | None = None
+    reward_std_epistemic: float | None = None
+    ood: OodReport | None = None
+    style: StyleReport | None = None
+    group: GroupReport | None = None
+    gap: CalibrationGap | None = None
+    traits: tuple[float, ...] | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

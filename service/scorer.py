@@ -17,9 +17,12 @@ from collections.abc import Callable, Hashable, Iterator
 from collections.abc import Sequence as Row
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Protocol, TypeAlias
 
 from service.batching import BatchBudget, Entry, Queue, TakenBatch, batch_cost
+from service.diagnostics.monitors.monitor import Monitors
+from service.diagnostics.text import TextFacts
 from service.errors import (
     DeadlineExceeded,
     Draining,
@@ -32,7 +35,7 @@ from service.errors import (
     WarmUpFailed,
 )
 from service.metrics import Metrics
-from service.pipeline import BatchOutcome, Pipeline, score_of
+from service.pipeline import BatchOutcome, Pipeline
 from service.records import DiagnosticsLevel, Encoding, Item, Score, ScoreRequest, Sequence, Timings, Usage
 from service.settings import BatchingSettings, LimitSettings
 
@@ -40,12 +43,16 @@ logger = logging.getLogger(__name__)
 
 State: TypeAlias = Literal["starting", "ready", "draining", "failed"]
 Outcome: TypeAlias = Score | HttpError
+_TextReading: TypeAlias = "asyncio.Future[list[TextFacts | None]]"
 
 CHUNK_CHARS = 65_536
 """Characters tokenized in one go: a large request gives way to small ones after each chunk."""
 
 MIN_ITEM_CHARS = 1024
 """What an item counts for in a chunk at least; 64 items are a full one, however short they are."""
+
+FEW_ITEMS = CHUNK_CHARS // MIN_ITEM_CHARS
+"""Items of a request up to which the event loop does small work itself: a thread would take longer to hear of it."""
 
 HEAD_TOKENS = 64
 """Leading tokens by which sequences are kept beside their likes where the end of the prompt is unknown."""
@@ -75,8 +82,8 @@ class Encoder(Protocol):
 class ScoredRequest:
     """The answer to a ScoreRequest: a Score or an error for each item, in input order, and what that took.
 
-    ``usage.shared_tokens`` counts repeated items, and what the engine shared in batches that held this request alone;
-    what it shared with other requests belongs to nobody.
+    ``usage.shared_tokens`` counts the tokens that were not computed for it: those of repeated items, and those that the
+    engine had computed for another item of the pass already, of this request or of another.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -163,38 +170,45 @@ class _Pending:
         if not self._num_waiting:
             self.answered.set_result(None)
 
-    def settle(self, entry: Entry, outcome: Outcome) -> None:
+    def settle(self, entry: Entry, outcome: Outcome, shared_tokens: int) -> None:
         """Take in the outcome of one sequence, for all the items that it answers; the last one answers the request."""
+        if isinstance(outcome, Score):
+            self._shared_tokens += shared_tokens
         for place in self.work.places[entry.place]:
             self._outcomes[place] = self._outcome_of_twin(place, entry, outcome)
         self._num_waiting -= 1
         if not self._num_waiting and not self.answered.done():
             self.answered.set_result(None)
 
-    def note_batch(self, begin: float, engine_s: float, shared_tokens: int) -> None:
+    def note_batch(self, begin: float, engine_s: float) -> None:
         """Remember the batch that was answered last: its items are the slowest of the request."""
         self._queue_s, self._engine_s = begin - self._queued_at, engine_s
-        self._shared_tokens += shared_tokens
 
     def fail(self, error: HttpError) -> None:
         """Answer the request as a whole with an error, unless it has its answer."""
         if not self.answered.done():
             self.answered.set_exception(error)
 
-    def scored(self, tokenize_s: float, total_s: float) -> ScoredRequest:
-        """Return the answer, once every item has its outcome."""
+    @property
+    def outcomes(self) -> tuple[Outcome, ...]:
+        """What the engine made of the items, in order, once every item has its outcome."""
         outcomes = tuple(outcome for outcome in self._outcomes if outcome is not None)
         if len(outcomes) != len(self.encoded):
             raise InternalError(f"{len(self.encoded) - len(outcomes)} items have no outcome.")
+        return outcomes
+
+    def scored(self, outcomes: tuple[Outcome, ...], tokenize_s: float, total_s: float) -> ScoredRequest:
+        """Return the answer with these outcomes."""
         timings = Timings(tokenize_s=tokenize_s, queue_s=self._queue_s, engine_s=self._engine_s, total_s=total_s)
         return ScoredRequest(outcomes, self._usage(outcomes), timings)
 
     def _outcome_of_twin(self, place: int, entry: Entry, outcome: Outcome) -> Outcome:
-        """Give an item the reward of its equal: the ids are the same, but what is known of the text may differ."""
+        """Give an item the reward of its equal: the ids are the same, but where its completion begins may differ."""
         twin = self.encoded[place]
-        if isinstance(outcome, HttpError) or isinstance(twin, HttpError) or twin == entry.sequence:
+        if isinstance(outcome, HttpError) or isinstance(twin, HttpError):
             return outcome
-        return score_of(outcome.reward, twin, self.level)
+        same_border = twin.num_prompt_tokens == entry.sequence.num_prompt_tokens
+        return outcome if same_border else Score(outcome.reward)
 
     def _usage(self, outcomes: Row[Outcome]) -> Usage:
         sequences = [sequence for sequence in self.encoded if isinstance(sequence, Sequence)]
@@ -225,6 +239,7 @@ class Scorer:
         limits: on requests and on what may wait.
         batching: the budget of a pass.
         metrics: of this replica.
+        monitors: that watch what is answered; None: nobody does.
         num_tokenizer_threads: beside the event loop.
         clock: seconds, monotonic.
     """
@@ -237,6 +252,7 @@ class Scorer:
         batching: BatchingSettings,
         metrics: Metrics,
         *,
+        monitors: Monitors | None = None,
         num_tokenizer_threads: int = 2,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -245,6 +261,7 @@ class Scorer:
         self._pipeline = pipeline
         self._limits = limits
         self._metrics = metrics
+        self._monitors = monitors
         self._clock = clock
         self._budget = BatchBudget(
             info.cost,
@@ -263,7 +280,7 @@ class Scorer:
         self._busy_since: float | None = None  # as the budget, written by the engine thread alone
         # Shared with the engine thread, and changed under the condition's lock only.
         self._work_waits = threading.Condition()
-        self._queue = Queue(limits.max_queue_tokens)
+        self._queue = Queue(limits.max_queue_tokens, info.shared_from)
         self._pending: dict[Hashable, _Pending] = {}
         self._stopped = False
         self._publish_gauges()
@@ -274,6 +291,11 @@ class Scorer:
     def state(self) -> State:
         """``ready`` takes requests; ``draining`` answers those it has taken; ``failed`` must be replaced."""
         return self._state
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """What batches run through; for jobs that bring batches of their own, while the scorer is not started."""
+        return self._pipeline
 
     @property
     def queued_tokens(self) -> int:
@@ -412,10 +434,42 @@ class Scorer:
         queued = self._clock()
         pending = _Pending(request.diagnostics, encoded, work, queued)
         self._enqueue(key, pending, queued, deadline)
+        texts = self._read_texts(request, encoded)
         await pending.answered
-        scored = pending.scored(tokenize_s=queued - begin, total_s=self._clock() - arrived)
+        outcomes = await self._complete(request, encoded, pending.outcomes, texts)
+        scored = pending.scored(outcomes, tokenize_s=queued - begin, total_s=self._clock() - arrived)
         self._observe(scored, encoded)
+        if self._monitors is not None:
+            self._monitors.observe_request(request, encoded, scored.outcomes)
         return scored
+
+    def _read_texts(self, request: ScoreRequest, encoded: Row[Sequence | HttpError]) -> list[_TextReading]:
+        """Start to read the texts in the tokenizer's threads; the forward pass runs meanwhile."""
+        if request.diagnostics == "none" or self._stopped:
+            return []
+        loop = asyncio.get_running_loop()
+        read = self._pipeline.diagnostician.read_texts
+        readings, begin = [], 0
+        for chunk in chunks_of(request.items):
+            end = begin + len(chunk)
+            readings.append(loop.run_in_executor(self._threads, read, chunk, encoded[begin:end], request.diagnostics))
+            begin = end
+        return readings
+
+    async def _complete(
+        self,
+        request: ScoreRequest,
+        encoded: Row[Sequence | HttpError],
+        outcomes: tuple[Outcome, ...],
+        readings: Row[_TextReading],
+    ) -> tuple[Outcome, ...]:
+        texts = [text for reading in readings for text in await reading] or [None] * len(outcomes)
+        complete = partial(
+            self._pipeline.diagnostician.complete, request.items, encoded, outcomes, texts, request.diagnostics
+        )
+        if len(outcomes) <= FEW_ITEMS or self._stopped:
+            return tuple(complete())
+        return tuple(await asyncio.get_running_loop().run_in_executor(self._threads, complete))
 
     async def _encode(self, request: ScoreRequest) -> tuple[list[Sequence | HttpError], Work]:
         loop = asyncio.get_running_loop()
@@ -423,7 +477,7 @@ class Scorer:
         for chunk in chunks_of(request.items):
             self._refuse_if_stopped()
             encoded += await loop.run_in_executor(self._threads, self._encoder.encode, chunk, request.encoding)
-        if len(encoded) <= CHUNK_CHARS // MIN_ITEM_CHARS:
+        if len(encoded) <= FEW_ITEMS:
             return encoded, plan_work(request.items, encoded)
         self._refuse_if_stopped()
         return encoded, await loop.run_in_executor(self._threads, plan_work, request.items, encoded)
@@ -494,7 +548,8 @@ class Scorer:
             return self._pipeline.run([entry.sequence for entry in entries], [owner.level for owner in owners])
         except Exception:
             logger.exception("A batch of %d sequences failed outside the engine.", len(entries))
-            return BatchOutcome(tuple(InternalError("The batch failed.") for _ in entries), 0, False, 0, 0.0, 0.0)
+            failures = tuple(InternalError("The batch failed.") for _ in entries)
+            return BatchOutcome(failures, 0, False, (0,) * len(entries), 0.0, 0.0)
 
     def _call_loop(self, callback: Callable[..., None], *args: object) -> None:
         assert self._loop is not None  # noqa: S101 - the thread is started by start()
@@ -520,12 +575,12 @@ class Scorer:
     def _resolve(
         self, entries: Row[Entry], owners: Row[_Pending], outcome: BatchOutcome, begin: float, engine_s: float
     ) -> None:
-        distinct = dict.fromkeys(owners)
-        shared_tokens = outcome.shared_tokens if len(distinct) == 1 else 0
-        for owner in distinct:
-            owner.note_batch(begin, engine_s, shared_tokens)
-        for entry, owner, its_outcome in zip(entries, owners, outcome.outcomes, strict=True):
-            owner.settle(entry, its_outcome)
+        for owner in dict.fromkeys(owners):
+            owner.note_batch(begin, engine_s)
+        for entry, owner, its_outcome, shared in zip(
+            entries, owners, outcome.outcomes, outcome.shared_tokens, strict=True
+        ):
+            owner.settle(entry, its_outcome, shared)
 
     def _expire(self, owners: Row[_Pending]) -> None:
         for owner in owners:
@@ -579,7 +634,7 @@ class Scorer:
         metrics.oom.inc(outcome.out_of_memory)
         metrics.tokens.labels(kind="real").inc(real)
         metrics.tokens.labels(kind="padding").inc(batch_cost(lengths, self._budget.cost) - real)
-        metrics.tokens.labels(kind="shared").inc(outcome.shared_tokens)
+        metrics.tokens.labels(kind="shared").inc(sum(outcome.shared_tokens))
         metrics.stage_duration.labels(stage="forward").observe(outcome.forward_s)
         metrics.stage_duration.labels(stage="diagnose").observe(outcome.diagnose_s)
 

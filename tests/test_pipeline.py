@@ -38,9 +38,10 @@ class ScriptedEngine:
     def info(self) -> EngineInfo:
         return self._oracle.info
 
-    def forward(self, sequences: Row[Sequence]) -> EngineOutput:
+    def forward(self, sequences: Row[Sequence], *, states: bool = False) -> EngineOutput:
         self.batches.append(list(sequences))
-        return EngineOutput(self._script(sequences, list(self._oracle.forward(sequences).rewards)), shared_tokens=1)
+        rewards = self._script(sequences, list(self._oracle.forward(sequences).rewards))
+        return EngineOutput(rewards, shared_tokens=[1] * len(sequences))
 
     def close(self) -> None:
         pass
@@ -65,21 +66,19 @@ def test_rewards_come_in_the_order_of_the_sequences() -> None:
     outcome = Pipeline(ScriptedEngine()).run(sequences, levels(sequences))
 
     assert list(outcome.outcomes) == [expected(sequence) for sequence in sequences]
-    assert (outcome.num_forwards, outcome.out_of_memory, outcome.shared_tokens) == (1, False, 1)
+    assert (outcome.num_forwards, outcome.out_of_memory, outcome.shared_tokens) == (1, False, (1,) * 16)
 
 
-def test_each_sequence_gets_its_own_level_of_diagnostics() -> None:
-    """The length block stands where it was asked for, and the reward is the same with and without it."""
+def test_states_are_read_only_where_somebody_wants_them() -> None:
+    """Without a calibration no level asks the engine for states, and no level changes the reward."""
     sequences = [Sequence((5, 6, 7), num_prompt_tokens=2)] * 3
+    engine = ScriptedEngine()
 
-    outcome = Pipeline(ScriptedEngine()).run(sequences, ["none", "basic", "full"])
+    outcome = Pipeline(engine).run(sequences, ["none", "basic", "full"])
 
     none, basic, full = [score for score in outcome.outcomes if isinstance(score, Score)]
-    assert none.length is None
-    assert basic == full
-    assert basic.length is not None
-    assert (basic.length.prompt_tokens, basic.length.completion_tokens) == (2, 1)
-    assert none.reward == basic.reward
+    assert none == basic == full
+    assert none.traits is None
 
 
 @pytest.mark.parametrize("position", [0, 77, 255])

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from collections.abc import Sequence as Row
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from itertools import count
 
 import pytest
@@ -65,7 +66,7 @@ class GatedEngine(OracleEngine):
         self.closed = False
         self.batches: list[list[str]] = []
 
-    def forward(self, sequences: Row[Sequence]) -> EngineOutput:
+    def forward(self, sequences: Row[Sequence], *, states: bool = False) -> EngineOutput:
         self.entered.set()
         assert self.gate.wait(timeout=30)
         self.batches.append([bytes(sequence.token_ids).decode() for sequence in sequences])
@@ -139,12 +140,12 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def counted(metrics: Metrics) -> dict[str, float]:
-    """Items by outcome, as a scrape shows them."""
+    """Items by outcome, as a scrape shows them; outcomes that nothing had are left out."""
     return {
         sample.labels["outcome"]: sample.value
         for family in metrics.registry.collect()
         for sample in family.samples
-        if sample.name == "rm_items_total"
+        if sample.name == "rm_items_total" and sample.value
     }
 
 
@@ -187,6 +188,40 @@ async def test_repeated_items_are_computed_once(tokenization: Tokenization) -> N
     assert sorted(engine.texts) == [PROMPT + "other", PROMPT + "same"]
     assert scored.usage.shared_tokens == 2 * len(PROMPT + "same")
     assert scored.usage.scored_tokens == len(PROMPT) * 4 + len("sameothersamesame")
+
+
+class SharingEngine(GatedEngine):
+    """The oracle, which says of every sequence but the first that it shared the prompt."""
+
+    def forward(self, sequences: Row[Sequence], *, states: bool = False) -> EngineOutput:
+        output = super().forward(sequences, states=states)
+        return replace(output, shared_tokens=[0, *[len(PROMPT)] * (len(sequences) - 1)])
+
+
+async def test_shared_tokens_are_counted_for_whom_they_were_saved(tokenization: Tokenization) -> None:
+    """In a batch of several requests each is told what was not computed for it, repeated items included."""
+    engine = SharingEngine()
+    metrics = Metrics()
+    async with running(new_scorer(tokenization, engine, metrics=metrics), engine) as scorer:
+        engine.hold()
+        first = asyncio.create_task(scorer.score(request("blocks")))
+        await engine.until_entered()
+        others = [asyncio.create_task(scorer.score(request(*texts))) for texts in (["a", "a", "b"], ["c"])]
+        await until(lambda: len(scorer._queue) == 3)
+        engine.gate.set()
+        usages = [(await task).usage.shared_tokens for task in (first, *others)]
+
+    assert len(engine.batches) == 2
+    assert usages[0] == 0
+    assert sum(usages[1:]) == 2 * len(PROMPT) + len(PROMPT + "a")
+    assert usages[1] >= len(PROMPT) + len(PROMPT + "a")
+    counted_tokens = {
+        sample.labels["kind"]: sample.value
+        for family in metrics.registry.collect()
+        for sample in family.samples
+        if sample.name == "rm_tokens_total"
+    }
+    assert counted_tokens["shared"] == 2 * len(PROMPT)
 
 
 async def test_equal_ids_keep_their_own_lengths(tokenization: Tokenization) -> None:
@@ -252,7 +287,7 @@ class SickEngine(OracleEngine):
         self.cured = threading.Event()
         self.cured.set()
 
-    def forward(self, sequences: Row[Sequence]) -> EngineOutput:
+    def forward(self, sequences: Row[Sequence], *, states: bool = False) -> EngineOutput:
         output = super().forward(sequences)
         return output if self.cured.is_set() else self.sicken(output)
 

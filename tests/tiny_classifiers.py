@@ -30,6 +30,22 @@ def random_rows(classifier: Classifier, lengths: tuple[int, ...] = LENGTHS, seed
     return [tuple(dice.randrange(5, classifier.config.vocab_size) for _ in range(length)) for length in lengths]
 
 
+def rows_that_share(classifier: Classifier, seed: int = 0) -> list[tuple[int, ...]]:
+    """Return rows with nested beginnings in common: a system prompt, prompts behind it, completions behind those.
+
+    Some lie whole within others, and one shares nothing.
+    """
+    dice = random.Random(seed)
+    system, *prompts, stranger = random_rows(classifier, lengths=(37, 1, 40, 90, 50), seed=seed)
+    rows = [system, system[:20], stranger]
+    for prompt in prompts:
+        lengths = tuple(dice.randrange(1, 80) for _ in range(4))
+        completions = random_rows(classifier, lengths, seed=dice.randrange(1000))
+        rows += [system + prompt, *(system + prompt + completion for completion in completions)]
+    rows.append(rows[5] + rows[6][:33])
+    return dice.sample(rows, len(rows))
+
+
 def rows_with_endings(classifier: Classifier) -> list[tuple[int, ...]]:
     """Return random rows, and rows that end as answers do (EOS, two, EOS and a newline, pads) or are pads only."""
     rows = random_rows(classifier)

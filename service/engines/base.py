@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Row
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from service.records import BatchCost, Sequence
+from service.records import BatchCost, Sequence, StatePooling, StateTap
 
-__all__ = ["BatchCost", "Engine", "EngineInfo", "EngineOutput"]
+if TYPE_CHECKING:  # expected rewards of the oracle need the standard library alone
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = ["BatchCost", "Engine", "EngineInfo", "EngineOutput", "StatePooling", "StateTap"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +25,9 @@ class EngineInfo:
 
     ``cost``: how a batch is priced: ``packed`` is the sum of its tokens, ``padded`` is longest sequence x count.
     ``parity``: what the start-up probe found (largest absolute difference to plain transformers); empty without one.
+    ``taps``: where states can be read, in the order of ``EngineOutput.states``. ``shared_from``: sequences of a pass
+    that begin with at least so many equal tokens compute them once; None: nothing is shared. ``providers``: what ONNX
+    Runtime runs the graph on, first choice first; empty for other engines.
     """
 
     engine: str
@@ -32,14 +39,23 @@ class EngineInfo:
     max_input_tokens: int
     max_batch_tokens: int
     parity: dict[str, float | int | str | bool] = field(default_factory=dict)
+    taps: tuple[StateTap, ...] = ()
+    shared_from: int | None = None
+    providers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class EngineOutput:
-    """What one forward pass returns. ``rewards``: float32 values as Python floats, in the order of the sequences."""
+    """What one forward pass returns, in the order of the sequences.
+
+    ``rewards``: float32 values as Python floats. ``shared_tokens``: of each sequence, the tokens that were computed for
+    another sequence of the pass already; empty where nothing is shared. ``states``: float32 [sequences, taps, hidden];
+    None where none were asked for.
+    """
 
     rewards: Row[float]
-    shared_tokens: int = 0
+    shared_tokens: Row[int] = ()
+    states: NDArray[np.float32] | None = None
 
 
 class Engine(Protocol):
@@ -50,11 +66,12 @@ class Engine(Protocol):
         """How this engine computes rewards; constant after construction."""
         ...
 
-    def forward(self, sequences: Row[Sequence]) -> EngineOutput:
+    def forward(self, sequences: Row[Sequence], *, states: bool = False) -> EngineOutput:
         """Score the sequences in one pass.
 
         Args:
             sequences: at least one, each within ``max_input_tokens``; several together are within the batch budget.
+            states: whether to read the states at ``info.taps`` too; changes no bit of a reward.
 
         Returns:
             One raw logit per sequence, in order. Not squashed, not clipped, not checked for being finite.

@@ -7,7 +7,7 @@ are computed. It judges nothing: whether the checkpoint can be trusted is settle
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,22 +16,45 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig
 
-from service.engines.base import BatchCost
+from service.engines.base import BatchCost, StateTap
 from service.engines.gating import gate_in_place
 from service.engines.row_blocks import set_row_blocks
+from service.engines.taps import Spot, StateQuery, TappedStates, tapped
 from service.errors import SettingsError
 from service.records import Pooling
 from service.silence import transformers_silenced
 
 
+@dataclass(frozen=True, slots=True)
+class PathOutput:
+    """What one pass returns.
+
+    ``rewards``: one raw fp32 logit per row. ``shared_tokens``: of each row, the tokens that another row computed.
+    ``states``: float32 [readings, taps, hidden] on the device, in the order of the query; None without one.
+    """
+
+    rewards: list[float]
+    shared_tokens: list[int]
+    states: torch.Tensor | None = None
+
+
 class ForwardPath(Protocol):
-    """One way of running a batch through a classifier."""
+    """One way of running a batch through a classifier.
+
+    ``shared_from``: rows that begin with so many equal tokens compute them once; None: nothing is shared.
+    """
 
     name: str
     cost: BatchCost
+    shared_from: int | None
 
-    def rewards(self, rows: Sequence[Sequence[int]]) -> list[float]:
-        """Return one raw fp32 logit per row of token ids, in order; rows are not empty."""
+    def run(self, rows: Sequence[tuple[int, ...]], query: StateQuery | None = None) -> PathOutput:
+        """Score rows of token ids in one pass.
+
+        Args:
+            rows: not empty, and different from each other.
+            query: which states to read too; changes no bit of a reward.
+        """
         ...
 
 
@@ -106,6 +129,14 @@ class Classifier:
     def pooled_position(self, ids: Sequence[int]) -> int:
         """Return the position in ``ids`` whose hidden state the head reads."""
         return pooled_position(ids, self.pooling, self.pad_token_id)
+
+    def read_position(self, ids: Sequence[int]) -> int:
+        """Return the position in ``ids`` whose state the head begins with; an encoder's own head takes the first."""
+        return 0 if self.linear_head is None else self.pooled_position(ids)
+
+    def tapped(self, taps: tuple[StateTap, ...], spots: Sequence[Spot]) -> AbstractContextManager[TappedStates]:
+        """Read states off the pass that runs while the context is open."""
+        return tapped(self.body, self.config.num_hidden_layers, taps, spots)
 
     def read_rewards(self, pooled: torch.Tensor) -> list[float]:
         """Run the linear head on pooled states [rows, hidden] and copy the rewards back, once.

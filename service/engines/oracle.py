@@ -124,12 +124,13 @@ class OracleEngine:
         """What stands in for the description of a model."""
         return self._info
 
-    def forward(self, sequences: Row[Sequence]) -> EngineOutput:
-        """Score the sequences, one known reward each.
+    def forward(self, sequences: Row[Sequence], *, states: bool = False) -> EngineOutput:
+        """Score the sequences, one known reward each; there are no taps, and so no states.
 
         Raises:
             EngineOutOfMemory, OracleFaultError: the faults that were switched on.
         """
+        del states
         self._misbehave(sequences)
         return EngineOutput([self._reward(sequence.token_ids) for sequence in sequences])
 

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 
 from service.engines.base import BatchCost
-from service.engines.classifier import Classifier
+from service.engines.classifier import Classifier, PathOutput
+from service.engines.taps import Spot, StateQuery
 
 
 class PaddedForward:
@@ -22,6 +23,7 @@ class PaddedForward:
 
     name = "padded"
     cost: BatchCost = "padded"
+    shared_from: int | None = None
 
     def __init__(self, classifier: Classifier) -> None:
         classifier.run_with(classifier.plain_attention)
@@ -29,15 +31,23 @@ class PaddedForward:
         self._fills_up = not (classifier.is_on_cpu and classifier.is_half_precision)
 
     @torch.inference_mode()
-    def rewards(self, rows: Sequence[Sequence[int]]) -> list[float]:
-        """Return one raw fp32 logit per row of token ids, in order."""
+    def run(self, rows: Sequence[tuple[int, ...]], query: StateQuery | None = None) -> PathOutput:
+        """Score rows of token ids in one pass; see ``ForwardPath.run``."""
+        query = query or StateQuery((), ())
+        readings = query.readings
         if self._fills_up:
-            return self._rectangle(rows)
-        return [reward for row in rows for reward in self._rectangle([row])]
+            rewards, states = self._rectangle(rows, StateQuery(query.taps, readings))
+            return PathOutput(rewards, [0] * len(rows), states)
+        rewards, parts = [], []
+        for index, row in enumerate(rows):
+            own = tuple((0, first) for owner, first in readings if owner == index)
+            reward, part = self._rectangle([row], StateQuery(query.taps if own else (), own))
+            rewards += reward
+            parts.append(part)
+        return PathOutput(rewards, [0] * len(rows), _in_order(readings, parts))
 
-    def _rectangle(self, rows: Sequence[Sequence[int]]) -> list[float]:
+    def _rectangle(self, rows: Sequence[tuple[int, ...]], query: StateQuery) -> tuple[list[float], torch.Tensor | None]:
         classifier = self._classifier
-        pooled = [classifier.pooled_position(row) for row in rows]
         longest = max(len(row) for row in rows)
         # What stands in the filling is never seen; where no pad token is defined any token will do.
         filler = classifier.pad_token_id or 0
@@ -45,8 +55,22 @@ class PaddedForward:
             "input_ids": classifier.token_tensor([[*row, *[filler] * (longest - len(row))] for row in rows]),
             "attention_mask": classifier.token_tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]),
         }
-        if classifier.linear_head is None:
-            rewards: list[float] = classifier.model(**inputs).logits[:, 0].tolist()
-            return rewards
-        states = classifier.body(**inputs, use_cache=False).last_hidden_state
-        return classifier.read_rewards(states[range(len(rows)), pooled])
+        pooled = [classifier.read_position(row) for row in rows]
+        spots = [
+            Spot(row, pooled[row], ((first if first < len(rows[row]) else 0, len(rows[row])),))
+            for row, first in query.readings
+        ]
+        with classifier.tapped(query.taps, spots) as tapped:
+            if classifier.linear_head is None:
+                rewards: list[float] = classifier.model(**inputs).logits[:, 0].tolist()
+            else:
+                states = classifier.body(**inputs, use_cache=False).last_hidden_state
+                rewards = classifier.read_rewards(states[range(len(rows)), pooled])
+        return rewards, tapped.stacked()
+
+
+def _in_order(readings: Sequence[tuple[int, int]], parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """Put the readings of single rows, each in the order of its own, back into their common order."""
+    of_row = [iter(()) if part is None else iter(part) for part in parts]
+    found = [next(of_row[row]) for row, _ in readings]
+    return torch.stack(found) if found else None

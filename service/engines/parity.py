@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import inf, isfinite, isnan
 from statistics import median
 from typing import Any, Literal, TypeAlias
@@ -17,7 +18,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from service.engines.classifier import Classifier, ForwardPath
-from service.engines.packing import PackedForward
+from service.engines.packed import PackedForward
 from service.engines.padded import PaddedForward
 from service.errors import ParityError
 
@@ -25,11 +26,20 @@ logger = logging.getLogger(__name__)
 
 PathChoice: TypeAlias = Literal["auto", "packed", "padded"]
 
-PATHS: Mapping[str, Callable[[Classifier], ForwardPath]] = {"packed": PackedForward, "padded": PaddedForward}
+SHARING = "packed with shared prefixes"
+
+PATHS: Mapping[str, Callable[[Classifier], ForwardPath]] = {
+    SHARING: PackedForward,
+    "packed": partial(PackedForward, share_prefixes=False),
+    "padded": PaddedForward,
+}
 """Our forward paths, fastest first."""
 
 LENGTHS = (1, 2, 9, 40, 130)
 """Tokens of the ordinary probes; a window that is small enough adds one beyond it."""
+
+OFFSHOOTS = ((3, 40), (4, 60), (4, 100), (5, -3))
+"""Probes that begin as an ordinary one does: its place among ``LENGTHS``, and how much of it they have in common."""
 
 LONGEST_PROBE = 1280
 """No probe is longer, so that the probe of a large model on a CPU takes seconds."""
@@ -69,6 +79,7 @@ def probe_rows(
 
     Besides ordinary rows: one that ends in EOS, in two EOS, in EOS and another token, in the pad token, and one of pads
     only. A row beyond ``window`` is there when it is no longer than ``LONGEST_PROBE``; none is beyond ``max_tokens``.
+    Some begin as others do, some of those as each other, and one is the whole beginning of another.
     """
     special = {pad_token_id, eos_token_id}
     # Multiples of a large prime visit the whole vocabulary without a pattern, and are the same at every start.
@@ -82,6 +93,8 @@ def probe_rows(
         endings += [(pad_token_id,)]
     lengths = [*LENGTHS, window + window // 4 + 2] if window is not None else list(LENGTHS)
     rows = [tuple(ordinary[length : 2 * length]) for length in lengths if length <= LONGEST_PROBE]
+    stems = [(rows[place][:kept], 20 * place + kept) for place, kept in OFFSHOOTS if place < len(rows)]
+    rows += [(*stem, *ordinary[start : start + 21]) for stem, start in stems]
     rows += [(*ordinary[30 * turn : 30 * turn + 23], *ending) for turn, ending in enumerate(endings)]
     if pad_token_id is not None:
         rows.append((pad_token_id,) * 3)
@@ -119,13 +132,22 @@ def compare(
     return Parity(gap, limit, median(noise), conclusive, len(plain))
 
 
-def choose_path(classifier: Classifier, choice: PathChoice, max_tokens: int) -> tuple[ForwardPath, Parity]:
+def paths_to_try(choice: PathChoice, *, share_prefixes: bool) -> list[str]:
+    """Return the names of the paths that a choice allows, fastest first."""
+    packed = [SHARING, "packed"] if share_prefixes else ["packed"]
+    return {"auto": [*packed, "padded"], "packed": packed, "padded": ["padded"]}[choice]
+
+
+def choose_path(
+    classifier: Classifier, choice: PathChoice, max_tokens: int, *, share_prefixes: bool = True
+) -> tuple[ForwardPath, Parity]:
     """Return the fastest path that agrees with plain transformers on this classifier, ready to run, and the evidence.
 
     Args:
         classifier: left with the attention of the path that is returned.
         choice: ``auto``, or the one path to try.
         max_tokens: longest row that may share a pass with any other.
+        share_prefixes: whether a packed path may compute common beginnings once.
 
     Raises:
         ParityError: no path agrees, or the chosen one does not, or plain transformers itself gives NaN or infinity.
@@ -151,10 +173,10 @@ def choose_path(classifier: Classifier, choice: PathChoice, max_tokens: int) -> 
     limits = tolerances(classifier.dtype, plain, noise)
 
     refusals = []
-    for name in PATHS if choice == "auto" else (choice,):
+    for name in paths_to_try(choice, share_prefixes=share_prefixes):
         try:
             path = PATHS[name](classifier)
-            parity = compare(path.rewards(rows), plain, noise, limits)
+            parity = compare(path.run(rows).rewards, plain, noise, limits)
         except Exception as error:  # noqa: BLE001 - whatever a foreign model raises here, this path does not carry it
             refusals.append(f"{name} does not run ({type(error).__name__}: {error})")
             continue

@@ -39,11 +39,22 @@ class RowBlockedLinear(nn.Linear):
         output = rows.new_empty(num_rows, self.out_features)
         first = 0
         for size in plan_blocks(num_rows, sizes):
-            block = rows[first : first + size]
-            filled = nn.functional.pad(block, (0, 0, 0, size - len(block)))
-            output[first : first + size] = linear(filled, self.weight, bias)[: len(block)]
+            block, place = rows[first : first + size], output[first : first + size]
+            if len(block) == size:
+                _multiply_into(place, block, self.weight, bias)
+            else:
+                filled = nn.functional.pad(block, (0, 0, 0, size - len(block)))
+                place.copy_(linear(filled, self.weight, bias)[: len(block)])
             first += size
         return output.view(*states.shape[:-1], self.out_features)
+
+
+def _multiply_into(place: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Write what ``linear`` returns, which calls the same two operations, without copying it."""
+    if bias is None:
+        torch.mm(rows, weight.T, out=place)
+    else:
+        torch.addmm(bias, rows, weight.T, out=place)
 
 
 def padded_rows(num_rows: int) -> int:

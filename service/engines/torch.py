@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence as Row
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
-from service.engines.base import EngineInfo, EngineOutput
-from service.engines.classifier import Classifier, ForwardPath, load_classifier, read_config, stored_dtype
+from service.engines.base import EngineInfo, EngineOutput, StateTap
+from service.engines.classifier import Classifier, ForwardPath, PathOutput, load_classifier, read_config, stored_dtype
 from service.engines.device import (
     is_out_of_memory,
     keep_freed_memory,
@@ -24,6 +25,7 @@ from service.engines.device import (
 )
 from service.engines.parity import Parity, choose_path
 from service.engines.rotary import length_border
+from service.engines.taps import StateQuery, check_taps
 from service.errors import EngineOutOfMemory
 from service.records import Sequence
 from service.settings import BatchingSettings, ModelSettings
@@ -37,7 +39,7 @@ class TorchEngine:
 
     Equal sequences of a batch are computed once, so their rewards are equal bit for bit. ``deterministic`` gives every
     sequence a pass of its own: no neighbour can change a bit of its reward. ``border``: sequences up to that many
-    tokens and longer ones never share a pass; None: all may.
+    tokens and longer ones never share a pass, nor a beginning; None: all may.
     """
 
     def __init__(
@@ -53,17 +55,32 @@ class TorchEngine:
         """How this engine computes rewards; constant after construction."""
         return self._info
 
-    def forward(self, sequences: Row[Sequence]) -> EngineOutput:
+    def forward(self, sequences: Row[Sequence], *, states: bool = False) -> EngineOutput:
         """Score the sequences; see ``Engine.forward``.
 
         Raises:
             EngineOutOfMemory: the device had no room; the engine is usable again, a smaller batch may fit.
             ValueError: a sequence has no tokens.
         """
+        taps = self._info.taps if states else ()
+        first = {sequence.token_ids: place for place, sequence in reversed(list(enumerate(sequences)))}
         rewards: dict[tuple[int, ...], float] = {}
+        shared = [sequence.num_tokens for sequence in sequences]
+        found: dict[_Reading, torch.Tensor] = {}
         for rows in self._passes(list(dict.fromkeys(sequence.token_ids for sequence in sequences))):
-            rewards.update(zip(rows, self._run(rows), strict=True))
-        return EngineOutput([rewards[sequence.token_ids] for sequence in sequences])
+            wanted = _readings_of(rows, sequences) if taps else []
+            places = {row: place for place, row in enumerate(rows)}
+            output = self._run(rows, StateQuery(taps, tuple((places[ids], start) for ids, start in wanted)))
+            rewards.update(zip(rows, output.rewards, strict=True))
+            for row, num_shared in zip(rows, output.shared_tokens, strict=True):
+                shared[first[row]] = num_shared
+            if output.states is not None:
+                found.update(zip(wanted, output.states.cpu(), strict=True))
+        return EngineOutput(
+            [rewards[sequence.token_ids] for sequence in sequences],
+            shared,
+            torch.stack([found[_reading_of(sequence)] for sequence in sequences]).numpy() if taps else None,
+        )
 
     def close(self) -> None:
         """Free the device's memory. The engine is not used afterwards."""
@@ -80,11 +97,11 @@ class TorchEngine:
         long = [row for row in rows if len(row) > self._border]
         return [part for part in (short, long) if part]
 
-    def _run(self, rows: list[tuple[int, ...]]) -> list[float]:
+    def _run(self, rows: list[tuple[int, ...]], query: StateQuery) -> PathOutput:
         if self._path is None:
             raise RuntimeError("The engine is closed")
         try:
-            return self._path.rewards(rows)
+            return self._path.run(rows, query)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -95,8 +112,28 @@ class TorchEngine:
         )
 
 
+_Reading: TypeAlias = tuple[tuple[int, ...], int]
+"""Token ids, and the first of their tokens that belongs to the completion."""
+
+
+def _reading_of(sequence: Sequence) -> _Reading:
+    return sequence.token_ids, sequence.num_prompt_tokens or 0
+
+
+def _readings_of(rows: list[tuple[int, ...]], sequences: Row[Sequence]) -> list[_Reading]:
+    """Return what must be read for these rows: of equal ids once for each border between prompt and completion."""
+    present = set(rows)
+    return list(dict.fromkeys(_reading_of(sequence) for sequence in sequences if sequence.token_ids in present))
+
+
 def load_torch_engine(
-    folder: Path, model: ModelSettings, batching: BatchingSettings, *, pad_token_id: int | None, max_input_tokens: int
+    folder: Path,
+    model: ModelSettings,
+    batching: BatchingSettings,
+    *,
+    pad_token_id: int | None,
+    max_input_tokens: int,
+    taps: Row[StateTap] = (),
 ) -> TorchEngine:
     """Load a judged checkpoint folder and return an engine whose rewards were compared with plain transformers.
 
@@ -106,10 +143,11 @@ def load_torch_engine(
         batching: budget and determinism.
         pad_token_id: the checkpoint's own, which decides what the head reads.
         max_input_tokens: longest sequence that will be scored.
+        taps: where states can be read.
 
     Raises:
         ParityError: no forward path agrees with plain transformers.
-        SettingsError: a setting does not fit this machine or this model.
+        SettingsError: a setting does not fit this machine or this model, or a tap is out of its depth.
     """
     device = resolve_device(model.device)
     if device.type == "cpu":
@@ -125,13 +163,24 @@ def load_torch_engine(
         pooling=model.pooling,
         pad_token_id=pad_token_id,
     )
-    path, parity = choose_path(classifier, model.forward, border or max_input_tokens)
-    info = _describe(classifier, path, parity, max_input_tokens, max_batch_tokens)
+    check_taps(classifier.body, classifier.config.num_hidden_layers, taps)
+    path, parity = choose_path(
+        classifier,
+        model.forward,
+        border or max_input_tokens,
+        share_prefixes=batching.share_prefixes and not batching.deterministic,
+    )
+    info = _describe(classifier, path, parity, max_input_tokens, max_batch_tokens, tuple(taps))
     return TorchEngine(path, info, deterministic=batching.deterministic, border=border)
 
 
 def _describe(
-    classifier: Classifier, path: ForwardPath, parity: Parity, max_input_tokens: int, max_batch_tokens: int
+    classifier: Classifier,
+    path: ForwardPath,
+    parity: Parity,
+    max_input_tokens: int,
+    max_batch_tokens: int,
+    taps: tuple[StateTap, ...],
 ) -> EngineInfo:
     return EngineInfo(
         engine="torch",
@@ -143,4 +192,6 @@ def _describe(
         max_input_tokens=max_input_tokens,
         max_batch_tokens=max_batch_tokens,
         parity=asdict(parity),
+        taps=taps,
+        shared_from=path.shared_from,
     )

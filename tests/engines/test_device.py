@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -62,3 +64,16 @@ def test_threads_are_the_setting_or_all_cores() -> None:
 def test_a_lack_of_memory_is_told_from_other_errors(error: Exception, expected: bool) -> None:
     """CUDA's, Python's and the CPU allocator's errors are a lack of memory; other errors are not."""
     assert is_out_of_memory(error) is expected
+
+
+def test_torch_is_told_to_ask_for_huge_pages_before_it_allocates() -> None:
+    """In a fresh process a large tensor begins at a page, which torch sees to only if it asks for huge ones."""
+    program = (
+        "import mmap, service.engines.torch, torch\n"
+        "tensors = [torch.empty(2**22 + 100 * turn) for turn in range(4)]\n"
+        "print(all(tensor.data_ptr() % mmap.PAGESIZE == 0 for tensor in tensors))"
+    )
+
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=250)
+
+    assert found.stdout.split() == ["True"]

@@ -7,12 +7,13 @@ from itertools import pairwise
 import pytest
 import torch
 from scipy.stats import spearmanr
-from tiny_classifiers import load_tiny, random_rows, rows_with_endings, shuffled_batches
+from tiny_classifiers import load_tiny, random_rows, rows_that_share, rows_with_endings, shuffled_batches
 from tiny_models import DECODER_FAMILIES, ENCODER_FAMILIES
 from torch.nn.functional import scaled_dot_product_attention
 
-from service.engines import packing
-from service.engines.packing import PackedForward, PackingUnsupportedError, no_mask
+from service.engines import attention, packed
+from service.engines.attention import PackingUnsupportedError, no_mask
+from service.engines.packed import PackedForward
 from service.engines.parity import plain_rewards
 
 
@@ -24,7 +25,7 @@ def test_packed_rewards_are_plain_transformers_rewards(tiny_checkpoint, family: 
     rows = rows_with_endings(classifier)
     plain = plain_rewards(classifier, rows)
 
-    rewards = PackedForward(classifier).rewards(rows)
+    rewards = PackedForward(classifier).run(rows).rewards
 
     assert rewards == pytest.approx(plain, abs=1e-5, rel=0)
 
@@ -37,7 +38,7 @@ def test_half_precision_keeps_the_order_of_rewards(tiny_checkpoint, family: str,
     rows = random_rows(classifier, lengths=tuple(range(3, 43)))
     plain = plain_rewards(classifier, rows)
 
-    rewards = PackedForward(classifier).rewards(rows)
+    rewards = PackedForward(classifier).run(rows).rewards
 
     assert spearmanr(rewards, plain).statistic >= 0.999
 
@@ -48,11 +49,11 @@ def test_batch_and_order_do_not_change_a_reward_in_fp32(tiny_checkpoint, family:
     classifier = load_tiny(tiny_checkpoint(family))
     path = PackedForward(classifier)
     rows = random_rows(classifier)
-    alone = {row: path.rewards([row])[0] for row in rows}
+    alone = {row: path.run([row]).rewards[0] for row in rows}
 
     for seed in range(4):
         for batch in shuffled_batches(rows, seed):
-            assert path.rewards(batch) == pytest.approx([alone[row] for row in batch], abs=1e-5, rel=0)
+            assert path.run(batch).rewards == pytest.approx([alone[row] for row in batch], abs=1e-5, rel=0)
 
 
 @pytest.mark.parametrize("family", DECODER_FAMILIES)
@@ -61,11 +62,11 @@ def test_batch_and_order_do_not_change_a_bit_in_bf16(tiny_checkpoint, family: st
     classifier = load_tiny(tiny_checkpoint(family, hidden_size=192, intermediate_size=576), torch.bfloat16)
     path = PackedForward(classifier)
     rows = random_rows(classifier, lengths=(5, 1, 70, 133, 200, 2, 64))
-    alone = {row: path.rewards([row])[0] for row in rows}
+    alone = {row: path.run([row]).rewards[0] for row in rows}
 
     for seed in range(3):
         for batch in shuffled_batches(rows, seed):
-            assert path.rewards(batch) == [alone[row] for row in batch]
+            assert path.run(batch).rewards == [alone[row] for row in batch]
 
 
 def test_a_neighbour_changes_nothing(tiny_checkpoint) -> None:
@@ -74,8 +75,8 @@ def test_a_neighbour_changes_nothing(tiny_checkpoint) -> None:
     path = PackedForward(classifier)
     before, neighbour, other, after = random_rows(classifier, lengths=(20, 30, 30, 40))
 
-    first = path.rewards([before, neighbour, after])
-    second = path.rewards([before, other, after])
+    first = path.run([before, neighbour, after]).rewards
+    second = path.run([before, other, after]).rewards
 
     assert (first[0], first[2]) == (second[0], second[2])
     assert first[1] != second[1]
@@ -88,8 +89,8 @@ def test_the_sliding_window_is_kept(tiny_checkpoint, family: str) -> None:
     unbounded = load_tiny(tiny_checkpoint(family, sliding_window=400))
     rows = random_rows(windowed, lengths=(100, 15, 16, 17, 18))
 
-    rewards = PackedForward(windowed).rewards(rows)
-    without_window = PackedForward(unbounded).rewards(rows)
+    rewards = PackedForward(windowed).run(rows).rewards
+    without_window = PackedForward(unbounded).run(rows).rewards
 
     assert rewards == pytest.approx(plain_rewards(windowed, rows), abs=1e-5, rel=0)
     assert abs(rewards[0] - without_window[0]) > 0.01
@@ -102,11 +103,11 @@ def test_layers_have_windows_of_their_own(tiny_checkpoint) -> None:
     without = load_tiny(tiny_checkpoint("qwen2"))
     rows = random_rows(classifier, lengths=(60, 8, 9))
 
-    rewards = PackedForward(classifier).rewards(rows)
+    rewards = PackedForward(classifier).run(rows).rewards
 
     assert classifier.config.layer_types == ["full_attention", "full_attention", "sliding_attention"]
     assert rewards == pytest.approx(plain_rewards(classifier, rows), abs=1e-5, rel=0)
-    assert abs(rewards[0] - PackedForward(without).rewards(rows)[0]) > 0.01
+    assert abs(rewards[0] - PackedForward(without).run(rows).rewards[0]) > 0.01
 
 
 def test_the_soft_cap_is_kept(tiny_checkpoint) -> None:
@@ -115,20 +116,22 @@ def test_the_soft_cap_is_kept(tiny_checkpoint) -> None:
     loose = load_tiny(tiny_checkpoint("gemma2", attn_logit_softcapping=50.0))
     rows = random_rows(tight)
 
-    rewards = PackedForward(tight).rewards(rows)
+    rewards = PackedForward(tight).run(rows).rewards
 
     assert rewards == pytest.approx(plain_rewards(tight, rows), abs=1e-5, rel=0)
-    assert abs(rewards[2] - PackedForward(loose).rewards(rows)[2]) > 0.01
+    assert abs(rewards[2] - PackedForward(loose).run(rows).rewards[2]) > 0.01
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma2"])
 def test_long_sequences_are_attended_to_in_blocks(tiny_checkpoint, monkeypatch, family: str) -> None:
     """Cutting the queries of a long sequence into blocks, so that no mask grows with its square, changes no reward."""
-    monkeypatch.setattr(packing, "QUERY_BLOCK", 24)
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 32)
     classifier = load_tiny(tiny_checkpoint(family))
-    rows = random_rows(classifier, lengths=(130, 24, 25, 48, 7))
+    rows = random_rows(classifier, lengths=(130, 32, 33, 48, 7))
 
-    assert PackedForward(classifier).rewards(rows) == pytest.approx(plain_rewards(classifier, rows), abs=1e-5, rel=0)
+    rewards = PackedForward(classifier).run(rows).rewards
+
+    assert rewards == pytest.approx(plain_rewards(classifier, rows), abs=1e-5, rel=0)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -139,8 +142,8 @@ def test_last_pooling_reads_the_last_token(tiny_checkpoint, family: str) -> None
     (row,) = random_rows(last, lengths=(30,))
     ended = (*row, last.config.eos_token_id)
 
-    last_rewards = PackedForward(last).rewards([row, ended])
-    rule_rewards = PackedForward(rule).rewards([row, ended])
+    last_rewards = PackedForward(last).run([row, ended]).rewards
+    rule_rewards = PackedForward(rule).run([row, ended]).rewards
 
     assert last_rewards == pytest.approx(plain_rewards(last, [row, ended]), abs=1e-5, rel=0)
     assert last_rewards[0] == rule_rewards[0] == rule_rewards[1]
@@ -159,7 +162,7 @@ def test_bidirectional_attention_is_not_claimed(tiny_checkpoint) -> None:
     classifier = load_tiny(tiny_checkpoint("gemma3", use_bidirectional_attention=True))
 
     with pytest.raises(PackingUnsupportedError):
-        PackedForward(classifier).rewards(random_rows(classifier))
+        PackedForward(classifier).run(random_rows(classifier))
 
 
 def test_no_mask_is_built() -> None:
@@ -173,16 +176,17 @@ def varlen_by_its_documentation(
     query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
 ):
     """Do what torch's CUDA kernel does: rows [tokens, heads, dimension], a query sees `left` keys before itself."""
-    assert torch.equal(cu_seq_q, cu_seq_k)
-    assert cu_seq_q.dtype == torch.int32
-    assert max_q == max_k == int(cu_seq_q.diff().max())
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    assert (max_q, max_k) == (int(cu_seq_q.diff().max()), int(cu_seq_k.diff().max()))
+    assert (len(query), len(key), len(value)) == (cu_seq_q[-1], cu_seq_k[-1], cu_seq_k[-1])
     left, right = window_size
     assert right == 0
     output = torch.empty_like(query)
-    for begin, end in pairwise(cu_seq_q.tolist()):
-        distance = torch.arange(end - begin)[:, None] - torch.arange(end - begin)
-        seen = (distance >= 0) & (distance <= (left if left >= 0 else end))
-        parts = (states[begin:end].transpose(0, 1)[None] for states in (query, key, value))
+    for (begin, end), (first, last) in zip(pairwise(cu_seq_q.tolist()), pairwise(cu_seq_k.tolist()), strict=True):
+        depth = (last - first) - (end - begin)  # the last query stands beside the last key
+        distance = depth + torch.arange(end - begin)[:, None] - torch.arange(last - first)
+        seen = (distance >= 0) & (distance <= (left if left >= 0 else last))
+        parts = (part.transpose(0, 1)[None] for part in (query[begin:end], key[first:last], value[first:last]))
         attended = scaled_dot_product_attention(*parts, attn_mask=seen, scale=scale, enable_gqa=enable_gqa)
         output[begin:end] = attended[0].transpose(0, 1)
     return output
@@ -194,13 +198,16 @@ def test_the_varlen_kernel_is_called_by_its_documentation(
     tiny_checkpoint, monkeypatch, family: str, shares_keys: bool
 ) -> None:
     """Layout, borders, scale, window and shared keys reach the kernel as documented: a stand-in gives plain rewards."""
-    monkeypatch.setattr(packing, "_has_varlen_kernel", lambda query, value: True)
-    monkeypatch.setattr(packing, "varlen_attn", varlen_by_its_documentation)
-    monkeypatch.setattr(packing, "VARLEN_SHARES_KEYS", shares_keys)
+    monkeypatch.setattr(attention, "_has_varlen_kernel", lambda query, value: True)
+    monkeypatch.setattr(attention, "varlen_attn", varlen_by_its_documentation)
+    monkeypatch.setattr(attention, "VARLEN_SHARES_KEYS", shares_keys)
+    monkeypatch.setattr(packed, "BLOCK", 1)  # as on CUDA
     classifier = load_tiny(tiny_checkpoint(family))
-    rows = random_rows(classifier)
+    rows = [*random_rows(classifier), *rows_that_share(classifier)]
 
-    assert PackedForward(classifier).rewards(rows) == pytest.approx(plain_rewards(classifier, rows), abs=1e-5, rel=0)
+    rewards = PackedForward(classifier).run(rows).rewards
+
+    assert rewards == pytest.approx(plain_rewards(classifier, rows), abs=1e-5, rel=0)
 
 
 @pytest.mark.gpu
@@ -212,6 +219,6 @@ def test_packed_rewards_are_plain_rewards_on_cuda(tiny_checkpoint, family: str, 
     rows = rows_with_endings(classifier)
     plain = plain_rewards(classifier, rows)
 
-    rewards = PackedForward(classifier).rewards(rows)
+    rewards = PackedForward(classifier).run(rows).rewards
 
     assert rewards == pytest.approx(plain, abs=1e-4 if dtype == torch.float32 else 0.1, rel=0)

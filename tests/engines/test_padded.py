@@ -18,7 +18,7 @@ def test_padded_rewards_are_plain_transformers_rewards(tiny_checkpoint, family: 
     classifier = load_tiny(tiny_checkpoint(family))
     rows = rows_with_endings(classifier)
 
-    rewards = PaddedForward(classifier).rewards(rows)
+    rewards = PaddedForward(classifier).run(rows).rewards
 
     assert rewards == pytest.approx(plain_rewards(classifier, rows), abs=1e-5, rel=0)
 
@@ -32,7 +32,7 @@ def test_bf16_rewards_are_plain_and_ignore_the_batch(tiny_checkpoint, family: st
     path = PaddedForward(classifier)
 
     for batch in shuffled_batches(rows, seed=1):
-        assert path.rewards(batch) == [plain[row] for row in batch]
+        assert path.run(batch).rewards == [plain[row] for row in batch]
 
 
 def test_last_pooling_ignores_the_filling(tiny_checkpoint) -> None:
@@ -40,7 +40,7 @@ def test_last_pooling_ignores_the_filling(tiny_checkpoint) -> None:
     classifier = load_tiny(tiny_checkpoint("llama", pad_is_eos=True), pooling="last")
     rows = rows_with_endings(classifier)
 
-    rewards = PaddedForward(classifier).rewards(rows)
+    rewards = PaddedForward(classifier).run(rows).rewards
 
     assert rewards == pytest.approx(plain_rewards(classifier, rows), abs=1e-5, rel=0)
 
@@ -54,7 +54,7 @@ def test_padded_rewards_are_plain_rewards_on_cuda(tiny_checkpoint, family: str, 
     rows = random_rows(classifier, lengths=tuple(range(3, 43)))
     plain = plain_rewards(classifier, rows)
 
-    rewards = PaddedForward(classifier).rewards(rows)
+    rewards = PaddedForward(classifier).run(rows).rewards
 
     if dtype == torch.float32:
         assert rewards == pytest.approx(plain, abs=1e-4, rel=0)

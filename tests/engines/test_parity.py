@@ -10,7 +10,9 @@ from tiny_classifiers import load_tiny
 from tiny_models import DECODER_FAMILIES, ENCODER_FAMILIES
 from transformers import AttentionInterface
 
-from service.engines.packing import ATTENTION, packed_attention
+from service.engines.attention import ATTENTION, packed_attention
+from service.engines.classifier import PathOutput
+from service.engines.packing import BLOCK, Packing
 from service.engines.padded import PaddedForward
 from service.engines.parity import choose_path, compare, probe_rows, tolerances
 from service.errors import ParityError
@@ -42,7 +44,7 @@ def deaf_attention():
     """Attention as a bug would have it: it looks across the borders of the sequences, and ignores windows."""
 
     def attend(module, query, key, value, mask, *, packing=None, **kwargs):
-        whole_row = type(packing)(((0, query.shape[2]),), packing.borders[[0, -1]])
+        whole_row = Packing.of([tuple(range(query.shape[2]))], packing.device, block=BLOCK)
         return packed_attention(module, query, key, value, mask, packing=whole_row, **kwargs)
 
     AttentionInterface.register(ATTENTION, attend)
@@ -69,7 +71,7 @@ def test_a_wrong_forced_path_is_refused(tiny_checkpoint) -> None:
 @pytest.mark.usefixtures("deaf_attention")
 def test_no_agreeing_path_is_refused(tiny_checkpoint, monkeypatch) -> None:
     """When neither path agrees the start is refused, naming both."""
-    monkeypatch.setattr(PaddedForward, "rewards", lambda self, rows: [0.0 for _ in rows])
+    monkeypatch.setattr(PaddedForward, "run", lambda self, rows: PathOutput([0.0 for _ in rows], [0 for _ in rows]))
 
     with pytest.raises(ParityError, match=r"packed differs .* padded differs"):
         choose_path(load_tiny(tiny_checkpoint("llama")), "auto", 400)
@@ -113,7 +115,7 @@ def test_the_probe_stays_within_its_limits() -> None:
 
 def test_the_probe_does_without_special_tokens() -> None:
     """A model without EOS and pad is probed all the same."""
-    assert len(probe_rows(vocab_size=300, pad_token_id=None, eos_token_id=None, window=None, max_tokens=512)) == 5
+    assert len(probe_rows(vocab_size=300, pad_token_id=None, eos_token_id=None, window=None, max_tokens=512)) == 8
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from tiny_models import DECODER_FAMILIES, ENCODER_FAMILIES
 from transformers import AutoModelForSequenceClassification
 
 from service.engines.base import EngineInfo
-from service.engines.classifier import read_config
+from service.engines.classifier import PathOutput, read_config
 from service.engines.torch import TorchEngine, load_torch_engine
 from service.errors import EngineOutOfMemory
 from service.records import Sequence
@@ -41,7 +41,7 @@ def test_rewards_are_those_of_transformers_itself(tiny_checkpoint, family: str) 
     output = load(folder).forward(sequences_of(rows))
 
     assert list(output.rewards) == pytest.approx(plain, abs=1e-4, rel=0)
-    assert output.shared_tokens == 0
+    assert output.shared_tokens == [0] * len(rows)
 
 
 @pytest.mark.parametrize(("family", "path"), [("llama", "packed"), ("bert", "padded")])
@@ -114,11 +114,12 @@ class NoRoom:
 
     name = "packed"
     cost = "packed"
+    shared_from = None
 
-    def rewards(self, rows):
+    def run(self, rows, query=None):
         if len(rows) > 1:
             torch.empty(2**60)
-        return [float(row[0]) for row in rows]
+        return PathOutput([float(row[0]) for row in rows], [0] * len(rows))
 
 
 class Broken:
@@ -126,8 +127,9 @@ class Broken:
 
     name = "packed"
     cost = "packed"
+    shared_from = None
 
-    def rewards(self, rows):
+    def run(self, rows, query=None):
         raise RuntimeError("shapes do not match")
 
 
