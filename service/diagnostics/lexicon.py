@@ -1,0 +1,93 @@
+"""The tells that are counted in a completion: markdown, emoji, hedging and flattering phrases.
+
+English phrases only, and plain patterns: a zero says that nothing of this list was found, not that nothing is there.
+A calibration is bound to ``LEXICON_VERSION``, so whatever changes a count must change it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+LEXICON_VERSION = "1"
+
+FENCED_CODE = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
+_HEADER = re.compile(r"^ {0,3}#{1,6}[ \t]", re.MULTILINE)
+_LIST_ITEM = re.compile(r"^[ \t]*(?:[-*+]|\d+[.)])[ \t]", re.MULTILINE)
+_BOLD = re.compile(r"\*\*(?:(?!\*\*)[^\n])+\*\*|__(?:(?!__)[^\n])+__")
+_EMOJI = re.compile("[\U0001f300-\U0001faff\u2600-\u27bf]")
+
+# A pattern is only searched for in texts that hold one of its words; `in` is much faster than any expression.
+_HEDGES: tuple[tuple[tuple[str, ...], str], ...] = (
+    (
+        ("to note", "to consider", "noting", "considering"),
+        r"it(?: is|'s) (?:important|worth) (?:to )?(?:not|consider)\w*",
+    ),
+    (("may be",), r"it may be|may be worth"),
+    (("might be",), r"might be"),
+    (("argu",), r"could be argued|arguably"),
+    (("generally speaking",), r"generally speaking"),
+    (("possib",), r"it is possible|possibly"),
+    (("perhaps",), r"perhaps"),
+    (("sure", "certain"), r"i(?:'m| am) not (?:entirely )?(?:sure|certain)|not entirely certain"),
+    (("as an ai",), r"as an ai"),
+    (("i would suggest",), r"i would suggest"),
+    (("please consult",), r"please consult"),
+    (("in some cases",), r"in some cases"),
+    (("it depends",), r"it depends"),
+    (("to some extent",), r"to some extent"),
+    (("i cannot guarantee",), r"i cannot guarantee"),
+    (("seem", "appear"), r"(?:seem|appear)s? to"),
+    (("likely",), r"likely"),
+)
+_FLATTERY: tuple[tuple[tuple[str, ...], str], ...] = (
+    ((" question",), r"(?:great|excellent|insightful) question"),
+    (("brilliant",), r"brilliant"),
+    (("hope th",), r"hope (?:this|that) helps"),
+    (("happy to help",), r"happy to help"),
+    (("hesitate",), r"don't hesitate"),
+    (("feel free to ask",), r"feel free to ask"),
+    (("you are ", "you're "), r"you(?: are|'re) (?:amazing|absolutely right|clearly)"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Tells:
+    """How often each kind of tell stands in a text."""
+
+    headers: int
+    list_items: int
+    bold: int
+    emoji: int
+    hedges: int
+    flattery: int
+
+
+class _Phrases:
+    """Phrases of one kind, as whole words in any case, with the words that announce them."""
+
+    def __init__(self, phrases: tuple[tuple[tuple[str, ...], str], ...]) -> None:
+        self._phrases = [(words, re.compile(rf"\b(?:{pattern})\b")) for words, pattern in phrases]
+
+    def count_in(self, lowered: str) -> int:
+        return sum(
+            len(pattern.findall(lowered)) for words, pattern in self._phrases if any(word in lowered for word in words)
+        )
+
+
+_hedges = _Phrases(_HEDGES)
+_flattery = _Phrases(_FLATTERY)
+
+
+def count_tells(text: str) -> Tells:
+    """Count the tells of a text. Markdown inside fenced code is code and does not count."""
+    prose = FENCED_CODE.sub("", text) if "```" in text else text
+    lowered = text.lower().replace("\u2019", "'")
+    return Tells(
+        headers=len(_HEADER.findall(prose)) if "#" in prose else 0,
+        list_items=len(_LIST_ITEM.findall(prose)),
+        bold=len(_BOLD.findall(prose)) if "**" in prose or "__" in prose else 0,
+        emoji=0 if text.isascii() else len(_EMOJI.findall(text)),
+        hedges=_hedges.count_in(lowered),
+        flattery=_flattery.count_in(lowered),
+    )

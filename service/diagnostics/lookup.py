@@ -1,0 +1,109 @@
+"""Finds the calibration of the served model, and says why one that lies there is not used.
+
+A calibration of another model, of other settings or of another engine would turn its p-values into made-up numbers, so
+it is refused; scoring goes on without it.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from service.checkpoint import Checkpoint
+from service.demo import merged_identity
+from service.diagnostics.calibration import CALIBRATION_FILE, Binding, Calibration, read_calibration
+from service.errors import CalibrationError
+from service.records import Pooling, StateTap, TemplateChoice
+
+logger = logging.getLogger(__name__)
+
+SHOWN_FACTS = ("created", "num_prompts", "num_fit", "num_combine", "num_conformal", "admitted", "self_test", "weak")
+"""Facts of a calibration that ``/v1/model`` shows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """What was found: a calibration that may be used, or the reason why there is none."""
+
+    calibration: Calibration | None
+    reason: str | None = None
+
+    @property
+    def taps(self) -> tuple[StateTap, ...]:
+        """Where the engine must be able to read states."""
+        return self.calibration.states.taps if self.calibration else ()
+
+    def checked(self, available: tuple[StateTap, ...], arithmetic: dict[str, str]) -> Lookup:
+        """Return what is left once the engine is known: nothing if it lacks a tap.
+
+        Another arithmetic moves rewards and states by rounding only, so that is worth a warning and no more.
+        """
+        calibration = self.calibration
+        if calibration is None:
+            return self
+        if not set(self.taps) <= set(available):
+            return _refused("the engine cannot read the hidden states that it needs")
+        changed = [name for name, value in arithmetic.items() if calibration.arithmetic.get(name) != value]
+        if changed:
+            logger.warning("The calibration was made with another %s.", " and ".join(changed))
+        return self
+
+    def description(self) -> dict[str, Any]:
+        """Say what is used, or why nothing is; JSON-ready, for ``/v1/model``."""
+        calibration = self.calibration
+        if calibration is None:
+            return {"id": None, "reason": self.reason}
+        shown = {name: calibration.facts.get(name) for name in SHOWN_FACTS}
+        taps = [f"{tap.pooling}@{tap.layer}" for tap in self.taps]
+        return {"id": calibration.id, "reason": None, "taps": taps, **shown}
+
+
+def binding_of(checkpoint: Checkpoint, *, pooling: Pooling, template: TemplateChoice) -> Binding:
+    """Return what a calibration of this checkpoint, served in this way, must be bound to."""
+    hashes = checkpoint.hashes
+    return Binding(
+        weights=merged_identity(checkpoint.path, hashes.weights),
+        config=hashes.config,
+        tokenizer=hashes.tokenizer,
+        chat_template=hashes.template,
+        template=template,
+        max_input_tokens=checkpoint.max_input_tokens,
+        pooling=pooling,
+        vocab_size=checkpoint.embedding_size,
+    )
+
+
+def find_calibration(folder: Path, named: str | None, binding: Binding) -> Lookup:
+    """Look for a calibration that speaks for this binding.
+
+    Args:
+        folder: of the checkpoint.
+        named: the file that the settings name; None: the usual one in the folder.
+        binding: of the served model.
+    """
+    path = Path(named).expanduser() if named else folder / CALIBRATION_FILE
+    if not path.is_file():
+        if named:
+            return _refused(f"there is no file {path}")
+        return Lookup(None, "The model brings no calibration; reward-calibrate makes one.")
+    try:
+        calibration = read_calibration(path)
+    except CalibrationError as error:
+        return _refused(str(error))
+    differences = binding.differences(calibration.binding)
+    if differences:
+        return _refused(f"it was made for another {', '.join(name.replace('_', ' ') for name in differences)}")
+    return Lookup(calibration)
+
+
+def without_calibration(reason: str) -> Lookup:
+    """Return that nothing was looked for, and why."""
+    return Lookup(None, reason)
+
+
+def _refused(reason: str) -> Lookup:
+    lookup = Lookup(None, f"The calibration is not used: {reason}.".replace("..", "."))
+    logger.warning("%s", lookup.reason)
+    return lookup

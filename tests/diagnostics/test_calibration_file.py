@@ -1,0 +1,110 @@
+"""The artifact: written and read without loss, refused when it speaks for something else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made_up_calibration import BINDING, COLUMNS, TAPS, made_up_calibration
+
+from service.diagnostics.calibration import CALIBRATION_FILE, Calibration, read_calibration, write_calibration
+from service.diagnostics.lookup import find_calibration
+from service.diagnostics.ood import OodJudge
+from service.errors import CalibrationError
+from service.records import OodReport, StateTap
+
+
+@pytest.fixture(scope="module")
+def calibration() -> Calibration:
+    return made_up_calibration()
+
+
+def judge(calibration: Calibration, statistics: np.ndarray) -> list[OodReport]:
+    judge = OodJudge(calibration.detectors, calibration.ranking, "id", 0.01)
+    return judge.judge(statistics, [True] * len(statistics), [np.arange(len(statistics))])
+
+
+def test_what_is_read_judges_as_what_was_written(calibration: Calibration, tmp_path: Path) -> None:
+    """Not one number of any report changes on the way through the file."""
+    id_ = write_calibration(calibration, tmp_path / CALIBRATION_FILE)
+
+    read = read_calibration(tmp_path / CALIBRATION_FILE)
+
+    statistics = np.random.default_rng(1).normal(size=(40, COLUMNS)) * 2
+    assert judge(read, statistics) == judge(calibration, statistics)
+    states = np.random.default_rng(2).normal(size=(5, len(TAPS), 8)).astype(np.float32)
+    assert read.states.statistics(states) == pytest.approx(calibration.states.statistics(states))
+    assert read.states.reward_std(states) == pytest.approx(calibration.states.reward_std(states))
+    assert read.ngrams.surprisal((1, 2, 3)) == calibration.ngrams.surprisal((1, 2, 3))
+    assert read.length_curve.adjusted(1.0, 40) == calibration.length_curve.adjusted(1.0, 40)
+    assert read.rewards.percentile(0.3) == calibration.rewards.percentile(0.3)
+    assert read.monitors.as_arrays().keys() == calibration.monitors.as_arrays().keys()
+    assert (read.id, read.binding, read.facts) == (id_, BINDING, calibration.facts)
+    assert id_.startswith("sha256:")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"weights": "other"},
+        {"tokenizer": "other"},
+        {"chat_template": "other"},
+        {"template": "concat"},
+        {"max_input_tokens": 511},
+        {"pooling": "last"},
+        {"vocab_size": 301},
+        {"lexicon": "0"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_another_model_or_setting_refuses_it(
+    calibration: Calibration, tmp_path: Path, change: dict[str, object]
+) -> None:
+    """A calibration is not used for anything but what it was made for, and the reason names the difference."""
+    write_calibration(calibration, tmp_path / CALIBRATION_FILE)
+
+    lookup = find_calibration(tmp_path, None, replace(BINDING, **change))
+
+    assert lookup.calibration is None
+    assert lookup.taps == ()
+    assert next(iter(change)).replace("_", " ") in str(lookup.description()["reason"])
+
+
+def test_the_right_model_takes_it(calibration: Calibration, tmp_path: Path) -> None:
+    """It is found in the checkpoint folder, or where the settings say, and describes itself."""
+    write_calibration(calibration, tmp_path / CALIBRATION_FILE)
+    write_calibration(calibration, tmp_path / "elsewhere")
+
+    for named in (None, str(tmp_path / "elsewhere")):
+        lookup = find_calibration(tmp_path, named, BINDING)
+        assert lookup.taps == TAPS
+        assert lookup.description()["id"] == read_calibration(tmp_path / CALIBRATION_FILE).id
+        assert lookup.checked(TAPS, {"dtype": "float32"}) is lookup
+
+
+def test_an_engine_without_the_taps_refuses_it(calibration: Calibration, tmp_path: Path) -> None:
+    """States at other places would be other numbers."""
+    write_calibration(calibration, tmp_path / CALIBRATION_FILE)
+
+    lookup = find_calibration(tmp_path, None, BINDING).checked((StateTap(1, "last"),), {})
+
+    assert lookup.calibration is None
+    assert "hidden states" in str(lookup.reason)
+
+
+def test_no_calibration_is_no_error(tmp_path: Path) -> None:
+    """A model that brings none is served, and says how to make one; a file that was named must be there."""
+    assert "reward-calibrate" in str(find_calibration(tmp_path, None, BINDING).reason)
+    assert "no file" in str(find_calibration(tmp_path, str(tmp_path / "none"), BINDING).reason)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a file of tensors", b"\x10\0\0\0\0\0\0\0{}              "])
+def test_a_damaged_file_is_refused(tmp_path: Path, content: bytes) -> None:
+    """What cannot be read is told, and never half used."""
+    (tmp_path / CALIBRATION_FILE).write_bytes(content)
+
+    with pytest.raises(CalibrationError):
+        read_calibration(tmp_path / CALIBRATION_FILE)
+    assert find_calibration(tmp_path, None, BINDING).calibration is None

@@ -1,0 +1,52 @@
+"""Percentiles, and the part of a reward that length explains."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from service.diagnostics.reference import LengthCurve, Reference
+
+RNG = np.random.default_rng(0)
+
+
+def test_place_among_the_reference() -> None:
+    """The z is in standard deviations, the percentile the share at or below."""
+    reference = Reference.of(np.arange(101.0))
+
+    assert reference.z(50.0) == 0.0
+    assert reference.percentile(-1.0) == 0.0
+    assert reference.percentile(25.0) == pytest.approx(0.25, abs=0.01)
+    assert reference.percentile(1e9) == 1.0
+
+
+def test_length_bias_is_taken_out() -> None:
+    """A reward that saturates with length is not correlated with it once adjusted, and keeps its mean."""
+    log_lengths = RNG.uniform(1, 7, 6000)
+    rewards = np.minimum(log_lengths, 5.0) + RNG.normal(0, 0.5, 6000)
+    curve = LengthCurve.of(log_lengths[:3000], rewards[:3000])
+
+    fresh = [
+        curve.adjusted(reward, round(np.expm1(length)))
+        for reward, length in zip(rewards[3000:], log_lengths[3000:], strict=True)
+    ]
+
+    assert abs(np.corrcoef(fresh, log_lengths[3000:])[0, 1]) < 0.05
+    assert np.mean(fresh) == pytest.approx(rewards.mean(), abs=0.05)
+
+
+def test_rewards_may_fall_with_length() -> None:
+    """Nothing makes the curve rise."""
+    log_lengths = RNG.uniform(1, 7, 2000)
+
+    curve = LengthCurve.of(log_lengths, -log_lengths)
+
+    assert np.all(np.diff(curve.y) < 0)
+
+
+def test_few_distinct_lengths_are_fewer_knots() -> None:
+    """Bins whose edges coincide are one bin; the knots stay in order."""
+    curve = LengthCurve.of(np.repeat([1.0, 2.0], 500), RNG.normal(size=1000))
+
+    assert len(curve.x) <= 3
+    assert np.all(np.diff(curve.x) > 0)

@@ -1,0 +1,95 @@
+"""Distances, error bars and tree sums against the formulas they stand for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn.covariance import ledoit_wolf
+from sklearn.ensemble import GradientBoostingClassifier
+
+from export import calibration_fit
+from export.calibration_fit import fit_gaussian, fit_laplace, fit_siblings, fit_state_form, fit_trees
+from service.diagnostics.states import PER_TAP
+
+RNG = np.random.default_rng(0)
+STATES = (RNG.normal(size=(400, 12)) @ RNG.normal(size=(12, 12))).astype(np.float32)
+
+
+def test_low_rank_distance_is_the_full_one_when_all_axes_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all axes but one, the factor form gives the Mahalanobis distance under the Ledoit-Wolf covariance."""
+    monkeypatch.setattr(calibration_fit, "MAX_AXES", 11)
+    form = fit_state_form(STATES)
+    centred = STATES.astype(np.float64) - STATES.mean(axis=0, dtype=np.float64)
+    covariance, _ = ledoit_wolf(centred, assume_centered=True)
+
+    distance = np.exp(form.statistics(STATES)[:, PER_TAP.index("distance")])
+
+    exact = np.einsum("ij,jk,ik->i", centred, np.linalg.inv(covariance), centred)
+    assert distance == pytest.approx(exact, rel=2e-3)
+
+
+def test_state_statistics_by_hand() -> None:
+    """Norm and cosine are those of the state itself, the residual is what the axes leave."""
+    form = fit_state_form(STATES)
+    numbers = dict(zip(PER_TAP, form.statistics(STATES[:1])[0], strict=True))
+    centred = STATES[0] - form.mean
+
+    assert numbers["length"] == pytest.approx(np.log(np.linalg.norm(STATES[0])), rel=1e-5)
+    assert numbers["norm"] == pytest.approx(np.log(centred @ centred), rel=1e-4)
+    cosine = STATES[0] @ form.mean / np.linalg.norm(STATES[0]) / np.linalg.norm(form.mean)
+    assert numbers["cosine"] == pytest.approx(cosine, rel=1e-4)
+    assert numbers["residual"] <= numbers["norm"] + 1e-6
+
+
+def test_trees_sum_as_scikit_learn_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The arrays that are served give the decision function of the model that was fitted, up to its constant."""
+    monkeypatch.setattr(calibration_fit, "NUM_TREES", 12)
+    clean, hacked = RNG.normal(size=(300, 5)), RNG.normal(0.8, 1.2, size=(200, 5))
+    fitted: list[GradientBoostingClassifier] = []
+    fit = GradientBoostingClassifier.fit
+    monkeypatch.setattr(GradientBoostingClassifier, "fit", lambda self, *a, **k: fitted.append(fit(self, *a, **k)))
+
+    ensemble = fit_trees(clean, hacked, range(5), seed=0)
+
+    fresh = RNG.normal(size=(500, 5))
+    ours, theirs = ensemble.score(fresh), fitted[0].decision_function(fresh)
+    assert ours - ours.mean() == pytest.approx(theirs - theirs.mean(), abs=1e-4)
+
+
+def test_shrunk_gaussian_is_standardised_and_clipped() -> None:
+    """A statistic that runs away counts as ten deviations, so the distance stays finite and the others keep a say."""
+    gaussian = fit_gaussian(STATES.astype(np.float64), range(6))
+    wild = STATES[:1].astype(np.float64).copy()
+    wild[0, 2] = 1e30
+
+    assert np.isfinite(gaussian.distance(wild)).all()
+    assert np.abs(gaussian.standardised(wild)).max() == 10.0
+
+
+@pytest.mark.parametrize("size", [2, 5, 8])
+def test_sibling_distance_has_one_scale_for_all_group_sizes(size: int) -> None:
+    """Deviations from siblings, scaled by sqrt(n / (n - 1)), have the same mean distance whatever n is."""
+    columns = 4
+    means = np.repeat(RNG.normal(0, 5, size=(600, columns)), 2, axis=0)
+    pairs = means + RNG.normal(size=means.shape)
+    gaussian = fit_siblings(pairs, np.repeat(np.arange(600), 2), fit_gaussian(pairs, range(columns)))
+
+    groups = [RNG.normal(0, 5, columns) + RNG.normal(size=(size, columns)) for _ in range(400)]
+    mean = np.mean([gaussian.sibling_distance(group).mean() for group in groups])
+
+    assert mean == pytest.approx(columns, rel=0.15)
+
+
+def test_laplace_error_bar_shrinks_where_preferences_were_seen() -> None:
+    """Without pairs the bar is the prior's; pairs along a direction make the head sure of that direction."""
+    form = fit_state_form(STATES)
+    prompts = np.repeat(np.arange(200), 2)
+    rewards = STATES @ RNG.normal(size=12)
+
+    factor = fit_laplace(STATES, rewards.astype(np.float64), prompts, form)
+
+    assert factor is not None
+    centred = STATES[0].astype(np.float64) - form.mean
+    prior_only = np.sqrt(centred @ centred / factor.prior)
+    assert 0 < factor.reward_std(STATES[:1])[0] < prior_only
+    assert fit_laplace(STATES, rewards.astype(np.float64), np.arange(400), form) is None

@@ -1,0 +1,139 @@
+"""Text statistics against counts made by hand."""
+
+from __future__ import annotations
+
+import math
+import zlib
+
+import pytest
+
+from service.diagnostics.lexicon import count_tells
+from service.diagnostics.ngrams import NgramCounts
+from service.diagnostics.text import (
+    STATISTICS,
+    TextReader,
+    completion_tokens,
+    read_chars,
+    read_tokens,
+    style_report,
+    zlib_ratio,
+)
+from service.records import Exchange, Item, Sequence, TemplatedText, TokenIds
+
+MARKDOWN = """# Title
+## Part
+Text with **bold words** and __more__.
+- one
+* two
+3. three
+```python
+# no header
+- no item
+**no bold**
+```
+"""
+
+
+def test_markdown_is_counted_outside_of_code() -> None:
+    """Headers, list items and bold spans count once each; fenced code counts for nothing."""
+    tells = count_tells(MARKDOWN)
+
+    assert (tells.headers, tells.list_items, tells.bold) == (2, 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "hedges", "flattery"),
+    [
+        ("It is important to note that it's worth considering.", 2, 0),
+        ("Perhaps. Possibly, and likely; unlikely does not count.", 3, 0),
+        ("I\u2019m not entirely sure, but it seems to work.", 2, 0),
+        ("Great question! You're absolutely right. Hope this helps!", 0, 3),
+        ("The questions are open and the water is warm.", 0, 0),
+    ],
+)
+def test_phrases_are_whole_words_in_any_case(text: str, hedges: int, flattery: int) -> None:
+    """The lexicon finds its phrases, also with a curly apostrophe, and nothing inside other words."""
+    tells = count_tells(text)
+
+    assert (tells.hedges, tells.flattery) == (hedges, flattery)
+
+
+def test_characters_by_hand() -> None:
+    """Every class of characters is counted once, and words of other scripts count as words."""
+    chars = read_chars("Ab1! \u4f60\u597d \U0001f680 don't")
+
+    assert (chars.chars, chars.words, chars.non_ascii) == (15, 4, 3)
+    assert (chars.punctuation, chars.digits, chars.upper) == (2, 1, 1)
+    assert chars.word_length == pytest.approx((2 + 5) / 2)
+    assert chars.tells.emoji == 1
+
+
+def test_compression_reads_the_beginning() -> None:
+    """The ratio is zlib's at level 1 over the first 6,000 characters; a very short text has a fixed one."""
+    text = "ab" * 5000
+
+    assert zlib_ratio(text) == len(zlib.compress(text[:6000].encode(), 1)) / 6000
+    assert zlib_ratio("short") == 0.9
+
+
+def test_tokens_by_hand() -> None:
+    """Five 4-grams of which three differ; five distinct tokens of eight; half of the tokens stand in the prompt."""
+    facts = read_tokens((1, 2, 3, 4, 1, 2, 3, 4), (1, 2, 9))
+
+    assert facts.repeat4 == pytest.approx(1 - 4 / 5)
+    assert facts.type_token == pytest.approx(4 / 8)
+    assert facts.overlap == pytest.approx(4 / 8)
+    assert facts.top4 == 0.0  # too few to name a share
+
+
+@pytest.mark.parametrize("ids", [(), (1,), (1, 2, 3)])
+def test_short_completions_have_statistics(ids: tuple[int, ...]) -> None:
+    """Nothing divides by zero where there is hardly anything to count."""
+    reader = TextReader(NgramCounts.of([(1, 2, 3)], 10))
+    item, sequence = Item(Exchange("p", "")), Sequence((5, *ids), num_prompt_tokens=1)
+
+    facts = reader.read(item, sequence, full=True)
+
+    assert facts is not None
+    assert facts.statistics is not None
+    assert all(map(math.isfinite, facts.statistics))
+    assert len(facts.statistics) == len(STATISTICS) == 18
+
+
+def test_what_the_template_adds_is_no_part_of_the_completion() -> None:
+    """The closing special token and what follows it are cut off; one in the middle is the caller's own."""
+    assert completion_tokens((7, 8, 99, 10), {99}) == (7, 8)
+    assert completion_tokens((99, 7, 8, 9, 10, 11), {99}) == (99, 7, 8, 9, 10, 11)
+
+
+@pytest.mark.parametrize("content", [TemplatedText("text"), TokenIds((1, 2))])
+def test_without_a_border_nothing_is_read(content: TemplatedText | TokenIds) -> None:
+    """Where the completion is not known as a text, there are no facts, rather than those of the whole."""
+    assert TextReader(None).read(Item(content), Sequence((1, 2)), full=True) is None
+
+
+def test_surprisal_by_hand() -> None:
+    """Unigrams are smoothed by one; a pair that was counted is expected, one that was not backs off."""
+    counts = NgramCounts.of([(1, 2), (1, 2), (3, 4)], vocab_size=5)
+    p = {1: 3 / 11, 2: 3 / 11}
+
+    uni, bi = counts.surprisal((1, 2))
+
+    assert uni == pytest.approx(-(math.log(p[1]) + math.log(p[2])) / 2)
+    assert bi == pytest.approx(-math.log((2 + 2 * p[2]) / (2 + 2)))
+    assert counts.surprisal((1, 4))[1] > bi
+    assert counts.surprisal(()) == (0.0, 0.0)
+
+
+def test_fractions_belong_to_the_full_level() -> None:
+    """Below ``full`` the style block has its counts, and null where tokens were not looked at."""
+    reader, item = TextReader(None), Item(Exchange("p", "- one \u00e9"))
+    sequence = Sequence((1, 2, 3), num_prompt_tokens=1)
+
+    basic, full = (reader.read(item, sequence, full=full) for full in (False, True))
+
+    assert basic is not None
+    assert full is not None
+    assert style_report(basic).list_items == style_report(full).list_items == 1
+    assert style_report(basic).non_ascii is None
+    assert style_report(full).non_ascii == pytest.approx(1 / 7)
