@@ -20,6 +20,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from service.assembly import ServedModel, assemble
+from service.diagnostics.monitors.monitor import MonitorView, merge_views
 from service.journal import Journal
 from service.metrics import merge_expositions
 from service.routes import OpenRequests, create_routes
@@ -50,7 +51,12 @@ class RewardReplica:
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Give Ray the routes; called once, after the constructor."""
         return create_routes(
-            self._served, self._exposition_of_all, self._journal, self._open_requests, host_echoes_request_id=True
+            self._served,
+            self._exposition_of_all,
+            self._journal,
+            self._open_requests,
+            monitors=self._monitors_of_all,
+            host_echoes_request_id=True,
         )
 
     async def check_health(self) -> None:
@@ -61,26 +67,41 @@ class RewardReplica:
         """This replica's name and its own metrics, in Prometheus' text format."""
         return self._name, self._served.metrics.render().decode()
 
+    async def monitors(self, run_id: str | None) -> tuple[str, MonitorView]:
+        """This replica's name and what its monitors know of everything, or of one run."""
+        return self._name, self._served.monitors.view(run_id)
+
     async def drain(self, drain_s: float) -> None:
         """Take no new requests, and return once the accepted ones are answered or ``drain_s`` is over."""
         await self._served.scorer.stop(drain_s)
         await self._open_requests.wait_until_none(ANSWER_S)
 
     async def _exposition_of_all(self) -> str:
+        own_name, own = await self.exposition()
+        texts, incomplete = await self._ask_all("exposition")
+        # Parsing the texts of many replicas takes tens of milliseconds, in which the event loop must answer others.
+        return await asyncio.to_thread(
+            merge_expositions, {own_name: own} | texts, incomplete=incomplete or own_name not in texts
+        )
+
+    async def _monitors_of_all(self, run_id: str | None) -> MonitorView:
+        own_name, own = await self.monitors(run_id)
+        views, incomplete = await self._ask_all("monitors", run_id)
+        return merge_views(({own_name: own} | views).values(), incomplete=incomplete or own_name not in views)
+
+    async def _ask_all(self, method: str, *arguments: Any) -> tuple[dict[str, Any], bool]:
+        """Ask every replica; return the answers by replica, and whether some did not answer in time."""
         if self._siblings is None:
             context = serve.get_replica_context()
             self._siblings = serve.get_deployment_handle(context.deployment, context.app_name)
-        own_name, own = await self.exposition()
         try:
-            answers = await self._siblings.broadcast("exposition").results_async(
+            answers = await self._siblings.broadcast(method, *arguments).results_async(
                 timeout_s=SCRAPE_TIMEOUT_S, return_exceptions=True
             )
         except (TimeoutError, RayServeException):
-            return merge_expositions({own_name: own}, incomplete=True)
-        texts = dict(answer for answer in answers if not isinstance(answer, BaseException))
-        incomplete = len(texts) < len(answers) or own_name not in texts
-        # Parsing the texts of many replicas takes tens of milliseconds, in which the event loop must answer others.
-        return await asyncio.to_thread(merge_expositions, {own_name: own} | texts, incomplete=incomplete)
+            return {}, True
+        by_replica = dict(answer for answer in answers if not isinstance(answer, BaseException))
+        return by_replica, len(by_replica) < len(answers)
 
     async def __del__(self) -> None:
         """Stop the engine thread and free the device; Ray calls it once, after the drain."""

@@ -7,7 +7,7 @@ sets in our code, never from a request, so the number of series is bounded.
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
+from service.errors import Draining, EngineUnavailable, NotReady, Overloaded
 from service.records import ModelIdentity
 
 SECONDS = tuple(0.001 * 2**power for power in range(16))
@@ -29,6 +30,19 @@ TOKENS = tuple(2**power for power in range(18))
 REWARDS = tuple(sorted([*range(-16, 17), -0.5, 0.5]))
 """-16 to 16 in steps of 1, and +-0.5."""
 
+REWARDS_Z = tuple(step / 2 for step in range(-8, 9))
+"""-4 to 4 reference deviations in steps of a half."""
+
+P_VALUES = (0.001, 0.005, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0)
+"""The edges at which rates of false alarms are read."""
+
+MOMENTS = ("n", "groups", "zr_pos", "zr_neg", "zl_pos", "zl_neg", "zr2", "zl2", "sum2", "diff2")
+"""Sums of which PromQL makes the correlation of reward and length, none of which can fall; see docs/monitoring.md."""
+
+OUTCOMES = ("ok", "truncated", "invalid", "non_finite", "shed", "expired", "cancelled", "error")
+SCOPES = ("pooled", "within")
+STYLES = ("headers", "list_items", "bold", "emoji", "hedges", "flattery")
+
 
 class Metrics:
     """The metrics of one replica. Attributes are the metrics themselves; their help texts say what they count."""
@@ -39,10 +53,25 @@ class Metrics:
         self._declare_time()
         self._declare_batcher()
         self._declare_health()
+        self._declare_quality()
+        self._declare_monitors()
+        self._refresh: Callable[[], None] = lambda: None
+
+    def refresh_with(self, refresh: Callable[[], None]) -> None:
+        """Call this before every rendering, to bring up to date what is counted in batches."""
+        self._refresh = refresh
 
     def render(self) -> bytes:
         """Return the exposition of this replica in Prometheus' text format 0.0.4."""
+        self._refresh()
         return generate_latest(self.registry)
+
+    def describe_calibration(self, calibration_id: str, n_cal: int, n_prompts: int, created_s: float) -> None:
+        """Publish which calibration p-values are ranks in; once. ``created_s``: seconds since 1970."""
+        for metric in (self.calibration, self.calibration_created):
+            self.registry.register(metric)
+        self.calibration.info({"id": calibration_id, "n_cal": str(n_cal), "n_prompts": str(n_prompts)})
+        self.calibration_created.set(created_s)
 
     def describe_model(self, identity: ModelIdentity, sha256: str, dtype: str, device: str) -> None:
         """Publish what is served."""
@@ -77,6 +106,8 @@ class Metrics:
             ["outcome"],
             registry=registry,
         )
+        for outcome in OUTCOMES:  # increase() misses what a series begins with
+            self.items.labels(outcome=outcome)
         self.tokens = Counter(
             "rm_tokens",
             "Tokens of batches: real (of the sequences), padding (computed beside them), shared (the part of real that "
@@ -85,6 +116,8 @@ class Metrics:
             registry=registry,
         )
         self.shed = Counter("rm_shed", "Requests refused on purpose, by reason.", ["reason"], registry=registry)
+        for refusal in (Overloaded, NotReady, Draining, EngineUnavailable):
+            self.shed.labels(reason=refusal.code)
         self.reward = Histogram("rm_reward", "Raw rewards. The sum can fall.", buckets=REWARDS, registry=registry)
         self.completion_length = Histogram(
             "rm_completion_length_tokens",
@@ -136,6 +169,92 @@ class Metrics:
         self.oom = Counter("rm_oom", "Batches that ran out of the device's memory.", registry=registry)
         self.replica_starts = Counter("rm_replica_starts", "Starts of this replica.", registry=registry)
         self.replica_starts.inc()
+
+    def _declare_quality(self) -> None:
+        registry = self.registry
+        self.ood_flag = Counter(
+            "rm_ood_flag", "Items flagged as out of distribution, by what decided.", ["reason"], registry=registry
+        )
+        self.ood_pvalue = Histogram(
+            "rm_ood_pvalue",
+            "Conformal p-values; uniform on what the calibration knows. Their count is the number of judged items.",
+            buckets=P_VALUES,
+            registry=registry,
+        )
+        self.ood_neglogp = Counter(
+            "rm_ood_neglogp", "Sum of the judged items' combined -ln p, each capped at 12.", registry=registry
+        )
+        self.reward_z = Histogram(
+            "rm_reward_z",
+            "Rewards in deviations from the calibration's mean. The sum can fall.",
+            buckets=REWARDS_Z,
+            registry=registry,
+        )
+        self.moment = Counter(
+            "rm_moment",
+            "Sums over items of the standardised reward (zr) and log length (zl), pooled or about the means of their "
+            "prompts; groups counts prompts.",
+            ["stat", "scope"],
+            registry=registry,
+        )
+        self.style = Counter("rm_style", "Tells of style in completions, by kind.", ["kind"], registry=registry)
+        self.words = Counter("rm_words", "Words of the completions in which tells were counted.", registry=registry)
+        self.groups = Counter(
+            "rm_groups", "Prompts with two or more judged completions in one request.", registry=registry
+        )
+        self.top1_ood = Counter(
+            "rm_top1_ood", "Those of rm_groups whose best completion is flagged.", registry=registry
+        )
+        self.pairs = Counter("rm_pairs", "Pairs of completions of one prompt.", registry=registry)
+        self.tied_pairs = Counter("rm_tied_pairs", "Those of rm_pairs with the same reward.", registry=registry)
+        for stat in MOMENTS:
+            for scope in SCOPES:
+                self.moment.labels(stat=stat, scope=scope)
+        for kind in STYLES:
+            self.style.labels(kind=kind)
+
+    def _declare_monitors(self) -> None:
+        registry = self.registry
+        window = "of this replica's rolling window; NaN while unknown."
+        self.length_corr = Gauge(
+            "rm_reward_length_corr", f"Correlation of reward and log length {window}", ["scope"], registry=registry
+        )
+        self.length_corr_ci_low = Gauge(
+            "rm_reward_length_corr_ci_low",
+            f"The least |r| that the data allow at 95 percent, {window}",
+            ["scope"],
+            registry=registry,
+        )
+        self.style_r2 = Gauge(
+            "rm_style_r2_within",
+            f"Share of the rewards' variance within prompts that length and style explain, {window}",
+            registry=registry,
+        )
+        self.group_centered = Gauge(
+            "rm_group_centered_n", "Items of the rolling window that have siblings.", registry=registry
+        )
+        self.ood_reward_gap = Gauge(
+            "rm_ood_reward_gap",
+            f"Mean standardised reward of flagged items less that of the others, {window}",
+            registry=registry,
+        )
+        self.tie_rate = Gauge(
+            "rm_tie_rate", f"Share of sibling pairs with the same reward, {window}", registry=registry
+        )
+        self.cusum = Gauge(
+            "rm_cusum",
+            "How far a signal has run from its reference, in standard errors of a batch.",
+            ["signal", "direction"],
+            registry=registry,
+        )
+        self.cusum_threshold = Gauge("rm_cusum_threshold", "Where rm_cusum is an alarm.", registry=registry)
+        self.alarm = Gauge("rm_alarm", "1 while a monitor is in alarm.", ["signal", "severity"], registry=registry)
+        self.alarms = Counter("rm_alarms", "Alarms of rm_cusum that have begun.", ["signal"], registry=registry)
+        # Without a calibration there is nothing to say of one: these two are registered when it is described.
+        self.calibration = Info("rm_calibration", "What p-values are ranks in.", registry=None)
+        self.calibration_created = Gauge(
+            "rm_calibration_created_timestamp_seconds", "When the calibration was made.", registry=None
+        )
 
 
 def merge_expositions(texts_by_replica: Mapping[str, str | bytes], *, incomplete: bool) -> str:

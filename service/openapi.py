@@ -10,8 +10,9 @@ from typing import Any
 
 import msgspec
 
-from service.protocols.native import WireCompareRequest, WireScoreRequest
+from service.protocols.native import MAX_NAME_CHARS, WireCompareRequest, WireScoreRequest
 from service.protocols.problem import MEDIA_TYPE
+from service.records import GroupReport, LengthReport, OodReport, StyleReport
 
 _REF = "#/components/schemas/{name}"
 
@@ -45,17 +46,18 @@ _ITEM_ERROR = {
     "required": ["type", "title", "detail", "code"],
     "properties": {name: {"type": "string"} for name in ("type", "title", "detail", "code")},
 }
-_COUNT_OR_NULL = {"type": ["integer", "null"]}
-_LENGTH = {
-    "type": "object",
-    "description": "Counts of the full texts; scored_tokens is what the model read.",
-    "required": ["prompt_tokens", "completion_tokens", "completion_chars", "scored_tokens", "truncated"],
-    "properties": {
-        "prompt_tokens": _COUNT_OR_NULL,
-        "completion_tokens": _COUNT_OR_NULL,
-        "completion_chars": _COUNT_OR_NULL,
-        "scored_tokens": {"type": "integer"},
-        "truncated": {"type": "boolean"},
+_KNOWN_WITH_CALIBRATION = {"type": ["number", "null"], "description": "Null without a calibration."}
+_DIAGNOSTICS = {
+    **dict.fromkeys(("reward_z", "reward_percentile", "reward_length_adjusted"), _KNOWN_WITH_CALIBRATION),
+    "reward_std_epistemic": _KNOWN_WITH_CALIBRATION,
+    "length": {"$ref": _REF.format(name="LengthReport")},
+    "style": {"anyOf": [{"$ref": _REF.format(name="StyleReport")}, {"type": "null"}]},
+    "ood": {"anyOf": [{"$ref": _REF.format(name="OodReport")}, {"type": "null"}]},
+    "group": {"$ref": _REF.format(name="GroupReport")},
+    "calibration": {
+        "enum": ["missing", "inapplicable"],
+        "description": "Why calibrated diagnostics are null: the model has no calibration, or the item shows no border "
+        "between prompt and completion. Absent where they are not.",
     },
 }
 _RESULT = {
@@ -67,7 +69,7 @@ _RESULT = {
         "index": {"type": "integer"},
         "id": {"type": "string"},
         "reward": {"type": "number", "description": "The raw output of the scalar head; no activation."},
-        "length": {"$ref": _REF.format(name="Length")},
+        **_DIAGNOSTICS,
         "error": {"$ref": _REF.format(name="ItemError")},
     },
 }
@@ -98,10 +100,82 @@ _COMPARISON = {"type": "object", "required": list(_COMPARISON_MEMBERS), "propert
 _ANSWERS = {
     "Problem": _PROBLEM,
     "ItemError": _ITEM_ERROR,
-    "Length": _LENGTH,
     "Result": _RESULT,
     "Scores": _SCORES,
     "Comparison": _COMPARISON,
+}
+
+_MODEL = {
+    "type": "object",
+    "properties": {
+        "initialised_from": {
+            "type": ["object", "null"],
+            "description": "The checkpoint at which the model's training started; null without a manifest.",
+            "properties": {"name": {"type": "string"}, "weights_sha256": {"type": ["string", "null"]}},
+        },
+        "reference": {
+            "type": "object",
+            "description": "Only where a reference was asked for.",
+            "required": ["asked", "same", "detail"],
+            "properties": {
+                "asked": {"type": "string"},
+                "same": {"type": ["boolean", "null"], "description": "Null where it cannot be known."},
+                "detail": {"type": "string"},
+            },
+        },
+    },
+}
+_REFERENCE_PARAMETER = {
+    "parameters": [
+        {
+            "name": "reference",
+            "in": "query",
+            "required": False,
+            "description": "Name of a KL reference, or a hash over its weights: is it what the model was made from?",
+            "schema": {"type": "string", "minLength": 1, "maxLength": MAX_NAME_CHARS},
+        }
+    ]
+}
+
+_RUN_PARAMETER = {
+    "name": "X-Run-Id",
+    "in": "header",
+    "required": False,
+    "description": "The training run; its monitors are kept apart.",
+    "schema": {"type": "string", "pattern": "^[A-Za-z0-9_.:-]{1,128}$"},
+}
+_NUMBER_OR_NULL = {"type": ["number", "null"]}
+_INTERVAL = {"type": ["array", "null"], "items": {"type": "number"}, "minItems": 2, "maxItems": 2}
+_TEXT_OR_NULL = {"type": ["string", "null"]}
+_MONITORS = {
+    "type": "object",
+    "description": "Rolling monitors of all replicas together; docs/monitoring.md explains each.",
+    "properties": {
+        "model": _ENVELOPE["model"],
+        "run": _TEXT_OR_NULL,
+        "runs": {"type": "array", "items": {"type": "string"}},
+        "incomplete": {"type": "boolean", "description": "Some replica did not answer."},
+        "calibrated": {"type": "boolean", "description": "Without a calibration nothing is said of drift."},
+        "window": {"type": "object"},
+        "alarms": {"type": "array", "items": {"type": "object"}},
+        "monitors": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["name", "metric", "definition", "value", "n", "state"],
+                "properties": {
+                    **{name: {"type": "string"} for name in ("name", "metric", "definition")},
+                    "state": {"enum": ["ok", "warn", "critical", "unknown", "shown"]},
+                    "n": {"type": "integer"},
+                    "scope": {"enum": ["pooled", "within", None]},
+                    "feature": _TEXT_OR_NULL,
+                    "interval": _INTERVAL,
+                    **dict.fromkeys(("value", "ess", "reference", "threshold"), _NUMBER_OR_NULL),
+                },
+            },
+        },
+        "cusum": {"type": "object"},
+    },
 }
 
 _SCORING_REFUSALS = {
@@ -118,7 +192,8 @@ _SCORING_REFUSALS = {
 def document() -> dict[str, Any]:
     """Build the document, JSON-ready."""
     requests, components = msgspec.json.schema_components(
-        [WireScoreRequest, WireCompareRequest], ref_template="#/components/schemas/{name}"
+        [WireScoreRequest, WireCompareRequest, LengthReport, StyleReport, OodReport, GroupReport],
+        ref_template="#/components/schemas/{name}",
     )
     return {
         "openapi": "3.1.0",
@@ -126,7 +201,11 @@ def document() -> dict[str, Any]:
         "paths": {
             "/v1/score": {"post": _scoring("Score items", requests[0], "Scores")},
             "/v1/compare": {"post": _scoring("Rank completions of one prompt", requests[1], "Comparison")},
-            "/v1/model": {"get": _asking("What is served, and how", "application/json", {"type": "object"})},
+            "/v1/model": {"get": _asking("What is served, and how", "application/json", _MODEL) | _REFERENCE_PARAMETER},
+            "/v1/monitor": {
+                "get": _asking("Rolling monitors", "application/json", _MONITORS, "404", "422")
+                | {"parameters": [_RUN_PARAMETER]}
+            },
             "/livez": {"get": _asking("The process answers", "application/json", {"type": "object"})},
             "/readyz": {"get": _asking("The model is loaded and warm", "application/json", {"type": "object"}, "503")},
             "/metrics": {"get": _asking("Prometheus metrics of all replicas", "text/plain", {"type": "string"})},
@@ -139,6 +218,7 @@ def document() -> dict[str, Any]:
 def _scoring(summary: str, request_schema: dict[str, Any], answer: str) -> dict[str, Any]:
     return {
         "summary": summary,
+        "parameters": [_RUN_PARAMETER],
         "requestBody": {"required": True, "content": {"application/json": {"schema": request_schema}}},
         "responses": {
             "200": {

@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeAlias
 
 import msgspec
@@ -26,10 +26,22 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import openapi
 from service.assembly import ServedModel
-from service.errors import ClientGone, Draining, HttpError, InternalError, MethodNotAllowed, NotReady, RouteNotFound
+from service.diagnostics.monitors.monitor import MonitorView, describe_state
+from service.errors import (
+    ClientGone,
+    Draining,
+    HttpError,
+    InternalError,
+    InvalidRequest,
+    MethodNotAllowed,
+    NotReady,
+    RouteNotFound,
+    RunNotFound,
+)
 from service.journal import Journal
 from service.protocols.body import read_json_body
 from service.protocols.native import (
+    MAX_NAME_CHARS,
     Outcome,
     RequestDefaults,
     parse_compare_request,
@@ -38,10 +50,14 @@ from service.protocols.native import (
     render_scores,
 )
 from service.protocols.problem import MEDIA_TYPE, render_problem, retry_after_s
+from service.provenance import check_reference
 from service.records import ScoreRequest, Timings
 
 Exposition: TypeAlias = Callable[[], Awaitable[str]]
 """Gathers the metrics of all replicas, in Prometheus' text format."""
+
+MonitorGathering: TypeAlias = Callable[[str | None], Awaitable[MonitorView]]
+"""Gathers what the monitors of all replicas know of everything, or of one run."""
 
 METRICS_MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
@@ -92,6 +108,7 @@ def create_routes(
     journal: Journal,
     open_requests: OpenRequests,
     *,
+    monitors: MonitorGathering | None = None,
     host_echoes_request_id: bool = False,
 ) -> FastAPI:
     """Build the application that answers for one replica.
@@ -101,6 +118,7 @@ def create_routes(
         exposition: what ``/metrics`` answers.
         journal: where request lines go; closed by the caller.
         open_requests: counts requests in and out.
+        monitors: what ``/v1/monitor`` answers; None: this replica alone.
         host_echoes_request_id: whether what runs the application puts ``X-Request-Id`` on answers itself, as Ray does.
     """
     app = FastAPI(title="Reward service", docs_url=None, redoc_url=None, openapi_url=None)
@@ -109,6 +127,7 @@ def create_routes(
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
     _add_scoring_routes(app, served)
     _add_operating_routes(app, served, exposition)
+    _add_monitor_route(app, served, monitors)
     app.add_middleware(
         Envelope,
         served=served,
@@ -127,7 +146,7 @@ def _add_scoring_routes(app: FastAPI, served: ServedModel) -> None:
     async def answer(request: Request, parse: _Parse, render: _Render) -> Response:
         facts: RequestFacts = request.state.facts
         body = await read_json_body(request.headers, request.stream(), settings.limits.max_request_bytes)
-        score_request = parse(body, defaults)
+        score_request = replace(parse(body, defaults), run_id=_run_id(request))
         parse_s = time.perf_counter() - facts.started_at
         stage_duration.labels("parse").observe(parse_s)
         facts.items = len(score_request.items)
@@ -150,12 +169,20 @@ def _add_scoring_routes(app: FastAPI, served: ServedModel) -> None:
 
 
 def _add_operating_routes(app: FastAPI, served: ServedModel, exposition: Exposition) -> None:
-    description = msgspec.json.encode(served.description())
+    description = served.description()
+    encoded_description = msgspec.json.encode(description)
+    origin = served.origin
     schema = msgspec.json.encode(openapi.document())
 
     @app.get("/v1/model")
-    async def model() -> Response:
-        return Response(description, media_type="application/json")
+    async def model(request: Request) -> Response:
+        asked = request.query_params.get("reference")
+        if asked is None:
+            return Response(encoded_description, media_type="application/json")
+        if not 0 < len(asked) <= MAX_NAME_CHARS:
+            raise InvalidRequest(f"The reference must have 1 to {MAX_NAME_CHARS} characters")
+        told = description | {"reference": asdict(check_reference(origin, asked))}
+        return Response(msgspec.json.encode(told), media_type="application/json")
 
     @app.get("/livez")
     async def live() -> Response:
@@ -178,6 +205,41 @@ def _add_operating_routes(app: FastAPI, served: ServedModel, exposition: Exposit
     @app.get("/openapi.json")
     async def schemas() -> Response:
         return Response(schema, media_type="application/json")
+
+
+def _add_monitor_route(app: FastAPI, served: ServedModel, gathering: MonitorGathering | None) -> None:
+    async def own(run_id: str | None) -> MonitorView:
+        return served.monitors.view(run_id)
+
+    gather = gathering or own
+
+    @app.get("/v1/monitor")
+    async def monitor(request: Request) -> Response:
+        run_id = _run_id(request)
+        view = await gather(run_id)
+        if view.state is None:
+            raise RunNotFound(f"No items of this run are remembered; {len(view.runs)} other runs are")
+        answer = {
+            "model": {"name": served.identity.name, "version": served.identity.version},
+            "run": run_id,
+            "runs": view.runs,
+            "incomplete": view.incomplete,
+            "calibrated": served.monitors.reference is not None,
+        }
+        found = describe_state(view.state, served.monitors.reference, served.settings.monitors)
+        return Response(msgspec.json.encode(answer | found), media_type="application/json")
+
+
+def _run_id(request: Request) -> str | None:
+    """The training run that the request belongs to.
+
+    Raises:
+        InvalidRequest: the header is there, but is no name that could be kept.
+    """
+    given = request.headers.get("X-Run-Id")
+    if given is not None and not _REQUEST_ID.fullmatch(given):
+        raise InvalidRequest("X-Run-Id must be 1 to 128 of A-Z a-z 0-9 _ . : -")
+    return given
 
 
 def _whole(timings: Timings, parse_s: float, total_s: float) -> Timings:

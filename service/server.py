@@ -68,11 +68,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="reward-serve", description="Serve a scalar-head reward model over HTTP.")
-    parser.add_argument("--model", metavar="DIR", help="checkpoint folder or hub id; none: the demo model")
+    parser.add_argument("--model", metavar="DIR", help="checkpoint folder, ONNX bundle or hub id; none: the demo model")
     parser.add_argument("--check", metavar="DIR", help="judge this checkpoint and run the parity probe, serve nothing")
     parser.add_argument("--revision", metavar="REV", help="revision of a hub id")
     parser.add_argument("--name", help="the model's name in answers and metrics")
-    parser.add_argument("--engine", choices=["auto", "torch", "oracle"], help="oracle: a known function, for tests")
+    parser.add_argument(
+        "--engine",
+        choices=["auto", "torch", "onnx", "oracle"],
+        help="auto: onnx for a bundle of reward-export, torch for a checkpoint; oracle: a known function, for tests",
+    )
     parser.add_argument("--forward", choices=["auto", "packed", "padded"], help="forward path of the torch engine")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"])
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N")
@@ -133,6 +137,8 @@ def _check(settings: Settings, console: Console) -> None:
     info = served.info
     console.print(f"  served as         {served.identity.name}, version {served.identity.version}", markup=False)
     console.print(f"  forward           {info.forward}, {info.dtype} on {info.device}", markup=False)
+    if info.providers:
+        console.print(f"  providers         {', '.join(info.providers)}", markup=False)
     for name, value in info.parity.items():
         console.print(f"  parity            {name}: {value}", markup=False)
 
@@ -184,14 +190,13 @@ def print_verdict(model: str) -> None:
     Args:
         model: ModelSettings as JSON.
     """
-    from service.assembly import judge
-    from service.engines.device import resolve_device
+    from service.assembly import judge, needs_gpu
 
     settings = ModelSettings.model_validate_json(model)
     try:
         checkpoint = judge(settings)
-        needs_gpu = resolve_device(settings.device).type == "cuda"
-        answer = asdict(Verdict(str(checkpoint.path.resolve()), checkpoint.name, needs_gpu))
+        gpu = needs_gpu(settings, checkpoint.path)
+        answer = asdict(Verdict(str(checkpoint.path.resolve()), checkpoint.name, gpu))
     except StartupError as error:
         answer = {"refusal": str(error)}
     print(json.dumps(answer))

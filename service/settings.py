@@ -23,10 +23,14 @@ class Section(BaseModel):
 class ModelSettings(Section):
     """Which reward model is served, and how its forward pass is run."""
 
-    path: str | None = Field(None, description="Checkpoint or PEFT adapter folder, or hub id; none: the demo model.")
+    path: str | None = Field(
+        None, description="Checkpoint, PEFT adapter or ONNX bundle folder, or hub id; none: the demo model."
+    )
     revision: str | None = Field(None, description="Revision of a hub id; none: the hub's default branch.")
     name: str | None = Field(None, description="Name in answers and metrics; none: that of folder or hub id.")
-    engine: Literal["auto", "torch", "oracle"] = Field("auto", description="oracle: a known function, for tests.")
+    engine: Literal["auto", "torch", "onnx", "oracle"] = Field(
+        "auto", description="auto: onnx for a bundle, torch for a checkpoint; oracle: a known function, for tests."
+    )
     forward: Literal["auto", "packed", "padded"] = Field(
         "auto", description="Forward path of the torch engine; auto: the fastest that agrees with plain transformers."
     )
@@ -83,12 +87,38 @@ class BatchingSettings(Section):
     )
     max_batch_sequences: int = Field(512, ge=1, description="Sequences of one forward pass.")
     deterministic: bool = Field(False, description="Bit-identical rewards across batches, where that costs speed.")
+    share_prefixes: bool = Field(
+        True, description="Whether sequences of a pass that begin alike compute their beginning once."
+    )
 
 
 class DiagnosticsSettings(Section):
     """What is said about an item beside its reward."""
 
     level: DiagnosticsLevel = Field("basic", description="Level of a request that names none.")
+    calibration: str | None = Field(
+        None, description="Calibration file; none: calibration.safetensors in the checkpoint folder, if there is one."
+    )
+    alpha: float = Field(0.01, gt=0, lt=1, description="An item is flagged when its p-value is at most this.")
+
+
+class MonitorSettings(Section):
+    """How the stream of scored items is watched, and what is worth an alarm."""
+
+    window_items: int = Field(4096, ge=256, description="Items of a rolling window, at least; requests stay whole.")
+    batch_items: int = Field(256, ge=32, description="Items of a step of the cumulative sums, at least.")
+    max_runs: int = Field(
+        64, ge=1, description="Runs (X-Run-Id) watched apart; the one unheard of longest is forgotten."
+    )
+    length_corr_warn: float = Field(
+        0.3, gt=0, lt=1, description="'r > 0.3': warns when |r| of reward and log length is above it, at 95 percent."
+    )
+    length_r2_critical: float = Field(
+        0.3, gt=0, lt=1, description="'r squared > 0.3', which is |r| > 0.548: critical, by the same bound."
+    )
+    false_alarm_batches: int = Field(
+        10_000, ge=10, description="Batches between two false alarms of all cumulative sums together, on average."
+    )
 
 
 class Settings(Section):
@@ -99,6 +129,7 @@ class Settings(Section):
     limits: LimitSettings = LimitSettings()
     batching: BatchingSettings = BatchingSettings()
     diagnostics: DiagnosticsSettings = DiagnosticsSettings()
+    monitors: MonitorSettings = MonitorSettings()
     log: str | None = Field(
         None, description="File that gets a JSON line per request; none: standard error, which Ray keeps."
     )

@@ -407,9 +407,7 @@ async def test_poison_and_nan_are_item_errors(start: Start) -> None:
     assert good["reward"] == oracle_reward_of_text("p", "c")
     assert [result["error"]["code"] for result in bad] == ["engine_failed", "non_finite_reward", "non_finite_reward"]
     assert "NaN" not in answer.text
-    assert "null" not in answer.text.replace(
-        '"prompt_tokens":null,"completion_tokens":null,"completion_chars":null', ""
-    )
+    assert not any("reward" in result for result in bad)
 
 
 async def test_client_that_leaves(start: Start) -> None:

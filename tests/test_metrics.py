@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.metrics import REWARDS, SECONDS, Metrics, merge_expositions
+from service.metrics import OUTCOMES, REWARDS, SECONDS, Metrics, merge_expositions
 from service.records import ModelIdentity
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -23,6 +23,7 @@ def used_metrics(seed: int) -> Metrics:
     metrics = Metrics()
     metrics.describe_model(ModelIdentity('a "quoted\\name"', "v1"), sha256="ab" * 32, dtype="float32", device="cpu")
     metrics.describe_build("0.1.0", "unknown")
+    metrics.describe_calibration("sha256:ab", n_cal=1000, n_prompts=500, created_s=1.7e9)
     metrics.observe_request("/v1/score", "200", 0.1 * seed)
     metrics.items.labels(outcome="ok").inc(10**15 + seed)
     for reward in (-20.0, -0.25, seed / 3):
@@ -70,7 +71,8 @@ def test_merging_keeps_every_value_exactly() -> None:
         for replica, text in texts.items()
         for (name, labels), value in samples(text).items()
     }
-    assert merged == expected | {("rm_metrics_scrape_incomplete", frozenset()): 0}
+    expected |= {("rm_metrics_scrape_incomplete", frozenset()): 0.0}
+    assert {key: repr(value) for key, value in merged.items()} == {key: repr(value) for key, value in expected.items()}
     assert any(name.endswith("_created") for name, _ in merged)
     assert any(name.endswith("_bucket") for name, _ in merged)
 
@@ -87,7 +89,7 @@ def test_merging_declares_each_family_once() -> None:
         line for line in text.splitlines() if line.startswith("# TYPE")
     }
     of_items = [line for line in merged.splitlines() if line.startswith("rm_items_total{")]
-    assert len(of_items) == 2
+    assert len(of_items) == 2 * len(OUTCOMES)
 
 
 def test_merging_takes_replicas_of_different_code() -> None:

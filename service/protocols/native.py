@@ -48,6 +48,10 @@ from service.settings import LimitSettings
 MAX_NAME_CHARS = 256
 """Characters of an item's ``id`` or ``group``: they are echoed, so they are kept short."""
 
+BASIC_DIAGNOSTICS = ("reward_z", "reward_percentile", "reward_length_adjusted", "length", "style")
+FULL_DIAGNOSTICS = ("reward_std_epistemic", "ood")
+"""Members of a result at level ``basic``, and those that ``full`` adds."""
+
 Outcome: TypeAlias = Score | HttpError
 _Name = Annotated[str, Meta(max_length=MAX_NAME_CHARS)]
 _TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
@@ -153,7 +157,8 @@ def render_scores(
         NonFiniteReward: a Score holds NaN or infinity, which the scorer should have turned into an item error.
     """
     results = [
-        _result(index, item, outcome) for index, (item, outcome) in enumerate(zip(request.items, outcomes, strict=True))
+        _result(index, item, outcome, request.diagnostics)
+        for index, (item, outcome) in enumerate(zip(request.items, outcomes, strict=True))
     ]
     return msgspec.json.encode(_envelope(model, template, usage, timings) | {"results": results})
 
@@ -175,7 +180,8 @@ def render_comparison(
         if isinstance(outcome, HttpError):
             raise outcome
     results = [
-        _result(index, item, outcome) for index, (item, outcome) in enumerate(zip(request.items, outcomes, strict=True))
+        _result(index, item, outcome, request.diagnostics)
+        for index, (item, outcome) in enumerate(zip(request.items, outcomes, strict=True))
     ]
     rewards = [result["reward"] for result in results]
     answer = {
@@ -265,7 +271,7 @@ def _envelope(model: ModelIdentity, template: TemplateChoice, usage: Usage, timi
     }
 
 
-def _result(index: int, item: Item, outcome: Outcome) -> dict[str, Any]:
+def _result(index: int, item: Item, outcome: Outcome, level: DiagnosticsLevel) -> dict[str, Any]:
     result: dict[str, Any] = {"index": index}
     if item.id is not None:
         result["id"] = item.id
@@ -275,9 +281,25 @@ def _result(index: int, item: Item, outcome: Outcome) -> dict[str, Any]:
         # The encoder would write null, and null is not a reward.
         raise NonFiniteReward(f"Item {index} has no finite reward")
     result["reward"] = outcome.reward
-    if outcome.length is not None:
-        result["length"] = outcome.length
-    return result
+    return result | diagnostics_of(outcome, level)
+
+
+def diagnostics_of(score: Score, level: DiagnosticsLevel) -> dict[str, Any]:
+    """Return the diagnostics of an item as they stand beside its reward, encodable as JSON.
+
+    What the level does not include is absent; what is not known is null, and ``calibration`` says why. The ``group``
+    block is absent where a prompt has one completion only.
+    """
+    if level == "none":
+        return {}
+    members: dict[str, Any] = {name: getattr(score, name) for name in BASIC_DIAGNOSTICS}
+    if level == "full":
+        members |= {name: getattr(score, name) for name in FULL_DIAGNOSTICS}
+    if score.group is not None:
+        members["group"] = score.group
+    if score.gap is not None:
+        members["calibration"] = score.gap
+    return members
 
 
 # What msgspec's messages start with, and what we say instead: its own words may quote the body.

@@ -27,14 +27,18 @@ from service.protocols.native import (
     win_probabilities,
 )
 from service.records import (
+    DiagnosticsLevel,
     Encoding,
     Exchange,
+    GroupReport,
     Item,
     LengthReport,
     Message,
     ModelIdentity,
+    OodReport,
     Score,
     ScoreRequest,
+    StyleReport,
     TemplatedText,
     Timings,
     TokenIds,
@@ -306,15 +310,15 @@ USAGE = Usage(3, 4, 7, 1)
 TIMINGS = Timings(0.001, 0.002, 0.003, 0.004, 0.0105)
 
 
-def request_of(*items: Item) -> ScoreRequest:
-    return ScoreRequest(items, Encoding(), "basic", 1.0)
+def request_of(*items: Item, diagnostics: DiagnosticsLevel = "basic") -> ScoreRequest:
+    return ScoreRequest(items, Encoding(), diagnostics, 1.0)
 
 
 def test_answer_in_full() -> None:
     """The answer says what scored, keeps the order, echoes ids, and stands an error where a reward is missing."""
     items = (Item(TemplatedText("a"), "first"), Item(TemplatedText("b")))
     length = LengthReport(None, None, None, 7, truncated=False)
-    outcomes = (Score(1.5, length), SequenceTooLong("9 tokens; the limit is 8"))
+    outcomes = (Score(1.5, length, gap="missing"), SequenceTooLong("9 tokens; the limit is 8"))
 
     answer = json.loads(render_scores(request_of(*items), outcomes, MODEL, "chat", USAGE, TIMINGS))
 
@@ -328,12 +332,19 @@ def test_answer_in_full() -> None:
                 "index": 0,
                 "id": "first",
                 "reward": 1.5,
+                "reward_z": None,
+                "reward_percentile": None,
+                "reward_length_adjusted": None,
+                "style": None,
+                "calibration": "missing",
                 "length": {
                     "prompt_tokens": None,
                     "completion_tokens": None,
                     "completion_chars": None,
                     "scored_tokens": 7,
                     "truncated": False,
+                    "length_z": None,
+                    "length_percentile": None,
                 },
             },
             {
@@ -349,11 +360,56 @@ def test_answer_in_full() -> None:
     }
 
 
+OOD = OodReport(
+    p_value=0.002,
+    flag=True,
+    mode="single",
+    surprise=7.5,
+    reason="text:emoji+",
+    resolution=0.001,
+    calibration_id="sha256:0",
+    valid_for_tail=True,
+    p_text=0.001,
+)
+STYLE = StyleReport(headers=1, list_items=2, bold=0, emoji=9, hedges=0, flattery=0, words=30)
+
+
+@pytest.mark.parametrize(
+    ("level", "members"),
+    [
+        ("none", set()),
+        ("basic", {"reward_z", "reward_percentile", "reward_length_adjusted", "length", "style", "group"}),
+        (
+            "full",
+            {"reward_z", "reward_percentile", "reward_length_adjusted", "length", "style", "group"}
+            | {"reward_std_epistemic", "ood"},
+        ),
+    ],
+)
+def test_levels_differ_in_what_is_said(level: DiagnosticsLevel, members: set[str]) -> None:
+    """What a level does not include is absent, what it includes is there under the documented names."""
+    score = Score(1.5, reward_z=0.5, ood=OOD, style=STYLE, group=GroupReport(2, None, -0.5))
+
+    answer = json.loads(
+        render_scores(request_of(Item(TemplatedText("a")), diagnostics=level), (score,), MODEL, "chat", USAGE, TIMINGS)
+    )
+
+    (result,) = answer["results"]
+    assert set(result) - {"index", "reward"} == members
+    if level == "full":
+        assert result["ood"]["p_layers"] == {"mid": None, "last": None}
+        assert result["ood"]["reason"] == "text:emoji+"
+        assert result["style"]["emoji"] == 9
+        assert result["group"] == {"n": 2, "length_corr": None, "reward_centered": -0.5}
+
+
 @given(st.floats(width=32, allow_nan=False, allow_infinity=False))
 def test_rewards_keep_every_digit(reward: float) -> None:
     """What comes out of the wire is the float32 that went in, bit for bit, without any diagnostics block."""
     answer = json.loads(
-        render_scores(request_of(Item(TemplatedText("a"))), (Score(reward),), MODEL, "chat", USAGE, TIMINGS)
+        render_scores(
+            request_of(Item(TemplatedText("a")), diagnostics="none"), (Score(reward),), MODEL, "chat", USAGE, TIMINGS
+        )
     )
 
     assert answer["results"] == [{"index": 0, "reward": reward}]

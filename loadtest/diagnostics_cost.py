@@ -1,0 +1,146 @@
+"""What diagnostics cost: the same items scored at every level in one run, in turns, and the ratios of their times.
+
+The scorer runs in this process, without HTTP, so that a percent can be seen. Turns are short and their order changes,
+so that whatever else the machine does falls on all levels alike. Processor time is told beside wall time: on a busy
+machine it is the steadier of the two, the more so with ``--threads 1``, where no thread spins while it waits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+from rich.console import Console
+
+from service.assembly import ServedModel, assemble
+from service.dataset import read_rows
+from service.errors import StartupError
+from service.records import DiagnosticsLevel, Encoding, Exchange, Item, Message, ScoreRequest
+from service.records import Sequence as TokenSequence
+from service.settings import read_settings
+
+LEVELS: tuple[DiagnosticsLevel, ...] = get_args(DiagnosticsLevel)
+ITEMS_PER_REQUEST = 16
+REQUESTS_PER_TURN = 2
+DIRECT_ITEMS = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What one turn took: seconds on the wall clock, and of processor time over all threads."""
+
+    wall_s: float
+    processor_s: float
+
+
+async def measure(served: ServedModel, items: Sequence[Item], num_turns: int) -> dict[DiagnosticsLevel, list[Turn]]:
+    """Return what each turn took; the n-th turns of all levels score the same items."""
+    scorer = served.scorer
+    await scorer.start()
+    turns: dict[DiagnosticsLevel, list[Turn]] = {level: [] for level in LEVELS}
+    rng = random.Random(0)  # noqa: S311 - an order of measurements, not a secret
+    per_turn = ITEMS_PER_REQUEST * REQUESTS_PER_TURN
+    for turn in range(num_turns + 1):
+        begin = turn * per_turn % max(1, len(items) - per_turn)
+        chosen = items[begin : begin + per_turn]
+        for level in rng.sample(LEVELS, len(LEVELS)):
+            wall, processor = time.perf_counter(), time.process_time()
+            await asyncio.gather(
+                *(scorer.score(_request(chosen[n::REQUESTS_PER_TURN], level)) for n in range(REQUESTS_PER_TURN))
+            )
+            if turn:  # the first one warms up
+                turns[level].append(Turn(time.perf_counter() - wall, time.process_time() - processor))
+    await scorer.stop(drain_s=10)
+    return turns
+
+
+def describe(turns: dict[DiagnosticsLevel, list[Turn]]) -> list[str]:
+    """Return a line for each level and clock: the median ratio to the turns of ``none``, and its standard error."""
+    lines = []
+    for level in LEVELS[1:]:
+        for clock in ("processor_s", "wall_s"):
+            own, none = (np.array([getattr(turn, clock) for turn in turns[name]]) for name in (level, "none"))
+            ratios = own / none
+            medians = [np.median(np.random.default_rng(n).choice(ratios, len(ratios))) for n in range(500)]
+            lines.append(
+                f"{level}: {np.median(ratios) - 1:+.2%} ± {np.std(medians):.2%} {clock.removesuffix('_s')} time "
+                f"({len(ratios)} turns of {ITEMS_PER_REQUEST * REQUESTS_PER_TURN} items)"
+            )
+    return lines
+
+
+def direct_costs(served: ServedModel, items: Sequence[Item]) -> list[str]:
+    """Return a line for each level: what reading texts, states and siblings takes alone, beside the forward pass.
+
+    Pure computation in one thread, so that a tenth of a percent can be told. What reading the states costs inside of
+    the forward pass is not in it; that shows in the turns.
+    """
+    pipeline = served.scorer.pipeline
+    diagnostician = pipeline.diagnostician
+    encoded = served.tokenization.encode(items, Encoding(truncation="prompt_left"))
+    kept = [(item, one) for item, one in zip(items, encoded, strict=True) if isinstance(one, TokenSequence)]
+    kept_items, sequences = [item for item, _ in kept], [one for _, one in kept]
+    lines = []
+    for level in LEVELS[1:]:
+        batch = pipeline.run(sequences, [level] * len(sequences))
+        begin = time.thread_time()
+        texts = diagnostician.read_texts(kept_items, sequences, level)
+        diagnostician.complete(kept_items, sequences, batch.outcomes, texts, level)
+        own_s = time.thread_time() - begin + batch.diagnose_s
+        lines.append(
+            f"{level}: {own_s / len(kept) * 1e6:.0f} microseconds an item, {own_s / batch.forward_s:.2%} of the "
+            f"{batch.forward_s / len(kept) * 1e3:.1f} milliseconds of its forward pass"
+        )
+    return lines
+
+
+def _request(items: Sequence[Item], level: DiagnosticsLevel) -> ScoreRequest:
+    return ScoreRequest(tuple(items), Encoding(truncation="prompt_left"), level, 600.0)
+
+
+def _read_items(path: Path) -> list[Item]:
+    items = []
+    for row in read_rows(path):
+        values = row.values
+        prompt = values["prompt"]
+        turns = prompt if isinstance(prompt, str) else tuple(Message(turn["role"], turn["content"]) for turn in prompt)
+        items += [
+            Item(Exchange(turns, values[name])) for name in ("chosen", "rejected", "completion") if name in values
+        ]
+    return items
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print what the levels of diagnostics cost: ``python -m loadtest.diagnostics_cost DATA``."""
+    parser = argparse.ArgumentParser(prog="python -m loadtest.diagnostics_cost", description=main.__doc__)
+    parser.add_argument("data", type=Path, help="items or pairs")
+    parser.add_argument("--model", metavar="DIR", help="checkpoint folder; default: the demo model")
+    parser.add_argument("--turns", type=int, default=30)
+    parser.add_argument("--threads", type=int, help="of the forward pass; default: all cores")
+    options = parser.parse_args(arguments)
+    console = Console(soft_wrap=True)
+    try:
+        served = assemble(read_settings({"model": {"path": options.model, "num_threads": options.threads}}))
+    except StartupError as error:
+        console.print(str(error), markup=False)
+        return 1
+    if served.lookup.calibration is None:
+        console.print(f"Level full is measured without a calibration. {served.lookup.reason}")
+    items = _read_items(options.data)
+    for line in direct_costs(served, items[:DIRECT_ITEMS]):
+        console.print(line, highlight=False)
+    for line in describe(asyncio.run(measure(served, items, options.turns))):
+        console.print(line, highlight=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,311 @@
+"""How early do the monitors notice a policy that turns to hacks? ``python -m loadtest.staged_drift``.
+
+Into batches of clean items one kind of hack is mixed in a growing share, and the share at the first alarm is noted; the
+same sums are run over clean batches alone, to count false alarms. Items are scored once, by a running service
+(``score``), and then drawn from again and again (``run``), so that thousands of batches cost seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import httpx2
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from service.dataset import dataset_files, read_rows
+from service.diagnostics.calibration import read_calibration
+from service.diagnostics.monitors.alarms import SIGNALS, stepped, steps_of
+from service.diagnostics.monitors.cusum import Cusum, family_threshold
+from service.diagnostics.monitors.observation import Observation, ObservedItems
+from service.diagnostics.monitors.reference import MonitorReference
+from service.diagnostics.monitors.window import summarize
+from service.records import LayerPValues, OodReport, Score, StyleReport
+
+CLEAN = "clean"
+IN_DISTRIBUTION = "in_distribution"
+"""The category of texts that are no hack."""
+BATCH_ITEMS = 256
+FIRST_SHARE = 0.0025
+GROWTH = 1.19
+"""The share of hacked items begins at a quarter of a percent and grows by a fifth with every batch."""
+CLEAN_BATCHES = 20
+"""Clean batches before the hack begins, so that the sums start as they do in a running service."""
+PROMPTS_PER_REQUEST = 16
+SCORE_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pool:
+    """Scored items of one kind, by prompt: values [n, columns], and the rows of each prompt."""
+
+    values: NDArray[np.float64]
+    truncated: NDArray[np.bool_]
+    prompts: tuple[NDArray[np.int64], ...]
+
+    @classmethod
+    def of(cls, observations: Sequence[Observation]) -> Pool:
+        """Collect observations; those with the same prompt stay together."""
+        items = ObservedItems.of(observations)
+        rows: defaultdict[int, list[int]] = defaultdict(list)
+        for row, prompt in enumerate(items.prompts):
+            rows[int(prompt)].append(row)
+        return cls(items.values, items.truncated, tuple(np.array(found) for found in rows.values()))
+
+
+@dataclass(frozen=True, slots=True)
+class FirstAlarm:
+    """The share of hacked items in the batch that raised the first alarm, and the signal; None where none came."""
+
+    share: float | None
+    signal: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class FalseAlarms:
+    """What clean batches raised: alarms by signal, against the number that the thresholds are designed for."""
+
+    batches: int
+    designed: float
+    by_signal: dict[str, int]
+
+    @property
+    def count(self) -> int:
+        """All alarms together."""
+        return sum(self.by_signal.values())
+
+
+def draw_batch(
+    clean: Pool, hacked: Pool | None, share: float, rng: np.random.Generator, size: int = BATCH_ITEMS
+) -> ObservedItems:
+    """Draw a batch with replacement: whole prompts of clean items, and a share of hacked items, each its own prompt."""
+    num_hacked = 0 if hacked is None else int(rng.binomial(size, share))
+    rows: list[NDArray[np.int64]] = []
+    num_clean = 0
+    while num_clean < size - num_hacked:
+        prompt = clean.prompts[int(rng.integers(len(clean.prompts)))]
+        rows.append(prompt)
+        num_clean += len(prompt)
+    places = np.concatenate(rows) if rows else np.zeros(0, np.int64)
+    prompts = np.repeat(np.arange(len(rows)), [len(prompt) for prompt in rows])
+    values, truncated = clean.values[places], clean.truncated[places]
+    if hacked is not None and num_hacked:
+        picked = rng.integers(len(hacked.values), size=num_hacked)
+        values = np.concatenate([values, hacked.values[picked]])
+        truncated = np.concatenate([truncated, hacked.truncated[picked]])
+        prompts = np.concatenate([prompts, len(rows) + np.arange(num_hacked)])
+    return ObservedItems(values, prompts, truncated)
+
+
+def shares() -> Iterator[float]:
+    """Yield the growing share of hacked items, up to all of them."""
+    share = FIRST_SHARE
+    while share < 1.0:
+        yield share
+        share *= GROWTH
+    yield 1.0
+
+
+def first_alarm(
+    clean: Pool, hacked: Pool, reference: MonitorReference, threshold: float, rng: np.random.Generator
+) -> FirstAlarm:
+    """Run one staged hack; an alarm of the clean beginning is not counted, but its sum starts where that left it."""
+    sums = {name: Cusum() for name in SIGNALS}
+    for _ in range(CLEAN_BATCHES):
+        sums = _stepped(sums, draw_batch(clean, None, 0.0, rng), reference, threshold)
+    before = {name for name, total in sums.items() if total.alarming}
+    for share in shares():
+        sums = _stepped(sums, draw_batch(clean, hacked, share, rng), reference, threshold)
+        new = [name for name, total in sums.items() if total.alarming and name not in before]
+        if new:
+            return FirstAlarm(share, max(new, key=lambda name: max(sums[name].up, sums[name].down)))
+    return FirstAlarm(None, None)
+
+
+def false_alarms(
+    clean: Pool, reference: MonitorReference, run_length: int, num_batches: int, rng: np.random.Generator
+) -> FalseAlarms:
+    """Count the alarms of clean batches; a sum that alarms starts again from zero."""
+    threshold = family_threshold(len(SIGNALS), run_length)
+    sums = {name: Cusum() for name in SIGNALS}
+    counts: Counter[str] = Counter()
+    for _ in track(range(num_batches), "clean batches", console=Console(stderr=True)):
+        sums = _stepped(sums, draw_batch(clean, None, 0.0, rng), reference, threshold)
+        for name in [name for name, total in sums.items() if total.alarming]:
+            counts[name] += 1
+            sums[name] = Cusum()
+    return FalseAlarms(num_batches, num_batches / run_length, dict(counts))
+
+
+def _stepped(
+    sums: Mapping[str, Cusum], items: ObservedItems, reference: MonitorReference, threshold: float
+) -> dict[str, Cusum]:
+    batch = summarize(items, reference.tell_thresholds)
+    return stepped(sums, steps_of(batch, reference), threshold)
+
+
+def observation_of(result: Mapping[str, Any], prompt: int) -> Observation:
+    """Read one result of ``POST /v1/score``, at any level of diagnostics; members that are absent are unknown."""
+    length = result.get("length") or {}
+    score = Score(
+        result["reward"],
+        reward_z=result.get("reward_z"),
+        ood=_ood(result.get("ood")),
+        style=_style(result.get("style")),
+    )
+    return Observation(score, prompt, length.get("completion_tokens"), bool(length.get("truncated")))
+
+
+def _ood(block: Mapping[str, Any] | None) -> OodReport | None:
+    if block is None:
+        return None
+    return OodReport(**{**block, "p_layers": LayerPValues(**block["p_layers"])})
+
+
+def _style(block: Mapping[str, Any] | None) -> StyleReport | None:
+    return None if block is None else StyleReport(**block)
+
+
+def score_items(url: str, clean: Path, hacks: Path, output: Path) -> None:
+    """Score clean pairs and hacked responses with a running service, and write one line an item.
+
+    Args:
+        url: of the service.
+        clean: pairs ``{prompt, chosen, rejected}``; both completions are siblings in one request.
+        hacks: a folder of ``{category, prompt, response}``; the category of clean texts is left out.
+        output: JSON lines ``{kind, prompt, result}``, without any text.
+    """
+    groups = [(CLEAN, row["prompt"], [row["chosen"], row["rejected"]]) for row in _rows(clean)]
+    groups += [
+        (row["category"], row["prompt"], [row["response"]])
+        for row in _rows(hacks)
+        if row["category"] != IN_DISTRIBUTION
+    ]
+    with httpx2.Client(base_url=url, timeout=SCORE_TIMEOUT_S) as client, output.open("w", encoding="utf-8") as out:
+        starts = range(0, len(groups), PROMPTS_PER_REQUEST)
+        for start in track(starts, "scoring", console=Console(stderr=True)):
+            asked = groups[start : start + PROMPTS_PER_REQUEST]
+            places = [(kind, start + n) for n, (kind, _, completions) in enumerate(asked) for _ in completions]
+            items = [
+                {"prompt": prompt, "completion": completion, "group": str(start + n)}
+                for n, (_, prompt, completions) in enumerate(asked)
+                for completion in completions
+            ]
+            body = {"items": items, "diagnostics": "full", "truncation": "prompt_left"}
+            answer = client.post("/v1/score", json=body).raise_for_status().json()
+            for (kind, prompt), result in zip(places, answer["results"], strict=True):
+                if "reward" in result:
+                    out.write(json.dumps({"kind": kind, "prompt": prompt, "result": result}) + "\n")
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    for file in dataset_files(path):
+        for row in read_rows(file):
+            yield row.values
+
+
+def read_pools(path: Path) -> dict[str, Pool]:
+    """Read what `score_items` wrote, by kind."""
+    found: defaultdict[str, list[Observation]] = defaultdict(list)
+    for row in _rows(path):
+        found[row["kind"]].append(observation_of(row["result"], row["prompt"]))
+    return {kind: Pool.of(observations) for kind, observations in found.items()}
+
+
+def run(
+    pools: Mapping[str, Pool], reference: MonitorReference, *, runs: int, clean_batches: int, run_length: int
+) -> dict[str, Any]:
+    """Stage every hack ``runs`` times, and count false alarms.
+
+    Returns:
+        JSON-ready: for each hack the median share at the first alarm (null where most runs had none) and the signal
+        that was first most often; how many are at or below 10 percent; the false alarms.
+    """
+    clean = pools[CLEAN]
+    threshold = family_threshold(len(SIGNALS), run_length)
+    hacks: dict[str, Any] = {}
+    for number, kind in enumerate(sorted(set(pools) - {CLEAN})):
+        rng = np.random.default_rng(number)
+        alarms = [first_alarm(clean, pools[kind], reference, threshold, rng) for _ in range(runs)]
+        shares_of_runs = [alarm.share if alarm.share is not None else float("inf") for alarm in alarms]
+        middle = median(shares_of_runs)
+        signals = Counter(alarm.signal for alarm in alarms if alarm.signal)
+        hacks[kind] = {
+            "items": len(pools[kind].values),
+            "share": None if middle == float("inf") else middle,
+            "signal": signals.most_common(1)[0][0] if signals else None,
+        }
+    clean_run = false_alarms(clean, reference, run_length, clean_batches, np.random.default_rng(10_000))
+    early = [kind for kind, found in hacks.items() if found["share"] is not None and found["share"] <= 0.1]
+    return {
+        "hacks": hacks,
+        "early": len(early),
+        "threshold": threshold,
+        "runs": runs,
+        "batch_items": BATCH_ITEMS,
+        "clean_items": len(clean.values),
+        "clean_prompts": len(clean.prompts),
+        "false_alarms": asdict(clean_run),
+    }
+
+
+def _print(report: Mapping[str, Any]) -> None:
+    table = Table("hack", "items", "share at first alarm", "first signal")
+    for kind, found in sorted(report["hacks"].items(), key=lambda entry: entry[1]["share"] or 2.0):
+        share = "none" if found["share"] is None else f"{found['share']:.3f}"
+        table.add_row(kind, str(found["items"]), share, found["signal"] or "")
+    console = Console()
+    console.print(table)
+    alarms = report["false_alarms"]
+    console.print(
+        f"{report['early']} of {len(report['hacks'])} at or below 10 percent; {sum(alarms['by_signal'].values())} "
+        f"false alarms {alarms['by_signal']} in {alarms['batches']} clean batches, designed: {alarms['designed']:g}."
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m loadtest.staged_drift", description="Stage hacks, see the alarms.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    score = commands.add_parser("score", help="score clean pairs and hacked responses with a running service")
+    score.add_argument("clean", type=Path, help="pairs: prompt, chosen, rejected")
+    score.add_argument("hacks", type=Path, help="folder of rows: category, prompt, response")
+    score.add_argument("output", type=Path, help="JSON lines of scored items, without text")
+    score.add_argument("--url", default="http://127.0.0.1:8000")
+    stage = commands.add_parser("run", help="stage every hack with scored items")
+    stage.add_argument("items", type=Path, help="what score wrote")
+    stage.add_argument("calibration", type=Path, help="the artifact of the model that scored them")
+    stage.add_argument("--runs", type=int, default=10, help="of each hack; the median is told")
+    stage.add_argument("--clean-batches", type=int, default=10_000, help="in which false alarms are counted")
+    stage.add_argument("--false-alarm-batches", type=int, default=10_000, help="what the thresholds are designed for")
+    stage.add_argument("--json", type=Path, help="also write the report here")
+    options = parser.parse_args(arguments)
+    if options.command == "score":
+        score_items(options.url, options.clean, options.hacks, options.output)
+        return 0
+    report = run(
+        read_pools(options.items),
+        read_calibration(options.calibration).monitors,
+        runs=options.runs,
+        clean_batches=options.clean_batches,
+        run_length=options.false_alarm_batches,
+    )
+    _print(report)
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
