@@ -7,6 +7,7 @@ is judged, hashed and probed for parity is then the very model that answers.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from service.demo_base import DEMO_BASE, obtain_demo_base
 from service.errors import CheckpointError
+from service.provenance import MANIFEST_FILE
 from service.silence import transformers_silenced
 
 CONFIG_FILE = "adapter_config.json"
@@ -37,7 +39,8 @@ def merge_adapter(adapter_dir: Path, out_dir: Path, base_dir: Path | None = None
 
     W' = W + scale * B A for each adapted weight (Hu et al. 2021, equation 3; PEFT's own code does it, so its variants
     of LoRA work too), computed in fp32 and stored in the base's dtype. The head is the adapter's, kept in fp32 as it
-    will be served. The tokenizer is the adapter's where it brings one, else the base's.
+    will be served. The tokenizer is the adapter's where it brings one, else the base's. The manifest of the training
+    run goes along, so that the merged model still knows where it comes from.
 
     Args:
         adapter_dir: ``adapter_config.json`` and ``adapter_model.safetensors``.
@@ -59,6 +62,8 @@ def merge_adapter(adapter_dir: Path, out_dir: Path, base_dir: Path | None = None
         model.config.get_text_config().pad_token_id = _pad_token_id(model.config, tokenizer)
         model.save_pretrained(out_dir)
         tokenizer.save_pretrained(out_dir)
+    if (adapter_dir / MANIFEST_FILE).is_file():
+        shutil.copyfile(adapter_dir / MANIFEST_FILE, out_dir / MANIFEST_FILE)
     return out_dir
 
 

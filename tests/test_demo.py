@@ -15,7 +15,7 @@ from tiny_models import SENTENCES, write_tiny_causal_lm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from service import demo, demo_base
-from service.demo import PROVENANCE_FILE, obtain_demo_model
+from service.demo import CALIBRATION_FILE, PROVENANCE_FILE, merged_identity, obtain_demo_model
 from service.demo_base import GGUF_FILE, build_once, cache_directory, obtain_demo_base
 from service.errors import CheckpointError
 
@@ -146,6 +146,34 @@ def test_a_new_adapter_gets_a_new_folder(tmp_path: Path, tiny_base: Path) -> Non
     write_adapter(tmp_path / "adapter", tiny_base, seed=2)
 
     assert obtain_demo_model(tmp_path / "cache") != old
+
+
+def test_the_clones_calibration_lies_beside_the_model(tmp_path: Path, tiny_base: Path) -> None:
+    """A calibration comes with the model, and a newer one replaces it at the next start; a merge is not repeated."""
+    write_adapter(tmp_path / "adapter", tiny_base)
+    bare = obtain_demo_model(tmp_path / "cache")
+    assert not (bare / CALIBRATION_FILE).exists()
+
+    for content in (b"first", b"second"):
+        (tmp_path / "adapter" / CALIBRATION_FILE).write_bytes(content)
+        assert obtain_demo_model(tmp_path / "cache") == bare
+        assert (bare / CALIBRATION_FILE).read_bytes() == content
+
+
+def test_merged_weights_go_by_what_they_were_made_of(tmp_path: Path, tiny_base: Path) -> None:
+    """The name of a merge is the same whatever its bytes are, but only of the bytes that the merge wrote."""
+    write_adapter(tmp_path / "adapter", tiny_base)
+    folder = obtain_demo_model(tmp_path / "cache")
+    provenance = json.loads((folder / PROVENANCE_FILE).read_text())
+    name = merged_identity(folder, provenance["weights_sha256"])
+
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / PROVENANCE_FILE).write_text(json.dumps(provenance | {"weights_sha256": "rounded differently"}))
+
+    assert merged_identity(elsewhere, "rounded differently") == name
+    assert merged_identity(elsewhere, "changed since") == "changed since"
+    assert merged_identity(tmp_path, "plain") == "plain"
 
 
 @pytest.mark.slow

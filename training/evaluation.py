@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from training.pairs import PreferencePair, TokenizedPair, read_pairs, tokenize_pairs
+from training.pairs import TokenizedPair, tokenize_pairs
+from training.preferences import PreferencePair, read_pairs
 
 MAX_BATCH_TOKENS = 8192
 """Padded tokens of one forward pass; enough to keep two cores busy, small enough for a laptop."""

@@ -1,21 +1,24 @@
-"""The record that a training run leaves beside its model: from what, how, and with what result."""
+"""The record that a training run leaves beside its model: from what, how, and with what result.
+
+``base`` and ``base_hash`` are what the service answers from when a client asks about its KL reference
+(service.provenance).
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from service.dataset import dataset_files
+from service.provenance import MANIFEST_FILE
+from training.agreement import Agreement
 from training.evaluation import Evaluation
 from training.recipe import Recipe
 from training.selection import PairCounts
 
-MANIFEST_FILE = "training.json"
 _LIBRARIES = ("torch", "transformers", "trl", "peft")
 
 
@@ -23,8 +26,10 @@ _LIBRARIES = ("torch", "transformers", "trl", "peft")
 class Manifest:
     """One training run.
 
-    ``base_hash``: SHA-256 over the base's weights, None if they are not in a local folder. ``data_hashes``: SHA-256 by
-    file name. ``evaluations``: by file name.
+    ``base``: the SFT checkpoint that the model was initialised from. ``base_hash``: SHA-256 over its weights, None if
+    they are in no local folder. ``data_hashes``: SHA-256 by source. ``num_steps``: optimizer steps that were made;
+    ``kept_step``: the one whose weights were kept, less only where early stopping found a better one. ``evaluations``:
+    by source. ``agreement``: of the reviewers of the training data, None where no pair has two.
     """
 
     base: str
@@ -32,7 +37,10 @@ class Manifest:
     data_hashes: Mapping[str, str]
     pairs: PairCounts
     recipe: Recipe
+    num_steps: int
+    kept_step: int
     evaluations: Mapping[str, Evaluation]
+    agreement: Agreement | None = None
 
     def write(self, folder: Path) -> Path:
         """Write ``training.json`` into the model's folder, with the versions of the libraries that trained it."""
@@ -40,20 +48,3 @@ class Manifest:
         path = folder / MANIFEST_FILE
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         return path
-
-
-def data_hashes(paths: Iterable[Path]) -> dict[str, str]:
-    """Return the SHA-256 of each data file (of a folder: each file in it) by its name without folders."""
-    return {file.name: file_hash(file) for path in paths for file in dataset_files(path)}
-
-
-def weights_hash(base: Path) -> str | None:
-    """Return the SHA-256 over a checkpoint folder's safetensors files in name order; None where there are none."""
-    hashes = [file_hash(file) for file in sorted(base.glob("*.safetensors"))]
-    return hashlib.sha256("".join(hashes).encode()).hexdigest() if hashes else None
-
-
-def file_hash(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes as hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Preference pairs: read from data files, and turned into the tokens that the model reads.
+"""Preference pairs as the model reads them: rendered, tokenized and, where they are too long, shortened.
 
 Rendering and tokenizing are the service's own: a reward learned on one rendering says little about another.
 """
@@ -6,57 +6,34 @@ Rendering and tokenizing are the service's own: a reward learned on one renderin
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from service.dataset import Row, read_rows
 from service.errors import DatasetError, HttpError
-from service.records import Encoding, Exchange, Item, Message, Sequence
+from service.records import Encoding, Exchange, Item, Sequence
 from service.settings import TokenizationSettings
 from service.tokenization import Tokenization
-
-
-@dataclass(frozen=True, slots=True)
-class PreferencePair:
-    """Two completions of one prompt, of which people preferred the first."""
-
-    prompt: str | tuple[Message, ...] = field(repr=False)
-    chosen: str = field(repr=False)
-    rejected: str = field(repr=False)
-
-    @property
-    def excess_chars(self) -> int:
-        """Characters by which the chosen completion is longer; negative where it is shorter."""
-        return len(self.chosen) - len(self.rejected)
+from training.preferences import PreferencePair
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizedPair:
-    """A PreferencePair as the model reads it: the token ids of prompt and completion together, for each completion."""
+    """A PreferencePair as the model reads it: the token ids of prompt and completion together, for each completion.
+
+    ``num_dropped_turns``: oldest turns of the prompt that the ids leave out; the pair itself is always whole.
+    """
 
     pair: PreferencePair
     chosen_ids: tuple[int, ...] = field(repr=False)
     rejected_ids: tuple[int, ...] = field(repr=False)
+    num_dropped_turns: int = 0
 
     @property
     def num_tokens(self) -> int:
         """Tokens of the longer of the two; what a padded batch pays for either."""
         return max(len(self.chosen_ids), len(self.rejected_ids))
-
-
-def read_pairs(paths: Iterable[Path]) -> Iterator[PreferencePair]:
-    """Yield the pairs of data files and of folders of them, in order.
-
-    Raises:
-        DatasetError: a file cannot be read, or a row is no pair; names the place, never the text.
-    """
-    for path in paths:
-        for row in read_rows(path):
-            yield _parse_pair(row)
 
 
 def tokenize_pairs(pairs: Iterable[PreferencePair], tokenizer: PreTrainedTokenizerBase) -> list[TokenizedPair]:
@@ -80,31 +57,36 @@ def tokenize_pairs(pairs: Iterable[PreferencePair], tokenizer: PreTrainedTokeniz
     ]
 
 
+def shorten_prompts(
+    pairs: Iterable[TokenizedPair], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[TokenizedPair]:
+    """Leave out the oldest exchanges (two turns each) of the prompts of long pairs until the pairs fit, in order.
+
+    The last turn always stays, so a pair may stay too long. Completions are never touched.
+
+    Raises:
+        CheckpointError, DatasetError: see `tokenize_pairs`.
+    """
+    shortened = list(pairs)
+    num_turns = 2
+    while places := [n for n, pair in enumerate(shortened) if _may_lose_turns(pair, num_turns, max_length)]:
+        rest = tokenize_pairs([_without_oldest(shortened[place].pair, num_turns) for place in places], tokenizer)
+        for place, short in zip(places, rest, strict=True):
+            shortened[place] = replace(short, pair=shortened[place].pair, num_dropped_turns=num_turns)
+        num_turns += 2
+    return shortened
+
+
+def _may_lose_turns(pair: TokenizedPair, num_turns: int, max_length: int) -> bool:
+    prompt = pair.pair.prompt
+    return pair.num_tokens > max_length and not isinstance(prompt, str) and num_turns < len(prompt)
+
+
+def _without_oldest(pair: PreferencePair, num_turns: int) -> PreferencePair:
+    return replace(pair, prompt=pair.prompt[num_turns:])
+
+
 def _token_ids(outcome: Sequence | HttpError, index: int) -> tuple[int, ...]:
     if isinstance(outcome, HttpError):
         raise DatasetError(f"Pair {index} (counted from 0) cannot be tokenized: {outcome}")
     return outcome.token_ids
-
-
-def _parse_pair(row: Row) -> PreferencePair:
-    return PreferencePair(
-        prompt=_parse_prompt(row),
-        chosen=_parse_text(row.values, "chosen", row),
-        rejected=_parse_text(row.values, "rejected", row),
-    )
-
-
-def _parse_prompt(row: Row) -> str | tuple[Message, ...]:
-    prompt = row.values.get("prompt")
-    if isinstance(prompt, str):
-        return prompt
-    if not isinstance(prompt, list) or not prompt or not all(isinstance(turn, dict) for turn in prompt):
-        raise DatasetError(f'{row.place}: "prompt" must be a string or a list of messages.')
-    return tuple(Message(_parse_text(turn, "role", row), _parse_text(turn, "content", row)) for turn in prompt)
-
-
-def _parse_text(values: dict[str, Any], key: str, row: Row) -> str:
-    text = values.get(key)
-    if not isinstance(text, str):
-        raise DatasetError(f'{row.place}: "{key}" must be a string.')
-    return text

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from peft import LoraConfig, TaskType
 from transformers import (
     AutoModelForSequenceClassification,
@@ -47,6 +48,14 @@ def load_base(base: str | Path, recipe: Recipe) -> tuple[PreTrainedModel, PreTra
     _settle_padding(model, tokenizer)
     _prepare_head(model, missing=set(report["missing_keys"]), full=recipe.full)
     return model, tokenizer
+
+
+def local_folder(base: Path) -> Path:
+    """Return the folder that a base's files are in: itself, or the snapshot in the hub's cache once it was loaded."""
+    if base.is_dir():
+        return base
+    cached = try_to_load_from_cache(str(base), "config.json")
+    return Path(cached).parent if isinstance(cached, str) else base
 
 
 def _settle_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

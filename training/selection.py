@@ -1,4 +1,4 @@
-"""Which pairs a run trains on, and what became of the others: held-out prompts, long pairs, a surplus of long winners.
+"""Which pairs a run trains on, and what became of the others: held out, disputed, too long, a surplus of long winners.
 
 Pure: pairs and a recipe in, pairs and counts out.
 """
@@ -17,12 +17,18 @@ from training.recipe import Recipe
 
 @dataclass(frozen=True, slots=True)
 class PairCounts:
-    """What became of the pairs that were read; the four add up to them."""
+    """What became of the pairs that were read; all but the last add up to them.
+
+    ``disputed``: left out because too few reviewers chose the chosen one. ``shortened``: of the trained pairs those
+    whose prompt lost its oldest turns.
+    """
 
     held_out: int
     too_long: int
     unbalanced: int
     trained: int
+    disputed: int = 0
+    shortened: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,20 +46,27 @@ def select_pairs(pairs: Sequence[TokenizedPair], recipe: Recipe) -> Selection:
         DatasetError: no pair is left.
     """
     allowed = [pair for pair in pairs if not is_held_out(pair.pair.prompt, recipe.hold_out_percent)]
-    short_enough = [pair for pair in allowed if pair.num_tokens <= recipe.max_length]
+    undisputed = [pair for pair in allowed if _has_support(pair, recipe.min_support)]
+    short_enough = [pair for pair in undisputed if pair.num_tokens <= recipe.max_length]
     selected = balance_lengths(short_enough, recipe.seed) if recipe.balance_lengths else short_enough
     counts = PairCounts(
         held_out=len(pairs) - len(allowed),
-        too_long=len(allowed) - len(short_enough),
+        too_long=len(undisputed) - len(short_enough),
         unbalanced=len(short_enough) - len(selected),
         trained=len(selected),
+        disputed=len(allowed) - len(undisputed),
+        shortened=sum(pair.num_dropped_turns > 0 for pair in selected),
     )
     if not selected:
         raise DatasetError(
-            f"No pair is left to train on: of {len(pairs)} pairs {counts.held_out} are held out "
-            f"and {counts.too_long} are longer than {recipe.max_length} tokens."
+            f"No pair is left to train on: of {len(pairs)} pairs {counts.held_out} are held out, {counts.disputed} are "
+            f"disputed and {counts.too_long} are longer than {recipe.max_length} tokens."
         )
     return Selection(selected, counts)
+
+
+def _has_support(pair: TokenizedPair, least: float | None) -> bool:
+    return least is None or pair.pair.support is None or pair.pair.support >= least
 
 
 def balance_lengths(pairs: Sequence[TokenizedPair], seed: int) -> list[TokenizedPair]:

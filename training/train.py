@@ -13,14 +13,20 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from service.adapter import merge_adapter
+from service.checkpoint import open_checkpoint
 from service.demo_base import DEMO_BASE, obtain_demo_base
 from service.errors import SettingsError, StartupError
+from service.provenance import weights_hash
+from service.settings import ModelSettings
+from training.agreement import describe_agreement, measure_agreement
 from training.evaluation import describe, evaluate
-from training.manifest import Manifest, data_hashes, weights_hash
-from training.pairs import read_pairs, tokenize_pairs
+from training.manifest import Manifest
+from training.pairs import TokenizedPair, shorten_prompts, tokenize_pairs
+from training.preferences import PreferencePair, read_pairs
 from training.recipe import Recipe
-from training.reward_model import load_base
+from training.reward_model import load_base, local_folder
 from training.selection import select_pairs, watched_pairs
+from training.sources import Source, source_hashes
 from training.trainer import run_training
 
 DEMO = "demo"
@@ -28,11 +34,11 @@ DEMO = "demo"
 
 
 def train(
-    data: Sequence[Path],
+    data: Sequence[Source],
     base: str,
     out_dir: Path,
     recipe: Recipe,
-    eval_files: Sequence[Path] = (),
+    eval_sources: Sequence[Source] = (),
     *,
     resume: bool = False,
 ) -> Manifest:
@@ -41,37 +47,55 @@ def train(
     Beside it go the tokenizer, ``training.json`` (the manifest that is returned), ``log.jsonl`` and ``checkpoints/``.
 
     Args:
-        data: files of pairs to train on, or folders of them.
+        data: what to train on: files of pairs, folders of them, or data sets on the hub.
         base: a checkpoint folder, a hub id, or ``demo``.
         out_dir: made if it does not exist.
         recipe: the numbers of the run.
-        eval_files: files of pairs to evaluate on at the end; on some pairs of the first also while training.
+        eval_sources: what to evaluate on at the end; on some pairs of the first also while training.
         resume: go on from the last checkpoint in ``out_dir``.
 
     Raises:
-        DatasetError: a data file cannot be read, or no pair is left to train on.
+        DatasetError: a source cannot be read, or no pair is left to train on.
         CheckpointError: the base cannot be had, or is not fit for a scalar head.
+        SettingsError: early stopping is asked for, but nothing to watch is given.
     """
+    if recipe.patience is not None and not eval_sources:
+        raise SettingsError("--patience needs --eval: a plateau is one of the loss on pairs that are not trained on.")
     base_path, base_name = (obtain_demo_base(), DEMO_BASE) if base == DEMO else (Path(base), base)
     model, tokenizer = load_base(base_path if base_path.is_dir() else base, recipe)
-    selection = select_pairs(tokenize_pairs(read_pairs(data), tokenizer), recipe)
-    evaluated = {file.name: tokenize_pairs(read_pairs([file]), tokenizer) for file in eval_files}
+    pairs = list(read_pairs(data))
+    selection = select_pairs(_tokenize(pairs, tokenizer, recipe), recipe)
+    evaluated = {_name(source): tokenize_pairs(read_pairs([source]), tokenizer) for source in eval_sources}
     watched = watched_pairs(next(iter(evaluated.values()), []), recipe)
 
     out_dir.mkdir(parents=True, exist_ok=True)
-    trained = run_training(model, tokenizer, selection.pairs, watched, recipe, out_dir, resume=resume)
-    _save(trained, tokenizer, base_name, out_dir)
+    run = run_training(model, tokenizer, selection.pairs, watched, recipe, out_dir, resume=resume)
+    _save(run.model, tokenizer, base_name, out_dir)
 
     manifest = Manifest(
         base=base_name,
-        base_hash=weights_hash(base_path),
-        data_hashes=data_hashes(data),
+        base_hash=weights_hash(local_folder(base_path)),
+        data_hashes=source_hashes(data),
         pairs=selection.counts,
         recipe=recipe,
-        evaluations={name: evaluate(trained, pairs) for name, pairs in evaluated.items()},
+        num_steps=run.num_steps,
+        kept_step=run.kept_step,
+        evaluations={name: evaluate(run.model, tokenized) for name, tokenized in evaluated.items()},
+        agreement=measure_agreement(pairs),
     )
     manifest.write(out_dir)
     return manifest
+
+
+def _name(source: Source) -> str:
+    return source.name if isinstance(source, Path) else Path(source).name
+
+
+def _tokenize(
+    pairs: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerBase, recipe: Recipe
+) -> list[TokenizedPair]:
+    tokenized = tokenize_pairs(pairs, tokenizer)
+    return shorten_prompts(tokenized, tokenizer, recipe.max_length) if recipe.shorten_prompts else tokenized
 
 
 def _save(
@@ -95,58 +119,96 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.merge and recipe.full:
             raise SettingsError("--merge is for adapters; --full writes a whole checkpoint anyway.")
         manifest = train(options.data, options.base, options.out, recipe, options.eval, resume=options.resume)
-        if options.merge:
-            base = Path(options.base)
-            merge_adapter(options.out, options.merge, base if base.is_dir() else None)
+        served = _finish_checkpoint(options.out, options.merge, Path(options.base), full=recipe.full)
     except StartupError as error:
         console.print(str(error), style="red", markup=False, highlight=False)
         return 1
-    counts = manifest.pairs
-    console.print(
-        f"Trained on {counts.trained} pairs; left out {counts.held_out} held out, {counts.too_long} longer than "
-        f"{recipe.max_length} tokens, {counts.unbalanced} for balance of length."
-    )
-    for name, evaluation in manifest.evaluations.items():
-        console.print(describe(name, evaluation), markup=False, highlight=False)
+    for line in [*_report(manifest), f"Serve it with: reward-serve --model {served}"]:
+        console.print(line, markup=False, highlight=False)
     return 0
 
 
+def _finish_checkpoint(out_dir: Path, merged_dir: Path | None, base: Path, *, full: bool) -> Path:
+    """Merge where that is wanted, and have the service judge a whole checkpoint: what it refuses is no result."""
+    if merged_dir is not None:
+        merge_adapter(out_dir, merged_dir, base if base.is_dir() else None)
+    if full or merged_dir is not None:
+        open_checkpoint(merged_dir or out_dir, ModelSettings())
+    return merged_dir or out_dir
+
+
+def _report(manifest: Manifest) -> list[str]:
+    counts, recipe = manifest.pairs, manifest.recipe
+    what_became = (
+        f"Trained on {counts.trained} pairs; left out {counts.held_out} held out, {counts.disputed} disputed, "
+        f"{counts.too_long} longer than {recipe.max_length} tokens, {counts.unbalanced} for balance of length."
+    )
+    lines = [what_became]
+    if recipe.patience is not None:
+        lines.append(f"Made {manifest.num_steps} steps and kept the weights of step {manifest.kept_step}.")
+    if manifest.agreement is not None:
+        lines.append(describe_agreement(manifest.agreement))
+    return lines + [describe(name, evaluation) for name, evaluation in manifest.evaluations.items()]
+
+
 def _parser() -> argparse.ArgumentParser:
-    default = Recipe()
     parser = argparse.ArgumentParser(
         prog="reward-train",
         description="Train a scalar-head reward model on preference pairs (prompt, chosen, rejected).",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    sources = "files, folders of them, or data sets on the hub (owner/name or owner/name:split)"
     add = parser.add_argument
-    add("--data", type=Path, nargs="+", required=True, help="files of pairs, or folders of them")
-    add("--base", default=DEMO, help="checkpoint folder, hub id, or 'demo'")
+    add("--data", nargs="+", required=True, help=f"pairs to train on: {sources}")
+    add("--base", default=DEMO, help="SFT or instruct checkpoint: a folder, a hub id, or 'demo'")
     add("--out", type=Path, required=True, help="folder for the model")
     add("--merge", type=Path, metavar="DIR", help="also merge adapter and base into a plain checkpoint folder")
-    add("--eval", type=Path, nargs="+", default=[], help="files to evaluate on; the first also while training")
+    add("--eval", nargs="+", default=[], help=f"pairs to evaluate on, the first also while training: {sources}")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    add("--full", action="store_true", help="train all weights instead of a LoRA adapter")
-    add("--lora-rank", type=int, default=default.lora_rank, help="rank of the adapter")
-    add("--lora-layers", type=int, default=default.lora_layers, help="adapt only this many of the topmost layers")
-    add("--learning-rate", type=float, default=default.learning_rate, help="peak of the learning rate")
-    add("--warmup-share", type=float, default=default.warmup_share, help="share of the steps to warm up")
-    add(
-        "--epochs",
-        type=float,
-        default=default.epochs,
-        help="passes over the pairs",
-    )
-    add("--max-length", type=int, default=default.max_length, help="tokens; pairs that are longer are left out")
-    add("--batch-pairs", type=int, default=default.batch_pairs, help="pairs per optimizer step")
-    add("--micro-batch-pairs", type=int, default=default.micro_batch_pairs, help="pairs per backward pass")
-    add("--hold-out-percent", type=float, default=default.hold_out_percent, help="share of prompts never trained on")
-    add("--balance-lengths", action="store_true", help="leave pairs out until longer and shorter answers win equally")
-    add("--dtype", choices=("bf16", "fp32"), default=default.dtype, help="of the computation and of the saved weights")
-    add("--checkpoint-steps", type=int, default=default.checkpoint_steps, help="steps between checkpoints")
-    add("--eval-steps", type=int, default=default.eval_steps, help="steps between evaluations")
-    add("--eval-pairs", type=int, default=default.eval_pairs, help="pairs of an evaluation while training")
-    add("--seed", type=int, default=default.seed, help="of the order of pairs and of random draws")
+    _add_weights_options(parser.add_argument_group("what is trained"))
+    _add_pairs_options(parser.add_argument_group("which pairs"))
+    _add_steps_options(parser.add_argument_group("how"))
     return parser
+
+
+_DEFAULT = Recipe()
+
+
+def _add_weights_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--full", action="store_true", help="train all weights instead of a LoRA adapter")
+    add("--lora-rank", type=int, default=_DEFAULT.lora_rank, help="rank of the adapter")
+    add("--lora-layers", type=int, default=_DEFAULT.lora_layers, help="adapt only this many of the topmost layers")
+    add("--dtype", choices=("bf16", "fp32"), default=_DEFAULT.dtype, help="of the computation and of the saved weights")
+
+
+def _add_pairs_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--max-length", type=int, default=_DEFAULT.max_length, help="tokens; pairs that are longer are left out")
+    add("--shorten-prompts", action="store_true", help="drop the oldest exchanges of long conversations")
+    add("--balance-lengths", action="store_true", help="leave pairs out until longer and shorter answers win equally")
+    add("--hold-out-percent", type=float, default=_DEFAULT.hold_out_percent, help="share of prompts never trained on")
+    add(
+        "--min-support",
+        type=float,
+        default=_DEFAULT.min_support,
+        help="leave out pairs of which a smaller share of the reviewers chose the chosen answer",
+    )
+
+
+def _add_steps_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--epochs", type=float, default=_DEFAULT.epochs, help="passes over the pairs")
+    add("--learning-rate", type=float, default=_DEFAULT.learning_rate, help="peak of the learning rate")
+    add("--warmup-share", type=float, default=_DEFAULT.warmup_share, help="share of the steps to warm up")
+    add("--batch-pairs", type=int, default=_DEFAULT.batch_pairs, help="pairs per optimizer step")
+    add("--micro-batch-pairs", type=int, default=_DEFAULT.micro_batch_pairs, help="pairs per backward pass")
+    add("--center-coefficient", type=float, default=_DEFAULT.center_coefficient, help="pin the rewards' zero; try 0.01")
+    add("--patience", type=int, default=_DEFAULT.patience, help="stop after this many evaluations without a lower loss")
+    add("--eval-steps", type=int, default=_DEFAULT.eval_steps, help="steps between evaluations")
+    add("--eval-pairs", type=int, default=_DEFAULT.eval_pairs, help="pairs of an evaluation while training")
+    add("--checkpoint-steps", type=int, default=_DEFAULT.checkpoint_steps, help="steps between checkpoints")
+    add("--seed", type=int, default=_DEFAULT.seed, help="of the order of pairs and of random draws")
 
 
 if __name__ == "__main__":

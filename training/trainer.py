@@ -1,7 +1,7 @@
 """One training run: TRL's RewardTrainer with our recipe, on pairs that are already tokenized.
 
-The loss is TRL's: -log sigma(r_chosen - r_rejected), the negative log-likelihood of the Bradley-Terry model (Bradley
-and Terry 1952; as a loss for reward models: Ouyang et al. 2022, equation 1).
+The loss is TRL's: the negative log-likelihood of the Bradley-Terry model, with a centring term where the recipe asks
+for it. What that is stands in training.bradley_terry and training.tensor_loss, which tests hold TRL's to.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from transformers import (
+    EarlyStoppingCallback,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -49,6 +51,19 @@ class LogFile(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
             file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
 
 
+@dataclass(frozen=True, slots=True)
+class TrainingRun:
+    """What a run ended with.
+
+    ``model``: a PEFT model unless the recipe trains all weights. ``num_steps``: optimizer steps that were made;
+    ``kept_step``: the one whose weights the model has.
+    """
+
+    model: PreTrainedModel
+    num_steps: int
+    kept_step: int
+
+
 def run_training(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -58,12 +73,13 @@ def run_training(
     out_dir: Path,
     *,
     resume: bool = False,
-) -> PreTrainedModel:
-    """Train, and return the trained model (a PEFT model unless ``recipe.full``), rounded to the recipe's dtype.
+) -> TrainingRun:
+    """Train, and return the trained model, rounded to the recipe's dtype.
 
     Rounded, because that is how it will be saved: what is evaluated afterwards is what ships. Checkpoints go to
     ``out_dir/checkpoints`` and log lines to ``out_dir/log.jsonl`` while it runs; ``resume`` goes on from the last
-    checkpoint. Pairs longer than the recipe's limit must have been left out before.
+    checkpoint. Pairs longer than the recipe's limit must have been left out before. With ``recipe.patience`` it stops
+    on a plateau of the loss on ``eval_pairs``, and the model is the best one seen there.
     """
     trainer = RewardTrainer(
         model=model,
@@ -72,15 +88,25 @@ def run_training(
         eval_dataset=_as_dataset(sorted(eval_pairs, key=lambda pair: pair.num_tokens)) if eval_pairs else None,
         processing_class=tokenizer,
         peft_config=None if recipe.full else lora_config(model, recipe),
-        callbacks=[LogFile(out_dir / "log.jsonl")],
+        callbacks=_callbacks(recipe, out_dir),
     )
     with prompts_shared(model):
         trainer.train(resume_from_checkpoint=resume)
-    return trainer.accelerator.unwrap_model(trainer.model).to(TORCH_DTYPES[recipe.dtype])
+    return TrainingRun(
+        model=trainer.accelerator.unwrap_model(trainer.model).to(TORCH_DTYPES[recipe.dtype]),
+        num_steps=trainer.state.global_step,
+        kept_step=trainer.state.global_step if recipe.patience is None else trainer.state.best_global_step,
+    )
+
+
+def _callbacks(recipe: Recipe, out_dir: Path) -> list[TrainerCallback]:
+    log = LogFile(out_dir / "log.jsonl")
+    return [log] if recipe.patience is None else [log, EarlyStoppingCallback(recipe.patience)]
 
 
 def _trainer_settings(recipe: Recipe, *, num_pairs: int, evaluates: bool, out_dir: Path) -> RewardConfig:
     num_steps = math.ceil(recipe.epochs * math.ceil(num_pairs / recipe.batch_pairs))
+    stops_early = recipe.patience is not None
     return RewardConfig(
         output_dir=str(out_dir / "checkpoints"),
         num_train_epochs=recipe.epochs,
@@ -92,6 +118,7 @@ def _trainer_settings(recipe: Recipe, *, num_pairs: int, evaluates: bool, out_di
         lr_scheduler_type="cosine",
         warmup_steps=round(recipe.warmup_share * num_steps),
         max_length=recipe.max_length,
+        center_rewards_coefficient=recipe.center_coefficient,
         bf16=recipe.dtype == "bf16",
         use_cpu=not torch.cuda.is_available(),
         # Batches of like length waste little on padding; the sampler finds the length in a column of ours.
@@ -100,8 +127,11 @@ def _trainer_settings(recipe: Recipe, *, num_pairs: int, evaluates: bool, out_di
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         logging_steps=10,
-        save_steps=recipe.checkpoint_steps,
+        # The best weights can only be gone back to where they were saved.
+        save_steps=recipe.eval_steps if stops_early else recipe.checkpoint_steps,
         save_total_limit=2,
+        load_best_model_at_end=stops_early,
+        metric_for_best_model="eval_loss" if stops_early else None,
         eval_strategy="steps" if evaluates else "no",
         eval_steps=recipe.eval_steps,
         seed=recipe.seed,

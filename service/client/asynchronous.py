@@ -24,6 +24,14 @@ from service.client.answers import (
     read_problem,
     read_scores,
 )
+from service.client.references import (
+    Reference,
+    read_reference_check,
+    reference_name,
+    reference_route,
+    refusal_of_check,
+    tell_reference,
+)
 from service.client.requests import (
     DEFAULT_CHUNKS,
     ChunkLimits,
@@ -50,6 +58,7 @@ from service.client.retries import (
     until_done,
 )
 from service.errors import BadAnswer, ClientDeadlineExceeded, RequestRejected
+from service.provenance import ReferenceCheck
 from service.records import DiagnosticsLevel, TemplateChoice, Truncation
 
 T = TypeVar("T")
@@ -73,6 +82,9 @@ class AsyncRewardClient:
         chunks: how large calls are cut into requests.
         retries: what happens after a 5xx or a broken connection. A 4xx is never repeated.
         headers: sent with each request, such as ``{"X-Run-Id": "ppo-7"}`` or an ``Authorization``.
+        reference: the KL reference of the training run: its checkpoint folder, the hash over its weights, or its name.
+            The first call warns (ReferenceWarning) if the reward model was initialised from another checkpoint.
+        require_reference: raise ReferenceMismatch instead, also where it cannot be known.
     """
 
     def __init__(
@@ -84,6 +96,8 @@ class AsyncRewardClient:
         chunks: ChunkLimits = DEFAULT_CHUNKS,
         retries: RetryPolicy = DEFAULT_RETRIES,
         headers: Mapping[str, str] | None = None,
+        reference: Reference | None = None,
+        require_reference: bool = False,
     ) -> None:
         if not url.startswith(("http://", "https://")):
             raise ValueError("The url of the service must start with http:// or https://")
@@ -93,6 +107,9 @@ class AsyncRewardClient:
         self.chunks = chunks
         self.retries = retries
         self.headers = dict(headers or {})
+        self.reference = None if reference is None else reference_name(reference)
+        self.require_reference = require_reference
+        self._reference_told = self.reference is None
         self._pools: dict[asyncio.AbstractEventLoop, httpx2.AsyncClient] = {}
 
     async def score(
@@ -145,6 +162,7 @@ class AsyncRewardClient:
             BadAnswer: the answer breaks the protocol, or the model changed in the middle of every try.
             ServiceUnavailable: every try ended in a 5xx or a broken connection.
             ClientDeadlineExceeded: ``deadline_s`` passed, or the service asked to wait beyond it.
+            ReferenceMismatch: the client was told to require its reference.
             ValueError: an item cannot be written as JSON.
         """
         listed = list(items)
@@ -155,6 +173,7 @@ class AsyncRewardClient:
         chunks = [encoded[places.start : places.stop] for places in ranges]
         options = without_none({"diagnostics": diagnostics, "truncation": truncation, "template": template})
         async with _deadline(self.deadline_s) as time_left:
+            await self._tell_reference_once(time_left)
             scores = await until_done(lambda: self._score_chunks(chunks, options, time_left), self.retries, time_left)
         return join_scores(scores)
 
@@ -169,6 +188,7 @@ class AsyncRewardClient:
         encode_items([request])  # a text that JSON cannot carry is the caller's error, before the first try
 
         async with _deadline(self.deadline_s) as time_left:
+            await self._tell_reference_once(time_left)
             content = await self._call(
                 "POST", "/v1/compare", time_left, lambda: encode({**request, "timeout_ms": timeout_ms(time_left())})
             )
@@ -182,6 +202,19 @@ class AsyncRewardClient:
         """
         async with _deadline(self.deadline_s) as time_left:
             return read_object(await self._call("GET", "/v1/model", time_left))
+
+    async def check_reference(self, reference: Reference) -> ReferenceCheck:
+        """Ask whether a checkpoint is the one that the served model was initialised from; ``same`` is None if unknown.
+
+        Args:
+            reference: its folder here (compared by its weights), the hash over its weights, or its name.
+
+        Raises:
+            ClientError: as ``score_items``.
+            ValueError: the folder holds no safetensors files.
+        """
+        async with _deadline(self.deadline_s) as time_left:
+            return await self._check_reference(reference_name(reference), time_left)
 
     async def wait_until_ready(self, timeout_s: float = 600.0) -> None:
         """Return as soon as the service is ready to score.
@@ -237,6 +270,20 @@ class AsyncRewardClient:
         except httpx2.TransportError:
             return False
         return answer.status_code == httpx2.codes.OK
+
+    async def _check_reference(self, name: str, time_left: Callable[[], float]) -> ReferenceCheck:
+        return read_reference_check(await self._call("GET", reference_route(name), time_left), name)
+
+    async def _tell_reference_once(self, time_left: Callable[[], float]) -> None:
+        if self._reference_told or self.reference is None:
+            return
+        try:
+            check = await self._check_reference(self.reference, time_left)
+        except (RequestRejected, BadAnswer) as error:
+            # A service that cannot be asked may still score; whether that is enough, the caller has said.
+            check = refusal_of_check(self.reference, error)
+        tell_reference(check, required=self.require_reference)
+        self._reference_told = True
 
     async def _score_chunks(
         self, chunks: Sequence[Sequence[bytes]], options: Mapping[str, Any], time_left: Callable[[], float]

@@ -14,8 +14,10 @@ from typing import Any, Self, TypeVar
 
 from service.client.answers import Comparison, ScoredItem
 from service.client.asynchronous import AsyncRewardClient
+from service.client.references import Reference
 from service.client.requests import DEFAULT_CHUNKS, ChunkLimits, Completion, Prompt, WireItem
 from service.client.retries import DEFAULT_RETRIES, RetryPolicy
+from service.provenance import ReferenceCheck
 from service.records import DiagnosticsLevel, TemplateChoice, Truncation
 
 T = TypeVar("T")
@@ -34,6 +36,8 @@ class RewardClient:
         chunks: how large calls are cut into requests.
         retries: what happens after a 5xx or a broken connection. A 4xx is never repeated.
         headers: sent with each request.
+        reference: the KL reference of the training run; see ``AsyncRewardClient``.
+        require_reference: raise where the reward model was not shown to be initialised from it.
     """
 
     def __init__(
@@ -45,9 +49,18 @@ class RewardClient:
         chunks: ChunkLimits = DEFAULT_CHUNKS,
         retries: RetryPolicy = DEFAULT_RETRIES,
         headers: Mapping[str, str] | None = None,
+        reference: Reference | None = None,
+        require_reference: bool = False,
     ) -> None:
         self._client = AsyncRewardClient(
-            url, deadline_s=deadline_s, max_connections=max_connections, chunks=chunks, retries=retries, headers=headers
+            url,
+            deadline_s=deadline_s,
+            max_connections=max_connections,
+            chunks=chunks,
+            retries=retries,
+            headers=headers,
+            reference=reference,
+            require_reference=require_reference,
         )
         self._lock = threading.Lock()
         self._thread: _LoopThread | None = None
@@ -83,6 +96,10 @@ class RewardClient:
     def model(self) -> dict[str, Any]:
         """Return what is served and how; see ``AsyncRewardClient.model``."""
         return self._run(self._client.model())
+
+    def check_reference(self, reference: Reference) -> ReferenceCheck:
+        """Ask whether the model was initialised from a checkpoint; see ``AsyncRewardClient.check_reference``."""
+        return self._run(self._client.check_reference(reference))
 
     def wait_until_ready(self, timeout_s: float = 600.0) -> None:
         """Return as soon as the service is ready; see ``AsyncRewardClient.wait_until_ready``."""

@@ -13,7 +13,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from training import evaluation
 from training.evaluation import Share, describe, evaluate, rewards
-from training.pairs import PreferencePair, tokenize_pairs
+from training.pairs import tokenize_pairs
+from training.preferences import PreferencePair
 
 
 def test_a_tie_counts_one_half() -> None:

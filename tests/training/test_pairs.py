@@ -11,7 +11,8 @@ from tiny_models import tiny_tokenizer
 
 from service.errors import DatasetError
 from service.records import Message
-from training.pairs import PreferencePair, read_pairs, tokenize_pairs
+from training.pairs import shorten_prompts, tokenize_pairs
+from training.preferences import PreferencePair, read_pairs
 
 USER_TEXT = "what a user wrote"
 PAIR = {"prompt": "Why?", "chosen": "Because.", "rejected": "No."}
@@ -82,3 +83,32 @@ def test_without_a_template_plain_text_is_joined() -> None:
     assert list(tokenized.chosen_ids) == tokenizer("Why? Because.")["input_ids"]
     with pytest.raises(DatasetError, match=r"Pair 1 .* no chat template"):
         tokenize_pairs([plain, PreferencePair((Message("user", "Why?"),), "Because.", "No.")], tokenizer)
+
+
+def test_long_conversations_lose_their_oldest_exchanges() -> None:
+    """Only pairs over the limit are shortened, by whole exchanges and no further than needed; the pair stays whole."""
+    tokenizer = tiny_tokenizer("llama")
+    turns = tuple(Message("user" if n % 2 == 0 else "assistant", f"turn {n}") for n in range(7))
+    long, short = PreferencePair(turns, "Because.", "No."), PreferencePair(turns[-3:], "Because.", "No.")
+    plain = PreferencePair("turn " * 50, "Because.", "No.")
+    tokenized = tokenize_pairs([long, short, plain], tokenizer)
+
+    shortened = shorten_prompts(tokenized, tokenizer, max_length=tokenized[1].num_tokens)
+
+    assert [pair.num_dropped_turns for pair in shortened] == [4, 0, 0]
+    assert [pair.pair for pair in shortened] == [long, short, plain]
+    assert shortened[0].chosen_ids == tokenized[1].chosen_ids
+    assert shortened[0].rejected_ids == tokenized[1].rejected_ids
+    assert shortened[1:] == tokenized[1:]
+
+
+def test_the_last_turn_is_never_dropped() -> None:
+    """A conversation that does not fit even without its history stays too long, and is left to the selection."""
+    tokenizer = tiny_tokenizer("llama")
+    turns = (Message("user", "Why?"), Message("assistant", "How so?"), Message("user", "Why not?"))
+    (tokenized,) = tokenize_pairs([PreferencePair(turns, "Because.", "No.")], tokenizer)
+
+    (shortened,) = shorten_prompts([tokenized], tokenizer, max_length=1)
+
+    assert shortened.num_dropped_turns == 2
+    assert shortened.num_tokens > 1

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from service.errors import DatasetError
 from service.holdout import is_held_out
-from training.pairs import PreferencePair, TokenizedPair
+from training.pairs import TokenizedPair
+from training.preferences import PreferencePair, Review
 from training.recipe import Recipe
 from training.selection import balance_lengths, select_pairs, watched_pairs
 
@@ -36,9 +39,19 @@ def test_long_pairs_are_left_out_and_counted() -> None:
     assert selection.counts.too_long == 1
 
 
+def test_shortened_pairs_are_counted_where_they_are_trained_on() -> None:
+    """The count names only pairs that training sees."""
+    shortened = replace(pair(num_tokens=10), num_dropped_turns=2)
+    still_long = replace(pair(num_tokens=11), num_dropped_turns=2)
+
+    selection = select_pairs([pair(), shortened, still_long], Recipe(max_length=10, hold_out_percent=0))
+
+    assert (selection.counts.trained, selection.counts.shortened) == (2, 1)
+
+
 def test_an_empty_selection_says_where_the_pairs_went() -> None:
     """Training on nothing is refused with the counts."""
-    with pytest.raises(DatasetError, match="of 2 pairs 0 are held out and 2 are longer than 5 tokens"):
+    with pytest.raises(DatasetError, match="of 2 pairs 0 are held out, 0 are disputed and 2 are longer than 5 tokens"):
         select_pairs([pair(num_tokens=9)] * 2, Recipe(max_length=5, hold_out_percent=0))
 
 
@@ -68,3 +81,21 @@ def test_the_watched_pairs_are_a_fixed_draw() -> None:
     assert len(watched) == 5
     assert all(pair.num_tokens <= 10 for pair in watched)
     assert len(watched_pairs(pairs, Recipe(eval_pairs=50, max_length=10))) == 10
+
+
+def test_disputed_pairs_are_left_out() -> None:
+    """Pairs on which too few reviewers agree with the label go; pairs without reviews stay."""
+    verdicts = {"clear": ("chosen", "chosen", "chosen"), "split": ("chosen", "chosen", "rejected"), "unknown": ()}
+    pairs = {
+        name: TokenizedPair(
+            PreferencePair(name, "c", "r", reviews=tuple(Review(str(n), verdict) for n, verdict in enumerate(said))),
+            (0,),
+            (0,),
+        )
+        for name, said in verdicts.items()
+    }
+
+    selection = select_pairs(list(pairs.values()), Recipe(hold_out_percent=0, min_support=0.75))
+
+    assert selection.pairs == [pairs["clear"], pairs["unknown"]]
+    assert (selection.counts.disputed, selection.counts.trained) == (1, 2)

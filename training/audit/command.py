@@ -1,0 +1,167 @@
+"""``reward-audit``: a checkpoint or a running service, and pairs that people judged, in; a report out."""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from service.client import RewardClient
+from service.errors import ClientError, SettingsError, StartupError
+from training.audit.findings import Findings, investigate
+from training.audit.report import write_report
+from training.audit.scored_pairs import ScoredPairs
+from training.audit.scoring import Scorer, ServiceScorer, load_checkpoint_scorer, score_pairs
+from training.audit.verdicts import verdicts_of
+from training.preferences import PreferencePair, read_pairs
+from training.sources import Source, source_hashes
+
+MAX_TRAIN_PAIRS = 1000
+"""Training pairs that are scored for the check of over-training; all are searched for leaked prompts."""
+
+_COLOURS = {"good": "green", "watch": "yellow", "bad": "red", "open": "dim"}
+
+
+def audit(
+    scorer: Scorer,
+    sources: Sequence[Source],
+    out_dir: Path,
+    *,
+    train_sources: Sequence[Source] = (),
+    max_train_pairs: int = MAX_TRAIN_PAIRS,
+    hide_texts: bool = False,
+    console: Console | None = None,
+) -> Findings:
+    """Score the pairs of the sources, measure everything and write the report to ``out_dir``.
+
+    Args:
+        scorer: the model.
+        sources: pairs that it was not trained on.
+        out_dir: made if it does not exist; gets ``audit.html``, ``audit.json`` and ``pictures/``.
+        train_sources: pairs that it was trained on, for the checks of leakage and over-training.
+        max_train_pairs: of these so many are scored, drawn at random but always the same.
+        hide_texts: leave the texts of the highest completions out of the report.
+        console: where the progress bar goes; None: nowhere.
+
+    Raises:
+        DatasetError: a source cannot be read, or too few pairs have a reward.
+        ClientError: the service cannot be asked.
+    """
+    pairs, train_pairs = list(read_pairs(sources)), list(read_pairs(train_sources))
+    drawn = random.Random(0).sample(train_pairs, min(max_train_pairs, len(train_pairs)))  # noqa: S311 - no secret
+    scored, trained = _score(scorer, pairs, drawn, console or Console(quiet=True))
+    findings = investigate(
+        scored,
+        model=scorer.description(),
+        data=_describe_data(sources, train_sources),
+        trained=trained if train_sources else None,
+        train_pairs=train_pairs if train_sources else None,
+        hide_texts=hide_texts,
+    )
+    write_report(findings, out_dir)
+    return findings
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``reward-audit``; returns the exit status: 0, or 1 after one sentence on standard error."""
+    options = _parser().parse_args(arguments)
+    console = Console(stderr=True, soft_wrap=True)
+    try:
+        with ExitStack() as opened:
+            scorer, pairs = _scorer_and_pairs(options, opened)
+            findings = audit(
+                scorer,
+                pairs,
+                options.out,
+                train_sources=options.train_pairs,
+                max_train_pairs=options.max_train_pairs,
+                hide_texts=options.hide_texts,
+                console=console,
+            )
+    except (StartupError, ClientError) as error:
+        console.print(str(error), style="red", markup=False, highlight=False)
+        return 1
+    for verdict in verdicts_of(findings):
+        console.print(f"{verdict.question}: ", end="", highlight=False)
+        console.print(verdict.answer, style=_COLOURS[verdict.level], highlight=False)
+        console.print(f"  {verdict.reason}", style="dim", markup=False, highlight=False)
+    console.print(f"The report is {options.out / 'audit.html'}", markup=False, highlight=False)
+    return 0
+
+
+def _score(
+    scorer: Scorer, pairs: Sequence[PreferencePair], train_pairs: Sequence[PreferencePair], console: Console
+) -> tuple[ScoredPairs, ScoredPairs]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("Scoring", total=2 * (len(pairs) + len(train_pairs)))
+
+        def advance(num_completions: int) -> None:
+            progress.advance(task, num_completions)
+
+        return score_pairs(pairs, scorer, advance), score_pairs(train_pairs, scorer, advance)
+
+
+def _describe_data(sources: Sequence[Source], train_sources: Sequence[Source]) -> Mapping[str, Any]:
+    def files(named: Sequence[Source]) -> list[dict[str, str]]:
+        return [{"name": name, "sha256": digest} for name, digest in source_hashes(named).items()]
+
+    return {"files": files(sources), "train_files": files(train_sources)}
+
+
+def _scorer_and_pairs(options: argparse.Namespace, opened: ExitStack) -> tuple[Scorer, list[str]]:
+    """Without a URL the first input is the model."""
+    if options.url is not None:
+        client = opened.enter_context(RewardClient(options.url))
+        return ServiceScorer(client, options.truncation), options.inputs
+    model, *pairs = options.inputs
+    if not Path(model).is_dir():
+        raise SettingsError(f"There is no folder {model}; give a checkpoint folder, or a service with --url.")
+    if not pairs:
+        raise SettingsError("Give files of held-out pairs behind the checkpoint folder.")
+    scorer = load_checkpoint_scorer(
+        Path(model),
+        truncation=options.truncation,
+        device=options.device,
+        dtype=options.dtype,
+        num_threads=options.threads,
+    )
+    return scorer, pairs
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="reward-audit",
+        usage="reward-audit (DIR | --url URL) PAIRS... --out DIR [options]",
+        description="Tell whether a reward model is a preference model, or a length detector in its costume.",
+    )
+    add = parser.add_argument
+    add(
+        "inputs",
+        nargs="+",
+        metavar="DIR PAIRS",
+        help="checkpoint folder (not with --url), then files of held-out pairs",
+    )
+    add("--url", help="a running service instead of a checkpoint folder")
+    add("--out", type=Path, required=True, help="folder for audit.html, audit.json and pictures/")
+    add("--train-pairs", nargs="+", default=[], help="what it was trained on: checks leakage and over-training")
+    add("--max-train-pairs", type=int, default=MAX_TRAIN_PAIRS, help="training pairs that are scored (default 1000)")
+    add("--hide-texts", "--no-texts", action="store_true", help="leave the highest completions' texts out")
+    add(
+        "--truncation", choices=("error", "prompt_left"), default="error", help="what becomes of too long conversations"
+    )
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (checkpoint folder only)")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="checkpoint folder only")
+    add("--threads", type=int, help="CPU threads of the forward pass; none: all (checkpoint folder only)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""Everything that an audit measures, put together: scored pairs in, one record out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from service.errors import DatasetError
+from training.agreement import Agreement, measure_agreement
+from training.audit.accuracy import Accuracy, measure_accuracy
+from training.audit.gaps import Gaps, measure_gaps
+from training.audit.leakage import Leakage, measure_leakage
+from training.audit.length_bias import LengthBias, measure_length_bias
+from training.audit.overtraining import Overtraining, measure_overtraining
+from training.audit.probability import Probability, measure_probability
+from training.audit.scored_pairs import Completions, ScoredPairs, distinct_completions
+from training.audit.style_slopes import Style, measure_style
+from training.audit.top_completions import TopCompletion, top_completions
+from training.preferences import PreferencePair
+
+MIN_PAIRS = 20
+"""Fewer tell nothing: the interval of an accuracy would be more than 40 points wide."""
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What was found about a model on some pairs.
+
+    ``model``, ``data``: what was audited, and on what, for the reader of the report. ``overtraining``: None where no
+    training pairs were given; ``agreement``: None where no pair has two reviews.
+    """
+
+    model: Mapping[str, Any]
+    data: Mapping[str, Any]
+    scored: ScoredPairs = field(repr=False)
+    completions: Completions = field(repr=False)
+    accuracy: Accuracy
+    length_bias: LengthBias
+    probability: Probability
+    gaps: Gaps
+    style: Style
+    leakage: Leakage
+    top: Sequence[TopCompletion]
+    overtraining: Overtraining | None = None
+    agreement: Agreement | None = None
+
+
+def investigate(
+    scored: ScoredPairs,
+    *,
+    model: Mapping[str, Any],
+    data: Mapping[str, Any],
+    trained: ScoredPairs | None = None,
+    train_pairs: Sequence[PreferencePair] | None = None,
+    hide_texts: bool = False,
+) -> Findings:
+    """Measure everything.
+
+    Args:
+        scored: the audited pairs.
+        model: what was audited, for the reader.
+        data: on what, for the reader.
+        trained: pairs that the model was trained on, or some of them, scored.
+        train_pairs: all pairs that it was trained on, for the search for leaked prompts; no rewards are needed.
+        hide_texts: leave the texts of the highest completions out.
+
+    Raises:
+        DatasetError: there are fewer than ``MIN_PAIRS`` pairs with rewards.
+    """
+    if len(scored) < MIN_PAIRS:
+        raise DatasetError(
+            f"{len(scored)} pairs have rewards ({scored.num_failed} have none); an audit needs at least {MIN_PAIRS}."
+        )
+    completions = distinct_completions(scored)
+    return Findings(
+        model=model,
+        data=data,
+        scored=scored,
+        completions=completions,
+        accuracy=measure_accuracy(scored),
+        length_bias=measure_length_bias(completions),
+        probability=measure_probability(scored),
+        gaps=measure_gaps(scored),
+        style=measure_style(completions),
+        leakage=measure_leakage(scored, train_pairs),
+        top=top_completions(completions, scored.unit, hide_texts=hide_texts),
+        overtraining=None if trained is None or not len(trained) else measure_overtraining(scored, trained),
+        agreement=measure_agreement(scored.pairs),
+    )

@@ -1,0 +1,67 @@
+"""Estimates with the range that the data allow, at 95 percent.
+
+Pairs of one prompt resemble each other, so what is resampled is prompts, not pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from statsmodels.stats.proportion import proportion_confint
+
+from training.audit.scored_pairs import FloatArray, IntArray
+
+NUM_RESAMPLES = 1000
+SEED = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """An estimate with its 95 percent confidence interval; all NaN where there was nothing to measure."""
+
+    value: float
+    low: float
+    high: float
+
+    def __format__(self, spec: str) -> str:
+        return f"{self.value:{spec}} ({self.low:{spec}} to {self.high:{spec}})"
+
+
+def share_interval(wins: FloatArray, prompts: IntArray) -> Interval:
+    """Return the mean of wins (1, 0, or one half for a tie) [pair] with its interval.
+
+    Wilson's score interval (Wilson 1927) where every pair has a prompt of its own, else bootstrapped over prompts.
+    """
+    if not len(wins):
+        return Interval(np.nan, np.nan, np.nan)
+    if len(np.unique(prompts)) == len(prompts):
+        low, high = proportion_confint(float(wins.sum()), len(wins), method="wilson")
+        return Interval(float(wins.mean()), float(low), float(high))
+    return bootstrap_interval(lambda rows: float(wins[rows].mean()), prompts)
+
+
+def bootstrap_interval(statistic: Callable[[IntArray], float], prompts: IntArray) -> Interval:
+    """Return a statistic with its percentile bootstrap interval over prompts (Efron 1979; Davison and Hinkley 1997).
+
+    Args:
+        statistic: of the rows that it is given, in any order and with repeats.
+        prompts: of each row.
+    """
+    resampled = [statistic(rows) for rows in _resamples(prompts)]
+    finite = [value for value in resampled if np.isfinite(value)]
+    low, high = np.quantile(finite, (0.025, 0.975)) if finite else (np.nan, np.nan)
+    return Interval(statistic(np.arange(len(prompts))), float(low), float(high))
+
+
+def _resamples(prompts: IntArray) -> Iterator[IntArray]:
+    """Rows of as many prompts as there are, drawn with replacement; the same draws for the same prompts."""
+    order = np.argsort(prompts, kind="stable")
+    _, starts, sizes = np.unique(prompts[order], return_index=True, return_counts=True)
+    rng = np.random.default_rng(SEED)
+    for _ in range(NUM_RESAMPLES):
+        draw = rng.integers(len(starts), size=len(starts))
+        drawn_sizes = sizes[draw]
+        ends = np.cumsum(drawn_sizes)
+        yield order[np.arange(ends[-1]) + np.repeat(starts[draw] - (ends - drawn_sizes), drawn_sizes)]

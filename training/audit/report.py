@@ -1,0 +1,104 @@
+"""What an audit leaves behind: one HTML file that needs nothing else, the numbers as JSON, the pictures as PNG."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from matplotlib.figure import Figure
+
+from training.audit.charts import draw_all
+from training.audit.findings import Findings
+from training.audit.intervals import Interval
+from training.audit.verdicts import verdicts_of
+
+HTML_FILE, JSON_FILE, PICTURE_FOLDER = "audit.html", "audit.json", "pictures"
+PNG_DPI = 160
+_RECORDS_WITHOUT_NUMBERS = ("scored", "completions")
+"""Fields of the findings that are data, not results; their rows never leave."""
+
+
+def write_report(findings: Findings, folder: Path) -> Path:
+    """Write ``audit.html``, ``audit.json`` and ``pictures/*.png`` into a folder, made if needed; return the HTML."""
+    pictures = folder / PICTURE_FOLDER
+    pictures.mkdir(parents=True, exist_ok=True)
+    figures = draw_all(findings)
+    for name, figure in figures.items():
+        figure.savefig(pictures / f"{name}.png", dpi=PNG_DPI, metadata={"Software": None})
+    (folder / JSON_FILE).write_text(json.dumps(as_json(findings), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    html = folder / HTML_FILE
+    html.write_text(render_html(findings, figures), encoding="utf-8")
+    return html
+
+
+def as_json(findings: Findings) -> dict[str, Any]:
+    """Return the numbers, JSON-ready: verdicts first, null where nothing could be measured."""
+    results = {
+        field.name: getattr(findings, field.name)
+        for field in dataclasses.fields(findings)
+        if field.name not in _RECORDS_WITHOUT_NUMBERS
+    }
+    plain: dict[str, Any] = _plain({"verdicts": verdicts_of(findings), **results})
+    return plain
+
+
+def render_html(findings: Findings, figures: Mapping[str, Figure]) -> str:
+    """Return the report as one HTML document; its pictures are inside, and it loads nothing."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("training", "audit"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": _percent, "interval": _interval, "signed": _signed_interval}
+    return environment.get_template("report.html.jinja").render(
+        findings=findings,
+        verdicts=verdicts_of(findings),
+        pictures={name: _data_uri(figure) for name, figure in figures.items() if name != "overview"},
+        made_at=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        version=version("reward-service"),
+    )
+
+
+def _data_uri(figure: Figure) -> str:
+    file = io.BytesIO()
+    figure.savefig(file, format="svg", dpi=PNG_DPI, metadata={"Date": None})
+    return f"data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _percent(value: float) -> str:
+    return "none" if math.isnan(value) else f"{value:.1%}"
+
+
+def _interval(estimate: Interval) -> str:
+    """A share with its interval, both in percent."""
+    if math.isnan(estimate.value):
+        return "none"
+    return f"{_percent(estimate.value)} ({_percent(estimate.low)} to {_percent(estimate.high)})"
+
+
+def _signed_interval(estimate: Interval) -> str:
+    return f"{estimate.value:+.2f} ({estimate.low:+.2f} to {estimate.high:+.2f})"
+
+
+def _plain(value: Any) -> Any:
+    """Records to dictionaries, all the way down; what is not finite becomes null, which JSON has a word for."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(name): _plain(member) for name, member in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(member) for member in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    return value
