@@ -18,6 +18,8 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from loadtest.rendering import adds_special_tokens, render
+
 MAX_BATCH_ITEMS = 16
 
 
@@ -43,16 +45,13 @@ class PaddedScorer:
 
     def render(self, item: Item) -> str:
         """Return the text that the model reads: its chat template, or the two strings joined where it has none."""
-        if self._tokenizer.chat_template is None:
-            return item.prompt + item.completion
-        turns = [{"role": "user", "content": item.prompt}, {"role": "assistant", "content": item.completion}]
-        return str(self._tokenizer.apply_chat_template(turns, tokenize=False))
+        return render(self._tokenizer, item.prompt, item.completion)
 
     def score(self, items: list[Item]) -> list[float]:
         """Return the raw logit of each item, in order, from one forward pass padded to the longest."""
         batch = self._tokenizer(
             [self.render(item) for item in items],
-            add_special_tokens=self._tokenizer.chat_template is None,
+            add_special_tokens=adds_special_tokens(self._tokenizer),
             padding=True,
             return_tensors="pt",
         )

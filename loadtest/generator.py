@@ -8,18 +8,13 @@ answer to the last, so latencies say nothing about a server that is offered more
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
-from service.errors import RewardServiceError
-
-
-class UnexpectedAnswer(RewardServiceError):
-    """The server answered something else than rewards; a measurement of that would mean nothing."""
+from loadtest.wire import NATIVE, UnexpectedAnswer, WireFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,36 +25,27 @@ class Reply:
     content: bytes = field(repr=False)
     latency_s: float
 
-    @property
-    def rewards(self) -> list[float]:
-        """The rewards in the order of the items.
-
-        Raises:
-            UnexpectedAnswer: not a 200, or an item has no reward.
-        """
-        if self.status != 200:
-            raise UnexpectedAnswer(f"The server answered {self.status} where rewards were asked for")
-        results = json.loads(self.content)["results"]
-        rewards = [result.get("reward", math.nan) for result in results]
-        if not all(map(math.isfinite, rewards)):
-            raise UnexpectedAnswer(
-                f"{sum(not math.isfinite(one) for one in rewards)} items of an answer have no reward"
-            )
-        return rewards
-
 
 @dataclass(frozen=True, slots=True)
 class LoadRun:
     """All replies in the order of the requests; ``wall_s`` from first send to last answer, ``cpu_s`` spent by us."""
 
     replies: tuple[Reply, ...]
+    wire: WireFormat
     wall_s: float
     cpu_s: float
 
     @property
     def rewards(self) -> list[float]:
-        """The rewards of all items, in the order sent."""
-        return [reward for reply in self.replies for reward in reply.rewards]
+        """The rewards of all items, in the order sent.
+
+        Raises:
+            UnexpectedAnswer: an answer is not a 200, or an item has no reward.
+        """
+        for reply in self.replies:
+            if reply.status != 200:
+                raise UnexpectedAnswer(f"{self.wire.path} answered {reply.status} where rewards were asked for")
+        return [reward for reply in self.replies for reward in self.wire.rewards(reply.content)]
 
     def latency_s(self, quantile: float) -> float:
         """Latency that this share of the requests stayed within (nearest rank)."""
@@ -67,21 +53,21 @@ class LoadRun:
         return ordered[max(0, math.ceil(quantile * len(ordered)) - 1)]
 
 
-def send_all(url: str, bodies: Sequence[bytes], num_connections: int) -> LoadRun:
-    """Post every body to ``url`` + ``/v1/score``, over so many connections at a time.
+def send_all(url: str, bodies: Sequence[bytes], num_connections: int, wire: WireFormat = NATIVE) -> LoadRun:
+    """Post every body to the wire format's path at ``url``, over so many connections at a time.
 
     Raises:
         OSError, EOFError: a connection broke.
         UnexpectedAnswer: an answer without a Content-Length.
     """
-    return asyncio.run(_send_all(url, bodies, num_connections))
+    return asyncio.run(_send_all(url, bodies, num_connections, wire))
 
 
-async def _send_all(url: str, bodies: Sequence[bytes], num_connections: int) -> LoadRun:
+async def _send_all(url: str, bodies: Sequence[bytes], num_connections: int, wire: WireFormat) -> LoadRun:
     place = urlsplit(url)
     host, port = place.hostname or "127.0.0.1", place.port or 80
-    head = f"POST /v1/score HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\nContent-Length: "
-    requests = [f"{head}{len(body)}\r\n\r\n".encode() + body for body in bodies]
+    head = f"POST {wire.path} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
+    requests = [f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body for body in bodies]
     streams = [await asyncio.open_connection(host, port, limit=2**24) for _ in range(min(num_connections, len(bodies)))]
     replies: dict[int, Reply] = {}
     waiting = iter(enumerate(requests))
@@ -92,7 +78,7 @@ async def _send_all(url: str, bodies: Sequence[bytes], num_connections: int) -> 
     finally:
         for _, writer in streams:
             writer.close()
-    return LoadRun(tuple(replies[number] for number in range(len(requests))), wall_s, cpu_s)
+    return LoadRun(tuple(replies[number] for number in range(len(requests))), wire, wall_s, cpu_s)
 
 
 async def _converse(

@@ -5,6 +5,7 @@ Speed depends on shapes, not on what the weights have learnt; the rewards mean n
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,12 +28,24 @@ class ModelShape:
     positions: int = 4096
 
 
+SHAPES: Mapping[str, ModelShape] = {
+    "24M": ModelShape(),
+    # The layers of SmolLM2-135M, Qwen2.5-0.5B, Qwen2.5-1.5B and Llama-3-8B.
+    "135M": ModelShape(49_152, hidden=576, intermediate=1536, layers=30, heads=9, kv_heads=3),
+    "0.5B": ModelShape(151_936, hidden=896, intermediate=4864, layers=24, heads=14, kv_heads=2),
+    "1.5B": ModelShape(151_936, hidden=1536, intermediate=8960, layers=28, heads=12, kv_heads=2),
+    "8B": ModelShape(128_256, hidden=4096, intermediate=14_336, layers=32, heads=32, kv_heads=8),
+}
+"""The sizes at which a model can be measured, by their name."""
+
+
 def write_random_checkpoint(
-    folder: Path, shape: ModelShape = ModelShape(), dtype: str = "bfloat16", seed: int = 0
+    folder: Path, shape: ModelShape = ModelShape(), dtype: str = "bfloat16", seed: int = 0, device: str = "cpu"
 ) -> Path:
     """Write model and tokenizer into ``folder`` and return it.
 
     The tokenizer is a byte-level BPE trained on the texts of the workload, so that its words are one token each.
+    ``device`` draws the weights; a GPU is faster for billions of them, and its weights are others.
     """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -63,7 +76,7 @@ def write_random_checkpoint(
         bos_token_id=None,
         num_labels=1,
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(seed)
         model = Qwen2ForSequenceClassification(config).to(getattr(torch, dtype))
     with transformers_silenced():

@@ -13,12 +13,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+from loadtest import vllm_peer
+from loadtest.wire import NATIVE, VllmWire, WireFormat
 from service.errors import ServerStartError
 
 READY_WITHIN_S = 300.0
@@ -33,6 +35,7 @@ class RunningServer:
     name: str
     url: str
     process: psutil.Process
+    wire: WireFormat = NATIVE
 
     def cpu_s(self) -> float:
         """Processor seconds spent so far by the process and all its living descendants."""
@@ -47,22 +50,43 @@ class RunningServer:
 @contextlib.contextmanager
 def running_baseline(model: Path, dtype: str, log_folder: Path) -> Iterator[RunningServer]:
     """Run the plain server on a free port until the block ends."""
-    command = ["-m", "loadtest.baseline", "--model", str(model), "--dtype", dtype]
-    with _running("plain", command, log_folder) as server:
-        yield server
+    command = [sys.executable, "-m", "loadtest.baseline", "--model", str(model), "--dtype", dtype]
+    with _running("plain", command, log_folder) as (url, process):
+        yield RunningServer("plain", url, process)
 
 
 @contextlib.contextmanager
 def running_service(model: Path, dtype: str, log_folder: Path) -> Iterator[RunningServer]:
     """Run our service on a free port until the block ends."""
-    command = ["-m", "service.server", "--model", str(model), "--dtype", dtype, "--log", os.devnull]
-    with _running("ours", command, log_folder) as server:
-        yield server
+    command = [sys.executable, "-m", "service.server", "--model", str(model), "--dtype", dtype, "--log", os.devnull]
+    with _running("ours", command, log_folder) as (url, process):
+        yield RunningServer("ours", url, process)
 
 
 @contextlib.contextmanager
-def _running(name: str, arguments: Sequence[str], log_folder: Path) -> Iterator[RunningServer]:
-    """Run a Python command that takes ``--port``; yields when its ``/readyz`` answers 200.
+def running_vllm(
+    python: Path, model: Path, dtype: str, log_folder: Path, *, prefix_cache: bool
+) -> Iterator[RunningServer]:
+    """Run vLLM, as this interpreter has it installed, on a free port until the block ends."""
+    from transformers import AutoTokenizer
+
+    command = [str(python), "-m", vllm_peer.MODULE, "--model", str(model), "--host", "127.0.0.1"]
+    command += vllm_peer.vllm_flags(dtype, prefix_cache=prefix_cache)
+    environment = {**os.environ, **vllm_peer.vllm_environment(os.environ)}
+    wire = VllmWire(AutoTokenizer.from_pretrained(model))
+    with _running("vllm", command, log_folder, environment, ready_path="/health") as (url, process):
+        yield RunningServer("vllm", url, process, wire)
+
+
+@contextlib.contextmanager
+def _running(
+    name: str,
+    command: Sequence[str],
+    log_folder: Path,
+    environment: Mapping[str, str] | None = None,
+    ready_path: str = "/readyz",
+) -> Iterator[tuple[str, psutil.Process]]:
+    """Run a command that takes ``--port``; yields its address and process when ``ready_path`` answers 200.
 
     Raises:
         ServerStartError: it ended before, or took too long; names the log.
@@ -71,22 +95,23 @@ def _running(name: str, arguments: Sequence[str], log_folder: Path) -> Iterator[
     log = log_folder / f"{name}.log"
     with log.open("wb") as output:
         process = subprocess.Popen(  # noqa: S603  (our own commands)
-            [sys.executable, *arguments, "--port", str(port)],
+            [*command, "--port", str(port)],
+            env=environment,
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
     try:
-        _wait_until_ready(name, process, port, log)
-        yield RunningServer(name, f"http://127.0.0.1:{port}", psutil.Process(process.pid))
+        _wait_until_ready(name, process, port, ready_path, log)
+        yield f"http://127.0.0.1:{port}", psutil.Process(process.pid)
     finally:
         _stop(process)
 
 
-def _wait_until_ready(name: str, process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+def _wait_until_ready(name: str, process: subprocess.Popen[bytes], port: int, ready_path: str, log: Path) -> None:
     give_up = time.monotonic() + READY_WITHIN_S
-    while not _is_ready(port):
+    while not _is_ready(port, ready_path):
         if process.poll() is not None:
             last = log.read_text(errors="replace")[-2000:]
             raise ServerStartError(f"The {name} server ended with status {process.returncode}. Its last words:\n{last}")
@@ -95,10 +120,10 @@ def _wait_until_ready(name: str, process: subprocess.Popen[bytes], port: int, lo
         time.sleep(POLL_S)
 
 
-def _is_ready(port: int) -> bool:
+def _is_ready(port: int, ready_path: str) -> bool:
     probe = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
     try:
-        probe.request("GET", "/readyz")
+        probe.request("GET", ready_path)
         return probe.getresponse().status == http.client.OK
     except (OSError, http.client.HTTPException):
         return False

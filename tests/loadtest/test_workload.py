@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 
 import pytest
 
-from loadtest.workload import HH_COMPLETIONS, HH_PROMPTS, WORDS, LengthLaw, draw_groups, request_bodies
+from loadtest.workload import HH_COMPLETIONS, HH_PROMPTS, WORDS, LengthLaw, cut_into_requests, draw_groups
 
 
 def test_equal_seeds_give_equal_texts() -> None:
@@ -44,23 +43,21 @@ def test_completions_of_a_group_differ_in_length_and_share_the_prompt() -> None:
 
 
 def test_requests_hold_every_item_once_in_order() -> None:
-    """However they are cut, the bodies together are the items of the groups."""
+    """However they are cut, the requests together are the items of the groups."""
     groups = draw_groups(3, 4, seed=3)
 
-    bodies = request_bodies(groups, items_per_request=5)
+    requests = cut_into_requests(groups, items_per_request=5)
 
-    sent = [item for body in bodies for item in json.loads(body)["items"]]
-    assert [len(json.loads(body)["items"]) for body in bodies] == [5, 5, 2]
-    assert [item for group in groups for item in group.items] == sent
+    assert [len(request) for request in requests] == [5, 5, 2]
+    assert [item for group in groups for item in group.items] == [item for request in requests for item in request]
 
 
 def test_shuffled_requests_hold_every_item_once() -> None:
     """Shuffling moves items, equally on every machine, and neither loses nor repeats one."""
     groups = draw_groups(3, 4, seed=3)
 
-    (ordered,), (shuffled,) = request_bodies(groups, 12), request_bodies(groups, 12, shuffle_seed=1)
+    (ordered,), (shuffled,) = cut_into_requests(groups, 12), cut_into_requests(groups, 12, shuffle_seed=1)
 
-    assert request_bodies(groups, 12, shuffle_seed=1) == [shuffled]
-    in_order, moved = (json.loads(body)["items"] for body in (ordered, shuffled))
-    assert moved != in_order
-    assert sorted(map(str, moved)) == sorted(map(str, in_order))
+    assert cut_into_requests(groups, 12, shuffle_seed=1) == [shuffled]
+    assert shuffled != ordered
+    assert sorted(map(str, shuffled)) == sorted(map(str, ordered))

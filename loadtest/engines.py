@@ -1,0 +1,189 @@
+"""Where a forward pass stands: every way of scoring, and the machine's own limit, side by side in one run.
+
+It opens the model and says what was found; work, ways, rounds and figures have modules of their own. It needs no
+server, no Ray and no network.
+
+    python -m loadtest.engines [--model DIR | --shape 135M] [--workloads "groups of 8"] [--json FILE] [--plot FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from importlib.metadata import version as distribution_version
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from loadtest.agreement import agreement_between
+from loadtest.contenders import CLOCKS, REFERENCE, Contender, Setup, exported, limit, ours, plain
+from loadtest.engine_report import Finding, as_data, draw_plot, findings, table
+from loadtest.engine_rounds import Run, run_rounds
+from loadtest.engine_work import Work, read_groups, tokenize
+from loadtest.random_checkpoint import SHAPES, write_random_checkpoint
+from loadtest.workload import WORKLOADS
+from service.checkpoint import Checkpoint, open_checkpoint
+from service.engines.device import resolve_device, resolve_threads
+from service.engines.torch import DEFAULT_BATCH_TOKENS
+from service.errors import DatasetError, StartupError
+from service.settings import ModelSettings
+
+CONTENDERS: dict[str, Contender] = {"limit": limit, "plain": plain, "ours": ours}
+
+DEFAULT_ITEMS = {"cpu": 128, "cuda": 1024}
+"""Items of a workload: some batches' worth."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status: 1 when the model cannot be opened or a way fails."""
+    options = _parser().parse_args(arguments)
+    console = Console()
+    try:
+        with tempfile.TemporaryDirectory(prefix="reward-engines-") as folder:
+            report = _compare(options, Path(folder), console)
+    except (StartupError, DatasetError, OSError) as error:
+        console.print(f"loadtest.engines: {type(error).__name__}: {error}", markup=False, style="red")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    if options.json is not None:
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    return 0
+
+
+def judge_rewards(run: Run, base_line: str) -> list[Finding]:
+    """Return the figures of a run; rewards are held against those of the reference on the same work."""
+    agreements = {
+        (workload, way): agreement_between(run.rewards[workload, REFERENCE], rewards)
+        for (workload, way), rewards in run.rewards.items()
+    }
+    return findings(run.measurements, agreements, base_line)
+
+
+def _compare(options: argparse.Namespace, folder: Path, console: Console) -> dict[str, Any]:
+    device = resolve_device(options.device)
+    model = options.model or write_random_checkpoint(
+        folder / "random", SHAPES[options.shape], options.dtype, device=str(device)
+    )
+    checkpoint = open_checkpoint(model, ModelSettings())
+    setup = Setup(
+        folder=checkpoint.path,
+        device=str(device),
+        dtype=options.dtype,
+        pad_token_id=checkpoint.pad_token_id,
+        max_input_tokens=checkpoint.max_input_tokens,
+        max_batch_tokens=options.batch_tokens or DEFAULT_BATCH_TOKENS[device.type],
+        padded_items=options.padded_items,
+        num_threads=resolve_threads(options.threads),
+        clock=options.clock,
+    )
+    works = _works(options, checkpoint, options.items or DEFAULT_ITEMS[device.type])
+    with Progress(console=console) as progress:
+        task = progress.add_task("Loading")
+        run = run_rounds(
+            CONTENDERS | {str(bundle): partial(exported, bundle=bundle) for bundle in options.onnx},
+            setup,
+            works,
+            options.rounds,
+            tell=lambda doing, step, total: progress.update(task, description=doing, completed=step, total=total),
+        )
+    return _report(options, checkpoint, setup, works, run, console)
+
+
+def _works(options: argparse.Namespace, checkpoint: Checkpoint, num_items: int) -> dict[str, Work]:
+    if options.rows is not None:
+        return {options.rows.name: tokenize(list(islice(read_groups(options.rows), num_items)), checkpoint)}
+    return {name: tokenize(WORKLOADS[name].draw(num_items, options.seed), checkpoint) for name in options.workloads}
+
+
+def _report(
+    options: argparse.Namespace,
+    checkpoint: Checkpoint,
+    setup: Setup,
+    works: dict[str, Work],
+    run: Run,
+    console: Console,
+) -> dict[str, Any]:
+    """Print what was found, draw it where that is wanted, and return it JSON-ready."""
+    name = str(options.model) if options.model else f"random, {options.shape}"
+    machine = f"{setup.num_threads} CPU threads"
+    if setup.device.startswith("cuda"):
+        machine = torch.cuda.get_device_name(setup.device)
+    base_line = f"plain, padded {setup.padded_items}"
+    found = judge_rewards(run, base_line)
+    limits = {workload: median(one for (of, _), one in run.limits.items() if of == workload) for workload in works}
+    console.print(f"{name} ({checkpoint.architecture}), {setup.dtype}, {machine}", markup=False)
+    console.print(table(found, base_line))
+    for workload, work in works.items():
+        console.print(
+            f"{workload}: {len(work.sequences)} items with {work.num_tokens:,} tokens, {work.num_refused} refused; "
+            f"the limit is {limits[workload]:,.0f} tokens/s "
+            f"({limits[workload] * run.flops_per_token / 1e12:,.2f} TFLOP/s)"
+        )
+    if options.plot is not None:
+        draw_plot(found, limits, f"{name}, {setup.dtype}, {machine}", options.plot)
+    return {
+        "model": name,
+        "architecture": checkpoint.architecture,
+        "num_parameters": checkpoint.num_parameters,
+        "flops_per_token": run.flops_per_token,
+        "machine": machine,
+        "processor": platform.processor() or platform.machine(),
+        "versions": {"torch": torch.__version__, "transformers": distribution_version("transformers")},
+        "setup": asdict(setup) | {"folder": str(setup.folder)},
+        "seed": options.seed,
+        "limits": limits,
+        **as_data(found, run.measurements),
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m loadtest.engines", description=__doc__.partition("\n")[0])
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--model", type=Path, metavar="DIR", help="checkpoint folder; none: a random one")
+    model.add_argument("--shape", choices=SHAPES, default="24M", help="of the random model (default: %(default)s)")
+    parser.add_argument(
+        "--onnx", type=Path, nargs="+", default=[], metavar="DIR", help="bundles exported from the same checkpoint"
+    )
+    work = parser.add_mutually_exclusive_group()
+    work.add_argument(
+        "--workloads",
+        nargs="+",
+        choices=WORKLOADS,
+        default=list(WORKLOADS),
+        metavar="NAME",
+        help="any of: " + ", ".join(WORKLOADS),
+    )
+    work.add_argument("--rows", type=Path, metavar="FILE", help="score the items or pairs of a data file instead")
+    parser.add_argument("--items", type=int, help="of each workload (default: 128 on CPU, 1,024 on CUDA)")
+    parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default: %(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="CPU threads of each way (default: all cores)")
+    parser.add_argument(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="cpu: processor seconds, for a CPU that is shared with others; use --threads 1 (default: %(default)s)",
+    )
+    parser.add_argument("--batch-tokens", type=int, help="of our batches (default: as the service has it)")
+    parser.add_argument("--padded-items", type=int, default=16, help="of a padded batch (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="of the texts (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it; the suffix names the format")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""The ways in which one amount of work is sent: singly or in bulk, in groups or independent, in order or shuffled.
+
+Pure and seeded: it says which texts go into which request and over how many connections, and sends none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from loadtest.workload import cut_into_requests, draw_groups
+
+GROUP_SIZE = 8
+NUM_CONNECTIONS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class LoadShape:
+    """How one round's items are sent. ``group_size``: completions that answer one prompt; 1 for independent items."""
+
+    name: str
+    num_groups: int
+    items_per_request: int
+    num_connections: int
+    group_size: int = GROUP_SIZE
+    is_shuffled: bool = False
+
+    @property
+    def title(self) -> str:
+        """The shape in a few words."""
+        many = self.num_groups * self.group_size
+        of_what = f"{self.num_groups} groups of {self.group_size}" if self.group_size > 1 else f"{many} independent"
+        order = ", shuffled" if self.is_shuffled else ""
+        how = "1 request" if self.items_per_request >= many else f"singly, {self.num_connections} connections"
+        return f"{of_what}{order}: {how}"
+
+    def requests(self, seed: int) -> list[list[dict[str, str]]]:
+        """The items of the requests of one pass."""
+        groups = draw_groups(self.num_groups, self.group_size, seed)
+        return cut_into_requests(groups, self.items_per_request, seed if self.is_shuffled else None)
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One shape in one round, with texts of its own: what a server keeps of an earlier pass cannot answer it."""
+
+    shape: LoadShape
+    round: int
+    requests: Sequence[Sequence[dict[str, str]]]
+
+    @property
+    def items(self) -> list[dict[str, str]]:
+        """All items in the order sent."""
+        return [item for request in self.requests for item in request]
+
+
+def shapes_against_plain(single_groups: int, bulk_groups: int) -> list[LoadShape]:
+    """Shapes that show what batching and packing give over a server that pads in the order of arrival."""
+    return [_singly("single", single_groups), _bulk("bulk", bulk_groups), _bulk("bulk shuffled", bulk_groups, True)]
+
+
+def shapes_against_vllm(single_groups: int, bulk_groups: int) -> list[LoadShape]:
+    """Shapes that show sharing with and without a cache, and plain speed where nothing can be shared."""
+    return [
+        _singly("single shuffled", single_groups, is_shuffled=True),
+        _bulk("bulk", bulk_groups),
+        _singly("independent single", single_groups * GROUP_SIZE, group_size=1),
+        _bulk("independent bulk", bulk_groups * GROUP_SIZE, group_size=1),
+    ]
+
+
+def passes(shapes: Sequence[LoadShape], rounds: int, seed: int) -> Iterator[Pass]:
+    """Yield every shape of every round; no two passes have a text in common, nor has another seed 1,000 away."""
+    for round_ in range(rounds):
+        for place, shape in enumerate(shapes):
+            yield Pass(shape, round_, shape.requests(seed * 1000 + round_ * len(shapes) + place))
+
+
+def _singly(name: str, num_groups: int, group_size: int = GROUP_SIZE, is_shuffled: bool = False) -> LoadShape:
+    return LoadShape(name, num_groups, 1, NUM_CONNECTIONS, group_size, is_shuffled)
+
+
+def _bulk(name: str, num_groups: int, is_shuffled: bool = False, group_size: int = GROUP_SIZE) -> LoadShape:
+    return LoadShape(name, num_groups, num_groups * group_size, 1, group_size, is_shuffled)

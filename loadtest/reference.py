@@ -1,0 +1,19 @@
+"""What the rewards are: plain transformers in fp32, one text at a time.
+
+It is asked after the measurement, for it needs the cores to itself and its speed is of no interest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+
+def reference_rewards(model: Path, items: Sequence[Mapping[str, str]]) -> list[float]:
+    """Return the raw logit of each item, in order, as transformers' own classifier computes it in fp32."""
+    import torch
+
+    from loadtest.baseline import Item, PaddedScorer
+
+    scorer = PaddedScorer(model, torch.float32)
+    return [scorer.score([Item.model_validate(item)])[0] for item in items]

@@ -1,0 +1,244 @@
+"""Side by side on a tiny model: the plan of a run, its work, its ways, its figures, and once the whole command."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from itertools import count, pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from loadtest.agreement import agreement_between
+from loadtest.contenders import LIMIT, REFERENCE, Outcome, Setup, Way, limit, ours, padded_batches, plain
+from loadtest.engine_report import Measurement, as_data, draw_plot, findings, table
+from loadtest.engine_rounds import plan_steps, run_rounds
+from loadtest.engine_work import Work, read_groups, tokenize
+from loadtest.matmul_limit import layer_shapes, measure_limit
+from loadtest.measuring_process import ContenderFailedError
+from loadtest.random_checkpoint import ModelShape, write_random_checkpoint
+from loadtest.workload import PANDALM_COMPLETIONS, PANDALM_PROMPTS, WORKLOADS, draw_groups
+from service.checkpoint import Checkpoint, open_checkpoint
+from service.errors import DatasetError
+from service.settings import ModelSettings
+
+TINY = ModelShape(vocabulary=1200, hidden=64, intermediate=96, layers=2, heads=4, kv_heads=2, positions=4096)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    folder = write_random_checkpoint(tmp_path_factory.mktemp("engines") / "tiny", TINY, "float32")
+    return open_checkpoint(folder, ModelSettings())
+
+
+@pytest.fixture(scope="module")
+def setup(checkpoint: Checkpoint) -> Setup:
+    return Setup(
+        folder=checkpoint.path,
+        device="cpu",
+        dtype="float32",
+        pad_token_id=checkpoint.pad_token_id,
+        max_input_tokens=checkpoint.max_input_tokens,
+        max_batch_tokens=512,
+        padded_items=4,
+        num_threads=torch.get_num_threads(),
+    )
+
+
+def measured(way: str, round_: int, seconds: float, num_computed: int = 100) -> Measurement:
+    return Measurement("work", way, round_, seconds, 10, 100, num_computed, limit_tokens_per_s=1000.0)
+
+
+# --- Plan ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_way_warms_up_uncounted_and_takes_its_turn_in_coming_first() -> None:
+    """The limit opens each round, no way always follows it, and each way is in each round once."""
+    steps = list(plan_steps(["work"], ["a", "b"], num_rounds=2))
+
+    assert [(step.round, step.way) for step in steps] == [
+        *((None, way) for way in (REFERENCE, "a", "b")),
+        *((0, way) for way in (LIMIT, "a", "b")),
+        *((1, way) for way in (LIMIT, "b", "a")),
+    ]
+
+
+def test_padded_batches_hold_every_place_once() -> None:
+    """In order of arrival or of length, the last batch may be smaller."""
+    lengths = [5, 9, 1, 7, 3]
+
+    assert padded_batches(lengths, 2, by_length=False) == [[0, 1], [2, 3], [4]]
+    assert padded_batches(lengths, 2, by_length=True) == [[1, 3], [0, 4], [2]]
+
+
+# --- Work ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_workloads_are_reproducible_and_fill_their_groups(name: str) -> None:
+    """Equal seeds give equal texts, other seeds others; the number of items is rounded up to whole groups."""
+    workload = WORKLOADS[name]
+
+    groups = workload.draw(10, seed=3)
+
+    assert groups == workload.draw(10, seed=3) != workload.draw(10, seed=4)
+    assert {len(group.completions) for group in groups} == {workload.group_size}
+    assert len(groups) == -(-10 // workload.group_size)
+
+
+def test_mixed_work_is_longer_than_short_and_shorter_than_long() -> None:
+    """The names of the workloads tell their lengths."""
+    chars = {
+        name: sum(len(group.prompt + group.completions[0]) for group in WORKLOADS[name].draw(99, seed=1))
+        for name in ("short", "mixed", "long")
+    }
+
+    assert all(2 * shorter < longer for shorter, longer in pairwise(chars.values()))
+
+
+def test_rows_of_a_file_are_scored_as_they_are(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    """Items, pairs and conversations become groups; a completion beyond the limit is counted as refused."""
+    rows = [
+        {"prompt": "new work", "completion": " good day"},
+        {
+            "prompt": [{"role": "user", "content": "read"}, {"role": "user", "content": "on"}],
+            "chosen": "a",
+            "rejected": "b",
+        },
+        {"prompt": "x", "completion": "word " * 5000},
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    groups = list(read_groups(file))
+    work = tokenize(groups, checkpoint)
+
+    assert [group.prompt for group in groups] == ["new work", "read\n\non", "x"]
+    assert (work.groups, work.num_refused) == ((0, 1, 1), 1)
+
+
+def test_row_that_is_neither_item_nor_pair_is_refused_by_its_place(tmp_path: Path) -> None:
+    """The message names the row and shows none of its text."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"question": "secret"}\n')
+
+    with pytest.raises(DatasetError, match="row 1 is neither") as refused:
+        list(read_groups(file))
+
+    assert "secret" not in str(refused.value)
+
+
+# --- Ways ------------------------------------------------------------------------------------------------------------
+
+
+def test_all_ways_give_the_rewards_of_the_reference_in_the_order_of_the_work(
+    setup: Setup, checkpoint: Checkpoint
+) -> None:
+    """Batches are formed differently, rewards come back in order and are equal up to rounding in fp32."""
+    work = tokenize(draw_groups(2, 3, 5, PANDALM_PROMPTS, PANDALM_COMPLETIONS), checkpoint)
+    ways: dict[str, Way] = {**plain(setup), **ours(setup)}
+
+    outcomes = {name: way(work) for name, way in ways.items()}
+
+    assert len(ways) >= 5
+    for outcome in outcomes.values():
+        assert outcome.rewards == pytest.approx(outcomes[REFERENCE].rewards, abs=1e-4)
+        assert outcome.seconds > 0
+
+
+def test_limit_counts_two_operations_for_each_weight_of_the_layers(setup: Setup, checkpoint: Checkpoint) -> None:
+    """Attention and feed-forward matrices are counted, embeddings and head are not."""
+    outcome = limit(setup)[LIMIT](Work((), ()))
+
+    num_weights = TINY.layers * (64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 96)
+    assert outcome.flops_per_token == 2 * num_weights
+    assert outcome.limit_tokens_per_s > 0
+    assert sum(layer_shapes(checkpoint.path).values()) == 7 * TINY.layers
+
+
+def test_limit_adds_up_the_layers_by_their_count() -> None:
+    """With a clock that moves by a second at each look, three layers of two shapes take three seconds."""
+    clock = count()
+
+    limit_found = measure_limit({(8, 8): 2, (8, 16): 1}, 6, torch.float32, torch.device("cpu"), lambda: next(clock))
+
+    assert limit_found.tokens_per_s == pytest.approx(2.0)
+    assert limit_found.flops_per_token == 2 * (2 * 8 * 8 + 8 * 16)
+    assert limit_found.flops_per_s == pytest.approx(2.0 * limit_found.flops_per_token)
+
+
+# --- Figures ---------------------------------------------------------------------------------------------------------
+
+
+def test_figures_are_medians_of_rounds_and_ratios_are_taken_within_a_round() -> None:
+    """A case worked out by hand: two rounds, of which the second was twice as slow for everybody."""
+    measurements = [
+        measured("base", 0, 1.0),
+        measured("ours", 0, 0.5, num_computed=60),
+        measured("base", 1, 2.0),
+        measured("ours", 1, 1.0, num_computed=60),
+    ]
+    agreement = agreement_between([0.0, 1.0], [0.0, 1.5])
+
+    base, ours_found = findings(measurements, {("work", "base"): agreement, ("work", "ours"): agreement}, "base")
+
+    assert (base.ratio, ours_found.ratio) == (1.0, 2.0)
+    assert ours_found.tokens_per_s == pytest.approx(150.0)
+    assert ours_found.items_per_s == pytest.approx(15.0)
+    # Only what was computed counts against the limit: 120 and 60 of 1,000 tokens a second.
+    assert ours_found.limit_share == pytest.approx(0.09)
+
+
+def test_findings_are_shown_written_and_drawn(tmp_path: Path) -> None:
+    """Table, JSON and plot hold every way."""
+    agreement = agreement_between([0.0, 1.0], [0.0, 1.5])
+    measurements = [measured("base", 0, 1.0), measured("ours", 0, 0.5)]
+    found = findings(measurements, {("work", "base"): agreement, ("work", "ours"): agreement}, "base")
+
+    draw_plot(found, {"work": 1000.0}, "tiny", tmp_path / "plot.png")
+
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert table(found, "base").row_count == 2
+    assert [one["way"] for one in json.loads(json.dumps(as_data(found, measurements)))["findings"]] == ["base", "ours"]
+
+
+# --- Processes -------------------------------------------------------------------------------------------------------
+
+
+def fails_to_load(_: Setup) -> Mapping[str, Way]:
+    raise ValueError("no such weights")
+
+
+def fails_to_score(_: Setup) -> Mapping[str, Way]:
+    def refuse(_: Work) -> Outcome:
+        raise ValueError("no such kernel")
+
+    return {REFERENCE: refuse}
+
+
+@pytest.mark.parametrize(
+    ("contender", "words"), [(fails_to_load, "no such weights"), (fails_to_score, "no such kernel")]
+)
+def test_contender_that_fails_ends_the_run_with_its_own_words(contender: object, words: str, setup: Setup) -> None:
+    """Nothing is measured around a way that failed."""
+    with pytest.raises(ContenderFailedError, match=f"broken: ValueError: {words}"):
+        run_rounds({"broken": contender}, setup, {"work": Work((), ())}, 1, lambda *_: None)  # type: ignore[dict-item]
+
+
+@pytest.mark.slow
+def test_command_measures_every_way_and_writes_what_it_found(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    """The whole command on a tiny model: all ways agree with the reference, and none beats the limit."""
+    command = [
+        *(sys.executable, "-m", "loadtest.engines", "--model", str(checkpoint.path), "--dtype", "float32"),
+        *("--workloads", "independent", "--items", "8", "--rounds", "1", "--json", str(tmp_path / "found.json")),
+    ]
+
+    subprocess.run(command, check=True, timeout=250)
+
+    report = json.loads((tmp_path / "found.json").read_text())
+    assert {"plain, one by one", "plain, padded 16", "ours, packed"} <= {one["way"] for one in report["findings"]}
+    assert all(one["agreement"]["max_difference"] < 1e-4 for one in report["findings"])
+    assert all(one["limit_share"] > 0 for one in report["measurements"])

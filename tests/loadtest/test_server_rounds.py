@@ -1,0 +1,61 @@
+"""Measuring in turns, against two servers on loopback that note when they were asked for what."""
+
+from __future__ import annotations
+
+import psutil
+import pytest
+from misbehaving_server import World, ok, running
+
+from loadtest.load_shapes import Pass, passes, shapes_against_plain
+from loadtest.server_rounds import Measurement, measure_in_turns
+from loadtest.servers import RunningServer
+
+
+class Lengths(World):
+    """The reward of an item is how long its completion is."""
+
+    async def answer(self, request):
+        yield ok({"results": [{"reward": float(len(item["completion"]))} for item in request.body["items"]]})
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Pass], list[Measurement], list[World]]:
+    """Two rounds of two small shapes, without a pause for polling servers."""
+    monkeypatch.setattr("loadtest.server_rounds.QUIET_FOR_S", 0.0)
+    planned = list(passes(shapes_against_plain(1, 1)[:2], rounds=2, seed=1))
+    with running(Lengths()) as peer, running(Lengths()) as ours:
+        servers = (
+            RunningServer("plain", peer.url, psutil.Process()),
+            RunningServer("ours", ours.url, psutil.Process()),
+        )
+        return planned, list(measure_in_turns(servers, planned)), [peer, ours]
+
+
+def test_servers_take_turns_in_going_first(measured: tuple[list[Pass], list[Measurement], list[World]]) -> None:
+    """Each pass goes to both, one after the other, and the one that went first is second in the next round."""
+    _, found, _ = measured
+
+    assert [(one.round, one.shape, one.server) for one in found] == [
+        (0, "single", "plain"),
+        (0, "single", "ours"),
+        (0, "bulk", "plain"),
+        (0, "bulk", "ours"),
+        (1, "single", "ours"),
+        (1, "single", "plain"),
+        (1, "bulk", "ours"),
+        (1, "bulk", "plain"),
+    ]
+
+
+def test_both_get_the_same_items_and_rewards_stand_in_their_order(
+    measured: tuple[list[Pass], list[Measurement], list[World]],
+) -> None:
+    """What is compared item by item is the same item."""
+    planned, found, worlds = measured
+
+    sent = [len(item["completion"]) for one_pass in planned for item in one_pass.items]
+    for server in ("plain", "ours"):
+        assert [reward for one in found if one.server == server for reward in one.rewards] == sent
+    asked = [sorted(str(request.body) for request in world.requests) for world in worlds]
+    assert asked[0] == asked[1]
+    assert all(one.items_per_s > 0 and 0 < one.latency_p50_s <= one.latency_p95_s for one in found)
