@@ -6,7 +6,7 @@ PORT   ?= 8000
 MODEL  ?=
 BIN    := $(VENV)/bin
 
-.PHONY: serve test test-slow check format clean
+.PHONY: serve test test-slow check format prometheus clean
 .DEFAULT_GOAL := help
 
 help: ## print the targets
@@ -42,6 +42,12 @@ test: $(VENV)/dev.installed ## the fast tests
 
 test-slow: $(VENV)/dev.installed ## real servers, the demo model and long checks
 	$(BIN)/python -m pytest -m 'slow and not gpu'
+
+prometheus: $(VENV)/dev.installed ## Prometheus's own tools for the tests of monitoring/, from Debian's packages, without root
+	mkdir -p $(VENV)/prometheus
+	cd $(VENV)/prometheus && apt-get download prometheus prometheus-alertmanager
+	for package in $(VENV)/prometheus/*.deb; do dpkg --extract $$package $(VENV)/prometheus || exit 1; done
+	for tool in prometheus promtool amtool; do ln -sf ../prometheus/usr/bin/$$tool $(BIN)/$$tool; done
 
 clean: ## remove the virtual environment and the caches
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -1,6 +1,11 @@
 """What holds for all tests: those that need a GPU are skipped, visibly, where there is none."""
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# How fast inputs are made says how busy the machine is, and nothing about what is tested.
+settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unhurried")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

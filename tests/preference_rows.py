@@ -24,6 +24,27 @@ def polite_pairs(num_pairs: int, seed: int = 0) -> list[dict[str, Any]]:
     ]
 
 
+def with_slips(rows: list[dict[str, Any]], every: int) -> list[dict[str, Any]]:
+    """The rows with the label of every n-th turned round, as a careless reviewer would leave them."""
+    return [
+        row | {"chosen": row["rejected"], "rejected": row["chosen"]} if number % every == 0 else row
+        for number, row in enumerate(rows)
+    ]
+
+
+def longer_wins_pairs(num_pairs: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows of pairs in which nothing but length tells the chosen answer: it has at least three more words."""
+    rng = random.Random(seed)
+    return [
+        {
+            "prompt": [{"role": "user", "content": f"Question {seed}-{number}?"}],
+            "chosen": " ".join(rng.choices(FILLER, k=rng.randint(9, 24))),
+            "rejected": " ".join(rng.choices(FILLER, k=rng.randint(1, 6))),
+        }
+        for number in range(num_pairs)
+    ]
+
+
 def write_pairs(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import numpy as np
 import pytest
 import torch
@@ -19,11 +20,14 @@ from scipy.stats import spearmanr
 from serving import RunningServer, serving
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from export.bundle import ExportPlan, export_bundle
 from loadtest.workload import draw_groups
+from service.bundle import open_bundle
 from service.checkpoint import open_checkpoint
 from service.client import RewardClient
 from service.dataset import read_rows
 from service.demo import obtain_demo_model
+from service.engines.onnx import load_onnx_engine
 from service.engines.torch import load_torch_engine
 from service.records import Sequence
 from service.settings import BatchingSettings, ModelSettings
@@ -135,6 +139,48 @@ def test_bfloat16_ranks_as_fp32_does(checkpoint: Path, texts: Texts, plain_rewar
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     rendered = tokenizer.apply_chat_template(texts.conversations, tokenize=False)
     ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+    rewards = [engine.forward([Sequence(tuple(text))]).rewards[0] for text in ids]
+
+    assert spearmanr(rewards, plain_rewards).statistic >= least
+
+
+@pytest.fixture(scope="module")
+def onnx_server(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("onnx")
+    export_bundle("demo", folder / "demo", ExportPlan())
+    with serving(folder, "--engine", "onnx", "--model", str(folder / "demo")) as server:
+        yield server
+
+
+def test_the_onnx_engine_serves_what_plain_transformers_computes(
+    onnx_server: RunningServer, texts: Texts, plain_rewards: np.ndarray
+) -> None:
+    """The exported demo model over HTTP, at least 200 items in fp32: within 1e-4 of plain transformers."""
+    with RewardClient(onnx_server.url, deadline_s=900) as client:
+        served = np.array(client.score(texts.prompts, texts.completions))
+
+    assert len(served) >= 200
+    assert np.abs(served - plain_rewards).max() <= 1e-4
+
+
+def test_the_onnx_server_says_what_it_runs(onnx_server: RunningServer) -> None:
+    """Engine, arithmetic, providers and the report of the export stand in ``/v1/model``."""
+    engine = httpx2.get(f"{onnx_server.url}/v1/model").json()["engine"]
+
+    assert (engine["engine"], engine["dtype"], engine["providers"]) == ("onnx", "float32", ["CPUExecutionProvider"])
+    assert engine["parity"]["max_difference"] <= 1e-4
+
+
+def test_int8_ranks_as_fp32_does(texts: Texts, plain_rewards: np.ndarray, tmp_path: Path) -> None:
+    """The int8 bundle keeps the order of plain fp32 rewards of human texts: Spearman at least 0.99."""
+    least = 0.99 if os.environ.get("PREFERENCE_PAIRS") else 0.95
+    export_bundle("demo", tmp_path / "demo", ExportPlan(precision="int8"))
+    settings = ModelSettings(path=str(tmp_path / "demo"), device="cpu")
+    bundle = open_bundle(tmp_path / "demo", settings)
+    engine = load_onnx_engine(bundle, settings, BatchingSettings())
+    rendered = bundle.checkpoint.tokenizer.apply_chat_template(texts.conversations, tokenize=False)
+    ids = bundle.checkpoint.tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
     rewards = [engine.forward([Sequence(tuple(text))]).rewards[0] for text in ids]
 
