@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+from functools import cache
+from typing import Any
 
 import torch
 
@@ -57,8 +59,17 @@ def resolve_dtype(choice: str, stored: torch.dtype, device: torch.device) -> tor
 
 def has_bfloat16_units() -> bool:
     """Whether this CPU multiplies bfloat16 natively (AMX, AVX-512 BF16); without, bfloat16 is slower than float32."""
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    return has_matrix_tiles() or bool(_capabilities().get("avx512_bf16"))
+
+
+def has_matrix_tiles() -> bool:
+    """Whether this CPU multiplies bfloat16 in tiles (AMX)."""
+    return bool(_capabilities().get("amx_bf16"))
+
+
+@cache
+def _capabilities() -> dict[str, Any]:
+    return torch.cpu.get_capabilities()
 
 
 def resolve_threads(choice: int | None) -> int:

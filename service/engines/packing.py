@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate, pairwise
 
 import torch
 
 from service.engines.row_blocks import padded_rows
+from service.engines.tiles import TileBatch, cut_tiles
 from service.prefix_tree import Branch, Span, grow_branches
 
 BLOCK = 32
@@ -51,20 +53,21 @@ class Slab:
     key_borders: torch.Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Packing:
     """Where the sequences of a packed row stand.
 
-    ``branches``: the place of each sequence, in their order. ``slabs``: all the work of attention, in the order of the
-    row. ``num_filler``: tokens at the end of the row that belong to nobody. ``bands``: masks that the layers of this
-    pass have in common; filled by attention.
+    ``branches``: the place of each sequence, in their order. ``block``: of which the queries and keys of a strand are a
+    multiple. ``num_filler``: tokens at the end of the row that belong to nobody. ``bands``: masks that the layers of
+    this pass have in common; filled by attention.
     """
 
     branches: tuple[Branch, ...]
-    slabs: tuple[Slab, ...]
     device: torch.device
+    block: int = 1
     num_filler: int = 0
     bands: dict[tuple[int | None, torch.dtype], torch.Tensor] = field(default_factory=dict)
+    _tilings: dict[tuple[int | None, torch.dtype], list[TileBatch]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -89,7 +92,18 @@ class Packing:
         branches = tuple(grow_branches(rows, shortest_shared))
         num_tokens = sum(branch.num_own for branch in branches)
         num_filler = padded_rows(num_tokens) - num_tokens if row_blocks else 0
-        return cls(branches, tuple(_cut_slabs(branches, block, device)), device, num_filler)
+        return cls(branches, device, block, num_filler)
+
+    @cached_property
+    def slabs(self) -> tuple[Slab, ...]:
+        """All the work of attention, in the order of the row, for kernels that take one sequence after another."""
+        return tuple(_cut_slabs(self.branches, self.block, self.device))
+
+    def tilings(self, window: int | None, dtype: torch.dtype) -> list[TileBatch]:
+        """Return all the work of attention as tiles, for layers with this window; cut once a pass."""
+        if (window, dtype) not in self._tilings:
+            self._tilings[window, dtype] = cut_tiles(self.branches, window, dtype)
+        return self._tilings[window, dtype]
 
     @property
     def num_tokens(self) -> int:
