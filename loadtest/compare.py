@@ -22,6 +22,7 @@ from typing import NoReturn
 from rich.console import Console
 from rich.progress import Progress
 
+from loadtest.console import report_console
 from loadtest.load_shapes import LoadShape, Pass, passes, shapes_against_plain, shapes_against_vllm
 from loadtest.random_checkpoint import write_random_checkpoint
 from loadtest.reference import reference_rewards
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.peer == "vllm" and options.peer_python is None:
         parser.error("--peer vllm needs --peer-python: the interpreter of the environment that has vLLM")
-    console = Console()
+    console = report_console()
     signal.signal(signal.SIGTERM, _end_like_ctrl_c)
     if options.cores is not None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])

@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from loadtest.agreement import agreement_between
+from loadtest.console import report_console
 from loadtest.contenders import CLOCKS, REFERENCE, Contender, Setup, exported, limit, ours, plain
 from loadtest.engine_report import Finding, as_data, draw_plot, findings, table
 from loadtest.engine_rounds import Run, run_rounds
@@ -48,7 +49,7 @@ DEFAULT_ITEMS = {"cpu": 128, "cuda": 1024}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 1 when the model cannot be opened or a way fails."""
     options = _parser().parse_args(arguments)
-    console = Console()
+    console = report_console()
     try:
         with tempfile.TemporaryDirectory(prefix="reward-engines-") as folder:
             report = _compare(options, Path(folder), console)

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from loadtest.console import report_console
 from service.dataset import dataset_files, read_rows
 from service.diagnostics.calibration import read_calibration
 from service.diagnostics.monitors.alarms import SIGNALS, stepped, steps_of
@@ -265,7 +266,7 @@ def _print(report: Mapping[str, Any]) -> None:
     for kind, found in sorted(report["hacks"].items(), key=lambda entry: entry[1]["share"] or 2.0):
         share = "none" if found["share"] is None else f"{found['share']:.3f}"
         table.add_row(kind, str(found["items"]), share, found["signal"] or "")
-    console = Console()
+    console = report_console()
     console.print(table)
     alarms = report["false_alarms"]
     console.print(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -68,7 +69,7 @@ def has_matrix_tiles() -> bool:
 
 
 @cache
-def _capabilities() -> dict[str, Any]:
+def _capabilities() -> Mapping[str, Any]:
     return torch.cpu.get_capabilities()
 
 

@@ -33,8 +33,8 @@ class TileBatch:
     """Tiles of one size.
 
     ``queries``: int64 [tiles, queries], and ``keys``: int64 [tiles, keys], positions in the row, filled up with a
-    sequence's last. ``mask``: [tiles, queries, keys], zero, or minus infinity where a key is not seen. ``results``: int64,
-    which of the flattened queries are no filling, and ``places``: where in the row they stand.
+    sequence's last. ``mask``: [tiles, queries, keys], zero, or minus infinity where a key is not seen. ``results``:
+    int64, which of the flattened queries are no filling, and ``places``: where in the row they stand.
     """
 
     queries: torch.Tensor

@@ -1,0 +1,17 @@
+"""Where the measuring commands print their tables."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from rich.console import Console
+
+WIDTH_IN_FILES = 130
+"""Characters; rich takes 80 where no terminal is attached, too few for the tables."""
+
+
+def report_console() -> Console:
+    """Return a console as wide as the terminal, or wide enough for the tables where there is none."""
+    is_known = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(width=None if is_known else WIDTH_IN_FILES)
