@@ -118,7 +118,7 @@ def _circumstances(options: argparse.Namespace) -> dict[str, object]:
     }
     if options.peer == "vllm":
         told["vllm_flags"] = vllm_flags(options.dtype, prefix_cache=options.prefix_cache == "on")
-        told["vllm_environment"] = vllm_environment(os.environ)
+        told["vllm_environment"] = vllm_environment(os.environ, os.sched_getaffinity(0))
     return told
 
 

@@ -144,18 +144,26 @@ def padded_batches(lengths: Sequence[int], size: int, *, by_length: bool) -> lis
 def ours(setup: Setup) -> Mapping[str, Way]:
     """Our torch engine without and with shared prefixes, with batches formed by the service's own queue."""
     engines = [_torch_engine(setup, share_prefixes=share) for share in (False, True)]
-    return {
-        f"ours, {engine.info.forward}{', shared prefixes' if engine.info.shared_from else ''}": partial(
-            score_in_batches, engine, now=setup.now
-        )
-        for engine in engines
-    }
+    return {_way_of(engine): partial(score_in_batches, engine, now=setup.now) for engine in engines}
 
 
-def _torch_engine(setup: Setup, *, share_prefixes: bool) -> Engine:
+def compiled(setup: Setup) -> Mapping[str, Way]:
+    """Our torch engine with shared prefixes and compiled blocks."""
+    engine = _torch_engine(setup, share_prefixes=True, compile=True)
+    return {_way_of(engine): partial(score_in_batches, engine, now=setup.now)}
+
+
+def _way_of(engine: Engine) -> str:
+    info = engine.info
+    extras = [", shared prefixes"] * (info.shared_from is not None) + [", compiled"] * info.compiled
+    return f"ours, {info.forward}{''.join(extras)}"
+
+
+def _torch_engine(setup: Setup, *, share_prefixes: bool, compile: bool = False) -> Engine:  # noqa: A002 - the setting
+    computation = {"device": setup.device, "dtype": setup.dtype, "num_threads": setup.num_threads, "compile": compile}
     return load_torch_engine(
         setup.folder,
-        ModelSettings.model_validate({"device": setup.device, "dtype": setup.dtype, "num_threads": setup.num_threads}),
+        ModelSettings.model_validate(computation),
         BatchingSettings(max_batch_tokens=setup.max_batch_tokens, share_prefixes=share_prefixes),
         pad_token_id=setup.pad_token_id,
         max_input_tokens=setup.max_input_tokens,

@@ -28,7 +28,7 @@ from rich.progress import Progress
 
 from loadtest.agreement import agreement_between
 from loadtest.console import report_console
-from loadtest.contenders import CLOCKS, REFERENCE, Contender, Setup, exported, limit, ours, plain
+from loadtest.contenders import CLOCKS, REFERENCE, Contender, Setup, compiled, exported, limit, ours, plain
 from loadtest.engine_report import Finding, as_data, draw_plot, findings, table
 from loadtest.engine_rounds import Run, run_rounds
 from loadtest.engine_work import Work, read_groups, tokenize
@@ -93,7 +93,9 @@ def _compare(options: argparse.Namespace, folder: Path, console: Console) -> dic
     with Progress(console=console) as progress:
         task = progress.add_task("Loading")
         run = run_rounds(
-            CONTENDERS | {str(bundle): partial(exported, bundle=bundle) for bundle in options.onnx},
+            CONTENDERS
+            | ({"compiled": compiled} if options.compile else {})
+            | {str(bundle): partial(exported, bundle=bundle) for bundle in options.onnx},
             setup,
             works,
             options.rounds,
@@ -157,6 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--onnx", type=Path, nargs="+", default=[], metavar="DIR", help="bundles exported from the same checkpoint"
     )
+    parser.add_argument("--compile", action="store_true", help="measure our engine with compiled blocks too")
     work = parser.add_mutually_exclusive_group()
     work.add_argument(
         "--workloads",

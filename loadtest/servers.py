@@ -72,7 +72,7 @@ def running_vllm(
 
     command = [str(python), "-m", vllm_peer.MODULE, "--model", str(model), "--host", "127.0.0.1"]
     command += vllm_peer.vllm_flags(dtype, prefix_cache=prefix_cache)
-    environment = {**os.environ, **vllm_peer.vllm_environment(os.environ)}
+    environment = {**os.environ, **vllm_peer.vllm_environment(os.environ, os.sched_getaffinity(0))}
     wire = VllmWire(AutoTokenizer.from_pretrained(model))
     with _running("vllm", command, log_folder, environment, ready_path="/health") as (url, process):
         yield RunningServer("vllm", url, process, wire)

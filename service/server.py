@@ -84,6 +84,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-input-tokens", type=int, metavar="N", help="longest sequence that is scored")
     parser.add_argument("--max-batch-tokens", type=int, metavar="N", help="tokens of one forward pass")
     parser.add_argument("--num-threads", type=int, metavar="N", help="CPU threads of the forward pass, per replica")
+    parser.add_argument(
+        "--compile", action="store_true", default=None, help="faster passes for a slower start; needs a C++ compiler"
+    )
     parser.add_argument("--deterministic", action="store_true", default=None, help="bit-identical across batches")
     parser.add_argument(
         "--host", default="127.0.0.1", help="where HTTP listens (default: %(default)s, this machine only)"
@@ -119,6 +122,7 @@ def _tree(options: argparse.Namespace) -> dict[str, Any]:
         "pooling": options.pooling,
         "max_input_tokens": options.max_input_tokens,
         "num_threads": options.num_threads,
+        "compile": options.compile,
     }
     batching = {"max_batch_tokens": options.max_batch_tokens, "deterministic": options.deterministic}
     return {

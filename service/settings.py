@@ -47,6 +47,11 @@ class ModelSettings(Section):
         None, ge=1, description="Longest sequence scored; none: the smaller of the model's and the tokenizer's limit."
     )
     num_threads: int | None = Field(None, ge=1, description="CPU threads of the forward pass; none: all.")
+    compile: bool = Field(
+        False,
+        description="torch engine: fuse what stands between matrix products with torch.compile. Faster passes for a "
+        "slower start; on a CPU it needs a C++ compiler.",
+    )
 
 
 class TokenizationSettings(Section):

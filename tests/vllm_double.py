@@ -34,7 +34,9 @@ def make_app(folder: Path, *, wrong_rewards: bool) -> FastAPI:
     def classify(request: dict[str, Any]) -> dict[str, Any]:
         assert request["use_activation"] is False
         rewards = [reward(text, add_special_tokens=request["add_special_tokens"]) for text in request["input"]]
-        data = [{"index": index, "label": None, "probs": [one]} for index, one in enumerate(rewards)]
+        data = [
+            {"index": index, "label": "LABEL_0", "probs": [one], "num_classes": 1} for index, one in enumerate(rewards)
+        ]
         return {"object": "list", "data": data}
 
     return app

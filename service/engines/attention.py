@@ -76,22 +76,42 @@ def packed_attention(
     Raises:
         PackingUnsupportedError: the layer is not causal, or the model did not hand the layout through.
     """
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if packing is None or not causal:
-        raise PackingUnsupportedError(
-            f"{type(module).__name__} is not causal or does not pass on the layout of the row"
-        )
+    causal = is_causal_layer(module, is_causal)
+    return attend(
+        query, key, value, packing, is_causal=causal, scaling=scaling, window=sliding_window, softcap=softcap
+    ), None
+
+
+def is_causal_layer(module: torch.nn.Module, asked: bool | None) -> bool:
+    """Whether a query sees only what stands before it: as the call says, else as the layer does."""
+    return bool(getattr(module, "is_causal", True) if asked is None else asked)
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    packing: Packing | None,
+    *,
+    is_causal: bool,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Attend within each sequence of a packed row; see ``packed_attention``."""
+    if packing is None or not is_causal:
+        raise PackingUnsupportedError("A layer is not causal, or the model does not pass on the layout of the row")
     if softcap is None and _has_varlen_kernel(query, value):
-        return _attend_varlen(query, key, value, packing, scaling, sliding_window), None
+        return _attend_varlen(query, key, value, packing, scaling, window)
     output = query.new_empty((1, query.shape[2], query.shape[1], value.shape[3]))
     output[:, packing.num_tokens :] = 0  # whatever stood there may be NaN, which slows down a CPU
     if softcap is None and prefers_tiles(query.device, query.dtype):
-        for tiles in packing.tilings(sliding_window, query.dtype):
+        for tiles in packing.tilings(window, query.dtype):
             _attend_tiles(output, tiles, query, key, value, scaling)
-        return output, None
-    for slab in packing.slabs:
-        _attend_slab(output, slab, query, key, value, packing, scaling, sliding_window, softcap)
-    return output, None
+    else:
+        for slab in packing.slabs:
+            _attend_slab(output, slab, query, key, value, packing, scaling, window, softcap)
+    return output
 
 
 def prefers_tiles(device: torch.device, dtype: torch.dtype) -> bool:

@@ -27,7 +27,8 @@ class EngineInfo:
     ``parity``: what the start-up probe found (largest absolute difference to plain transformers); empty without one.
     ``taps``: where states can be read, in the order of ``EngineOutput.states``. ``shared_from``: sequences of a pass
     that begin with at least so many equal tokens compute them once; None: nothing is shared. ``providers``: what ONNX
-    Runtime runs the graph on, first choice first; empty for other engines.
+    Runtime runs the graph on, first choice first; empty for other engines. ``compiled``: whether ``torch.compile`` made
+    the kernels between matrix products.
     """
 
     engine: str
@@ -42,6 +43,7 @@ class EngineInfo:
     taps: tuple[StateTap, ...] = ()
     shared_from: int | None = None
     providers: tuple[str, ...] = ()
+    compiled: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,9 +17,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig
 
 from service.engines.base import BatchCost, StateTap
+from service.engines.compilation import compile_blocks, restore_blocks
 from service.engines.gating import gate_in_place
 from service.engines.row_blocks import set_row_blocks
-from service.engines.taps import Spot, StateQuery, TappedStates, tapped
+from service.engines.taps import Spot, StateQuery, TappedStates, blocks_of, tapped
 from service.errors import SettingsError
 from service.records import Pooling
 from service.silence import transformers_silenced
@@ -114,13 +115,22 @@ class Classifier:
         """Whether the forward pass runs on the CPU."""
         return self.device.type == "cpu"
 
-    def run_with(self, attention: str, *, row_blocks: bool = False) -> None:
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The layers of the body, from the embeddings upwards."""
+        return blocks_of(self.body, self.config.num_hidden_layers)
+
+    def run_with(self, attention: str, *, row_blocks: bool = False, compiled: bool = False) -> None:
         """Let the model use an attention implementation that is registered with transformers.
 
-        ``row_blocks``: whether its linear layers multiply in blocks of a fixed number of rows.
+        ``row_blocks``: whether its linear layers multiply in blocks of a fixed number of rows. ``compiled``: whether
+        its blocks run compiled, with an attention that can be.
         """
         self.model.set_attn_implementation(attention)
         set_row_blocks(self.body, blocked=row_blocks)
+        restore_blocks(self.body)
+        if compiled:
+            compile_blocks(self.blocks)
 
     def token_tensor(self, ids: Sequence[Sequence[int]]) -> torch.Tensor:
         """Return token ids of equal length as int64 [rows, tokens] on the model's device."""

@@ -282,6 +282,10 @@ def refuse_other_arithmetic(manifest: Manifest, model: ModelSettings) -> None:
         )
     if model.forward == "packed":
         raise SettingsError("model.forward is packed, but an ONNX graph is run padded: leave the setting out.")
+    if model.compile:
+        raise SettingsError(
+            "model.compile is for the torch engine, and a bundle is run by ONNX: leave the setting out."
+        )
     if model.pooling != "hf" and not manifest.has_linear_head:
         raise SettingsError(
             f"model.pooling is {model.pooling}, but {manifest.architecture} pools in its own head: leave it out."

@@ -13,6 +13,7 @@ import torch
 from service.engines.attention import ATTENTION, PackingUnsupportedError
 from service.engines.base import BatchCost, StateTap
 from service.engines.classifier import Classifier, PathOutput
+from service.engines.compilation import COMPILED_ATTENTION
 from service.engines.packing import BLOCK, Packing
 from service.engines.taps import Spot, StateQuery
 
@@ -31,16 +32,18 @@ class PackedForward:
     Args:
         classifier: left with the attention of this path.
         share_prefixes: whether sequences that begin alike compute their beginning once.
+        compiled: whether the model's blocks run compiled.
     """
 
     name = "packed"
     cost: BatchCost = "packed"
 
-    def __init__(self, classifier: Classifier, *, share_prefixes: bool = True) -> None:
+    def __init__(self, classifier: Classifier, *, share_prefixes: bool = True, compiled: bool = False) -> None:
         if classifier.linear_head is None:
             raise PackingUnsupportedError(f"{classifier.architecture} does not read its reward off one token's state")
         self._row_blocks = classifier.is_on_cpu and classifier.is_half_precision
-        classifier.run_with(ATTENTION, row_blocks=self._row_blocks)
+        attention = COMPILED_ATTENTION if compiled else ATTENTION
+        classifier.run_with(attention, row_blocks=self._row_blocks, compiled=compiled)
         self._classifier = classifier
         self.shared_from = SHORTEST_SHARED if share_prefixes else None
 

@@ -35,6 +35,12 @@ PATHS: Mapping[str, Callable[[Classifier], ForwardPath]] = {
 }
 """Our forward paths, fastest first."""
 
+COMPILED_PATHS: Mapping[str, Callable[[Classifier], ForwardPath]] = {
+    SHARING: partial(PackedForward, compiled=True),
+    "packed": partial(PackedForward, share_prefixes=False, compiled=True),
+}
+"""The same for compiled blocks; padded batches are not compiled."""
+
 LENGTHS = (1, 2, 9, 40, 130)
 """Tokens of the ordinary probes; a window that is small enough adds one beyond it."""
 
@@ -139,7 +145,12 @@ def paths_to_try(choice: PathChoice, *, share_prefixes: bool) -> list[str]:
 
 
 def choose_path(
-    classifier: Classifier, choice: PathChoice, max_tokens: int, *, share_prefixes: bool = True
+    classifier: Classifier,
+    choice: PathChoice,
+    max_tokens: int,
+    *,
+    share_prefixes: bool = True,
+    compiled: bool = False,
 ) -> tuple[ForwardPath, Parity]:
     """Return the fastest path that agrees with plain transformers on this classifier, ready to run, and the evidence.
 
@@ -148,6 +159,7 @@ def choose_path(
         choice: ``auto``, or the one path to try.
         max_tokens: longest row that may share a pass with any other.
         share_prefixes: whether a packed path may compute common beginnings once.
+        compiled: whether only paths with compiled blocks will do.
 
     Raises:
         ParityError: no path agrees, or the chosen one does not, or plain transformers itself gives NaN or infinity.
@@ -173,9 +185,13 @@ def choose_path(
     limits = tolerances(classifier.dtype, plain, noise)
 
     refusals = []
+    paths = COMPILED_PATHS if compiled else PATHS
     for name in paths_to_try(choice, share_prefixes=share_prefixes):
+        if name not in paths:
+            refusals.append(f"{name} cannot be compiled: leave model.compile out")
+            continue
         try:
-            path = PATHS[name](classifier)
+            path = paths[name](classifier)
             parity = compare(path.run(rows).rewards, plain, noise, limits)
         except Exception as error:  # noqa: BLE001 - whatever a foreign model raises here, this path does not carry it
             refusals.append(f"{name} does not run ({type(error).__name__}: {error})")

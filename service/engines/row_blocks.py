@@ -29,24 +29,40 @@ class RowBlockedLinear(nn.Linear):
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """Return what ``nn.Linear`` returns, up to rounding."""
         bias: torch.Tensor | None = self._parameters["bias"]  # torch's stubs deny that `self.bias` may be None
-        num_rows = states.numel() // self.in_features
-        sizes = agreeing_sizes(
-            self.in_features, self.out_features, bias is not None, self.weight.dtype, torch.get_num_threads()
-        )
-        if num_rows in sizes:
-            return linear(states, self.weight, bias)
-        rows = states.reshape(-1, self.in_features)
-        output = rows.new_empty(num_rows, self.out_features)
-        first = 0
-        for size in plan_blocks(num_rows, sizes):
-            block, place = rows[first : first + size], output[first : first + size]
-            if len(block) == size:
-                _multiply_into(place, block, self.weight, bias)
-            else:
-                filled = nn.functional.pad(block, (0, 0, 0, size - len(block)))
-                place.copy_(linear(filled, self.weight, bias)[: len(block)])
-            first += size
-        return output.view(*states.shape[:-1], self.out_features)
+        multiply = opaque_linear if torch.compiler.is_compiling() else blocked_linear
+        return multiply(states, self.weight, bias)
+
+
+def blocked_linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Multiply states [..., in] with a weight [out, in] in numbers of rows that give the same bits; [..., out]."""
+    out_features, in_features = weight.shape
+    num_rows = states.numel() // in_features
+    sizes = agreeing_sizes(in_features, out_features, bias is not None, weight.dtype, torch.get_num_threads())
+    if num_rows in sizes:
+        return linear(states, weight, bias)
+    rows = states.reshape(-1, in_features)
+    output = rows.new_empty(num_rows, out_features)
+    first = 0
+    for size in plan_blocks(num_rows, sizes):
+        block, place = rows[first : first + size], output[first : first + size]
+        if len(block) == size:
+            _multiply_into(place, block, weight, bias)
+        else:
+            filled = nn.functional.pad(block, (0, 0, 0, size - len(block)))
+            place.copy_(linear(filled, weight, bias)[: len(block)])
+        first += size
+    return output.view(*states.shape[:-1], out_features)
+
+
+@torch.library.custom_op("reward_service::blocked_linear", mutates_args=())
+def opaque_linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Do what ``blocked_linear`` does, as one operator that a compiler calls and does not look into."""
+    return blocked_linear(states, weight, bias)
+
+
+@opaque_linear.register_fake
+def _shape_of_product(states: torch.Tensor, weight: torch.Tensor, _bias: torch.Tensor | None) -> torch.Tensor:
+    return states.new_empty((*states.shape[:-1], weight.shape[0]))
 
 
 def _multiply_into(place: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:

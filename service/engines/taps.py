@@ -99,7 +99,7 @@ def check_taps(body: nn.Module, num_blocks: int, taps: Sequence[StateTap]) -> No
         if not 0 <= tap.layer <= num_blocks:
             raise SettingsError(f"The model has {num_blocks} blocks: no states can be read at layer {tap.layer}")
     if taps:
-        _blocks_of(body, num_blocks)
+        blocks_of(body, num_blocks)
 
 
 def _listen(body: nn.Module, num_blocks: int, layer: int, read: Any) -> Any:
@@ -110,10 +110,15 @@ def _listen(body: nn.Module, num_blocks: int, layer: int, read: Any) -> Any:
     def read_input(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         read(layer, inputs[0] if inputs else named["hidden_states"])
 
-    return _blocks_of(body, num_blocks)[layer].register_forward_pre_hook(read_input, with_kwargs=True)
+    return blocks_of(body, num_blocks)[layer].register_forward_pre_hook(read_input, with_kwargs=True)
 
 
-def _blocks_of(body: nn.Module, num_blocks: int) -> nn.ModuleList:
+def blocks_of(body: nn.Module, num_blocks: int) -> nn.ModuleList:
+    """Return the list of a model's blocks.
+
+    Raises:
+        SettingsError: the model does not show it.
+    """
     for module in body.modules():
         if isinstance(module, nn.ModuleList) and len(module) == num_blocks:
             return module

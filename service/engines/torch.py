@@ -7,7 +7,7 @@ queue's.
 from __future__ import annotations
 
 from collections.abc import Sequence as Row
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -15,6 +15,7 @@ import torch
 
 from service.engines.base import EngineInfo, EngineOutput, StateTap
 from service.engines.classifier import Classifier, ForwardPath, PathOutput, load_classifier, read_config, stored_dtype
+from service.engines.compilation import check_compiler
 from service.engines.device import (
     is_out_of_memory,
     keep_freed_memory,
@@ -154,6 +155,8 @@ def load_torch_engine(
         keep_freed_memory()
     max_batch_tokens = batching.max_batch_tokens or DEFAULT_BATCH_TOKENS[device.type]
     torch.set_num_threads(resolve_threads(model.num_threads))
+    if model.compile:
+        check_compiler(device)
     config = read_config(folder)
     border = length_border(config.get_text_config(), max_input_tokens)
     classifier = load_classifier(
@@ -169,8 +172,10 @@ def load_torch_engine(
         model.forward,
         border or max_input_tokens,
         share_prefixes=batching.share_prefixes and not batching.deterministic,
+        compiled=model.compile,
     )
     info = _describe(classifier, path, parity, max_input_tokens, max_batch_tokens, tuple(taps))
+    info = replace(info, compiled=model.compile)
     return TorchEngine(path, info, deterministic=batching.deterministic, border=border)
 
 

@@ -15,9 +15,15 @@ def test_what_the_caller_has_set_wins() -> None:
     """Another cache or other cores can be tried without a flag of ours, and the report shows what was in force."""
     given = {"VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_CPU_OMP_THREADS_BIND": "0,1", "VLLM_API_KEY": "secret"}
 
-    told = vllm_environment(given)
+    told = vllm_environment(given, cores={0, 1})
 
     assert told["VLLM_CPU_KVCACHE_SPACE"] == "4"
     assert told["VLLM_CPU_OMP_THREADS_BIND"] == "0,1"
     assert told["HF_HUB_OFFLINE"] == "1"
     assert "VLLM_API_KEY" not in told
+
+
+def test_of_two_cores_both_compute() -> None:
+    """A front end that has a core to itself would halve the peer; with many cores vLLM binds its threads itself."""
+    assert vllm_environment({}, cores={5, 3})["VLLM_CPU_OMP_THREADS_BIND"] == "3,5"
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in vllm_environment({}, cores=range(8))
