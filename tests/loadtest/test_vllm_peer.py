@@ -24,6 +24,6 @@ def test_what_the_caller_has_set_wins() -> None:
 
 
 def test_of_two_cores_both_compute() -> None:
-    """A front end that has a core to itself would halve the peer; with many cores vLLM binds its threads itself."""
+    """A front end with a core to itself slows the peer down; with many cores vLLM binds its threads itself."""
     assert vllm_environment({}, cores={5, 3})["VLLM_CPU_OMP_THREADS_BIND"] == "3,5"
     assert "VLLM_CPU_OMP_THREADS_BIND" not in vllm_environment({}, cores=range(8))
