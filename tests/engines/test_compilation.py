@@ -16,9 +16,8 @@ from service.engines.torch import load_torch_engine
 from service.errors import ParityError, SettingsError
 from service.settings import BatchingSettings, ModelSettings
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning:torch"
-)  # torch's compiler warns of torch's own code
+# Torch's compiler warns of torch's own code.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 
