@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from service.adapter import is_adapter, merge_adapter
+from service.cache import build_once, cache_directory
 from service.demo import obtain_demo_model
-from service.demo_base import build_once, cache_directory
 from service.errors import CheckpointError
 from service.judge import (
     CONFIG_FILE,

@@ -14,7 +14,8 @@ from tempfile import NamedTemporaryFile
 from rich.console import Console
 
 from service.adapter import CONFIG_FILE, WEIGHTS_FILE, merge_adapter
-from service.demo_base import DEMO_BASE, GGUF_FILE, GGUF_SHA256, build_once, cache_directory, obtain_demo_base
+from service.cache import build_once, cache_directory
+from service.demo_base import DEMO_BASE, GGUF_FILE, GGUF_SHA256, obtain_demo_base
 from service.errors import CheckpointError
 from service.weights import hash_files, weight_files
 

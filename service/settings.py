@@ -47,6 +47,11 @@ class ModelSettings(Section):
         None, ge=1, description="Longest sequence scored; none: the smaller of the model's and the tokenizer's limit."
     )
     num_threads: int | None = Field(None, ge=1, description="CPU threads of the forward pass; none: all.")
+    kernels: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Kernels of our own for bfloat16 on x86-64 CPUs, made at the first start by a C++ compiler. auto: "
+        "where the CPU and a compiler are there; on: or else do not start.",
+    )
     compile: bool = Field(
         False,
         description="torch engine: fuse what stands between matrix products with torch.compile. Faster passes for a "

@@ -28,7 +28,8 @@ class EngineInfo:
     ``taps``: where states can be read, in the order of ``EngineOutput.states``. ``shared_from``: sequences of a pass
     that begin with at least so many equal tokens compute them once; None: nothing is shared. ``providers``: what ONNX
     Runtime runs the graph on, first choice first; empty for other engines. ``compiled``: whether ``torch.compile`` made
-    the kernels between matrix products.
+    the kernels between matrix products. ``kernels``: the kind of CPU whose kernels of ours the pass runs on; None:
+    transformers' own code runs.
     """
 
     engine: str
@@ -44,6 +45,7 @@ class EngineInfo:
     shared_from: int | None = None
     providers: tuple[str, ...] = ()
     compiled: bool = False
+    kernels: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

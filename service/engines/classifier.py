@@ -19,6 +19,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, Pretrai
 from service.engines.base import BatchCost, StateTap
 from service.engines.compilation import compile_blocks, restore_blocks
 from service.engines.gating import gate_in_place
+from service.engines.kernels.attachment import attach_kernels, detach_kernels
+from service.engines.kernels.library import Kernels
 from service.engines.row_blocks import set_row_blocks
 from service.engines.taps import Spot, StateQuery, TappedStates, blocks_of, tapped
 from service.errors import SettingsError
@@ -43,11 +45,13 @@ class ForwardPath(Protocol):
     """One way of running a batch through a classifier.
 
     ``shared_from``: rows that begin with so many equal tokens compute them once; None: nothing is shared.
+    ``kernels``: those of ours that it runs on; None: it runs on none.
     """
 
     name: str
     cost: BatchCost
     shared_from: int | None
+    kernels: Kernels | None
 
     def run(self, rows: Sequence[tuple[int, ...]], query: StateQuery | None = None) -> PathOutput:
         """Score rows of token ids in one pass.
@@ -120,17 +124,22 @@ class Classifier:
         """The layers of the body, from the embeddings upwards."""
         return blocks_of(self.body, self.config.num_hidden_layers)
 
-    def run_with(self, attention: str, *, row_blocks: bool = False, compiled: bool = False) -> None:
+    def run_with(
+        self, attention: str, *, row_blocks: bool = False, compiled: bool = False, kernels: Kernels | None = None
+    ) -> None:
         """Let the model use an attention implementation that is registered with transformers.
 
         ``row_blocks``: whether its linear layers multiply in blocks of a fixed number of rows. ``compiled``: whether
-        its blocks run compiled, with an attention that can be.
+        its blocks run compiled, with an attention that can be. ``kernels``: on which its modules run where they can.
         """
         self.model.set_attn_implementation(attention)
         set_row_blocks(self.body, blocked=row_blocks)
         restore_blocks(self.body)
+        detach_kernels(self.body)
         if compiled:
             compile_blocks(self.blocks)
+        if kernels is not None:
+            attach_kernels(self.body, kernels)
 
     def token_tensor(self, ids: Sequence[Sequence[int]]) -> torch.Tensor:
         """Return token ids of equal length as int64 [rows, tokens] on the model's device."""

@@ -60,7 +60,12 @@ def resolve_dtype(choice: str, stored: torch.dtype, device: torch.device) -> tor
 
 def has_bfloat16_units() -> bool:
     """Whether this CPU multiplies bfloat16 natively (AMX, AVX-512 BF16); without, bfloat16 is slower than float32."""
-    return has_matrix_tiles() or bool(_capabilities().get("avx512_bf16"))
+    return has_matrix_tiles() or has_bfloat16_vectors()
+
+
+def has_bfloat16_vectors() -> bool:
+    """Whether this CPU has AVX-512 with bfloat16."""
+    return bool(_capabilities().get("avx512_bf16"))
 
 
 def has_matrix_tiles() -> bool:

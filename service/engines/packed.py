@@ -14,6 +14,9 @@ from service.engines.attention import ATTENTION, PackingUnsupportedError
 from service.engines.base import BatchCost, StateTap
 from service.engines.classifier import Classifier, PathOutput
 from service.engines.compilation import COMPILED_ATTENTION
+from service.engines.kernels.attachment import multiplies_on_kernels
+from service.engines.kernels.attention import register_attention
+from service.engines.kernels.library import Kernels
 from service.engines.packing import BLOCK, Packing
 from service.engines.taps import Spot, StateQuery
 
@@ -33,18 +36,30 @@ class PackedForward:
         classifier: left with the attention of this path.
         share_prefixes: whether sequences that begin alike compute their beginning once.
         compiled: whether the model's blocks run compiled.
+        kernels: on which its modules run where they can; None: transformers' own code runs.
     """
 
     name = "packed"
     cost: BatchCost = "packed"
 
-    def __init__(self, classifier: Classifier, *, share_prefixes: bool = True, compiled: bool = False) -> None:
+    def __init__(
+        self,
+        classifier: Classifier,
+        *,
+        share_prefixes: bool = True,
+        compiled: bool = False,
+        kernels: Kernels | None = None,
+    ) -> None:
         if classifier.linear_head is None:
             raise PackingUnsupportedError(f"{classifier.architecture} does not read its reward off one token's state")
-        self._row_blocks = classifier.is_on_cpu and classifier.is_half_precision
+        row_blocks = classifier.is_on_cpu and classifier.is_half_precision
         attention = COMPILED_ATTENTION if compiled else ATTENTION
-        classifier.run_with(attention, row_blocks=self._row_blocks, compiled=compiled)
+        if kernels is not None and kernels.has_tiles:
+            attention = register_attention(kernels)
+        classifier.run_with(attention, row_blocks=row_blocks, compiled=compiled, kernels=kernels)
         self._classifier = classifier
+        self._row_blocks = row_blocks and not multiplies_on_kernels(classifier.body)
+        self.kernels = kernels
         self.shared_from = SHORTEST_SHARED if share_prefixes else None
 
     @torch.inference_mode()

@@ -99,6 +99,21 @@ class Packing:
         """All the work of attention, in the order of the row, for kernels that take one sequence after another."""
         return tuple(_cut_slabs(self.branches, self.block, self.device))
 
+    @cached_property
+    def strands(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All the work of attention, for a kernel that finds its tokens by itself.
+
+        int32 [sequences, 5]: first own token, own tokens, tokens before them, first span, spans; and int32 [spans, 2].
+        """
+        owners = [branch for branch in self.branches if branch.num_own]
+        firsts = accumulate((len(branch.spans) for branch in owners), initial=0)
+        strands = [
+            (branch.own[0], branch.num_own, branch.num_shared, first, len(branch.spans))
+            for branch, first in zip(owners, firsts, strict=False)
+        ]
+        spans = [span for branch in owners for span in branch.spans]
+        return torch.tensor(strands, dtype=torch.int32), torch.tensor(spans, dtype=torch.int32)
+
     def tilings(self, window: int | None, dtype: torch.dtype) -> list[TileBatch]:
         """Return all the work of attention as tiles, for layers with this window; cut once a pass."""
         if (window, dtype) not in self._tilings:

@@ -11,6 +11,7 @@ import torch
 
 from service.engines.base import BatchCost
 from service.engines.classifier import Classifier, PathOutput
+from service.engines.kernels.library import Kernels
 from service.engines.taps import Spot, StateQuery
 
 
@@ -24,6 +25,7 @@ class PaddedForward:
     name = "padded"
     cost: BatchCost = "padded"
     shared_from: int | None = None
+    kernels: Kernels | None = None
 
     def __init__(self, classifier: Classifier) -> None:
         classifier.run_with(classifier.plain_attention)

@@ -7,10 +7,9 @@ at arithmetic only, not at whether the checkpoint's rewards make sense.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from math import inf, isfinite, isnan
 from statistics import median
 from typing import Any, Literal, TypeAlias
@@ -18,6 +17,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from service.engines.classifier import Classifier, ForwardPath
+from service.engines.kernels.library import Kernels
 from service.engines.packed import PackedForward
 from service.engines.padded import PaddedForward
 from service.errors import ParityError
@@ -28,18 +28,10 @@ PathChoice: TypeAlias = Literal["auto", "packed", "padded"]
 
 SHARING = "packed with shared prefixes"
 
-PATHS: Mapping[str, Callable[[Classifier], ForwardPath]] = {
-    SHARING: PackedForward,
-    "packed": partial(PackedForward, share_prefixes=False),
-    "padded": PaddedForward,
-}
-"""Our forward paths, fastest first."""
+ON_KERNELS = " on kernels"
 
-COMPILED_PATHS: Mapping[str, Callable[[Classifier], ForwardPath]] = {
-    SHARING: partial(PackedForward, compiled=True),
-    "packed": partial(PackedForward, share_prefixes=False, compiled=True),
-}
-"""The same for compiled blocks; padded batches are not compiled."""
+COMPILED_PATHS = (SHARING, "packed")
+"""The paths whose blocks can be compiled."""
 
 LENGTHS = (1, 2, 9, 40, 130)
 """Tokens of the ordinary probes; a window that is small enough adds one beyond it."""
@@ -138,10 +130,24 @@ def compare(
     return Parity(gap, limit, median(noise), conclusive, len(plain))
 
 
-def paths_to_try(choice: PathChoice, *, share_prefixes: bool) -> list[str]:
+def paths_to_try(choice: PathChoice, *, share_prefixes: bool, kernels: bool = False) -> list[str]:
     """Return the names of the paths that a choice allows, fastest first."""
     packed = [SHARING, "packed"] if share_prefixes else ["packed"]
+    if kernels:
+        packed = [*(f"{name}{ON_KERNELS}" for name in packed), *packed]
     return {"auto": [*packed, "padded"], "packed": packed, "padded": ["padded"]}[choice]
+
+
+def _open_path(name: str, classifier: Classifier, *, compiled: bool, kernels: Kernels | None) -> ForwardPath:
+    plain_name = name.removesuffix(ON_KERNELS)
+    if name == "padded":
+        return PaddedForward(classifier)
+    return PackedForward(
+        classifier,
+        share_prefixes=plain_name == SHARING,
+        compiled=compiled,
+        kernels=kernels if name != plain_name else None,
+    )
 
 
 def choose_path(
@@ -151,6 +157,7 @@ def choose_path(
     *,
     share_prefixes: bool = True,
     compiled: bool = False,
+    kernels: Kernels | None = None,
 ) -> tuple[ForwardPath, Parity]:
     """Return the fastest path that agrees with plain transformers on this classifier, ready to run, and the evidence.
 
@@ -160,6 +167,7 @@ def choose_path(
         max_tokens: longest row that may share a pass with any other.
         share_prefixes: whether a packed path may compute common beginnings once.
         compiled: whether only paths with compiled blocks will do.
+        kernels: that packed paths may run on; they are tried before those without.
 
     Raises:
         ParityError: no path agrees, or the chosen one does not, or plain transformers itself gives NaN or infinity.
@@ -185,13 +193,12 @@ def choose_path(
     limits = tolerances(classifier.dtype, plain, noise)
 
     refusals = []
-    paths = COMPILED_PATHS if compiled else PATHS
-    for name in paths_to_try(choice, share_prefixes=share_prefixes):
-        if name not in paths:
+    for name in paths_to_try(choice, share_prefixes=share_prefixes, kernels=kernels is not None):
+        if compiled and name not in COMPILED_PATHS:
             refusals.append(f"{name} cannot be compiled: leave model.compile out")
             continue
         try:
-            path = paths[name](classifier)
+            path = _open_path(name, classifier, compiled=compiled, kernels=kernels)
             parity = compare(path.run(rows).rewards, plain, noise, limits)
         except Exception as error:  # noqa: BLE001 - whatever a foreign model raises here, this path does not carry it
             refusals.append(f"{name} does not run ({type(error).__name__}: {error})")

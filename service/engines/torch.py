@@ -6,6 +6,7 @@ queue's.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence as Row
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,12 +25,17 @@ from service.engines.device import (
     resolve_dtype,
     resolve_threads,
 )
+from service.engines.kernels import library
+from service.engines.kernels.attachment import drop_plain_weights
+from service.engines.kernels.library import Kernels
 from service.engines.parity import Parity, choose_path
 from service.engines.rotary import length_border
 from service.engines.taps import StateQuery, check_taps
-from service.errors import EngineOutOfMemory
+from service.errors import EngineOutOfMemory, SettingsError
 from service.records import Sequence
 from service.settings import BatchingSettings, ModelSettings
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_BATCH_TOKENS = {"cpu": 2048, "cuda": 65_536}
 """Enough to keep the device busy; more would only make the next request wait longer."""
@@ -155,13 +161,15 @@ def load_torch_engine(
         keep_freed_memory()
     max_batch_tokens = batching.max_batch_tokens or DEFAULT_BATCH_TOKENS[device.type]
     torch.set_num_threads(resolve_threads(model.num_threads))
+    config = read_config(folder)
+    dtype = resolve_dtype(model.dtype, stored_dtype(config), device)
     if model.compile:
         check_compiler(device)
-    config = read_config(folder)
+    kernels = _kernels_of(model, device, dtype)
     border = length_border(config.get_text_config(), max_input_tokens)
     classifier = load_classifier(
         folder,
-        dtype=resolve_dtype(model.dtype, stored_dtype(config), device),
+        dtype=dtype,
         device=device,
         pooling=model.pooling,
         pad_token_id=pad_token_id,
@@ -173,10 +181,43 @@ def load_torch_engine(
         border or max_input_tokens,
         share_prefixes=batching.share_prefixes and not batching.deterministic,
         compiled=model.compile,
+        kernels=kernels,
     )
+    if kernels is not None:
+        _settle_kernels(classifier, path, model)
     info = _describe(classifier, path, parity, max_input_tokens, max_batch_tokens, tuple(taps))
     info = replace(info, compiled=model.compile)
     return TorchEngine(path, info, deterministic=batching.deterministic, border=border)
+
+
+def _kernels_of(model: ModelSettings, device: torch.device, dtype: torch.dtype) -> Kernels | None:
+    """Return the kernels that the settings want and this machine has; says in the log why it has none.
+
+    Raises:
+        SettingsError: the settings want them, and this machine or another setting does not.
+    """
+    if model.compile or model.forward == "padded":
+        if model.kernels == "on":
+            raise SettingsError("model.kernels is on, but compiled blocks and padded batches do not run on them")
+        return None
+    kernels, reason = library.kernels_for(model.kernels, device, dtype)
+    if kernels is None and model.kernels == "auto" and device.type == "cpu" and dtype == torch.bfloat16:
+        logger.warning("Passes run without kernels of our own, which are much faster: %s.", reason)
+    return kernels
+
+
+def _settle_kernels(classifier: Classifier, path: ForwardPath, model: ModelSettings) -> None:
+    """Free what a path on kernels does not need; complain where the model does not run on them.
+
+    Raises:
+        SettingsError: the settings want them all the same.
+    """
+    if path.kernels is not None:
+        drop_plain_weights(classifier.body)
+    elif model.kernels == "on":
+        raise SettingsError(f"model.kernels is on, but {classifier.architecture} does not run on them")
+    else:
+        logger.warning("%s does not run on kernels of our own.", classifier.architecture)
 
 
 def _describe(
@@ -199,4 +240,5 @@ def _describe(
         parity=asdict(parity),
         taps=taps,
         shared_from=path.shared_from,
+        kernels=path.kernels.name if path.kernels else None,
     )

@@ -1,0 +1,299 @@
+// Linear layers, gated feed-forward layers and the two halves of a block around attention, with weights packed ahead.
+//
+// Each thread takes blocks of rows that stay in its own cache while all weights pass by. What follows each other without
+// looking at other rows (norms, products, gates, residuals) runs whole for a block, so that states in between never
+// leave that cache.
+
+#ifdef WITH_AMX
+
+#include <algorithm>
+
+#include "norms.h"
+#include "panels.h"
+#include "scratch.h"
+
+namespace {
+
+constexpr int ROWS_AT_ONCE = 256;  // of a block at most: with its inner states about a core's second-level cache
+
+constexpr int STEPS_AT_ONCE = 20;  // of the inner dimension at most: what of a panel stays in the first-level cache
+
+thread_local Scratch tail_scratch;
+thread_local Scratch product_scratch;
+thread_local Scratch norm_scratch;
+thread_local Scratch inner_scratch;
+
+int num_blocks_of(int num, int block) { return (num + block - 1) / block; }
+
+// Rows of the blocks that share `num_rows` out evenly, in whole tiles.
+int rows_of_block(int num_rows, int num_threads) {
+    const int blocks = num_threads * num_blocks_of(num_rows, num_threads * ROWS_AT_ONCE);
+    return num_blocks_of(num_blocks_of(num_rows, blocks), BLOCK) * BLOCK;
+}
+
+// Up to 32 rows as a product reads them: where they stand, or where too few are left, copied and filled up with zeros.
+class Rows {
+public:
+    Rows(const bf16* rows, int num_rows, int width) : rows_(rows), num_rows_(num_rows), width_(width) {
+        const int first = num_rows / BLOCK * BLOCK;
+        if (first == num_rows) return;
+        tail_ = static_cast<bf16*>(tail_scratch.bytes(sizeof(bf16) * BLOCK * width));
+        std::memset(tail_, 0, sizeof(bf16) * BLOCK * width);
+        std::memcpy(tail_, rows + std::size_t(first) * width, sizeof(bf16) * (num_rows - first) * width);
+    }
+    const bf16* from(int row) const { return row + BLOCK <= num_rows_ ? rows_ + std::size_t(row) * width_ : tail_; }
+
+private:
+    const bf16* rows_;
+    int num_rows_, width_;
+    bf16* tail_ = nullptr;
+};
+
+// A product [32, 32] whose lines wait to be finished, a few at a time.
+template <class Finish>
+class Waiting {
+public:
+    explicit Waiting(Finish finish) : finish_(finish) {}
+
+    void take(const float* sums, int row, int panel) {
+        finish_lines(BLOCK);
+        sums_ = sums, row_ = row, panel_ = panel, next_ = 0;
+    }
+    void finish_lines(int count) {
+        for (const int end = std::min(next_ + count, BLOCK); next_ < end; ++next_)
+            finish_(sums_ + next_ * BLOCK, row_, next_, panel_);
+    }
+
+private:
+    Finish finish_;
+    const float* sums_ = nullptr;
+    int row_ = 0, panel_ = 0, next_ = BLOCK;
+};
+
+// Multiplies a block of rows with some panels and lets `finish(sums, row, line, panel)` finish each line of each product.
+// A product is finished while the next one is multiplied, by units that have nothing else to do. A long inner dimension
+// goes in parts, so that the part of a panel stays in the first-level cache for all rows.
+template <class Finish>
+void multiply_block(
+    const Rows& rows, int num_rows, int width, const bf16* panels, int first_panel, int end_panel, Finish finish) {
+    const int num_steps = width / BLOCK, row_tiles = num_blocks_of(num_rows, BLOCK);
+    const int num_parts = num_blocks_of(num_steps, STEPS_AT_ONCE), part = num_blocks_of(num_steps, num_parts);
+    const int kept = num_parts > 1 ? row_tiles + 1 : 2;  // products: of all rows and the one that waits, or by turns
+    float* products = static_cast<float*>(product_scratch.bytes(sizeof(float) * kept * BLOCK * BLOCK));
+    Waiting<Finish> waiting(finish);
+    int turn = 0;
+    for (int panel = first_panel; panel < end_panel; ++panel) {
+        const bf16* packed = panels + std::size_t(panel) * num_steps * STEP_NUMBERS;
+        const int base = turn;
+        for (int step = 0; step < num_steps; step += part) {
+            const int count = std::min(part, num_steps - step);
+            const int lines = num_blocks_of(BLOCK, count);
+            for (int tile = 0; tile < row_tiles; ++tile) {
+                float* sums = products + (base + tile) % kept * BLOCK * BLOCK;
+                multiply(
+                    rows.from(tile * BLOCK) + step * BLOCK, width, packed + step * STEP_NUMBERS, count, sums, BLOCK,
+                    step > 0, [&](int) { waiting.finish_lines(lines); });
+                if (step + count == num_steps) waiting.take(sums, tile * BLOCK, panel);
+            }
+        }
+        turn = (base + row_tiles) % kept;
+    }
+    waiting.finish_lines(BLOCK);
+}
+
+// Writes 32 columns of a product, bias added, as far as the output is wide.
+struct Output {
+    bf16* states;
+    int num_rows, width;
+    const bf16* bias;
+
+    void operator()(const float* sums, int row, int line, int panel) const {
+        if (row + line >= num_rows) return;
+        for (int column = panel * BLOCK, half = 0; half < 2; ++half, column += LANES) {
+            const __mmask16 lanes = first_lanes(width - column);
+            const __m512 added = bias ? load(bias + column, lanes) : _mm512_setzero_ps();
+            store(
+                states + std::size_t(row + line) * width + column,
+                _mm512_add_ps(_mm512_load_ps(sums + half * LANES), added), lanes);
+        }
+    }
+};
+
+// Adds 32 columns of a product, and a bias if there is one, to what stands in the output.
+struct Addition {
+    Output output;
+
+    void operator()(const float* sums, int row, int line, int panel) const {
+        if (row + line >= output.num_rows) return;
+        for (int column = panel * BLOCK, half = 0; half < 2; ++half, column += LANES) {
+            const __mmask16 lanes = first_lanes(output.width - column);
+            bf16* place = output.states + std::size_t(row + line) * output.width + column;
+            __m512 sum = _mm512_add_ps(_mm512_load_ps(sums + half * LANES), load(place, lanes));
+            if (output.bias) sum = _mm512_add_ps(sum, load(output.bias + column, lanes));
+            store(place, sum, lanes);
+        }
+    }
+};
+
+// Writes 16 columns of act(gate) * up; a panel has 16 columns of both.
+template <Activation ACTIVATION>
+struct Gate {
+    bf16* states;
+    int width;
+
+    void operator()(const float* sums, int row, int line, int panel) const {
+        const __m512 gate = _mm512_load_ps(sums), up = _mm512_load_ps(sums + LANES);
+        store(
+            states + std::size_t(row + line) * width + panel * LANES,
+            _mm512_mul_ps(activated<ACTIVATION>(gate), up));
+    }
+};
+
+// Packs 32 rows of weights from two places, 16 of each, as one panel.
+void pack_panel(const bf16* first, int num_first, const bf16* second, int num_second, int width, bf16* panel) {
+    for (int step = 0; step < width / BLOCK; ++step)
+        for (int half = 0; half < 2; ++half) {
+            const bf16* weights = half ? second : first;
+            const int present = half ? num_second : num_first;
+            const bf16* rows[TILE];
+            for (int row = 0; row < TILE; ++row)
+                rows[row] = row < present ? weights + std::size_t(row) * width + step * BLOCK : nullptr;
+            pack_tile(rows, panel + step * STEP_NUMBERS + half * STEP_NUMBERS / 2);
+        }
+}
+
+// A gated feed-forward layer for a block of rows; `finish` takes the products of its last weight.
+template <class Finish>
+void run_gated(
+    const Rows& rows, int num_rows, int width, const bf16* gated_panels, int inner, const bf16* down_panels,
+    int activation, Finish finish) {
+    const int filled = num_blocks_of(num_rows, BLOCK) * BLOCK;
+    bf16* opened = static_cast<bf16*>(inner_scratch.bytes(sizeof(bf16) * filled * inner));
+    if (activation == SILU)
+        multiply_block(rows, num_rows, width, gated_panels, 0, inner / TILE, Gate<SILU>{opened, inner});
+    else
+        multiply_block(rows, num_rows, width, gated_panels, 0, inner / TILE, Gate<GELU_TANH>{opened, inner});
+    multiply_block(
+        Rows(opened, filled, inner), num_rows, inner, down_panels, 0, num_blocks_of(width, BLOCK), finish);
+}
+
+// The norms of a block of rows in this thread's scratch memory, filled up with zeros.
+Rows norms_of(const bf16* states, int num_rows, int width, const RmsNorm& norm) {
+    const int filled = num_blocks_of(num_rows, BLOCK) * BLOCK;
+    bf16* normed = static_cast<bf16*>(norm_scratch.bytes(sizeof(bf16) * filled * width));
+    for (int row = 0; row < num_rows; ++row)
+        normalize(states + std::size_t(row) * width, width, norm, normed + std::size_t(row) * width);
+    std::memset(normed + std::size_t(num_rows) * width, 0, sizeof(bf16) * (filled - num_rows) * width);
+    return Rows(normed, filled, width);
+}
+
+// Hands each thread blocks of rows, first row and count.
+template <class Run>
+void for_blocks(int num_rows, int num_threads, Run run) {
+    const int block = rows_of_block(num_rows, num_threads);
+#pragma omp parallel num_threads(num_threads)
+    {
+        Tiles tiles;
+#pragma omp for schedule(static)
+        for (int first = 0; first < num_rows; first += block) run(first, std::min(block, num_rows - first));
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Packs a weight [outputs, width] into ceil(outputs / 32) panels.
+void pack_weight(const bf16* weight, int outputs, int width, bf16* panels, int num_threads) {
+#pragma omp parallel for num_threads(num_threads)
+    for (int panel = 0; panel < num_blocks_of(outputs, BLOCK); ++panel) {
+        const bf16* first = weight + std::size_t(panel) * BLOCK * width;
+        const int left = outputs - panel * BLOCK;
+        pack_panel(
+            first, left, first + std::size_t(TILE) * width, left - TILE, width, panels + std::size_t(panel) * width * BLOCK);
+    }
+}
+
+// Packs the weights [outputs, width] of gate and up by turns of 16 rows into outputs / 16 panels.
+void pack_gated(const bf16* gate, const bf16* up, int outputs, int width, bf16* panels, int num_threads) {
+#pragma omp parallel for num_threads(num_threads)
+    for (int panel = 0; panel < outputs / TILE; ++panel) {
+        const std::size_t place = std::size_t(panel) * TILE * width;
+        pack_panel(gate + place, TILE, up + place, TILE, width, panels + 2 * place);
+    }
+}
+
+// states [rows, width] times weight, plus bias if there is one: output [rows, outputs].
+void linear(
+    const bf16* states, int num_rows, int width, const bf16* panels, int outputs, const bf16* bias, bf16* output,
+    int num_threads) {
+    const int num_panels = num_blocks_of(outputs, BLOCK);
+    const int block = rows_of_block(num_rows, num_threads);
+    const int row_blocks = num_blocks_of(num_rows, block);
+    // Too few rows for all threads: they share the columns out instead.
+    const int column_blocks = row_blocks >= num_threads ? 1 : std::min(num_panels, num_threads);
+#pragma omp parallel num_threads(num_threads)
+    {
+        Tiles tiles;
+#pragma omp for schedule(static)
+        for (int task = 0; task < row_blocks * column_blocks; ++task) {
+            const int first = task / column_blocks * block;
+            const int count = std::min(block, num_rows - first);
+            const int part = task % column_blocks;
+            const Rows rows(states + std::size_t(first) * width, count, width);
+            multiply_block(
+                rows, count, width, panels, num_panels * part / column_blocks, num_panels * (part + 1) / column_blocks,
+                Output{output + std::size_t(first) * outputs, count, outputs, bias});
+        }
+    }
+}
+
+// down(act(gate(states)) * up(states)): states and output [rows, width]; inner states have `inner` numbers.
+void gated_layer(
+    const bf16* states, int num_rows, int width, const bf16* gated_panels, int inner, const bf16* down_panels,
+    int activation, bf16* output, int num_threads) {
+    for_blocks(num_rows, num_threads, [=](int first, int count) {
+        const std::size_t place = std::size_t(first) * width;
+        run_gated(
+            Rows(states + place, count, width), count, width, gated_panels, inner, down_panels, activation,
+            Output{output + place, count, width, nullptr});
+    });
+}
+
+// What comes before attention in a block: the norm of states [rows, width], times each of some packed weights.
+void project(
+    const bf16* states, int num_rows, int width, const bf16* norm_weight, float epsilon, int norm_kind, int num_weights,
+    const bf16* const* panels, const int* outputs, const bf16* const* biases, bf16* const* products, int num_threads) {
+    const RmsNorm norm{norm_weight, epsilon, norm_kind};
+    for_blocks(num_rows, num_threads, [=](int first, int count) {
+        const Rows normed = norms_of(states + std::size_t(first) * width, count, width, norm);
+        for (int weight = 0; weight < num_weights; ++weight) {
+            const int wide = outputs[weight];
+            multiply_block(
+                normed, count, width, panels[weight], 0, num_blocks_of(wide, BLOCK),
+                Output{products[weight] + std::size_t(first) * wide, count, wide, biases[weight]});
+        }
+    });
+}
+
+// What comes behind attention in a block, in place: states += output weight times attended [rows, attended width];
+// states += feed-forward layer of their norm.
+void conclude(
+    bf16* states, const bf16* attended, int num_rows, int width, int attended_width, const bf16* output_panels,
+    const bf16* output_bias, const bf16* norm_weight, float epsilon, int norm_kind, const bf16* gated_panels, int inner,
+    const bf16* down_panels, int activation, int num_threads) {
+    const RmsNorm norm{norm_weight, epsilon, norm_kind};
+    for_blocks(num_rows, num_threads, [=](int first, int count) {
+        bf16* own = states + std::size_t(first) * width;
+        multiply_block(
+            Rows(attended + std::size_t(first) * attended_width, count, attended_width), count, attended_width,
+            output_panels, 0, num_blocks_of(width, BLOCK), Addition{{own, count, width, output_bias}});
+        run_gated(
+            norms_of(own, count, width, norm), count, width, gated_panels, inner, down_panels, activation,
+            Addition{{own, count, width, nullptr}});
+    });
+}
+
+}
+
+#endif

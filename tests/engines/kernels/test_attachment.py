@@ -1,0 +1,231 @@
+"""A model on the kernels gives the rewards of plain transformers, in any company the same bits."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_classifiers import load_tiny, random_rows, rows_that_share, rows_with_endings, shuffled_batches
+from tiny_models import DECODER_FAMILIES
+
+from service.engines import torch as torch_engine
+from service.engines.kernels.attachment import attach_kernels, detach_kernels, drop_plain_weights, multiplies_on_kernels
+from service.engines.kernels.blocks import JointBlock
+from service.engines.kernels.build import VECTORS, KernelsUnavailable, locate_library
+from service.engines.kernels.forwards import GatedLayer, KernelForward, KernelNorm, OpenedGate, RotatingAttention
+from service.engines.kernels.library import Kernels, load_kernels
+from service.engines.packed import PackedForward
+from service.engines.parity import choose_path, plain_rewards
+from service.engines.torch import load_torch_engine
+from service.errors import SettingsError
+from service.records import Sequence
+from service.settings import BatchingSettings, ModelSettings
+
+Checkpoint = Callable[..., Path]
+
+JOINT = {"llama", "qwen2", "qwen3", "mistral", "phi3"}
+"""Families whose blocks add attention and feed-forward layer, each behind one norm."""
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Kernels:
+    """The kernels of this machine, if it has any."""
+    try:
+        return load_kernels()
+    except KernelsUnavailable as reason:
+        pytest.skip(f"no kernels here: {reason}")
+
+
+@pytest.fixture(scope="module")
+def tiles(kernels: Kernels) -> Kernels:
+    """Kernels with products and attention."""
+    if not kernels.has_tiles:
+        pytest.skip("this CPU has no matrix tiles (AMX)")
+    return kernels
+
+
+@pytest.fixture(scope="module")
+def vectors(kernels: Kernels) -> Kernels:
+    """The kernels of CPUs without matrix tiles, which this one can run too."""
+    return Kernels(ctypes.CDLL(str(locate_library(VECTORS))), VECTORS)
+
+
+@pytest.mark.parametrize("family", DECODER_FAMILIES)
+@pytest.mark.parametrize("kind", ["tiles", "vectors"])
+def test_rewards_agree_with_plain_transformers(
+    tiny_checkpoint: Checkpoint, request: pytest.FixtureRequest, family: str, kind: str
+) -> None:
+    """Every family passes the parity probe on the kernels of both kinds, shared beginnings included."""
+    chosen = request.getfixturevalue(kind)
+
+    path, parity = choose_path(load_tiny(tiny_checkpoint(family), torch.bfloat16), "packed", 512, kernels=chosen)
+
+    assert path.kernels is chosen
+    assert path.shared_from is not None
+    assert parity.agrees
+
+
+@pytest.mark.parametrize("family", DECODER_FAMILIES)
+def test_a_model_runs_on_tiles_where_it_can(tiny_checkpoint: Checkpoint, tiles: Kernels, family: str) -> None:
+    """All products of every family run on tiles, norms and rotations on kernels, whole blocks where they fit."""
+    body = load_tiny(tiny_checkpoint(family), torch.bfloat16).body
+    attach_kernels(body, tiles)
+
+    kinds = {type(vars(module).get("forward")) for module in body.modules()}
+
+    assert multiplies_on_kernels(body)
+    assert {KernelNorm, RotatingAttention} <= kinds
+    assert (JointBlock in kinds) == (family in JOINT)
+    assert (GatedLayer in kinds) == (family not in JOINT)
+
+
+@pytest.mark.parametrize("family", DECODER_FAMILIES)
+def test_without_tiles_products_stay_torchs(tiny_checkpoint: Checkpoint, vectors: Kernels, family: str) -> None:
+    """On a CPU without matrix tiles norms, gates and rotations run on kernels, products do not."""
+    body = load_tiny(tiny_checkpoint(family), torch.bfloat16).body
+    attach_kernels(body, vectors)
+
+    kinds = {type(vars(module).get("forward")) for module in body.modules()}
+
+    assert kinds == {type(None), KernelNorm, RotatingAttention, OpenedGate}
+    assert not multiplies_on_kernels(body)
+
+
+@pytest.mark.parametrize("family", DECODER_FAMILIES)
+@pytest.mark.parametrize("kind", ["tiles", "vectors"])
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_a_batch_does_not_change_a_bit_of_a_reward(
+    tiny_checkpoint: Checkpoint, request: pytest.FixtureRequest, family: str, kind: str, num_threads: int
+) -> None:
+    """A text's reward is the same bit for bit alone, in any batch, and with its beginning shared."""
+    torch.set_num_threads(num_threads)
+    classifier = load_tiny(tiny_checkpoint(family, hidden_size=192, intermediate_size=576), torch.bfloat16)
+    path = PackedForward(classifier, kernels=request.getfixturevalue(kind))
+    rows = [*random_rows(classifier, lengths=(5, 1, 133, 300)), *rows_that_share(classifier)]
+    alone = {row: path.run([row]).rewards[0] for row in rows}
+
+    for batch in shuffled_batches(rows, seed=0) + shuffled_batches(rows, seed=1):
+        assert path.run(batch).rewards == [alone[row] for row in batch]
+
+
+def test_a_reward_that_is_no_number_stays_alone(tiny_checkpoint: Checkpoint, tiles: Kernels) -> None:
+    """A poisoned token spoils the rewards of its own rows, and no bit of the others', shared beginnings or not."""
+    classifier = load_tiny(tiny_checkpoint("llama"), torch.bfloat16)
+    path = PackedForward(classifier, kernels=tiles)
+    rows = rows_that_share(classifier)
+    poison = rows[0][-1] if all(rows[0][-1] not in row[:-1] for row in rows) else classifier.config.vocab_size - 1
+    healthy = [row for row in rows if poison not in row]
+    wanted = path.run(healthy).rewards
+    classifier.model.get_input_embeddings().weight.data[poison] = float("nan")
+    spoilt = [(*row, poison) for row in healthy[:3]]
+
+    found = path.run([*healthy, *spoilt]).rewards
+
+    assert found[: len(healthy)] == wanted
+    assert all(reward != reward for reward in found[len(healthy) :])
+
+
+def test_plain_forwards_come_back(tiny_checkpoint: Checkpoint, kernels: Kernels) -> None:
+    """A classifier that ran on kernels runs as transformers wrote it again, bit for bit, as the probe needs it."""
+    classifier = load_tiny(tiny_checkpoint("qwen3"), torch.bfloat16)
+    rows = rows_with_endings(classifier)
+    before = plain_rewards(classifier, rows)
+    PackedForward(classifier, kernels=kernels)
+
+    assert plain_rewards(classifier, rows) == before
+    assert not any(isinstance(vars(module).get("forward"), KernelForward) for module in classifier.body.modules())
+
+
+def test_packed_weights_are_not_kept_twice(tiny_checkpoint: Checkpoint, tiles: Kernels) -> None:
+    """Once the path is chosen the plain weights are freed; the rewards stay, and going back is refused."""
+    classifier = load_tiny(tiny_checkpoint("gemma2"), torch.bfloat16)
+    path = PackedForward(classifier, kernels=tiles)
+    rows = random_rows(classifier)
+    before = path.run(rows).rewards
+
+    drop_plain_weights(classifier.body)
+
+    layers = [module for module in classifier.body.modules() if isinstance(module, torch.nn.Linear)]
+    assert sum(layer.weight.numel() for layer in layers) == 0
+    assert path.run(rows).rewards == before
+    with pytest.raises(RuntimeError, match="plain weights were dropped"):
+        detach_kernels(classifier.body)
+
+
+class TwistedNorm(torch.nn.Module):
+    """Has the name and the parameters of a norm, and computes something else."""
+
+    def __init__(self, norm: torch.nn.Module) -> None:
+        super().__init__()
+        self.weight = norm.weight
+        self.variance_epsilon = norm.variance_epsilon
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return self.weight * states / (states.abs().mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+TwistedNorm.__name__ = "TwistedRMSNorm"
+
+
+def test_what_computes_something_else_is_left_alone(tiny_checkpoint: Checkpoint, kernels: Kernels) -> None:
+    """A module is judged by its numbers, not by its name: a block with a strange norm keeps its own forward."""
+    body = load_tiny(tiny_checkpoint("llama"), torch.bfloat16).body
+    body.layers[1].input_layernorm = TwistedNorm(body.layers[1].input_layernorm)
+
+    attach_kernels(body, kernels)
+
+    assert "forward" not in vars(body.layers[1].input_layernorm)
+    assert "forward" not in vars(body.layers[1])
+    assert isinstance(body.layers[1].post_attention_layernorm.forward, KernelNorm)
+
+
+def test_the_engine_says_what_it_runs_on(tiny_checkpoint: Checkpoint, kernels: Kernels) -> None:
+    """In bfloat16 on a CPU an engine takes the kernels by itself, and its description names them."""
+    settings = ModelSettings(device="cpu", dtype="bfloat16", num_threads=1)
+    load = {"pad_token_id": 0, "max_input_tokens": 200}
+
+    engine = load_torch_engine(tiny_checkpoint("llama"), settings, BatchingSettings(), **load)
+    without = load_torch_engine(
+        tiny_checkpoint("llama"), settings.model_copy(update={"kernels": "off"}), BatchingSettings(), **load
+    )
+
+    assert engine.info.kernels == kernels.name
+    assert without.info.kernels is None
+    sequences = [Sequence((7, 8, 9, 10)), Sequence((11, 12))]
+    assert engine.forward(sequences).rewards == pytest.approx(without.forward(sequences).rewards, abs=0.1)
+
+
+def test_going_without_is_logged(
+    tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where kernels would help and there are none, a line says why, and ``on`` does not start."""
+
+    def missing() -> Kernels:
+        raise KernelsUnavailable("there is no C++ compiler (g++) to make them with: install g++")
+
+    monkeypatch.setattr(torch_engine.library, "load_kernels", missing)
+    settings = ModelSettings(device="cpu", dtype="bfloat16", num_threads=1)
+    load = {"pad_token_id": 0, "max_input_tokens": 200}
+
+    with caplog.at_level(logging.WARNING):
+        engine = load_torch_engine(tiny_checkpoint("llama"), settings, BatchingSettings(), **load)
+
+    assert engine.info.kernels is None
+    assert "install g++" in caplog.text
+    with pytest.raises(SettingsError, match=r"model\.kernels is on.*install g"):
+        load_torch_engine(
+            tiny_checkpoint("llama"), settings.model_copy(update={"kernels": "on"}), BatchingSettings(), **load
+        )
+
+
+@pytest.mark.parametrize("other", [{"compile": True}, {"forward": "padded"}], ids=str)
+def test_wishes_that_exclude_each_other_are_refused(tiny_checkpoint: Checkpoint, other: dict[str, object]) -> None:
+    """Kernels run neither in compiled blocks nor in padded batches."""
+    settings = ModelSettings.model_validate({"device": "cpu", "dtype": "bfloat16", "kernels": "on", **other})
+
+    with pytest.raises(SettingsError, match=r"model\.kernels is on"):
+        load_torch_engine(tiny_checkpoint("llama"), settings, BatchingSettings(), pad_token_id=0, max_input_tokens=200)

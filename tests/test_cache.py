@@ -1,0 +1,70 @@
+"""Folders in the cache are made once, whole or not at all."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from service.cache import build_once, cache_directory
+from service.errors import CheckpointError
+
+
+def fill(folder: Path) -> None:
+    (folder / "weights").write_text("whole")
+
+
+def break_halfway(folder: Path) -> None:
+    (folder / "weights").write_text("half")
+    raise CheckpointError("the power went out")
+
+
+def test_a_folder_is_built_once(tmp_path: Path) -> None:
+    """The second call finds the folder and builds nothing."""
+    folder = build_once(tmp_path / "cache" / "model", fill)
+
+    assert build_once(folder, break_halfway) == folder
+    assert (folder / "weights").read_text() == "whole"
+
+
+def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
+    """No half-filled folder is ever found under the final name, and no temporary one stays behind."""
+    with pytest.raises(CheckpointError):
+        build_once(tmp_path / "model", break_halfway)
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_builders_at_once_agree(tmp_path: Path) -> None:
+    """Both get the one whole folder; the slower one's work is dropped."""
+    both_started = threading.Barrier(2, timeout=10)
+    found: list[Path] = []
+
+    def fill_together(folder: Path) -> None:
+        both_started.wait()
+        fill(folder)
+
+    def build() -> None:
+        found.append(build_once(tmp_path / "model", fill_together))
+
+    threads = [threading.Thread(target=build) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=10)
+
+    assert found == [tmp_path / "model"] * 2
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (tmp_path / "model" / "weights").read_text() == "whole"
+
+
+def test_the_cache_is_where_the_user_wants_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """XDG_CACHE_HOME decides, else ~/.cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_directory() == tmp_path / "reward-service"
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    assert cache_directory() == tmp_path / ".cache" / "reward-service"
