@@ -17,6 +17,23 @@ from typing import Any
 from service.errors import ServerStartError
 
 
+_QUIET_BACKGROUND = {
+    # Ten times a second Serve's controller looks at everything, and asks the GCS; what we wait for at start and end, and
+    # the replacement of a dead replica, come within seconds at two looks too.
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+    # Ray's metrics of itself, which nobody scrapes here: /metrics is ours.
+    "RAY_enable_metrics_collection": "0",
+    "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "10000",
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",
+    # One machine has nothing to scale.
+    "AUTOSCALER_UPDATE_INTERVAL_S": "60",
+    # It would carry logs to a driver that does not want them, and looks for new files ten times a second.
+    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
+    "LOG_NAME_UPDATE_INTERVAL_S": "3600",
+}
+"""Keeps Ray's background work off the cores of the forward pass; docs/decisions/0018 has what each is worth."""
+
+
 @dataclass(frozen=True, slots=True)
 class Ports:
     """TCP ports of one server. Only ``http`` is meant for others; the rest are for Ray's own parts.
@@ -127,6 +144,7 @@ def ray_environment(folder: Path, ports: Ports, *, deadline_s: float, drain_s: f
         "DASHBOARD_METRIC_PORT": str(ports.dashboard_metrics),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_EXPORT_COUNTER_AS_GAUGE": "0",
+        **_QUIET_BACKGROUND,
     }
 
 
