@@ -16,10 +16,9 @@ from typing import Any
 
 from service.errors import ServerStartError
 
-
 _QUIET_BACKGROUND = {
-    # Ten times a second Serve's controller looks at everything, and asks the GCS; what we wait for at start and end, and
-    # the replacement of a dead replica, come within seconds at two looks too.
+    # Ten times a second Serve's controller would look after everything; with two looks a start, an end and the
+    # replacement of a dead replica take as many seconds as before.
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
     # Ray's metrics of itself, which nobody scrapes here: /metrics is ours.
     "RAY_enable_metrics_collection": "0",
@@ -134,6 +133,8 @@ def ray_environment(folder: Path, ports: Ports, *, deadline_s: float, drain_s: f
         "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
         "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(64 * 1024 * 1024),
         "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
+        # Requests and answers need not hop between two event loops: ours never stands still, long work is in threads.
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         # Keeps Ray's own ports on loopback; its name speaks of other systems, its effect is the same on Linux.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         # Ray's workers yield to everything else on the machine by default; here the replica is what the machine is for.
