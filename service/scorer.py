@@ -284,7 +284,7 @@ class Scorer:
         self._busy_since: float | None = None  # as the budget, written by the engine thread alone
         # Shared with the engine thread, and changed under the condition's lock only.
         self._work_waits = threading.Condition()
-        self._queue = Queue(limits.max_queue_tokens, info.shared_from)
+        self._queue = Queue(limits.max_queue_tokens, info.shared_from, batch_tokens=self._budget.max_tokens)
         self._pending: dict[Hashable, _Pending] = {}
         self._stopped = False
         self._publish_gauges()
