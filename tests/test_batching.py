@@ -279,7 +279,7 @@ def test_overtaking_ends_in_proportion_to_size(length: int, others: list[int]) -
 def test_single_items_from_few_connections_wait_alike(budget: BatchBudget) -> None:
     """Of clients that each send one item after the other, none waits much longer than a turn of all of them takes."""
     queue, lengths = new_queue(), cycle([5, 90, 10, 40, 20, 7, 60, 15, 30, 25, 12])
-    waiting_since = {connection: 0 for connection in range(24)}
+    waiting_since = dict.fromkeys(range(24), 0)
     waits: list[int] = []
     for connection in waiting_since:
         put(queue, f"{connection} 0", [next(lengths)])
