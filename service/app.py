@@ -173,7 +173,8 @@ def _start(launch: Launch, reports: TextIO) -> None:
         num_replicas=launch.replicas,
         ray_actor_options={"num_cpus": launch.cpus, "num_gpus": launch.gpus},
         graceful_shutdown_timeout_s=launch.drain_s,
-        logging_config={"enable_access_log": False},
+        # Ray makes a record of every request and drops it then, unless records of that level are off altogether.
+        logging_config={"enable_access_log": False, "log_level": "WARNING"},
     )
     serve.run(replicas.bind(launch.settings), name=APP_NAME, route_prefix="/")
 

@@ -7,7 +7,8 @@ The price may be a little high, where strangers begin alike, and never low, beca
 
 Fairness is start-time fair queueing (Goyal, Vin and Cheng, 1996) between requests, in tokens: the request that has been
 served least goes next, and a newcomer starts level with the least-served one, so a request of one item is in the next
-batch however large its neighbours are. Among equals the smaller request goes first.
+batch however large its neighbours are. Among equals the smaller request goes first; one that fits a batch may be
+overtaken only until a few times its own tokens were computed, so those of like size keep nearly their order of arrival.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Sequence as Row
 from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop, heappush
 from itertools import chain, islice
+from math import inf
 from typing import TypeAlias
 
 from service.errors import Overloaded
@@ -26,6 +28,9 @@ from service.records import BatchCost, Sequence
 
 PATIENCE_BATCHES = 8
 """Batches that may pass a request over; then it heads one, so a stream of newcomers cannot starve it."""
+
+OVERTAKING_RATIO = 4
+"""Times its own tokens that are computed after the arrival of a request that fits a batch, until no newcomer passes."""
 
 MAX_MISFITS = 8
 """Requests whose next group found no room before a batch is closed; bounds the search, not the fairness."""
@@ -127,7 +132,10 @@ class _Group:
 
 @dataclass(slots=True, eq=False)
 class _Line:
-    """The waiting work of one request. ``served``: its virtual time, in tokens; ``turn``: its one valid heap item."""
+    """The waiting work of one request. ``served``: its virtual time, in tokens; ``turn``: its one valid heap item.
+
+    ``rank``: the tokens computed, ever, from which on no newcomer goes first that was served equally.
+    """
 
     request: Hashable
     order: int
@@ -135,6 +143,7 @@ class _Line:
     deadline: float
     served: float
     last_batch: int
+    rank: float = inf
     groups: OrderedDict[Hashable, _Group] = field(default_factory=OrderedDict)
     num_entries: int = 0
     num_tokens: int = 0
@@ -149,7 +158,7 @@ class _Line:
         return next(iter(self.groups.values()))
 
 
-_Turn: TypeAlias = tuple[float, int, int, _Line]
+_Turn: TypeAlias = tuple[float, float, int, int, _Line]
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,11 +215,13 @@ class Queue:
     Args:
         max_waiting_tokens: beyond it requests are refused.
         shared_from: common beginnings of at least so many tokens are computed once in a pass; None: none is.
+        batch_tokens: of a usual batch: requests that fit one keep nearly their order of arrival; 0: none does.
     """
 
-    def __init__(self, max_waiting_tokens: int, shared_from: int | None = None) -> None:
+    def __init__(self, max_waiting_tokens: int, shared_from: int | None = None, *, batch_tokens: int = 0) -> None:
         self._max_waiting_tokens = max_waiting_tokens
         self._shared_from = shared_from
+        self._batch_tokens = batch_tokens
         self._throughput = Throughput()
         self._reserved: dict[Hashable, int] = {}
         self._num_reserved_tokens = 0
@@ -222,6 +233,7 @@ class Queue:
         self._turns: list[_Turn] = []
         self._virtual_time = 0.0
         self._num_lines_ever = 0
+        self._num_taken_tokens = 0
         self._num_batches = 0
         self._last_patience_batch = 0
 
@@ -310,6 +322,8 @@ class Queue:
             line.num_tokens += sequence.num_tokens
         if not line.num_entries:
             return
+        if line.num_tokens <= self._batch_tokens:
+            line.rank = self._num_taken_tokens + OVERTAKING_RATIO * line.num_tokens
         self._lines[request] = self._least_recent[request] = line
         self._num_entries += line.num_entries
         self._num_entry_tokens += line.num_tokens
@@ -365,7 +379,7 @@ class Queue:
         return self._virtual_time
 
     def _await_turn(self, line: _Line) -> None:
-        line.turn = (line.served, line.num_tokens, line.order, line)
+        line.turn = (line.served, line.rank, line.num_tokens, line.order, line)
         heappush(self._turns, line.turn)
         if len(self._turns) > 2 * len(self._lines) + 64:  # mostly turns of lines that were served or dropped meanwhile
             self._turns = [line.turn for line in self._lines.values() if line.turn is not None]
@@ -404,6 +418,7 @@ class Queue:
         """Take a run out of its line, at the cost of the line's place in the order."""
         self._remove(line, run.entries)
         line.served += run.cost
+        self._num_taken_tokens += run.cost
         line.last_batch = self._num_batches
         if line.num_entries:
             self._least_recent.move_to_end(line.request)

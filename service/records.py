@@ -287,6 +287,17 @@ class Timings:
     engine_s: float = 0.0
     total_s: float = 0.0
 
+    @property
+    def by_stage(self) -> dict[str, float]:
+        """Seconds by the name of the stage; spelt out, since every answer asks for it three times."""
+        return {
+            "parse": self.parse_s,
+            "tokenize": self.tokenize_s,
+            "queue": self.queue_s,
+            "engine": self.engine_s,
+            "total": self.total_s,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class ModelIdentity:

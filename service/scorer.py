@@ -18,7 +18,7 @@ from collections.abc import Sequence as Row
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias, TypeVar
 
 from service.batching import BatchBudget, Entry, Queue, TakenBatch, batch_cost
 from service.diagnostics.monitors.monitor import Monitors
@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 State: TypeAlias = Literal["starting", "ready", "draining", "failed"]
 Outcome: TypeAlias = Score | HttpError
+_T = TypeVar("_T")
 _TextReading: TypeAlias = "asyncio.Future[list[TextFacts | None]]"
 
 CHUNK_CHARS = 65_536
@@ -53,6 +54,9 @@ MIN_ITEM_CHARS = 1024
 
 FEW_ITEMS = CHUNK_CHARS // MIN_ITEM_CHARS
 """Items of a request up to which the event loop does small work itself: a thread would take longer to hear of it."""
+
+FEW_CHARS = 4096
+"""Characters of a request up to which the event loop tokenizes and reads it too; a millisecond, without the GIL."""
 
 HEAD_TOKENS = 64
 """Leading tokens by which sequences are kept beside their likes where the end of the prompt is unknown."""
@@ -280,7 +284,7 @@ class Scorer:
         self._busy_since: float | None = None  # as the budget, written by the engine thread alone
         # Shared with the engine thread, and changed under the condition's lock only.
         self._work_waits = threading.Condition()
-        self._queue = Queue(limits.max_queue_tokens, info.shared_from)
+        self._queue = Queue(limits.max_queue_tokens, info.shared_from, batch_tokens=self._budget.max_tokens)
         self._pending: dict[Hashable, _Pending] = {}
         self._stopped = False
         self._publish_gauges()
@@ -447,12 +451,11 @@ class Scorer:
         """Start to read the texts in the tokenizer's threads; the forward pass runs meanwhile."""
         if request.diagnostics == "none" or self._stopped:
             return []
-        loop = asyncio.get_running_loop()
         read = self._pipeline.diagnostician.read_texts
         readings, begin = [], 0
         for chunk in chunks_of(request.items):
             end = begin + len(chunk)
-            readings.append(loop.run_in_executor(self._threads, read, chunk, encoded[begin:end], request.diagnostics))
+            readings.append(self._start(chunk, read, chunk, encoded[begin:end], request.diagnostics))
             begin = end
         return readings
 
@@ -476,11 +479,20 @@ class Scorer:
         encoded: list[Sequence | HttpError] = []
         for chunk in chunks_of(request.items):
             self._refuse_if_stopped()
-            encoded += await loop.run_in_executor(self._threads, self._encoder.encode, chunk, request.encoding)
+            encoded += await self._start(chunk, self._encoder.encode, chunk, request.encoding)
         if len(encoded) <= FEW_ITEMS:
             return encoded, plan_work(request.items, encoded)
         self._refuse_if_stopped()
         return encoded, await loop.run_in_executor(self._threads, plan_work, request.items, encoded)
+
+    def _start(self, chunk: Row[Item], work: Callable[..., _T], *args: object) -> asyncio.Future[_T]:
+        """Start work on a chunk in a tokenizer thread, or have it done at once where the thread would take longer."""
+        loop = asyncio.get_running_loop()
+        if len(chunk) <= FEW_ITEMS and sum(item.content.num_chars for item in chunk) <= FEW_CHARS:
+            done: asyncio.Future[_T] = loop.create_future()
+            done.set_result(work(*args))
+            return done
+        return loop.run_in_executor(self._threads, partial(work, *args))
 
     def _enqueue(self, key: Hashable, pending: _Pending, now: float, deadline: float) -> None:
         with self._work_waits:

@@ -16,6 +16,22 @@ from typing import Any
 
 from service.errors import ServerStartError
 
+_QUIET_BACKGROUND = {
+    # Ten times a second Serve's controller would look after everything; with two looks a start, an end and the
+    # replacement of a dead replica take as many seconds as before.
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+    # Ray's metrics of itself, which nobody scrapes here: /metrics is ours.
+    "RAY_enable_metrics_collection": "0",
+    "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "10000",
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",
+    # One machine has nothing to scale.
+    "AUTOSCALER_UPDATE_INTERVAL_S": "60",
+    # It would carry logs to a driver that does not want them, and looks for new files ten times a second.
+    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
+    "LOG_NAME_UPDATE_INTERVAL_S": "3600",
+}
+"""Keeps Ray's background work off the cores of the forward pass; docs/decisions/0018 has what each is worth."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ports:
@@ -117,6 +133,8 @@ def ray_environment(folder: Path, ports: Ports, *, deadline_s: float, drain_s: f
         "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
         "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(64 * 1024 * 1024),
         "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
+        # Requests and answers need not hop between two event loops: ours never stands still, long work is in threads.
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         # Keeps Ray's own ports on loopback; its name speaks of other systems, its effect is the same on Linux.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         # Ray's workers yield to everything else on the machine by default; here the replica is what the machine is for.
@@ -127,6 +145,7 @@ def ray_environment(folder: Path, ports: Ports, *, deadline_s: float, drain_s: f
         "DASHBOARD_METRIC_PORT": str(ports.dashboard_metrics),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_EXPORT_COUNTER_AS_GAUGE": "0",
+        **_QUIET_BACKGROUND,
     }
 
 

@@ -110,7 +110,7 @@ class Tokenization:
         prompts: dict[tuple[Message, ...], str] = {}
         prepared = [self._prepare(item, encoding, prompts) for item in items]
         texts = [entry.text for entry in prepared if isinstance(entry, _Text)]
-        encoded = iter(self._backend.encode_batch(texts, add_special_tokens=False))
+        encoded = iter(self._encode_texts(texts))
         outcomes: list[Sequence | HttpError] = []
         for entry in prepared:
             match entry:
@@ -121,6 +121,11 @@ class Tokenization:
                 case HttpError():
                     outcomes.append(entry)
         return outcomes
+
+    def _encode_texts(self, texts: list[str]) -> list[Any]:
+        if len(texts) == 1:  # for a single text the batch call would wake a pool of threads
+            return [self._backend.encode(texts[0], add_special_tokens=False)]
+        return list(self._backend.encode_batch(texts, add_special_tokens=False))
 
     def estimate_tokens(self, items: Row[Item]) -> int:
         """Guess the tokens of the items from their characters, without tokenizing; at least one per item.

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Hashable
 from collections.abc import Sequence as Row
-from itertools import count
+from itertools import count, cycle
 from math import log2
 
 import pytest
@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.batching import (
+    OVERTAKING_RATIO,
     PATIENCE_BATCHES,
     RETRY_AFTER_UNMEASURED_S,
     BatchBudget,
@@ -55,7 +56,7 @@ def put(
 
 
 def new_queue(max_waiting_tokens: int = 10**9) -> Queue:
-    return Queue(max_waiting_tokens)
+    return Queue(max_waiting_tokens, batch_tokens=PACKED.max_tokens)
 
 
 def take(queue: Queue, budget: BatchBudget = PACKED, now: float = 0.0) -> tuple[Entry, ...]:
@@ -242,6 +243,54 @@ def test_among_equals_the_smaller_request_goes_first() -> None:
     put(queue, "small", [60])
 
     assert names(take(queue))[0] == ("small", 0)
+
+
+def test_like_requests_leave_in_order_of_arrival() -> None:
+    """Of requests that need about as much, nobody waits for those that came later."""
+    queue = new_queue()
+    put(queue, "longer", [60])
+    put(queue, "short", [50])
+    put(queue, "short too", [50])
+    take(queue)
+    put(queue, "shorter", [55])
+
+    assert [entry.request for entry in take(queue)] == ["longer"]
+
+
+@LAW
+@given(length=st.integers(60, 100), others=st.lists(st.integers(20, 50), min_size=60, max_size=60))
+def test_overtaking_ends_in_proportion_to_size(length: int, others: list[int]) -> None:
+    """However short those are that come later, a request leaves once a few times its own tokens were computed."""
+    queue = new_queue()
+    put(queue, "waiting", [length])
+    num_computed = 0
+    for name, other in enumerate(others):
+        for place in range(3):
+            put(queue, f"{name} {place}", [other])
+        batch = take(queue)
+        if any(entry.request == "waiting" for entry in batch):
+            break
+        num_computed += sum(entry.num_tokens for entry in batch)
+
+    assert num_computed <= OVERTAKING_RATIO * length + 2 * PACKED.max_tokens
+
+
+@pytest.mark.parametrize("budget", [PACKED, PADDED], ids=["packed", "padded"])
+def test_single_items_from_few_connections_wait_alike(budget: BatchBudget) -> None:
+    """Of clients that each send one item after the other, none waits much longer than a turn of all of them takes."""
+    queue, lengths = new_queue(), cycle([5, 90, 10, 40, 20, 7, 60, 15, 30, 25, 12])
+    waiting_since = dict.fromkeys(range(24), 0)
+    waits: list[int] = []
+    for connection in waiting_since:
+        put(queue, f"{connection} 0", [next(lengths)])
+    for batch in range(1, 400):
+        for entry in take(queue, budget):
+            connection = int(str(entry.request).split()[0])
+            waits.append(batch - waiting_since[connection])
+            waiting_since[connection] = batch
+            put(queue, f"{connection} {batch}", [next(lengths)])
+
+    assert max(waits) <= 2.5 * sum(waits) / len(waits)
 
 
 # --- Prefix groups ---------------------------------------------------------------------------------------------------

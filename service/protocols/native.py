@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
@@ -266,8 +266,8 @@ def _envelope(model: ModelIdentity, template: TemplateChoice, usage: Usage, timi
     return {
         "model": {"name": model.name, "version": model.version},
         "template": template,
-        "usage": asdict(usage),
-        "timings_ms": {name.removesuffix("_s"): round(seconds * 1000, 3) for name, seconds in asdict(timings).items()},
+        "usage": usage,
+        "timings_ms": {stage: round(seconds * 1000, 3) for stage, seconds in timings.by_stage.items()},
     }
 
 
