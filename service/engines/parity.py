@@ -28,6 +28,8 @@ PathChoice: TypeAlias = Literal["auto", "packed", "padded"]
 
 SHARING = "packed with shared prefixes"
 
+KEEPING = "packed with shared and kept prefixes"
+
 PATHS: Mapping[str, Callable[[Classifier], ForwardPath]] = {
     SHARING: PackedForward,
     "packed": partial(PackedForward, share_prefixes=False),
@@ -40,6 +42,10 @@ COMPILED_PATHS: Mapping[str, Callable[[Classifier], ForwardPath]] = {
     "packed": partial(PackedForward, share_prefixes=False, compiled=True),
 }
 """The same for compiled blocks; padded batches are not compiled."""
+
+KEPT_PASSES = 3
+"""Passes over the probes where prompts are kept: the first shows what states look like, the second keeps, the third
+uses what is kept."""
 
 LENGTHS = (1, 2, 9, 40, 130)
 """Tokens of the ordinary probes; a window that is small enough adds one beyond it."""
@@ -138,9 +144,9 @@ def compare(
     return Parity(gap, limit, median(noise), conclusive, len(plain))
 
 
-def paths_to_try(choice: PathChoice, *, share_prefixes: bool) -> list[str]:
+def paths_to_try(choice: PathChoice, *, share_prefixes: bool, keep_prefixes: bool) -> list[str]:
     """Return the names of the paths that a choice allows, fastest first."""
-    packed = [SHARING, "packed"] if share_prefixes else ["packed"]
+    packed = [*[KEEPING] * keep_prefixes, *[SHARING] * share_prefixes, "packed"]
     return {"auto": [*packed, "padded"], "packed": packed, "padded": ["padded"]}[choice]
 
 
@@ -151,6 +157,7 @@ def choose_path(
     *,
     share_prefixes: bool = True,
     compiled: bool = False,
+    kept_bytes: int = 0,
 ) -> tuple[ForwardPath, Parity]:
     """Return the fastest path that agrees with plain transformers on this classifier, ready to run, and the evidence.
 
@@ -160,6 +167,8 @@ def choose_path(
         max_tokens: longest row that may share a pass with any other.
         share_prefixes: whether a packed path may compute common beginnings once.
         compiled: whether only paths with compiled blocks will do.
+        kept_bytes: what prompts kept between passes may take; 0: none are kept. The path that is returned has kept
+            none yet.
 
     Raises:
         ParityError: no path agrees, or the chosen one does not, or plain transformers itself gives NaN or infinity.
@@ -185,14 +194,20 @@ def choose_path(
     limits = tolerances(classifier.dtype, plain, noise)
 
     refusals = []
-    paths = COMPILED_PATHS if compiled else PATHS
-    for name in paths_to_try(choice, share_prefixes=share_prefixes):
+    paths: dict[str, Callable[[Classifier], ForwardPath]] = {
+        KEEPING: partial(PackedForward, compiled=compiled, kept_bytes=kept_bytes),
+        **(COMPILED_PATHS if compiled else PATHS),
+    }
+    for name in paths_to_try(choice, share_prefixes=share_prefixes, keep_prefixes=kept_bytes > 0):
         if name not in paths:
             refusals.append(f"{name} cannot be compiled: leave model.compile out")
             continue
         try:
             path = paths[name](classifier)
-            parity = compare(path.run(rows).rewards, plain, noise, limits)
+            parity = max(
+                (compare(rewards, plain, noise, limits) for rewards in probed_rewards(path, rows)),
+                key=lambda found: found.max_difference / found.tolerance,
+            )
         except Exception as error:  # noqa: BLE001 - whatever a foreign model raises here, this path does not carry it
             refusals.append(f"{name} does not run ({type(error).__name__}: {error})")
             continue
@@ -203,6 +218,19 @@ def choose_path(
     raise ParityError(
         f"No forward path agrees with plain transformers on {classifier.architecture}: {'; '.join(refusals)}"
     )
+
+
+def probed_rewards(path: ForwardPath, rows: Sequence[tuple[int, ...]]) -> Iterator[list[float]]:
+    """Yield what a path says of the probes: once, or where prompts are kept cold and again warm.
+
+    Their prompts are the first halves of the rows.
+    """
+    if not path.keeps:
+        yield path.run(rows).rewards
+        return
+    for _ in range(KEPT_PASSES):
+        yield path.run(rows, prompts=[len(row) // 2 for row in rows]).rewards
+    path.forget()
 
 
 def _report(classifier: Classifier, name: str, parity: Parity, refusals: Sequence[str]) -> None:
