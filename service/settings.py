@@ -98,7 +98,7 @@ class BatchingSettings(Section):
     prefix_cache_mib: int | None = Field(
         None,
         ge=0,
-        description="MiB of memory for prompts that the torch engine keeps between passes, so that each is computed once; "
+        description="MiB of memory for prompts that the torch engine keeps between passes, each computed once; "
         "none: 512 on CPU, 0 on CUDA; 0: none are kept, as with deterministic and without share_prefixes.",
     )
 

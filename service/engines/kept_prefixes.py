@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 
 from service.prefix_tree import num_common, worth_sharing
 
+STRIDE = 1024
+"""Slots that are looked at together for free ones."""
+
 
 @dataclass(slots=True, eq=False)
 class KeptPrefix:
@@ -39,8 +42,8 @@ class KeptPrefixes:
     def __init__(self, num_slots: int, shortest: int) -> None:
         self._shortest = shortest
         self._uses = np.zeros(num_slots, np.int32)
-        self._free = np.arange(num_slots)[::-1].copy()  # taken from the end, so that low slots fill up first
         self._num_free = num_slots
+        self._next = 0  # where free slots are looked for, round and round: neighbours are copied fastest
         self._sorted: list[KeptPrefix] = []
         self._by_age: OrderedDict[KeptPrefix, None] = OrderedDict()
         self._pass = 0
@@ -100,14 +103,13 @@ class KeptPrefixes:
         del self._sorted[bisect_left(self._sorted, prefix.tokens, key=_tokens_of)]
         del self._by_age[prefix]
         self._uses[prefix.slots] -= 1
-        freed = prefix.slots[self._uses[prefix.slots] == 0]
-        self._free[self._num_free : self._num_free + len(freed)] = freed[::-1]
-        self._num_free += len(freed)
+        self._num_free += int((self._uses[prefix.slots] == 0).sum())
 
     def clear(self) -> None:
         """Forget all beginnings."""
         for prefix in list(self._sorted):
             self.remove(prefix)
+        self._next = 0
 
     def _make_room(self, num_slots: int) -> bool:
         if num_slots > len(self._uses):
@@ -121,7 +123,15 @@ class KeptPrefixes:
 
     def _take(self, num_slots: int) -> NDArray[np.int64]:
         self._num_free -= num_slots
-        return self._free[self._num_free : self._num_free + num_slots][::-1].copy()
+        taken = [np.empty(0, np.int64)]
+        while num_slots:
+            looked_at = self._uses[self._next : self._next + STRIDE]
+            free = np.flatnonzero(looked_at == 0)[:num_slots]
+            taken.append(free + self._next)
+            num_slots -= len(free)
+            self._next += len(looked_at) if num_slots else int(free[-1]) + 1
+            self._next %= len(self._uses)
+        return np.concatenate(taken)
 
 
 def _tokens_of(prefix: KeptPrefix) -> tuple[int, ...]:

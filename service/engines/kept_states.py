@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 
 from service.engines.kept_prefixes import KeptPrefix, KeptPrefixes
 from service.prefix_tree import Branch, Span, agreed_depths
+
+MAX_RUNS = 16
+"""Runs of neighbouring slots up to which each is written by itself, in one copy; more of them go through a second one."""
 
 
 class KeptStates:
@@ -75,8 +78,7 @@ class Visit:
         self._added: list[KeptPrefix] = []
         self._examples: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._slots: torch.Tensor
-        self._sources: torch.Tensor | None = None
-        self._targets: torch.Tensor | None = None
+        self._new: _NewTokens | None = None
         bank.prefixes.begin_pass()
         self.spans, self._taken = _take(bank.prefixes, rows, limits, shortest)
 
@@ -106,8 +108,7 @@ class Visit:
                 targets.append(prefix.slots[num_known:])
                 sources.append(_positions(branch, num_known, len(prefix.tokens)))
         if self._added:
-            self._targets = torch.from_numpy(np.concatenate(targets)).to(device)
-            self._sources = torch.from_numpy(np.concatenate(sources)).to(device)
+            self._new = _NewTokens(np.concatenate(sources), np.concatenate(targets), device)
 
     def extended(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a layer's keys and values of the row with those of the taken tokens behind it, and keep what is new.
@@ -121,9 +122,9 @@ class Visit:
         banks = self._bank.layers[layer]
         if len(self._taken):
             key, value = (self._append(states, bank) for states, bank in zip((key, value), banks, strict=True))
-        if self._sources is not None and self._targets is not None:
+        if self._new is not None:
             for states, bank in zip((key, value), banks, strict=True):
-                bank.index_copy_(0, self._targets, _by_token(states).index_select(0, self._sources))
+                self._new.copy(_by_token(states), bank)
         return key, value
 
     def confirm(self) -> None:
@@ -145,11 +146,33 @@ class Visit:
         return torch.cat([row, bank.index_select(0, self._slots)]).transpose(0, 1).unsqueeze(0)
 
     def _is_finite(self) -> bool:
-        """Whether a token's key and value are finite in the last layer, which they are only if all before were."""
-        targets = self._targets
-        if targets is None:
+        """Whether all keys and values left in the last layer are finite, which they are only if all before them were.
+
+        One that is not makes their sum so.
+        """
+        if self._new is None:
             return True
-        return all(bool(bank.index_select(0, targets).isfinite().all()) for bank in self._bank.layers[-1])
+        slots = self._new.targets
+        sums = [bank.index_select(0, slots).sum(dtype=torch.float32) for bank in self._bank.layers[-1]]
+        return bool(torch.stack(sums).isfinite().all())
+
+
+class _NewTokens:
+    """Where the tokens stand that a pass leaves in the bank, and the slots they go to."""
+
+    def __init__(self, sources: NDArray[np.int64], targets: NDArray[np.int64], device: torch.device) -> None:
+        self.targets = torch.from_numpy(targets).to(device)
+        self._sources = torch.from_numpy(sources).to(device)
+        borders = [0, *(np.flatnonzero(np.diff(targets) != 1) + 1).tolist(), len(targets)]
+        self._runs = [(begin, end, int(targets[begin])) for begin, end in pairwise(borders)]
+
+    def copy(self, states: torch.Tensor, bank: torch.Tensor) -> None:
+        """Copy states, [positions, heads, head dimension], into the slots of a bank."""
+        if len(self._runs) > MAX_RUNS:
+            bank.index_copy_(0, self.targets, states.index_select(0, self._sources))
+            return
+        for begin, end, slot in self._runs:
+            torch.index_select(states, 0, self._sources[begin:end], out=bank[slot : slot + end - begin])
 
 
 def _take(
