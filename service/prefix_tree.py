@@ -61,57 +61,63 @@ def grow_branches(
 ) -> list[Branch]:
     """Lay sequences out in one row, with what they begin alike standing there once.
 
-    In lexical order a sequence has its longest common beginning with its predecessor, so the tree grows in one walk.
+    In lexical order a sequence has its longest common beginnings with its neighbours, so the tree is found in one walk.
 
     Args:
         rows: token ids.
         shortest_shared: a common beginning of fewer tokens is not worth sharing; None: nothing is shared, and the
             sequences stand in the row in their own order.
         kept: of each row the beginning that need not be computed, as a piece of all such tokens, which stand behind the
-            row; empty where there is none. Of ``agreed_depths``. None: there is none.
+            row; empty where there is none. None: there is none.
 
     Returns:
         One branch for each sequence, in the order of ``rows``.
     """
     kept = [(0, 0)] * len(rows) if kept is None else kept
-    order = list(range(len(rows))) if shortest_shared is None else _in_lexical_order(rows)
-    common = [0, *(_num_shared(rows[before], rows[index], shortest_shared) for before, index in pairwise(order))]
-    num_shared = [max(num, kept[index][1] - kept[index][0]) for num, index in zip(common, order, strict=True)]
+    depths = [end - begin for begin, end in kept]
+    order = list(range(len(rows))) if shortest_shared is None else sorted(range(len(rows)), key=rows.__getitem__)
+    owners = {} if shortest_shared is None else _owners(rows, order, depths, shortest_shared)
+    num_shared = [max(depth, owners.get(index, (0, 0))[1]) for index, depth in enumerate(depths)]
     end_of_row = sum(map(len, rows)) - sum(num_shared)
     branches: dict[int, Branch] = {}
-    spans: tuple[Span, ...] = ()
     begin = 0
-    for index, num_before, num in zip(order, common, num_shared, strict=True):
-        behind = (end_of_row + kept[index][0], end_of_row + kept[index][1])
-        spans = _first_tokens(spans if num_before == num else (behind,), num)
-        own = (begin, begin + len(rows[index]) - num)
-        spans = (*spans, own) if own[0] < own[1] else spans
-        branches[index] = Branch(spans, num, own)
+    for index in sorted(order, key=depths.__getitem__):
+        spans: tuple[Span, ...] = ()
+        if depths[index]:
+            spans = ((end_of_row + kept[index][0], end_of_row + kept[index][1]),)
+        if index in owners:
+            owner, num_common_tokens = owners[index]
+            spans += _pieces(branches[owner].spans, depths[index], num_common_tokens)
+        own = (begin, begin + len(rows[index]) - num_shared[index])
+        branches[index] = Branch((*spans, own) if own[0] < own[1] else spans, num_shared[index], own)
         begin = own[1]
     return [branches[index] for index in range(len(rows))]
 
 
-def agreed_depths(rows: Sequence[tuple[int, ...]], depths: Sequence[int], shortest_shared: int) -> list[int]:
-    """Return how many leading tokens of each row need not be computed, so that rows that begin alike agree.
+def _owners(
+    rows: Sequence[tuple[int, ...]], order: Sequence[int], depths: Sequence[int], shortest_shared: int
+) -> dict[int, tuple[int, int]]:
+    """Return for rows that begin with more than is kept of them like another one: which, and how many such tokens.
 
-    A token that one row must have computed, because its state is wanted, is computed for all rows that share it. So the
-    tokens of a pass are those of the tree that are left over, and never more.
-
-    Args:
-        rows: token ids.
-        depths: how many leading tokens each row by itself could do without.
-        shortest_shared: rows that begin with fewer equal tokens share nothing.
+    What one row has computed the other may use, and not the other way round, where less of it is kept; among equals the
+    first in lexical order computes. So every token is computed once, if anyone's is not kept.
     """
-    agreed = list(depths)
-    if not any(agreed):
-        return agreed
-    order = _in_lexical_order(rows)
-    for walk in (order, order[::-1]):
-        for before, index in pairwise(walk):
-            common = _num_shared(rows[before], rows[index], shortest_shared)
-            if agreed[before] < min(agreed[index], common):
-                agreed[index] = agreed[before]
-    return agreed
+    common = [num_common(rows[before], rows[index]) for before, index in pairwise(order)]
+    owners: dict[int, tuple[int, int]] = {}
+    for place, index in enumerate(order):
+        least = max(depths[index] + 1, shortest_shared)
+        for step, ties in ((-1, 1), (1, 0)):
+            num_tokens, other = len(rows[index]), place
+            while 0 <= other + step < len(order):
+                num_tokens = min(num_tokens, common[min(other, other + step)])
+                other += step
+                if num_tokens < least:
+                    break
+                if depths[order[other]] < depths[index] + ties:
+                    owners[index] = (order[other], num_tokens)
+                    least = num_tokens + 1
+                    break
+    return owners
 
 
 def num_common(first: Sequence[int], second: Sequence[int]) -> int:
@@ -133,19 +139,12 @@ def worth_sharing(num_tokens: int, shortest_shared: int | None) -> int:
     return num_tokens if shortest_shared is not None and num_tokens >= shortest_shared else 0
 
 
-def _num_shared(first: Sequence[int], second: Sequence[int], shortest_shared: int | None) -> int:
-    return 0 if shortest_shared is None else worth_sharing(num_common(first, second), shortest_shared)
-
-
-def _in_lexical_order(rows: Sequence[tuple[int, ...]]) -> list[int]:
-    return sorted(range(len(rows)), key=rows.__getitem__)
-
-
-def _first_tokens(spans: Sequence[Span], num_tokens: int) -> tuple[Span, ...]:
+def _pieces(spans: Sequence[Span], first: int, end: int) -> tuple[Span, ...]:
+    """Return where the tokens of a sequence from ``first`` up to ``end`` stand, given where all of them do."""
     pieces = []
-    for begin, end in spans:
-        if num_tokens <= 0:
-            break
-        pieces.append((begin, min(end, begin + num_tokens)))
-        num_tokens -= end - begin
+    for begin, stop in spans:
+        piece = (begin + max(first, 0), min(stop, begin + end))
+        if piece[0] < piece[1]:
+            pieces.append(piece)
+        first, end = first - (stop - begin), end - (stop - begin)
     return tuple(pieces)

@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 
 from service.engines.kept_prefixes import KeptPrefix, KeptPrefixes
-from service.prefix_tree import Branch, Span, agreed_depths
+from service.prefix_tree import Branch, Span
 
-MAX_RUNS = 16
-"""Runs of neighbouring slots up to which each is written by itself, in one copy; more of them go through a second one."""
+MAX_RUNS = 8
+"""Runs of neighbouring slots up to which each is written by itself; with more, one copy for all takes less time."""
 
 
 class KeptStates:
@@ -48,7 +48,7 @@ class KeptStates:
             rows: of the pass.
             limits: how many leading tokens of each row may be left out of the pass.
         """
-        visit = Visit(self, rows, limits, self._shortest)
+        visit = Visit(self, rows, limits)
         try:
             yield visit
         finally:
@@ -70,7 +70,7 @@ class Visit:
     stand behind those of the row.
     """
 
-    def __init__(self, bank: KeptStates, rows: Sequence[tuple[int, ...]], limits: Sequence[int], shortest: int) -> None:
+    def __init__(self, bank: KeptStates, rows: Sequence[tuple[int, ...]], limits: Sequence[int]) -> None:
         self._bank = bank
         self._rows = rows
         self._layer = 0
@@ -80,7 +80,7 @@ class Visit:
         self._slots: torch.Tensor
         self._new: _NewTokens | None = None
         bank.prefixes.begin_pass()
-        self.spans, self._taken = _take(bank.prefixes, rows, limits, shortest)
+        self.spans, self._taken = _take(bank.prefixes, rows, limits)
 
     @property
     def num_taken(self) -> int:
@@ -176,22 +176,20 @@ class _NewTokens:
 
 
 def _take(
-    prefixes: KeptPrefixes, rows: Sequence[tuple[int, ...]], limits: Sequence[int], shortest: int
+    prefixes: KeptPrefixes, rows: Sequence[tuple[int, ...]], limits: Sequence[int]
 ) -> tuple[list[Span], NDArray[np.int64]]:
     """Find what is kept of rows; return each one's piece of the taken tokens, and the slots of those.
 
     Rows that found the same beginning have one piece in common.
     """
     found = [prefixes.longest(row, limit) for row, limit in zip(rows, limits, strict=True)]
-    depths = agreed_depths(rows, [depth for _, depth in found], shortest)
     lengths: dict[KeptPrefix, int] = {}
-    for (prefix, _), depth in zip(found, depths, strict=True):
-        if prefix is not None and depth:
+    for prefix, depth in found:
+        if prefix is not None:
             prefixes.use(prefix)
             lengths[prefix] = max(depth, lengths.get(prefix, 0))
     begins = dict(zip(lengths, accumulate(lengths.values(), initial=0), strict=False))
-    begin_of = [begins.get(prefix, 0) if prefix is not None else 0 for prefix, _ in found]
-    spans = [(begin, begin + depth) for begin, depth in zip(begin_of, depths, strict=True)]
+    spans = [(0, 0) if prefix is None else (begins[prefix], begins[prefix] + depth) for prefix, depth in found]
     slots = [prefix.slots[:length] for prefix, length in lengths.items()]
     return spans, np.concatenate([np.empty(0, np.int64), *slots])
 
