@@ -164,7 +164,8 @@ def _torch_engine(setup: Setup, *, share_prefixes: bool, compile: bool = False) 
     return load_torch_engine(
         setup.folder,
         ModelSettings.model_validate(computation),
-        BatchingSettings(max_batch_tokens=setup.max_batch_tokens, share_prefixes=share_prefixes),
+        # The same texts are scored in every round, and no round may find what an earlier one has left.
+        BatchingSettings(max_batch_tokens=setup.max_batch_tokens, share_prefixes=share_prefixes, prefix_cache_mib=0),
         pad_token_id=setup.pad_token_id,
         max_input_tokens=setup.max_input_tokens,
     )

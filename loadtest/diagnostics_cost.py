@@ -127,8 +127,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="of the forward pass; default: all cores")
     options = parser.parse_args(arguments)
     console = Console(soft_wrap=True)
+    tree = {
+        "model": {"path": options.model, "num_threads": options.threads},
+        "batching": {"prefix_cache_mib": 0},  # all levels score the same texts, and none may find another's prompts
+    }
     try:
-        served = assemble(read_settings({"model": {"path": options.model, "num_threads": options.threads}}))
+        served = assemble(read_settings(tree))
     except StartupError as error:
         console.print(str(error), markup=False)
         return 1

@@ -2,8 +2,9 @@
 
 Pure: no clock, no lock, no device. The caller passes ``now``, holds the lock and runs the batch; tests pass numbers.
 
-A pass is priced at the tokens that it computes: what its sequences begin alike counts once where the engine shares it.
-The price may be a little high, where strangers begin alike, and never low, because memory is planned by it.
+A pass is priced at the tokens that it computes: what its sequences begin alike counts once where the engine shares it,
+and what the engine has kept of earlier passes counts nothing. The price may be a little high, where strangers begin
+alike, and never low, because memory is planned by it.
 
 Fairness is start-time fair queueing (Goyal, Vin and Cheng, 1996) between requests, in tokens: the request that has been
 served least goes next, and a newcomer starts level with the least-served one, so a request of one item is in the next
@@ -161,12 +162,25 @@ class _Line:
 _Turn: TypeAlias = tuple[float, float, int, int, _Line]
 
 
+NumKept: TypeAlias = Callable[[Sequence], int]
+"""Tells how many leading tokens of a sequence the next pass need not compute."""
+
+
+def nothing_kept(_sequence: Sequence) -> int:
+    """Return zero, as where every pass computes all of its tokens."""
+    return 0
+
+
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """Entries of one group that leave together, in order, and the tokens that a pass computes for them."""
+    """Entries of one group that leave together, in order, and the tokens that a pass computes for them.
+
+    ``last_kept``: leading tokens of the last one that the pass need not compute.
+    """
 
     entries: tuple[Entry, ...] = ()
     cost: int = 0
+    last_kept: int = 0
 
 
 @dataclass(slots=True)
@@ -185,6 +199,21 @@ class _Room:
 
     def at_most(self, other: _Room) -> _Room:
         return _Room(min(self.tokens, other.tokens), min(self.sequences, other.sequences))
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A packed batch in the making, the room it has left, and what of its last entry need not be computed."""
+
+    room: _Room
+    num_kept: NumKept
+    entries: list[Entry] = field(default_factory=list)
+    last_kept: int = 0
+
+    def take(self, run: _Run) -> None:
+        self.room.take(run)
+        self.entries += run.entries
+        self.last_kept = run.last_kept
 
 
 class Throughput:
@@ -344,7 +373,7 @@ class Queue:
         line = self._lines.get(request)
         return len(self._drop(line)) if line else 0
 
-    def take_batch(self, now: float, budget: BatchBudget) -> TakenBatch:
+    def take_batch(self, now: float, budget: BatchBudget, num_kept: NumKept = nothing_kept) -> TakenBatch:
         """Take the next batch out of the line.
 
         Its first entry belongs to the least-served request (or to one that ran out of patience). A group of one prefix
@@ -359,14 +388,18 @@ class Queue:
             now: the time against which deadlines are held.
             budget: of one pass. A single sequence over the budget goes alone: admission has promised that it can run,
                 and a line that moves is kinder than one that never does.
+            num_kept: of a sequence, as the engine stands now; asked for what may go into a packed batch.
 
         Returns:
             The batch, empty only when nobody waits in time, and the entries that left unanswered.
         """
         self._num_batches += 1
         expired: list[Entry] = []
-        take = self._take_packed if budget.cost == "packed" else self._take_padded
-        return TakenBatch(tuple(take(now, budget, expired)), tuple(expired))
+        if budget.cost == "packed":
+            entries = self._take_packed(now, budget, num_kept, expired)
+        else:
+            entries = self._take_padded(now, budget, expired)
+        return TakenBatch(tuple(entries), tuple(expired))
 
     # --- Whose turn it is --------------------------------------------------------------------------------------------
 
@@ -449,72 +482,77 @@ class Queue:
 
     # --- Packed: whole prefix groups, fairest first ------------------------------------------------------------------
 
-    def _take_packed(self, now: float, budget: BatchBudget, expired: list[Entry]) -> list[Entry]:
-        batch: list[Entry] = []
+    def _take_packed(self, now: float, budget: BatchBudget, num_kept: NumKept, expired: list[Entry]) -> list[Entry]:
+        draft = _Draft(_Room(budget.max_tokens, budget.max_sequences), num_kept)
         misfits: list[_Line] = []
-        room = _Room(budget.max_tokens, budget.max_sequences)
         room_for_companions = _Room(budget.max_tokens // 2, budget.max_sequences // 2)
         for line in self._lines_by_turn(now, expired):
             group = line.first_group
-            run = self._run_of(group, room, budget, batch)
+            run = self._run_of(group, draft.room, budget, draft)
             if run.entries:
                 self._serve(line, run)
-                room.take(run)
-                batch += run.entries
-                self._add_companions(batch, group.prefix, line, room, room_for_companions, budget, now)
+                draft.take(run)
+                self._add_companions(draft, group.prefix, line, room_for_companions, budget, now)
             else:
                 misfits.append(line)
-            if not room.holds(1, 1) or len(misfits) == MAX_MISFITS:
+            if not draft.room.holds(1, 1) or len(misfits) == MAX_MISFITS:
                 break
         for line in misfits:
             if line.num_entries and line.turn is None:  # it may have been served since, as a companion
                 self._await_turn(line)
-        return batch
+        return draft.entries
 
     def _add_companions(
         self,
-        batch: list[Entry],
+        draft: _Draft,
         prefix: Hashable,
         line: _Line,
-        room: _Room,
         allowance: _Room,
         budget: BatchBudget,
         now: float,
     ) -> None:
         """Pull entries of the same prefix out of other lines: in the same pass the prompt is computed once for all."""
-        if not room.at_most(allowance).holds(1, 1):
+        if not draft.room.at_most(allowance).holds(1, 1):
             return
         for other in list(islice(self._by_prefix.get(prefix, {}).values(), budget.max_sequences)):
             if other is line or other.deadline <= now:
                 continue
-            run = self._run_of(other.groups[prefix], room.at_most(allowance), budget, batch)
+            run = self._run_of(other.groups[prefix], draft.room.at_most(allowance), budget, draft)
             if not run.entries:
                 break
             self._serve(other, run)
-            room.take(run)
+            draft.take(run)
             allowance.take(run)
-            batch += run.entries
 
-    def _run_of(self, group: _Group, room: _Room, budget: BatchBudget, batch: Row[Entry]) -> _Run:
+    def _run_of(self, group: _Group, room: _Room, budget: BatchBudget, draft: _Draft) -> _Run:
         """Return what of a group goes into this room: all of it; nothing, if it fits a later batch whole; else a run.
 
         Its first entry shares what it can with the last one of the batch so far, the others with the one before them.
         """
-        first = next(iter(group.entries.values()))
-        saved = self._num_shared(batch[-1].sequence, first.sequence) if batch else 0
-        if room.holds(group.cost - saved, len(group.entries)):
-            return _Run(tuple(group.entries.values()), group.cost - saved)
-        if group.cost <= budget.max_tokens and len(group.entries) <= budget.max_sequences:
-            return _Run()
         entries: list[Entry] = []
-        cost = first.num_shared - saved
+        cost, before_kept = 0, draft.last_kept
         for entry in group.entries.values():
-            fits = room.holds(cost + entry.num_own, len(entries) + 1)
-            if not fits and (batch or entries):
+            kept = draft.num_kept(entry.sequence)
+            own = entry.num_tokens - self._num_saved(entry, kept, (entries or draft.entries)[-1:], before_kept)
+            if not room.holds(cost + own, len(entries) + 1) and (draft.entries or entries):
                 break
-            cost += entry.num_own
             entries.append(entry)
-        return _Run(tuple(entries), cost) if entries else _Run()
+            cost, before_kept = cost + own, kept
+        fits_later = group.cost <= budget.max_tokens and len(group.entries) <= budget.max_sequences
+        if len(entries) < len(group.entries) and fits_later:
+            return _Run()
+        return _Run(tuple(entries), cost, before_kept)
+
+    def _num_saved(self, entry: Entry, kept: int, before: Row[Entry], before_kept: int) -> int:
+        """Return how many tokens of an entry a pass need not compute, behind the entry before it, if there is one.
+
+        What that one left out because it is kept, and this one cannot leave out, the pass computes for this one.
+        """
+        if not before:
+            return kept
+        same_run = before[0].request == entry.request and before[0].prefix == entry.prefix
+        shared = entry.num_shared if same_run else self._num_shared(before[0].sequence, entry.sequence)
+        return max(kept, shared - max(0, min(before_kept, shared) - kept))
 
     # --- Padded: neighbours in length --------------------------------------------------------------------------------
 

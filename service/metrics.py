@@ -111,7 +111,7 @@ class Metrics:
         self.tokens = Counter(
             "rm_tokens",
             "Tokens of batches: real (of the sequences), padding (computed beside them), shared (the part of real that "
-            "was not computed again).",
+            "was not computed again), kept (the part of shared that an earlier pass had computed).",
             ["kind"],
             registry=registry,
         )

@@ -29,8 +29,9 @@ logger = logging.getLogger(__name__)
 class BatchOutcome:
     """What became of a batch: a Score or an error for each sequence, in order, and what that took.
 
-    ``shared_tokens``: of each sequence, the tokens that were computed for another one; zero where it has no reward.
-    ``out_of_memory``: some pass did not fit.
+    ``shared_tokens``: of each sequence, the tokens that were computed for another one, or by an earlier pass; zero
+    where it has no reward. ``kept_tokens``: the part of them all that earlier passes computed. ``out_of_memory``: some
+    pass did not fit.
     """
 
     outcomes: tuple[Score | HttpError, ...]
@@ -39,6 +40,7 @@ class BatchOutcome:
     shared_tokens: tuple[int, ...]
     forward_s: float
     diagnose_s: float
+    kept_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,7 @@ class Pipeline:
             shared_tokens=tuple(passes.shared_tokens),
             forward_s=computed - begin,
             diagnose_s=self._clock() - computed,
+            kept_tokens=passes.kept_tokens,
         )
 
     def _measure(self, outcomes: list[Score | HttpError], passes: _Passes, wanted: Row[bool]) -> None:
@@ -168,6 +171,7 @@ class _Passes:
         self.num_forwards = 0
         self.out_of_memory = False
         self.shared_tokens = [0] * len(sequences)
+        self.kept_tokens = 0
         self.states: dict[int, NDArray[np.float32]] = {}
 
     @property
@@ -200,6 +204,7 @@ class _Passes:
                 self.states.update(zip(run, output.states, strict=True))
             if output.shared_tokens:
                 self.shared_tokens[run.start : run.stop] = output.shared_tokens
+            self.kept_tokens += output.kept_tokens
         else:
             # Nothing tells which reward belongs to whom, so all are thrown away; a retry would trust the same code.
             mismatch = OutputMismatch(f"The engine returned {len(output.rewards)} rewards for {len(run)} sequences.")

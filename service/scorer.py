@@ -87,7 +87,7 @@ class ScoredRequest:
     """The answer to a ScoreRequest: a Score or an error for each item, in input order, and what that took.
 
     ``usage.shared_tokens`` counts the tokens that were not computed for it: those of repeated items, and those that the
-    engine had computed for another item of the pass already, of this request or of another.
+    engine had computed already, for another item of this request or of another.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -531,7 +531,7 @@ class Scorer:
         """Wait for work and take it, with whom each entry belongs to (first those to compute, then the expired)."""
         with self._work_waits:
             while not self._stopped:
-                taken = self._queue.take_batch(self._clock(), self._budget)
+                taken = self._queue.take_batch(self._clock(), self._budget, self._pipeline.engine.num_kept)
                 if taken.entries or taken.expired:
                     return taken, [self._pending[entry.request] for entry in (*taken.entries, *taken.expired)]
                 self._work_waits.wait()
@@ -647,6 +647,7 @@ class Scorer:
         metrics.tokens.labels(kind="real").inc(real)
         metrics.tokens.labels(kind="padding").inc(batch_cost(lengths, self._budget.cost) - real)
         metrics.tokens.labels(kind="shared").inc(sum(outcome.shared_tokens))
+        metrics.tokens.labels(kind="kept").inc(outcome.kept_tokens)
         metrics.stage_duration.labels(stage="forward").observe(outcome.forward_s)
         metrics.stage_duration.labels(stage="diagnose").observe(outcome.diagnose_s)
 

@@ -83,6 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--pooling", choices=["hf", "last"])
     parser.add_argument("--max-input-tokens", type=int, metavar="N", help="longest sequence that is scored")
     parser.add_argument("--max-batch-tokens", type=int, metavar="N", help="tokens of one forward pass")
+    parser.add_argument(
+        "--prefix-cache-mib", type=int, metavar="N", help="memory for prompts kept between passes; 0: none are kept"
+    )
     parser.add_argument("--num-threads", type=int, metavar="N", help="CPU threads of the forward pass, per replica")
     parser.add_argument(
         "--compile", action="store_true", default=None, help="faster passes for a slower start; needs a C++ compiler"
@@ -124,7 +127,11 @@ def _tree(options: argparse.Namespace) -> dict[str, Any]:
         "num_threads": options.num_threads,
         "compile": options.compile,
     }
-    batching = {"max_batch_tokens": options.max_batch_tokens, "deterministic": options.deterministic}
+    batching = {
+        "max_batch_tokens": options.max_batch_tokens,
+        "prefix_cache_mib": options.prefix_cache_mib,
+        "deterministic": options.deterministic,
+    }
     return {
         "model": {name: value for name, value in model.items() if value is not None},
         "batching": {name: value for name, value in batching.items() if value is not None},

@@ -100,6 +100,12 @@ class BatchingSettings(Section):
     share_prefixes: bool = Field(
         True, description="Whether sequences of a pass that begin alike compute their beginning once."
     )
+    prefix_cache_mib: int | None = Field(
+        None,
+        ge=0,
+        description="MiB of memory for prompts that the torch engine keeps between passes, each computed once; "
+        "none: 512 on CPU, 0 on CUDA; 0: none are kept, as with deterministic and without share_prefixes.",
+    )
 
 
 class DiagnosticsSettings(Section):

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Hashable
 from collections.abc import Sequence as Row
+from dataclasses import dataclass, field
 from itertools import count, cycle
 from math import log2
 
@@ -26,7 +27,7 @@ from service.batching import (
     neighbours_in_length,
 )
 from service.errors import Overloaded
-from service.prefix_tree import grow_branches
+from service.prefix_tree import grow_branches, num_common, worth_sharing
 from service.records import Sequence
 
 LAW = settings(max_examples=60, deadline=None)
@@ -451,6 +452,82 @@ def test_no_batch_computes_more_than_its_budget(
 
     assert sum(map(len, batches)) == num_items
     assert all(computed_tokens(batch) <= max_tokens for batch in batches)
+
+
+# --- What is kept costs nothing ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Memory:
+    """Beginnings that an engine has kept, and of some sequences how much of them a pass may leave out."""
+
+    beginnings: list[tuple[int, ...]]
+    limits: dict[tuple[int, ...], int] = field(default_factory=dict)
+
+    def num_kept(self, sequence: Sequence) -> int:
+        """Of a sequence by itself."""
+        ids = sequence.token_ids
+        found = max((num_common(beginning, ids) for beginning in self.beginnings), default=0)
+        return worth_sharing(min(found, self.limits.get(ids, len(ids) - 1)), SHARED_FROM)
+
+    def computed_tokens(self, batch: Row[Entry]) -> int:
+        """What a pass over these computes."""
+        rows = list({entry.sequence.token_ids: None for entry in batch})
+        branches = grow_branches(rows, SHARED_FROM, [(0, self.num_kept(Sequence(row))) for row in rows])
+        return sum(branch.num_own for branch in branches)
+
+
+def test_answers_to_kept_prompts_fill_a_batch() -> None:
+    """One-item requests of different prompts that the engine has kept are priced at their completions alone."""
+    prompts = [answers(prompt, 40, [10])[0] for prompt in range(9)]
+    memory = Memory([sequence.token_ids[:40] for sequence in prompts])
+    queue = Queue(10**9, SHARED_FROM)
+    for name, sequence in enumerate(prompts):
+        put_answers(queue, str(name), [sequence])
+
+    batch = queue.take_batch(0.0, PACKED, memory.num_kept).entries
+
+    assert len(batch) == 9
+    assert memory.computed_tokens(batch) == 90
+
+
+def test_a_kept_prompt_counts_for_a_whole_group() -> None:
+    """A group whose prompt is kept is priced at its completions, and leaves whole where they fit."""
+    queue = Queue(10**9, SHARED_FROM)
+    group = answers(1, 80, [10] * 8)
+    put_answers(queue, "group", group)
+
+    batch = queue.take_batch(0.0, PACKED, Memory([group[0].token_ids[:80]]).num_kept).entries
+
+    assert len(batch) == 8
+
+
+@LAW
+@given(shared_work, st.integers(100, 300), st.booleans(), st.data())
+def test_no_batch_computes_more_than_its_budget_however_much_is_kept(
+    work: list[list[tuple[int, int, int]]], max_tokens: int, borders_known: bool, data: st.DataObject
+) -> None:
+    """Whatever is kept, and whatever of it some sequences must compute all the same, the price is never too low."""
+    queue = Queue(10**9, SHARED_FROM)
+    memory = Memory([])
+    for name, items in enumerate(work):
+        sequences = [answers(p, n, [length], first=number)[0] for number, (p, n, length) in enumerate(items)]
+        if not borders_known:
+            sequences = [Sequence(sequence.token_ids) for sequence in sequences]
+        prefixes = [hash(sequence.token_ids[:6]) for sequence in sequences]
+        queue.put(str(name), sequences, prefixes, now=0.0, deadline=FOREVER)
+        for sequence in sequences:
+            if data.draw(st.booleans()):
+                memory.beginnings.append(sequence.token_ids[: data.draw(st.integers(1, sequence.num_tokens))])
+            if data.draw(st.booleans()):
+                memory.limits[sequence.token_ids] = data.draw(st.integers(0, sequence.num_tokens - 1))
+    num_items = sum(map(len, work))
+
+    while batch := queue.take_batch(0.0, BatchBudget("packed", max_tokens, 16), memory.num_kept).entries:
+        num_items -= len(batch)
+        assert memory.computed_tokens(batch) <= max_tokens
+
+    assert num_items == 0
 
 
 # --- Padding ---------------------------------------------------------------------------------------------------------

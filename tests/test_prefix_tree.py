@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.prefix_tree import Branch, grow_branches, num_common
+from service.prefix_tree import Branch, grow_branches, num_common, worth_sharing
 
 LAW = settings(max_examples=200, deadline=None)
 
@@ -59,6 +59,39 @@ def test_short_beginnings_are_not_shared(rows: list[tuple[int, ...]], shortest: 
         if branch.num_shared:
             assert branch.num_shared >= shortest
             assert sum(other[: branch.num_shared] == ids[: branch.num_shared] for other in rows) > 1
+
+
+@LAW
+@given(rows_of_two_letters, rows_of_two_letters, st.sampled_from([1, 2, 4]), st.data())
+def test_kept_beginnings_stand_behind_the_row(
+    rows: list[tuple[int, ...]], kept: list[tuple[int, ...]], shortest: int, data: st.DataObject
+) -> None:
+    """With kept tokens behind the row every sequence can be read, and it leaves out no token that it must compute.
+
+    What somebody must compute stands in the row once, for all who begin like him.
+    """
+    depths: list[int] = []
+    spans: list[tuple[int, int]] = []
+    behind: list[int] = []
+    for row in rows:
+        best = max(kept, key=lambda beginning, row=row: num_common(beginning, row))
+        most = min(num_common(best, row), data.draw(st.integers(0, len(row))))
+        depths.append(worth_sharing(most, shortest))
+        spans.append((len(behind), len(behind) + depths[-1]))
+        behind += best
+
+    branches = grow_branches(rows, shortest, spans)
+
+    written = row_of(rows, branches)
+    assert sorted(written) == list(range(len(written)))
+    for ids, branch, depth in zip(rows, branches, depths, strict=True):
+        read = [position for span in branch.spans for position in range(*span)]
+        tokens = [written[place] if place < len(written) else behind[place - len(written)] for place in read]
+        assert tuple(tokens) == ids
+        assert all(place < len(written) for place in read[depth:])
+    if shortest == 1:
+        computed = {ids[: n + 1] for ids, depth in zip(rows, depths, strict=True) for n in range(depth, len(ids))}
+        assert len(written) == len(computed)
 
 
 def test_without_sharing_sequences_stand_in_their_order() -> None:

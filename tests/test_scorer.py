@@ -191,11 +191,12 @@ async def test_repeated_items_are_computed_once(tokenization: Tokenization) -> N
 
 
 class SharingEngine(GatedEngine):
-    """The oracle, which says of every sequence but the first that it shared the prompt."""
+    """The oracle, which says of every sequence but the first that it shared the prompt, three tokens of it kept."""
 
     def forward(self, sequences: Row[Sequence], *, states: bool = False) -> EngineOutput:
         output = super().forward(sequences, states=states)
-        return replace(output, shared_tokens=[0, *[len(PROMPT)] * (len(sequences) - 1)])
+        num_sharing = len(sequences) - 1
+        return replace(output, shared_tokens=[0, *[len(PROMPT)] * num_sharing], kept_tokens=3 * num_sharing)
 
 
 async def test_shared_tokens_are_counted_for_whom_they_were_saved(tokenization: Tokenization) -> None:
@@ -222,6 +223,29 @@ async def test_shared_tokens_are_counted_for_whom_they_were_saved(tokenization: 
         if sample.name == "rm_tokens_total"
     }
     assert counted_tokens["shared"] == 2 * len(PROMPT)
+    assert counted_tokens["kept"] == 2 * 3
+
+
+class RememberingEngine(GatedEngine):
+    """The oracle, which says that it has kept all but the last token of everything."""
+
+    def num_kept(self, sequence: Sequence) -> int:
+        return sequence.num_tokens - 1
+
+
+async def test_kept_prompts_travel_together(tokenization: Tokenization) -> None:
+    """What the engine has kept takes no room in a batch, so that more requests leave in one."""
+    engine = RememberingEngine(max_batch_tokens=MAX_INPUT_TOKENS)
+    async with running(new_scorer(tokenization, engine), engine) as scorer:
+        engine.hold()
+        first = asyncio.create_task(scorer.score(request("blocks")))
+        await engine.until_entered()
+        others = [asyncio.create_task(scorer.score(request(str(number) * 20))) for number in range(9)]
+        await until(lambda: len(scorer._queue) == 9)
+        engine.gate.set()
+        await asyncio.gather(first, *others)
+
+    assert [len(batch) for batch in engine.batches] == [1, 9]
 
 
 async def test_equal_ids_keep_their_own_lengths(tokenization: Tokenization) -> None:

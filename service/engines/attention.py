@@ -101,6 +101,7 @@ def attend(
     """Attend within each sequence of a packed row; see ``packed_attention``."""
     if packing is None or not is_causal:
         raise PackingUnsupportedError("A layer is not causal, or the model does not pass on the layout of the row")
+    key, value = packing.extended(key, value)
     if softcap is None and _has_varlen_kernel(query, value):
         return _attend_varlen(query, key, value, packing, scaling, window)
     output = query.new_empty((1, query.shape[2], query.shape[1], value.shape[3]))

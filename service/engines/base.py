@@ -1,7 +1,7 @@
 """The seam behind which a forward pass runs: sequences in, one raw reward each out.
 
 The contract is small enough to implement in a test file. An engine is called from one thread only and keeps no state
-between calls that could change a reward.
+between calls that could change a reward. What it keeps to save work, it says before a call.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class EngineInfo:
     that begin with at least so many equal tokens compute them once; None: nothing is shared. ``providers``: what ONNX
     Runtime runs the graph on, first choice first; empty for other engines. ``compiled``: whether ``torch.compile`` made
     the kernels between matrix products. ``kernels``: the kind of CPU whose kernels of ours the pass runs on; None:
-    transformers' own code runs.
+    transformers' own code runs. ``prefix_cache_mib``: what keys and values of prompts may take that are kept between
+    passes; 0: nothing is kept.
     """
 
     engine: str
@@ -46,6 +47,7 @@ class EngineInfo:
     providers: tuple[str, ...] = ()
     compiled: bool = False
     kernels: str | None = None
+    prefix_cache_mib: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +55,15 @@ class EngineOutput:
     """What one forward pass returns, in the order of the sequences.
 
     ``rewards``: float32 values as Python floats. ``shared_tokens``: of each sequence, the tokens that were computed for
-    another sequence of the pass already; empty where nothing is shared. ``states``: float32 [sequences, taps, hidden];
-    None where none were asked for.
+    another sequence of the pass or in an earlier pass; empty where nothing is shared. ``states``: float32 [sequences,
+    taps, hidden]; None where none were asked for. ``kept_tokens``: the part of all shared tokens that earlier passes
+    computed.
     """
 
     rewards: Row[float]
     shared_tokens: Row[int] = ()
     states: NDArray[np.float32] | None = None
+    kept_tokens: int = 0
 
 
 class Engine(Protocol):
@@ -83,6 +87,13 @@ class Engine(Protocol):
         Raises:
             EngineOutOfMemory: the device had no room; the engine is usable again, a smaller batch may fit.
             Exception: anything else the forward pass raised; the engine is usable again.
+        """
+        ...
+
+    def num_kept(self, sequence: Sequence) -> int:
+        """Return how many leading tokens the next call of `forward` need not compute, whatever stands beside them.
+
+        Never more than it leaves out, and quickly found; called from the thread that calls `forward`.
         """
         ...
 

@@ -126,6 +126,11 @@ class OnnxEngine:
             else None,
         )
 
+    def num_kept(self, sequence: Sequence) -> int:
+        """Return zero: nothing is kept."""
+        del sequence
+        return 0
+
     def close(self) -> None:
         """Free the device's memory. The engine is not used afterwards."""
         self._session = None

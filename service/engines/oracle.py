@@ -134,6 +134,11 @@ class OracleEngine:
         self._misbehave(sequences)
         return EngineOutput([self._reward(sequence.token_ids) for sequence in sequences])
 
+    def num_kept(self, sequence: Sequence) -> int:
+        """Return zero: nothing is kept."""
+        del sequence
+        return 0
+
     def close(self) -> None:
         """Nothing is held."""
 

@@ -1,7 +1,8 @@
 """The layout of a packed row: which of its positions belong to which sequence, as attention needs to know it.
 
-Sequences stand end to end, without padding, and what several of them begin alike stands there once. It knows positions
-only, no states; attention over them is ``attention``'s.
+Sequences stand end to end, without padding, and what several of them begin alike stands there once. What earlier passes
+have kept of beginnings stands behind the row's tokens, in keys and values alone. It knows positions only, no states;
+attention over them is ``attention``'s.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from itertools import accumulate, pairwise
 
 import torch
 
+from service.engines.kept_states import Visit
 from service.engines.row_blocks import padded_rows
 from service.engines.tiles import TileBatch, cut_tiles
 from service.prefix_tree import Branch, Span, grow_branches
@@ -58,14 +60,16 @@ class Packing:
     """Where the sequences of a packed row stand.
 
     ``branches``: the place of each sequence, in their order. ``block``: of which the queries and keys of a strand are a
-    multiple. ``num_filler``: tokens at the end of the row that belong to nobody. ``bands``: masks that the layers of
-    this pass have in common; filled by attention.
+    multiple. ``num_filler``: tokens at the end of the row that belong to nobody. ``visit``: what the pass takes from
+    earlier ones and leaves for later ones. ``bands``: masks that the layers of this pass have in common; filled by
+    attention.
     """
 
     branches: tuple[Branch, ...]
     device: torch.device
     block: int = 1
     num_filler: int = 0
+    visit: Visit | None = None
     bands: dict[tuple[int | None, torch.dtype], torch.Tensor] = field(default_factory=dict)
     _tilings: dict[tuple[int | None, torch.dtype], list[TileBatch]] = field(default_factory=dict)
 
@@ -78,6 +82,7 @@ class Packing:
         block: int = 1,
         shortest_shared: int | None = None,
         row_blocks: bool = False,
+        visit: Visit | None = None,
     ) -> Packing:
         """Lay out sequences of token ids; with row blocks, up to a length that suits those.
 
@@ -88,11 +93,12 @@ class Packing:
                 come after all that it looks at.
             shortest_shared: common beginnings of at least so many tokens stand in the row once; None: none does.
             row_blocks: whether linear layers multiply in row blocks.
+            visit: what earlier passes have kept of these sequences; None: nothing.
         """
-        branches = tuple(grow_branches(rows, shortest_shared))
+        branches = tuple(grow_branches(rows, shortest_shared, visit.spans if visit else None))
         num_tokens = sum(branch.num_own for branch in branches)
         num_filler = padded_rows(num_tokens) - num_tokens if row_blocks else 0
-        return cls(branches, device, block, num_filler)
+        return cls(branches, device, block, num_filler, visit)
 
     @cached_property
     def slabs(self) -> tuple[Slab, ...]:
@@ -120,6 +126,10 @@ class Packing:
             self._tilings[window, dtype] = cut_tiles(self.branches, window, dtype)
         return self._tilings[window, dtype]
 
+    def extended(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a layer's keys and values where the sequences' spans point: those of the row, and of kept tokens."""
+        return (key, value) if self.visit is None else self.visit.extended(key, value)
+
     @property
     def num_tokens(self) -> int:
         """Tokens in the row that belong to a sequence."""
@@ -127,7 +137,7 @@ class Packing:
 
     @property
     def shares(self) -> bool:
-        """Whether some sequence uses the tokens of another."""
+        """Whether some sequence uses the tokens of another, or of an earlier pass."""
         return any(branch.num_shared for branch in self.branches)
 
     @property

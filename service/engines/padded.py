@@ -26,6 +26,7 @@ class PaddedForward:
     cost: BatchCost = "padded"
     shared_from: int | None = None
     kernels: Kernels | None = None
+    keeps = False
 
     def __init__(self, classifier: Classifier) -> None:
         classifier.run_with(classifier.plain_attention)
@@ -33,8 +34,14 @@ class PaddedForward:
         self._fills_up = not (classifier.is_on_cpu and classifier.is_half_precision)
 
     @torch.inference_mode()
-    def run(self, rows: Sequence[tuple[int, ...]], query: StateQuery | None = None) -> PathOutput:
-        """Score rows of token ids in one pass; see ``ForwardPath.run``."""
+    def run(
+        self,
+        rows: Sequence[tuple[int, ...]],
+        query: StateQuery | None = None,
+        prompts: Sequence[int | None] | None = None,
+    ) -> PathOutput:
+        """Score rows of token ids in one pass; see ``ForwardPath.run``. Nothing is kept."""
+        del prompts
         query = query or StateQuery((), ())
         readings = query.readings
         if self._fills_up:
@@ -47,6 +54,14 @@ class PaddedForward:
             rewards += reward
             parts.append(part)
         return PathOutput(rewards, [0] * len(rows), _in_order(readings, parts))
+
+    def forget(self) -> None:
+        """Nothing is kept."""
+
+    def num_kept(self, row: tuple[int, ...], first_wanted: int | None) -> int:
+        """Return zero: nothing is kept."""
+        del row, first_wanted
+        return 0
 
     def _rectangle(self, rows: Sequence[tuple[int, ...]], query: StateQuery) -> tuple[list[float], torch.Tensor | None]:
         classifier = self._classifier

@@ -28,10 +28,13 @@ PathChoice: TypeAlias = Literal["auto", "packed", "padded"]
 
 SHARING = "packed with shared prefixes"
 
+KEEPING = "packed with shared and kept prefixes"
+
 ON_KERNELS = " on kernels"
 
-COMPILED_PATHS = (SHARING, "packed")
-"""The paths whose blocks can be compiled."""
+KEPT_PASSES = 3
+"""Passes over the probes where prompts are kept: the first shows what states look like, the second keeps, the third
+uses what is kept."""
 
 LENGTHS = (1, 2, 9, 40, 130)
 """Tokens of the ordinary probes; a window that is small enough adds one beyond it."""
@@ -130,23 +133,28 @@ def compare(
     return Parity(gap, limit, median(noise), conclusive, len(plain))
 
 
-def paths_to_try(choice: PathChoice, *, share_prefixes: bool, kernels: bool = False) -> list[str]:
+def paths_to_try(
+    choice: PathChoice, *, share_prefixes: bool, keep_prefixes: bool = False, kernels: bool = False
+) -> list[str]:
     """Return the names of the paths that a choice allows, fastest first."""
-    packed = [SHARING, "packed"] if share_prefixes else ["packed"]
+    packed = [*[KEEPING] * keep_prefixes, *[SHARING] * share_prefixes, "packed"]
     if kernels:
         packed = [*(f"{name}{ON_KERNELS}" for name in packed), *packed]
     return {"auto": [*packed, "padded"], "packed": packed, "padded": ["padded"]}[choice]
 
 
-def _open_path(name: str, classifier: Classifier, *, compiled: bool, kernels: Kernels | None) -> ForwardPath:
+def _open_path(
+    name: str, classifier: Classifier, *, compiled: bool, kernels: Kernels | None, kept_bytes: int
+) -> ForwardPath:
     plain_name = name.removesuffix(ON_KERNELS)
     if name == "padded":
         return PaddedForward(classifier)
     return PackedForward(
         classifier,
-        share_prefixes=plain_name == SHARING,
+        share_prefixes=plain_name in (KEEPING, SHARING),
         compiled=compiled,
         kernels=kernels if name != plain_name else None,
+        kept_bytes=kept_bytes if plain_name == KEEPING else 0,
     )
 
 
@@ -158,6 +166,7 @@ def choose_path(
     share_prefixes: bool = True,
     compiled: bool = False,
     kernels: Kernels | None = None,
+    kept_bytes: int = 0,
 ) -> tuple[ForwardPath, Parity]:
     """Return the fastest path that agrees with plain transformers on this classifier, ready to run, and the evidence.
 
@@ -168,6 +177,8 @@ def choose_path(
         share_prefixes: whether a packed path may compute common beginnings once.
         compiled: whether only paths with compiled blocks will do.
         kernels: that packed paths may run on; they are tried before those without.
+        kept_bytes: what prompts kept between passes may take; 0: none are kept. The path that is returned has kept
+            none yet.
 
     Raises:
         ParityError: no path agrees, or the chosen one does not, or plain transformers itself gives NaN or infinity.
@@ -193,13 +204,19 @@ def choose_path(
     limits = tolerances(classifier.dtype, plain, noise)
 
     refusals = []
-    for name in paths_to_try(choice, share_prefixes=share_prefixes, kernels=kernels is not None):
-        if compiled and name not in COMPILED_PATHS:
-            refusals.append(f"{name} cannot be compiled: leave model.compile out")
+    names = paths_to_try(
+        choice, share_prefixes=share_prefixes, keep_prefixes=kept_bytes > 0, kernels=kernels is not None
+    )
+    for name in names:
+        if compiled and name == "padded":
+            refusals.append("padded cannot be compiled: leave model.compile out")
             continue
         try:
-            path = _open_path(name, classifier, compiled=compiled, kernels=kernels)
-            parity = compare(path.run(rows).rewards, plain, noise, limits)
+            path = _open_path(name, classifier, compiled=compiled, kernels=kernels, kept_bytes=kept_bytes)
+            parity = max(
+                (compare(rewards, plain, noise, limits) for rewards in probed_rewards(path, rows)),
+                key=lambda found: found.max_difference / found.tolerance,
+            )
         except Exception as error:  # noqa: BLE001 - whatever a foreign model raises here, this path does not carry it
             refusals.append(f"{name} does not run ({type(error).__name__}: {error})")
             continue
@@ -210,6 +227,19 @@ def choose_path(
     raise ParityError(
         f"No forward path agrees with plain transformers on {classifier.architecture}: {'; '.join(refusals)}"
     )
+
+
+def probed_rewards(path: ForwardPath, rows: Sequence[tuple[int, ...]]) -> Iterator[list[float]]:
+    """Yield what a path says of the probes: once, or where prompts are kept cold and again warm.
+
+    Their prompts are the first halves of the rows.
+    """
+    if not path.keeps:
+        yield path.run(rows).rewards
+        return
+    for _ in range(KEPT_PASSES):
+        yield path.run(rows, prompts=[len(row) // 2 for row in rows]).rewards
+    path.forget()
 
 
 def _report(classifier: Classifier, name: str, parity: Parity, refusals: Sequence[str]) -> None:

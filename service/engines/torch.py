@@ -40,13 +40,17 @@ logger = logging.getLogger(__name__)
 DEFAULT_BATCH_TOKENS = {"cpu": 2048, "cuda": 65_536}
 """Enough to keep the device busy; more would only make the next request wait longer."""
 
+DEFAULT_PREFIX_CACHE_MIB = {"cpu": 512, "cuda": 0}
+"""On a CPU a kept prompt cannot change a bit of a reward, and memory is taken as prompts come; on CUDA nothing was
+measured yet."""
+
 
 class TorchEngine:
     """An Engine over transformers.
 
     Equal sequences of a batch are computed once, so their rewards are equal bit for bit. ``deterministic`` gives every
     sequence a pass of its own: no neighbour can change a bit of its reward. ``border``: sequences up to that many
-    tokens and longer ones never share a pass, nor a beginning; None: all may.
+    tokens and longer ones never share a pass, nor a beginning, and of the longer ones none is kept; None: all may.
     """
 
     def __init__(
@@ -73,11 +77,15 @@ class TorchEngine:
         first = {sequence.token_ids: place for place, sequence in reversed(list(enumerate(sequences)))}
         rewards: dict[tuple[int, ...], float] = {}
         shared = [sequence.num_tokens for sequence in sequences]
+        prompts = {sequence.token_ids: sequence.num_prompt_tokens for sequence in sequences}
+        num_kept = 0
         found: dict[_Reading, torch.Tensor] = {}
         for rows in self._passes(list(dict.fromkeys(sequence.token_ids for sequence in sequences))):
             wanted = _readings_of(rows, sequences) if taps else []
             places = {row: place for place, row in enumerate(rows)}
-            output = self._run(rows, StateQuery(taps, tuple((places[ids], start) for ids, start in wanted)))
+            query = StateQuery(taps, tuple((places[ids], start) for ids, start in wanted))
+            output = self._run(rows, query, [prompts[row] for row in rows] if self._keeps(rows[0]) else None)
+            num_kept += output.kept_tokens
             rewards.update(zip(rows, output.rewards, strict=True))
             for row, num_shared in zip(rows, output.shared_tokens, strict=True):
                 shared[first[row]] = num_shared
@@ -87,7 +95,15 @@ class TorchEngine:
             [rewards[sequence.token_ids] for sequence in sequences],
             shared,
             torch.stack([found[_reading_of(sequence)] for sequence in sequences]).numpy() if taps else None,
+            num_kept,
         )
+
+    def num_kept(self, sequence: Sequence) -> int:
+        """Return how many leading tokens the next pass need not compute; see ``Engine.num_kept``."""
+        if self._path is None or not self._keeps(sequence.token_ids):
+            return 0
+        first_wanted = _reading_of(sequence)[1] if any(tap.pooling == "mean" for tap in self._info.taps) else None
+        return self._path.num_kept(sequence.token_ids, first_wanted)
 
     def close(self) -> None:
         """Free the device's memory. The engine is not used afterwards."""
@@ -104,11 +120,15 @@ class TorchEngine:
         long = [row for row in rows if len(row) > self._border]
         return [part for part in (short, long) if part]
 
-    def _run(self, rows: list[tuple[int, ...]], query: StateQuery) -> PathOutput:
+    def _keeps(self, row: tuple[int, ...]) -> bool:
+        """Whether the row's pass may use what is kept, which has the frequencies of sequences up to the border."""
+        return self._border is None or len(row) <= self._border
+
+    def _run(self, rows: list[tuple[int, ...]], query: StateQuery, prompts: list[int | None] | None) -> PathOutput:
         if self._path is None:
             raise RuntimeError("The engine is closed")
         try:
-            return self._path.run(rows, query)
+            return self._path.run(rows, query, prompts)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -175,18 +195,23 @@ def load_torch_engine(
         pad_token_id=pad_token_id,
     )
     check_taps(classifier.body, classifier.config.num_hidden_layers, taps)
+    shares = batching.share_prefixes and not batching.deterministic
+    prefix_cache_mib = batching.prefix_cache_mib
+    if prefix_cache_mib is None:
+        prefix_cache_mib = DEFAULT_PREFIX_CACHE_MIB[device.type]
     path, parity = choose_path(
         classifier,
         model.forward,
         border or max_input_tokens,
-        share_prefixes=batching.share_prefixes and not batching.deterministic,
+        share_prefixes=shares,
         compiled=model.compile,
         kernels=kernels,
+        kept_bytes=prefix_cache_mib * 2**20 if shares else 0,
     )
     if kernels is not None:
         _settle_kernels(classifier, path, model)
     info = _describe(classifier, path, parity, max_input_tokens, max_batch_tokens, tuple(taps))
-    info = replace(info, compiled=model.compile)
+    info = replace(info, compiled=model.compile, prefix_cache_mib=prefix_cache_mib if path.keeps else 0)
     return TorchEngine(path, info, deterministic=batching.deterministic, border=border)
 
 

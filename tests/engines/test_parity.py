@@ -12,6 +12,8 @@ from transformers import AttentionInterface
 
 from service.engines.attention import ATTENTION, packed_attention
 from service.engines.classifier import PathOutput
+from service.engines.kept_states import Visit
+from service.engines.packed import PackedForward
 from service.engines.packing import BLOCK, Packing
 from service.engines.padded import PaddedForward
 from service.engines.parity import choose_path, compare, probe_rows, tolerances
@@ -75,6 +77,32 @@ def test_no_agreeing_path_is_refused(tiny_checkpoint, monkeypatch) -> None:
 
     with pytest.raises(ParityError, match=r"packed differs .* padded differs"):
         choose_path(load_tiny(tiny_checkpoint("llama")), "auto", 400)
+
+
+def test_a_path_is_probed_warm_and_returned_cold(tiny_checkpoint) -> None:
+    """Where prompts are to be kept the probe has used kept ones, and the path that serves has none of them."""
+    chosen, found = choose_path(load_tiny(tiny_checkpoint("llama")), "auto", 400, kept_bytes=2**20)
+
+    assert isinstance(chosen, PackedForward)
+    assert found.agrees
+    assert chosen.kept is not None
+    assert chosen.kept.layers
+    assert chosen.kept.prefixes.num_tokens == 0
+
+
+def test_wrong_kept_states_are_caught(tiny_checkpoint, monkeypatch) -> None:
+    """A bank that hands out other values than it was given does not serve; beginnings are still shared."""
+
+    def append(self, states: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
+        kept = 1.5 * bank.index_select(0, self._slots)
+        return torch.cat([states[0].transpose(0, 1)[: self._num_row_tokens], kept]).transpose(0, 1)[None]
+
+    monkeypatch.setattr(Visit, "_append", append)
+
+    chosen, _ = choose_path(load_tiny(tiny_checkpoint("llama")), "auto", 400, kept_bytes=2**20)
+
+    assert not chosen.keeps
+    assert chosen.shared_from is not None
 
 
 def test_an_ignored_window_is_caught(tiny_checkpoint) -> None:

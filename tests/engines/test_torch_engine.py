@@ -116,7 +116,7 @@ class NoRoom:
     cost = "packed"
     shared_from = None
 
-    def run(self, rows, query=None):
+    def run(self, rows, query=None, prompts=None):
         if len(rows) > 1:
             torch.empty(2**60)
         return PathOutput([float(row[0]) for row in rows], [0] * len(rows))
@@ -129,7 +129,7 @@ class Broken:
     cost = "packed"
     shared_from = None
 
-    def run(self, rows, query=None):
+    def run(self, rows, query=None, prompts=None):
         raise RuntimeError("shapes do not match")
 
 

@@ -48,6 +48,7 @@ def kernel_attention(
             module, query, key, value, mask, packing=packing, scaling=scaling, sliding_window=sliding_window,
             softcap=softcap, is_causal=is_causal,
         )  # fmt: skip
+    key, value = packing.extended(key, value)
     output = query.new_empty((1, num_tokens, num_heads, head_size))
     output[:, packing.num_tokens :] = 0
     query, key, value = (states if states.stride(3) == 1 else states.contiguous() for states in (query, key, value))
