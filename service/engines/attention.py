@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from service.engines.device import has_bfloat16_units, has_matrix_tiles
 from service.engines.packing import BLOCK, Packing, Slab, Strand
+from service.engines.staging import sent
 from service.engines.tiles import TileBatch
 
 ATTENTION = "packed_rows"
@@ -241,7 +242,8 @@ def _mask_of(packing: Packing, window: int | None, dtype: torch.dtype, queries: 
     if band is None:
         distance = torch.arange(min(QUERY_BLOCK, reach + BLOCK))[:, None] - torch.arange(-reach, QUERY_BLOCK + BLOCK)
         hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
-        band = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf")).to(packing.device)
+        band = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
+        band = sent(band, packing.device)
         packing.bands[window, dtype] = band
     origin = reach - queries.start
     return band[: len(queries), origin + keys.start : origin + keys.stop]
@@ -302,8 +304,8 @@ def _attend_varlen(
                 *(states[0].transpose(0, 1) for states in seen),
                 slab.query_borders,
                 slab.key_borders,
-                max(end - begin for begin, end in (strand.queries for strand in slab.strands)),
-                max(end - begin for begin, end in (strand.keys for strand in slab.strands)),
+                slab.most_queries,
+                slab.most_keys,
                 scale=scaling,
                 # How far a query sees to the left and to the right of itself; -1: to the end.
                 window_size=(-1 if window is None else window - 1, 0),

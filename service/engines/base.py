@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Row
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from service.records import BatchCost, Sequence, StatePooling, StateTap
 
@@ -16,7 +16,16 @@ if TYPE_CHECKING:  # expected rewards of the oracle need the standard library al
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["BatchCost", "Engine", "EngineInfo", "EngineOutput", "StatePooling", "StateTap"]
+__all__ = [
+    "BatchCost",
+    "Engine",
+    "EngineInfo",
+    "EngineOutput",
+    "LaunchingEngine",
+    "PendingPass",
+    "StatePooling",
+    "StateTap",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +37,8 @@ class EngineInfo:
     ``taps``: where states can be read, in the order of ``EngineOutput.states``. ``shared_from``: sequences of a pass
     that begin with at least so many equal tokens compute them once; None: nothing is shared. ``providers``: what ONNX
     Runtime runs the graph on, first choice first; empty for other engines. ``compiled``: whether ``torch.compile`` made
-    the kernels between matrix products.
+    the kernels between matrix products. ``launches_ahead``: whether a pass can be launched while the one before it
+    still runs; then the engine is a ``LaunchingEngine``.
     """
 
     engine: str
@@ -44,6 +54,7 @@ class EngineInfo:
     shared_from: int | None = None
     providers: tuple[str, ...] = ()
     compiled: bool = False
+    launches_ahead: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +91,35 @@ class Engine(Protocol):
 
         Raises:
             EngineOutOfMemory: the device had no room; the engine is usable again, a smaller batch may fit.
+            EngineUnavailable: the device is lost to this process; the engine is of no use any more.
             Exception: anything else the forward pass raised; the engine is usable again.
         """
         ...
 
     def close(self) -> None:
         """Free the device's memory. The engine is not used afterwards."""
+        ...
+
+
+class PendingPass(Protocol):
+    """A pass that was launched and perhaps still runs."""
+
+    def result(self) -> EngineOutput:
+        """Wait for the pass and return what it found; asked for once, in the order of launching.
+
+        Raises:
+            EngineOutOfMemory, EngineUnavailable, Exception: as ``Engine.forward``; a device says late what went wrong.
+        """
+        ...
+
+
+@runtime_checkable
+class LaunchingEngine(Engine, Protocol):
+    """An engine whose device works on its own while the host prepares the next pass."""
+
+    def launch(self, sequences: Row[Sequence], *, states: bool = False) -> PendingPass:
+        """Hand a pass to the device and return without waiting for it; arguments and errors as of ``forward``.
+
+        The pass may still hold memory of the device. What it raises here has not touched passes launched before.
+        """
         ...

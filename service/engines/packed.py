@@ -6,15 +6,17 @@ The model's own transformers code runs unchanged, with the attention of ``attent
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import isfinite
 
 import torch
 
 from service.engines.attention import ATTENTION, PackingUnsupportedError
 from service.engines.base import BatchCost, StateTap
-from service.engines.classifier import Classifier, PathOutput
+from service.engines.classifier import Classifier, PathOutput, PendingOutput
 from service.engines.compilation import COMPILED_ATTENTION
 from service.engines.packing import BLOCK, Packing
+from service.engines.staging import Arrival, staging_for
 from service.engines.taps import Spot, StateQuery
 
 FILLER_ID = 0
@@ -45,16 +47,26 @@ class PackedForward:
         attention = COMPILED_ATTENTION if compiled else ATTENTION
         classifier.run_with(attention, row_blocks=self._row_blocks, compiled=compiled)
         self._classifier = classifier
+        self._staging = staging_for(classifier.device)
+        self._mask: torch.Tensor | None = None
         self.shared_from = SHORTEST_SHARED if share_prefixes else None
 
-    @torch.inference_mode()
     def run(self, rows: Sequence[tuple[int, ...]], query: StateQuery | None = None) -> PathOutput:
-        """Score rows of token ids in one pass; see ``ForwardPath.run``.
+        """Score rows of token ids in one pass; see ``ForwardPath.run``."""
+        return self.launch(rows, query).result()
+
+    def launch(self, rows: Sequence[tuple[int, ...]], query: StateQuery | None = None) -> PendingOutput:
+        """Hand a pass to the device; see ``LaunchingPath.launch``. On CUDA the host waits for nothing here."""
+        return _PendingRow(self, rows, query, self._launch(rows, query))
+
+    @torch.inference_mode()
+    def finish(self, rows: Sequence[tuple[int, ...]], query: StateQuery | None, launched: LaunchedRow) -> PathOutput:
+        """Wait for a pass and return what it found.
 
         A state that is not finite reaches all that share its row's beginning, even from behind it: in a sum, zero times
         infinity is no number. So rows without a finite reward are computed again by themselves.
         """
-        output = self._pass(rows, query)
+        output = launched.wait()
         if any(output.shared_tokens):
             for place, reward in enumerate(output.rewards):
                 if not isfinite(reward):
@@ -64,12 +76,13 @@ class PackedForward:
     def _replace(self, output: PathOutput, place: int, row: tuple[int, ...], query: StateQuery | None) -> None:
         readings = [] if query is None else [index for index, (owner, _) in enumerate(query.readings) if owner == place]
         own = query and StateQuery(query.taps, tuple((0, query.readings[index][1]) for index in readings))
-        alone = self._pass([row], own if readings else None)
+        alone = self._launch([row], own if readings else None).wait()
         output.rewards[place] = alone.rewards[0]
         if output.states is not None and alone.states is not None:
             output.states[readings] = alone.states
 
-    def _pass(self, rows: Sequence[tuple[int, ...]], query: StateQuery | None) -> PathOutput:
+    @torch.inference_mode()
+    def _launch(self, rows: Sequence[tuple[int, ...]], query: StateQuery | None) -> LaunchedRow:
         classifier = self._classifier
         pooled = [classifier.pooled_position(row) for row in rows]
         packing = Packing.of(
@@ -80,18 +93,51 @@ class PackedForward:
             row_blocks=self._row_blocks,
         )
         places = [branch.place(position) for branch, position in zip(packing.branches, pooled, strict=True)]
+        packing, (ids, positions, read) = packing.staged(
+            self._staging,
+            [torch.tensor([packing.token_ids(rows, FILLER_ID)]), packing.position_ids(), torch.tensor(places)],
+        )
         with classifier.tapped(*_tapping(query, packing, places)) as tapped:
             states = classifier.body(
-                input_ids=classifier.token_tensor([packing.token_ids(rows, FILLER_ID)]),
-                position_ids=packing.position_ids(),
-                use_cache=False,
-                packing=packing,
+                input_ids=ids, attention_mask=self._mask, position_ids=positions, use_cache=False, packing=packing
             ).last_hidden_state[0]
-        return PathOutput(
-            classifier.read_rewards(states[places]),
-            [branch.num_shared for branch in packing.branches],
-            tapped.stacked(),
-        )
+        self._settle_masks()
+        rewards, tapped_states = classifier.rewards_of(states.index_select(0, read)), tapped.stacked()
+        found = [rewards] if tapped_states is None else [rewards, tapped_states]
+        return LaunchedRow([branch.num_shared for branch in packing.branches], self._staging.fetch(found))
+
+    def _settle_masks(self) -> None:
+        """From the second pass on, hand a mask through that nobody reads.
+
+        Without one transformers looks for borders in the position ids and waits for the device to do so. The first pass
+        goes without, so that a model which lays a pattern of its own over the mask is found.
+        """
+        if self._mask is None and not self._classifier.is_on_cpu:
+            self._mask = torch.empty((1, 1, 1, 0), dtype=torch.bool, device=self._classifier.device)
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchedRow:
+    """A row on the device. ``arrival``: its rewards, and the states if some were asked for."""
+
+    shared_tokens: list[int]
+    arrival: Arrival
+
+    def wait(self) -> PathOutput:
+        """Return what the pass found, whether finite or not."""
+        rewards, *states = self.arrival.wait()
+        return PathOutput(rewards.tolist(), self.shared_tokens, states[0] if states else None)
+
+
+@dataclass(frozen=True, slots=True)
+class _PendingRow:
+    path: PackedForward
+    rows: Sequence[tuple[int, ...]]
+    query: StateQuery | None
+    launched: LaunchedRow
+
+    def result(self) -> PathOutput:
+        return self.path.finish(self.rows, self.query, self.launched)
 
 
 def _tapping(

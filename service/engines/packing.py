@@ -7,13 +7,14 @@ only, no states; attention over them is ``attention``'s.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 
 import torch
 
 from service.engines.row_blocks import padded_rows
+from service.engines.staging import Staging
 from service.engines.tiles import TileBatch, cut_tiles
 from service.prefix_tree import Branch, Span, grow_branches
 
@@ -52,20 +53,37 @@ class Slab:
     query_borders: torch.Tensor
     key_borders: torch.Tensor
 
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All that attention reads on the device."""
+        return self.queries, self.keys, self.query_borders, self.key_borders
+
+    @property
+    def most_queries(self) -> int:
+        """Queries of the strand that has most."""
+        return max(end - begin for begin, end in (strand.queries for strand in self.strands))
+
+    @property
+    def most_keys(self) -> int:
+        """Keys of the strand that has most."""
+        return max(end - begin for begin, end in (strand.keys for strand in self.strands))
+
 
 @dataclass(frozen=True)
 class Packing:
     """Where the sequences of a packed row stand.
 
     ``branches``: the place of each sequence, in their order. ``block``: of which the queries and keys of a strand are a
-    multiple. ``num_filler``: tokens at the end of the row that belong to nobody. ``bands``: masks that the layers of
-    this pass have in common; filled by attention.
+    multiple. ``num_filler``: tokens at the end of the row that belong to nobody. ``staged_slabs``: the slabs with their
+    tensors on the device; empty where they need not be sent. ``bands``: masks that the layers of this pass have in
+    common; filled by attention.
     """
 
     branches: tuple[Branch, ...]
     device: torch.device
     block: int = 1
     num_filler: int = 0
+    staged_slabs: tuple[Slab, ...] = ()
     bands: dict[tuple[int | None, torch.dtype], torch.Tensor] = field(default_factory=dict)
     _tilings: dict[tuple[int | None, torch.dtype], list[TileBatch]] = field(default_factory=dict)
 
@@ -97,7 +115,25 @@ class Packing:
     @cached_property
     def slabs(self) -> tuple[Slab, ...]:
         """All the work of attention, in the order of the row, for kernels that take one sequence after another."""
-        return tuple(_cut_slabs(self.branches, self.block, self.device))
+        return self.staged_slabs or tuple(_cut_slabs(self.branches, self.block))
+
+    def staged(self, staging: Staging, inputs: Sequence[torch.Tensor]) -> tuple[Packing, list[torch.Tensor]]:
+        """Return the layout as the device reads it, and other inputs of the pass there: all is sent at once."""
+        if self.device.type == "cpu":
+            return self, list(inputs)
+        tensors = staging.send([*inputs, *(tensor for slab in self.slabs for tensor in slab.tensors)])
+        arrived = iter(tensors[len(inputs) :])
+        slabs = [
+            replace(
+                slab,
+                queries=next(arrived),
+                keys=next(arrived),
+                query_borders=next(arrived),
+                key_borders=next(arrived),
+            )
+            for slab in self.slabs
+        ]
+        return replace(self, staged_slabs=tuple(slabs)), tensors[: len(inputs)]
 
     def tilings(self, window: int | None, dtype: torch.dtype) -> list[TileBatch]:
         """Return all the work of attention as tiles, for layers with this window; cut once a pass."""
@@ -126,14 +162,14 @@ class Packing:
         return [token for tokens in own for token in tokens] + [filler_id] * self.num_filler
 
     def position_ids(self) -> torch.Tensor:
-        """Return int64 [1, tokens]: how many tokens of its sequence stand before each; zeros for the filler."""
+        """Return how many tokens of its sequence stand before each: int64 [1, tokens] on the CPU, zeros for filler."""
         branches = [self.branches[index] for index in self.in_row_order]
         counts = [torch.arange(branch.num_shared, branch.num_tokens) for branch in branches]
         counts.append(torch.zeros(self.num_filler, dtype=torch.long))
-        return torch.cat(counts).unsqueeze(0).to(self.device)
+        return torch.cat(counts).unsqueeze(0)
 
 
-def _cut_slabs(branches: Sequence[Branch], block: int, device: torch.device) -> Iterator[Slab]:
+def _cut_slabs(branches: Sequence[Branch], block: int) -> Iterator[Slab]:
     """Yield slabs that gather as many tokens at once as the row has, or one longest sequence.
 
     Sequences that share much have far more tokens together than the row, and memory is planned by the row.
@@ -145,13 +181,13 @@ def _cut_slabs(branches: Sequence[Branch], block: int, device: torch.device) -> 
     for branch in owners:
         num_keys += _filled(branch.num_tokens, block)
         if waiting and num_keys > room:
-            yield _slab_of(waiting, block, device)
+            yield _slab_of(waiting, block)
             waiting, num_keys = [], _filled(branch.num_tokens, block)
         waiting.append(branch)
-    yield _slab_of(waiting, block, device)
+    yield _slab_of(waiting, block)
 
 
-def _slab_of(branches: Sequence[Branch], block: int, device: torch.device) -> Slab:
+def _slab_of(branches: Sequence[Branch], block: int) -> Slab:
     queries = list(accumulate((_filled(branch.num_own, block) for branch in branches), initial=0))
     keys = list(accumulate((_filled(branch.num_tokens, block) for branch in branches), initial=0))
     return Slab(
@@ -160,10 +196,10 @@ def _slab_of(branches: Sequence[Branch], block: int, device: torch.device) -> Sl
             for branch, *both in zip(branches, pairwise(queries), pairwise(keys), strict=True)
         ),
         (branches[0].own[0], branches[-1].own[1]),
-        _positions([[branch.own] for branch in branches], block).to(device),
-        _positions([branch.spans for branch in branches], block).to(device),
-        torch.tensor(queries, dtype=torch.int32, device=device),
-        torch.tensor(keys, dtype=torch.int32, device=device),
+        _positions([[branch.own] for branch in branches], block),
+        _positions([branch.spans for branch in branches], block),
+        torch.tensor(queries, dtype=torch.int32),
+        torch.tensor(keys, dtype=torch.int32),
     )
 
 

@@ -6,17 +6,29 @@ queue's.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Row
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import torch
 
-from service.engines.base import EngineInfo, EngineOutput, StateTap
-from service.engines.classifier import Classifier, ForwardPath, PathOutput, load_classifier, read_config, stored_dtype
+from service.engines.base import EngineInfo, EngineOutput, PendingPass, StateTap
+from service.engines.classifier import (
+    Classifier,
+    ForwardPath,
+    LaunchingPath,
+    PathOutput,
+    PendingOutput,
+    load_classifier,
+    read_config,
+    stored_dtype,
+)
 from service.engines.compilation import check_compiler
 from service.engines.device import (
+    is_lost,
     is_out_of_memory,
     keep_freed_memory,
     release_memory,
@@ -27,12 +39,17 @@ from service.engines.device import (
 from service.engines.parity import Parity, choose_path
 from service.engines.rotary import length_border
 from service.engines.taps import StateQuery, check_taps
-from service.errors import EngineOutOfMemory
+from service.errors import EngineOutOfMemory, EngineUnavailable
 from service.records import Sequence
 from service.settings import BatchingSettings, ModelSettings
 
 DEFAULT_BATCH_TOKENS = {"cpu": 2048, "cuda": 65_536}
 """Enough to keep the device busy; more would only make the next request wait longer."""
+
+_Found = TypeVar("_Found")
+
+_Reading: TypeAlias = tuple[tuple[int, ...], int]
+"""Token ids, and the first of their tokens that belongs to the completion."""
 
 
 class TorchEngine:
@@ -61,27 +78,29 @@ class TorchEngine:
 
         Raises:
             EngineOutOfMemory: the device had no room; the engine is usable again, a smaller batch may fit.
+            EngineUnavailable: the device is lost.
             ValueError: a sequence has no tokens.
         """
+        return self.launch(sequences, states=states).result()
+
+    def launch(self, sequences: Row[Sequence], *, states: bool = False) -> PendingPass:
+        """Hand the sequences to the device; see ``LaunchingEngine.launch``. On a CPU they are computed at once.
+
+        Raises:
+            EngineOutOfMemory, EngineUnavailable, ValueError: as ``forward``.
+        """
         taps = self._info.taps if states else ()
-        first = {sequence.token_ids: place for place, sequence in reversed(list(enumerate(sequences)))}
-        rewards: dict[tuple[int, ...], float] = {}
-        shared = [sequence.num_tokens for sequence in sequences]
-        found: dict[_Reading, torch.Tensor] = {}
+        parts = []
         for rows in self._passes(list(dict.fromkeys(sequence.token_ids for sequence in sequences))):
             wanted = _readings_of(rows, sequences) if taps else []
             places = {row: place for place, row in enumerate(rows)}
-            output = self._run(rows, StateQuery(taps, tuple((places[ids], start) for ids, start in wanted)))
-            rewards.update(zip(rows, output.rewards, strict=True))
-            for row, num_shared in zip(rows, output.shared_tokens, strict=True):
-                shared[first[row]] = num_shared
-            if output.states is not None:
-                found.update(zip(wanted, output.states.cpu(), strict=True))
-        return EngineOutput(
-            [rewards[sequence.token_ids] for sequence in sequences],
-            shared,
-            torch.stack([found[_reading_of(sequence)] for sequence in sequences]).numpy() if taps else None,
-        )
+            query = StateQuery(taps, tuple((places[ids], start) for ids, start in wanted))
+            parts.append(_Part(rows, wanted, self._try(rows, partial(self._launch, rows, query))))
+        return _LaunchedBatch(self, sequences, parts, reads_states=bool(taps))
+
+    def wait_for(self, part: _Part) -> PathOutput:
+        """Return what a launched part of a batch found; errors as of ``PendingPass.result``."""
+        return self._try(part.rows, part.pending.result)
 
     def close(self) -> None:
         """Free the device's memory. The engine is not used afterwards."""
@@ -98,13 +117,21 @@ class TorchEngine:
         long = [row for row in rows if len(row) > self._border]
         return [part for part in (short, long) if part]
 
-    def _run(self, rows: list[tuple[int, ...]], query: StateQuery) -> PathOutput:
+    def _launch(self, rows: list[tuple[int, ...]], query: StateQuery) -> PendingOutput:
         if self._path is None:
             raise RuntimeError("The engine is closed")
+        if isinstance(self._path, LaunchingPath):
+            return self._path.launch(rows, query)
+        return _Ready(self._path.run(rows, query))
+
+    def _try(self, rows: list[tuple[int, ...]], step: Callable[[], _Found]) -> _Found:
+        """Return what a step of a pass over the rows returns; say it in our words where the device fails."""
         try:
-            return self._path.run(rows, query)
+            return step()
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
+                if is_lost(torch.device(self._info.device)):
+                    raise EngineUnavailable(f"{self._info.device} is lost: {error}") from error
                 raise
         # Outside of the except clause the traceback no longer holds the tensors of the failed pass.
         release_memory(torch.device(self._info.device))
@@ -113,8 +140,54 @@ class TorchEngine:
         )
 
 
-_Reading: TypeAlias = tuple[tuple[int, ...], int]
-"""Token ids, and the first of their tokens that belongs to the completion."""
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """The output of a path that computes in order."""
+
+    output: PathOutput
+
+    def result(self) -> PathOutput:
+        return self.output
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Rows of a batch that share a pass, and whose states are read off it."""
+
+    rows: list[tuple[int, ...]]
+    wanted: list[_Reading]
+    pending: PendingOutput
+
+
+@dataclass(frozen=True, slots=True)
+class _LaunchedBatch:
+    """A batch on the device: the PendingPass of a TorchEngine."""
+
+    engine: TorchEngine
+    sequences: Row[Sequence]
+    parts: list[_Part]
+    reads_states: bool
+
+    def result(self) -> EngineOutput:
+        sequences = self.sequences
+        first = {sequence.token_ids: place for place, sequence in reversed(list(enumerate(sequences)))}
+        rewards: dict[tuple[int, ...], float] = {}
+        shared = [sequence.num_tokens for sequence in sequences]
+        found: dict[_Reading, torch.Tensor] = {}
+        for part in self.parts:
+            output = self.engine.wait_for(part)
+            rewards.update(zip(part.rows, output.rewards, strict=True))
+            for row, num_shared in zip(part.rows, output.shared_tokens, strict=True):
+                shared[first[row]] = num_shared
+            if output.states is not None:
+                found.update(zip(part.wanted, output.states.cpu(), strict=True))
+        return EngineOutput(
+            [rewards[sequence.token_ids] for sequence in sequences],
+            shared,
+            torch.stack([found[_reading_of(sequence)] for sequence in sequences]).numpy()
+            if self.reads_states
+            else None,
+        )
 
 
 def _reading_of(sequence: Sequence) -> _Reading:
@@ -175,7 +248,9 @@ def load_torch_engine(
         compiled=model.compile,
     )
     info = _describe(classifier, path, parity, max_input_tokens, max_batch_tokens, tuple(taps))
-    info = replace(info, compiled=model.compile)
+    info = replace(
+        info, compiled=model.compile, launches_ahead=device.type == "cuda" and isinstance(path, LaunchingPath)
+    )
     return TorchEngine(path, info, deterministic=batching.deterministic, border=border)
 
 
