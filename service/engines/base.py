@@ -38,7 +38,8 @@ class EngineInfo:
     that begin with at least so many equal tokens compute them once; None: nothing is shared. ``providers``: what ONNX
     Runtime runs the graph on, first choice first; empty for other engines. ``compiled``: whether ``torch.compile`` made
     the kernels between matrix products. ``launches_ahead``: whether a pass can be launched while the one before it
-    still runs; then the engine is a ``LaunchingEngine``.
+    still runs; then the engine is a ``LaunchingEngine``. ``graph_tokens``: tokens of the longest row that is replayed
+    from a CUDA graph; 0: none is. ``graph_failure``: why not, where graphs were wanted.
     """
 
     engine: str
@@ -55,6 +56,8 @@ class EngineInfo:
     providers: tuple[str, ...] = ()
     compiled: bool = False
     launches_ahead: bool = False
+    graph_tokens: int = 0
+    graph_failure: str = ""
 
 
 @dataclass(frozen=True, slots=True)

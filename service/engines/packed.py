@@ -15,9 +15,11 @@ from service.engines.attention import ATTENTION, PackingUnsupportedError
 from service.engines.base import BatchCost, StateTap
 from service.engines.classifier import Classifier, PathOutput, PendingOutput
 from service.engines.compilation import COMPILED_ATTENTION
+from service.engines.cuda_graphs import Bucket, PassLibrary, StaticPass, fill_row
 from service.engines.packing import BLOCK, Packing
 from service.engines.staging import Arrival, staging_for
 from service.engines.taps import Spot, StateQuery
+from service.prefix_tree import grow_branches
 
 FILLER_ID = 0
 """The token at the end of a row that belongs to nobody: any will do, its states are computed and never read."""
@@ -35,20 +37,29 @@ class PackedForward:
         classifier: left with the attention of this path.
         share_prefixes: whether sequences that begin alike compute their beginning once.
         compiled: whether the model's blocks run compiled.
+        merges: whether the variable-length kernel attends to a shared beginning once for all and the rest is merged
+            with that; else its keys are gathered for each sequence.
+
+    ``library``: passes of fixed shapes, which run rows that share nothing and whose states nobody reads; empty until
+    somebody sets it.
     """
 
     name = "packed"
     cost: BatchCost = "packed"
 
-    def __init__(self, classifier: Classifier, *, share_prefixes: bool = True, compiled: bool = False) -> None:
+    def __init__(
+        self, classifier: Classifier, *, share_prefixes: bool = True, compiled: bool = False, merges: bool = False
+    ) -> None:
         if classifier.linear_head is None:
             raise PackingUnsupportedError(f"{classifier.architecture} does not read its reward off one token's state")
         self._row_blocks = classifier.is_on_cpu and classifier.is_half_precision
         attention = COMPILED_ATTENTION if compiled else ATTENTION
         classifier.run_with(attention, row_blocks=self._row_blocks, compiled=compiled)
         self._classifier = classifier
+        self._merges = merges
         self._staging = staging_for(classifier.device)
         self._mask: torch.Tensor | None = None
+        self.library = PassLibrary({})
         self.shared_from = SHORTEST_SHARED if share_prefixes else None
 
     def run(self, rows: Sequence[tuple[int, ...]], query: StateQuery | None = None) -> PathOutput:
@@ -85,12 +96,16 @@ class PackedForward:
     def _launch(self, rows: Sequence[tuple[int, ...]], query: StateQuery | None) -> LaunchedRow:
         classifier = self._classifier
         pooled = [classifier.pooled_position(row) for row in rows]
+        reads_states = query is not None and bool(query.readings)
+        if (static := None if reads_states else self.library.choose(rows)) and not self._shares(rows):
+            return self._launch_static(*static, rows, pooled)
         packing = Packing.of(
             rows,
             classifier.device,
             block=BLOCK if classifier.is_on_cpu else 1,
             shortest_shared=self.shared_from,
             row_blocks=self._row_blocks,
+            merges=self._merges,
         )
         places = [branch.place(position) for branch, position in zip(packing.branches, pooled, strict=True)]
         packing, (ids, positions, read) = packing.staged(
@@ -105,6 +120,15 @@ class PackedForward:
         rewards, tapped_states = classifier.rewards_of(states.index_select(0, read)), tapped.stacked()
         found = [rewards] if tapped_states is None else [rewards, tapped_states]
         return LaunchedRow([branch.num_shared for branch in packing.branches], self._staging.fetch(found))
+
+    def _shares(self, rows: Sequence[tuple[int, ...]]) -> bool:
+        return any(branch.num_shared for branch in grow_branches(rows, self.shared_from))
+
+    def _launch_static(
+        self, bucket: Bucket, static: StaticPass, rows: Sequence[tuple[int, ...]], pooled: Sequence[int]
+    ) -> LaunchedRow:
+        static.load(self._staging.send(fill_row(bucket, rows, pooled, FILLER_ID).tensors))
+        return LaunchedRow([0] * len(rows), self._staging.fetch([static.compute()[: len(rows)]]))
 
     def _settle_masks(self) -> None:
         """From the second pass on, hand a mask through that nobody reads.

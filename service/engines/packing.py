@@ -13,6 +13,7 @@ from itertools import accumulate, pairwise
 
 import torch
 
+from service.engines.merged_attention import MergePlan, plan_merge
 from service.engines.row_blocks import padded_rows
 from service.engines.staging import Staging
 from service.engines.tiles import TileBatch, cut_tiles
@@ -75,8 +76,9 @@ class Packing:
 
     ``branches``: the place of each sequence, in their order. ``block``: of which the queries and keys of a strand are a
     multiple. ``num_filler``: tokens at the end of the row that belong to nobody. ``staged_slabs``: the slabs with their
-    tensors on the device; empty where they need not be sent. ``bands``: masks that the layers of this pass have in
-    common; filled by attention.
+    tensors on the device; empty where they need not be sent. ``is_static``: whether the borders
+    that count are known to the device only. ``merge_plan``: attention in two parts, where beginnings are
+    shared and that is wanted. ``bands``: masks that the layers of this pass have in common; filled by attention.
     """
 
     branches: tuple[Branch, ...]
@@ -84,6 +86,8 @@ class Packing:
     block: int = 1
     num_filler: int = 0
     staged_slabs: tuple[Slab, ...] = ()
+    is_static: bool = False
+    merge_plan: MergePlan | None = None
     bands: dict[tuple[int | None, torch.dtype], torch.Tensor] = field(default_factory=dict)
     _tilings: dict[tuple[int | None, torch.dtype], list[TileBatch]] = field(default_factory=dict)
 
@@ -96,6 +100,7 @@ class Packing:
         block: int = 1,
         shortest_shared: int | None = None,
         row_blocks: bool = False,
+        merges: bool = False,
     ) -> Packing:
         """Lay out sequences of token ids; with row blocks, up to a length that suits those.
 
@@ -106,11 +111,14 @@ class Packing:
                 come after all that it looks at.
             shortest_shared: common beginnings of at least so many tokens stand in the row once; None: none does.
             row_blocks: whether linear layers multiply in row blocks.
+            merges: whether attention to shared beginnings is merged with that to own tokens.
         """
         branches = tuple(grow_branches(rows, shortest_shared))
         num_tokens = sum(branch.num_own for branch in branches)
         num_filler = padded_rows(num_tokens) - num_tokens if row_blocks else 0
-        return cls(branches, device, block, num_filler)
+        shares = any(branch.num_shared for branch in branches)
+        merge_plan = plan_merge(branches) if merges and shares and num_tokens else None
+        return cls(branches, device, block, num_filler, merge_plan=merge_plan)
 
     @cached_property
     def slabs(self) -> tuple[Slab, ...]:
@@ -121,7 +129,9 @@ class Packing:
         """Return the layout as the device reads it, and other inputs of the pass there: all is sent at once."""
         if self.device.type == "cpu":
             return self, list(inputs)
-        tensors = staging.send([*inputs, *(tensor for slab in self.slabs for tensor in slab.tensors)])
+        plan = self.merge_plan
+        slab_tensors = [tensor for slab in self.slabs for tensor in slab.tensors]
+        tensors = staging.send([*inputs, *slab_tensors, *(plan.tensors if plan else [])])
         arrived = iter(tensors[len(inputs) :])
         slabs = [
             replace(
@@ -133,7 +143,8 @@ class Packing:
             )
             for slab in self.slabs
         ]
-        return replace(self, staged_slabs=tuple(slabs)), tensors[: len(inputs)]
+        plan = plan.moved(arrived) if plan else None
+        return replace(self, staged_slabs=tuple(slabs), merge_plan=plan), tensors[: len(inputs)]
 
     def tilings(self, window: int | None, dtype: torch.dtype) -> list[TileBatch]:
         """Return all the work of attention as tiles, for layers with this window; cut once a pass."""

@@ -28,14 +28,14 @@ PathChoice: TypeAlias = Literal["auto", "packed", "padded"]
 
 SHARING = "packed with shared prefixes"
 
-PATHS: Mapping[str, Callable[[Classifier], ForwardPath]] = {
+PATHS: Mapping[str, Callable[..., ForwardPath]] = {
     SHARING: PackedForward,
     "packed": partial(PackedForward, share_prefixes=False),
     "padded": PaddedForward,
 }
 """Our forward paths, fastest first."""
 
-COMPILED_PATHS: Mapping[str, Callable[[Classifier], ForwardPath]] = {
+COMPILED_PATHS: Mapping[str, Callable[..., ForwardPath]] = {
     SHARING: partial(PackedForward, compiled=True),
     "packed": partial(PackedForward, share_prefixes=False, compiled=True),
 }
@@ -151,6 +151,7 @@ def choose_path(
     *,
     share_prefixes: bool = True,
     compiled: bool = False,
+    merges: bool = False,
 ) -> tuple[ForwardPath, Parity]:
     """Return the fastest path that agrees with plain transformers on this classifier, ready to run, and the evidence.
 
@@ -160,6 +161,7 @@ def choose_path(
         max_tokens: longest row that may share a pass with any other.
         share_prefixes: whether a packed path may compute common beginnings once.
         compiled: whether only paths with compiled blocks will do.
+        merges: whether attention to shared beginnings is merged with that to own tokens.
 
     Raises:
         ParityError: no path agrees, or the chosen one does not, or plain transformers itself gives NaN or infinity.
@@ -191,7 +193,7 @@ def choose_path(
             refusals.append(f"{name} cannot be compiled: leave model.compile out")
             continue
         try:
-            path = paths[name](classifier)
+            path = paths[name](classifier, merges=True) if merges and name == SHARING else paths[name](classifier)
             parity = compare(path.run(rows).rewards, plain, noise, limits)
         except Exception as error:  # noqa: BLE001 - whatever a foreign model raises here, this path does not carry it
             refusals.append(f"{name} does not run ({type(error).__name__}: {error})")

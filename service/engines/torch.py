@@ -27,6 +27,7 @@ from service.engines.classifier import (
     stored_dtype,
 )
 from service.engines.compilation import check_compiler
+from service.engines.cuda_graphs import record_library, wants_graphs
 from service.engines.device import (
     is_lost,
     is_out_of_memory,
@@ -36,10 +37,11 @@ from service.engines.device import (
     resolve_dtype,
     resolve_threads,
 )
+from service.engines.packed import PackedForward
 from service.engines.parity import Parity, choose_path
 from service.engines.rotary import length_border
 from service.engines.taps import StateQuery, check_taps
-from service.errors import EngineOutOfMemory, EngineUnavailable
+from service.errors import EngineOutOfMemory, EngineUnavailable, SettingsError
 from service.records import Sequence
 from service.settings import BatchingSettings, ModelSettings
 
@@ -230,6 +232,9 @@ def load_torch_engine(
     torch.set_num_threads(resolve_threads(model.num_threads))
     if model.compile:
         check_compiler(device)
+    wants_graphs(model.cuda_graphs, device, num_parameters=0)
+    if model.merge_prefixes and device.type != "cuda":
+        raise SettingsError(f"model.merge_prefixes needs a CUDA device and model.device is {device}: leave it out")
     config = read_config(folder)
     border = length_border(config.get_text_config(), max_input_tokens)
     classifier = load_classifier(
@@ -246,12 +251,35 @@ def load_torch_engine(
         border or max_input_tokens,
         share_prefixes=batching.share_prefixes and not batching.deterministic,
         compiled=model.compile,
+        merges=model.merge_prefixes,
     )
     info = _describe(classifier, path, parity, max_input_tokens, max_batch_tokens, tuple(taps))
+    graph_failure = ""
+    num_parameters = sum(weight.numel() for weight in classifier.model.parameters())
+    if wants_graphs(model.cuda_graphs, device, num_parameters):
+        graph_failure = _record_graphs(classifier, path, parity, max_batch_tokens, border)
     info = replace(
-        info, compiled=model.compile, launches_ahead=device.type == "cuda" and isinstance(path, LaunchingPath)
+        info,
+        compiled=model.compile,
+        launches_ahead=device.type == "cuda" and isinstance(path, LaunchingPath),
+        graph_tokens=path.library.longest_row if isinstance(path, PackedForward) else 0,
+        graph_failure=graph_failure,
     )
     return TorchEngine(path, info, deterministic=batching.deterministic, border=border)
+
+
+def _record_graphs(
+    classifier: Classifier, path: ForwardPath, parity: Parity, max_batch_tokens: int, border: int | None
+) -> str:
+    """Let the path replay short rows; return why it does not, empty where it does."""
+    if not isinstance(path, PackedForward):
+        return f"{path.name} batches have no fixed shapes"
+    if border is not None:
+        return "the rotary frequencies depend on the longest sequence of a pass"
+    path.library, failure = record_library(
+        classifier, lambda rows: path.run(rows).rewards, max_batch_tokens, parity.tolerance
+    )
+    return failure
 
 
 def _describe(
