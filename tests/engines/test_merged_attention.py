@@ -7,9 +7,10 @@ import random
 import pytest
 import torch
 from tiny_classifiers import load_tiny, rows_that_share
+from tiny_models import DECODER_FAMILIES
 from torch.nn.functional import scaled_dot_product_attention
 
-from service.engines import attention
+from service.engines import attention, packed
 from service.engines.merged_attention import attend_merged, merge, plan_merge
 from service.engines.packed import PackedForward
 from service.engines.packing import Packing
@@ -20,8 +21,8 @@ from service.errors import SettingsError
 from service.settings import BatchingSettings, ModelSettings
 
 CPU = torch.device("cpu")
-FULL_FAMILIES = ("llama", "qwen2", "qwen3", "olmo2")
-"""Those without windows and soft caps."""
+VARLEN_FAMILIES = [family for family in DECODER_FAMILIES if family != "gemma2"]
+"""Those without soft caps; the windows of some end within a beginning, which is then gathered."""
 
 
 def random_states(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -118,13 +119,14 @@ def test_a_beginning_is_read_once_for_all_that_share_it() -> None:
         assert len(slab.keys) <= packing.num_tokens
 
 
-@pytest.mark.parametrize("family", FULL_FAMILIES)
+@pytest.mark.parametrize("family", VARLEN_FAMILIES)
 def test_merged_rewards_are_plain_rewards(tiny_checkpoint, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     """In fp32 the rewards of nested beginnings equal the plain forward one by one within 1e-5."""
     classifier = load_tiny(tiny_checkpoint(family))
     rows = rows_that_share(classifier)
     plain = plain_rewards(classifier, rows)
     monkeypatch.setattr(attention, "_has_varlen_kernel", lambda *_: True)
+    monkeypatch.setattr(packed, "BLOCK", 1)  # as on CUDA
 
     output = PackedForward(classifier, merges=True).run(rows)
 
