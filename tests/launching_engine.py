@@ -57,7 +57,7 @@ class LaunchingOracle(OracleEngine):
     def launch(self, sequences: Row[Sequence], *, states: bool = False) -> LaunchedOnThread:
         assert self.door.wait(timeout=30)
         self._at_launch(sequences)
-        self.launched.append([bytes(sequence.token_ids).decode() for sequence in sequences])
+        self.launched.append([bytes(sequence.token_ids).decode(errors="replace") for sequence in sequences])
         launched = LaunchedOnThread(self, self._device.submit(self._compute, sequences))
         self._in_flight.append(launched)
         self.most_in_flight = max(self.most_in_flight, len(self._in_flight))

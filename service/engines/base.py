@@ -39,7 +39,10 @@ class EngineInfo:
     Runtime runs the graph on, first choice first; empty for other engines. ``compiled``: whether ``torch.compile`` made
     the kernels between matrix products. ``launches_ahead``: whether a pass can be launched while the one before it
     still runs; then the engine is a ``LaunchingEngine``. ``graph_tokens``: tokens of the longest row that is replayed
-    from a CUDA graph; 0: none is. ``graph_failure``: why not, where graphs were wanted.
+    from a CUDA graph; 0: none is. ``graph_failure``: why not, where graphs were wanted. ``merges_prefixes``: whether
+    attention to shared beginnings is merged instead of gathered. ``quantization``: ``fp8`` where linear layers
+    multiply in 8 bits. ``quantization_loss``: what that changed on the probe (Spearman and largest absolute difference
+    to the same model without); empty where nothing is quantized.
     """
 
     engine: str
@@ -58,6 +61,14 @@ class EngineInfo:
     launches_ahead: bool = False
     graph_tokens: int = 0
     graph_failure: str = ""
+    merges_prefixes: bool = False
+    quantization: str = "none"
+    quantization_loss: dict[str, float | int] = field(default_factory=dict)
+
+    @property
+    def arithmetic(self) -> str:
+        """All that changes rewards by how numbers are held; a part of the model's version."""
+        return self.dtype if self.quantization == "none" else f"{self.dtype}, {self.quantization}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ from service.engines.device import (
     resolve_dtype,
     resolve_threads,
 )
+from service.engines.float8 import check_float8, quantize_float8
 from service.engines.packed import PackedForward
 from service.engines.parity import Parity, choose_path
 from service.engines.rotary import length_border
@@ -244,6 +245,8 @@ def load_torch_engine(
         pooling=model.pooling,
         pad_token_id=pad_token_id,
     )
+    if model.quantization == "fp8":
+        check_float8(device, classifier.dtype)
     check_taps(classifier.body, classifier.config.num_hidden_layers, taps)
     path, parity = choose_path(
         classifier,
@@ -252,6 +255,7 @@ def load_torch_engine(
         share_prefixes=batching.share_prefixes and not batching.deterministic,
         compiled=model.compile,
         merges=model.merge_prefixes,
+        quantize=partial(quantize_float8, classifier.body) if model.quantization == "fp8" else None,
     )
     info = _describe(classifier, path, parity, max_input_tokens, max_batch_tokens, tuple(taps))
     graph_failure = ""
@@ -264,6 +268,9 @@ def load_torch_engine(
         launches_ahead=device.type == "cuda" and isinstance(path, LaunchingPath),
         graph_tokens=path.library.longest_row if isinstance(path, PackedForward) else 0,
         graph_failure=graph_failure,
+        merges_prefixes=model.merge_prefixes and path.shared_from is not None,
+        quantization=model.quantization,
+        quantization_loss=dict(parity.quantization_loss),
     )
     return TorchEngine(path, info, deterministic=batching.deterministic, border=border)
 
@@ -299,7 +306,7 @@ def _describe(
         cost=path.cost,
         max_input_tokens=max_input_tokens,
         max_batch_tokens=max_batch_tokens,
-        parity=asdict(parity),
+        parity={name: value for name, value in asdict(parity).items() if name != "quantization_loss"},
         taps=taps,
         shared_from=path.shared_from,
     )
