@@ -278,12 +278,8 @@ def test_batches_are_launched_ahead_where_the_engine_can() -> None:
 
 def test_gains_are_of_the_last_word_of_a_name() -> None:
     """Each way is compared with the one whose name lacks its last word, in the same workload only."""
-    agreement = Agreement(4, 0.0, 1.0, 1.0)
-    speeds = {
-        "ours, packed": 100.0,
-        "ours, packed, shared prefixes": 250.0,
-        "ours, packed, shared prefixes, fp8": 300.0,
-    }
+    agreement, shared = Agreement(4, 0.0, 1.0, 1.0), "ours, packed, shared prefixes"
+    speeds = {"ours, packed": 100.0, shared: 250.0, f"{shared}, fp8": 300.0}
     found = [Finding("groups", way, 1.0, speed, 0.5, 1.0, agreement) for way, speed in speeds.items()]
     found += [Finding("alone", shared, 1.0, 100.0, 0.5, 1.0, agreement)]
 
