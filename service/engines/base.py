@@ -98,7 +98,8 @@ class Engine(Protocol):
 
         Args:
             sequences: at least one, each within ``max_input_tokens``; several together are within the batch budget.
-            states: whether to read the states at ``info.taps`` too; changes no bit of a reward.
+            states: whether to read the states at ``info.taps`` too; changes no bit of a reward, but where short passes
+                are replayed from graphs, which read none.
 
         Returns:
             One raw logit per sequence, in order. Not squashed, not clipped, not checked for being finite.

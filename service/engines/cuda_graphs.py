@@ -65,12 +65,21 @@ def bucket_for(num_tokens: int, num_sequences: int, buckets: Iterable[Bucket] = 
     return best if is_short or best.num_tokens <= 2 * num_tokens else None
 
 
-def wants_graphs(choice: GraphChoice, device: torch.device, num_parameters: int) -> bool:
+def wants_graphs(
+    choice: GraphChoice, device: torch.device, num_parameters: int, *, deterministic: bool = False
+) -> bool:
     """Resolve the setting ``model.cuda_graphs``.
 
+    Deterministic rewards do without: a pass whose states are read is not recorded, and is not filled up, which may
+    move a bit.
+
     Raises:
-        SettingsError: graphs are asked for where there is no CUDA device.
+        SettingsError: graphs are asked for where there is no CUDA device, or together with determinism.
     """
+    if deterministic:
+        if choice is True:
+            raise SettingsError("model.cuda_graphs and batching.deterministic contradict each other: choose one")
+        return False
     if device.type != "cuda":
         if choice is True:
             raise SettingsError(f"model.cuda_graphs needs a CUDA device and model.device is {device}: leave it out")

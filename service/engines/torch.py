@@ -233,7 +233,7 @@ def load_torch_engine(
     torch.set_num_threads(resolve_threads(model.num_threads))
     if model.compile:
         check_compiler(device)
-    wants_graphs(model.cuda_graphs, device, num_parameters=0)
+    wants_graphs(model.cuda_graphs, device, num_parameters=0, deterministic=batching.deterministic)
     if model.merge_prefixes and device.type != "cuda":
         raise SettingsError(f"model.merge_prefixes needs a CUDA device and model.device is {device}: leave it out")
     config = read_config(folder)
@@ -260,7 +260,7 @@ def load_torch_engine(
     info = _describe(classifier, path, parity, max_input_tokens, max_batch_tokens, tuple(taps))
     graph_failure = ""
     num_parameters = sum(weight.numel() for weight in classifier.model.parameters())
-    if wants_graphs(model.cuda_graphs, device, num_parameters):
+    if wants_graphs(model.cuda_graphs, device, num_parameters, deterministic=batching.deterministic):
         graph_failure = _record_graphs(classifier, path, parity, max_batch_tokens, border)
     info = replace(
         info,

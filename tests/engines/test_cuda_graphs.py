@@ -171,6 +171,13 @@ def test_the_setting_is_resolved_against_the_device() -> None:
         wants_graphs(True, CPU, 1)
 
 
+def test_deterministic_rewards_do_without_graphs() -> None:
+    """A recorded pass reads no states, so a reward could depend on whether some are read: together they are refused."""
+    assert not wants_graphs("auto", CUDA, 1, deterministic=True)
+    with pytest.raises(SettingsError, match="contradict"):
+        wants_graphs(True, CUDA, 1, deterministic=True)
+
+
 def record_on_cpu(classifier, max_batch_tokens: int) -> PassLibrary:
     return PassLibrary({bucket: StaticPass(classifier, bucket) for bucket in SMALL})
 
