@@ -7,8 +7,9 @@ What is measured, how often and in which order is decided elsewhere.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import inf
 from pathlib import Path
@@ -16,10 +17,11 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
+from loadtest.device_busy import busy_share
 from loadtest.engine_work import Work
 from loadtest.matmul_limit import layer_shapes, measure_limit
 from service.batching import BatchBudget, Queue
-from service.engines.base import Engine
+from service.engines.base import Engine, EngineOutput, LaunchingEngine, PendingPass
 from service.engines.torch import load_torch_engine
 from service.settings import BatchingSettings, ModelSettings
 from service.silence import transformers_silenced
@@ -68,7 +70,8 @@ class Outcome:
     """What a way made of some work in so many seconds of the setup's clock.
 
     ``rewards``: in the order of the work; none from the limit. ``num_shared``: tokens that were computed once for
-    several sequences. ``limit_tokens_per_s`` and ``flops_per_token``: from the limit only.
+    several sequences. ``busy_share``: of the time in which the device ran some kernel, where that was looked at.
+    ``limit_tokens_per_s`` and ``flops_per_token``: from the limit only.
     """
 
     seconds: float
@@ -76,6 +79,7 @@ class Outcome:
     num_shared: int = 0
     limit_tokens_per_s: float = 0.0
     flops_per_token: int = 0
+    busy_share: float | None = None
 
 
 Way: TypeAlias = Callable[[Work], Outcome]
@@ -143,24 +147,49 @@ def padded_batches(lengths: Sequence[int], size: int, *, by_length: bool) -> lis
 
 def ours(setup: Setup) -> Mapping[str, Way]:
     """Our torch engine without and with shared prefixes, with batches formed by the service's own queue."""
-    engines = [_torch_engine(setup, share_prefixes=share) for share in (False, True)]
-    return {_way_of(engine): partial(score_in_batches, engine, now=setup.now) for engine in engines}
+    return _ways(setup, [_torch_engine(setup, share_prefixes=share) for share in (False, True)])
 
 
-def compiled(setup: Setup) -> Mapping[str, Way]:
-    """Our torch engine with shared prefixes and compiled blocks."""
-    engine = _torch_engine(setup, share_prefixes=True, compile=True)
-    return {_way_of(engine): partial(score_in_batches, engine, now=setup.now)}
+def changed(setup: Setup, **changes: object) -> Mapping[str, Way]:
+    """Our torch engine with shared prefixes and some settings of the model changed."""
+    return _ways(setup, [_torch_engine(setup, share_prefixes=True, **changes)])
+
+
+def in_order(setup: Setup) -> Mapping[str, Way]:
+    """Our torch engine with shared prefixes, each pass awaited before the next one is prepared."""
+    engine = _torch_engine(setup, share_prefixes=True)
+    score = partial(score_in_batches, engine, now=setup.now, ahead=False)
+    return {f"{_way_of(engine)}, in order": with_busy_share(score, setup.device)}
+
+
+def _ways(setup: Setup, engines: Sequence[Engine]) -> dict[str, Way]:
+    return {
+        _way_of(engine): with_busy_share(partial(score_in_batches, engine, now=setup.now), setup.device)
+        for engine in engines
+    }
 
 
 def _way_of(engine: Engine) -> str:
     info = engine.info
-    extras = [", shared prefixes"] * (info.shared_from is not None) + [", compiled"] * info.compiled
-    return f"ours, {info.forward}{''.join(extras)}"
+    extras = {
+        "shared prefixes": info.shared_from is not None,
+        "compiled": info.compiled,
+        "graphs": info.graph_tokens > 0,
+        "graphs failed": bool(info.graph_failure),
+        "merged": info.merges_prefixes,
+        info.quantization: info.quantization != "none",
+    }
+    return ", ".join([f"ours, {info.forward}", *(name for name, is_on in extras.items() if is_on)])
 
 
-def _torch_engine(setup: Setup, *, share_prefixes: bool, compile: bool = False) -> Engine:  # noqa: A002 - the setting
-    computation = {"device": setup.device, "dtype": setup.dtype, "num_threads": setup.num_threads, "compile": compile}
+def _torch_engine(setup: Setup, *, share_prefixes: bool, **changes: object) -> Engine:
+    computation = {
+        "device": setup.device,
+        "dtype": setup.dtype,
+        "num_threads": setup.num_threads,
+        "cuda_graphs": False,
+        **changes,
+    }
     return load_torch_engine(
         setup.folder,
         ModelSettings.model_validate(computation),
@@ -182,17 +211,52 @@ def exported(setup: Setup, bundle: Path) -> Mapping[str, Way]:
     return {f"ONNX, {engine.info.dtype}": partial(score_in_batches, engine, now=setup.now)}
 
 
-def score_in_batches(engine: Engine, work: Work, now: Callable[[], float]) -> Outcome:
-    """Score the work as a busy service would that got each group as a request, all at once."""
+def score_in_batches(engine: Engine, work: Work, now: Callable[[], float], *, ahead: bool = True) -> Outcome:
+    """Score the work as a busy service would that got each group as a request, all at once.
+
+    Where the engine launches ahead, one pass is launched before the one before it is awaited, unless told otherwise.
+    """
     started = now()
     rewards = [0.0] * len(work.sequences)
     num_shared = 0
-    for places in budget_batches(work, engine):
-        output = engine.forward([work.sequences[place] for place in places])
+    for places, output in _outputs(engine, work, ahead=ahead):
         num_shared += sum(output.shared_tokens)
         for place, reward in zip(places, output.rewards, strict=True):
             rewards[place] = reward
     return Outcome(now() - started, tuple(rewards), num_shared)
+
+
+def _outputs(engine: Engine, work: Work, *, ahead: bool) -> Iterator[tuple[list[int], EngineOutput]]:
+    in_flight: deque[tuple[list[int], PendingPass]] = deque()
+    for places in budget_batches(work, engine):
+        sequences = [work.sequences[place] for place in places]
+        if not (ahead and engine.info.launches_ahead and isinstance(engine, LaunchingEngine)):
+            yield places, engine.forward(sequences)
+            continue
+        in_flight.append((places, engine.launch(sequences)))
+        if len(in_flight) > 1:
+            landed, pending = in_flight.popleft()
+            yield landed, pending.result()
+    for landed, pending in in_flight:
+        yield landed, pending.result()
+
+
+def with_busy_share(way: Way, device: str) -> Way:
+    """Return a way that, on CUDA, also says of each work's first scoring how long the device was at it.
+
+    That scoring is done twice, once under the profiler; it is the one that no round counts.
+    """
+    seen: set[tuple[int, int]] = set()
+
+    def score(work: Work) -> Outcome:
+        outcome = way(work)
+        key = (len(work.sequences), work.num_tokens)
+        if key in seen or not device.startswith("cuda"):
+            return outcome
+        seen.add(key)
+        return replace(outcome, busy_share=busy_share(lambda: way(work)))
+
+    return score
 
 
 def budget_batches(work: Work, engine: Engine) -> Iterator[list[int]]:

@@ -48,7 +48,8 @@ class Measurement:
 class Finding:
     """A way's figures over all rounds of a workload: medians, and its agreement with the fp32 reference.
 
-    ``ratio``: of its speed to that of the workload's base line, round by round.
+    ``ratio``: of its speed to that of the workload's base line, round by round. ``busy_share``: of the time in which
+    the device had work; None on a CPU.
     """
 
     workload: str
@@ -58,10 +59,14 @@ class Finding:
     limit_share: float
     ratio: float
     agreement: Agreement = field(repr=False)
+    busy_share: float | None = None
 
 
 def findings(
-    measurements: Sequence[Measurement], agreements: Mapping[tuple[str, str], Agreement], base_line: str
+    measurements: Sequence[Measurement],
+    agreements: Mapping[tuple[str, str], Agreement],
+    base_line: str,
+    busy_shares: Mapping[tuple[str, str], float] | None = None,
 ) -> list[Finding]:
     """Return one finding for each workload and way, in the order of their first measurement.
 
@@ -69,6 +74,7 @@ def findings(
         measurements: every way was measured in the same rounds of a workload.
         agreements: by workload and way.
         base_line: the way that ``ratio`` compares with.
+        busy_shares: by workload and way, where they are known.
     """
     found = []
     for workload, way in dict.fromkeys((one.workload, one.way) for one in measurements):
@@ -83,6 +89,7 @@ def findings(
                 limit_share=median(one.limit_share for one in mine.values()),
                 ratio=median(base[round_].seconds / one.seconds for round_, one in mine.items()),
                 agreement=agreements[workload, way],
+                busy_share=(busy_shares or {}).get((workload, way)),
             )
         )
     return found
@@ -93,7 +100,7 @@ def table(found: Sequence[Finding], base_line: str) -> Table:
     drawn = Table(
         "work",
         "way",
-        *("items/s", "tokens/s", "ratio", "of limit", "max diff", "Spearman"),
+        *("items/s", "tokens/s", "ratio", "of limit", "busy", "max diff", "Spearman"),
         caption=f"Ratio to: {base_line}. Differences and rank correlation to plain transformers in fp32.",
     )
     drawn.columns[1].no_wrap = True
@@ -110,11 +117,27 @@ def table(found: Sequence[Finding], base_line: str) -> Table:
             f"{one.tokens_per_s:,.0f}",
             f"{one.ratio:.2f}",
             f"{one.limit_share:.0%}",
+            "" if one.busy_share is None else f"{one.busy_share:.0%}",
             f"{one.agreement.max_difference:.2g}",
             f"{one.agreement.spearman:.5f}",
         )
         workload = one.workload
     return drawn
+
+
+def gains(found: Sequence[Finding]) -> list[str]:
+    """Return a line for each workload: how many times faster the last word of a way's name made it."""
+    speeds = {(one.workload, one.way): one.tokens_per_s for one in found}
+    lines = []
+    for workload in dict.fromkeys(one.workload for one in found):
+        factors = []
+        for (of, way), speed in speeds.items():
+            without, _, extra = way.rpartition(", ")
+            if of == workload and (of, without) in speeds:
+                factors.append(f"{extra} x {speed / speeds[of, without]:.2f}")
+        if factors:
+            lines.append(f"{workload}: {', '.join(factors)}")
+    return lines
 
 
 def as_data(found: Sequence[Finding], measurements: Sequence[Measurement]) -> dict[str, Any]:

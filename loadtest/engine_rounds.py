@@ -34,18 +34,21 @@ class Run:
     """What was measured.
 
     ``rewards``: by workload and way. ``limits``: tokens per second by workload and round. ``flops_per_token``: of the
-    model's linear layers.
+    model's linear layers. ``busy_shares``: by workload and way, on a GPU only.
     """
 
     measurements: list[Measurement] = field(default_factory=list)
     rewards: dict[tuple[str, str], tuple[float, ...]] = field(default_factory=dict, repr=False)
     limits: dict[tuple[str, int], float] = field(default_factory=dict)
     flops_per_token: int = 0
+    busy_shares: dict[tuple[str, str], float] = field(default_factory=dict)
 
     def record(self, step: Step, work: Work, outcome: Outcome) -> None:
         """Take in what a step found; the limit of a round comes before its other ways."""
         if step.round is None:
             self.rewards[step.workload, step.way] = outcome.rewards
+            if outcome.busy_share is not None:
+                self.busy_shares[step.workload, step.way] = outcome.busy_share
         elif step.way == LIMIT:
             self.limits[step.workload, step.round] = outcome.limit_tokens_per_s
             self.flops_per_token = outcome.flops_per_token

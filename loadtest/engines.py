@@ -28,8 +28,8 @@ from rich.progress import Progress
 
 from loadtest.agreement import agreement_between
 from loadtest.console import report_console
-from loadtest.contenders import CLOCKS, REFERENCE, Contender, Setup, compiled, exported, limit, ours, plain
-from loadtest.engine_report import Finding, as_data, draw_plot, findings, table
+from loadtest.contenders import CLOCKS, REFERENCE, Contender, Setup, changed, exported, in_order, limit, ours, plain
+from loadtest.engine_report import Finding, as_data, draw_plot, findings, gains, table
 from loadtest.engine_rounds import Run, run_rounds
 from loadtest.engine_work import Work, read_groups, tokenize
 from loadtest.random_checkpoint import SHAPES, write_random_checkpoint
@@ -41,6 +41,13 @@ from service.errors import DatasetError, StartupError
 from service.settings import ModelSettings
 
 CONTENDERS: dict[str, Contender] = {"limit": limit, "plain": plain, "ours": ours}
+
+GPU_WAYS = {
+    "--in-order": "with each pass awaited before the next one is prepared",
+    "--graphs": "with short rows replayed from CUDA graphs",
+    "--merge": "with attention to shared beginnings merged instead of gathered",
+    "--fp8": "with linear layers in fp8",
+}
 
 DEFAULT_ITEMS = {"cpu": 128, "cuda": 1024}
 """Items of a workload: some batches' worth."""
@@ -69,7 +76,7 @@ def judge_rewards(run: Run, base_line: str) -> list[Finding]:
         (workload, way): agreement_between(run.rewards[workload, REFERENCE], rewards)
         for (workload, way), rewards in run.rewards.items()
     }
-    return findings(run.measurements, agreements, base_line)
+    return findings(run.measurements, agreements, base_line, run.busy_shares)
 
 
 def _compare(options: argparse.Namespace, folder: Path, console: Console) -> dict[str, Any]:
@@ -93,15 +100,25 @@ def _compare(options: argparse.Namespace, folder: Path, console: Console) -> dic
     with Progress(console=console) as progress:
         task = progress.add_task("Loading")
         run = run_rounds(
-            CONTENDERS
-            | ({"compiled": compiled} if options.compile else {})
-            | {str(bundle): partial(exported, bundle=bundle) for bundle in options.onnx},
+            CONTENDERS | _wanted(options) | {str(bundle): partial(exported, bundle=bundle) for bundle in options.onnx},
             setup,
             works,
             options.rounds,
             tell=lambda doing, step, total: progress.update(task, description=doing, completed=step, total=total),
         )
     return _report(options, checkpoint, setup, works, run, console)
+
+
+def _wanted(options: argparse.Namespace) -> dict[str, Contender]:
+    """Return the ways that are measured only where they are asked for."""
+    ways: dict[str, tuple[bool, Contender]] = {
+        "compiled": (options.compile, partial(changed, compile=True)),
+        "in order": (options.in_order, in_order),
+        "graphs": (options.graphs, partial(changed, cuda_graphs=True)),
+        "merged": (options.merge, partial(changed, merge_prefixes=True)),
+        "fp8": (options.fp8, partial(changed, quantization="fp8")),
+    }
+    return {name: contender for name, (is_wanted, contender) in ways.items() if is_wanted}
 
 
 def _works(options: argparse.Namespace, checkpoint: Checkpoint, num_items: int) -> dict[str, Work]:
@@ -128,6 +145,8 @@ def _report(
     limits = {workload: median(one for (of, _), one in run.limits.items() if of == workload) for workload in works}
     console.print(f"{name} ({checkpoint.architecture}), {setup.dtype}, {machine}", markup=False)
     console.print(table(found, base_line))
+    for line in gains(found):
+        console.print(f"gain, {line}", markup=False)
     for workload, work in works.items():
         console.print(
             f"{workload}: {len(work.sequences)} items with {work.num_tokens:,} tokens, {work.num_refused} refused; "
@@ -160,6 +179,8 @@ def _parser() -> argparse.ArgumentParser:
         "--onnx", type=Path, nargs="+", default=[], metavar="DIR", help="bundles exported from the same checkpoint"
     )
     parser.add_argument("--compile", action="store_true", help="measure our engine with compiled blocks too")
+    for option, what in GPU_WAYS.items():
+        parser.add_argument(option, action="store_true", help=f"on a GPU, measure our engine {what} too")
     work = parser.add_mutually_exclusive_group()
     work.add_argument(
         "--workloads",

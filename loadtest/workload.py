@@ -115,6 +115,10 @@ class Workload:
         return groups
 
 
+# Items of about 512 tokens, all alike, as throughput is often quoted.
+EVEN_PROMPTS = LengthLaw(median=384.0, sigma=0.0, longest=384)
+EVEN_COMPLETIONS = LengthLaw(median=128.0, sigma=0.0, longest=128)
+
 _SHORT, _LONG = (PANDALM_PROMPTS, PANDALM_COMPLETIONS), (PASSAGE_PROMPTS, PASSAGE_COMPLETIONS)
 WORKLOADS = {
     workload.name: workload
@@ -124,6 +128,7 @@ WORKLOADS = {
         Workload("groups of 64", group_size=64),
         Workload("short", laws=(_SHORT,)),
         Workload("long", laws=(_LONG,)),
+        Workload("512 tokens", laws=((EVEN_PROMPTS, EVEN_COMPLETIONS),)),
         Workload("mixed", laws=(_SHORT, (HH_PROMPTS, HH_COMPLETIONS), _LONG)),
     )
 }

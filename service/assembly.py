@@ -180,7 +180,7 @@ def _assemble_model(settings: Settings, taps: tuple[StateTap, ...] | None) -> Se
             max_input_tokens=checkpoint.max_input_tokens,
             taps=lookup.taps if taps is None else taps,
         )
-    arithmetic = opened.arithmetic if isinstance(opened, Bundle) else engine.info.dtype
+    arithmetic = opened.arithmetic if isinstance(opened, Bundle) else engine.info.arithmetic
     identity = model_version(checkpoint, dtype=arithmetic, pooling=settings.model.pooling, template=template)
     return _join(settings, identity, checkpoint, tokenization, engine, lookup)
 
@@ -224,4 +224,4 @@ def _describe_calibration(metrics: Metrics, calibration: Calibration) -> None:
 
 def arithmetic_of(info: EngineInfo) -> dict[str, str]:
     """Return what of the engine moves rewards and states by rounding only; a calibration remembers it."""
-    return {"engine": info.engine, "dtype": info.dtype, "forward": info.forward}
+    return {"engine": info.engine, "dtype": info.arithmetic, "forward": info.forward}

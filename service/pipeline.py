@@ -12,14 +12,24 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Row
 from dataclasses import dataclass
+from functools import partial
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.batching import BatchBudget, bisect
 from service.diagnostics.diagnosis import Diagnostician
-from service.engines.base import Engine
-from service.errors import EngineFailed, EngineOutOfMemory, HttpError, NonFiniteReward, OutputMismatch, WarmUpFailed
+from service.engines.base import Engine, EngineOutput, LaunchingEngine
+from service.errors import (
+    EngineFailed,
+    EngineOutOfMemory,
+    EngineUnavailable,
+    HttpError,
+    NonFiniteReward,
+    OutputMismatch,
+    WarmUpFailed,
+)
 from service.records import DiagnosticsLevel, Score, Sequence
 
 logger = logging.getLogger(__name__)
@@ -52,8 +62,17 @@ class WarmUp:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class StartedBatch:
+    """A batch between ``Pipeline.start`` and ``Pipeline.finish``. ``started``: when, in seconds of the clock."""
+
+    passes: _Passes
+    wants_states: tuple[bool, ...]
+    started: float
+
+
 class Pipeline:
-    """Scores batches on one engine; `run` and `warm_up` are called from the engine's own thread only.
+    """Scores batches on one engine; it is called from the engine's own thread only.
 
     Args:
         engine: that nobody else uses.
@@ -70,6 +89,7 @@ class Pipeline:
         self.engine = engine
         self.diagnostician = diagnostician or Diagnostician(None)
         self._clock = clock
+        self._last_end = -math.inf
 
     def run(self, sequences: Row[Sequence], levels: Row[DiagnosticsLevel]) -> BatchOutcome:
         """Score a batch; every sequence gets exactly one outcome, whatever the engine does.
@@ -85,22 +105,53 @@ class Pipeline:
         Returns:
             Scores and errors in the order of the sequences. The errors are EngineFailed, EngineOutOfMemory,
             OutputMismatch and NonFiniteReward.
+
+        Raises:
+            EngineUnavailable: the device is lost; no other batch would fare better.
         """
-        begin = self._clock()
-        wants_states = [self.diagnostician.wants_states(level) for level in levels]
+        return self.finish(self.start(sequences, levels))
+
+    @property
+    def passes_ahead(self) -> int:
+        """Batches that may be started before the oldest started one is finished; with none each runs in its turn."""
+        return int(self.engine.info.launches_ahead)
+
+    def start(self, sequences: Row[Sequence], levels: Row[DiagnosticsLevel]) -> StartedBatch:
+        """Launch a batch on an engine that launches ahead; elsewhere nothing runs before ``finish``.
+
+        Whatever the engine raises is kept, and dealt with by ``finish`` when the batch's turn has come.
+
+        Args:
+            sequences: as ``run``.
+            levels: as ``run``.
+        """
+        wants_states = tuple(self.diagnostician.wants_states(level) for level in levels)
         passes = _Passes(self.engine, sequences, states=any(wants_states))
-        passes.run_all()
+        batch = StartedBatch(passes, wants_states, self._clock())
+        if self.passes_ahead:
+            passes.launch()
+        return batch
+
+    def finish(self, batch: StartedBatch) -> BatchOutcome:
+        """Wait for a started batch and return what became of it, as ``run`` does; in the order of starting.
+
+        The time of its passes begins where the batch before it ended, if it was started earlier.
+        """
+        begin = max(batch.started, self._last_end)
+        batch.passes.run_all()
         computed = self._clock()
-        outcomes = [score_of(reward, sequence) for reward, sequence in zip(passes.rewards, sequences, strict=True)]
-        self._measure(outcomes, passes, wants_states)
+        rewards = zip(batch.passes.rewards, batch.passes.sequences, strict=True)
+        outcomes = [score_of(reward, sequence) for reward, sequence in rewards]
+        self._measure(outcomes, batch.passes, batch.wants_states)
+        self._last_end = self._clock()
         return BatchOutcome(
             outcomes=tuple(outcomes),
-            num_forwards=passes.num_forwards,
-            out_of_memory=passes.out_of_memory,
-            shared_tokens=tuple(passes.shared_tokens),
+            num_forwards=batch.passes.num_forwards,
+            out_of_memory=batch.passes.out_of_memory,
+            shared_tokens=tuple(batch.passes.shared_tokens),
             forward_s=computed - begin,
-            diagnose_s=self._clock() - computed,
-            kept_tokens=passes.kept_tokens,
+            diagnose_s=self._last_end - computed,
+            kept_tokens=batch.passes.kept_tokens,
         )
 
     def _measure(self, outcomes: list[Score | HttpError], passes: _Passes, wanted: Row[bool]) -> None:
@@ -164,8 +215,9 @@ class _Passes:
 
     def __init__(self, engine: Engine, sequences: Row[Sequence], *, states: bool) -> None:
         self._engine = engine
-        self._sequences = sequences
+        self.sequences = sequences
         self._wants_states = states
+        self._launched: Callable[[], EngineOutput] | None = None
         self._found: dict[int, float | HttpError] = {}
         self._failure_logged = False
         self.num_forwards = 0
@@ -177,23 +229,34 @@ class _Passes:
     @property
     def rewards(self) -> list[float | HttpError]:
         """In the order of the sequences; unchecked for being finite."""
-        return [self._found[place] for place in range(len(self._sequences))]
+        return [self._found[place] for place in range(len(self.sequences))]
+
+    def launch(self) -> None:
+        """Hand the whole batch to the device. What that raises is raised again where the rewards are asked for."""
+        if not isinstance(self._engine, LaunchingEngine):
+            return
+        try:
+            self._launched = self._engine.launch(self.sequences, states=self._wants_states).result
+        except Exception as error:  # noqa: BLE001 - as in _passes
+            self._launched = partial(_raise, error)
 
     def run_all(self) -> None:
         """Pass over the batch, and over its halves where it raises."""
-        poison = bisect(len(self._sequences), self._passes)
+        poison = bisect(len(self.sequences), self._passes)
         if poison:
-            logger.warning("%d of %d sequences cannot be scored.", len(poison), len(self._sequences))
+            logger.warning("%d of %d sequences cannot be scored.", len(poison), len(self.sequences))
 
     def _passes(self, run: range) -> bool:
         self.num_forwards += 1
         try:
-            output = self._engine.forward(self._sequences[run.start : run.stop], states=self._wants_states)
+            output = self._output_of(run)
         except EngineOutOfMemory as error:
             # A new error, because this one's traceback keeps the tensors of the pass alive while its halves need room.
             self.out_of_memory = True
             self._found.update(dict.fromkeys(run, EngineOutOfMemory(str(error))))
             return False
+        except EngineUnavailable:
+            raise
         except Exception as error:  # noqa: BLE001 - whatever a foreign pass raises fails its sequences, not our thread
             self._log_first(error, len(run))
             self._found.update(dict.fromkeys(run, EngineFailed(f"The forward pass raised {type(error).__name__}.")))
@@ -212,11 +275,21 @@ class _Passes:
             self._found.update(dict.fromkeys(run, mismatch))
         return True
 
+    def _output_of(self, run: range) -> EngineOutput:
+        if self._launched is not None:
+            launched, self._launched = self._launched, None  # the first run is the whole batch
+            return launched()
+        return self._engine.forward(self.sequences[run.start : run.stop], states=self._wants_states)
+
     def _log_first(self, error: Exception, num_sequences: int) -> None:
         """Log the traceback once a batch: the halves fail for the same reason."""
         if not self._failure_logged:
             logger.warning("A forward pass over %d sequences raised.", num_sequences, exc_info=error)
             self._failure_logged = True
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error
 
 
 def score_of(reward: float | HttpError, sequence: Sequence) -> Score | HttpError:

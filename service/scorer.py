@@ -10,9 +10,10 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import math
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterator
 from collections.abc import Sequence as Row
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +36,7 @@ from service.errors import (
     WarmUpFailed,
 )
 from service.metrics import Metrics
-from service.pipeline import BatchOutcome, Pipeline
+from service.pipeline import BatchOutcome, Pipeline, StartedBatch
 from service.records import DiagnosticsLevel, Encoding, Item, Score, ScoreRequest, Sequence, Timings, Usage
 from service.settings import BatchingSettings, LimitSettings
 
@@ -43,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 State: TypeAlias = Literal["starting", "ready", "draining", "failed"]
 Outcome: TypeAlias = Score | HttpError
-_T = TypeVar("_T")
+_Made = TypeVar("_Made")
 _TextReading: TypeAlias = "asyncio.Future[list[TextFacts | None]]"
 
 CHUNK_CHARS = 65_536
@@ -234,6 +235,25 @@ class _Pending:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A batch that was started and not yet answered. ``started`` is None where the start itself failed.
+
+    ``budget``: under which it was taken. ``begin``: when, in seconds of the clock.
+    """
+
+    entries: tuple[Entry, ...]
+    owners: Row[_Pending]
+    started: StartedBatch | None
+    budget: BatchBudget
+    begin: float
+
+
+def _failed_outcome(num_sequences: int) -> BatchOutcome:
+    failures = tuple(InternalError("The batch failed.") for _ in range(num_sequences))
+    return BatchOutcome(failures, 0, False, (0,) * num_sequences, 0.0, 0.0)
+
+
 class Scorer:
     """Scores requests on one engine, many at a time.
 
@@ -281,7 +301,9 @@ class Scorer:
         self._num_accepted = 0
         self._all_answered = asyncio.Event()
         self._all_answered.set()
-        self._busy_since: float | None = None  # as the budget, written by the engine thread alone
+        # As the budget, written by the engine thread alone.
+        self._busy_since: float | None = None
+        self._busy_until = -math.inf
         # Shared with the engine thread, and changed under the condition's lock only.
         self._work_waits = threading.Condition()
         self._queue = Queue(limits.max_queue_tokens, info.shared_from, batch_tokens=self._budget.max_tokens)
@@ -485,11 +507,11 @@ class Scorer:
         self._refuse_if_stopped()
         return encoded, await loop.run_in_executor(self._threads, plan_work, request.items, encoded)
 
-    def _start(self, chunk: Row[Item], work: Callable[..., _T], *args: object) -> asyncio.Future[_T]:
+    def _start(self, chunk: Row[Item], work: Callable[..., _Made], *args: object) -> asyncio.Future[_Made]:
         """Start work on a chunk in a tokenizer thread, or have it done at once where the thread would take longer."""
         loop = asyncio.get_running_loop()
         if len(chunk) <= FEW_ITEMS and sum(item.content.num_chars for item in chunk) <= FEW_CHARS:
-            done: asyncio.Future[_T] = loop.create_future()
+            done: asyncio.Future[_Made] = loop.create_future()
             done.set_result(work(*args))
             return done
         return loop.run_in_executor(self._threads, partial(work, *args))
@@ -514,12 +536,21 @@ class Scorer:
         try:
             self._warm_up()
             self._call_loop(self._finish_start, None)
-            while batch := self._next_batch():
-                self._run_batch(*batch)
+            self._serve()
             self._pipeline.engine.close()
         except BaseException as error:  # whatever ends this thread, those who wait on it must hear of it
             logger.critical("The engine thread has died.", exc_info=True)
             self._call_loop(self._on_engine_death, error)
+
+    def _serve(self) -> None:
+        """Take batches while there are any; where the engine launches ahead, the next before the last is waited for."""
+        flights: deque[_Flight] = deque()
+        while (taken := self._next_batch(wait=not flights)) or flights:
+            if taken:
+                flight = self._take_off(*taken)
+                flights += [flight] if flight else []
+            if flights and (not taken or len(flights) > self._pipeline.passes_ahead):
+                self._land(flights)
 
     def _warm_up(self) -> None:
         warm_up = self._pipeline.warm_up(self._budget, self._encoder.sample_token_ids)
@@ -527,41 +558,66 @@ class Scorer:
             self._queue.record_throughput(warm_up.num_tokens, warm_up.seconds)
         self._set_budget(warm_up.budget)
 
-    def _next_batch(self) -> tuple[TakenBatch, list[_Pending]] | None:
-        """Wait for work and take it, with whom each entry belongs to (first those to compute, then the expired)."""
+    def _next_batch(self, *, wait: bool) -> tuple[TakenBatch, list[_Pending]] | None:
+        """Take work, with whom each entry belongs to (first those to compute, then the expired).
+
+        None: there is none; with ``wait``, there never will be.
+        """
         with self._work_waits:
             while not self._stopped:
                 taken = self._queue.take_batch(self._clock(), self._budget, self._pipeline.engine.num_kept)
                 if taken.entries or taken.expired:
                     return taken, [self._pending[entry.request] for entry in (*taken.entries, *taken.expired)]
+                if not wait:
+                    return None
                 self._work_waits.wait()
         return None
 
-    def _run_batch(self, taken: TakenBatch, owners: Row[_Pending]) -> None:
+    def _take_off(self, taken: TakenBatch, owners: Row[_Pending]) -> _Flight | None:
+        """Start a batch; None where all that was taken had expired."""
         num_computed = len(taken.entries)
         if taken.expired:
             self._call_loop(self._expire, owners[num_computed:])
         if not taken.entries:
-            return
-        self._busy_since = begin = self._clock()
-        outcome = self._outcome_of(taken.entries, owners[:num_computed])
-        engine_s = self._clock() - begin
-        self._busy_since = None
-        lengths = [entry.num_tokens for entry in taken.entries]
+            return None
+        begin = self._clock()
+        self._busy_since = begin if self._busy_since is None else self._busy_since
+        sequences = [entry.sequence for entry in taken.entries]
+        levels = [owner.level for owner in owners[:num_computed]]
+        started = self._guarded(num_computed, partial(self._pipeline.start, sequences, levels))
+        return _Flight(taken.entries, owners[:num_computed], started, self._budget, begin)
+
+    def _land(self, flights: deque[_Flight]) -> None:
+        """Wait for the oldest batch and hand its outcome to the event loop."""
+        flight = flights.popleft()
+        num_sequences = len(flight.entries)
+        outcome: BatchOutcome | None = None
+        if flight.started is not None:
+            outcome = self._guarded(num_sequences, partial(self._pipeline.finish, flight.started))
+        if outcome is None:
+            outcome = _failed_outcome(num_sequences)
+        end = self._clock()
+        busy_s = end - max(flight.begin, self._busy_until)
+        self._busy_until = end
+        self._busy_since = end if flights else None
+        lengths = [entry.num_tokens for entry in flight.entries]
         with self._work_waits:
-            self._queue.record_throughput(sum(lengths), engine_s)
-        if outcome.out_of_memory and num_computed > 1:
+            self._queue.record_throughput(sum(lengths), busy_s)
+        # A batch that was taken before the budget shrank says nothing about the new one.
+        if outcome.out_of_memory and num_sequences > 1 and flight.budget == self._budget:
             self._set_budget(self._budget.halved())
         self._observe_batch(lengths, outcome)
-        self._call_loop(self._resolve, taken.entries, owners[:num_computed], outcome, begin, engine_s)
+        self._call_loop(self._resolve, flight.entries, flight.owners, outcome, flight.begin, end - flight.begin)
 
-    def _outcome_of(self, entries: Row[Entry], owners: Row[_Pending]) -> BatchOutcome:
+    def _guarded(self, num_sequences: int, step: Callable[[], _Made]) -> _Made | None:
+        """Return what a step of the pipeline returns; None where it failed outside of what it guards itself."""
         try:
-            return self._pipeline.run([entry.sequence for entry in entries], [owner.level for owner in owners])
+            return step()
+        except EngineUnavailable:
+            raise
         except Exception:
-            logger.exception("A batch of %d sequences failed outside the engine.", len(entries))
-            failures = tuple(InternalError("The batch failed.") for _ in entries)
-            return BatchOutcome(failures, 0, False, (0,) * len(entries), 0.0, 0.0)
+            logger.exception("A batch of %d sequences failed outside the engine.", num_sequences)
+            return None
 
     def _call_loop(self, callback: Callable[..., None], *args: object) -> None:
         assert self._loop is not None  # noqa: S101 - the thread is started by start()

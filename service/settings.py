@@ -57,6 +57,20 @@ class ModelSettings(Section):
         description="torch engine: fuse what stands between matrix products with torch.compile. Faster passes for a "
         "slower start; on a CPU it needs a C++ compiler.",
     )
+    cuda_graphs: bool | Literal["auto"] = Field(
+        "auto",
+        description="torch engine on CUDA: record short rows as graphs; auto: for models of up to 2e9 parameters.",
+    )
+    quantization: Literal["none", "fp8"] = Field(
+        "none",
+        description="torch engine on GPUs from compute capability 8.9 on: fp8 multiplies linear layers in 8 bits. It "
+        "changes rewards, and takes torchao. Awaits measurement.",
+    )
+    merge_prefixes: bool = Field(
+        False,
+        description="torch engine on CUDA: attend to a shared beginning once for all that share it, merged with each "
+        "one's own part; otherwise its keys are gathered for each. Awaits measurement.",
+    )
 
 
 class TokenizationSettings(Section):

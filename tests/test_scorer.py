@@ -394,13 +394,14 @@ async def test_each_accepted_request_gets_one_answer_and_the_next_batch_is_serve
     assert sum(counted(metrics).values()) == 25
 
 
+@pytest.mark.parametrize("step", ["start", "finish"])
 async def test_bug_outside_the_engine_fails_its_batch_only(
-    tokenization: Tokenization, monkeypatch: pytest.MonkeyPatch
+    tokenization: Tokenization, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     """An exception in our own code answers its batch with InternalError, and the thread goes on."""
     async with running(new_scorer(tokenization, GatedEngine())) as scorer:
         with monkeypatch.context() as patch:
-            patch.setattr(Pipeline, "run", lambda *_: 1 / 0)
+            patch.setattr(Pipeline, step, lambda *_: 1 / 0)
             broken = await scorer.score(request("one", "two"))
         healthy = await scorer.score(request("three"))
 

@@ -6,18 +6,18 @@ sequence; CUDA has one kernel for all. Where a sequence shares its beginning wit
 
 from __future__ import annotations
 
-import inspect
-from functools import partial
 from typing import Any
 
 import torch
-from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from service.engines.device import has_bfloat16_units, has_matrix_tiles
+from service.engines.merged_attention import attend_merged
 from service.engines.packing import BLOCK, Packing, Slab, Strand
+from service.engines.staging import sent
 from service.engines.tiles import TileBatch
+from service.engines.varlen import Borders, attend_varlen
 
 ATTENTION = "packed_rows"
 """The name under which transformers knows our attention and mask functions."""
@@ -31,9 +31,6 @@ KEY_BLOCK = 512
 HEAD_STEP = 32
 """Heads of half precision on a CPU are filled up with zeros to a multiple of this; with other sizes a token's bits
 depend on the length of its sequence."""
-
-VARLEN_SHARES_KEYS = "enable_gqa" in inspect.signature(varlen_attn).parameters
-"""Whether the variable-length kernel of this torch takes keys that query heads share; torch 2.11 does not."""
 
 LARGEST_FLASH_HEAD = 256
 """Largest head dimension of torch's flash attention."""
@@ -104,6 +101,8 @@ def attend(
     key, value = packing.extended(key, value)
     if softcap is None and _has_varlen_kernel(query, value):
         return _attend_varlen(query, key, value, packing, scaling, window)
+    if packing.is_static:
+        raise PackingUnsupportedError("Borders that only the device knows need the variable-length kernel")
     output = query.new_empty((1, query.shape[2], query.shape[1], value.shape[3]))
     output[:, packing.num_tokens :] = 0  # whatever stood there may be NaN, which slows down a CPU
     if softcap is None and prefers_tiles(query.device, query.dtype):
@@ -242,7 +241,8 @@ def _mask_of(packing: Packing, window: int | None, dtype: torch.dtype, queries: 
     if band is None:
         distance = torch.arange(min(QUERY_BLOCK, reach + BLOCK))[:, None] - torch.arange(-reach, QUERY_BLOCK + BLOCK)
         hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
-        band = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf")).to(packing.device)
+        band = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
+        band = sent(band, packing.device)
         packing.bands[window, dtype] = band
     origin = reach - queries.start
     return band[: len(queries), origin + keys.start : origin + keys.stop]
@@ -288,28 +288,17 @@ def _attend_varlen(
     Without shared beginnings the row itself is the one slab. The kernel (FlashAttention-2, from version 2.1) aligns a
     sequence's last query with its last key, in causality and windows alike.
     """
-    kernel: Any = varlen_attn
-    if VARLEN_SHARES_KEYS:
-        kernel = partial(varlen_attn, enable_gqa=True)
-    else:
-        groups = query.shape[1] // key.shape[1]
-        key, value = _repeat(key, groups), _repeat(value, groups)
+    plan = packing.merge_plan
+    if plan is not None and plan.holds_for(window):
+        asking, known, read = (states[0].transpose(0, 1) for states in (query, key, value))
+        return attend_merged(asking, known, read, plan, scaling=scaling, window=window).unsqueeze(0)
     parts = []
     for slab in packing.slabs:
         seen = (_gather(states, slab.keys) if packing.shares else states for states in (key, value))
-        parts.append(
-            kernel(
-                query[0, :, slice(*slab.own)].transpose(0, 1),
-                *(states[0].transpose(0, 1) for states in seen),
-                slab.query_borders,
-                slab.key_borders,
-                max(end - begin for begin, end in (strand.queries for strand in slab.strands)),
-                max(end - begin for begin, end in (strand.keys for strand in slab.strands)),
-                scale=scaling,
-                # How far a query sees to the left and to the right of itself; -1: to the end.
-                window_size=(-1 if window is None else window - 1, 0),
-            )
-        )
+        borders = Borders(slab.query_borders, slab.key_borders, slab.most_queries, slab.most_keys)
+        own = query[0, :, slice(*slab.own)].transpose(0, 1)
+        keys, values = (states[0].transpose(0, 1) for states in seen)
+        parts.append(attend_varlen(own, keys, values, borders, scaling=scaling, window=window)[0])
     output = parts[0] if len(parts) == 1 else torch.cat(parts)
     return output.unsqueeze(0)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Row
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from service.records import BatchCost, Sequence, StatePooling, StateTap
 
@@ -16,7 +16,16 @@ if TYPE_CHECKING:  # expected rewards of the oracle need the standard library al
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["BatchCost", "Engine", "EngineInfo", "EngineOutput", "StatePooling", "StateTap"]
+__all__ = [
+    "BatchCost",
+    "Engine",
+    "EngineInfo",
+    "EngineOutput",
+    "LaunchingEngine",
+    "PendingPass",
+    "StatePooling",
+    "StateTap",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +39,12 @@ class EngineInfo:
     Runtime runs the graph on, first choice first; empty for other engines. ``compiled``: whether ``torch.compile`` made
     the kernels between matrix products. ``kernels``: the kind of CPU whose kernels of ours the pass runs on; None:
     transformers' own code runs. ``prefix_cache_mib``: what keys and values of prompts may take that are kept between
-    passes; 0: nothing is kept.
+    passes; 0: nothing is kept. ``launches_ahead``: whether a pass can be launched while the one before it still runs;
+    then the engine is a ``LaunchingEngine``. ``graph_tokens``: tokens of the longest row that is replayed from a CUDA
+    graph; 0: none is. ``graph_failure``: why not, where graphs were wanted. ``merges_prefixes``: whether attention to
+    shared beginnings is merged instead of gathered. ``quantization``: ``fp8`` where linear layers multiply in 8 bits.
+    ``quantization_loss``: what that changed on the probe (Spearman and largest absolute difference to the same model
+    without); empty where nothing is quantized.
     """
 
     engine: str
@@ -48,6 +62,17 @@ class EngineInfo:
     compiled: bool = False
     kernels: str | None = None
     prefix_cache_mib: int = 0
+    launches_ahead: bool = False
+    graph_tokens: int = 0
+    graph_failure: str = ""
+    merges_prefixes: bool = False
+    quantization: str = "none"
+    quantization_loss: dict[str, float | int] = field(default_factory=dict)
+
+    @property
+    def arithmetic(self) -> str:
+        """All that changes rewards by how numbers are held; a part of the model's version."""
+        return self.dtype if self.quantization == "none" else f"{self.dtype}, {self.quantization}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +104,15 @@ class Engine(Protocol):
 
         Args:
             sequences: at least one, each within ``max_input_tokens``; several together are within the batch budget.
-            states: whether to read the states at ``info.taps`` too; changes no bit of a reward.
+            states: whether to read the states at ``info.taps`` too; changes no bit of a reward, but where short passes
+                are replayed from graphs, which read none.
 
         Returns:
             One raw logit per sequence, in order. Not squashed, not clipped, not checked for being finite.
 
         Raises:
             EngineOutOfMemory: the device had no room; the engine is usable again, a smaller batch may fit.
+            EngineUnavailable: the device is lost to this process; the engine is of no use any more.
             Exception: anything else the forward pass raised; the engine is usable again.
         """
         ...
@@ -99,4 +126,28 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free the device's memory. The engine is not used afterwards."""
+        ...
+
+
+class PendingPass(Protocol):
+    """A pass that was launched and perhaps still runs."""
+
+    def result(self) -> EngineOutput:
+        """Wait for the pass and return what it found; asked for once, in the order of launching.
+
+        Raises:
+            EngineOutOfMemory, EngineUnavailable, Exception: as ``Engine.forward``; a device says late what went wrong.
+        """
+        ...
+
+
+@runtime_checkable
+class LaunchingEngine(Engine, Protocol):
+    """An engine whose device works on its own while the host prepares the next pass."""
+
+    def launch(self, sequences: Row[Sequence], *, states: bool = False) -> PendingPass:
+        """Hand a pass to the device and return without waiting for it; arguments and errors as of ``forward``.
+
+        The pass may still hold memory of the device. What it raises here has not touched passes launched before.
+        """
         ...

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from service.engines.gating import gate_in_place
 from service.engines.kernels.attachment import attach_kernels, detach_kernels
 from service.engines.kernels.library import Kernels
 from service.engines.row_blocks import set_row_blocks
+from service.engines.scalar_head import weigh_states
 from service.engines.taps import Spot, StateQuery, TappedStates, blocks_of, tapped
 from service.errors import SettingsError
 from service.records import Pooling
@@ -33,7 +34,7 @@ class PathOutput:
     """What one pass returns.
 
     ``rewards``: one raw fp32 logit per row. ``shared_tokens``: of each row, the tokens that another row computed, or an
-    earlier pass. ``states``: float32 [readings, taps, hidden] on the device, in the order of the query; None without
+    earlier pass. ``states``: float32 [readings, taps, hidden] on any device, in the order of the query; None without
     one. ``kept_tokens``: the part of all shared tokens that an earlier pass computed.
     """
 
@@ -41,6 +42,14 @@ class PathOutput:
     shared_tokens: list[int]
     states: torch.Tensor | None = None
     kept_tokens: int = 0
+
+
+class PendingOutput(Protocol):
+    """A pass that was launched."""
+
+    def result(self) -> PathOutput:
+        """Wait for the pass and return what it found; asked for once."""
+        ...
 
 
 class ForwardPath(Protocol):
@@ -84,6 +93,15 @@ class ForwardPath(Protocol):
             row: token ids.
             first_wanted: the first token whose state may be wanted beside the pooled one's; None: none is.
         """
+        ...
+
+
+@runtime_checkable
+class LaunchingPath(ForwardPath, Protocol):
+    """A forward path that need not wait for the device before the next pass is launched."""
+
+    def launch(self, rows: Sequence[tuple[int, ...]], query: StateQuery | None = None) -> PendingOutput:
+        """Hand a pass to the device; what ``run`` returns comes later. On a CPU it is computed at once."""
         ...
 
 
@@ -181,15 +199,22 @@ class Classifier:
         """Read states off the pass that runs while the context is open."""
         return tapped(self.body, self.config.num_hidden_layers, taps, spots)
 
-    def read_rewards(self, pooled: torch.Tensor) -> list[float]:
-        """Run the linear head on pooled states [rows, hidden] and copy the rewards back, once.
+    def rewards_of(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Run the linear head on pooled states [rows, hidden]; float32 [rows], on the device.
 
-        The states go through one by one: a matrix product's order of additions depends on its number of rows.
+        A matrix product's order of additions depends on its number of rows, so on a CPU the states go through one by
+        one. On a device where each of them would be a launch they go through together, by another road.
         """
         head = self.linear_head
         if head is None:
             raise TypeError(f"The head of {self.architecture} is more than one linear layer")
-        rewards: list[float] = torch.cat([head(state[None]) for state in pooled])[:, 0].tolist()
+        if not self.is_on_cpu:
+            return weigh_states(pooled, head.weight[0], head.bias)
+        return torch.cat([head(state[None]) for state in pooled])[:, 0]
+
+    def read_rewards(self, pooled: torch.Tensor) -> list[float]:
+        """Run the linear head on pooled states [rows, hidden] and copy the rewards back, once."""
+        rewards: list[float] = self.rewards_of(pooled).tolist()
         return rewards
 
 

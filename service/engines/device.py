@@ -116,6 +116,17 @@ def release_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def is_lost(device: torch.device) -> bool:
+    """Whether a CUDA device fails at everything since a kernel on it failed: a new process is what helps."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the error says that the device had no room; torch has no class of its own for the CPU's allocator."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):

@@ -7,20 +7,24 @@ passes, a pass computes what is new.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import isfinite
 
 import torch
 
 from service.engines.attention import ATTENTION, PackingUnsupportedError
 from service.engines.base import BatchCost, StateTap
-from service.engines.classifier import Classifier, PathOutput
+from service.engines.classifier import Classifier, PathOutput, PendingOutput
 from service.engines.compilation import COMPILED_ATTENTION
+from service.engines.cuda_graphs import Bucket, PassLibrary, StaticPass, fill_row
 from service.engines.kept_states import KeptStates, Visit
 from service.engines.kernels.attachment import multiplies_on_kernels
 from service.engines.kernels.attention import register_attention
 from service.engines.kernels.library import Kernels
 from service.engines.packing import BLOCK, Packing
+from service.engines.staging import Arrival, staging_for
 from service.engines.taps import Spot, StateQuery
+from service.prefix_tree import grow_branches
 
 FILLER_ID = 0
 """The token at the end of a row that belongs to nobody: any will do, its states are computed and never read."""
@@ -41,6 +45,11 @@ class PackedForward:
         kernels: on which its modules run where they can; None: transformers' own code runs.
         kept_bytes: what keys and values kept between passes may take; 0: none are kept. They are with shared beginnings
             only.
+        merges: whether the variable-length kernel attends to a shared beginning once for all and the rest is merged
+            with that; else its keys are gathered for each sequence.
+
+    ``library``: passes of fixed shapes, which run rows that share nothing and whose states nobody reads; empty until
+    somebody sets it.
     """
 
     name = "packed"
@@ -54,6 +63,7 @@ class PackedForward:
         compiled: bool = False,
         kernels: Kernels | None = None,
         kept_bytes: int = 0,
+        merges: bool = False,
     ) -> None:
         if classifier.linear_head is None:
             raise PackingUnsupportedError(f"{classifier.architecture} does not read its reward off one token's state")
@@ -65,6 +75,10 @@ class PackedForward:
         self._classifier = classifier
         self._row_blocks = row_blocks and not multiplies_on_kernels(classifier.body)
         self.kernels = kernels
+        self._merges = merges
+        self._staging = staging_for(classifier.device)
+        self._mask: torch.Tensor | None = None
+        self.library = PassLibrary({})
         self.shared_from = SHORTEST_SHARED if share_prefixes else None
         self.kept = KeptStates(kept_bytes, SHORTEST_SHARED) if kept_bytes and share_prefixes else None
         self.keeps = self.kept is not None
@@ -76,12 +90,29 @@ class PackedForward:
         query: StateQuery | None = None,
         prompts: Sequence[int | None] | None = None,
     ) -> PathOutput:
-        """Score rows of token ids in one pass; see ``ForwardPath.run``.
+        """Score rows of token ids in one pass; see ``ForwardPath.run``."""
+        if self.kept is None or prompts is None:
+            return self.launch(rows, query).result()
+        return self._settle(rows, query, self._visiting_pass(self.kept, rows, query, prompts))
+
+    def launch(self, rows: Sequence[tuple[int, ...]], query: StateQuery | None = None) -> PendingOutput:
+        """Hand a pass to the device; see ``LaunchingPath.launch``. On CUDA the host waits for nothing here.
+
+        Nothing is taken from earlier passes or kept for later ones, for a pass is trusted only when it has ended.
+        """
+        return _PendingRow(self, rows, query, self._launch(rows, query))
+
+    @torch.inference_mode()
+    def finish(self, rows: Sequence[tuple[int, ...]], query: StateQuery | None, launched: LaunchedRow) -> PathOutput:
+        """Wait for a pass and return what it found."""
+        return self._settle(rows, query, launched.wait())
+
+    def _settle(self, rows: Sequence[tuple[int, ...]], query: StateQuery | None, output: PathOutput) -> PathOutput:
+        """Compute rows without a finite reward again, by themselves and by nothing kept.
 
         A state that is not finite reaches all that share its row's beginning, even from behind it: in a sum, zero times
-        infinity is no number. So rows without a finite reward are computed again by themselves, and by nothing kept.
+        infinity is no number.
         """
-        output = self._visiting_pass(rows, query, prompts)
         if any(output.shared_tokens):
             for place, reward in enumerate(output.rewards):
                 if not isfinite(reward):
@@ -107,33 +138,39 @@ class PackedForward:
     def _replace(self, output: PathOutput, place: int, row: tuple[int, ...], query: StateQuery | None) -> None:
         readings = [] if query is None else [index for index, (owner, _) in enumerate(query.readings) if owner == place]
         own = query and StateQuery(query.taps, tuple((0, query.readings[index][1]) for index in readings))
-        alone = self._pass([row], own if readings else None)
+        alone = self._launch([row], own if readings else None).wait()
         output.rewards[place] = alone.rewards[0]
         if output.states is not None and alone.states is not None:
             output.states[readings] = alone.states
 
     def _visiting_pass(
-        self, rows: Sequence[tuple[int, ...]], query: StateQuery | None, prompts: Sequence[int | None] | None
+        self,
+        kept: KeptStates,
+        rows: Sequence[tuple[int, ...]],
+        query: StateQuery | None,
+        prompts: Sequence[int | None],
     ) -> PathOutput:
         """Run a pass that uses what is kept and keeps what it finds, unless something in it is not finite."""
-        if self.kept is None or prompts is None:
-            return self._pass(rows, query)
         limits = [self._limit(row, first) for row, first in zip(rows, _first_wanted(rows, query), strict=True)]
-        with self.kept.visit(rows, limits) as visit:
-            output = self._pass(rows, query, visit, prompts)
+        with kept.visit(rows, limits) as visit:
+            output = self._launch(rows, query, visit, prompts).wait()
             if all(map(isfinite, output.rewards)):
                 visit.confirm()
         return output
 
-    def _pass(
+    @torch.inference_mode()
+    def _launch(
         self,
         rows: Sequence[tuple[int, ...]],
         query: StateQuery | None,
         visit: Visit | None = None,
         prompts: Sequence[int | None] = (),
-    ) -> PathOutput:
+    ) -> LaunchedRow:
         classifier = self._classifier
         pooled = [classifier.pooled_position(row) for row in rows]
+        reads_states = query is not None and bool(query.readings)
+        if visit is None and (static := None if reads_states else self.library.choose(rows)) and not self._shares(rows):
+            return self._launch_static(*static, rows, pooled)
         packing = Packing.of(
             rows,
             classifier.device,
@@ -141,23 +178,70 @@ class PackedForward:
             shortest_shared=self.shared_from,
             row_blocks=self._row_blocks,
             visit=visit,
+            merges=self._merges,
         )
         if visit is not None:
             visit.plan(packing.branches, prompts, classifier.device)
         places = [branch.place(position) for branch, position in zip(packing.branches, pooled, strict=True)]
+        packing, (ids, positions, read) = packing.staged(
+            self._staging,
+            [torch.tensor([packing.token_ids(rows, FILLER_ID)]), packing.position_ids(), torch.tensor(places)],
+        )
         with classifier.tapped(*_tapping(query, packing, places)) as tapped:
             states = classifier.body(
-                input_ids=classifier.token_tensor([packing.token_ids(rows, FILLER_ID)]),
-                position_ids=packing.position_ids(),
-                use_cache=False,
-                packing=packing,
+                input_ids=ids, attention_mask=self._mask, position_ids=positions, use_cache=False, packing=packing
             ).last_hidden_state[0]
-        return PathOutput(
-            classifier.read_rewards(states[places]),
-            [branch.num_shared for branch in packing.branches],
-            tapped.stacked(),
-            visit.num_taken if visit is not None else 0,
-        )
+        self._settle_masks()
+        rewards, tapped_states = classifier.rewards_of(states.index_select(0, read)), tapped.stacked()
+        found = [rewards] if tapped_states is None else [rewards, tapped_states]
+        num_taken = 0 if visit is None else visit.num_taken
+        return LaunchedRow([branch.num_shared for branch in packing.branches], self._staging.fetch(found), num_taken)
+
+    def _shares(self, rows: Sequence[tuple[int, ...]]) -> bool:
+        return any(branch.num_shared for branch in grow_branches(rows, self.shared_from))
+
+    def _launch_static(
+        self, bucket: Bucket, static: StaticPass, rows: Sequence[tuple[int, ...]], pooled: Sequence[int]
+    ) -> LaunchedRow:
+        static.load(self._staging.send(fill_row(bucket, rows, pooled, FILLER_ID).tensors))
+        return LaunchedRow([0] * len(rows), self._staging.fetch([static.compute()[: len(rows)]]))
+
+    def _settle_masks(self) -> None:
+        """From the second pass on, hand a mask through that nobody reads.
+
+        Without one transformers looks for borders in the position ids and waits for the device to do so. The first pass
+        goes without, so that a model which lays a pattern of its own over the mask is found.
+        """
+        if self._mask is None and not self._classifier.is_on_cpu:
+            self._mask = torch.empty((1, 1, 1, 0), dtype=torch.bool, device=self._classifier.device)
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchedRow:
+    """A row on the device.
+
+    ``arrival``: its rewards, and the states if some were asked for. The rest as in ``PathOutput``.
+    """
+
+    shared_tokens: list[int]
+    arrival: Arrival
+    kept_tokens: int = 0
+
+    def wait(self) -> PathOutput:
+        """Return what the pass found, whether finite or not."""
+        rewards, *states = self.arrival.wait()
+        return PathOutput(rewards.tolist(), self.shared_tokens, states[0] if states else None, self.kept_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class _PendingRow:
+    path: PackedForward
+    rows: Sequence[tuple[int, ...]]
+    query: StateQuery | None
+    launched: LaunchedRow
+
+    def result(self) -> PathOutput:
+        return self.path.finish(self.rows, self.query, self.launched)
 
 
 def _first_wanted(rows: Sequence[tuple[int, ...]], query: StateQuery | None) -> list[int | None]:

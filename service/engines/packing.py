@@ -8,14 +8,16 @@ attention over them is ``attention``'s.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 
 import torch
 
 from service.engines.kept_states import Visit
+from service.engines.merged_attention import MergePlan, plan_merge
 from service.engines.row_blocks import padded_rows
+from service.engines.staging import Staging
 from service.engines.tiles import TileBatch, cut_tiles
 from service.prefix_tree import Branch, Span, grow_branches
 
@@ -54,6 +56,21 @@ class Slab:
     query_borders: torch.Tensor
     key_borders: torch.Tensor
 
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All that attention reads on the device."""
+        return self.queries, self.keys, self.query_borders, self.key_borders
+
+    @property
+    def most_queries(self) -> int:
+        """Queries of the strand that has most."""
+        return max(end - begin for begin, end in (strand.queries for strand in self.strands))
+
+    @property
+    def most_keys(self) -> int:
+        """Keys of the strand that has most."""
+        return max(end - begin for begin, end in (strand.keys for strand in self.strands))
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -61,8 +78,10 @@ class Packing:
 
     ``branches``: the place of each sequence, in their order. ``block``: of which the queries and keys of a strand are a
     multiple. ``num_filler``: tokens at the end of the row that belong to nobody. ``visit``: what the pass takes from
-    earlier ones and leaves for later ones. ``bands``: masks that the layers of this pass have in common; filled by
-    attention.
+    earlier ones and leaves for later ones. ``staged_slabs``: the slabs with their tensors on the device; empty where
+    they need not be sent. ``is_static``: whether the borders that count are known to the device only. ``merge_plan``:
+    attention in two parts, where beginnings are shared and that is wanted. ``bands``: masks that the layers of this
+    pass have in common; filled by attention.
     """
 
     branches: tuple[Branch, ...]
@@ -70,6 +89,9 @@ class Packing:
     block: int = 1
     num_filler: int = 0
     visit: Visit | None = None
+    staged_slabs: tuple[Slab, ...] = ()
+    is_static: bool = False
+    merge_plan: MergePlan | None = None
     bands: dict[tuple[int | None, torch.dtype], torch.Tensor] = field(default_factory=dict)
     _tilings: dict[tuple[int | None, torch.dtype], list[TileBatch]] = field(default_factory=dict)
 
@@ -83,6 +105,7 @@ class Packing:
         shortest_shared: int | None = None,
         row_blocks: bool = False,
         visit: Visit | None = None,
+        merges: bool = False,
     ) -> Packing:
         """Lay out sequences of token ids; with row blocks, up to a length that suits those.
 
@@ -94,16 +117,40 @@ class Packing:
             shortest_shared: common beginnings of at least so many tokens stand in the row once; None: none does.
             row_blocks: whether linear layers multiply in row blocks.
             visit: what earlier passes have kept of these sequences; None: nothing.
+            merges: whether attention to shared beginnings is merged with that to own tokens.
         """
         branches = tuple(grow_branches(rows, shortest_shared, visit.spans if visit else None))
         num_tokens = sum(branch.num_own for branch in branches)
         num_filler = padded_rows(num_tokens) - num_tokens if row_blocks else 0
-        return cls(branches, device, block, num_filler, visit)
+        shares = any(branch.num_shared for branch in branches)
+        merge_plan = plan_merge(branches) if merges and shares and num_tokens else None
+        return cls(branches, device, block, num_filler, visit, merge_plan=merge_plan)
 
     @cached_property
     def slabs(self) -> tuple[Slab, ...]:
         """All the work of attention, in the order of the row, for kernels that take one sequence after another."""
-        return tuple(_cut_slabs(self.branches, self.block, self.device))
+        return self.staged_slabs or tuple(_cut_slabs(self.branches, self.block))
+
+    def staged(self, staging: Staging, inputs: Sequence[torch.Tensor]) -> tuple[Packing, list[torch.Tensor]]:
+        """Return the layout as the device reads it, and other inputs of the pass there: all is sent at once."""
+        if self.device.type == "cpu":
+            return self, list(inputs)
+        plan = self.merge_plan
+        slab_tensors = [tensor for slab in self.slabs for tensor in slab.tensors]
+        tensors = staging.send([*inputs, *slab_tensors, *(plan.tensors if plan else [])])
+        arrived = iter(tensors[len(inputs) :])
+        slabs = [
+            replace(
+                slab,
+                queries=next(arrived),
+                keys=next(arrived),
+                query_borders=next(arrived),
+                key_borders=next(arrived),
+            )
+            for slab in self.slabs
+        ]
+        plan = plan.moved(arrived) if plan else None
+        return replace(self, staged_slabs=tuple(slabs), merge_plan=plan), tensors[: len(inputs)]
 
     @cached_property
     def strands(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,14 +198,14 @@ class Packing:
         return [token for tokens in own for token in tokens] + [filler_id] * self.num_filler
 
     def position_ids(self) -> torch.Tensor:
-        """Return int64 [1, tokens]: how many tokens of its sequence stand before each; zeros for the filler."""
+        """Return how many tokens of its sequence stand before each: int64 [1, tokens] on the CPU, zeros for filler."""
         branches = [self.branches[index] for index in self.in_row_order]
         counts = [torch.arange(branch.num_shared, branch.num_tokens) for branch in branches]
         counts.append(torch.zeros(self.num_filler, dtype=torch.long))
-        return torch.cat(counts).unsqueeze(0).to(self.device)
+        return torch.cat(counts).unsqueeze(0)
 
 
-def _cut_slabs(branches: Sequence[Branch], block: int, device: torch.device) -> Iterator[Slab]:
+def _cut_slabs(branches: Sequence[Branch], block: int) -> Iterator[Slab]:
     """Yield slabs that gather as many tokens at once as the row has, or one longest sequence.
 
     Sequences that share much have far more tokens together than the row, and memory is planned by the row.
@@ -170,13 +217,13 @@ def _cut_slabs(branches: Sequence[Branch], block: int, device: torch.device) -> 
     for branch in owners:
         num_keys += _filled(branch.num_tokens, block)
         if waiting and num_keys > room:
-            yield _slab_of(waiting, block, device)
+            yield _slab_of(waiting, block)
             waiting, num_keys = [], _filled(branch.num_tokens, block)
         waiting.append(branch)
-    yield _slab_of(waiting, block, device)
+    yield _slab_of(waiting, block)
 
 
-def _slab_of(branches: Sequence[Branch], block: int, device: torch.device) -> Slab:
+def _slab_of(branches: Sequence[Branch], block: int) -> Slab:
     queries = list(accumulate((_filled(branch.num_own, block) for branch in branches), initial=0))
     keys = list(accumulate((_filled(branch.num_tokens, block) for branch in branches), initial=0))
     return Slab(
@@ -185,10 +232,10 @@ def _slab_of(branches: Sequence[Branch], block: int, device: torch.device) -> Sl
             for branch, *both in zip(branches, pairwise(queries), pairwise(keys), strict=True)
         ),
         (branches[0].own[0], branches[-1].own[1]),
-        _positions([[branch.own] for branch in branches], block).to(device),
-        _positions([branch.spans for branch in branches], block).to(device),
-        torch.tensor(queries, dtype=torch.int32, device=device),
-        torch.tensor(keys, dtype=torch.int32, device=device),
+        _positions([[branch.own] for branch in branches], block),
+        _positions([branch.spans for branch in branches], block),
+        torch.tensor(queries, dtype=torch.int32),
+        torch.tensor(keys, dtype=torch.int32),
     )
 
 

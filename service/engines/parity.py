@@ -7,14 +7,15 @@ at arithmetic only, not at whether the checkpoint's rewards make sense.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import inf, isfinite, isnan
 from statistics import median
 from typing import Any, Literal, TypeAlias
 
 import torch
+from scipy.stats import spearmanr
 
 from service.engines.classifier import Classifier, ForwardPath
 from service.engines.kernels.library import Kernels
@@ -52,6 +53,10 @@ NOISE_FACTOR = 4.0
 """How many times the noise of half precision a path may differ from plain transformers."""
 
 
+LEAST_SPEARMAN = 0.95
+"""Rank correlation of probes before and after quantization below which the log warns."""
+
+
 @dataclass(frozen=True, slots=True)
 class Parity:
     """What the probe found about the path that serves; rewards and differences in raw logits.
@@ -59,6 +64,7 @@ class Parity:
     ``max_difference`` and ``tolerance`` are those of the probe that came nearest to its tolerance, or went beyond.
     ``noise``: how far a plain reward typically moves when each embedding moves by its last bit; 0 in fp32, where it is
     not measured. ``conclusive``: whether plain rewards differ enough from each other for a wrong path to show.
+    ``quantization_loss``: as of ``EngineInfo``.
     """
 
     max_difference: float
@@ -66,6 +72,7 @@ class Parity:
     noise: float
     conclusive: bool
     num_probes: int
+    quantization_loss: Mapping[str, float | int] = field(default_factory=dict)
 
     @property
     def agrees(self) -> bool:
@@ -133,6 +140,25 @@ def compare(
     return Parity(gap, limit, median(noise), conclusive, len(plain))
 
 
+def loss_between(unchanged: Sequence[float], quantized: Sequence[float]) -> dict[str, float | int]:
+    """Return how far quantization moved the rewards of the probes: ranks first, since differences may be large.
+
+    It is shown and warned of, not refused: random probes lie close together and say little about texts.
+    """
+    spearman = float(spearmanr(unchanged, quantized).statistic)
+    loss: dict[str, float | int] = {
+        "spearman": spearman,
+        "max_difference": max(differences(quantized, unchanged)),
+        "num_probes": len(unchanged),
+    }
+    if not spearman >= LEAST_SPEARMAN:
+        logger.warning(
+            "Quantization changes the order of probes: Spearman %.3f to the same model without; audit it on your texts",
+            spearman,
+        )
+    return loss
+
+
 def paths_to_try(
     choice: PathChoice, *, share_prefixes: bool, keep_prefixes: bool = False, kernels: bool = False
 ) -> list[str]:
@@ -144,7 +170,7 @@ def paths_to_try(
 
 
 def _open_path(
-    name: str, classifier: Classifier, *, compiled: bool, kernels: Kernels | None, kept_bytes: int
+    name: str, classifier: Classifier, *, compiled: bool, kernels: Kernels | None, kept_bytes: int, merges: bool
 ) -> ForwardPath:
     plain_name = name.removesuffix(ON_KERNELS)
     if name == "padded":
@@ -155,6 +181,7 @@ def _open_path(
         compiled=compiled,
         kernels=kernels if name != plain_name else None,
         kept_bytes=kept_bytes if plain_name == KEEPING else 0,
+        merges=merges and plain_name != "packed",
     )
 
 
@@ -167,6 +194,8 @@ def choose_path(
     compiled: bool = False,
     kernels: Kernels | None = None,
     kept_bytes: int = 0,
+    merges: bool = False,
+    quantize: Callable[[], object] | None = None,
 ) -> tuple[ForwardPath, Parity]:
     """Return the fastest path that agrees with plain transformers on this classifier, ready to run, and the evidence.
 
@@ -179,6 +208,9 @@ def choose_path(
         kernels: that packed paths may run on; they are tried before those without.
         kept_bytes: what prompts kept between passes may take; 0: none are kept. The path that is returned has kept
             none yet.
+        merges: whether attention to shared beginnings is merged with that to own tokens.
+        quantize: changes the classifier's weights in place. A path is then held against the plain forward of the
+            changed model, whose noise is larger by itself; what it did is in ``Parity.quantization_loss``.
 
     Raises:
         ParityError: no path agrees, or the chosen one does not, or plain transformers itself gives NaN or infinity.
@@ -192,6 +224,11 @@ def choose_path(
         max_tokens=max_tokens,
     )
     plain = plain_rewards(classifier, rows)
+    loss: dict[str, float | int] = {}
+    if quantize is not None:
+        quantize()
+        unchanged, plain = plain, plain_rewards(classifier, rows)
+        loss = loss_between(unchanged, plain)
     if not all(map(isfinite, plain)):
         raise ParityError(
             f"Plain transformers gives {classifier.architecture} no finite reward in {classifier.dtype}: "
@@ -212,11 +249,14 @@ def choose_path(
             refusals.append("padded cannot be compiled: leave model.compile out")
             continue
         try:
-            path = _open_path(name, classifier, compiled=compiled, kernels=kernels, kept_bytes=kept_bytes)
+            path = _open_path(
+                name, classifier, compiled=compiled, kernels=kernels, kept_bytes=kept_bytes, merges=merges
+            )
             parity = max(
                 (compare(rewards, plain, noise, limits) for rewards in probed_rewards(path, rows)),
                 key=lambda found: found.max_difference / found.tolerance,
             )
+            parity = replace(parity, quantization_loss=loss)
         except Exception as error:  # noqa: BLE001 - whatever a foreign model raises here, this path does not carry it
             refusals.append(f"{name} does not run ({type(error).__name__}: {error})")
             continue

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from service.engines.base import StatePooling, StateTap
+from service.engines.staging import sent
 from service.errors import SettingsError
 from service.prefix_tree import Span
 
@@ -80,7 +81,8 @@ def tapped(
 def pool(states: torch.Tensor, spots: Sequence[Spot], pooling: StatePooling) -> torch.Tensor:
     """Return float32 [spots, hidden]: the state of each spot's last token, or the mean over its pieces."""
     if pooling == "last":
-        return states[[spot.row for spot in spots], [spot.last for spot in spots]].float()
+        places = torch.tensor([spot.row * states.shape[1] + spot.last for spot in spots])
+        return states.flatten(0, 1).index_select(0, sent(places, states.device)).float()
     means = []
     for spot in spots:
         pieces = [states[spot.row, begin:end] for begin, end in spot.pieces]

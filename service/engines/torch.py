@@ -7,17 +7,30 @@ queue's.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from collections.abc import Sequence as Row
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import torch
 
-from service.engines.base import EngineInfo, EngineOutput, StateTap
-from service.engines.classifier import Classifier, ForwardPath, PathOutput, load_classifier, read_config, stored_dtype
+from service.engines.base import EngineInfo, EngineOutput, PendingPass, StateTap
+from service.engines.classifier import (
+    Classifier,
+    ForwardPath,
+    LaunchingPath,
+    PathOutput,
+    PendingOutput,
+    load_classifier,
+    read_config,
+    stored_dtype,
+)
 from service.engines.compilation import check_compiler
+from service.engines.cuda_graphs import record_library, wants_graphs
 from service.engines.device import (
+    is_lost,
     is_out_of_memory,
     keep_freed_memory,
     release_memory,
@@ -25,13 +38,15 @@ from service.engines.device import (
     resolve_dtype,
     resolve_threads,
 )
+from service.engines.float8 import check_float8, quantize_float8
 from service.engines.kernels import library
 from service.engines.kernels.attachment import drop_plain_weights
 from service.engines.kernels.library import Kernels
+from service.engines.packed import PackedForward
 from service.engines.parity import Parity, choose_path
 from service.engines.rotary import length_border
 from service.engines.taps import StateQuery, check_taps
-from service.errors import EngineOutOfMemory, SettingsError
+from service.errors import EngineOutOfMemory, EngineUnavailable, SettingsError
 from service.records import Sequence
 from service.settings import BatchingSettings, ModelSettings
 
@@ -43,6 +58,10 @@ DEFAULT_BATCH_TOKENS = {"cpu": 2048, "cuda": 65_536}
 DEFAULT_PREFIX_CACHE_MIB = {"cpu": 512, "cuda": 0}
 """On a CPU a kept prompt cannot change a bit of a reward, and memory is taken as prompts come; on CUDA nothing was
 measured yet."""
+_Found = TypeVar("_Found")
+
+_Reading: TypeAlias = tuple[tuple[int, ...], int]
+"""Token ids, and the first of their tokens that belongs to the completion."""
 
 
 class TorchEngine:
@@ -71,32 +90,31 @@ class TorchEngine:
 
         Raises:
             EngineOutOfMemory: the device had no room; the engine is usable again, a smaller batch may fit.
+            EngineUnavailable: the device is lost.
             ValueError: a sequence has no tokens.
         """
+        return self.launch(sequences, states=states).result()
+
+    def launch(self, sequences: Row[Sequence], *, states: bool = False) -> PendingPass:
+        """Hand the sequences to the device; see ``LaunchingEngine.launch``. On a CPU they are computed at once.
+
+        Raises:
+            EngineOutOfMemory, EngineUnavailable, ValueError: as ``forward``.
+        """
         taps = self._info.taps if states else ()
-        first = {sequence.token_ids: place for place, sequence in reversed(list(enumerate(sequences)))}
-        rewards: dict[tuple[int, ...], float] = {}
-        shared = [sequence.num_tokens for sequence in sequences]
+        parts = []
         prompts = {sequence.token_ids: sequence.num_prompt_tokens for sequence in sequences}
-        num_kept = 0
-        found: dict[_Reading, torch.Tensor] = {}
         for rows in self._passes(list(dict.fromkeys(sequence.token_ids for sequence in sequences))):
             wanted = _readings_of(rows, sequences) if taps else []
             places = {row: place for place, row in enumerate(rows)}
             query = StateQuery(taps, tuple((places[ids], start) for ids, start in wanted))
-            output = self._run(rows, query, [prompts[row] for row in rows] if self._keeps(rows[0]) else None)
-            num_kept += output.kept_tokens
-            rewards.update(zip(rows, output.rewards, strict=True))
-            for row, num_shared in zip(rows, output.shared_tokens, strict=True):
-                shared[first[row]] = num_shared
-            if output.states is not None:
-                found.update(zip(wanted, output.states.cpu(), strict=True))
-        return EngineOutput(
-            [rewards[sequence.token_ids] for sequence in sequences],
-            shared,
-            torch.stack([found[_reading_of(sequence)] for sequence in sequences]).numpy() if taps else None,
-            num_kept,
-        )
+            keeping = [prompts[row] for row in rows] if self._keeps(rows[0]) else None
+            parts.append(_Part(rows, wanted, self._try(rows, partial(self._launch, rows, query, keeping))))
+        return _LaunchedBatch(self, sequences, parts, reads_states=bool(taps))
+
+    def wait_for(self, part: _Part) -> PathOutput:
+        """Return what a launched part of a batch found; errors as of ``PendingPass.result``."""
+        return self._try(part.rows, part.pending.result)
 
     def num_kept(self, sequence: Sequence) -> int:
         """Return how many leading tokens the next pass need not compute; see ``Engine.num_kept``."""
@@ -124,13 +142,23 @@ class TorchEngine:
         """Whether the row's pass may use what is kept, which has the frequencies of sequences up to the border."""
         return self._border is None or len(row) <= self._border
 
-    def _run(self, rows: list[tuple[int, ...]], query: StateQuery, prompts: list[int | None] | None) -> PathOutput:
+    def _launch(
+        self, rows: list[tuple[int, ...]], query: StateQuery, prompts: list[int | None] | None
+    ) -> PendingOutput:
         if self._path is None:
             raise RuntimeError("The engine is closed")
+        if isinstance(self._path, LaunchingPath) and not self._path.keeps:
+            return self._path.launch(rows, query)
+        return _Ready(self._path.run(rows, query, prompts))
+
+    def _try(self, rows: list[tuple[int, ...]], step: Callable[[], _Found]) -> _Found:
+        """Return what a step of a pass over the rows returns; say it in our words where the device fails."""
         try:
-            return self._path.run(rows, query, prompts)
+            return step()
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
+                if is_lost(torch.device(self._info.device)):
+                    raise EngineUnavailable(f"{self._info.device} is lost: {error}") from error
                 raise
         # Outside of the except clause the traceback no longer holds the tensors of the failed pass.
         release_memory(torch.device(self._info.device))
@@ -139,8 +167,57 @@ class TorchEngine:
         )
 
 
-_Reading: TypeAlias = tuple[tuple[int, ...], int]
-"""Token ids, and the first of their tokens that belongs to the completion."""
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """The output of a path that computes in order."""
+
+    output: PathOutput
+
+    def result(self) -> PathOutput:
+        return self.output
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Rows of a batch that share a pass, and whose states are read off it."""
+
+    rows: list[tuple[int, ...]]
+    wanted: list[_Reading]
+    pending: PendingOutput
+
+
+@dataclass(frozen=True, slots=True)
+class _LaunchedBatch:
+    """A batch on the device: the PendingPass of a TorchEngine."""
+
+    engine: TorchEngine
+    sequences: Row[Sequence]
+    parts: list[_Part]
+    reads_states: bool
+
+    def result(self) -> EngineOutput:
+        sequences = self.sequences
+        first = {sequence.token_ids: place for place, sequence in reversed(list(enumerate(sequences)))}
+        rewards: dict[tuple[int, ...], float] = {}
+        shared = [sequence.num_tokens for sequence in sequences]
+        num_kept = 0
+        found: dict[_Reading, torch.Tensor] = {}
+        for part in self.parts:
+            output = self.engine.wait_for(part)
+            num_kept += output.kept_tokens
+            rewards.update(zip(part.rows, output.rewards, strict=True))
+            for row, num_shared in zip(part.rows, output.shared_tokens, strict=True):
+                shared[first[row]] = num_shared
+            if output.states is not None:
+                found.update(zip(part.wanted, output.states.cpu(), strict=True))
+        return EngineOutput(
+            [rewards[sequence.token_ids] for sequence in sequences],
+            shared,
+            torch.stack([found[_reading_of(sequence)] for sequence in sequences]).numpy()
+            if self.reads_states
+            else None,
+            num_kept,
+        )
 
 
 def _reading_of(sequence: Sequence) -> _Reading:
@@ -185,6 +262,9 @@ def load_torch_engine(
     dtype = resolve_dtype(model.dtype, stored_dtype(config), device)
     if model.compile:
         check_compiler(device)
+    wants_graphs(model.cuda_graphs, device, num_parameters=0, deterministic=batching.deterministic)
+    if model.merge_prefixes and device.type != "cuda":
+        raise SettingsError(f"model.merge_prefixes needs a CUDA device and model.device is {device}: leave it out")
     kernels = _kernels_of(model, device, dtype)
     border = length_border(config.get_text_config(), max_input_tokens)
     classifier = load_classifier(
@@ -194,6 +274,8 @@ def load_torch_engine(
         pooling=model.pooling,
         pad_token_id=pad_token_id,
     )
+    if model.quantization == "fp8":
+        check_float8(device, classifier.dtype)
     check_taps(classifier.body, classifier.config.num_hidden_layers, taps)
     shares = batching.share_prefixes and not batching.deterministic
     prefix_cache_mib = batching.prefix_cache_mib
@@ -207,11 +289,27 @@ def load_torch_engine(
         compiled=model.compile,
         kernels=kernels,
         kept_bytes=prefix_cache_mib * 2**20 if shares else 0,
+        merges=model.merge_prefixes,
+        quantize=partial(quantize_float8, classifier.body) if model.quantization == "fp8" else None,
     )
     if kernels is not None:
         _settle_kernels(classifier, path, model)
     info = _describe(classifier, path, parity, max_input_tokens, max_batch_tokens, tuple(taps))
-    info = replace(info, compiled=model.compile, prefix_cache_mib=prefix_cache_mib if path.keeps else 0)
+    graph_failure = ""
+    num_parameters = sum(weight.numel() for weight in classifier.model.parameters())
+    if wants_graphs(model.cuda_graphs, device, num_parameters, deterministic=batching.deterministic):
+        graph_failure = _record_graphs(classifier, path, parity, max_batch_tokens, border)
+    info = replace(
+        info,
+        compiled=model.compile,
+        prefix_cache_mib=prefix_cache_mib if path.keeps else 0,
+        launches_ahead=device.type == "cuda" and isinstance(path, LaunchingPath) and not path.keeps,
+        graph_tokens=path.library.longest_row if isinstance(path, PackedForward) else 0,
+        graph_failure=graph_failure,
+        merges_prefixes=model.merge_prefixes and path.shared_from is not None,
+        quantization=model.quantization,
+        quantization_loss=dict(parity.quantization_loss),
+    )
     return TorchEngine(path, info, deterministic=batching.deterministic, border=border)
 
 
@@ -245,6 +343,20 @@ def _settle_kernels(classifier: Classifier, path: ForwardPath, model: ModelSetti
         logger.warning("%s does not run on kernels of our own.", classifier.architecture)
 
 
+def _record_graphs(
+    classifier: Classifier, path: ForwardPath, parity: Parity, max_batch_tokens: int, border: int | None
+) -> str:
+    """Let the path replay short rows; return why it does not, empty where it does."""
+    if not isinstance(path, PackedForward):
+        return f"{path.name} batches have no fixed shapes"
+    if border is not None:
+        return "the rotary frequencies depend on the longest sequence of a pass"
+    path.library, failure = record_library(
+        classifier, lambda rows: path.run(rows).rewards, max_batch_tokens, parity.tolerance
+    )
+    return failure
+
+
 def _describe(
     classifier: Classifier,
     path: ForwardPath,
@@ -262,7 +374,7 @@ def _describe(
         cost=path.cost,
         max_input_tokens=max_input_tokens,
         max_batch_tokens=max_batch_tokens,
-        parity=asdict(parity),
+        parity={name: value for name, value in asdict(parity).items() if name != "quantization_loss"},
         taps=taps,
         shared_from=path.shared_from,
         kernels=path.kernels.name if path.kernels else None,

@@ -11,7 +11,7 @@ from tiny_classifiers import load_tiny, random_rows, rows_that_share, rows_with_
 from tiny_models import DECODER_FAMILIES, ENCODER_FAMILIES
 from torch.nn.functional import scaled_dot_product_attention
 
-from service.engines import attention, packed
+from service.engines import attention, packed, varlen
 from service.engines.attention import PackingUnsupportedError, no_mask
 from service.engines.packed import PackedForward
 from service.engines.parity import plain_rewards
@@ -174,39 +174,59 @@ def test_no_mask_is_built() -> None:
 
 
 def varlen_by_its_documentation(
-    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
+    query,
+    key,
+    value,
+    cu_seq_q,
+    cu_seq_k,
+    max_q,
+    max_k,
+    *,
+    return_aux=None,
+    scale=None,
+    window_size=(-1, -1),
+    enable_gqa=False,
 ):
-    """Do what torch's CUDA kernel does: rows [tokens, heads, dimension], a query sees `left` keys before itself."""
+    """Do what torch's CUDA kernel does: rows [tokens, heads, dimension], a query sees `left` keys before itself.
+
+    The log-sum-exp is the one of a softmax over scaled scores, float32 [heads, queries].
+    """
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     assert (max_q, max_k) == (int(cu_seq_q.diff().max()), int(cu_seq_k.diff().max()))
     assert (len(query), len(key), len(value)) == (cu_seq_q[-1], cu_seq_k[-1], cu_seq_k[-1])
     left, right = window_size
-    assert right == 0
-    output = torch.empty_like(query)
+    assert (left, right) == (-1, -1) or right == 0
+    assert return_aux.lse
+    output, weights = torch.empty_like(query), torch.empty(query.shape[1], len(query))
     for (begin, end), (first, last) in zip(pairwise(cu_seq_q.tolist()), pairwise(cu_seq_k.tolist()), strict=True):
         depth = (last - first) - (end - begin)  # the last query stands beside the last key
         distance = depth + torch.arange(end - begin)[:, None] - torch.arange(last - first)
-        seen = (distance >= 0) & (distance <= (left if left >= 0 else last))
-        parts = (part.transpose(0, 1)[None] for part in (query[begin:end], key[first:last], value[first:last]))
+        seen = ((distance >= 0) | (right < 0)) & ((distance <= left) | (left < 0))
+        parts = [part.transpose(0, 1)[None] for part in (query[begin:end], key[first:last], value[first:last])]
         attended = scaled_dot_product_attention(*parts, attn_mask=seen, scale=scale, enable_gqa=enable_gqa)
         output[begin:end] = attended[0].transpose(0, 1)
-    return output
+        keys = parts[1].repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        scores = parts[0] @ keys.transpose(2, 3) * (query.shape[2] ** -0.5 if scale is None else scale)
+        weights[:, begin:end] = scores[0].masked_fill(~seen, float("-inf")).logsumexp(dim=-1)
+    return output, weights
 
 
+@pytest.mark.parametrize("merges", [False, True], ids=["gathered", "merged"])
 @pytest.mark.parametrize("shares_keys", [True, False], ids=["shared-keys", "torch-2.11"])
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "olmo2"])
 def test_the_varlen_kernel_is_called_by_its_documentation(
-    tiny_checkpoint, monkeypatch, family: str, shares_keys: bool
+    tiny_checkpoint, monkeypatch, family: str, shares_keys: bool, merges: bool
 ) -> None:
     """Layout, borders, scale, window and shared keys reach the kernel as documented: a stand-in gives plain rewards."""
     monkeypatch.setattr(attention, "_has_varlen_kernel", lambda query, value: True)
-    monkeypatch.setattr(attention, "varlen_attn", varlen_by_its_documentation)
-    monkeypatch.setattr(attention, "VARLEN_SHARES_KEYS", shares_keys)
+    monkeypatch.setattr(varlen, "_has_kernel", lambda device: True)
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_by_its_documentation)
+    monkeypatch.setattr(varlen, "SHARES_KEYS", shares_keys)
     monkeypatch.setattr(packed, "BLOCK", 1)  # as on CUDA
     classifier = load_tiny(tiny_checkpoint(family))
     rows = [*random_rows(classifier), *rows_that_share(classifier)]
 
-    rewards = PackedForward(classifier).run(rows).rewards
+    rewards = PackedForward(classifier, merges=merges).run(rows).rewards
 
     assert rewards == pytest.approx(plain_rewards(classifier, rows), abs=1e-5, rel=0)
 

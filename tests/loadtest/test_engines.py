@@ -5,16 +5,30 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from itertools import count, pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from launching_engine import LaunchingOracle
 
-from loadtest.agreement import agreement_between
-from loadtest.contenders import LIMIT, REFERENCE, Outcome, Setup, Way, limit, ours, padded_batches, plain
-from loadtest.engine_report import Measurement, as_data, draw_plot, findings, table
+from loadtest.agreement import Agreement, agreement_between
+from loadtest.contenders import (
+    LIMIT,
+    REFERENCE,
+    Outcome,
+    Setup,
+    Way,
+    limit,
+    ours,
+    padded_batches,
+    plain,
+    score_in_batches,
+)
+from loadtest.device_busy import covered
+from loadtest.engine_report import Finding, Measurement, as_data, draw_plot, findings, gains, table
 from loadtest.engine_rounds import plan_steps, run_rounds
 from loadtest.engine_work import Work, read_groups, tokenize
 from loadtest.matmul_limit import layer_shapes, measure_limit
@@ -22,7 +36,9 @@ from loadtest.measuring_process import ContenderFailedError
 from loadtest.random_checkpoint import ModelShape, write_random_checkpoint
 from loadtest.workload import PANDALM_COMPLETIONS, PANDALM_PROMPTS, WORKLOADS, draw_groups
 from service.checkpoint import Checkpoint, open_checkpoint
+from service.engines.oracle import oracle_reward
 from service.errors import DatasetError
+from service.records import Sequence
 from service.settings import ModelSettings
 
 TINY = ModelShape(vocabulary=1200, hidden=64, intermediate=96, layers=2, heads=4, kv_heads=2, positions=4096)
@@ -242,3 +258,46 @@ def test_command_measures_every_way_and_writes_what_it_found(tmp_path: Path, che
     assert {"plain, one by one", "plain, padded 16", "ours, packed"} <= {one["way"] for one in report["findings"]}
     assert all(one["agreement"]["max_difference"] < 1e-4 for one in report["findings"])
     assert all(one["limit_share"] > 0 for one in report["measurements"])
+
+
+# --- On a GPU --------------------------------------------------------------------------------------------------------
+
+
+def test_batches_are_launched_ahead_where_the_engine_can() -> None:
+    """The measured loop keeps one pass in flight as the service does, and every reward comes back to its own item."""
+    rows = [(60 + place % 60, 7, place) for place in range(200)]
+    work = Work(tuple(Sequence(row) for row in rows), tuple(range(200)), 0)
+    for ahead, most in ((True, 2), (False, 0)):
+        engine = LaunchingOracle(max_batch_tokens=90)
+        outcome = score_in_batches(engine, work, time.perf_counter, ahead=ahead)
+        engine.close()
+
+        assert list(outcome.rewards) == [oracle_reward(row) for row in rows]
+        assert engine.most_in_flight == most
+
+
+def test_gains_are_of_the_last_word_of_a_name() -> None:
+    """Each way is compared with the one whose name lacks its last word, in the same workload only."""
+    agreement, shared = Agreement(4, 0.0, 1.0, 1.0), "ours, packed, shared prefixes"
+    speeds = {"ours, packed": 100.0, shared: 250.0, f"{shared}, fp8": 300.0}
+    found = [Finding("groups", way, 1.0, speed, 0.5, 1.0, agreement) for way, speed in speeds.items()]
+    found += [Finding("alone", shared, 1.0, 100.0, 0.5, 1.0, agreement)]
+
+    assert gains(found) == ["groups: shared prefixes x 2.50, fp8 x 1.20"]
+
+
+def test_busy_time_counts_overlapping_kernels_once() -> None:
+    """Spans that overlap, touch or lie within each other count for the time that they cover together."""
+    assert covered([]) == 0
+    assert covered([(3, 5), (0, 2), (1, 2.5), (4, 4.5), (5, 6)]) == 2.5 + 3
+
+
+def test_even_items_have_512_tokens() -> None:
+    """The workload of even items is as long as its name says, item by item."""
+    lengths = {
+        len(item["prompt"].split()) + len(item["completion"].split())
+        for group in WORKLOADS["512 tokens"].draw(20, seed=1)
+        for item in group.items
+    }
+
+    assert lengths == {512}
