@@ -11,6 +11,11 @@ FROM ${BASE_IMAGE} AS build
 ARG TORCH_INDEX=""
 ENV PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1
+# For our kernels; any version will do.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends g++ \
+    && rm -rf /var/lib/apt/lists/*
 RUN python -m venv /opt/venv
 ENV PATH="/opt/venv/bin:${PATH}"
 WORKDIR /src
@@ -28,6 +33,9 @@ COPY loadtest loadtest
 # Our own folder; what it needs is pinned in pyproject.toml.
 # hadolint ignore=DL3013
 RUN pip install '.[serve]'
+# Elsewhere than in /src, so that what is installed is what finds its own folder.
+WORKDIR /opt
+RUN python -m service.engines.kernels
 
 FROM ${BASE_IMAGE}
 LABEL org.opencontainers.image.title="reward-service" \

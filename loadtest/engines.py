@@ -36,7 +36,8 @@ from loadtest.random_checkpoint import SHAPES, write_random_checkpoint
 from loadtest.workload import WORKLOADS
 from service.checkpoint import Checkpoint, open_checkpoint
 from service.engines.device import resolve_device, resolve_threads
-from service.engines.torch import DEFAULT_BATCH_TOKENS
+from service.engines.kernels.library import kernels_for
+from service.engines.torch import default_batch_tokens
 from service.errors import DatasetError, StartupError
 from service.settings import ModelSettings
 
@@ -85,13 +86,14 @@ def _compare(options: argparse.Namespace, folder: Path, console: Console) -> dic
         folder / "random", SHAPES[options.shape], options.dtype, device=str(device)
     )
     checkpoint = open_checkpoint(model, ModelSettings())
+    kernels, _ = kernels_for("auto", device, getattr(torch, options.dtype))
     setup = Setup(
         folder=checkpoint.path,
         device=str(device),
         dtype=options.dtype,
         pad_token_id=checkpoint.pad_token_id,
         max_input_tokens=checkpoint.max_input_tokens,
-        max_batch_tokens=options.batch_tokens or DEFAULT_BATCH_TOKENS[device.type],
+        max_batch_tokens=options.batch_tokens or default_batch_tokens(device, kernels),
         padded_items=options.padded_items,
         num_threads=resolve_threads(options.threads),
         clock=options.clock,

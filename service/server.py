@@ -88,7 +88,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--num-threads", type=int, metavar="N", help="CPU threads of the forward pass, per replica")
     parser.add_argument(
-        "--compile", action="store_true", default=None, help="faster passes for a slower start; needs a C++ compiler"
+        "--kernels", choices=["auto", "on", "off"], help="our own for bfloat16 on x86-64 CPUs; made by a C++ compiler"
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        default=None,
+        help="torch.compile where our kernels do not run: faster passes for a slower start",
     )
     parser.add_argument("--deterministic", action="store_true", default=None, help="bit-identical across batches")
     parser.add_argument(
@@ -125,6 +131,7 @@ def _tree(options: argparse.Namespace) -> dict[str, Any]:
         "pooling": options.pooling,
         "max_input_tokens": options.max_input_tokens,
         "num_threads": options.num_threads,
+        "kernels": options.kernels,
         "compile": options.compile,
     }
     batching = {

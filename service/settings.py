@@ -54,8 +54,8 @@ class ModelSettings(Section):
     )
     compile: bool = Field(
         False,
-        description="torch engine: fuse what stands between matrix products with torch.compile. Faster passes for a "
-        "slower start; on a CPU it needs a C++ compiler.",
+        description="torch engine: fuse what stands between matrix products with torch.compile, in the place of our "
+        "kernels. Faster passes for a slower start where those do not run; on a CPU it needs a C++ compiler.",
     )
     cuda_graphs: bool | Literal["auto"] = Field(
         "auto",
@@ -107,7 +107,8 @@ class BatchingSettings(Section):
     max_batch_tokens: int | None = Field(
         None,
         ge=1,
-        description="Tokens of one forward pass; none: 2,048 on CPU, 65,536 on CUDA. A longer sequence goes alone.",
+        description="Tokens of one forward pass; none: 2,048 on CPU (4,096 on our kernels with AMX), 65,536 on CUDA. "
+        "A longer sequence goes alone.",
     )
     max_batch_sequences: int = Field(512, ge=1, description="Sequences of one forward pass.")
     deterministic: bool = Field(False, description="Bit-identical rewards across batches, where that costs speed.")

@@ -136,27 +136,29 @@ void pack_values(const bf16* const* rows, int num_keys, int head_size, int size,
         }
 }
 
-// Turns one query's scores [keys] into weights that are not yet divided by their sum, and returns that sum. What lies
-// outside of [first, end) weighs zero.
-float weigh(float* scores, int first, int end, int num_keys, const Work& work, bf16* weights) {
-    const __m512 scale = _mm512_set1_ps(work.scale), cap = _mm512_set1_ps(work.soft_cap);
+// Bends the products of a query and its keys to cap * tanh(product * scale / cap), which is divided by the scale again.
+void bend(float* products, int num_keys, const Work& work) {
+    const __m512 inner = _mm512_set1_ps(work.scale / work.soft_cap), outer = _mm512_set1_ps(work.soft_cap / work.scale);
+    for (int key = 0; key < num_keys; key += LANES) {
+        const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(products + key), inner);
+        _mm512_storeu_ps(products + key, _mm512_mul_ps(hyperbolic_tangent(scaled), outer));
+    }
+}
+
+// Turns one query's products with its keys into weights that are not yet divided by their sum, and returns that sum.
+// What lies outside of [first, end) weighs zero.
+float weigh(const float* products, int first, int end, int num_keys, const Work& work, bf16* weights) {
     __m512 largest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
     auto seen = [&](int key) { return __mmask16(first_lanes(end - key) & ~first_lanes(first - key)); };
     const int begin = first / LANES * LANES;
-    for (int key = begin; key < end; key += LANES) {
-        __m512 numbers = _mm512_mul_ps(_mm512_loadu_ps(scores + key), scale);
-        if (work.soft_cap > 0) numbers = _mm512_mul_ps(hyperbolic_tangent(_mm512_div_ps(numbers, cap)), cap);
-        _mm512_storeu_ps(scores + key, numbers);
-        largest = _mm512_mask_max_ps(largest, seen(key), largest, numbers);
-    }
-    const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
+    for (int key = begin; key < end; key += LANES)
+        largest = _mm512_mask_max_ps(largest, seen(key), largest, _mm512_loadu_ps(products + key));
+    const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(largest)), scale = _mm512_set1_ps(work.scale * LOG2_OF_E);
     __m512 sum = _mm512_setzero_ps();
     if (begin) std::memset(weights, 0, sizeof(bf16) * begin);
     for (int key = begin; key < num_keys; key += LANES) {
-        const __mmask16 lanes = seen(key);
-        const __m512 numbers =
-            lanes ? _mm512_maskz_mov_ps(lanes, exponential(_mm512_sub_ps(_mm512_loadu_ps(scores + key), top)))
-                  : _mm512_setzero_ps();
+        const __m512 below = _mm512_sub_ps(_mm512_loadu_ps(products + key), top);
+        const __m512 numbers = _mm512_maskz_mov_ps(seen(key), power_of_two(_mm512_mul_ps(below, scale)));
         sum = _mm512_add_ps(sum, numbers);
         store(weights + key, numbers);
     }
@@ -211,9 +213,10 @@ void attend_task(const Work& work, const Task& task) {
             for (int query = 0; query < count; ++query) {
                 const int own = depth + first + query - oldest - begin_key;
                 const int eldest = work.window ? std::max(0, own - work.window + 1) : 0;
-                totals[query] = weigh(
-                    desk.scores + std::size_t(query) * keys, eldest, own + 1, keys, work,
-                    desk.weights + std::size_t(query) * keys);
+                float* products = desk.scores + std::size_t(query) * keys;
+                if (work.soft_cap > 0) bend(products, keys, work);
+                totals[query] =
+                    weigh(products, eldest, own + 1, keys, work, desk.weights + std::size_t(query) * keys);
             }
             if (count < BLOCK)
                 std::memset(desk.weights + std::size_t(count) * keys, 0, sizeof(bf16) * (BLOCK - count) * keys);

@@ -43,7 +43,8 @@ def kernel_attention(
     if packing is None or not is_causal_layer(module, is_causal):
         raise PackingUnsupportedError("A layer is not causal, or the model does not pass on the layout of the row")
     num_heads, num_tokens, head_size = query.shape[1:]
-    if value.shape[3] != head_size:
+    scaling = head_size**-0.5 if scaling is None else scaling
+    if value.shape[3] != head_size or scaling <= 0:  # the kernel takes the largest score before it scales
         return packed_attention(
             module, query, key, value, mask, packing=packing, scaling=scaling, sliding_window=sliding_window,
             softcap=softcap, is_causal=is_causal,
@@ -60,7 +61,7 @@ def kernel_attention(
         output,
         strands,
         spans,
-        scaling=head_size**-0.5 if scaling is None else scaling,
+        scaling=scaling,
         window=sliding_window,
         softcap=softcap,
     )

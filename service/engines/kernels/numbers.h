@@ -36,12 +36,11 @@ inline void store(bf16* place, __m512 numbers, __mmask16 lanes) {
 // Rounds to bfloat16 and back: where transformers stores a result, so that ours is the same.
 inline __m512 rounded(__m512 numbers) { return widen(narrow(numbers)); }
 
-// e to the power of each number: 2^n times a polynomial for 2^f, |f| <= 1/2, with a relative error of some 1e-6, far
+// Two to the power of each number: 2^n times a polynomial for 2^f, |f| <= 1/2, with a relative error of some 1e-6, far
 // below what bfloat16 can show. NaN stays NaN, for a reward that is not finite must be found out.
-inline __m512 exponential(__m512 numbers) {
-    const __m512 scaled = _mm512_mul_ps(numbers, _mm512_set1_ps(1.44269504088896341f));
-    const __m512 whole = _mm512_roundscale_ps(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 part = _mm512_sub_ps(scaled, whole);
+inline __m512 power_of_two(__m512 numbers) {
+    const __m512 whole = _mm512_roundscale_ps(numbers, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 part = _mm512_sub_ps(numbers, whole);
     __m512 power = _mm512_set1_ps(1.3333558146428443e-3f);
     power = _mm512_fmadd_ps(power, part, _mm512_set1_ps(9.618129107628477e-3f));
     power = _mm512_fmadd_ps(power, part, _mm512_set1_ps(5.550410866482158e-2f));
@@ -50,6 +49,10 @@ inline __m512 exponential(__m512 numbers) {
     power = _mm512_fmadd_ps(power, part, _mm512_set1_ps(1.0f));
     return _mm512_scalef_ps(power, whole);
 }
+
+constexpr float LOG2_OF_E = 1.44269504088896341f;
+
+inline __m512 exponential(__m512 numbers) { return power_of_two(_mm512_mul_ps(numbers, _mm512_set1_ps(LOG2_OF_E))); }
 
 // One over each number, which is at least one, or NaN: an estimate of 14 bits and a step of Newton's.
 inline __m512 reciprocal(__m512 numbers) {

@@ -1,0 +1,28 @@
+"""Compiles the kernels for all kinds of CPU into the installation: ``python -m service.engines.kernels``.
+
+Where that has happened, as in a container image, no compiler is needed at run time.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+
+from service.engines.kernels.build import BUILT, KernelsUnavailable, build_all
+
+
+def main() -> int:
+    """Run the command; returns the exit status: 1 when they cannot be compiled."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        print(f"There are no kernels for {platform.machine()}.")
+        return 0
+    try:
+        build_all(BUILT)
+    except KernelsUnavailable as reason:
+        print(f"service.engines.kernels: {reason}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
