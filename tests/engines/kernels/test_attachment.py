@@ -112,6 +112,25 @@ def test_a_batch_does_not_change_a_bit_of_a_reward(
         assert path.run(batch).rewards == [alone[row] for row in batch]
 
 
+@pytest.mark.parametrize("family", DECODER_FAMILIES)
+def test_a_kept_prompt_does_not_change_a_bit_of_a_reward(
+    tiny_checkpoint: Checkpoint, tiles: Kernels, family: str
+) -> None:
+    """On kernels too a reward has the same bits whether its prompt was computed now or in an earlier pass."""
+    classifier = load_tiny(tiny_checkpoint(family, hidden_size=192, intermediate_size=576), torch.bfloat16)
+    path = PackedForward(classifier, kernels=tiles, kept_bytes=2**24)
+    rows = [*random_rows(classifier, lengths=(90, 133, 300)), *rows_that_share(classifier)]
+    alone = {row: path.run([row]).rewards[0] for row in rows}
+    num_kept = 0
+
+    for batch in [batch for seed in range(3) for batch in shuffled_batches(rows, seed=seed)]:
+        output = path.run(batch, prompts=[len(row) * 2 // 3 for row in batch])
+        assert output.rewards == [alone[row] for row in batch]
+        num_kept += output.kept_tokens
+
+    assert num_kept > 0
+
+
 def test_a_reward_that_is_no_number_stays_alone(tiny_checkpoint: Checkpoint, tiles: Kernels) -> None:
     """A poisoned token spoils the rewards of its own rows, and no bit of the others', shared beginnings or not."""
     classifier = load_tiny(tiny_checkpoint("llama"), torch.bfloat16)

@@ -1,0 +1,148 @@
+"""How far a reward moves with its company: the same texts alone and in shuffled batches, for each engine and dtype.
+
+Prompts are shared within batches and kept between them, as the service does it. It measures no time and needs neither
+Ray nor a network.
+
+    python -m loadtest.invariance [--model DIR | --shape 24M] [--onnx BUNDLE ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from loadtest.console import report_console
+from loadtest.contenders import budget_batches
+from loadtest.engine_work import Work, tokenize
+from loadtest.random_checkpoint import SHAPES, write_random_checkpoint
+from loadtest.workload import WORKLOADS
+from service.bundle import open_bundle
+from service.checkpoint import Checkpoint, open_checkpoint
+from service.engines.base import Engine
+from service.engines.device import resolve_device
+from service.engines.onnx import load_onnx_engine
+from service.engines.torch import load_torch_engine
+from service.errors import StartupError
+from service.settings import BatchingSettings, ModelSettings
+
+SHUFFLES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Movement:
+    """What company did to the rewards: how many of them it changed at all, and by how much at most."""
+
+    engine: str
+    num_items: int
+    num_moved: int
+    max_difference: float
+
+
+def movement(engine: Engine, work: Work, seed: int) -> Movement:
+    """Score each sequence alone, then all of them in batches of several random orders."""
+    alone = [engine.forward([sequence]).rewards[0] for sequence in work.sequences]
+    moved: set[int] = set()
+    largest = 0.0
+    for order in _orders(len(alone), seed):
+        shuffled = Work(
+            tuple(work.sequences[place] for place in order),
+            tuple(range(len(order))),  # each its own request, so that batches mix them
+        )
+        for places in budget_batches(shuffled, engine):
+            rewards = engine.forward([shuffled.sequences[place] for place in places]).rewards
+            for place, reward in zip((order[place] for place in places), rewards, strict=True):
+                if reward != alone[place]:
+                    moved.add(place)
+                    largest = max(largest, abs(reward - alone[place]))
+    return Movement(describe(engine), len(alone), len(moved), largest)
+
+
+def describe(engine: Engine) -> str:
+    """Name an engine with all that decides how its numbers are rounded."""
+    info = engine.info
+    kernels = f", kernels {info.kernels}" if info.kernels else ""
+    return f"{info.engine}, {info.dtype} on {info.device}, {info.forward}{kernels}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status: 1 when an engine cannot be loaded."""
+    options = _parser().parse_args(arguments)
+    console = report_console()
+    try:
+        with tempfile.TemporaryDirectory(prefix="reward-invariance-") as folder:
+            model = options.model or write_random_checkpoint(Path(folder) / "random", SHAPES[options.shape])
+            checkpoint = open_checkpoint(model, ModelSettings())
+            work = tokenize(WORKLOADS[options.workload].draw(options.items, options.seed), checkpoint)
+            found = [movement(engine, work, options.seed) for engine in _engines(options, checkpoint)]
+    except (StartupError, OSError) as error:
+        console.print(f"loadtest.invariance: {type(error).__name__}: {error}", markup=False, style="red")
+        return 1
+    console.print(table(found))
+    if options.json is not None:
+        options.json.write_text(json.dumps([asdict(one) for one in found], indent=2) + "\n")
+    return 0
+
+
+def table(found: Sequence[Movement]) -> Table:
+    """Lay out what was found, an engine a row."""
+    laid_out = Table()
+    for title in ("engine", "items", "moved by company", "largest difference"):
+        laid_out.add_column(title, justify="left" if title == "engine" else "right")
+    for one in found:
+        laid_out.add_row(one.engine, str(one.num_items), str(one.num_moved), f"{one.max_difference:.2g}")
+    return laid_out
+
+
+def _orders(count: int, seed: int) -> Iterator[list[int]]:
+    dice = random.Random(seed)  # noqa: S311 - an order of texts, not a secret
+    for _ in range(SHUFFLES):
+        yield dice.sample(range(count), count)
+
+
+def _engines(options: argparse.Namespace, checkpoint: Checkpoint) -> Iterator[Engine]:
+    device = str(resolve_device(options.device))
+    for dtype in options.dtypes:
+        for kernels in ("auto", "off") if (dtype, device) == ("bfloat16", "cpu") else ("off",):
+            yield load_torch_engine(
+                checkpoint.path,
+                ModelSettings.model_validate({"device": device, "dtype": dtype, "kernels": kernels}),
+                BatchingSettings(deterministic=options.deterministic),
+                pad_token_id=checkpoint.pad_token_id,
+                max_input_tokens=checkpoint.max_input_tokens,
+            )
+    for bundle in options.onnx:
+        settings = ModelSettings(device=device)
+        yield load_onnx_engine(
+            open_bundle(bundle, settings), settings, BatchingSettings(deterministic=options.deterministic)
+        )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m loadtest.invariance", description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", type=Path, metavar="DIR", help="checkpoint folder; none: a random one")
+    parser.add_argument("--shape", choices=list(SHAPES), default="24M", help="of the random model")
+    parser.add_argument(
+        "--onnx", type=Path, nargs="+", metavar="DIR", default=[], help="bundles of the same checkpoint"
+    )
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=("float32", "bfloat16", "float16"), default=["float32", "bfloat16"]
+    )
+    parser.add_argument("--deterministic", action="store_true", help="as the setting: every text has its own pass")
+    parser.add_argument("--workload", choices=list(WORKLOADS), default="groups of 8")
+    parser.add_argument("--items", type=int, default=64, help="default: %(default)s")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--seed", type=int, default=1, help="of texts and orders (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
