@@ -155,6 +155,8 @@ def _check(settings: Settings, console: Console) -> None:
     info = served.info
     console.print(f"  served as         {served.identity.name}, version {served.identity.version}", markup=False)
     console.print(f"  forward           {info.forward}, {info.dtype} on {info.device}", markup=False)
+    if info.kernels:
+        console.print(f"  kernels           {info.kernels}", markup=False)
     if info.providers:
         console.print(f"  providers         {', '.join(info.providers)}", markup=False)
     for name, value in info.parity.items():

@@ -17,7 +17,7 @@ from service.engines.kernels.attachment import attach_kernels, detach_kernels, d
 from service.engines.kernels.blocks import JointBlock
 from service.engines.kernels.build import VECTORS, KernelsUnavailable, locate_library
 from service.engines.kernels.forwards import GatedLayer, KernelForward, KernelNorm, OpenedGate, RotatingAttention
-from service.engines.kernels.library import Kernels, load_kernels
+from service.engines.kernels.library import Kernels
 from service.engines.packed import PackedForward
 from service.engines.parity import choose_path, plain_rewards
 from service.engines.torch import load_torch_engine
@@ -29,23 +29,6 @@ Checkpoint = Callable[..., Path]
 
 JOINT = {"llama", "qwen2", "qwen3", "mistral", "phi3"}
 """Families whose blocks add attention and feed-forward layer, each behind one norm."""
-
-
-@pytest.fixture(scope="module")
-def kernels() -> Kernels:
-    """The kernels of this machine, if it has any."""
-    try:
-        return load_kernels()
-    except KernelsUnavailable as reason:
-        pytest.skip(f"no kernels here: {reason}")
-
-
-@pytest.fixture(scope="module")
-def tiles(kernels: Kernels) -> Kernels:
-    """Kernels with products and attention."""
-    if not kernels.has_tiles:
-        pytest.skip("this CPU has no matrix tiles (AMX)")
-    return kernels
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from service.engines.kernels.build import (
     source_digest,
     target_of_machine,
 )
-from service.engines.kernels.library import Activation, Kernels, Norm, RmsNorm, kernels_for, load_kernels
+from service.engines.kernels.library import Activation, Kernels, Norm, RmsNorm, kernels_for
 from service.errors import SettingsError
 
 CPU = torch.device("cpu")
@@ -28,23 +28,6 @@ ROUNDING = 2**-7
 """Relative to the largest number: one of bfloat16's last places."""
 
 ACTIVATIONS = {Activation.SILU: silu, Activation.GELU_TANH: lambda states: gelu(states, approximate="tanh")}
-
-
-@pytest.fixture(scope="module")
-def kernels() -> Kernels:
-    """The kernels of this machine; without units for bfloat16 or a compiler there are none to test."""
-    try:
-        return load_kernels()
-    except KernelsUnavailable as reason:
-        pytest.skip(f"no kernels here: {reason}")
-
-
-@pytest.fixture(scope="module")
-def tiles(kernels: Kernels) -> Kernels:
-    """Kernels with products and attention."""
-    if not kernels.has_tiles:
-        pytest.skip("this CPU has no matrix tiles (AMX)")
-    return kernels
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
