@@ -53,9 +53,9 @@ NOISE_FACTOR = 4.0
 """How many times the noise of half precision a path may differ from plain transformers."""
 
 NOISE_RUNS = (1, 2, 4)
-"""Neighbouring numbers of an embedding that move the same way, in each of the ways in which noise is tried. One way alone
-may happen to hardly move a row that others move far: one of two tokens, through the demo model, by 0.007, 0.063 and
-0.049."""
+"""Neighbouring numbers of an embedding that move the same way, in each of the ways in which noise is tried. One way
+alone may happen to hardly move a row that others move far: one of two tokens, through the demo model, by 0.007, 0.063
+and 0.049."""
 
 
 LEAST_SPEARMAN = 0.95
