@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import Any
@@ -25,7 +26,7 @@ TRIAL_ERROR = 2**-6
 """How far a trial may be off, relative to its largest number: two of bfloat16's last places."""
 
 
-class KernelForward:
+class KernelForward(ABC):
     """What takes the place of a module's ``forward``.
 
     ``packed_layers``: whose weights it has packed for itself. ``parts``: modules within that it needs to run in a
@@ -39,9 +40,9 @@ class KernelForward:
         """See the class."""
         return dict.fromkeys(self.packed_layers)
 
+    @abstractmethod
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """Return what the module would."""
-        raise NotImplementedError
 
 
 def forward_of(module: nn.Module, kernels: Kernels) -> KernelForward | None:
