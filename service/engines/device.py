@@ -68,6 +68,16 @@ def has_bfloat16_vectors() -> bool:
     return bool(_capabilities().get("avx512_bf16"))
 
 
+def has_wide_vectors() -> bool:
+    """Whether this CPU has the parts of AVX-512 that all servers with it have."""
+    return all(_capabilities().get(f"avx512_{part}") for part in ("f", "bw", "vl", "dq"))
+
+
+def is_intel() -> bool:
+    """Whether Intel made this CPU."""
+    return "Intel" in str(_capabilities().get("cpu_name", ""))
+
+
 def has_matrix_tiles() -> bool:
     """Whether this CPU multiplies bfloat16 in tiles (AMX)."""
     return bool(_capabilities().get("amx_bf16"))

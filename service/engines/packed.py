@@ -69,7 +69,7 @@ class PackedForward:
             raise PackingUnsupportedError(f"{classifier.architecture} does not read its reward off one token's state")
         row_blocks = classifier.is_on_cpu and classifier.is_half_precision
         attention = COMPILED_ATTENTION if compiled else ATTENTION
-        if kernels is not None and kernels.has_tiles:
+        if kernels is not None:
             attention = register_attention(kernels)
         classifier.run_with(attention, row_blocks=row_blocks, compiled=compiled, kernels=kernels)
         self._classifier = classifier

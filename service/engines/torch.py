@@ -318,9 +318,7 @@ def load_torch_engine(
 
 def default_batch_tokens(device: torch.device, kernels: Kernels | None) -> int:
     """Return how many tokens a pass on this device holds where the settings do not say."""
-    if kernels is not None and kernels.has_tiles:
-        return KERNEL_BATCH_TOKENS
-    return DEFAULT_BATCH_TOKENS[device.type]
+    return DEFAULT_BATCH_TOKENS[device.type] if kernels is None else KERNEL_BATCH_TOKENS
 
 
 def _kernels_of(model: ModelSettings, device: torch.device, dtype: torch.dtype) -> Kernels | None:

@@ -4,15 +4,13 @@
 // counted from the sequence's beginning, and what a query must not see counts zero, so a query's result depends on its
 // own keys alone: not on which queries are asked for, nor on where in the row anything stands.
 
-#ifdef WITH_AMX
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <utility>
 #include <vector>
 
-#include "panels.h"
+#include "products.h"
 #include "scratch.h"
 
 namespace {
@@ -58,23 +56,23 @@ std::size_t in_lines(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 // What a task works on, cut out of its thread's scratch memory.
 struct Desk {
-    bf16 *keys, *values, *queries, *weights;
+    operand *keys, *values, *queries, *weights;
     float *scores, *sums;
     const bf16** key_rows;
     const bf16** value_rows;
 
     Desk(int num_keys, int size) {
-        const std::size_t panel = in_lines(sizeof(bf16) * num_keys * size);
-        const std::size_t square = in_lines(sizeof(bf16) * BLOCK * num_keys);
+        const std::size_t panel = in_lines(sizeof(operand) * num_keys * size);
+        const std::size_t square = in_lines(sizeof(float) * BLOCK * num_keys);
         const std::size_t block = in_lines(sizeof(float) * BLOCK * size);
         const std::size_t rows = in_lines(sizeof(bf16*) * num_keys);
-        auto* place = static_cast<std::uint8_t*>(task_scratch.bytes(2 * panel + 3 * square + 2 * block + 2 * rows));
+        auto* place = static_cast<std::uint8_t*>(task_scratch.bytes(2 * panel + 2 * square + 2 * block + 2 * rows));
         auto cut = [&place](std::size_t bytes) { return std::exchange(place, place + bytes); };
-        keys = reinterpret_cast<bf16*>(cut(panel));
-        values = reinterpret_cast<bf16*>(cut(panel));
-        weights = reinterpret_cast<bf16*>(cut(square));
-        scores = reinterpret_cast<float*>(cut(2 * square));
-        queries = reinterpret_cast<bf16*>(cut(block));
+        keys = reinterpret_cast<operand*>(cut(panel));
+        values = reinterpret_cast<operand*>(cut(panel));
+        weights = reinterpret_cast<operand*>(cut(square));
+        scores = reinterpret_cast<float*>(cut(square));
+        queries = reinterpret_cast<operand*>(cut(block));
         sums = reinterpret_cast<float*>(cut(block));
         key_rows = reinterpret_cast<const bf16**>(cut(rows));
         value_rows = reinterpret_cast<const bf16**>(cut(rows));
@@ -99,11 +97,11 @@ void find_rows(const Work& work, const Task& task, int oldest, int newest, int n
 }
 
 // Packs the keys as the right-hand side of query times key: columns are keys.
-void pack_keys(const bf16* const* rows, int num_keys, int head_size, int size, bf16* panels) {
+void pack_keys(const bf16* const* rows, int num_keys, int head_size, int size, operand* panels) {
     alignas(64) bf16 filled[TILE][BLOCK];
     for (int first = 0; first < num_keys; first += TILE)
         for (int step = 0; step < size / BLOCK; ++step) {
-            bf16* tile = panels + std::size_t(first / BLOCK) * size * BLOCK + step * STEP_NUMBERS +
+            operand* tile = panels + std::size_t(first / BLOCK) * size * BLOCK + step * STEP_NUMBERS +
                          first % BLOCK / TILE * STEP_NUMBERS / 2;
             const int present = std::min(BLOCK, head_size - step * BLOCK);
             const bf16* lines[TILE];
@@ -121,7 +119,7 @@ void pack_keys(const bf16* const* rows, int num_keys, int head_size, int size, b
 }
 
 // Packs the values as the right-hand side of weights times values: columns are numbers of a head.
-void pack_values(const bf16* const* rows, int num_keys, int head_size, int size, bf16* panels) {
+void pack_values(const bf16* const* rows, int num_keys, int head_size, int size, operand* panels) {
     for (int key = 0; key < num_keys; key += 2)
         for (int column = 0; column < size; column += LANES) {
             const __mmask16 lanes = first_lanes(head_size - column);
@@ -130,9 +128,9 @@ void pack_values(const bf16* const* rows, int num_keys, int head_size, int size,
             };
             const __m512i even = _mm512_cvtepu16_epi32(read(rows[key]));
             const __m512i odd = _mm512_cvtepu16_epi32(read(rows[key + 1]));
-            bf16* line = panels + std::size_t(column / BLOCK) * num_keys * BLOCK + key / BLOCK * STEP_NUMBERS +
-                         column % BLOCK / TILE * STEP_NUMBERS / 2 + key % BLOCK / 2 * BLOCK;
-            _mm512_storeu_si512(line, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+            operand* tile = panels + std::size_t(column / BLOCK) * num_keys * BLOCK + key / BLOCK * STEP_NUMBERS +
+                            column % BLOCK / TILE * STEP_NUMBERS / 2;
+            put_pairs(tile, key % BLOCK / 2, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
         }
 }
 
@@ -147,7 +145,7 @@ void bend(float* products, int num_keys, const Work& work) {
 
 // Turns one query's products with its keys into weights that are not yet divided by their sum, and returns that sum.
 // What lies outside of [first, end) weighs zero.
-float weigh(const float* products, int first, int end, int num_keys, const Work& work, bf16* weights) {
+float weigh(const float* products, int first, int end, int num_keys, const Work& work, operand* weights) {
     __m512 largest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
     auto seen = [&](int key) { return __mmask16(first_lanes(end - key) & ~first_lanes(first - key)); };
     const int begin = first / LANES * LANES;
@@ -155,7 +153,7 @@ float weigh(const float* products, int first, int end, int num_keys, const Work&
         largest = _mm512_mask_max_ps(largest, seen(key), largest, _mm512_loadu_ps(products + key));
     const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(largest)), scale = _mm512_set1_ps(work.scale * LOG2_OF_E);
     __m512 sum = _mm512_setzero_ps();
-    if (begin) std::memset(weights, 0, sizeof(bf16) * begin);
+    if (begin) std::memset(weights, 0, sizeof(operand) * begin);
     for (int key = begin; key < num_keys; key += LANES) {
         const __m512 below = _mm512_sub_ps(_mm512_loadu_ps(products + key), top);
         const __m512 numbers = _mm512_maskz_mov_ps(seen(key), power_of_two(_mm512_mul_ps(below, scale)));
@@ -166,10 +164,10 @@ float weigh(const float* products, int first, int end, int num_keys, const Work&
 }
 
 // Copies up to 32 queries of one head, filled up with zeros.
-void copy_queries(const Work& work, std::int64_t token, int count, int head, int size, bf16* queries) {
-    std::memset(queries, 0, sizeof(bf16) * BLOCK * size);
+void copy_queries(const Work& work, std::int64_t token, int count, int head, int size, operand* queries) {
+    std::memset(queries, 0, sizeof(operand) * BLOCK * size);
     for (int query = 0; query < count; ++query)
-        std::memcpy(queries + query * size, work.query.at(token + query, head), sizeof(bf16) * work.head_size);
+        copy_numbers(work.query.at(token + query, head), work.head_size, queries + query * size);
 }
 
 void write_output(const Work& work, const float* sums, int size, int count, const float* totals, bf16* output) {
@@ -208,7 +206,7 @@ void attend_task(const Work& work, const Task& task) {
             for (int key = 0; key < keys; key += BLOCK)
                 multiply(
                     desk.queries, size, desk.keys + std::size_t(begin_key + key) * size, size / BLOCK,
-                    desk.scores + key, keys);
+                    count, desk.scores + key, keys);
             float totals[BLOCK];
             for (int query = 0; query < count; ++query) {
                 const int own = depth + first + query - oldest - begin_key;
@@ -219,12 +217,12 @@ void attend_task(const Work& work, const Task& task) {
                     weigh(products, eldest, own + 1, keys, work, desk.weights + std::size_t(query) * keys);
             }
             if (count < BLOCK)
-                std::memset(desk.weights + std::size_t(count) * keys, 0, sizeof(bf16) * (BLOCK - count) * keys);
+                std::memset(desk.weights + std::size_t(count) * keys, 0, sizeof(operand) * (BLOCK - count) * keys);
             for (int column = 0; column < size; column += BLOCK)
                 multiply(
                     desk.weights, keys,
                     desk.values + std::size_t(column) * num_keys + begin_key / BLOCK * STEP_NUMBERS, keys / BLOCK,
-                    desk.sums + column, size);
+                    count, desk.sums + column, size);
             write_output(
                 work, desk.sums, size, count, totals,
                 work.output + (token * work.num_heads + head) * work.head_size);
@@ -273,12 +271,10 @@ void attend(
     const auto tasks = tasks_of(reinterpret_cast<const Strand*>(strands), num_strands, num_key_heads);
 #pragma omp parallel num_threads(num_threads)
     {
-        Tiles tiles;
+        const Unit unit;
 #pragma omp for schedule(dynamic)
         for (std::size_t task = 0; task < tasks.size(); ++task) attend_task(work, tasks[task]);
     }
 }
 
 }
-
-#endif

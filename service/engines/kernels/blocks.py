@@ -110,7 +110,7 @@ class _Passing(KernelForward):
 def block_of(module: Any, kernels: Kernels) -> JointBlock | None:
     """Return a block on the kernels; None where the module is no such block."""
     names = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp", "hidden_size")
-    if not kernels.has_tiles or not all(hasattr(module, name) for name in names):
+    if not all(hasattr(module, name) for name in names):
         return None
     projections = _projections_of(module.self_attn)
     norms = [norm_of(norm, kernels) for norm in (module.input_layernorm, module.post_attention_layernorm)]

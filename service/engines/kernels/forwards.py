@@ -54,7 +54,7 @@ def forward_of(module: nn.Module, kernels: Kernels) -> KernelForward | None:
     gates = gates_of(module)
     if gates is not None:
         return _gated_of(module, gates, kernels)
-    if kernels.has_tiles and can_be_packed(module):
+    if can_be_packed(module):
         return PackedLinear(module, kernels)  # type: ignore[arg-type]  # it is linear
     return None
 
@@ -199,7 +199,7 @@ def _gated_of(module: Any, layers: tuple[nn.Linear, ...], kernels: Kernels) -> K
     activation = activation_of(module)
     if activation is None:
         return None
-    packed = kernels.has_tiles and all(can_be_packed(layer) and layer.bias is None for layer in layers)
+    packed = all(can_be_packed(layer) and layer.bias is None for layer in layers)
     forward = (GatedLayer if packed else OpenedGate)(layers, activation, kernels)
     states = trial_states(layers[0].in_features)
     return forward if agree(forward(states), plain_forward(module)(states)) else None
@@ -244,7 +244,7 @@ def pack_layer(layer: nn.Linear, kernels: Kernels) -> PackedWeight:
 
 
 def can_be_packed(module: nn.Module) -> bool:
-    """Whether a module is a plain linear layer as wide as products on tiles need it."""
+    """Whether a module is a plain linear layer as wide as products need it."""
     return isinstance(module, nn.Linear) and type(module) in PLAIN_LAYERS and module.in_features % STEP == 0
 
 

@@ -108,12 +108,9 @@ class Kernels:
 
     def __init__(self, library: ctypes.CDLL, target: Target) -> None:
         self.name = target.name
-        self.has_tiles = target.has_tiles
         self._rms_norm = _function(library, "rms_norm", _POINTER, _LONG, _INT, _POINTER, _FLOAT, _INT, _POINTER, _INT)
         self._rotate = _function(library, "rotate", _POINTER, _LONG, _LONG, _INT, _INT, _POINTER, _POINTER, _INT, _INT)
         self._open_gate = _function(library, "open_gate", _POINTER, _POINTER, _LONG, _INT, _INT)
-        if not self.has_tiles:
-            return
         self._pack_weight = _function(library, "pack_weight", _POINTER, _INT, _INT, _POINTER, _INT)
         self._pack_gated = _function(library, "pack_gated", _POINTER, _POINTER, _INT, _INT, _POINTER, _INT)
         self._linear = _function(library, "linear", _POINTER, _INT, _INT, _POINTER, _INT, _POINTER, _POINTER, _INT)

@@ -4,20 +4,21 @@
 // looking at other rows (norms, products, gates, residuals) runs whole for a block, so that states in between never
 // leave that cache.
 
-#ifdef WITH_AMX
-
 #include <algorithm>
 
 #include "norms.h"
-#include "panels.h"
+#include "products.h"
 #include "scratch.h"
 
 namespace {
 
 constexpr int ROWS_AT_ONCE = 256;  // of a block at most: with its inner states about a core's second-level cache
 
-constexpr int STEPS_AT_ONCE = 20;  // of the inner dimension at most: what of a panel stays in the first-level cache
+// Of the inner dimension at most: what of a panel stays in the first-level cache.
+constexpr int STEPS_AT_ONCE = 40 / int(sizeof(operand));
 
+thread_local Scratch panel_scratch;
+thread_local Scratch rows_scratch;
 thread_local Scratch tail_scratch;
 thread_local Scratch product_scratch;
 thread_local Scratch norm_scratch;
@@ -25,29 +26,35 @@ thread_local Scratch inner_scratch;
 
 int num_blocks_of(int num, int block) { return (num + block - 1) / block; }
 
+int filled(int num, int step) { return num_blocks_of(num, step) * step; }
+
 // Rows of the blocks that share `num_rows` out evenly, in whole tiles.
 int rows_of_block(int num_rows, int num_threads) {
     const int blocks = num_threads * num_blocks_of(num_rows, num_threads * ROWS_AT_ONCE);
-    return num_blocks_of(num_blocks_of(num_rows, blocks), BLOCK) * BLOCK;
+    return filled(num_blocks_of(num_rows, blocks), BLOCK);
 }
 
 // Up to 32 rows as a product reads them: where they stand, or where too few are left, copied and filled up with zeros.
 class Rows {
 public:
-    Rows(const bf16* rows, int num_rows, int width) : rows_(rows), num_rows_(num_rows), width_(width) {
+    Rows(const operand* rows, int num_rows, int width) : rows_(rows), num_rows_(num_rows), width_(width) {
         const int first = num_rows / BLOCK * BLOCK;
         if (first == num_rows) return;
-        tail_ = static_cast<bf16*>(tail_scratch.bytes(sizeof(bf16) * BLOCK * width));
-        std::memset(tail_, 0, sizeof(bf16) * BLOCK * width);
-        std::memcpy(tail_, rows + std::size_t(first) * width, sizeof(bf16) * (num_rows - first) * width);
+        tail_ = static_cast<operand*>(tail_scratch.bytes(sizeof(operand) * BLOCK * width));
+        std::memset(tail_, 0, sizeof(operand) * BLOCK * width);
+        std::memcpy(tail_, rows + std::size_t(first) * width, sizeof(operand) * (num_rows - first) * width);
     }
-    const bf16* from(int row) const { return row + BLOCK <= num_rows_ ? rows_ + std::size_t(row) * width_ : tail_; }
+    const operand* from(int row) const { return row + BLOCK <= num_rows_ ? rows_ + std::size_t(row) * width_ : tail_; }
 
 private:
-    const bf16* rows_;
+    const operand* rows_;
     int num_rows_, width_;
-    bf16* tail_ = nullptr;
+    operand* tail_ = nullptr;
 };
+
+Rows rows_of(const bf16* states, int num_rows, int width) {
+    return Rows(converted<operand>(states, std::size_t(num_rows) * width, rows_scratch), num_rows, width);
+}
 
 // A product [32, 32] whose lines wait to be finished, a few at a time.
 template <class Finish>
@@ -55,19 +62,19 @@ class Waiting {
 public:
     explicit Waiting(Finish finish) : finish_(finish) {}
 
-    void take(const float* sums, int row, int panel) {
+    void take(const float* sums, int row, int num_lines, int panel) {
         finish_lines(BLOCK);
-        sums_ = sums, row_ = row, panel_ = panel, next_ = 0;
+        sums_ = sums, row_ = row, num_lines_ = num_lines, panel_ = panel, next_ = 0;
     }
     void finish_lines(int count) {
-        for (const int end = std::min(next_ + count, BLOCK); next_ < end; ++next_)
+        for (const int end = std::min(next_ + count, num_lines_); next_ < end; ++next_)
             finish_(sums_ + next_ * BLOCK, row_, next_, panel_);
     }
 
 private:
     Finish finish_;
     const float* sums_ = nullptr;
-    int row_ = 0, panel_ = 0, next_ = BLOCK;
+    int row_ = 0, num_lines_ = 0, panel_ = 0, next_ = 0;
 };
 
 // Multiplies a block of rows with some panels and lets `finish(sums, row, line, panel)` finish each line of each product.
@@ -87,13 +94,15 @@ void multiply_block(
         const int base = turn;
         for (int step = 0; step < num_steps; step += part) {
             const int count = std::min(part, num_steps - step);
-            const int lines = num_blocks_of(BLOCK, count);
+            const int lines_at_once = num_blocks_of(BLOCK, count);
+            const operand* numbers = converted_panel<operand>(packed + step * STEP_NUMBERS, count, panel_scratch);
             for (int tile = 0; tile < row_tiles; ++tile) {
+                const int lines = filled(std::min(BLOCK, num_rows - tile * BLOCK), ROW_STEP);
                 float* sums = products + (base + tile) % kept * BLOCK * BLOCK;
                 multiply(
-                    rows.from(tile * BLOCK) + step * BLOCK, width, packed + step * STEP_NUMBERS, count, sums, BLOCK,
-                    step > 0, [&](int) { waiting.finish_lines(lines); });
-                if (step + count == num_steps) waiting.take(sums, tile * BLOCK, panel);
+                    rows.from(tile * BLOCK) + step * BLOCK, width, numbers, count, lines, sums, BLOCK, step > 0,
+                    [&](int) { waiting.finish_lines(lines_at_once); });
+                if (step + count == num_steps) waiting.take(sums, tile * BLOCK, lines, panel);
             }
         }
         turn = (base + row_tiles) % kept;
@@ -138,7 +147,7 @@ struct Addition {
 // Writes 16 columns of act(gate) * up; a panel has 16 columns of both.
 template <Activation ACTIVATION>
 struct Gate {
-    bf16* states;
+    operand* states;
     int width;
 
     void operator()(const float* sums, int row, int line, int panel) const {
@@ -167,24 +176,24 @@ template <class Finish>
 void run_gated(
     const Rows& rows, int num_rows, int width, const bf16* gated_panels, int inner, const bf16* down_panels,
     int activation, Finish finish) {
-    const int filled = num_blocks_of(num_rows, BLOCK) * BLOCK;
-    bf16* opened = static_cast<bf16*>(inner_scratch.bytes(sizeof(bf16) * filled * inner));
+    const int num_filled = filled(num_rows, BLOCK);
+    auto* opened = static_cast<operand*>(inner_scratch.bytes(sizeof(operand) * num_filled * inner));
     if (activation == SILU)
         multiply_block(rows, num_rows, width, gated_panels, 0, inner / TILE, Gate<SILU>{opened, inner});
     else
         multiply_block(rows, num_rows, width, gated_panels, 0, inner / TILE, Gate<GELU_TANH>{opened, inner});
     multiply_block(
-        Rows(opened, filled, inner), num_rows, inner, down_panels, 0, num_blocks_of(width, BLOCK), finish);
+        Rows(opened, num_filled, inner), num_rows, inner, down_panels, 0, num_blocks_of(width, BLOCK), finish);
 }
 
 // The norms of a block of rows in this thread's scratch memory, filled up with zeros.
 Rows norms_of(const bf16* states, int num_rows, int width, const RmsNorm& norm) {
-    const int filled = num_blocks_of(num_rows, BLOCK) * BLOCK;
-    bf16* normed = static_cast<bf16*>(norm_scratch.bytes(sizeof(bf16) * filled * width));
+    const int num_filled = filled(num_rows, BLOCK);
+    auto* normed = static_cast<operand*>(norm_scratch.bytes(sizeof(operand) * num_filled * width));
     for (int row = 0; row < num_rows; ++row)
         normalize(states + std::size_t(row) * width, width, norm, normed + std::size_t(row) * width);
-    std::memset(normed + std::size_t(num_rows) * width, 0, sizeof(bf16) * (filled - num_rows) * width);
-    return Rows(normed, filled, width);
+    std::memset(normed + std::size_t(num_rows) * width, 0, sizeof(operand) * (num_filled - num_rows) * width);
+    return Rows(normed, num_filled, width);
 }
 
 // Hands each thread blocks of rows, first row and count.
@@ -193,7 +202,7 @@ void for_blocks(int num_rows, int num_threads, Run run) {
     const int block = rows_of_block(num_rows, num_threads);
 #pragma omp parallel num_threads(num_threads)
     {
-        Tiles tiles;
+        const Unit unit;
 #pragma omp for schedule(static)
         for (int first = 0; first < num_rows; first += block) run(first, std::min(block, num_rows - first));
     }
@@ -234,13 +243,13 @@ void linear(
     const int column_blocks = row_blocks >= num_threads ? 1 : std::min(num_panels, num_threads);
 #pragma omp parallel num_threads(num_threads)
     {
-        Tiles tiles;
+        const Unit unit;
 #pragma omp for schedule(static)
         for (int task = 0; task < row_blocks * column_blocks; ++task) {
             const int first = task / column_blocks * block;
             const int count = std::min(block, num_rows - first);
             const int part = task % column_blocks;
-            const Rows rows(states + std::size_t(first) * width, count, width);
+            const Rows rows = rows_of(states + std::size_t(first) * width, count, width);
             multiply_block(
                 rows, count, width, panels, num_panels * part / column_blocks, num_panels * (part + 1) / column_blocks,
                 Output{output + std::size_t(first) * outputs, count, outputs, bias});
@@ -255,7 +264,7 @@ void gated_layer(
     for_blocks(num_rows, num_threads, [=](int first, int count) {
         const std::size_t place = std::size_t(first) * width;
         run_gated(
-            Rows(states + place, count, width), count, width, gated_panels, inner, down_panels, activation,
+            rows_of(states + place, count, width), count, width, gated_panels, inner, down_panels, activation,
             Output{output + place, count, width, nullptr});
     });
 }
@@ -286,7 +295,7 @@ void conclude(
     for_blocks(num_rows, num_threads, [=](int first, int count) {
         bf16* own = states + std::size_t(first) * width;
         multiply_block(
-            Rows(attended + std::size_t(first) * attended_width, count, attended_width), count, attended_width,
+            rows_of(attended + std::size_t(first) * attended_width, count, attended_width), count, attended_width,
             output_panels, 0, num_blocks_of(width, BLOCK), Addition{{own, count, width, output_bias}});
         run_gated(
             norms_of(own, count, width, norm), count, width, gated_panels, inner, down_panels, activation,
@@ -295,5 +304,3 @@ void conclude(
 }
 
 }
-
-#endif

@@ -14,8 +14,9 @@ struct RmsNorm {
     int kind;
 };
 
-// Writes one row of `width` numbers over their root mean square, times the weight.
-inline void normalize(const bf16* states, int width, const RmsNorm& norm, bf16* output) {
+// Writes one row of `width` numbers over their root mean square, times the weight; rounded last where the output is.
+template <class Number>
+inline void normalize(const bf16* states, int width, const RmsNorm& norm, Number* output) {
     __m512 squares = _mm512_setzero_ps();
     for (int place = 0; place < width; place += LANES) {
         const __m512 numbers = load(states + place, first_lanes(width - place));

@@ -23,7 +23,18 @@ inline __m512 load(const bf16* place) { return widen(_mm256_loadu_si256(reinterp
 
 inline __m512 load(const bf16* place, __mmask16 lanes) { return widen(_mm256_maskz_loadu_epi16(lanes, place)); }
 
-inline __m256i narrow(__m512 numbers) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(numbers)); }
+// Rounds to the nearest, ties to even; NaN stays NaN.
+inline __m256i narrow(__m512 numbers) {
+#ifdef __AVX512BF16__
+    return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(numbers));
+#else
+    const __m512i bits = _mm512_castps_si512(numbers);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(numbers, numbers, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(up, nan, _mm512_set1_epi32(0x7FC00000)), 16));
+#endif
+}
 
 inline void store(bf16* place, __m512 numbers) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(place), narrow(numbers));
@@ -32,6 +43,12 @@ inline void store(bf16* place, __m512 numbers) {
 inline void store(bf16* place, __m512 numbers, __mmask16 lanes) {
     _mm256_mask_storeu_epi16(place, lanes, narrow(numbers));
 }
+
+inline __m512 load(const float* place, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, place); }
+
+inline void store(float* place, __m512 numbers) { _mm512_storeu_ps(place, numbers); }
+
+inline void store(float* place, __m512 numbers, __mmask16 lanes) { _mm512_mask_storeu_ps(place, lanes, numbers); }
 
 // Rounds to bfloat16 and back: where transformers stores a result, so that ours is the same.
 inline __m512 rounded(__m512 numbers) { return widen(narrow(numbers)); }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from tiny_models import DECODER_FAMILIES
 from service.engines import torch as torch_engine
 from service.engines.kernels.attachment import attach_kernels, detach_kernels, drop_plain_weights, multiplies_on_kernels
 from service.engines.kernels.blocks import JointBlock
-from service.engines.kernels.build import VECTORS, KernelsUnavailable, locate_library
+from service.engines.kernels.build import KernelsUnavailable
 from service.engines.kernels.forwards import GatedLayer, KernelForward, KernelNorm, OpenedGate, RotatingAttention
 from service.engines.kernels.library import Kernels
 from service.engines.packed import PackedForward
@@ -31,32 +30,23 @@ JOINT = {"llama", "qwen2", "qwen3", "mistral", "phi3"}
 """Families whose blocks add attention and feed-forward layer, each behind one norm."""
 
 
-@pytest.fixture(scope="module")
-def vectors(kernels: Kernels) -> Kernels:
-    """The kernels of CPUs without matrix tiles, which this one can run too."""
-    return Kernels(ctypes.CDLL(str(locate_library(VECTORS))), VECTORS)
-
-
 @pytest.mark.parametrize("family", DECODER_FAMILIES)
-@pytest.mark.parametrize("kind", ["tiles", "vectors"])
 def test_rewards_agree_with_plain_transformers(
-    tiny_checkpoint: Checkpoint, request: pytest.FixtureRequest, family: str, kind: str
+    tiny_checkpoint: Checkpoint, kernels: Kernels, family: str
 ) -> None:
-    """Every family passes the parity probe on the kernels of both kinds, shared beginnings included."""
-    chosen = request.getfixturevalue(kind)
+    """Every family passes the parity probe on the kernels of each kind, shared beginnings included."""
+    path, parity = choose_path(load_tiny(tiny_checkpoint(family), torch.bfloat16), "packed", 512, kernels=kernels)
 
-    path, parity = choose_path(load_tiny(tiny_checkpoint(family), torch.bfloat16), "packed", 512, kernels=chosen)
-
-    assert path.kernels is chosen
+    assert path.kernels is kernels
     assert path.shared_from is not None
     assert parity.agrees
 
 
 @pytest.mark.parametrize("family", DECODER_FAMILIES)
-def test_a_model_runs_on_tiles_where_it_can(tiny_checkpoint: Checkpoint, tiles: Kernels, family: str) -> None:
-    """All products of every family run on tiles, norms and rotations on kernels, whole blocks where they fit."""
+def test_a_model_runs_on_kernels_where_it_can(tiny_checkpoint: Checkpoint, kernels: Kernels, family: str) -> None:
+    """Products, norms and rotations of every family run on kernels, whole blocks where they fit."""
     body = load_tiny(tiny_checkpoint(family), torch.bfloat16).body
-    attach_kernels(body, tiles)
+    attach_kernels(body, kernels)
 
     kinds = {type(vars(module).get("forward")) for module in body.modules()}
 
@@ -66,28 +56,29 @@ def test_a_model_runs_on_tiles_where_it_can(tiny_checkpoint: Checkpoint, tiles: 
     assert (GatedLayer in kinds) == (family not in JOINT)
 
 
+def test_a_gate_whose_products_do_not_fit_is_opened_all_the_same(
+    tiny_checkpoint: Checkpoint, kernels: Kernels
+) -> None:
+    """Where layers are not wide enough to be packed, products stay torch's and what stands between them is ours."""
+    classifier = load_tiny(tiny_checkpoint("llama", intermediate_size=72), torch.bfloat16)
+
+    path, parity = choose_path(classifier, "packed", 512, kernels=kernels)
+
+    assert path.kernels is kernels
+    assert parity.agrees
+    assert all(isinstance(block.mlp.forward, OpenedGate) for block in classifier.body.layers)
+    assert not multiplies_on_kernels(classifier.body)
+
+
 @pytest.mark.parametrize("family", DECODER_FAMILIES)
-def test_without_tiles_products_stay_torchs(tiny_checkpoint: Checkpoint, vectors: Kernels, family: str) -> None:
-    """On a CPU without matrix tiles norms, gates and rotations run on kernels, products do not."""
-    body = load_tiny(tiny_checkpoint(family), torch.bfloat16).body
-    attach_kernels(body, vectors)
-
-    kinds = {type(vars(module).get("forward")) for module in body.modules()}
-
-    assert kinds == {type(None), KernelNorm, RotatingAttention, OpenedGate}
-    assert not multiplies_on_kernels(body)
-
-
-@pytest.mark.parametrize("family", DECODER_FAMILIES)
-@pytest.mark.parametrize("kind", ["tiles", "vectors"])
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_a_batch_does_not_change_a_bit_of_a_reward(
-    tiny_checkpoint: Checkpoint, request: pytest.FixtureRequest, family: str, kind: str, num_threads: int
+    tiny_checkpoint: Checkpoint, kernels: Kernels, family: str, num_threads: int
 ) -> None:
     """A text's reward is the same bit for bit alone, in any batch, and with its beginning shared."""
     torch.set_num_threads(num_threads)
     classifier = load_tiny(tiny_checkpoint(family, hidden_size=192, intermediate_size=576), torch.bfloat16)
-    path = PackedForward(classifier, kernels=request.getfixturevalue(kind))
+    path = PackedForward(classifier, kernels=kernels)
     rows = [*random_rows(classifier, lengths=(5, 1, 133, 300)), *rows_that_share(classifier)]
     alone = {row: path.run([row]).rewards[0] for row in rows}
 
@@ -97,11 +88,11 @@ def test_a_batch_does_not_change_a_bit_of_a_reward(
 
 @pytest.mark.parametrize("family", DECODER_FAMILIES)
 def test_a_kept_prompt_does_not_change_a_bit_of_a_reward(
-    tiny_checkpoint: Checkpoint, tiles: Kernels, family: str
+    tiny_checkpoint: Checkpoint, kernels: Kernels, family: str
 ) -> None:
     """On kernels too a reward has the same bits whether its prompt was computed now or in an earlier pass."""
     classifier = load_tiny(tiny_checkpoint(family, hidden_size=192, intermediate_size=576), torch.bfloat16)
-    path = PackedForward(classifier, kernels=tiles, kept_bytes=2**24)
+    path = PackedForward(classifier, kernels=kernels, kept_bytes=2**24)
     rows = [*random_rows(classifier, lengths=(90, 133, 300)), *rows_that_share(classifier)]
     alone = {row: path.run([row]).rewards[0] for row in rows}
     num_kept = 0
@@ -114,10 +105,10 @@ def test_a_kept_prompt_does_not_change_a_bit_of_a_reward(
     assert num_kept > 0
 
 
-def test_a_reward_that_is_no_number_stays_alone(tiny_checkpoint: Checkpoint, tiles: Kernels) -> None:
+def test_a_reward_that_is_no_number_stays_alone(tiny_checkpoint: Checkpoint, kernels: Kernels) -> None:
     """A poisoned token spoils the rewards of its own rows, and no bit of the others', shared beginnings or not."""
     classifier = load_tiny(tiny_checkpoint("llama"), torch.bfloat16)
-    path = PackedForward(classifier, kernels=tiles)
+    path = PackedForward(classifier, kernels=kernels)
     rows = rows_that_share(classifier)
     poison = rows[0][-1] if all(rows[0][-1] not in row[:-1] for row in rows) else classifier.config.vocab_size - 1
     healthy = [row for row in rows if poison not in row]
@@ -142,10 +133,10 @@ def test_plain_forwards_come_back(tiny_checkpoint: Checkpoint, kernels: Kernels)
     assert not any(isinstance(vars(module).get("forward"), KernelForward) for module in classifier.body.modules())
 
 
-def test_packed_weights_are_not_kept_twice(tiny_checkpoint: Checkpoint, tiles: Kernels) -> None:
+def test_packed_weights_are_not_kept_twice(tiny_checkpoint: Checkpoint, kernels: Kernels) -> None:
     """Once the path is chosen the plain weights are freed; the rewards stay, and going back is refused."""
     classifier = load_tiny(tiny_checkpoint("gemma2"), torch.bfloat16)
-    path = PackedForward(classifier, kernels=tiles)
+    path = PackedForward(classifier, kernels=kernels)
     rows = random_rows(classifier)
     before = path.run(rows).rewards
 
@@ -185,7 +176,7 @@ def test_what_computes_something_else_is_left_alone(tiny_checkpoint: Checkpoint,
     assert isinstance(body.layers[1].post_attention_layernorm.forward, KernelNorm)
 
 
-def test_the_engine_says_what_it_runs_on(tiny_checkpoint: Checkpoint, kernels: Kernels) -> None:
+def test_the_engine_says_what_it_runs_on(tiny_checkpoint: Checkpoint, machine_kernels: Kernels) -> None:
     """In bfloat16 on a CPU an engine takes the kernels by itself, and its description names them."""
     settings = ModelSettings(device="cpu", dtype="bfloat16", num_threads=1)
     load = {"pad_token_id": 0, "max_input_tokens": 200}
@@ -195,7 +186,7 @@ def test_the_engine_says_what_it_runs_on(tiny_checkpoint: Checkpoint, kernels: K
         tiny_checkpoint("llama"), settings.model_copy(update={"kernels": "off"}), BatchingSettings(), **load
     )
 
-    assert engine.info.kernels == kernels.name
+    assert engine.info.kernels == machine_kernels.name
     assert without.info.kernels is None
     sequences = [Sequence((7, 8, 9, 10)), Sequence((11, 12))]
     assert engine.forward(sequences).rewards == pytest.approx(without.forward(sequences).rewards, abs=0.1)

@@ -11,9 +11,12 @@ from torch.nn.functional import gelu, silu
 
 from service.engines.kernels import build
 from service.engines.kernels.build import (
+    PAIRS,
+    SINGLES,
+    TARGETS,
     TILES,
-    VECTORS,
     KernelsUnavailable,
+    Target,
     build_all,
     compile_kernels,
     locate_library,
@@ -41,12 +44,12 @@ def assert_rounded(found: torch.Tensor, wanted: torch.Tensor) -> None:
 
 @pytest.mark.parametrize(("rows", "width", "outputs"), [(1, 32, 1), (5, 96, 64), (33, 64, 96), (300, 1536, 80)])
 @pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
-def test_linear(tiles: Kernels, rows: int, width: int, outputs: int, bias: bool) -> None:
+def test_linear(kernels: Kernels, rows: int, width: int, outputs: int, bias: bool) -> None:
     """A packed product is the linear layer, for rows and outputs that fill no tile, too."""
     states, weight = random(2, rows, width), random(outputs, width, seed=1)
     added = random(outputs, seed=2) if bias else None
 
-    found = tiles.linear(states, tiles.pack_weight(weight, added))
+    found = kernels.linear(states, kernels.pack_weight(weight, added))
 
     assert_rounded(
         found, torch.nn.functional.linear(states.float(), weight.float(), added if added is None else added.float())
@@ -55,11 +58,11 @@ def test_linear(tiles: Kernels, rows: int, width: int, outputs: int, bias: bool)
 
 @pytest.mark.parametrize("activation", Activation)
 @pytest.mark.parametrize("rows", [1, 40, 700])
-def test_gated_layer(tiles: Kernels, rows: int, activation: Activation) -> None:
+def test_gated_layer(kernels: Kernels, rows: int, activation: Activation) -> None:
     """A gated layer is down(act(gate) * up), whatever the number of rows."""
     states, gate, up, down = random(rows, 64), random(96, 64, seed=1), random(96, 64, seed=2), random(64, 96, seed=3)
 
-    found = tiles.gated_layer(states, tiles.pack_gates(gate, up, down, activation))
+    found = kernels.gated_layer(states, kernels.pack_gates(gate, up, down, activation))
 
     inner = ACTIVATIONS[activation](states.float() @ gate.float().T) * (states.float() @ up.float().T)
     assert_rounded(found, inner @ down.float().T)
@@ -106,7 +109,7 @@ def test_rotate(kernels: Kernels, turned: int) -> None:
 
 @pytest.mark.parametrize("head_size", [16, 64, 80])
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (20, None), (None, 3.0), (33, 5.0)])
-def test_attend(tiles: Kernels, head_size: int, window: int | None, softcap: float | None) -> None:
+def test_attend(kernels: Kernels, head_size: int, window: int | None, softcap: float | None) -> None:
     """Each strand attends causally over its pieces of the row, within its window, under its cap."""
     num_tokens, groups = 420, 3
     query = random(1, num_tokens, 2 * groups, head_size).transpose(1, 2)
@@ -115,7 +118,7 @@ def test_attend(tiles: Kernels, head_size: int, window: int | None, softcap: flo
     strands = [(0, 300, 0, 0, 1), (300, 70, 41, 1, 2), (370, 1, 0, 3, 1), (371, 49, 0, 4, 1)]
     output = torch.zeros(1, num_tokens, 2 * groups, head_size, dtype=torch.bfloat16)
 
-    tiles.attend(
+    kernels.attend(
         query, key, value, output, torch.tensor(strands, dtype=torch.int32), torch.tensor(spans, dtype=torch.int32),
         scaling=head_size**-0.5, window=window, softcap=softcap,
     )  # fmt: skip
@@ -133,13 +136,13 @@ def test_attend(tiles: Kernels, head_size: int, window: int | None, softcap: flo
         torch.testing.assert_close(found, wanted, atol=0.03, rtol=ROUNDING)
 
 
-def test_a_score_that_is_no_number_is_not_hidden(tiles: Kernels) -> None:
+def test_a_score_that_is_no_number_is_not_hidden(kernels: Kernels) -> None:
     """NaN among the keys reaches every query that sees it, and none before it."""
     query, key, value = (random(1, 70, 1, 32, seed=seed).transpose(1, 2) for seed in range(3))
     key[0, 0, 40] = math.nan
     output = torch.zeros(1, 70, 1, 32, dtype=torch.bfloat16)
 
-    tiles.attend(
+    kernels.attend(
         query, key, value, output, torch.tensor([[0, 70, 0, 0, 1]], dtype=torch.int32),
         torch.tensor([[0, 70]], dtype=torch.int32), scaling=1.0, window=None, softcap=None,
     )  # fmt: skip
@@ -148,26 +151,26 @@ def test_a_score_that_is_no_number_is_not_hidden(tiles: Kernels) -> None:
     assert output[0, 40:].isnan().all()
 
 
-def test_kernels_are_made_once(kernels: Kernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_are_made_once(machine_kernels: Kernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second process finds what the first one made, without a compiler."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    made = locate_library(VECTORS)
+    made = locate_library(SINGLES)
     monkeypatch.setenv("CXX", "no-such-compiler")
 
-    assert locate_library(VECTORS) == made
+    assert locate_library(SINGLES) == made
     assert made.is_relative_to(tmp_path)
 
 
 def test_kernels_that_came_with_the_installation_are_taken(
-    kernels: Kernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    machine_kernels: Kernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An image brings kernels for all kinds of CPU, so that no compiler is needed where it runs."""
     monkeypatch.setattr(build, "BUILT", tmp_path)
     build_all(tmp_path)
     monkeypatch.setenv("CXX", "no-such-compiler")
 
-    assert {locate_library(target).parent.name for target in (VECTORS, TILES)} == {
-        f"{target.name}-{source_digest(target)}" for target in (VECTORS, TILES)
+    assert {locate_library(target).parent.name for target in TARGETS} == {
+        f"{target.name}-{source_digest(target)}" for target in TARGETS
     }
 
 
@@ -176,7 +179,7 @@ def test_a_missing_compiler_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("CXX", "no-such-compiler")
 
     with pytest.raises(KernelsUnavailable, match=r"no-such-compiler.*install g\+\+"):
-        compile_kernels(VECTORS, tmp_path)
+        compile_kernels(SINGLES, tmp_path)
 
 
 def test_a_failing_compiler_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +188,7 @@ def test_a_failing_compiler_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
     with pytest.raises(KernelsUnavailable, match="false failed"):
-        locate_library(VECTORS)
+        locate_library(SINGLES)
 
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
@@ -208,9 +211,35 @@ def test_kernels_can_be_switched_off() -> None:
     assert kernels_for("off", CPU, torch.bfloat16) == (None, "they are switched off")
 
 
-def test_a_cpu_without_bfloat16_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU without AVX-512's bfloat16 is told apart before anything is compiled."""
-    monkeypatch.setattr(build, "has_bfloat16_vectors", lambda: False)
+@pytest.mark.parametrize(
+    ("wide", "pairs", "tiles", "intel", "target"),
+    [
+        (True, False, False, True, SINGLES),
+        (True, True, False, True, SINGLES),
+        (True, True, True, True, TILES),
+        (True, True, False, False, PAIRS),
+        (True, False, False, False, SINGLES),
+    ],
+)
+def test_each_kind_of_cpu_has_kernels(
+    monkeypatch: pytest.MonkeyPatch, wide: bool, pairs: bool, tiles: bool, intel: bool, target: Target
+) -> None:
+    """Tiles come first; pairs of bfloat16 are taken where they are faster than fp32, which they are not on Intel's."""
+    pretend(monkeypatch, wide=wide, pairs=pairs, tiles=tiles, intel=intel)
 
-    with pytest.raises(KernelsUnavailable, match="no AVX-512 with bfloat16"):
+    assert target_of_machine() is target
+
+
+def test_a_cpu_without_wide_vectors_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU without AVX-512 is told apart before anything is compiled."""
+    pretend(monkeypatch, wide=False, pairs=False, tiles=False, intel=True)
+
+    with pytest.raises(KernelsUnavailable, match="no AVX-512"):
         target_of_machine()
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, *, wide: bool, pairs: bool, tiles: bool, intel: bool) -> None:
+    monkeypatch.setattr(build, "has_wide_vectors", lambda: wide)
+    monkeypatch.setattr(build, "has_bfloat16_vectors", lambda: pairs)
+    monkeypatch.setattr(build, "has_matrix_tiles", lambda: tiles)
+    monkeypatch.setattr(build, "is_intel", lambda: intel)
