@@ -61,10 +61,10 @@ class ModelSettings(Section):
         "auto",
         description="torch engine on CUDA: record short rows as graphs; auto: for models of up to 2e9 parameters.",
     )
-    quantization: Literal["none", "fp8"] = Field(
+    quantization: Literal["none", "fp8", "int8"] = Field(
         "none",
-        description="torch engine on GPUs from compute capability 8.9 on: fp8 multiplies linear layers in 8 bits. It "
-        "changes rewards, and takes torchao. Awaits measurement.",
+        description="torch engine: linear layers multiply in 8 bits, which changes rewards. int8: on CPUs with AVX-512 "
+        "VNNI, on our kernels. fp8: on GPUs from compute capability 8.9 on, with torchao; awaits measurement.",
     )
     merge_prefixes: bool = Field(
         False,

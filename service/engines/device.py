@@ -73,6 +73,11 @@ def has_wide_vectors() -> bool:
     return all(_capabilities().get(f"avx512_{part}") for part in ("f", "bw", "vl", "dq"))
 
 
+def has_int8_vectors() -> bool:
+    """Whether this CPU multiplies int8 in vectors (AVX-512 VNNI)."""
+    return bool(_capabilities().get("avx512_vnni"))
+
+
 def is_intel() -> bool:
     """Whether Intel made this CPU."""
     return "Intel" in str(_capabilities().get("cpu_name", ""))

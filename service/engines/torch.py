@@ -39,6 +39,7 @@ from service.engines.device import (
     resolve_threads,
 )
 from service.engines.float8 import check_float8, quantize_float8
+from service.engines.int8 import quantize_int8
 from service.engines.kernels import library
 from service.engines.kernels.attachment import drop_plain_weights
 from service.engines.kernels.library import Kernels
@@ -261,7 +262,8 @@ def load_torch_engine(
         keep_freed_memory()
     torch.set_num_threads(resolve_threads(model.num_threads))
     config = read_config(folder)
-    dtype = resolve_dtype(model.dtype, stored_dtype(config), device)
+    wanted = "bfloat16" if model.quantization == "int8" and model.dtype == "auto" else model.dtype
+    dtype = resolve_dtype(wanted, stored_dtype(config), device)
     if model.compile:
         check_compiler(device)
     wants_graphs(model.cuda_graphs, device, num_parameters=0, deterministic=batching.deterministic)
@@ -292,7 +294,7 @@ def load_torch_engine(
         kernels=kernels,
         kept_bytes=prefix_cache_mib * 2**20 if shares else 0,
         merges=model.merge_prefixes,
-        quantize=partial(quantize_float8, classifier.body) if model.quantization == "fp8" else None,
+        quantize=_quantizing(model, classifier),
     )
     if kernels is not None:
         _settle_kernels(classifier, path, model)
@@ -316,6 +318,13 @@ def load_torch_engine(
     return TorchEngine(path, info, deterministic=batching.deterministic, border=border)
 
 
+def _quantizing(model: ModelSettings, classifier: Classifier) -> Callable[[], object] | None:
+    """Return what changes the body's linear layers as the settings want it."""
+    functions = {"fp8": quantize_float8, "int8": quantize_int8}
+    chosen = functions.get(model.quantization)
+    return None if chosen is None else partial(chosen, classifier.body)
+
+
 def default_batch_tokens(device: torch.device, kernels: Kernels | None) -> int:
     """Return how many tokens a pass on this device holds where the settings do not say."""
     return DEFAULT_BATCH_TOKENS[device.type] if kernels is None else KERNEL_BATCH_TOKENS
@@ -327,7 +336,15 @@ def _kernels_of(model: ModelSettings, device: torch.device, dtype: torch.dtype) 
     Raises:
         SettingsError: the settings want them, and this machine or another setting does not.
     """
-    if model.compile or model.forward == "padded":
+    without = model.compile or model.forward == "padded"
+    if model.quantization == "int8":
+        if without or model.kernels == "off":
+            raise SettingsError(
+                "model.quantization is int8, which runs on our kernels alone: they run neither in compiled blocks nor in "
+                "padded batches, and must not be off"
+            )
+        return library.int8_kernels(device, dtype)
+    if without:
         if model.kernels == "on":
             raise SettingsError("model.kernels is on, but compiled blocks and padded batches do not run on them")
         return None
@@ -345,8 +362,9 @@ def _settle_kernels(classifier: Classifier, path: ForwardPath, model: ModelSetti
     """
     if path.kernels is not None:
         drop_plain_weights(classifier.body)
-    elif model.kernels == "on":
-        raise SettingsError(f"model.kernels is on, but {classifier.architecture} does not run on them")
+    elif model.kernels == "on" or model.quantization == "int8":
+        wish = "quantization is int8" if model.quantization == "int8" else "kernels is on"
+        raise SettingsError(f"model.{wish}, but {classifier.architecture} does not run on our kernels")
     else:
         logger.warning("%s does not run on kernels of our own.", classifier.architecture)
 

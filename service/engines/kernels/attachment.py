@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import nn
 
+from service.engines.int8 import Int8Linear
 from service.engines.kernels.blocks import block_of
 from service.engines.kernels.forwards import KernelForward, forward_of
 from service.engines.kernels.library import Kernels
@@ -53,6 +54,8 @@ def drop_plain_weights(body: nn.Module) -> None:
     for _, forward in _attached(body):
         for layer in forward.packed_layers:
             layer.weight.data = layer.weight.new_empty(0)
+            if isinstance(layer, Int8Linear):
+                layer.left_of_weight = layer.weight
 
 
 def multiplies_on_kernels(body: nn.Module) -> bool:

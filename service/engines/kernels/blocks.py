@@ -117,7 +117,7 @@ def block_of(module: Any, kernels: Kernels) -> JointBlock | None:
     gates, activation = gates_of(module.mlp), activation_of(module.mlp)
     if projections is None or norms[0] is None or norms[1] is None or gates is None or activation is None:
         return None
-    if not all(can_be_packed(layer) for layer in (*projections, module.self_attn.o_proj, *gates)):
+    if not all(can_be_packed(layer, kernels) for layer in (*projections, module.self_attn.o_proj, *gates)):
         return None
     if any(layer.bias is not None for layer in gates):
         return None

@@ -12,7 +12,13 @@ from functools import partial
 from pathlib import Path
 
 from service.cache import build_once, cache_directory
-from service.engines.device import has_bfloat16_vectors, has_matrix_tiles, has_wide_vectors, is_intel
+from service.engines.device import (
+    has_bfloat16_vectors,
+    has_int8_vectors,
+    has_matrix_tiles,
+    has_wide_vectors,
+    is_intel,
+)
 
 SOURCES = Path(__file__).parent
 BUILT = SOURCES / "built"
@@ -35,6 +41,11 @@ class Target:
     name: str
     flags: tuple[str, ...]
 
+    @property
+    def quantizes(self) -> bool:
+        """Whether linear layers multiply in int8."""
+        return "-DWITH_INT8" in self.flags
+
 
 _VECTORS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
 _PAIRS = (*_VECTORS, "-mavx512bf16")
@@ -48,11 +59,14 @@ PAIRS = Target("avx512-bf16", (*_PAIRS, "-DWITH_PAIRS"))
 TILES = Target("amx-bf16", (*_PAIRS, "-mamx-tile", "-mamx-bf16", "-DWITH_AMX"))
 """Matrix tiles of bfloat16."""
 
-TARGETS = (SINGLES, PAIRS, TILES)
+INTEGERS = Target("avx512-int8", (*_VECTORS, "-mavx512vnni", "-DWITH_INT8"))
+"""Vectors of int8 for linear layers, of fp32 for attention."""
+
+TARGETS = (SINGLES, PAIRS, TILES, INTEGERS)
 
 
-def target_of_machine() -> Target:
-    """Return the kind of CPU that this is.
+def target_of_machine(*, quantizes: bool = False) -> Target:
+    """Return the kind of CPU that this is, or for linear layers in int8 the one that has them.
 
     Without matrix tiles an Intel CPU multiplies bfloat16 at half the rate of fp32 (Sapphire Rapids: 90 and 170 GFLOP/s a
     core), an AMD one at twice the rate.
@@ -62,6 +76,10 @@ def target_of_machine() -> Target:
     """
     if not has_wide_vectors():
         raise KernelsUnavailable("this CPU has no AVX-512")
+    if quantizes:
+        if not has_int8_vectors():
+            raise KernelsUnavailable("this CPU has no vectors of int8 (AVX-512 VNNI)")
+        return INTEGERS
     if has_matrix_tiles():
         return TILES
     return PAIRS if has_bfloat16_vectors() and not is_intel() else SINGLES

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from service.engines.int8 import Int8Linear
 from service.engines.kernels.library import STEP, Activation, Kernels, Norm, PackedGates, PackedWeight, RmsNorm
 from service.engines.row_blocks import RowBlockedLinear
 
@@ -18,7 +19,7 @@ ROTATION = "apply_rotary_pos_emb"
 """What transformers' families call the function that turns queries and keys by their positions."""
 
 PLAIN_LAYERS = (nn.Linear, RowBlockedLinear)
-"""Other kinds of linear layers (quantized, sharded) are left alone."""
+"""Other kinds of linear layers (quantized in other ways, sharded) are left alone."""
 
 TRIAL_ROWS = 64
 
@@ -54,7 +55,7 @@ def forward_of(module: nn.Module, kernels: Kernels) -> KernelForward | None:
     gates = gates_of(module)
     if gates is not None:
         return _gated_of(module, gates, kernels)
-    if can_be_packed(module):
+    if can_be_packed(module, kernels):
         return PackedLinear(module, kernels)  # type: ignore[arg-type]  # it is linear
     return None
 
@@ -199,7 +200,7 @@ def _gated_of(module: Any, layers: tuple[nn.Linear, ...], kernels: Kernels) -> K
     activation = activation_of(module)
     if activation is None:
         return None
-    packed = all(can_be_packed(layer) and layer.bias is None for layer in layers)
+    packed = all(can_be_packed(layer, kernels) and layer.bias is None for layer in layers)
     forward = (GatedLayer if packed else OpenedGate)(layers, activation, kernels)
     states = trial_states(layers[0].in_features)
     return forward if agree(forward(states), plain_forward(module)(states)) else None
@@ -243,9 +244,10 @@ def pack_layer(layer: nn.Linear, kernels: Kernels) -> PackedWeight:
     return kernels.pack_weight(layer.weight, bias)
 
 
-def can_be_packed(module: nn.Module) -> bool:
-    """Whether a module is a plain linear layer as wide as products need it."""
-    return isinstance(module, nn.Linear) and type(module) in PLAIN_LAYERS and module.in_features % STEP == 0
+def can_be_packed(module: nn.Module, kernels: Kernels) -> bool:
+    """Whether a module is a linear layer that the kernels multiply, as wide as they need it."""
+    kinds = (Int8Linear,) if kernels.quantizes else PLAIN_LAYERS
+    return isinstance(module, nn.Linear) and type(module) in kinds and module.in_features % STEP == 0
 
 
 # --- Trials ----------------------------------------------------------------------------------------------------------

@@ -36,13 +36,13 @@ class Activation(IntEnum):
 
 
 @cache
-def load_kernels() -> Kernels:
-    """Return the kernels for this machine, loaded once a process.
+def load_kernels(*, quantizes: bool = False) -> Kernels:
+    """Return the kernels for this machine, loaded once a process; ``quantizes``: those with linear layers in int8.
 
     Raises:
         KernelsUnavailable: this machine cannot have them; the message says why.
     """
-    target = target_of_machine()
+    target = target_of_machine(quantizes=quantizes)
     path = locate_library(target)
     try:
         library = ctypes.CDLL(str(path))
@@ -62,14 +62,30 @@ def kernels_for(choice: str, device: torch.device, dtype: torch.dtype) -> tuple[
     try:
         if choice == "off":
             return None, "they are switched off"
-        if device.type != "cpu" or dtype != torch.bfloat16:
-            reason = f"they compute bfloat16 on a CPU, not {str(dtype).removeprefix('torch.')} on {device}"
-            raise KernelsUnavailable(reason)  # noqa: TRY301 - one place turns reasons into words or an error
+        _check_place(device, dtype)
         return load_kernels(), ""
     except KernelsUnavailable as missing:
         if choice == "on":
             raise SettingsError(f"model.kernels is on, but there are none: {missing}") from None
         return None, str(missing)
+
+
+def int8_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
+    """Return the kernels whose linear layers multiply in int8, for states in bfloat16.
+
+    Raises:
+        SettingsError: there are none.
+    """
+    try:
+        _check_place(device, dtype)
+        return load_kernels(quantizes=True)
+    except KernelsUnavailable as missing:
+        raise SettingsError(f"model.quantization is int8, but there are no kernels for it: {missing}") from None
+
+
+def _check_place(device: torch.device, dtype: torch.dtype) -> None:
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        raise KernelsUnavailable(f"they compute bfloat16 on a CPU, not {str(dtype).removeprefix('torch.')} on {device}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +99,7 @@ class RmsNorm:
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """A weight as products read it, with as many outputs, and their bias [outputs]."""
+    """A weight as products read it (bytes), with as many outputs, and their bias [outputs]."""
 
     panels: torch.Tensor
     outputs: int
@@ -108,9 +124,12 @@ class Kernels:
 
     def __init__(self, library: ctypes.CDLL, target: Target) -> None:
         self.name = target.name
+        self.quantizes = target.quantizes
         self._rms_norm = _function(library, "rms_norm", _POINTER, _LONG, _INT, _POINTER, _FLOAT, _INT, _POINTER, _INT)
         self._rotate = _function(library, "rotate", _POINTER, _LONG, _LONG, _INT, _INT, _POINTER, _POINTER, _INT, _INT)
         self._open_gate = _function(library, "open_gate", _POINTER, _POINTER, _LONG, _INT, _INT)
+        self._bytes_of_panel = library.bytes_of_panel
+        self._bytes_of_panel.argtypes, self._bytes_of_panel.restype = (_INT,), _LONG
         self._pack_weight = _function(library, "pack_weight", _POINTER, _INT, _INT, _POINTER, _INT)
         self._pack_gated = _function(library, "pack_gated", _POINTER, _POINTER, _INT, _INT, _POINTER, _INT)
         self._linear = _function(library, "linear", _POINTER, _INT, _INT, _POINTER, _INT, _POINTER, _POINTER, _INT)
@@ -164,7 +183,7 @@ class Kernels:
         """Lay a weight [outputs, width] out as products read it; width is a multiple of 32."""
         outputs, width = weight.shape
         weight = weight.contiguous()
-        panels = weight.new_empty(-(-outputs // STEP) * STEP * width)
+        panels = self._new_panels(-(-outputs // STEP), width)
         self._pack_weight(weight.data_ptr(), outputs, width, panels.data_ptr(), torch.get_num_threads())
         return PackedWeight(panels, outputs, bias)
 
@@ -173,10 +192,13 @@ class Kernels:
     ) -> PackedGates:
         """Lay out the weights of a gated layer: [inner, width] twice, and [width, inner]; all multiples of 32."""
         inner, width = gate.shape
-        panels = gate.new_empty(2 * inner * width)
+        panels = self._new_panels(2 * inner // STEP, width)
         gate, up = gate.contiguous(), up.contiguous()
         self._pack_gated(gate.data_ptr(), up.data_ptr(), inner, width, panels.data_ptr(), torch.get_num_threads())
         return PackedGates(panels, inner, self.pack_weight(down).panels, activation)
+
+    def _new_panels(self, num_panels: int, width: int) -> torch.Tensor:
+        return torch.empty(num_panels * self._bytes_of_panel(width), dtype=torch.uint8)
 
     def linear(self, states: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
         """Return [..., outputs] of states [..., width]."""

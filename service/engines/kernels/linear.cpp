@@ -7,19 +7,16 @@
 #include <algorithm>
 
 #include "norms.h"
-#include "products.h"
-#include "scratch.h"
+#ifdef WITH_INT8
+#include "quantized.h"
+#else
+#include "plain.h"
+#endif
 
 namespace {
 
 constexpr int ROWS_AT_ONCE = 256;  // of a block at most: with its inner states about a core's second-level cache
 
-// Of the inner dimension at most: what of a panel stays in the first-level cache.
-constexpr int STEPS_AT_ONCE = 40 / int(sizeof(operand));
-
-thread_local Scratch panel_scratch;
-thread_local Scratch rows_scratch;
-thread_local Scratch tail_scratch;
 thread_local Scratch product_scratch;
 thread_local Scratch norm_scratch;
 thread_local Scratch inner_scratch;
@@ -32,28 +29,6 @@ int filled(int num, int step) { return num_blocks_of(num, step) * step; }
 int rows_of_block(int num_rows, int num_threads) {
     const int blocks = num_threads * num_blocks_of(num_rows, num_threads * ROWS_AT_ONCE);
     return filled(num_blocks_of(num_rows, blocks), BLOCK);
-}
-
-// Up to 32 rows as a product reads them: where they stand, or where too few are left, copied and filled up with zeros.
-class Rows {
-public:
-    Rows(const operand* rows, int num_rows, int width) : rows_(rows), num_rows_(num_rows), width_(width) {
-        const int first = num_rows / BLOCK * BLOCK;
-        if (first == num_rows) return;
-        tail_ = static_cast<operand*>(tail_scratch.bytes(sizeof(operand) * BLOCK * width));
-        std::memset(tail_, 0, sizeof(operand) * BLOCK * width);
-        std::memcpy(tail_, rows + std::size_t(first) * width, sizeof(operand) * (num_rows - first) * width);
-    }
-    const operand* from(int row) const { return row + BLOCK <= num_rows_ ? rows_ + std::size_t(row) * width_ : tail_; }
-
-private:
-    const operand* rows_;
-    int num_rows_, width_;
-    operand* tail_ = nullptr;
-};
-
-Rows rows_of(const bf16* states, int num_rows, int width) {
-    return Rows(converted<operand>(states, std::size_t(num_rows) * width, rows_scratch), num_rows, width);
 }
 
 // A product [32, 32] whose lines wait to be finished, a few at a time.
@@ -82,26 +57,24 @@ private:
 // goes in parts, so that the part of a panel stays in the first-level cache for all rows.
 template <class Finish>
 void multiply_block(
-    const Rows& rows, int num_rows, int width, const bf16* panels, int first_panel, int end_panel, Finish finish) {
-    const int num_steps = width / BLOCK, row_tiles = num_blocks_of(num_rows, BLOCK);
-    const int num_parts = num_blocks_of(num_steps, STEPS_AT_ONCE), part = num_blocks_of(num_steps, num_parts);
+    const Rows& rows, int num_rows, const std::uint8_t* panels, int first_panel, int end_panel, Finish finish) {
+    const int width = rows.width(), num_steps = width / BLOCK, row_tiles = num_blocks_of(num_rows, BLOCK);
+    const int num_parts = num_blocks_of(num_steps, STEPS_AT_ONCE);
+    const int steps = num_blocks_of(num_steps, num_parts);
     const int kept = num_parts > 1 ? row_tiles + 1 : 2;  // products: of all rows and the one that waits, or by turns
     float* products = static_cast<float*>(product_scratch.bytes(sizeof(float) * kept * BLOCK * BLOCK));
     Waiting<Finish> waiting(finish);
     int turn = 0;
     for (int panel = first_panel; panel < end_panel; ++panel) {
-        const bf16* packed = panels + std::size_t(panel) * num_steps * STEP_NUMBERS;
         const int base = turn;
-        for (int step = 0; step < num_steps; step += part) {
-            const int count = std::min(part, num_steps - step);
+        for (int step = 0; step < num_steps; step += steps) {
+            const int count = std::min(steps, num_steps - step);
             const int lines_at_once = num_blocks_of(BLOCK, count);
-            const operand* numbers = converted_panel<operand>(packed + step * STEP_NUMBERS, count, panel_scratch);
+            const Part part(panels + panel * panel_bytes(width), width, step, count);
             for (int tile = 0; tile < row_tiles; ++tile) {
                 const int lines = filled(std::min(BLOCK, num_rows - tile * BLOCK), ROW_STEP);
                 float* sums = products + (base + tile) % kept * BLOCK * BLOCK;
-                multiply(
-                    rows.from(tile * BLOCK) + step * BLOCK, width, numbers, count, lines, sums, BLOCK, step > 0,
-                    [&](int) { waiting.finish_lines(lines_at_once); });
+                part.multiply(rows, tile * BLOCK, lines, sums, [&](int) { waiting.finish_lines(lines_at_once); });
                 if (step + count == num_steps) waiting.take(sums, tile * BLOCK, lines, panel);
             }
         }
@@ -158,32 +131,19 @@ struct Gate {
     }
 };
 
-// Packs 32 rows of weights from two places, 16 of each, as one panel.
-void pack_panel(const bf16* first, int num_first, const bf16* second, int num_second, int width, bf16* panel) {
-    for (int step = 0; step < width / BLOCK; ++step)
-        for (int half = 0; half < 2; ++half) {
-            const bf16* weights = half ? second : first;
-            const int present = half ? num_second : num_first;
-            const bf16* rows[TILE];
-            for (int row = 0; row < TILE; ++row)
-                rows[row] = row < present ? weights + std::size_t(row) * width + step * BLOCK : nullptr;
-            pack_tile(rows, panel + step * STEP_NUMBERS + half * STEP_NUMBERS / 2);
-        }
-}
-
 // A gated feed-forward layer for a block of rows; `finish` takes the products of its last weight.
 template <class Finish>
 void run_gated(
-    const Rows& rows, int num_rows, int width, const bf16* gated_panels, int inner, const bf16* down_panels,
+    const Rows& rows, int num_rows, const std::uint8_t* gated_panels, int inner, const std::uint8_t* down_panels,
     int activation, Finish finish) {
     const int num_filled = filled(num_rows, BLOCK);
     auto* opened = static_cast<operand*>(inner_scratch.bytes(sizeof(operand) * num_filled * inner));
     if (activation == SILU)
-        multiply_block(rows, num_rows, width, gated_panels, 0, inner / TILE, Gate<SILU>{opened, inner});
+        multiply_block(rows, num_rows, gated_panels, 0, inner / TILE, Gate<SILU>{opened, inner});
     else
-        multiply_block(rows, num_rows, width, gated_panels, 0, inner / TILE, Gate<GELU_TANH>{opened, inner});
-    multiply_block(
-        Rows(opened, num_filled, inner), num_rows, inner, down_panels, 0, num_blocks_of(width, BLOCK), finish);
+        multiply_block(rows, num_rows, gated_panels, 0, inner / TILE, Gate<GELU_TANH>{opened, inner});
+    const int num_panels = num_blocks_of(rows.width(), BLOCK);
+    multiply_block(Rows(opened, num_filled, inner), num_rows, down_panels, 0, num_panels, finish);
 }
 
 // The norms of a block of rows in this thread's scratch memory, filled up with zeros.
@@ -212,29 +172,32 @@ void for_blocks(int num_rows, int num_threads, Run run) {
 
 extern "C" {
 
+// Bytes of 32 packed rows of a weight.
+std::int64_t bytes_of_panel(int width) { return std::int64_t(panel_bytes(width)); }
+
 // Packs a weight [outputs, width] into ceil(outputs / 32) panels.
-void pack_weight(const bf16* weight, int outputs, int width, bf16* panels, int num_threads) {
+void pack_weight(const bf16* weight, int outputs, int width, std::uint8_t* panels, int num_threads) {
 #pragma omp parallel for num_threads(num_threads)
     for (int panel = 0; panel < num_blocks_of(outputs, BLOCK); ++panel) {
         const bf16* first = weight + std::size_t(panel) * BLOCK * width;
         const int left = outputs - panel * BLOCK;
         pack_panel(
-            first, left, first + std::size_t(TILE) * width, left - TILE, width, panels + std::size_t(panel) * width * BLOCK);
+            first, left, first + std::size_t(TILE) * width, left - TILE, width, panels + panel * panel_bytes(width));
     }
 }
 
 // Packs the weights [outputs, width] of gate and up by turns of 16 rows into outputs / 16 panels.
-void pack_gated(const bf16* gate, const bf16* up, int outputs, int width, bf16* panels, int num_threads) {
+void pack_gated(const bf16* gate, const bf16* up, int outputs, int width, std::uint8_t* panels, int num_threads) {
 #pragma omp parallel for num_threads(num_threads)
     for (int panel = 0; panel < outputs / TILE; ++panel) {
         const std::size_t place = std::size_t(panel) * TILE * width;
-        pack_panel(gate + place, TILE, up + place, TILE, width, panels + 2 * place);
+        pack_panel(gate + place, TILE, up + place, TILE, width, panels + panel * panel_bytes(width));
     }
 }
 
 // states [rows, width] times weight, plus bias if there is one: output [rows, outputs].
 void linear(
-    const bf16* states, int num_rows, int width, const bf16* panels, int outputs, const bf16* bias, bf16* output,
+    const bf16* states, int num_rows, int width, const std::uint8_t* panels, int outputs, const bf16* bias, bf16* output,
     int num_threads) {
     const int num_panels = num_blocks_of(outputs, BLOCK);
     const int block = rows_of_block(num_rows, num_threads);
@@ -251,7 +214,7 @@ void linear(
             const int part = task % column_blocks;
             const Rows rows = rows_of(states + std::size_t(first) * width, count, width);
             multiply_block(
-                rows, count, width, panels, num_panels * part / column_blocks, num_panels * (part + 1) / column_blocks,
+                rows, count, panels, num_panels * part / column_blocks, num_panels * (part + 1) / column_blocks,
                 Output{output + std::size_t(first) * outputs, count, outputs, bias});
         }
     }
@@ -259,12 +222,12 @@ void linear(
 
 // down(act(gate(states)) * up(states)): states and output [rows, width]; inner states have `inner` numbers.
 void gated_layer(
-    const bf16* states, int num_rows, int width, const bf16* gated_panels, int inner, const bf16* down_panels,
+    const bf16* states, int num_rows, int width, const std::uint8_t* gated_panels, int inner, const std::uint8_t* down_panels,
     int activation, bf16* output, int num_threads) {
     for_blocks(num_rows, num_threads, [=](int first, int count) {
         const std::size_t place = std::size_t(first) * width;
         run_gated(
-            rows_of(states + place, count, width), count, width, gated_panels, inner, down_panels, activation,
+            rows_of(states + place, count, width), count, gated_panels, inner, down_panels, activation,
             Output{output + place, count, width, nullptr});
     });
 }
@@ -272,14 +235,14 @@ void gated_layer(
 // What comes before attention in a block: the norm of states [rows, width], times each of some packed weights.
 void project(
     const bf16* states, int num_rows, int width, const bf16* norm_weight, float epsilon, int norm_kind, int num_weights,
-    const bf16* const* panels, const int* outputs, const bf16* const* biases, bf16* const* products, int num_threads) {
+    const std::uint8_t* const* panels, const int* outputs, const bf16* const* biases, bf16* const* products, int num_threads) {
     const RmsNorm norm{norm_weight, epsilon, norm_kind};
     for_blocks(num_rows, num_threads, [=](int first, int count) {
         const Rows normed = norms_of(states + std::size_t(first) * width, count, width, norm);
         for (int weight = 0; weight < num_weights; ++weight) {
             const int wide = outputs[weight];
             multiply_block(
-                normed, count, width, panels[weight], 0, num_blocks_of(wide, BLOCK),
+                normed, count, panels[weight], 0, num_blocks_of(wide, BLOCK),
                 Output{products[weight] + std::size_t(first) * wide, count, wide, biases[weight]});
         }
     });
@@ -288,17 +251,17 @@ void project(
 // What comes behind attention in a block, in place: states += output weight times attended [rows, attended width];
 // states += feed-forward layer of their norm.
 void conclude(
-    bf16* states, const bf16* attended, int num_rows, int width, int attended_width, const bf16* output_panels,
-    const bf16* output_bias, const bf16* norm_weight, float epsilon, int norm_kind, const bf16* gated_panels, int inner,
-    const bf16* down_panels, int activation, int num_threads) {
+    bf16* states, const bf16* attended, int num_rows, int width, int attended_width, const std::uint8_t* output_panels,
+    const bf16* output_bias, const bf16* norm_weight, float epsilon, int norm_kind, const std::uint8_t* gated_panels, int inner,
+    const std::uint8_t* down_panels, int activation, int num_threads) {
     const RmsNorm norm{norm_weight, epsilon, norm_kind};
     for_blocks(num_rows, num_threads, [=](int first, int count) {
         bf16* own = states + std::size_t(first) * width;
         multiply_block(
-            rows_of(attended + std::size_t(first) * attended_width, count, attended_width), count, attended_width,
+            rows_of(attended + std::size_t(first) * attended_width, count, attended_width), count,
             output_panels, 0, num_blocks_of(width, BLOCK), Addition{{own, count, width, output_bias}});
         run_gated(
-            norms_of(own, count, width, norm), count, width, gated_panels, inner, down_panels, activation,
+            norms_of(own, count, width, norm), count, gated_panels, inner, down_panels, activation,
             Addition{{own, count, width, nullptr}});
     });
 }
