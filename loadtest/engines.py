@@ -119,6 +119,7 @@ def _wanted(options: argparse.Namespace) -> dict[str, Contender]:
         "graphs": (options.graphs, partial(changed, cuda_graphs=True)),
         "merged": (options.merge, partial(changed, merge_prefixes=True)),
         "fp8": (options.fp8, partial(changed, quantization="fp8")),
+        "int8": (options.int8, partial(changed, quantization="int8")),
     }
     return {name: contender for name, (is_wanted, contender) in ways.items() if is_wanted}
 
@@ -183,6 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--compile", action="store_true", help="measure our engine with compiled blocks too")
     for option, what in GPU_WAYS.items():
         parser.add_argument(option, action="store_true", help=f"on a GPU, measure our engine {what} too")
+    parser.add_argument("--int8", action="store_true", help="on a CPU, measure our engine with linear layers in int8 too")
     work = parser.add_mutually_exclusive_group()
     work.add_argument(
         "--workloads",

@@ -69,7 +69,7 @@ def describe(engine: Engine) -> str:
     """Name an engine with all that decides how its numbers are rounded."""
     info = engine.info
     kernels = f", kernels {info.kernels}" if info.kernels else ""
-    return f"{info.engine}, {info.dtype} on {info.device}, {info.forward}{kernels}"
+    return f"{info.engine}, {info.arithmetic} on {info.device}, {info.forward}{kernels}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -109,20 +109,27 @@ def _orders(count: int, seed: int) -> Iterator[list[int]]:
 
 def _engines(options: argparse.Namespace, checkpoint: Checkpoint) -> Iterator[Engine]:
     device = str(resolve_device(options.device))
-    for dtype in options.dtypes:
-        for kernels in ("auto", "off") if (dtype, device) == ("bfloat16", "cpu") else ("off",):
-            yield load_torch_engine(
-                checkpoint.path,
-                ModelSettings.model_validate({"device": device, "dtype": dtype, "kernels": kernels}),
-                BatchingSettings(deterministic=options.deterministic),
-                pad_token_id=checkpoint.pad_token_id,
-                max_input_tokens=checkpoint.max_input_tokens,
-            )
+    for wish in _wishes(options, device):
+        yield load_torch_engine(
+            checkpoint.path,
+            ModelSettings.model_validate({"device": device, **wish}),
+            BatchingSettings(deterministic=options.deterministic),
+            pad_token_id=checkpoint.pad_token_id,
+            max_input_tokens=checkpoint.max_input_tokens,
+        )
     for bundle in options.onnx:
         settings = ModelSettings(device=device)
         yield load_onnx_engine(
             open_bundle(bundle, settings), settings, BatchingSettings(deterministic=options.deterministic)
         )
+
+
+def _wishes(options: argparse.Namespace, device: str) -> Iterator[dict[str, str]]:
+    for dtype in options.dtypes:
+        for kernels in ("auto", "off") if (dtype, device) == ("bfloat16", "cpu") else ("off",):
+            yield {"dtype": dtype, "kernels": kernels}
+    if options.int8:
+        yield {"quantization": "int8"}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -135,6 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtypes", nargs="+", choices=("float32", "bfloat16", "float16"), default=["float32", "bfloat16"]
     )
+    parser.add_argument("--int8", action="store_true", help="try linear layers in int8 on a CPU too")
     parser.add_argument("--deterministic", action="store_true", help="as the setting: every text has its own pass")
     parser.add_argument("--workload", choices=list(WORKLOADS), default="groups of 8")
     parser.add_argument("--items", type=int, default=64, help="default: %(default)s")

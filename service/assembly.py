@@ -125,6 +125,11 @@ def _open(settings: ModelSettings) -> Checkpoint | Bundle:
     if is_bundle(folder):
         if settings.engine == "torch":
             raise SettingsError(f"{folder} is an ONNX bundle: leave model.engine out, or serve the checkpoint itself.")
+        if settings.quantization != "none":
+            raise SettingsError(
+                f"model.quantization is {settings.quantization}, but {folder} is an ONNX bundle, whose precision was "
+                "chosen when it was exported: leave it out, or serve the checkpoint itself."
+            )
         return open_bundle(folder, settings)
     if settings.engine == "onnx":
         raise SettingsError(

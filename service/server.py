@@ -91,6 +91,11 @@ def _parser() -> argparse.ArgumentParser:
         "--kernels", choices=["auto", "on", "off"], help="our own for bfloat16 on x86-64 CPUs; made by a C++ compiler"
     )
     parser.add_argument(
+        "--quantization",
+        choices=["none", "int8", "fp8"],
+        help="linear layers in 8 bits, which changes rewards: int8 on CPUs with AVX-512 VNNI, fp8 on GPUs",
+    )
+    parser.add_argument(
         "--compile",
         action="store_true",
         default=None,
@@ -132,6 +137,7 @@ def _tree(options: argparse.Namespace) -> dict[str, Any]:
         "max_input_tokens": options.max_input_tokens,
         "num_threads": options.num_threads,
         "kernels": options.kernels,
+        "quantization": options.quantization,
         "compile": options.compile,
     }
     batching = {
@@ -154,13 +160,15 @@ def _check(settings: Settings, console: Console) -> None:
     served = assemble(settings)
     info = served.info
     console.print(f"  served as         {served.identity.name}, version {served.identity.version}", markup=False)
-    console.print(f"  forward           {info.forward}, {info.dtype} on {info.device}", markup=False)
+    console.print(f"  forward           {info.forward}, {info.arithmetic} on {info.device}", markup=False)
     if info.kernels:
         console.print(f"  kernels           {info.kernels}", markup=False)
     if info.providers:
         console.print(f"  providers         {', '.join(info.providers)}", markup=False)
     for name, value in info.parity.items():
         console.print(f"  parity            {name}: {value}", markup=False)
+    for name, value in info.quantization_loss.items():
+        console.print(f"  quantization      {name}: {value}", markup=False)
 
 
 def _serve(settings: Settings, options: argparse.Namespace, console: Console) -> None:

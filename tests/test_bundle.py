@@ -108,6 +108,12 @@ def test_the_torch_engine_takes_no_bundle(bundle: Path) -> None:
         judge(ModelSettings(path=str(bundle), engine="torch"))
 
 
+def test_a_bundle_is_not_quantized_again(bundle: Path) -> None:
+    """A graph's precision was chosen at its export; asking for another one is an error, not ignored."""
+    with pytest.raises(SettingsError, match="quantization is int8, but .* is an ONNX bundle"):
+        judge(ModelSettings(path=str(bundle), quantization="int8"))
+
+
 def test_the_onnx_engine_takes_no_checkpoint(tmp_path: Path) -> None:
     """Whoever asks for ONNX on a plain checkpoint is told how to export it."""
     folder = write_tiny_checkpoint(tmp_path / "model")

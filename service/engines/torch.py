@@ -56,7 +56,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_BATCH_TOKENS = {"cpu": 2048, "cuda": 65_536}
 """Enough to keep the device busy; more would only make the next request wait longer."""
 
-KERNEL_BATCH_TOKENS = 4096
+TILES_BATCH_TOKENS = 4096
 """The same on kernels with matrix tiles: such a pass takes no longer than one over half as many without them."""
 
 DEFAULT_PREFIX_CACHE_MIB = {"cpu": 512, "cuda": 0}
@@ -327,7 +327,7 @@ def _quantizing(model: ModelSettings, classifier: Classifier) -> Callable[[], ob
 
 def default_batch_tokens(device: torch.device, kernels: Kernels | None) -> int:
     """Return how many tokens a pass on this device holds where the settings do not say."""
-    return DEFAULT_BATCH_TOKENS[device.type] if kernels is None else KERNEL_BATCH_TOKENS
+    return TILES_BATCH_TOKENS if kernels is not None and kernels.has_tiles else DEFAULT_BATCH_TOKENS[device.type]
 
 
 def _kernels_of(model: ModelSettings, device: torch.device, dtype: torch.dtype) -> Kernels | None:

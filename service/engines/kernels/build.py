@@ -42,6 +42,11 @@ class Target:
     flags: tuple[str, ...]
 
     @property
+    def has_tiles(self) -> bool:
+        """Whether products run on matrix tiles (AMX)."""
+        return "-DWITH_AMX" in self.flags
+
+    @property
     def quantizes(self) -> bool:
         """Whether linear layers multiply in int8."""
         return "-DWITH_INT8" in self.flags

@@ -124,6 +124,7 @@ class Kernels:
 
     def __init__(self, library: ctypes.CDLL, target: Target) -> None:
         self.name = target.name
+        self.has_tiles = target.has_tiles
         self.quantizes = target.quantizes
         self._rms_norm = _function(library, "rms_norm", _POINTER, _LONG, _INT, _POINTER, _FLOAT, _INT, _POINTER, _INT)
         self._rotate = _function(library, "rotate", _POINTER, _LONG, _LONG, _INT, _INT, _POINTER, _POINTER, _INT, _INT)

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from service.engines.device import has_bfloat16_vectors, has_matrix_tiles, has_wide_vectors
+from service.engines.device import has_bfloat16_vectors, has_int8_vectors, has_matrix_tiles, has_wide_vectors
 from service.engines.kernels.build import (
+    INTEGERS,
     LIBRARY,
     PAIRS,
+    SINGLES,
     TARGETS,
     TILES,
     KernelsUnavailable,
@@ -30,7 +32,8 @@ EMULATED_TILES = Target(
 def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
     """Kernels of each kind; matrix tiles are emulated where there are none."""
     target: Target = request.param
-    if not has_wide_vectors() or (target is not TARGETS[0] and not has_bfloat16_vectors()):
+    runs = {SINGLES: True, INTEGERS: has_int8_vectors()}.get(target, has_bfloat16_vectors())
+    if not has_wide_vectors() or not runs:
         pytest.skip(f"this CPU runs no kernels for {target.name}")
     try:
         if target is not TILES:

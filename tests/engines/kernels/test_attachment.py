@@ -12,6 +12,8 @@ from tiny_classifiers import load_tiny, random_rows, rows_that_share, rows_with_
 from tiny_models import DECODER_FAMILIES
 
 from service.engines import torch as torch_engine
+from service.engines.classifier import Classifier
+from service.engines.int8 import quantize_int8
 from service.engines.kernels.attachment import attach_kernels, detach_kernels, drop_plain_weights, multiplies_on_kernels
 from service.engines.kernels.blocks import JointBlock
 from service.engines.kernels.build import KernelsUnavailable
@@ -30,12 +32,20 @@ JOINT = {"llama", "qwen2", "qwen3", "mistral", "phi3"}
 """Families whose blocks add attention and feed-forward layer, each behind one norm."""
 
 
+def load_for(kernels: Kernels, folder: Path) -> Classifier:
+    """Return a classifier in bfloat16 whose linear layers multiply as the kernels do."""
+    classifier = load_tiny(folder, torch.bfloat16)
+    if kernels.quantizes:
+        quantize_int8(classifier.body)
+    return classifier
+
+
 @pytest.mark.parametrize("family", DECODER_FAMILIES)
 def test_rewards_agree_with_plain_transformers(
     tiny_checkpoint: Checkpoint, kernels: Kernels, family: str
 ) -> None:
     """Every family passes the parity probe on the kernels of each kind, shared beginnings included."""
-    path, parity = choose_path(load_tiny(tiny_checkpoint(family), torch.bfloat16), "packed", 512, kernels=kernels)
+    path, parity = choose_path(load_for(kernels, tiny_checkpoint(family)), "packed", 512, kernels=kernels)
 
     assert path.kernels is kernels
     assert path.shared_from is not None
@@ -45,7 +55,7 @@ def test_rewards_agree_with_plain_transformers(
 @pytest.mark.parametrize("family", DECODER_FAMILIES)
 def test_a_model_runs_on_kernels_where_it_can(tiny_checkpoint: Checkpoint, kernels: Kernels, family: str) -> None:
     """Products, norms and rotations of every family run on kernels, whole blocks where they fit."""
-    body = load_tiny(tiny_checkpoint(family), torch.bfloat16).body
+    body = load_for(kernels, tiny_checkpoint(family)).body
     attach_kernels(body, kernels)
 
     kinds = {type(vars(module).get("forward")) for module in body.modules()}
@@ -60,7 +70,7 @@ def test_a_gate_whose_products_do_not_fit_is_opened_all_the_same(
     tiny_checkpoint: Checkpoint, kernels: Kernels
 ) -> None:
     """Where layers are not wide enough to be packed, products stay torch's and what stands between them is ours."""
-    classifier = load_tiny(tiny_checkpoint("llama", intermediate_size=72), torch.bfloat16)
+    classifier = load_for(kernels, tiny_checkpoint("llama", intermediate_size=72))
 
     path, parity = choose_path(classifier, "packed", 512, kernels=kernels)
 
@@ -77,7 +87,7 @@ def test_a_batch_does_not_change_a_bit_of_a_reward(
 ) -> None:
     """A text's reward is the same bit for bit alone, in any batch, and with its beginning shared."""
     torch.set_num_threads(num_threads)
-    classifier = load_tiny(tiny_checkpoint(family, hidden_size=192, intermediate_size=576), torch.bfloat16)
+    classifier = load_for(kernels, tiny_checkpoint(family, hidden_size=192, intermediate_size=576))
     path = PackedForward(classifier, kernels=kernels)
     rows = [*random_rows(classifier, lengths=(5, 1, 133, 300)), *rows_that_share(classifier)]
     alone = {row: path.run([row]).rewards[0] for row in rows}
@@ -91,7 +101,7 @@ def test_a_kept_prompt_does_not_change_a_bit_of_a_reward(
     tiny_checkpoint: Checkpoint, kernels: Kernels, family: str
 ) -> None:
     """On kernels too a reward has the same bits whether its prompt was computed now or in an earlier pass."""
-    classifier = load_tiny(tiny_checkpoint(family, hidden_size=192, intermediate_size=576), torch.bfloat16)
+    classifier = load_for(kernels, tiny_checkpoint(family, hidden_size=192, intermediate_size=576))
     path = PackedForward(classifier, kernels=kernels, kept_bytes=2**24)
     rows = [*random_rows(classifier, lengths=(90, 133, 300)), *rows_that_share(classifier)]
     alone = {row: path.run([row]).rewards[0] for row in rows}
@@ -107,7 +117,7 @@ def test_a_kept_prompt_does_not_change_a_bit_of_a_reward(
 
 def test_a_reward_that_is_no_number_stays_alone(tiny_checkpoint: Checkpoint, kernels: Kernels) -> None:
     """A poisoned token spoils the rewards of its own rows, and no bit of the others', shared beginnings or not."""
-    classifier = load_tiny(tiny_checkpoint("llama"), torch.bfloat16)
+    classifier = load_for(kernels, tiny_checkpoint("llama"))
     path = PackedForward(classifier, kernels=kernels)
     rows = rows_that_share(classifier)
     poison = rows[0][-1] if all(rows[0][-1] not in row[:-1] for row in rows) else classifier.config.vocab_size - 1
@@ -124,7 +134,7 @@ def test_a_reward_that_is_no_number_stays_alone(tiny_checkpoint: Checkpoint, ker
 
 def test_plain_forwards_come_back(tiny_checkpoint: Checkpoint, kernels: Kernels) -> None:
     """A classifier that ran on kernels runs as transformers wrote it again, bit for bit, as the probe needs it."""
-    classifier = load_tiny(tiny_checkpoint("qwen3"), torch.bfloat16)
+    classifier = load_for(kernels, tiny_checkpoint("qwen3"))
     rows = rows_with_endings(classifier)
     before = plain_rewards(classifier, rows)
     PackedForward(classifier, kernels=kernels)
@@ -135,7 +145,7 @@ def test_plain_forwards_come_back(tiny_checkpoint: Checkpoint, kernels: Kernels)
 
 def test_packed_weights_are_not_kept_twice(tiny_checkpoint: Checkpoint, kernels: Kernels) -> None:
     """Once the path is chosen the plain weights are freed; the rewards stay, and going back is refused."""
-    classifier = load_tiny(tiny_checkpoint("gemma2"), torch.bfloat16)
+    classifier = load_for(kernels, tiny_checkpoint("gemma2"))
     path = PackedForward(classifier, kernels=kernels)
     rows = random_rows(classifier)
     before = path.run(rows).rewards
@@ -166,7 +176,7 @@ TwistedNorm.__name__ = "TwistedRMSNorm"
 
 def test_what_computes_something_else_is_left_alone(tiny_checkpoint: Checkpoint, kernels: Kernels) -> None:
     """A module is judged by its numbers, not by its name: a block with a strange norm keeps its own forward."""
-    body = load_tiny(tiny_checkpoint("llama"), torch.bfloat16).body
+    body = load_for(kernels, tiny_checkpoint("llama")).body
     body.layers[1].input_layernorm = TwistedNorm(body.layers[1].input_layernorm)
 
     attach_kernels(body, kernels)

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch.nn.functional import gelu, silu
 
+from service.engines.int8 import grouped
 from service.engines.kernels import build
 from service.engines.kernels.build import (
+    INTEGERS,
     PAIRS,
     SINGLES,
     TARGETS,
@@ -37,6 +39,11 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
 
 
+def seen_by(kernels: Kernels, numbers: torch.Tensor) -> torch.Tensor:
+    """Return what the kernels' products see of weights or states, in fp32."""
+    return grouped(numbers) if kernels.quantizes else numbers.float()
+
+
 def assert_rounded(found: torch.Tensor, wanted: torch.Tensor) -> None:
     """Say nothing where bfloat16 numbers are the fp32 ones, but for their last place."""
     torch.testing.assert_close(found.float(), wanted, atol=ROUNDING * float(wanted.abs().max()), rtol=ROUNDING)
@@ -51,9 +58,8 @@ def test_linear(kernels: Kernels, rows: int, width: int, outputs: int, bias: boo
 
     found = kernels.linear(states, kernels.pack_weight(weight, added))
 
-    assert_rounded(
-        found, torch.nn.functional.linear(states.float(), weight.float(), added if added is None else added.float())
-    )
+    wanted = torch.nn.functional.linear(seen_by(kernels, states), seen_by(kernels, weight))
+    assert_rounded(found, wanted if added is None else wanted + added.float())
 
 
 @pytest.mark.parametrize("activation", Activation)
@@ -64,8 +70,24 @@ def test_gated_layer(kernels: Kernels, rows: int, activation: Activation) -> Non
 
     found = kernels.gated_layer(states, kernels.pack_gates(gate, up, down, activation))
 
-    inner = ACTIVATIONS[activation](states.float() @ gate.float().T) * (states.float() @ up.float().T)
-    assert_rounded(found, inner @ down.float().T)
+    seen, gate, up, down = (seen_by(kernels, numbers) for numbers in (states, gate, up, down))
+    inner = ACTIVATIONS[activation](seen @ gate.T) * (seen @ up.T)
+    assert_rounded(found, seen_by(kernels, inner) @ down.T)
+
+
+def test_a_number_that_is_none_stays_in_its_row(kernels: Kernels) -> None:
+    """NaN and infinity in a row leave nothing finite of its product, and no bit of another row's changes."""
+    states, weight = random(40, 96), random(64, 96, seed=1)
+    packed = kernels.pack_weight(weight)
+    before = kernels.linear(states, packed)
+    spoilt = states.clone()
+    spoilt[7, 40], spoilt[21, 3] = math.nan, math.inf
+
+    found = kernels.linear(spoilt, packed)
+
+    assert not found[[7, 21]].isfinite().any()
+    others = [row for row in range(40) if row not in (7, 21)]
+    assert torch.equal(found[others], before[others])
 
 
 @pytest.mark.parametrize("activation", Activation)
@@ -228,6 +250,18 @@ def test_each_kind_of_cpu_has_kernels(
     pretend(monkeypatch, wide=wide, pairs=pairs, tiles=tiles, intel=intel)
 
     assert target_of_machine() is target
+
+
+def test_int8_needs_vectors_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for int8, a CPU has kernels of it or none at all, whatever else it could do."""
+    pretend(monkeypatch, wide=True, pairs=True, tiles=True, intel=True)
+    monkeypatch.setattr(build, "has_int8_vectors", lambda: True)
+
+    assert target_of_machine(quantizes=True) is INTEGERS
+
+    monkeypatch.setattr(build, "has_int8_vectors", lambda: False)
+    with pytest.raises(KernelsUnavailable, match="VNNI"):
+        target_of_machine(quantizes=True)
 
 
 def test_a_cpu_without_wide_vectors_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
