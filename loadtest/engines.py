@@ -184,7 +184,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--compile", action="store_true", help="measure our engine with compiled blocks too")
     for option, what in GPU_WAYS.items():
         parser.add_argument(option, action="store_true", help=f"on a GPU, measure our engine {what} too")
-    parser.add_argument("--int8", action="store_true", help="on a CPU, measure our engine with linear layers in int8 too")
+    parser.add_argument(
+        "--int8", action="store_true", help="on a CPU, measure our engine with linear layers in int8 too"
+    )
     work = parser.add_mutually_exclusive_group()
     work.add_argument(
         "--workloads",

@@ -110,7 +110,7 @@ def test_the_torch_engine_takes_no_bundle(bundle: Path) -> None:
 
 def test_a_bundle_is_not_quantized_again(bundle: Path) -> None:
     """A graph's precision was chosen at its export; asking for another one is an error, not ignored."""
-    with pytest.raises(SettingsError, match="quantization is int8, but .* is an ONNX bundle"):
+    with pytest.raises(SettingsError, match=r"quantization is int8, but .* is an ONNX bundle"):
         judge(ModelSettings(path=str(bundle), quantization="int8"))
 
 

@@ -23,22 +23,25 @@ LARGEST = 127
 
 def grouped(numbers: torch.Tensor) -> torch.Tensor:
     """Return what is left of numbers [..., width], float32, after a way through int8; width is a multiple of 32."""
-    groups = numbers.float().unflatten(-1, (-1, GROUP))
+    groups = numbers.float().reshape(*numbers.shape[:-1], -1, GROUP)
     tops = groups.abs().amax(dim=-1, keepdim=True)
     inverse = torch.where(tops > 0, LARGEST / tops, 0.0)
     return (torch.round(groups * inverse) * (tops / LARGEST)).flatten(-2)
 
 
 class Int8Linear(nn.Linear):
-    """A linear layer that multiplies what int8 leaves of its weight and of its input; a linear layer becomes one by
-    ``quantize_int8``, which keeps its weight."""
+    """A linear layer that multiplies what int8 leaves of its weight and of its input.
+
+    A linear layer becomes one by ``quantize_int8``, which keeps its weight.
+    """
 
     left_of_weight: torch.Tensor
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """Return [..., outputs] of states [..., width], in their dtype."""
-        bias = None if self.bias is None else self.bias.float()
-        return nn.functional.linear(grouped(states), self.left_of_weight, bias).to(states.dtype)
+        product = nn.functional.linear(grouped(states), self.left_of_weight)
+        bias: torch.Tensor | None = self._parameters["bias"]  # torch's stubs deny that `bias` may be None
+        return (product if bias is None else product + bias.float()).to(states.dtype)
 
 
 def layers_for_int8(body: nn.Module) -> list[nn.Linear]:
@@ -47,8 +50,9 @@ def layers_for_int8(body: nn.Module) -> list[nn.Linear]:
 
 
 def quantize_int8(body: nn.Module) -> int:
-    """Let the linear layers of a body multiply in int8; return their number. Weights take three times their
-    memory until they are packed and dropped.
+    """Let the linear layers of a body multiply in int8; return their number.
+
+    Weights take three times their memory until they are packed and dropped.
 
     Raises:
         SettingsError: it has no layer that suits.

@@ -340,8 +340,8 @@ def _kernels_of(model: ModelSettings, device: torch.device, dtype: torch.dtype) 
     if model.quantization == "int8":
         if without or model.kernels == "off":
             raise SettingsError(
-                "model.quantization is int8, which runs on our kernels alone: they run neither in compiled blocks nor in "
-                "padded batches, and must not be off"
+                "model.quantization is int8, which runs on our kernels alone: they run neither in compiled blocks nor "
+                "in padded batches, and must not be off"
             )
         return library.int8_kernels(device, dtype)
     if without:

@@ -72,7 +72,7 @@ def test_linear_layers_of_the_body_are_quantized(tiny_checkpoint: Checkpoint) ->
 
 @pytest.mark.skipif(not has_int8_vectors(), reason="this CPU has no vectors of int8")
 def test_an_engine_multiplies_in_int8(tiny_checkpoint: Checkpoint) -> None:
-    """It says so, is another model version than bfloat16, moves rewards a little, and keeps a text's bits in any batch."""
+    """It says so, is another model version than bfloat16, moves rewards a little, and keeps bits in any batch."""
     folder = tiny_checkpoint("qwen2", hidden_size=128, intermediate_size=256)
     settings = ModelSettings(device="cpu", quantization="int8", num_threads=1)
     engine = load_torch_engine(folder, settings, BatchingSettings(), **LOAD)
@@ -115,7 +115,7 @@ def test_a_cpu_without_vectors_of_int8_is_refused(tiny_checkpoint: Checkpoint, m
     monkeypatch.setattr(build, "has_int8_vectors", lambda: False)
     monkeypatch.setattr(library, "load_kernels", library.load_kernels.__wrapped__)  # not what was loaded before
 
-    with pytest.raises(SettingsError, match="quantization is int8.*(VNNI|AVX-512)"):
+    with pytest.raises(SettingsError, match=r"quantization is int8.*(VNNI|AVX-512)"):
         load_torch_engine(
             tiny_checkpoint("llama"), ModelSettings(device="cpu", quantization="int8"), BatchingSettings(), **LOAD
         )

@@ -14,6 +14,7 @@ import pytest
 import torch
 from launching_engine import LaunchingOracle
 
+from loadtest import matmul_limit
 from loadtest.agreement import Agreement, agreement_between
 from loadtest.contenders import (
     LIMIT,
@@ -184,6 +185,16 @@ def test_limit_adds_up_the_layers_by_their_count() -> None:
     assert limit_found.tokens_per_s == pytest.approx(2.0)
     assert limit_found.flops_per_token == 2 * (2 * 8 * 8 + 8 * 16)
     assert limit_found.flops_per_s == pytest.approx(2.0 * limit_found.flops_per_token)
+
+
+def test_limit_takes_the_faster_arithmetic_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU that multiplies fp32 twice as fast as bfloat16 has that for its limit; a GPU is asked for its own alone."""
+    seconds = {torch.bfloat16: 2.0, torch.float32: 1.0}
+    monkeypatch.setattr(matmul_limit, "_multiply", lambda _rows, _shape, dtype, *_: seconds[dtype])
+
+    found = [measure_limit({(8, 8): 1}, 6, torch.bfloat16, torch.device(kind)) for kind in ("cpu", "cuda")]
+
+    assert [limit_found.tokens_per_s for limit_found in found] == [6.0, 3.0]
 
 
 # --- Figures ---------------------------------------------------------------------------------------------------------

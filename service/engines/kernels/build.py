@@ -73,8 +73,8 @@ TARGETS = (SINGLES, PAIRS, TILES, INTEGERS)
 def target_of_machine(*, quantizes: bool = False) -> Target:
     """Return the kind of CPU that this is, or for linear layers in int8 the one that has them.
 
-    Without matrix tiles an Intel CPU multiplies bfloat16 at half the rate of fp32 (Sapphire Rapids: 90 and 170 GFLOP/s a
-    core), an AMD one at twice the rate.
+    Without matrix tiles an Intel CPU multiplies bfloat16 at half the rate of fp32 (Sapphire Rapids: 90 and 170 GFLOP/s
+    a core), an AMD one at twice the rate.
 
     Raises:
         KernelsUnavailable: it lacks what all kernels use.

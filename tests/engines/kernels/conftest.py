@@ -23,7 +23,8 @@ from service.engines.kernels.build import (
 from service.engines.kernels.library import Kernels, load_kernels
 
 EMULATED_TILES = Target(
-    TILES.name, (*PAIRS.flags, "-UWITH_PAIRS", "-DWITH_AMX", "-include", str(Path(__file__).parent / "emulated_tiles.h"))
+    TILES.name,
+    (*PAIRS.flags, "-UWITH_PAIRS", "-DWITH_AMX", "-include", str(Path(__file__).parent / "emulated_tiles.h")),
 )
 """The kernels for matrix tiles, on a CPU that has none."""
 

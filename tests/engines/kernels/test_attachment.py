@@ -41,9 +41,7 @@ def load_for(kernels: Kernels, folder: Path) -> Classifier:
 
 
 @pytest.mark.parametrize("family", DECODER_FAMILIES)
-def test_rewards_agree_with_plain_transformers(
-    tiny_checkpoint: Checkpoint, kernels: Kernels, family: str
-) -> None:
+def test_rewards_agree_with_plain_transformers(tiny_checkpoint: Checkpoint, kernels: Kernels, family: str) -> None:
     """Every family passes the parity probe on the kernels of each kind, shared beginnings included."""
     path, parity = choose_path(load_for(kernels, tiny_checkpoint(family)), "packed", 512, kernels=kernels)
 
@@ -66,9 +64,7 @@ def test_a_model_runs_on_kernels_where_it_can(tiny_checkpoint: Checkpoint, kerne
     assert (GatedLayer in kinds) == (family not in JOINT)
 
 
-def test_a_gate_whose_products_do_not_fit_is_opened_all_the_same(
-    tiny_checkpoint: Checkpoint, kernels: Kernels
-) -> None:
+def test_a_gate_whose_products_do_not_fit_is_opened_all_the_same(tiny_checkpoint: Checkpoint, kernels: Kernels) -> None:
     """Where layers are not wide enough to be packed, products stay torch's and what stands between them is ours."""
     classifier = load_for(kernels, tiny_checkpoint("llama", intermediate_size=72))
 
