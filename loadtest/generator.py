@@ -68,37 +68,60 @@ async def _send_all(url: str, bodies: Sequence[bytes], num_connections: int, wir
     host, port = place.hostname or "127.0.0.1", place.port or 80
     head = f"POST {wire.path} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
     requests = [f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body for body in bodies]
-    streams = [await asyncio.open_connection(host, port, limit=2**24) for _ in range(min(num_connections, len(bodies)))]
+    connections = [await _Connection.opened(host, port) for _ in range(min(num_connections, len(bodies)))]
     replies: dict[int, Reply] = {}
     waiting = iter(enumerate(requests))
     started, cpu_started = time.perf_counter(), time.process_time()
     try:
-        await asyncio.gather(*(_converse(reader, writer, waiting, replies) for reader, writer in streams))
+        await asyncio.gather(*(_converse(connection, waiting, replies) for connection in connections))
         wall_s, cpu_s = time.perf_counter() - started, time.process_time() - cpu_started
     finally:
-        for _, writer in streams:
-            writer.close()
+        for connection in connections:
+            connection.close()
     return LoadRun(tuple(replies[number] for number in range(len(requests))), wire, wall_s, cpu_s)
 
 
-async def _converse(
-    reader: asyncio.StreamReader,
-    writer: asyncio.StreamWriter,
-    waiting: Iterator[tuple[int, bytes]],
-    replies: dict[int, Reply],
-) -> None:
+class _Connection:
+    """A kept-alive connection, opened anew where the server has said that it closes it.
+
+    A proxy that makes room for its successor says so, as happens in the first second of a service's life.
+    """
+
+    def __init__(self, host: str, port: int) -> None:
+        self._place = (host, port)
+        self._reader: asyncio.StreamReader
+        self._writer: asyncio.StreamWriter
+
+    @classmethod
+    async def opened(cls, host: str, port: int) -> _Connection:
+        connection = cls(host, port)
+        await connection._open()
+        return connection
+
+    async def _open(self) -> None:
+        self._reader, self._writer = await asyncio.open_connection(*self._place, limit=2**24)
+
+    async def ask(self, request: bytes) -> tuple[int, bytes]:
+        """Return status and content of the answer."""
+        if self._writer.is_closing():
+            await self._open()
+        self._writer.write(request)
+        head = await self._reader.readuntil(b"\r\n\r\n")
+        status_line, *lines = head.split(b"\r\n")
+        headers = {name.lower(): value.strip() for name, _, value in (line.partition(b":") for line in lines)}
+        if b"content-length" not in headers:
+            raise UnexpectedAnswer("An answer came without a Content-Length")
+        content = await self._reader.readexactly(int(headers[b"content-length"]))
+        if headers.get(b"connection", b"").lower() == b"close":
+            self.close()
+        return int(status_line.split()[1]), content
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+async def _converse(connection: _Connection, waiting: Iterator[tuple[int, bytes]], replies: dict[int, Reply]) -> None:
     for number, request in waiting:
         sent = time.perf_counter()
-        writer.write(request)
-        status, content = await _read_answer(reader)
+        status, content = await connection.ask(request)
         replies[number] = Reply(status, content, time.perf_counter() - sent)
-
-
-async def _read_answer(reader: asyncio.StreamReader) -> tuple[int, bytes]:
-    head = await reader.readuntil(b"\r\n\r\n")
-    status_line, *headers = head.split(b"\r\n")
-    for line in headers:
-        name, _, value = line.partition(b":")
-        if name.lower() == b"content-length":
-            return int(status_line.split()[1]), await reader.readexactly(int(value))
-    raise UnexpectedAnswer("An answer came without a Content-Length")

@@ -42,7 +42,8 @@ class EngineInfo:
     passes; 0: nothing is kept. ``launches_ahead``: whether a pass can be launched while the one before it still runs;
     then the engine is a ``LaunchingEngine``. ``graph_tokens``: tokens of the longest row that is replayed from a CUDA
     graph; 0: none is. ``graph_failure``: why not, where graphs were wanted. ``merges_prefixes``: whether attention to
-    shared beginnings is merged instead of gathered. ``quantization``: ``fp8`` where linear layers multiply in 8 bits.
+    shared beginnings is merged instead of gathered. ``quantization``: ``fp8`` or ``int8`` where linear layers multiply
+    in 8 bits.
     ``quantization_loss``: what that changed on the probe (Spearman and largest absolute difference to the same model
     without); empty where nothing is quantized.
     """

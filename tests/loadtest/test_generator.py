@@ -36,6 +36,23 @@ def test_replies_stand_in_the_order_of_the_requests_and_connections_are_kept() -
     assert 0 < run.latency_s(0.5) <= run.latency_s(0.95) <= run.wall_s
 
 
+def test_a_connection_that_is_given_up_is_opened_anew() -> None:
+    """A server that says it closes, as a proxy does on its way out, loses no request."""
+
+    class Leaving(World):
+        """Closes each connection behind its second answer."""
+
+        async def answer(self, request: Request) -> AsyncIterator[bytes]:
+            content = json.dumps({"results": [{"reward": float(request.body["items"][0]["prompt"])}]}).encode()
+            yield response("200 OK", content, *["Connection: close"] * (request.number % 2))
+
+    bodies = [json.dumps({"items": [{"prompt": str(number)}]}).encode() for number in range(9)]
+    with running(Leaving()) as world:
+        run = send_all(world.url, bodies, num_connections=1)
+
+    assert run.rewards == list(range(9))
+
+
 @pytest.mark.parametrize(
     "said",
     [
