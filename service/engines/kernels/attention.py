@@ -1,4 +1,4 @@
-"""Attention within a packed row on matrix tiles, as transformers' own attention layers call it."""
+"""Attention within a packed row on the kernels, as transformers' own attention layers call it."""
 
 from __future__ import annotations
 

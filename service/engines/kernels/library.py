@@ -1,6 +1,7 @@
 """The kernels as functions of tensors: C types and pointers stay in here.
 
-It knows neither models nor modules. All tensors are bfloat16 on the CPU; rows are contiguous.
+It knows neither models nor modules. All tensors are on the CPU: states, weights and biases in bfloat16, with contiguous
+rows, packed weights in bytes.
 """
 
 from __future__ import annotations
