@@ -19,8 +19,8 @@ from service.engines.kernels.library import Kernels
 def attach_kernels(body: nn.Module, kernels: Kernels) -> None:
     """Let the norms, rotations, gated layers and linear layers of a bfloat16 decoder run on the kernels.
 
-    With kernels for int8 only layers that ``quantize_int8`` changed are taken. Weights are packed, so they take twice the memory until
-    ``drop_plain_weights``.
+    With kernels for int8 only layers that ``quantize_int8`` changed are taken. Weights are packed,
+    so they take twice the memory until ``drop_plain_weights``.
     """
     _attach(body, kernels, {})
 
