@@ -21,15 +21,12 @@ from typing import Any
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from service.adapter import CONFIG_FILE as ADAPTER_CONFIG_FILE
-from service.adapter import WEIGHTS_FILE as ADAPTER_WEIGHTS_FILE
-from service.adapter import is_adapter, merge_adapter
-from service.architecture import Fit, fit_classifier, has_classifier
-from service.checkpoint import open_checkpoint
-from service.errors import CheckpointError, StartupError
-from service.settings import ModelSettings
-from service.silence import transformers_silenced
-from service.weights import (
+from service.checkpoints.adapter import CONFIG_FILE as ADAPTER_CONFIG_FILE
+from service.checkpoints.adapter import WEIGHTS_FILE as ADAPTER_WEIGHTS_FILE
+from service.checkpoints.adapter import is_adapter, merge_adapter
+from service.checkpoints.architecture import Fit, fit_classifier, has_classifier
+from service.checkpoints.checkpoint import open_checkpoint
+from service.checkpoints.weights import (
     VALUE_HEAD_FILE,
     TensorInfo,
     ValueHead,
@@ -38,6 +35,9 @@ from service.weights import (
     pickled_weights,
     weight_files,
 )
+from service.errors import CheckpointError, StartupError
+from service.settings import ModelSettings
+from service.transformers_logging import transformers_silenced
 
 MANIFEST_FILE = "conversion.json"
 PICKLED_VALUE_HEAD_FILE = "value_head.bin"

@@ -20,11 +20,11 @@ import torch
 from loadtest.device_busy import busy_share
 from loadtest.engine_work import Work
 from loadtest.matmul_limit import layer_shapes, measure_limit
-from service.batching import BatchBudget, Queue
 from service.engines.base import Engine, EngineOutput, LaunchingEngine, PendingPass
 from service.engines.torch import load_torch_engine
+from service.scheduling.queue import BatchBudget, Queue
 from service.settings import BatchingSettings, ModelSettings
-from service.silence import transformers_silenced
+from service.transformers_logging import transformers_silenced
 
 REFERENCE = "fp32"
 """The way that says what the rewards are: plain transformers in fp32, one by one."""
@@ -176,7 +176,7 @@ def _way_of(engine: Engine) -> str:
         "compiled": info.compiled,
         "graphs": info.graph_tokens > 0,
         "graphs failed": bool(info.graph_failure),
-        "merged": info.merges_prefixes,
+        "merged": info.cascade_attention,
         info.quantization: info.quantization != "none",
     }
     return ", ".join([f"ours, {info.forward}", *(name for name, is_on in extras.items() if is_on)])
@@ -202,7 +202,7 @@ def _torch_engine(setup: Setup, *, share_prefixes: bool, **changes: object) -> E
 
 def exported(setup: Setup, bundle: Path) -> Mapping[str, Way]:
     """Our ONNX engine on a bundle that was exported from the same checkpoint, with the same batches."""
-    from service.bundle import open_bundle
+    from service.checkpoints.bundle import open_bundle
     from service.engines.onnx import load_onnx_engine
 
     settings = ModelSettings(device=setup.device, num_threads=setup.num_threads)

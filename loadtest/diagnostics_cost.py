@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import get_args
 
 import numpy as np
+from reward_client.options import DiagnosticsLevel
 from rich.console import Console
 
 from service.assembly import ServedModel, assemble
-from service.dataset import read_rows
+from service.data.rows import read_rows
 from service.errors import StartupError
-from service.records import DiagnosticsLevel, Encoding, Exchange, Item, Message, ScoreRequest
-from service.records import Sequence as TokenSequence
+from service.records import Encoding, Exchange, Item, Message, ScoreRequest, TokenSequence
 from service.settings import read_settings
 
 LEVELS: tuple[DiagnosticsLevel, ...] = get_args(DiagnosticsLevel)

@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from loadtest.workload import Group
-from service.checkpoint import Checkpoint
-from service.dataset import read_rows
+from service.checkpoints.checkpoint import Checkpoint
+from service.data.rows import read_rows
 from service.errors import DatasetError, HttpError
-from service.records import Encoding, Exchange, Item
-from service.records import Sequence as TokenSequence
+from service.records import Encoding, Exchange, Item, TokenSequence
 from service.settings import TokenizationSettings
 from service.tokenization import Tokenization
 

@@ -34,9 +34,9 @@ from loadtest.engine_rounds import Run, run_rounds
 from loadtest.engine_work import Work, read_groups, tokenize
 from loadtest.random_checkpoint import SHAPES, write_random_checkpoint
 from loadtest.workload import WORKLOADS
-from service.checkpoint import Checkpoint, open_checkpoint
-from service.engines.device import resolve_device, resolve_threads
-from service.engines.kernels.library import kernels_for
+from service.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from service.engines.devices.device import resolve_device, resolve_threads
+from service.engines.kernels.bindings import kernels_for
 from service.engines.torch import default_batch_tokens
 from service.errors import DatasetError, StartupError
 from service.settings import ModelSettings
@@ -117,7 +117,7 @@ def _wanted(options: argparse.Namespace) -> dict[str, Contender]:
         "compiled": (options.compile, partial(changed, compile=True)),
         "in order": (options.in_order, in_order),
         "graphs": (options.graphs, partial(changed, cuda_graphs=True)),
-        "merged": (options.merge, partial(changed, merge_prefixes=True)),
+        "merged": (options.merge, partial(changed, cascade_attention=True)),
         "fp8": (options.fp8, partial(changed, quantization="fp8")),
         "int8": (options.int8, partial(changed, quantization="int8")),
     }

@@ -24,10 +24,10 @@ from loadtest.contenders import budget_batches
 from loadtest.engine_work import Work, tokenize
 from loadtest.random_checkpoint import SHAPES, write_random_checkpoint
 from loadtest.workload import WORKLOADS
-from service.bundle import open_bundle
-from service.checkpoint import Checkpoint, open_checkpoint
+from service.checkpoints.bundle import open_bundle
+from service.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from service.engines.base import Engine
-from service.engines.device import resolve_device
+from service.engines.devices.device import resolve_device
 from service.engines.onnx import load_onnx_engine
 from service.engines.torch import load_torch_engine
 from service.errors import StartupError

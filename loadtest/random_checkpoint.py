@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loadtest.workload import draw_groups
-from service.silence import transformers_silenced
+from service.transformers_logging import transformers_silenced
 
 SPECIAL_TOKENS = {"pad_token": "<pad>", "eos_token": "<eos>"}
 

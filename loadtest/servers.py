@@ -58,7 +58,17 @@ def running_baseline(model: Path, dtype: str, log_folder: Path) -> Iterator[Runn
 @contextlib.contextmanager
 def running_service(model: Path, dtype: str, log_folder: Path) -> Iterator[RunningServer]:
     """Run our service on a free port until the block ends."""
-    command = [sys.executable, "-m", "service.server", "--model", str(model), "--dtype", dtype, "--log", os.devnull]
+    command = [
+        sys.executable,
+        "-m",
+        "service.launch.command",
+        "--model",
+        str(model),
+        "--dtype",
+        dtype,
+        "--log",
+        os.devnull,
+    ]
     with _running("ours", command, log_folder) as (url, process):
         yield RunningServer("ours", url, process)
 

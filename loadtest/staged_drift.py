@@ -25,7 +25,7 @@ from rich.progress import track
 from rich.table import Table
 
 from loadtest.console import report_console
-from service.dataset import dataset_files, read_rows
+from service.data.rows import dataset_files, read_rows
 from service.diagnostics.calibration import read_calibration
 from service.diagnostics.monitors.alarms import SIGNALS, stepped, steps_of
 from service.diagnostics.monitors.cusum import Cusum, family_threshold

@@ -10,8 +10,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
+from reward_client.errors import RewardServiceError
+
 from loadtest.rendering import adds_special_tokens, render
-from service.errors import RewardServiceError
 
 
 class UnexpectedAnswer(RewardServiceError):

@@ -21,11 +21,11 @@ from ray.serve.handle import DeploymentHandle
 
 from service.assembly import ServedModel, assemble
 from service.diagnostics.monitors.monitor import MonitorView, merge_views
-from service.journal import Journal
+from service.http.access_log import Journal
+from service.http.routes import OpenRequests, create_routes
+from service.launch.ray_environment import Launch
 from service.metrics import merge_expositions
-from service.routes import OpenRequests, create_routes
 from service.settings import read_settings
-from service.substrate import Launch
 
 APP_NAME = "reward"
 SCRAPE_TIMEOUT_S = 2.0

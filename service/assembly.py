@@ -13,8 +13,10 @@ from importlib.metadata import version as distribution_version
 from pathlib import Path
 from typing import Any
 
-from service.bundle import Bundle, is_bundle, open_bundle, read_manifest
-from service.checkpoint import Checkpoint, locate_checkpoint, model_version, open_checkpoint
+from reward_client.provenance import Origin, read_origin
+
+from service.checkpoints.bundle import Bundle, is_bundle, open_bundle, read_manifest
+from service.checkpoints.checkpoint import Checkpoint, locate_checkpoint, model_version, open_checkpoint
 from service.diagnostics.calibration import Calibration
 from service.diagnostics.diagnosis import Diagnostician
 from service.diagnostics.lookup import Lookup, binding_of, find_calibration, without_calibration
@@ -24,7 +26,6 @@ from service.engines.base import Engine, EngineInfo
 from service.errors import SettingsError
 from service.metrics import Metrics
 from service.pipeline import Pipeline
-from service.provenance import Origin, read_origin
 from service.records import Encoding, ModelIdentity, StateTap
 from service.scorer import Scorer
 from service.settings import ModelSettings, Settings
@@ -112,7 +113,7 @@ def needs_gpu(settings: ModelSettings, folder: Path) -> bool:
     Raises:
         SettingsError: the device that the settings name is not there, or cannot run it.
     """
-    from service.engines.device import resolve_device
+    from service.engines.devices.device import resolve_device
     from service.engines.onnx import resolve_bundle_device
 
     if is_bundle(folder):

@@ -9,16 +9,15 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
-from collections.abc import Sequence as Row
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
+from reward_client.options import DiagnosticsLevel
 
-from service.batching import BatchBudget, bisect
 from service.diagnostics.diagnosis import Diagnostician
 from service.engines.base import Engine, EngineOutput, LaunchingEngine
 from service.errors import (
@@ -30,7 +29,8 @@ from service.errors import (
     OutputMismatch,
     WarmUpFailed,
 )
-from service.records import DiagnosticsLevel, Score, Sequence
+from service.records import Score, TokenSequence
+from service.scheduling.queue import BatchBudget, bisect
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +40,8 @@ class BatchOutcome:
     """What became of a batch: a Score or an error for each sequence, in order, and what that took.
 
     ``shared_tokens``: of each sequence, the tokens that were computed for another one, or by an earlier pass; zero
-    where it has no reward. ``kept_tokens``: the part of them all that earlier passes computed. ``out_of_memory``: some
-    pass did not fit.
+    where it has no reward. ``cached_tokens``: the part of them all that earlier passes computed. ``out_of_memory``:
+    some pass did not fit.
     """
 
     outcomes: tuple[Score | HttpError, ...]
@@ -50,7 +50,7 @@ class BatchOutcome:
     shared_tokens: tuple[int, ...]
     forward_s: float
     diagnose_s: float
-    kept_tokens: int = 0
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ class Pipeline:
         self._clock = clock
         self._last_end = -math.inf
 
-    def run(self, sequences: Row[Sequence], levels: Row[DiagnosticsLevel]) -> BatchOutcome:
+    def run(self, sequences: Sequence[TokenSequence], levels: Sequence[DiagnosticsLevel]) -> BatchOutcome:
         """Score a batch; every sequence gets exactly one outcome, whatever the engine does.
 
         A pass that raises is halved until the sequences that cannot be scored stand alone; their neighbours get their
@@ -116,7 +116,7 @@ class Pipeline:
         """Batches that may be started before the oldest started one is finished; with none each runs in its turn."""
         return int(self.engine.info.launches_ahead)
 
-    def start(self, sequences: Row[Sequence], levels: Row[DiagnosticsLevel]) -> StartedBatch:
+    def start(self, sequences: Sequence[TokenSequence], levels: Sequence[DiagnosticsLevel]) -> StartedBatch:
         """Launch a batch on an engine that launches ahead; elsewhere nothing runs before ``finish``.
 
         Whatever the engine raises is kept, and dealt with by ``finish`` when the batch's turn has come.
@@ -151,10 +151,10 @@ class Pipeline:
             shared_tokens=tuple(batch.passes.shared_tokens),
             forward_s=computed - begin,
             diagnose_s=self._last_end - computed,
-            kept_tokens=batch.passes.kept_tokens,
+            cached_tokens=batch.passes.cached_tokens,
         )
 
-    def _measure(self, outcomes: list[Score | HttpError], passes: _Passes, wanted: Row[bool]) -> None:
+    def _measure(self, outcomes: list[Score | HttpError], passes: _Passes, wanted: Sequence[bool]) -> None:
         """Put what the states say into the Scores that want it."""
         rewards = {place: outcome.reward for place, outcome in enumerate(outcomes) if isinstance(outcome, Score)}
         places = [place for place in rewards if wanted[place] and place in passes.states]
@@ -164,7 +164,7 @@ class Pipeline:
             for place, score in zip(places, measured, strict=True):
                 outcomes[place] = score
 
-    def warm_up(self, budget: BatchBudget, token_ids: Row[int]) -> WarmUp:
+    def warm_up(self, budget: BatchBudget, token_ids: Sequence[int]) -> WarmUp:
         """Run the largest legal batches, so that a lack of memory shows at start and not under load.
 
         A longest sequence must fit alone; where a full budget does not, it is halved until it does.
@@ -198,7 +198,7 @@ class Pipeline:
             num_tokens = sum(sequence.num_tokens for batch in batches for sequence in batch)
             return WarmUp(budget, num_tokens, self._clock() - begin)
 
-    def _warm_up_pass(self, batch: Row[Sequence]) -> None:
+    def _warm_up_pass(self, batch: Sequence[TokenSequence]) -> None:
         size = f"{len(batch)} sequences of {batch[0].num_tokens} tokens"
         try:
             output = self.engine.forward(batch)
@@ -213,7 +213,7 @@ class Pipeline:
 class _Passes:
     """The forward passes over one batch, and what they have found so far."""
 
-    def __init__(self, engine: Engine, sequences: Row[Sequence], *, states: bool) -> None:
+    def __init__(self, engine: Engine, sequences: Sequence[TokenSequence], *, states: bool) -> None:
         self._engine = engine
         self.sequences = sequences
         self._wants_states = states
@@ -223,7 +223,7 @@ class _Passes:
         self.num_forwards = 0
         self.out_of_memory = False
         self.shared_tokens = [0] * len(sequences)
-        self.kept_tokens = 0
+        self.cached_tokens = 0
         self.states: dict[int, NDArray[np.float32]] = {}
 
     @property
@@ -267,7 +267,7 @@ class _Passes:
                 self.states.update(zip(run, output.states, strict=True))
             if output.shared_tokens:
                 self.shared_tokens[run.start : run.stop] = output.shared_tokens
-            self.kept_tokens += output.kept_tokens
+            self.cached_tokens += output.cached_tokens
         else:
             # Nothing tells which reward belongs to whom, so all are thrown away; a retry would trust the same code.
             mismatch = OutputMismatch(f"The engine returned {len(output.rewards)} rewards for {len(run)} sequences.")
@@ -292,7 +292,7 @@ def _raise(error: Exception) -> NoReturn:
     raise error
 
 
-def score_of(reward: float | HttpError, sequence: Sequence) -> Score | HttpError:
+def score_of(reward: float | HttpError, sequence: TokenSequence) -> Score | HttpError:
     """Make a Score of a reward; an error stays what it is.
 
     A reward that is not finite becomes NonFiniteReward: it is never passed on as a number.
@@ -304,7 +304,7 @@ def score_of(reward: float | HttpError, sequence: Sequence) -> Score | HttpError
     return Score(reward)
 
 
-def largest_batches(budget: BatchBudget, max_input_tokens: int, token_ids: Row[int]) -> list[list[Sequence]]:
+def largest_batches(budget: BatchBudget, max_input_tokens: int, token_ids: Sequence[int]) -> list[list[TokenSequence]]:
     """Return the batches that need most: one longest sequence; then a budget full of long ones, and of short ones."""
     long = min(max_input_tokens, budget.max_tokens)
     num_long = min(budget.max_tokens // long, budget.max_sequences)
@@ -314,10 +314,10 @@ def largest_batches(budget: BatchBudget, max_input_tokens: int, token_ids: Row[i
     return [_varied_sequences(count, length, token_ids) for count, length in shapes]
 
 
-def _varied_sequences(count: int, length: int, token_ids: Row[int]) -> list[Sequence]:
+def _varied_sequences(count: int, length: int, token_ids: Sequence[int]) -> list[TokenSequence]:
     # Each round through the ids takes larger steps, so that two rows have at most their first token in common.
     num_ids = len(token_ids)
     return [
-        Sequence(tuple(token_ids[(row + column * (1 + row // num_ids)) % num_ids] for column in range(length)))
+        TokenSequence(tuple(token_ids[(row + column * (1 + row // num_ids)) % num_ids] for column in range(length)))
         for row in range(count)
     ]

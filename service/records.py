@@ -9,9 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-TemplateChoice: TypeAlias = Literal["chat", "concat"]
-Truncation: TypeAlias = Literal["error", "prompt_left"]
-DiagnosticsLevel: TypeAlias = Literal["none", "basic", "full"]
+from reward_client.options import DiagnosticsLevel, TemplateChoice, Truncation
+
 Pooling: TypeAlias = Literal["hf", "last"]
 BatchCost: TypeAlias = Literal["packed", "padded"]
 StatePooling: TypeAlias = Literal["last", "mean"]
@@ -110,7 +109,7 @@ class ScoreRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class Sequence:
+class TokenSequence:
     """A tokenised Item.
 
     ``num_prompt_tokens`` counts the leading tokens that belong to the prompt (template included), after truncation;

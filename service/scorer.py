@@ -14,14 +14,14 @@ import math
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterator
-from collections.abc import Sequence as Row
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, Protocol, TypeAlias, TypeVar
 
-from service.batching import BatchBudget, Entry, Queue, TakenBatch, batch_cost
+from reward_client.options import DiagnosticsLevel
+
 from service.diagnostics.monitors.monitor import Monitors
 from service.diagnostics.text import TextFacts
 from service.errors import (
@@ -37,7 +37,8 @@ from service.errors import (
 )
 from service.metrics import Metrics
 from service.pipeline import BatchOutcome, Pipeline, StartedBatch
-from service.records import DiagnosticsLevel, Encoding, Item, Score, ScoreRequest, Sequence, Timings, Usage
+from service.records import Encoding, Item, Score, ScoreRequest, Timings, TokenSequence, Usage
+from service.scheduling.queue import BatchBudget, Entry, Queue, TakenBatch, batch_cost
 from service.settings import BatchingSettings, LimitSettings
 
 logger = logging.getLogger(__name__)
@@ -70,15 +71,15 @@ class Encoder(Protocol):
     """What the scorer needs of tokenization; safe to call from several threads."""
 
     @property
-    def sample_token_ids(self) -> Row[int]:
+    def sample_token_ids(self) -> Sequence[int]:
         """Ordinary token ids, of which warm-up batches are made."""
         ...
 
-    def encode(self, items: Row[Item], encoding: Encoding) -> Row[Sequence | HttpError]:
+    def encode(self, items: Sequence[Item], encoding: Encoding) -> Sequence[TokenSequence | HttpError]:
         """Return a Sequence or an error for each item, in order."""
         ...
 
-    def estimate_tokens(self, items: Row[Item]) -> int:
+    def estimate_tokens(self, items: Sequence[Item]) -> int:
         """Guess the tokens of the items without tokenizing."""
         ...
 
@@ -103,12 +104,12 @@ class Work:
     ``prefixes``: for each sequence, the key of what it may share. ``places``: for each, the items that it answers.
     """
 
-    sequences: tuple[Sequence, ...]
+    sequences: tuple[TokenSequence, ...]
     prefixes: tuple[Hashable, ...]
     places: tuple[tuple[int, ...], ...]
 
 
-def chunks_of(items: Row[Item]) -> Iterator[list[Item]]:
+def chunks_of(items: Sequence[Item]) -> Iterator[list[Item]]:
     """Cut the items, in order, into lists of about `CHUNK_CHARS` characters; a longer item stands alone or last."""
     chunk: list[Item] = []
     num_chars = 0
@@ -122,15 +123,15 @@ def chunks_of(items: Row[Item]) -> Iterator[list[Item]]:
         yield chunk
 
 
-def plan_work(items: Row[Item], encoded: Row[Sequence | HttpError]) -> Work:
+def plan_work(items: Sequence[Item], encoded: Sequence[TokenSequence | HttpError]) -> Work:
     """Leave out errors and repeated token sequences, and put what shares a beginning side by side.
 
     Equal token ids are computed once, so the same text is bit-identical within a request, whatever the batches are.
     """
-    first: dict[tuple[int, ...], Sequence] = {}
+    first: dict[tuple[int, ...], TokenSequence] = {}
     places: dict[tuple[int, ...], list[int]] = {}
     for place, sequence in enumerate(encoded):
-        if isinstance(sequence, Sequence):
+        if isinstance(sequence, TokenSequence):
             first.setdefault(sequence.token_ids, sequence)
             places.setdefault(sequence.token_ids, []).append(place)
     distinct = sorted(first)
@@ -141,7 +142,7 @@ def plan_work(items: Row[Item], encoded: Row[Sequence | HttpError]) -> Work:
     )
 
 
-def prefix_key(item: Item, sequence: Sequence) -> Hashable:
+def prefix_key(item: Item, sequence: TokenSequence) -> Hashable:
     """Return a key that is equal for sequences of one prompt, in this request and in others.
 
     It is a hash, which may collide: it only decides who travels together. What is shared is decided on token ids.
@@ -160,14 +161,16 @@ class _Pending:
     """
 
     def __init__(
-        self, level: DiagnosticsLevel, encoded: Row[Sequence | HttpError], work: Work, queued_at: float
+        self, level: DiagnosticsLevel, encoded: Sequence[TokenSequence | HttpError], work: Work, queued_at: float
     ) -> None:
         self.level = level
         self.encoded = encoded
         self.work = work
         self.answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._queued_at = queued_at
-        self._outcomes: list[Outcome | None] = [None if isinstance(entry, Sequence) else entry for entry in encoded]
+        self._outcomes: list[Outcome | None] = [
+            None if isinstance(entry, TokenSequence) else entry for entry in encoded
+        ]
         self._num_waiting = len(work.sequences)
         self._shared_tokens = 0
         self._queue_s = 0.0
@@ -215,12 +218,12 @@ class _Pending:
         same_border = twin.num_prompt_tokens == entry.sequence.num_prompt_tokens
         return outcome if same_border else Score(outcome.reward)
 
-    def _usage(self, outcomes: Row[Outcome]) -> Usage:
-        sequences = [sequence for sequence in self.encoded if isinstance(sequence, Sequence)]
+    def _usage(self, outcomes: Sequence[Outcome]) -> Usage:
+        sequences = [sequence for sequence in self.encoded if isinstance(sequence, TokenSequence)]
         scored = [
             sequence.num_tokens
             for sequence, outcome in zip(self.encoded, outcomes, strict=True)
-            if isinstance(sequence, Sequence) and isinstance(outcome, Score)
+            if isinstance(sequence, TokenSequence) and isinstance(outcome, Score)
         ]
         repeated = sum(
             (len(places) - 1) * sequence.num_tokens
@@ -236,14 +239,14 @@ class _Pending:
 
 
 @dataclass(frozen=True, slots=True)
-class _Flight:
+class _InFlightBatch:
     """A batch that was started and not yet answered. ``started`` is None where the start itself failed.
 
     ``budget``: under which it was taken. ``begin``: when, in seconds of the clock.
     """
 
     entries: tuple[Entry, ...]
-    owners: Row[_Pending]
+    owners: Sequence[_Pending]
     started: StartedBatch | None
     budget: BatchBudget
     begin: float
@@ -469,7 +472,7 @@ class Scorer:
             self._monitors.observe_request(request, encoded, scored.outcomes)
         return scored
 
-    def _read_texts(self, request: ScoreRequest, encoded: Row[Sequence | HttpError]) -> list[_TextReading]:
+    def _read_texts(self, request: ScoreRequest, encoded: Sequence[TokenSequence | HttpError]) -> list[_TextReading]:
         """Start to read the texts in the tokenizer's threads; the forward pass runs meanwhile."""
         if request.diagnostics == "none" or self._stopped:
             return []
@@ -484,9 +487,9 @@ class Scorer:
     async def _complete(
         self,
         request: ScoreRequest,
-        encoded: Row[Sequence | HttpError],
+        encoded: Sequence[TokenSequence | HttpError],
         outcomes: tuple[Outcome, ...],
-        readings: Row[_TextReading],
+        readings: Sequence[_TextReading],
     ) -> tuple[Outcome, ...]:
         texts = [text for reading in readings for text in await reading] or [None] * len(outcomes)
         complete = partial(
@@ -496,9 +499,9 @@ class Scorer:
             return tuple(complete())
         return tuple(await asyncio.get_running_loop().run_in_executor(self._threads, complete))
 
-    async def _encode(self, request: ScoreRequest) -> tuple[list[Sequence | HttpError], Work]:
+    async def _encode(self, request: ScoreRequest) -> tuple[list[TokenSequence | HttpError], Work]:
         loop = asyncio.get_running_loop()
-        encoded: list[Sequence | HttpError] = []
+        encoded: list[TokenSequence | HttpError] = []
         for chunk in chunks_of(request.items):
             self._refuse_if_stopped()
             encoded += await self._start(chunk, self._encoder.encode, chunk, request.encoding)
@@ -507,7 +510,7 @@ class Scorer:
         self._refuse_if_stopped()
         return encoded, await loop.run_in_executor(self._threads, plan_work, request.items, encoded)
 
-    def _start(self, chunk: Row[Item], work: Callable[..., _Made], *args: object) -> asyncio.Future[_Made]:
+    def _start(self, chunk: Sequence[Item], work: Callable[..., _Made], *args: object) -> asyncio.Future[_Made]:
         """Start work on a chunk in a tokenizer thread, or have it done at once where the thread would take longer."""
         loop = asyncio.get_running_loop()
         if len(chunk) <= FEW_ITEMS and sum(item.content.num_chars for item in chunk) <= FEW_CHARS:
@@ -544,13 +547,13 @@ class Scorer:
 
     def _serve(self) -> None:
         """Take batches while there are any; where the engine launches ahead, the next before the last is waited for."""
-        flights: deque[_Flight] = deque()
-        while (taken := self._next_batch(wait=not flights)) or flights:
+        in_flight: deque[_InFlightBatch] = deque()
+        while (taken := self._next_batch(wait=not in_flight)) or in_flight:
             if taken:
-                flight = self._take_off(*taken)
-                flights += [flight] if flight else []
-            if flights and (not taken or len(flights) > self._pipeline.passes_ahead):
-                self._land(flights)
+                batch = self._dispatch(*taken)
+                in_flight += [batch] if batch else []
+            if in_flight and (not taken or len(in_flight) > self._pipeline.passes_ahead):
+                self._complete_oldest(in_flight)
 
     def _warm_up(self) -> None:
         warm_up = self._pipeline.warm_up(self._budget, self._encoder.sample_token_ids)
@@ -565,7 +568,7 @@ class Scorer:
         """
         with self._work_waits:
             while not self._stopped:
-                taken = self._queue.take_batch(self._clock(), self._budget, self._pipeline.engine.num_kept)
+                taken = self._queue.take_batch(self._clock(), self._budget, self._pipeline.engine.num_cached_tokens)
                 if taken.entries or taken.expired:
                     return taken, [self._pending[entry.request] for entry in (*taken.entries, *taken.expired)]
                 if not wait:
@@ -573,7 +576,7 @@ class Scorer:
                 self._work_waits.wait()
         return None
 
-    def _take_off(self, taken: TakenBatch, owners: Row[_Pending]) -> _Flight | None:
+    def _dispatch(self, taken: TakenBatch, owners: Sequence[_Pending]) -> _InFlightBatch | None:
         """Start a batch; None where all that was taken had expired."""
         num_computed = len(taken.entries)
         if taken.expired:
@@ -585,29 +588,29 @@ class Scorer:
         sequences = [entry.sequence for entry in taken.entries]
         levels = [owner.level for owner in owners[:num_computed]]
         started = self._guarded(num_computed, partial(self._pipeline.start, sequences, levels))
-        return _Flight(taken.entries, owners[:num_computed], started, self._budget, begin)
+        return _InFlightBatch(taken.entries, owners[:num_computed], started, self._budget, begin)
 
-    def _land(self, flights: deque[_Flight]) -> None:
+    def _complete_oldest(self, in_flight: deque[_InFlightBatch]) -> None:
         """Wait for the oldest batch and hand its outcome to the event loop."""
-        flight = flights.popleft()
-        num_sequences = len(flight.entries)
+        batch = in_flight.popleft()
+        num_sequences = len(batch.entries)
         outcome: BatchOutcome | None = None
-        if flight.started is not None:
-            outcome = self._guarded(num_sequences, partial(self._pipeline.finish, flight.started))
+        if batch.started is not None:
+            outcome = self._guarded(num_sequences, partial(self._pipeline.finish, batch.started))
         if outcome is None:
             outcome = _failed_outcome(num_sequences)
         end = self._clock()
-        busy_s = end - max(flight.begin, self._busy_until)
+        busy_s = end - max(batch.begin, self._busy_until)
         self._busy_until = end
-        self._busy_since = end if flights else None
-        lengths = [entry.num_tokens for entry in flight.entries]
+        self._busy_since = end if in_flight else None
+        lengths = [entry.num_tokens for entry in batch.entries]
         with self._work_waits:
             self._queue.record_throughput(sum(lengths), busy_s)
         # A batch that was taken before the budget shrank says nothing about the new one.
-        if outcome.out_of_memory and num_sequences > 1 and flight.budget == self._budget:
+        if outcome.out_of_memory and num_sequences > 1 and batch.budget == self._budget:
             self._set_budget(self._budget.halved())
         self._observe_batch(lengths, outcome)
-        self._call_loop(self._resolve, flight.entries, flight.owners, outcome, flight.begin, end - flight.begin)
+        self._call_loop(self._resolve, batch.entries, batch.owners, outcome, batch.begin, end - batch.begin)
 
     def _guarded(self, num_sequences: int, step: Callable[[], _Made]) -> _Made | None:
         """Return what a step of the pipeline returns; None where it failed outside of what it guards itself."""
@@ -641,7 +644,7 @@ class Scorer:
             self._started.set_result(None)
 
     def _resolve(
-        self, entries: Row[Entry], owners: Row[_Pending], outcome: BatchOutcome, begin: float, engine_s: float
+        self, entries: Sequence[Entry], owners: Sequence[_Pending], outcome: BatchOutcome, begin: float, engine_s: float
     ) -> None:
         for owner in dict.fromkeys(owners):
             owner.note_batch(begin, engine_s)
@@ -650,7 +653,7 @@ class Scorer:
         ):
             owner.settle(entry, its_outcome, shared)
 
-    def _expire(self, owners: Row[_Pending]) -> None:
+    def _expire(self, owners: Sequence[_Pending]) -> None:
         for owner in owners:
             owner.fail(DeadlineExceeded("The deadline passed in the queue."))
 
@@ -680,7 +683,7 @@ class Scorer:
     def _count(self, num_items: int, outcome: str) -> None:
         self._metrics.items.labels(outcome=outcome).inc(num_items)
 
-    def _observe(self, scored: ScoredRequest, encoded: Row[Sequence | HttpError]) -> None:
+    def _observe(self, scored: ScoredRequest, encoded: Sequence[TokenSequence | HttpError]) -> None:
         metrics = self._metrics
         metrics.stage_duration.labels(stage="tokenize").observe(scored.timings.tokenize_s)
         metrics.stage_duration.labels(stage="queue").observe(scored.timings.queue_s)
@@ -688,12 +691,12 @@ class Scorer:
         for label, num_items in labels.items():
             self._count(num_items, label)
         for outcome, sequence in zip(scored.outcomes, encoded, strict=True):
-            if isinstance(outcome, Score) and isinstance(sequence, Sequence):
+            if isinstance(outcome, Score) and isinstance(sequence, TokenSequence):
                 metrics.reward.observe(outcome.reward)
                 if sequence.num_completion_tokens is not None:
                     metrics.completion_length.observe(sequence.num_completion_tokens)
 
-    def _observe_batch(self, lengths: Row[int], outcome: BatchOutcome) -> None:
+    def _observe_batch(self, lengths: Sequence[int], outcome: BatchOutcome) -> None:
         metrics = self._metrics
         real = sum(lengths)
         metrics.batch_items.observe(len(lengths))
@@ -703,12 +706,12 @@ class Scorer:
         metrics.tokens.labels(kind="real").inc(real)
         metrics.tokens.labels(kind="padding").inc(batch_cost(lengths, self._budget.cost) - real)
         metrics.tokens.labels(kind="shared").inc(sum(outcome.shared_tokens))
-        metrics.tokens.labels(kind="kept").inc(outcome.kept_tokens)
+        metrics.tokens.labels(kind="cached").inc(outcome.cached_tokens)
         metrics.stage_duration.labels(stage="forward").observe(outcome.forward_s)
         metrics.stage_duration.labels(stage="diagnose").observe(outcome.diagnose_s)
 
 
-def outcome_label(outcome: Outcome, sequence: Sequence | HttpError) -> str:
+def outcome_label(outcome: Outcome, sequence: TokenSequence | HttpError) -> str:
     """Name an item's outcome as ``rm_items_total`` does; an item that was not tokenized has its error twice."""
     if isinstance(outcome, NonFiniteReward):
         return "non_finite"
@@ -716,4 +719,4 @@ def outcome_label(outcome: Outcome, sequence: Sequence | HttpError) -> str:
         return "invalid"
     if isinstance(outcome, HttpError):
         return "error"
-    return "truncated" if isinstance(sequence, Sequence) and sequence.truncated else "ok"
+    return "truncated" if isinstance(sequence, TokenSequence) and sequence.truncated else "ok"

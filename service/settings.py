@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from reward_client.options import DiagnosticsLevel, TemplateChoice, Truncation
 
 from service.errors import SettingsError
-from service.records import DiagnosticsLevel, Pooling, TemplateChoice, Truncation
+from service.records import Pooling
 
 
 class Section(BaseModel):
@@ -66,7 +67,7 @@ class ModelSettings(Section):
         description="torch engine: linear layers multiply in 8 bits, which changes rewards. int8: on CPUs with AVX-512 "
         "VNNI, on our kernels. fp8: on GPUs from compute capability 8.9 on, with torchao; awaits measurement.",
     )
-    merge_prefixes: bool = Field(
+    cascade_attention: bool = Field(
         False,
         description="torch engine on CUDA: attend to a shared beginning once for all that share it, merged with each "
         "one's own part; otherwise its keys are gathered for each. Awaits measurement.",

@@ -12,11 +12,13 @@ It holds no state that a call changes, so several threads may encode at once.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence as Row
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from math import ceil
 from typing import Any, assert_never
+
+from reward_client.options import TemplateChoice, Truncation
 
 from service.errors import CheckpointError, HttpError, InvalidRequest, SequenceTooLong, SettingsError
 from service.records import (
@@ -24,11 +26,9 @@ from service.records import (
     Exchange,
     Item,
     Message,
-    Sequence,
-    TemplateChoice,
     TemplatedText,
     TokenIds,
-    Truncation,
+    TokenSequence,
 )
 from service.settings import TokenizationSettings
 
@@ -87,7 +87,7 @@ class Tokenization:
         """Tell how a plain-string prompt is rendered under this encoding, for the answer to echo."""
         return encoding.template or self._default_template
 
-    def encode(self, items: Row[Item], encoding: Encoding) -> list[Sequence | HttpError]:
+    def encode(self, items: Sequence[Item], encoding: Encoding) -> list[TokenSequence | HttpError]:
         """Tokenize the items in one call of the tokenizer; in place of an item that cannot be encoded stands its error.
 
         An Exchange whose prompt is a string becomes a user turn and an assistant turn of the chat template, or under
@@ -111,7 +111,7 @@ class Tokenization:
         prepared = [self._prepare(item, encoding, prompts) for item in items]
         texts = [entry.text for entry in prepared if isinstance(entry, _Text)]
         encoded = iter(self._encode_texts(texts))
-        outcomes: list[Sequence | HttpError] = []
+        outcomes: list[TokenSequence | HttpError] = []
         for entry in prepared:
             match entry:
                 case _Text():
@@ -127,7 +127,7 @@ class Tokenization:
             return [self._backend.encode(texts[0], add_special_tokens=False)]
         return list(self._backend.encode_batch(texts, add_special_tokens=False))
 
-    def estimate_tokens(self, items: Row[Item]) -> int:
+    def estimate_tokens(self, items: Sequence[Item]) -> int:
         """Guess the tokens of the items from their characters, without tokenizing; at least one per item.
 
         Admission counts with it: to tokenize first would let an overload cost what it should not. Token ids are exact.
@@ -177,7 +177,7 @@ class Tokenization:
         conversation = [{"role": message.role, "content": message.content} for message in messages]
         return str(self._tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=open_ended))
 
-    def _sequence(self, text: _Text, encoded: Any) -> Sequence:
+    def _sequence(self, text: _Text, encoded: Any) -> TokenSequence:
         ids = tuple(encoded.ids)
         num_prompt_tokens = None if text.prompt_chars is None else _tokens_before(text.prompt_chars, encoded)
         if text.wrapped and ids[: len(self._prefix)] != self._prefix:
@@ -186,9 +186,9 @@ class Tokenization:
                 num_prompt_tokens += len(self._prefix)
         if text.wrapped and self._suffix and ids[-len(self._suffix) :] != self._suffix:
             ids += self._suffix
-        return Sequence(ids, num_prompt_tokens, completion_chars=text.completion_chars)
+        return TokenSequence(ids, num_prompt_tokens, completion_chars=text.completion_chars)
 
-    def _fit(self, sequence: Sequence, truncation: Truncation) -> Sequence | HttpError:
+    def _fit(self, sequence: TokenSequence, truncation: Truncation) -> TokenSequence | HttpError:
         ids, limit = sequence.token_ids, self._max_input_tokens
         if not ids:
             return InvalidRequest("The item has no tokens.")
@@ -211,14 +211,14 @@ class Tokenization:
             num_dropped=excess,
         )
 
-    def _check_ids(self, content: TokenIds) -> Sequence | HttpError:
+    def _check_ids(self, content: TokenIds) -> TokenSequence | HttpError:
         ids = content.ids
         if not ids:
             return InvalidRequest("The item has no tokens.")
         if min(ids) < 0 or max(ids) >= self._vocab_size:
             place = next(place for place, token_id in enumerate(ids) if not 0 <= token_id < self._vocab_size)
             return InvalidRequest(f"The token id at place {place} is not in the vocabulary of {self._vocab_size:,}.")
-        return Sequence(ids) if len(ids) <= self._max_input_tokens else _too_long(len(ids), self._max_input_tokens)
+        return TokenSequence(ids) if len(ids) <= self._max_input_tokens else _too_long(len(ids), self._max_input_tokens)
 
     def _encode_sample(self) -> tuple[int, ...]:
         prepared = self._prepare(SAMPLE, Encoding(), {})

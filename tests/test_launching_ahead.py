@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
-from collections.abc import Sequence as Row
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from itertools import count
 
@@ -25,7 +24,7 @@ from service.errors import (
 )
 from service.metrics import Metrics
 from service.pipeline import Pipeline
-from service.records import Encoding, Exchange, Item, Score, ScoreRequest, Sequence
+from service.records import Encoding, Exchange, Item, Score, ScoreRequest, TokenSequence
 from service.scorer import ScoredRequest, Scorer
 from service.settings import BatchingSettings, LimitSettings, TokenizationSettings
 from service.tokenization import Tokenization
@@ -86,7 +85,7 @@ async def until(condition: Callable[[], bool]) -> None:
     pytest.fail("what the test waits for did not come")
 
 
-async def asked_of(scorer: Scorer, engine: LaunchingOracle, *loads: Row[str]) -> list[asyncio.Task[ScoredRequest]]:
+async def asked_of(scorer: Scorer, engine: LaunchingOracle, *loads: Sequence[str]) -> list[asyncio.Task[ScoredRequest]]:
     """Send requests, and let the engine go on when all of them wait; what it launches then does not end yet."""
     engine.gate.clear()
     engine.door.clear()
@@ -96,10 +95,10 @@ async def asked_of(scorer: Scorer, engine: LaunchingOracle, *loads: Row[str]) ->
     return tasks
 
 
-def raising(error: BaseException, *, more_than: int = 0) -> Callable[[Row[Sequence]], None]:
+def raising(error: BaseException, *, more_than: int = 0) -> Callable[[Sequence[TokenSequence]], None]:
     """Return a fault of batches that hold the bad token and more sequences than so many."""
 
-    def fault(sequences: Row[Sequence]) -> None:
+    def fault(sequences: Sequence[TokenSequence]) -> None:
         if len(sequences) > more_than and any(BAD in sequence.token_ids for sequence in sequences):
             raise error
 
@@ -113,8 +112,8 @@ def raising(error: BaseException, *, more_than: int = 0) -> Callable[[Row[Sequen
 @pytest.mark.parametrize("error", [RuntimeError("device-side assert"), EngineOutOfMemory("no room")], ids=type)
 def test_what_fails_late_is_halved_like_what_fails_at_once(where: str, error: Exception) -> None:
     """Wherever a launched batch raises, the poison stands alone in the end and its neighbours get their rewards."""
-    sequences = [Sequence((60 + place, 9)) for place in range(16)]
-    sequences[5] = Sequence((BAD, 9))
+    sequences = [TokenSequence((60 + place, 9)) for place in range(16)]
+    sequences[5] = TokenSequence((BAD, 9))
     pipeline = Pipeline(LaunchingOracle(**{where: raising(error)}))
 
     outcome = pipeline.finish(pipeline.start(sequences, ["none"] * 16))
@@ -127,7 +126,7 @@ def test_what_fails_late_is_halved_like_what_fails_at_once(where: str, error: Ex
 
 def test_two_started_batches_keep_their_own_rewards() -> None:
     """A batch that is started before the one before it is finished gets the rewards of its own sequences."""
-    first, second = [[Sequence((60 + place, start)) for place in range(4)] for start in (1, 2)]
+    first, second = [[TokenSequence((60 + place, start)) for place in range(4)] for start in (1, 2)]
     pipeline = Pipeline(LaunchingOracle())
 
     started = [pipeline.start(batch, ["none"] * 4) for batch in (first, second)]
@@ -141,7 +140,7 @@ def test_overlapping_time_counts_once() -> None:
     """The forward time of a batch in flight begins where the one before it ended, so that sums are wall time."""
     ticks = count()
     pipeline = Pipeline(LaunchingOracle(), clock=lambda: float(next(ticks)))
-    first, second = (pipeline.start([Sequence((9,))], ["none"]) for _ in range(2))
+    first, second = (pipeline.start([TokenSequence((9,))], ["none"]) for _ in range(2))
 
     outcomes = [pipeline.finish(batch) for batch in (first, second)]
 
@@ -163,7 +162,7 @@ def test_an_engine_that_computes_in_order_is_not_started_early() -> None:
     pipeline = Pipeline(engine)
     assert pipeline.passes_ahead == 0
 
-    batch = pipeline.start([Sequence((9,))], ["none"])
+    batch = pipeline.start([TokenSequence((9,))], ["none"])
     assert engine.num_passes == 0
     pipeline.finish(batch)
 
@@ -174,7 +173,7 @@ def test_an_engine_that_computes_in_order_is_not_started_early() -> None:
 def test_a_lost_device_is_not_bisected(where: str) -> None:
     """Where the device is lost no smaller batch helps: the error goes to the thread's owner."""
     pipeline = Pipeline(LaunchingOracle(**{where: raising(EngineUnavailable("lost"))}))
-    batch = pipeline.start([Sequence((BAD,)), Sequence((9,))], ["none"] * 2)
+    batch = pipeline.start([TokenSequence((BAD,)), TokenSequence((9,))], ["none"] * 2)
 
     with pytest.raises(EngineUnavailable):
         pipeline.finish(batch)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from collections.abc import Sequence as Row
+from collections.abc import Callable, Sequence
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reward_client.options import DiagnosticsLevel
 
-from service.batching import BatchBudget
 from service.engines.base import EngineInfo, EngineOutput
 from service.engines.oracle import OracleEngine, OracleFaults, oracle_reward
 from service.errors import EngineFailed, EngineOutOfMemory, HttpError, NonFiniteReward, OutputMismatch, WarmUpFailed
 from service.pipeline import Pipeline
-from service.records import DiagnosticsLevel, Score, Sequence
+from service.records import Score, TokenSequence
+from service.scheduling.queue import BatchBudget
 
 POISON, NAN, INFINITY = 1, 2, 3
 
@@ -25,20 +25,20 @@ class ScriptedEngine:
 
     def __init__(
         self,
-        script: Callable[[Row[Sequence], list[float]], list[float]] = lambda _, rewards: rewards,
+        script: Callable[[Sequence[TokenSequence], list[float]], list[float]] = lambda _, rewards: rewards,
         *,
         max_input_tokens: int = 64,
         faults: OracleFaults | None = None,
     ) -> None:
         self._oracle = OracleEngine(max_input_tokens=max_input_tokens, faults=faults)
         self._script = script
-        self.batches: list[list[Sequence]] = []
+        self.batches: list[list[TokenSequence]] = []
 
     @property
     def info(self) -> EngineInfo:
         return self._oracle.info
 
-    def forward(self, sequences: Row[Sequence], *, states: bool = False) -> EngineOutput:
+    def forward(self, sequences: Sequence[TokenSequence], *, states: bool = False) -> EngineOutput:
         self.batches.append(list(sequences))
         rewards = self._script(sequences, list(self._oracle.forward(sequences).rewards))
         return EngineOutput(rewards, shared_tokens=[1] * len(sequences))
@@ -47,15 +47,15 @@ class ScriptedEngine:
         pass
 
 
-def distinct(count: int, length: int = 4) -> list[Sequence]:
-    return [Sequence((100 + place, *range(100, 99 + length))) for place in range(count)]
+def distinct(count: int, length: int = 4) -> list[TokenSequence]:
+    return [TokenSequence((100 + place, *range(100, 99 + length))) for place in range(count)]
 
 
-def levels(sequences: Row[Sequence], level: DiagnosticsLevel = "none") -> list[DiagnosticsLevel]:
+def levels(sequences: Sequence[TokenSequence], level: DiagnosticsLevel = "none") -> list[DiagnosticsLevel]:
     return [level] * len(sequences)
 
 
-def expected(sequence: Sequence) -> Score:
+def expected(sequence: TokenSequence) -> Score:
     return Score(oracle_reward(sequence.token_ids))
 
 
@@ -71,7 +71,7 @@ def test_rewards_come_in_the_order_of_the_sequences() -> None:
 
 def test_states_are_read_only_where_somebody_wants_them() -> None:
     """Without a calibration no level asks the engine for states, and no level changes the reward."""
-    sequences = [Sequence((5, 6, 7), num_prompt_tokens=2)] * 3
+    sequences = [TokenSequence((5, 6, 7), num_prompt_tokens=2)] * 3
     engine = ScriptedEngine()
 
     outcome = Pipeline(engine).run(sequences, ["none", "basic", "full"])
@@ -85,7 +85,7 @@ def test_states_are_read_only_where_somebody_wants_them() -> None:
 def test_one_poison_in_256_fails_alone(position: int) -> None:
     """255 neighbours get their rewards, the poison its error, and it takes 17 passes at most."""
     sequences = distinct(256)
-    sequences[position] = Sequence((POISON, 3))
+    sequences[position] = TokenSequence((POISON, 3))
     engine = ScriptedEngine(faults=OracleFaults(raise_on=POISON))
 
     outcome = Pipeline(engine).run(sequences, levels(sequences))
@@ -104,7 +104,7 @@ def test_one_poison_in_256_fails_alone(position: int) -> None:
 def test_every_sequence_gets_the_outcome_it_deserves(kinds: list[str]) -> None:
     """Whatever mix of poison, NaN and good sequences shares a batch, none touches its neighbours."""
     first_id = {"good": 9, "poison": POISON, "nan": NAN, "infinity": INFINITY}
-    sequences = [Sequence((first_id[kind], 100 + place)) for place, kind in enumerate(kinds)]
+    sequences = [TokenSequence((first_id[kind], 100 + place)) for place, kind in enumerate(kinds)]
     engine = ScriptedEngine(faults=OracleFaults(raise_on=POISON, nan_on=NAN, infinity_on=INFINITY))
 
     outcomes = Pipeline(engine).run(sequences, levels(sequences)).outcomes
@@ -128,7 +128,7 @@ def test_out_of_memory_halves_the_batch() -> None:
 
 def test_sequence_without_room_even_alone_fails_alone() -> None:
     """Where one sequence is too much for the device, the others still get their rewards."""
-    sequences = [*distinct(3, length=4), Sequence(tuple(range(200, 220)))]
+    sequences = [*distinct(3, length=4), TokenSequence(tuple(range(200, 220)))]
 
     outcome = Pipeline(ScriptedEngine(faults=OracleFaults(memory_tokens=10))).run(sequences, levels(sequences))
 
@@ -140,7 +140,7 @@ def test_sequence_without_room_even_alone_fails_alone() -> None:
     [lambda _, rewards: rewards[:-1], lambda _, rewards: [*rewards, 0.0], lambda *_: []],
     ids=["loses-a-row", "one-too-many", "empty"],
 )
-def test_wrong_count_is_nobodys_reward(script: Callable[[Row[Sequence], list[float]], list[float]]) -> None:
+def test_wrong_count_is_nobodys_reward(script: Callable[[Sequence[TokenSequence], list[float]], list[float]]) -> None:
     """Rewards that cannot be told apart are thrown away: no sequence gets a number that may be its neighbour's."""
     sequences = distinct(4)
 
@@ -162,7 +162,7 @@ def test_death_of_the_process_is_not_swallowed() -> None:
 def test_failed_pass_is_logged_without_ids(caplog: pytest.LogCaptureFixture) -> None:
     """The log says how many sequences failed, and shows nothing of what they held."""
     with caplog.at_level(logging.WARNING):
-        Pipeline(ScriptedEngine(faults=OracleFaults(raise_on=POISON))).run([Sequence((POISON, 98765))], ["none"])
+        Pipeline(ScriptedEngine(faults=OracleFaults(raise_on=POISON))).run([TokenSequence((POISON, 98765))], ["none"])
 
     assert "1 of 1 sequences cannot be scored" in caplog.text
     assert "98765" not in caplog.text
@@ -170,7 +170,7 @@ def test_failed_pass_is_logged_without_ids(caplog: pytest.LogCaptureFixture) -> 
 
 def test_failed_pass_is_logged_once_a_batch(caplog: pytest.LogCaptureFixture) -> None:
     """Bisection of a poisoned batch leaves one traceback in the log, not one for each of its passes."""
-    sequences = [*distinct(63), Sequence((POISON,))]
+    sequences = [*distinct(63), TokenSequence((POISON,))]
     with caplog.at_level(logging.WARNING):
         Pipeline(ScriptedEngine(faults=OracleFaults(raise_on=POISON))).run(sequences, levels(sequences))
 
@@ -181,7 +181,7 @@ def test_errors_keep_nothing_of_the_pass_alive() -> None:
     """An error in an outcome holds no traceback, whose frames would hold the tensors of the failed pass."""
     engine = ScriptedEngine(faults=OracleFaults(raise_on=POISON, memory_tokens=2))
 
-    outcomes = Pipeline(engine).run([Sequence((POISON,)), Sequence((9, 9, 9))], ["none"] * 2).outcomes
+    outcomes = Pipeline(engine).run([TokenSequence((POISON,)), TokenSequence((9, 9, 9))], ["none"] * 2).outcomes
 
     assert [type(error) for error in outcomes] == [EngineFailed, EngineOutOfMemory]
     for error in outcomes:
@@ -251,6 +251,6 @@ def test_errors_are_ours() -> None:
     """Every error in an outcome can cross HTTP."""
     engine = ScriptedEngine(faults=OracleFaults(raise_on=POISON, nan_on=NAN))
 
-    outcomes = Pipeline(engine).run([Sequence((POISON,)), Sequence((NAN,))], ["none"] * 2).outcomes
+    outcomes = Pipeline(engine).run([TokenSequence((POISON,)), TokenSequence((NAN,))], ["none"] * 2).outcomes
 
     assert all(isinstance(outcome, HttpError) for outcome in outcomes)

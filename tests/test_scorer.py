@@ -6,13 +6,13 @@ import asyncio
 import random
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
-from collections.abc import Sequence as Row
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from itertools import count
 
 import pytest
+from reward_client.options import DiagnosticsLevel
 
 from service.engines.base import EngineOutput
 from service.engines.oracle import (
@@ -40,7 +40,7 @@ from service.errors import (
 )
 from service.metrics import Metrics
 from service.pipeline import Pipeline
-from service.records import DiagnosticsLevel, Encoding, Exchange, Item, Score, ScoreRequest, Sequence, TokenIds
+from service.records import Encoding, Exchange, Item, Score, ScoreRequest, TokenIds, TokenSequence
 from service.scorer import CHUNK_CHARS, ScoredRequest, Scorer, chunks_of, plan_work
 from service.settings import BatchingSettings, LimitSettings, TokenizationSettings
 from service.tokenization import Tokenization
@@ -66,7 +66,7 @@ class GatedEngine(OracleEngine):
         self.closed = False
         self.batches: list[list[str]] = []
 
-    def forward(self, sequences: Row[Sequence], *, states: bool = False) -> EngineOutput:
+    def forward(self, sequences: Sequence[TokenSequence], *, states: bool = False) -> EngineOutput:
         self.entered.set()
         assert self.gate.wait(timeout=30)
         self.batches.append([bytes(sequence.token_ids).decode() for sequence in sequences])
@@ -193,10 +193,10 @@ async def test_repeated_items_are_computed_once(tokenization: Tokenization) -> N
 class SharingEngine(GatedEngine):
     """The oracle, which says of every sequence but the first that it shared the prompt, three tokens of it kept."""
 
-    def forward(self, sequences: Row[Sequence], *, states: bool = False) -> EngineOutput:
+    def forward(self, sequences: Sequence[TokenSequence], *, states: bool = False) -> EngineOutput:
         output = super().forward(sequences, states=states)
         num_sharing = len(sequences) - 1
-        return replace(output, shared_tokens=[0, *[len(PROMPT)] * num_sharing], kept_tokens=3 * num_sharing)
+        return replace(output, shared_tokens=[0, *[len(PROMPT)] * num_sharing], cached_tokens=3 * num_sharing)
 
 
 async def test_shared_tokens_are_counted_for_whom_they_were_saved(tokenization: Tokenization) -> None:
@@ -229,7 +229,7 @@ async def test_shared_tokens_are_counted_for_whom_they_were_saved(tokenization: 
 class RememberingEngine(GatedEngine):
     """The oracle, which says that it has kept all but the last token of everything."""
 
-    def num_kept(self, sequence: Sequence) -> int:
+    def num_cached_tokens(self, sequence: TokenSequence) -> int:
         return sequence.num_tokens - 1
 
 
@@ -311,7 +311,7 @@ class SickEngine(OracleEngine):
         self.cured = threading.Event()
         self.cured.set()
 
-    def forward(self, sequences: Row[Sequence], *, states: bool = False) -> EngineOutput:
+    def forward(self, sequences: Sequence[TokenSequence], *, states: bool = False) -> EngineOutput:
         output = super().forward(sequences)
         return output if self.cured.is_set() else self.sicken(output)
 
@@ -668,7 +668,7 @@ def test_chunks_hold_all_items_in_order(length: int) -> None:
 
 def test_plan_keeps_prompts_together_and_each_sequence_once() -> None:
     """Work holds each distinct sequence once, with all its places, and one key per prompt."""
-    encoded = [Sequence((ord(prompt), ord(answer)), num_prompt_tokens=1) for prompt in "pq" for answer in "aba"]
+    encoded = [TokenSequence((ord(prompt), ord(answer)), num_prompt_tokens=1) for prompt in "pq" for answer in "aba"]
 
     work = plan_work(ITEMS, encoded)
 
@@ -681,6 +681,6 @@ def test_plan_keeps_prompts_together_and_each_sequence_once() -> None:
 
 def test_plan_leaves_errors_out() -> None:
     """An item that was not encoded asks nothing of the engine."""
-    encoded = [SequenceTooLong("too long")] * 5 + [Sequence((1, 2))]
+    encoded = [SequenceTooLong("too long")] * 5 + [TokenSequence((1, 2))]
 
     assert plan_work(ITEMS, encoded).places == ((5,),)

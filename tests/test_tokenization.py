@@ -12,7 +12,7 @@ from tiny_models import BOS, DECODER_FAMILIES, EOS, FAMILIES_WITH_BOS, SENTENCES
 from tokenizers import processors
 
 from service.errors import CheckpointError, InvalidRequest, SequenceTooLong, SettingsError
-from service.records import Encoding, Exchange, Item, Message, Sequence, TemplatedText, TokenIds
+from service.records import Encoding, Exchange, Item, Message, TemplatedText, TokenIds, TokenSequence
 from service.settings import TokenizationSettings
 from service.tokenization import SAMPLE_COMPLETION, SAMPLE_PROMPT, Tokenization
 
@@ -37,9 +37,9 @@ def encode_one(scheme: Tokenization, content: Any, encoding: Encoding = DEFAULT)
     return outcome
 
 
-def sequence_of(scheme: Tokenization, content: Any, encoding: Encoding = DEFAULT) -> Sequence:
+def sequence_of(scheme: Tokenization, content: Any, encoding: Encoding = DEFAULT) -> TokenSequence:
     outcome = encode_one(scheme, content, encoding)
-    assert isinstance(outcome, Sequence), outcome
+    assert isinstance(outcome, TokenSequence), outcome
     return outcome
 
 
@@ -193,7 +193,7 @@ def test_bos_before_templated_text(text: str, add_bos: bool, num_bos: int) -> No
 
 def test_token_ids_stay_as_they_are() -> None:
     """Ids are scored untouched: no BOS, no border."""
-    assert sequence_of(tokenization(tiny_tokenizer("llama")), TokenIds((7, 8, 9))) == Sequence((7, 8, 9))
+    assert sequence_of(tokenization(tiny_tokenizer("llama")), TokenIds((7, 8, 9))) == TokenSequence((7, 8, 9))
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_what_has_no_tokens_is_an_item_error(content: Any) -> None:
     refused, scored = scheme.encode([Item(content), Item(TokenIds((5,)))], Encoding())
 
     assert isinstance(refused, InvalidRequest)
-    assert scored == Sequence((5,))
+    assert scored == TokenSequence((5,))
 
 
 def test_messages_need_a_chat_template() -> None:
@@ -259,7 +259,7 @@ def test_the_limit_is_exact(limit: int) -> None:
 
     outcome = encode_one(tokenization(tokenizer, limit=num_tokens + limit), exchange)
 
-    assert isinstance(outcome, SequenceTooLong if limit < 0 else Sequence)
+    assert isinstance(outcome, SequenceTooLong if limit < 0 else TokenSequence)
 
 
 @pytest.mark.parametrize(
@@ -295,7 +295,7 @@ def test_estimates_are_near_and_never_nothing() -> None:
     """Admission counts at least one token an item, about right for prose, and exactly for ids."""
     scheme = tokenization(tiny_tokenizer("llama"), limit=10_000)
     prose = [Item(Exchange(sentence, sentence)) for sentence in SENTENCES]
-    true = sum(outcome.num_tokens for outcome in scheme.encode(prose, Encoding()) if isinstance(outcome, Sequence))
+    true = sum(outcome.num_tokens for outcome in scheme.encode(prose, Encoding()) if isinstance(outcome, TokenSequence))
 
     assert true / 2 < scheme.estimate_tokens(prose) < true * 2
     assert scheme.estimate_tokens([Item(TokenIds((1, 2, 3)))]) == 3

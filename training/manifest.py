@@ -1,7 +1,7 @@
 """The record that a training run leaves beside its model: from what, how, and with what result.
 
 ``base`` and ``base_hash`` are what the service answers from when a client asks about its KL reference
-(service.provenance).
+(reward_client.provenance).
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from service.provenance import MANIFEST_FILE
+from reward_client.provenance import MANIFEST_FILE
+
 from training.agreement import Agreement
 from training.evaluation import Evaluation
 from training.recipe import Recipe

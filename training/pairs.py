@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from transformers import PreTrainedTokenizerBase
 
 from service.errors import DatasetError, HttpError
-from service.records import Encoding, Exchange, Item, Sequence
+from service.records import Encoding, Exchange, Item, TokenSequence
 from service.settings import TokenizationSettings
 from service.tokenization import Tokenization
 from training.preferences import PreferencePair
@@ -86,7 +86,7 @@ def _without_oldest(pair: PreferencePair, num_turns: int) -> PreferencePair:
     return replace(pair, prompt=pair.prompt[num_turns:])
 
 
-def _token_ids(outcome: Sequence | HttpError, index: int) -> tuple[int, ...]:
+def _token_ids(outcome: TokenSequence | HttpError, index: int) -> tuple[int, ...]:
     if isinstance(outcome, HttpError):
         raise DatasetError(f"Pair {index} (counted from 0) cannot be tokenized: {outcome}")
     return outcome.token_ids

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
-from service.dataset import Row
+from service.data.rows import Row
 from service.errors import DatasetError
 from service.records import Message
 from training.sources import Source, read_source, source_name

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from service.holdout import HOLD_OUT_PERCENT
+from service.data.holdout import HOLD_OUT_PERCENT
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class Recipe:
     side is longer are left out, never cut. ``shorten_prompts``: before that, long conversations lose their oldest
     exchanges. ``batch_pairs``: pairs per optimizer step; ``micro_batch_pairs``: pairs per
     backward pass, which is what memory must hold. ``hold_out_percent``: share of the prompts never trained on (see
-    service.holdout). ``balance_lengths``: leave pairs out until longer and shorter completions win equally often.
+    service.data.holdout). ``balance_lengths``: leave pairs out until longer and shorter completions win equally often.
     ``dtype``: of the frozen weights and of the computation; trained weights are kept in fp32 until they are saved.
     ``checkpoint_steps``, ``eval_steps``, ``eval_pairs``: optimizer steps between saved checkpoints and between
     evaluations on at most that many pairs while training. ``patience``: stop after that many evaluations without a

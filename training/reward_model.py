@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from service.errors import CheckpointError
-from service.silence import transformers_silenced
+from service.transformers_logging import transformers_silenced
 from training.recipe import Recipe
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

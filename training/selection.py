@@ -9,8 +9,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from service.data.holdout import is_held_out
 from service.errors import DatasetError
-from service.holdout import is_held_out
 from training.pairs import TokenizedPair
 from training.recipe import Recipe
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from service.dataset import SUFFIXES, Row, dataset_files, read_rows
+from service.data.rows import SUFFIXES, Row, dataset_files, read_rows
 from service.errors import DatasetError
 
 Source: TypeAlias = str | Path

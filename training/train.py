@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from peft import PeftModel
+from reward_client.provenance import weights_hash
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from service.adapter import merge_adapter
-from service.checkpoint import open_checkpoint
-from service.demo_base import DEMO_BASE, obtain_demo_base
+from service.checkpoints.adapter import merge_adapter
+from service.checkpoints.checkpoint import open_checkpoint
+from service.checkpoints.demo_base import DEMO_BASE, obtain_demo_base
 from service.errors import SettingsError, StartupError
-from service.provenance import weights_hash
 from service.settings import ModelSettings
 from training.agreement import describe_agreement, measure_agreement
 from training.evaluation import describe, evaluate

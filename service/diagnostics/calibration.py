@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from collections.abc import Sequence as Row
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
+from reward_client.options import TemplateChoice
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -28,7 +28,7 @@ from service.diagnostics.ood import Component, Detectors, Ranking
 from service.diagnostics.reference import LengthCurve, Reference
 from service.diagnostics.states import LaplaceFactor, StateForm, StateReader
 from service.errors import CalibrationError
-from service.records import Pooling, StateTap, TemplateChoice
+from service.records import Pooling, StateTap
 
 CALIBRATION_FILE = "calibration.safetensors"
 """Its name in a checkpoint folder."""
@@ -192,7 +192,7 @@ def _unpack(header: Mapping[str, Any], arrays: Arrays, id_: str) -> Calibration:
     )
 
 
-def _unpack_reference(facts: Row[float], quantiles: Scores) -> Reference:
+def _unpack_reference(facts: Sequence[float], quantiles: Scores) -> Reference:
     mean, sd = facts
     return Reference(mean, sd, quantiles)
 

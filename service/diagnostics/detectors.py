@@ -6,7 +6,7 @@ and a few products, so a batch costs microseconds an item.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Row
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,7 +74,7 @@ class TestBank:
 
     __test__ = False  # no test case, whatever pytest makes of the name
 
-    def __init__(self, maps: Row[TailMap]) -> None:
+    def __init__(self, maps: Sequence[TailMap]) -> None:
         self.maps = maps
         self._columns = [STATISTICS.index(name) for name, _ in BANK]
 

@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Hashable
-from collections.abc import Sequence as Row
+from collections.abc import Hashable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from reward_client.options import DiagnosticsLevel
 
 from service.diagnostics.calibration import Calibration
 from service.diagnostics.length import length_report
 from service.diagnostics.ood import OodJudge
 from service.diagnostics.text import TextFacts, TextReader, style_report
 from service.errors import HttpError
-from service.records import DiagnosticsLevel, Exchange, GroupReport, Item, LengthReport, Score, Sequence, StateTap
+from service.records import Exchange, GroupReport, Item, LengthReport, Score, StateTap, TokenSequence
 
 Outcome: TypeAlias = Score | HttpError
 ALPHA = 0.01
@@ -58,7 +58,7 @@ class Diagnostician:
         """Whether this level needs the states of the forward pass."""
         return level == "full" and self.calibration is not None
 
-    def read_states(self, rewards: Row[float], states: NDArray[np.float32]) -> list[Score]:
+    def read_states(self, rewards: Sequence[float], states: NDArray[np.float32]) -> list[Score]:
         """Measure the states of a batch.
 
         Args:
@@ -85,22 +85,22 @@ class Diagnostician:
         ]
 
     def read_texts(
-        self, items: Row[Item], encoded: Row[Sequence | HttpError], level: DiagnosticsLevel
+        self, items: Sequence[Item], encoded: Sequence[TokenSequence | HttpError], level: DiagnosticsLevel
     ) -> list[TextFacts | None]:
         """Read the completions of items; None for one that has no known completion, is an error, or at ``none``."""
         if level == "none":
             return [None] * len(items)
         return [
-            self._texts.read(item, sequence, full=level == "full") if isinstance(sequence, Sequence) else None
+            self._texts.read(item, sequence, full=level == "full") if isinstance(sequence, TokenSequence) else None
             for item, sequence in zip(items, encoded, strict=True)
         ]
 
     def complete(
         self,
-        items: Row[Item],
-        encoded: Row[Sequence | HttpError],
-        outcomes: Row[Outcome],
-        texts: Row[TextFacts | None],
+        items: Sequence[Item],
+        encoded: Sequence[TokenSequence | HttpError],
+        outcomes: Sequence[Outcome],
+        texts: Sequence[TextFacts | None],
         level: DiagnosticsLevel,
     ) -> list[Outcome]:
         """Complete the Scores of one request to the asked level; errors stay what they are.
@@ -120,7 +120,7 @@ class Diagnostician:
         scores = {
             place: self._describe(outcome, sequence, text)
             for place, (outcome, sequence, text) in enumerate(zip(outcomes, encoded, texts, strict=True))
-            if isinstance(outcome, Score) and isinstance(sequence, Sequence)
+            if isinstance(outcome, Score) and isinstance(sequence, TokenSequence)
         }
         groups = siblings_of(items, scores)
         self._add_groups(scores, groups)
@@ -128,7 +128,7 @@ class Diagnostician:
             self._add_ood(self._judge, scores, texts, groups)
         return [scores.get(place, outcome) for place, outcome in enumerate(outcomes)]
 
-    def _describe(self, score: Score, sequence: Sequence, text: TextFacts | None) -> Score:
+    def _describe(self, score: Score, sequence: TokenSequence, text: TextFacts | None) -> Score:
         length = length_report(sequence)
         style = None if text is None else style_report(text)
         calibration = self.calibration
@@ -147,13 +147,13 @@ class Diagnostician:
             gap="inapplicable" if text is None else None,
         )
 
-    def _add_groups(self, scores: dict[int, Score], groups: Row[list[int]]) -> None:
+    def _add_groups(self, scores: dict[int, Score], groups: Sequence[list[int]]) -> None:
         for group in groups:
             for place, report in zip(group, group_reports([scores[place] for place in group]), strict=True):
                 scores[place] = replace(scores[place], group=report)
 
     def _add_ood(
-        self, judge: OodJudge, scores: dict[int, Score], texts: Row[TextFacts | None], groups: Row[list[int]]
+        self, judge: OodJudge, scores: dict[int, Score], texts: Sequence[TextFacts | None], groups: Sequence[list[int]]
     ) -> None:
         rows: list[NDArray[np.float64]] = []
         places: list[int] = []
@@ -179,7 +179,7 @@ class Diagnostician:
             )
 
 
-def siblings_of(items: Row[Item], scored: AbstractSet[int] | dict[int, Score]) -> list[list[int]]:
+def siblings_of(items: Sequence[Item], scored: AbstractSet[int] | dict[int, Score]) -> list[list[int]]:
     """Return the places of two or more scored items that answer one prompt: by their group's name, else by the prompt.
 
     Items of templated text or token ids show no prompt; they are siblings by name only.
@@ -194,7 +194,7 @@ def siblings_of(items: Row[Item], scored: AbstractSet[int] | dict[int, Score]) -
     return [places for places in groups.values() if len(places) > 1]
 
 
-def group_reports(scores: Row[Score]) -> list[GroupReport]:
+def group_reports(scores: Sequence[Score]) -> list[GroupReport]:
     """Report on the completions of one prompt, two or more, each beside the others."""
     rewards = np.array([score.reward for score in scores])
     correlation = _length_correlation(scores, rewards)
@@ -202,7 +202,7 @@ def group_reports(scores: Row[Score]) -> list[GroupReport]:
     return [GroupReport(len(scores), correlation, float(deviation)) for deviation in centred]
 
 
-def _length_correlation(scores: Row[Score], rewards: NDArray[np.float64]) -> float | None:
+def _length_correlation(scores: Sequence[Score], rewards: NDArray[np.float64]) -> float | None:
     lengths = [None if score.length is None else score.length.completion_tokens for score in scores]
     known = [length for length in lengths if length is not None]
     if len(known) < len(scores) or len(known) < 3:

@@ -5,10 +5,10 @@ Pure arithmetic on a Sequence; where the border between prompt and completion is
 
 from __future__ import annotations
 
-from service.records import LengthReport, Sequence
+from service.records import LengthReport, TokenSequence
 
 
-def length_report(sequence: Sequence) -> LengthReport:
+def length_report(sequence: TokenSequence) -> LengthReport:
     """Describe the lengths of one item.
 
     Prompt and completion counts are of the full texts, as if nothing had been cut; truncation only ever cuts the

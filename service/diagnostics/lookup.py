@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from service.checkpoint import Checkpoint
-from service.demo import merged_identity
+from reward_client.options import TemplateChoice
+
+from service.checkpoints.checkpoint import Checkpoint
+from service.checkpoints.demo import merged_identity
 from service.diagnostics.calibration import CALIBRATION_FILE, Binding, Calibration, read_calibration
 from service.errors import CalibrationError
-from service.records import Pooling, StateTap, TemplateChoice
+from service.records import Pooling, StateTap
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,7 @@ nothing is chosen.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence as Row
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -89,7 +88,7 @@ class _Verdicts:
     """What the components say of a batch, item by item."""
 
     surprise: Scores
-    reasons: Row[str]
+    reasons: Sequence[str]
     p_components: Mapping[Component, Scores]
     score: Scores
 
@@ -115,7 +114,9 @@ class OodJudge:
         """Whether the calibration knows how siblings differ."""
         return self._detectors.siblings is not None and "group" in self._ranking.references
 
-    def judge(self, statistics: Matrix, whole: Row[bool], groups: Row[NDArray[np.int64]] = ()) -> list[OodReport]:
+    def judge(
+        self, statistics: Matrix, whole: Sequence[bool], groups: Sequence[NDArray[np.int64]] = ()
+    ) -> list[OodReport]:
         """Report on items.
 
         Args:
@@ -161,7 +162,7 @@ class OodJudge:
         return conformal_p(self._ranking.references["style"], self._detectors.style.distance(statistics))
 
     def _sibling_scores(
-        self, statistics: Matrix, is_finite: Mask, groups: Row[NDArray[np.int64]]
+        self, statistics: Matrix, is_finite: Mask, groups: Sequence[NDArray[np.int64]]
     ) -> tuple[Scores, Mask]:
         scores = np.zeros(len(statistics))
         compared = np.zeros(len(statistics), np.bool_)
@@ -175,7 +176,7 @@ class OodJudge:
         return scores, compared
 
     def _report(
-        self, verdicts: _Verdicts, place: int, mode: OodMode, p_value: float, resolution: float, whole: Row[bool]
+        self, verdicts: _Verdicts, place: int, mode: OodMode, p_value: float, resolution: float, whole: Sequence[bool]
     ) -> OodReport:
         own = {name: float(values[place]) for name, values in verdicts.p_components.items()}
         return OodReport(

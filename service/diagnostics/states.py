@@ -6,7 +6,7 @@ detectors read. Runs in the engine's thread on a whole batch: two thin matrix pr
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Row
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,7 +96,7 @@ class StateReader:
     """
 
     def __init__(
-        self, taps: tuple[StateTap, ...], forms: Row[StateForm], laplace: LaplaceFactor | None, head_tap: int
+        self, taps: tuple[StateTap, ...], forms: Sequence[StateForm], laplace: LaplaceFactor | None, head_tap: int
     ) -> None:
         self.taps, self.forms, self.laplace, self.head_tap = taps, forms, laplace, head_tap
 

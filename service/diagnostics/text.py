@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from service.diagnostics.lexicon import FENCED_CODE, Tells, count_tells
 from service.diagnostics.ngrams import WINDOW_TOKENS, NgramCounts
-from service.records import Exchange, Item, Sequence, StyleReport
+from service.records import Exchange, Item, StyleReport, TokenSequence
 
 STATISTICS = (
     "logtok",
@@ -109,7 +109,7 @@ class TextReader:
         self._ngrams = ngrams
         self._special_ids = special_ids
 
-    def read(self, item: Item, sequence: Sequence, *, full: bool) -> TextFacts | None:
+    def read(self, item: Item, sequence: TokenSequence, *, full: bool) -> TextFacts | None:
         """Return what the completion's text says; None where the completion is not known as a text.
 
         Args:

@@ -6,11 +6,11 @@ between calls that could change a reward. What it keeps to save work, it says be
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Row
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from service.records import BatchCost, Sequence, StatePooling, StateTap
+from service.records import BatchCost, StatePooling, StateTap, TokenSequence
 
 if TYPE_CHECKING:  # expected rewards of the oracle need the standard library alone
     import numpy as np
@@ -41,7 +41,7 @@ class EngineInfo:
     transformers' own code runs. ``prefix_cache_mib``: what keys and values of prompts may take that are kept between
     passes; 0: nothing is kept. ``launches_ahead``: whether a pass can be launched while the one before it still runs;
     then the engine is a ``LaunchingEngine``. ``graph_tokens``: tokens of the longest row that is replayed from a CUDA
-    graph; 0: none is. ``graph_failure``: why not, where graphs were wanted. ``merges_prefixes``: whether attention to
+    graph; 0: none is. ``graph_failure``: why not, where graphs were wanted. ``cascade_attention``: whether attention to
     shared beginnings is merged instead of gathered. ``quantization``: ``fp8`` or ``int8`` where linear layers multiply
     in 8 bits.
     ``quantization_loss``: what that changed on the probe (Spearman and largest absolute difference to the same model
@@ -66,7 +66,7 @@ class EngineInfo:
     launches_ahead: bool = False
     graph_tokens: int = 0
     graph_failure: str = ""
-    merges_prefixes: bool = False
+    cascade_attention: bool = False
     quantization: str = "none"
     quantization_loss: dict[str, float | int] = field(default_factory=dict)
 
@@ -82,14 +82,14 @@ class EngineOutput:
 
     ``rewards``: float32 values as Python floats. ``shared_tokens``: of each sequence, the tokens that were computed for
     another sequence of the pass or in an earlier pass; empty where nothing is shared. ``states``: float32 [sequences,
-    taps, hidden]; None where none were asked for. ``kept_tokens``: the part of all shared tokens that earlier passes
+    taps, hidden]; None where none were asked for. ``cached_tokens``: the part of all shared tokens that earlier passes
     computed.
     """
 
-    rewards: Row[float]
-    shared_tokens: Row[int] = ()
+    rewards: Sequence[float]
+    shared_tokens: Sequence[int] = ()
     states: NDArray[np.float32] | None = None
-    kept_tokens: int = 0
+    cached_tokens: int = 0
 
 
 class Engine(Protocol):
@@ -100,7 +100,7 @@ class Engine(Protocol):
         """How this engine computes rewards; constant after construction."""
         ...
 
-    def forward(self, sequences: Row[Sequence], *, states: bool = False) -> EngineOutput:
+    def forward(self, sequences: Sequence[TokenSequence], *, states: bool = False) -> EngineOutput:
         """Score the sequences in one pass.
 
         Args:
@@ -118,7 +118,7 @@ class Engine(Protocol):
         """
         ...
 
-    def num_kept(self, sequence: Sequence) -> int:
+    def num_cached_tokens(self, sequence: TokenSequence) -> int:
         """Return how many leading tokens the next call of `forward` need not compute, whatever stands beside them.
 
         Never more than it leaves out, and quickly found; called from the thread that calls `forward`.
@@ -146,7 +146,7 @@ class PendingPass(Protocol):
 class LaunchingEngine(Engine, Protocol):
     """An engine whose device works on its own while the host prepares the next pass."""
 
-    def launch(self, sequences: Row[Sequence], *, states: bool = False) -> PendingPass:
+    def launch(self, sequences: Sequence[TokenSequence], *, states: bool = False) -> PendingPass:
         """Hand a pass to the device and return without waiting for it; arguments and errors as of ``forward``.
 
         The pass may still hold memory of the device. What it raises here has not touched passes launched before.

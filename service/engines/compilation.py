@@ -17,13 +17,13 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from service.engines.attention import ATTENTION, attend, is_causal_layer, no_mask
+from service.engines.attention.interface import ATTENTION, attend, is_causal_layer, no_mask
 from service.errors import SettingsError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from service.engines.packing import Packing
+    from service.engines.attention.layout import Packing
 
 COMPILED_ATTENTION = f"{ATTENTION}_compiled"
 """The name under which transformers knows our attention within compiled blocks."""

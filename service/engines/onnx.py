@@ -7,8 +7,7 @@ It decides how a batch becomes the graph's inputs and where the graph runs. What
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from collections.abc import Sequence as Row
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import inf, isnan
 from pathlib import Path
@@ -17,11 +16,11 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from service.bundle import DTYPES, Bundle, Manifest, Precision
+from service.checkpoints.bundle import DTYPES, Bundle, Manifest, Precision
 from service.engines.base import EngineInfo, EngineOutput
-from service.engines.classifier import pooled_position
+from service.engines.model.classifier import pooled_position
 from service.errors import EngineOutOfMemory, ParityError, SettingsError
-from service.records import Pooling, Sequence, StateTap
+from service.records import Pooling, StateTap, TokenSequence
 from service.settings import BatchingSettings, ModelSettings
 
 logger = logging.getLogger(__name__)
@@ -53,7 +52,7 @@ class Filling:
     reads_first: bool
     length_step: int = 1
 
-    def feed(self, readings: Row[_Reading]) -> Feed:
+    def feed(self, readings: Sequence[_Reading]) -> Feed:
         """Return the graph's inputs: int64 [batch, length], pooled positions int64 [batch], weights float32."""
         lengths = [len(ids) for ids, _ in readings]
         longest = -(-max(lengths) // self.length_step) * self.length_step
@@ -87,7 +86,13 @@ class OnnxEngine:
     """
 
     def __init__(
-        self, session: Any, filling: Filling, info: EngineInfo, tap_places: Row[int], *, deterministic: bool = False
+        self,
+        session: Any,
+        filling: Filling,
+        info: EngineInfo,
+        tap_places: Sequence[int],
+        *,
+        deterministic: bool = False,
     ) -> None:
         self._session = session
         self._filling = filling
@@ -101,7 +106,7 @@ class OnnxEngine:
         """How this engine computes rewards; constant after construction."""
         return self._info
 
-    def forward(self, sequences: Row[Sequence], *, states: bool = False) -> EngineOutput:
+    def forward(self, sequences: Sequence[TokenSequence], *, states: bool = False) -> EngineOutput:
         """Score the sequences; see ``Engine.forward``.
 
         Raises:
@@ -126,7 +131,7 @@ class OnnxEngine:
             else None,
         )
 
-    def num_kept(self, sequence: Sequence) -> int:
+    def num_cached_tokens(self, sequence: TokenSequence) -> int:
         """Return zero: nothing is kept."""
         del sequence
         return 0
@@ -169,7 +174,7 @@ class OnnxEngine:
         return results
 
 
-def passes_over(wanted: Row[_Reading], *, apart: bool, states: bool) -> Iterator[list[_Reading]]:
+def passes_over(wanted: Sequence[_Reading], *, apart: bool, states: bool) -> Iterator[list[_Reading]]:
     """Share the readings out over passes in which no token ids stand twice.
 
     The first pass is the same whether states are wanted or not, so that asking for them changes no reward. The same
@@ -248,7 +253,7 @@ def check_probes(engine: OnnxEngine, manifest: Manifest) -> None:
     """
     limit = engine.info.max_input_tokens
     probes = [probe for probe in manifest.probes if len(probe.token_ids) <= limit]
-    rewards = engine.forward([Sequence(probe.token_ids) for probe in probes]).rewards
+    rewards = engine.forward([TokenSequence(probe.token_ids) for probe in probes]).rewards
     gaps = [abs(reward - probe.reward) for reward, probe in zip(rewards, probes, strict=True)]
     gap = max((inf if isnan(gap) else gap for gap in gaps), default=0.0)
     if gap > manifest.probe_tolerance:
@@ -309,7 +314,7 @@ def resolve_bundle_device(precision: Precision, choice: str) -> str:
                 f"model.device is {choice}, but ONNX Runtime multiplies int8 on CPUs only: export fp16 for a GPU."
             )
         return "cpu"
-    from service.engines.device import resolve_device
+    from service.engines.devices.device import resolve_device
 
     device = resolve_device(choice)
     return "cpu" if device.type == "cpu" else f"cuda:{device.index or 0}"
@@ -344,7 +349,7 @@ def open_session(graph: Path, device: str, num_threads: int | None) -> Any:
     return session
 
 
-def refuse_missing_provider(device: str, active: Row[str]) -> None:
+def refuse_missing_provider(device: str, active: Sequence[str]) -> None:
     """Return where the session runs on the device that was asked for.
 
     Raises:
@@ -373,7 +378,7 @@ def session_options(num_threads: int | None) -> Any:
     """Return ONNX Runtime's options for one engine thread, with batches of ever new shapes, beside a busy Python."""
     import onnxruntime
 
-    from service.engines.device import resolve_threads
+    from service.engines.devices.device import resolve_threads
 
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL

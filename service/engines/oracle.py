@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Callable
-from collections.abc import Sequence as Row
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 from service.engines.base import EngineInfo, EngineOutput
 from service.errors import EngineOutOfMemory
-from service.records import BatchCost, Sequence
+from service.records import BatchCost, TokenSequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -30,7 +29,7 @@ RAISE_BYTE, NAN_BYTE, INFINITY_BYTE = 0x01, 0x02, 0x03
 """Control characters that no honest text holds; an engine with faults switched on obeys them."""
 
 
-def oracle_reward(token_ids: Row[int], salt: str = "") -> float:
+def oracle_reward(token_ids: Sequence[int], salt: str = "") -> float:
     """Return the reward of a token sequence.
 
     h24 = BLAKE2b with a digest of 3 bytes, keyed with the salt, over the ids as 32-bit little-endian integers; reward =
@@ -124,7 +123,7 @@ class OracleEngine:
         """What stands in for the description of a model."""
         return self._info
 
-    def forward(self, sequences: Row[Sequence], *, states: bool = False) -> EngineOutput:
+    def forward(self, sequences: Sequence[TokenSequence], *, states: bool = False) -> EngineOutput:
         """Score the sequences, one known reward each; there are no taps, and so no states.
 
         Raises:
@@ -134,7 +133,7 @@ class OracleEngine:
         self._misbehave(sequences)
         return EngineOutput([self._reward(sequence.token_ids) for sequence in sequences])
 
-    def num_kept(self, sequence: Sequence) -> int:
+    def num_cached_tokens(self, sequence: TokenSequence) -> int:
         """Return zero: nothing is kept."""
         del sequence
         return 0
@@ -142,14 +141,14 @@ class OracleEngine:
     def close(self) -> None:
         """Nothing is held."""
 
-    def _reward(self, token_ids: Row[int]) -> float:
+    def _reward(self, token_ids: Sequence[int]) -> float:
         if self._faults.nan_on in token_ids:
             return float("nan")
         if self._faults.infinity_on in token_ids:
             return float("inf")
         return oracle_reward(token_ids, self._salt)
 
-    def _misbehave(self, sequences: Row[Sequence]) -> None:
+    def _misbehave(self, sequences: Sequence[TokenSequence]) -> None:
         faults = self._faults
         num_tokens = sum(sequence.num_tokens for sequence in sequences)
         if faults.seconds_per_token:

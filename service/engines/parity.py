@@ -17,10 +17,10 @@ from typing import Any, Literal, TypeAlias
 import torch
 from scipy.stats import spearmanr
 
-from service.engines.classifier import Classifier, ForwardPath
-from service.engines.kernels.library import Kernels
-from service.engines.packed import PackedForward
-from service.engines.padded import PaddedForward
+from service.engines.kernels.bindings import Kernels
+from service.engines.model.classifier import Classifier, ForwardPath
+from service.engines.paths.packed import PackedForward
+from service.engines.paths.padded import PaddedForward
 from service.errors import ParityError
 
 logger = logging.getLogger(__name__)
@@ -175,7 +175,7 @@ def paths_to_try(
 
 
 def _open_path(
-    name: str, classifier: Classifier, *, compiled: bool, kernels: Kernels | None, kept_bytes: int, merges: bool
+    name: str, classifier: Classifier, *, compiled: bool, kernels: Kernels | None, cache_bytes: int, cascade: bool
 ) -> ForwardPath:
     plain_name = name.removesuffix(ON_KERNELS)
     if name == "padded":
@@ -185,8 +185,8 @@ def _open_path(
         share_prefixes=plain_name in (KEEPING, SHARING),
         compiled=compiled,
         kernels=kernels if name != plain_name else None,
-        kept_bytes=kept_bytes if plain_name == KEEPING else 0,
-        merges=merges and plain_name != "packed",
+        cache_bytes=cache_bytes if plain_name == KEEPING else 0,
+        cascade=cascade and plain_name != "packed",
     )
 
 
@@ -198,8 +198,8 @@ def choose_path(
     share_prefixes: bool = True,
     compiled: bool = False,
     kernels: Kernels | None = None,
-    kept_bytes: int = 0,
-    merges: bool = False,
+    cache_bytes: int = 0,
+    cascade: bool = False,
     quantize: Callable[[], object] | None = None,
 ) -> tuple[ForwardPath, Parity]:
     """Return the fastest path that agrees with plain transformers on this classifier, ready to run, and the evidence.
@@ -211,9 +211,9 @@ def choose_path(
         share_prefixes: whether a packed path may compute common beginnings once.
         compiled: whether only paths with compiled blocks will do.
         kernels: that packed paths may run on; they are tried before those without.
-        kept_bytes: what prompts kept between passes may take; 0: none are kept. The path that is returned has kept
+        cache_bytes: what prompts kept between passes may take; 0: none are kept. The path that is returned has kept
             none yet.
-        merges: whether attention to shared beginnings is merged with that to own tokens.
+        cascade: whether attention to shared beginnings is merged with that to own tokens.
         quantize: changes the classifier's weights in place. A path is then held against the plain forward of the
             changed model, whose noise is larger by itself; what it did is in ``Parity.quantization_loss``.
 
@@ -246,7 +246,7 @@ def choose_path(
 
     refusals = []
     names = paths_to_try(
-        choice, share_prefixes=share_prefixes, keep_prefixes=kept_bytes > 0, kernels=kernels is not None
+        choice, share_prefixes=share_prefixes, keep_prefixes=cache_bytes > 0, kernels=kernels is not None
     )
     for name in names:
         if compiled and name == "padded":
@@ -254,7 +254,7 @@ def choose_path(
             continue
         try:
             path = _open_path(
-                name, classifier, compiled=compiled, kernels=kernels, kept_bytes=kept_bytes, merges=merges
+                name, classifier, compiled=compiled, kernels=kernels, cache_bytes=cache_bytes, cascade=cascade
             )
             parity = max(
                 (compare(rewards, plain, noise, limits) for rewards in probed_rewards(path, rows)),

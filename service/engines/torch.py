@@ -7,8 +7,7 @@ queue's.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from collections.abc import Sequence as Row
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,22 @@ from typing import TypeAlias, TypeVar
 import torch
 
 from service.engines.base import EngineInfo, EngineOutput, PendingPass, StateTap
-from service.engines.classifier import (
+from service.engines.compilation import check_compiler
+from service.engines.devices.device import (
+    is_lost,
+    is_out_of_memory,
+    keep_freed_memory,
+    release_memory,
+    resolve_device,
+    resolve_dtype,
+    resolve_threads,
+)
+from service.engines.kernels import bindings
+from service.engines.kernels.bindings import Kernels
+from service.engines.kernels.patching import drop_plain_weights
+from service.engines.linear.float8 import check_float8, quantize_float8
+from service.engines.linear.int8 import quantize_int8
+from service.engines.model.classifier import (
     Classifier,
     ForwardPath,
     LaunchingPath,
@@ -27,28 +41,13 @@ from service.engines.classifier import (
     read_config,
     stored_dtype,
 )
-from service.engines.compilation import check_compiler
-from service.engines.cuda_graphs import record_library, wants_graphs
-from service.engines.device import (
-    is_lost,
-    is_out_of_memory,
-    keep_freed_memory,
-    release_memory,
-    resolve_device,
-    resolve_dtype,
-    resolve_threads,
-)
-from service.engines.float8 import check_float8, quantize_float8
-from service.engines.int8 import quantize_int8
-from service.engines.kernels import library
-from service.engines.kernels.attachment import drop_plain_weights
-from service.engines.kernels.library import Kernels
-from service.engines.packed import PackedForward
+from service.engines.model.rotary import length_border
+from service.engines.model.taps import StateQuery, check_taps
 from service.engines.parity import Parity, choose_path
-from service.engines.rotary import length_border
-from service.engines.taps import StateQuery, check_taps
+from service.engines.paths.cuda_graphs import record_library, wants_graphs
+from service.engines.paths.packed import PackedForward
 from service.errors import EngineOutOfMemory, EngineUnavailable, SettingsError
-from service.records import Sequence
+from service.records import TokenSequence
 from service.settings import BatchingSettings, ModelSettings
 
 logger = logging.getLogger(__name__)
@@ -89,7 +88,7 @@ class TorchEngine:
         """How this engine computes rewards; constant after construction."""
         return self._info
 
-    def forward(self, sequences: Row[Sequence], *, states: bool = False) -> EngineOutput:
+    def forward(self, sequences: Sequence[TokenSequence], *, states: bool = False) -> EngineOutput:
         """Score the sequences; see ``Engine.forward``.
 
         Raises:
@@ -99,7 +98,7 @@ class TorchEngine:
         """
         return self.launch(sequences, states=states).result()
 
-    def launch(self, sequences: Row[Sequence], *, states: bool = False) -> PendingPass:
+    def launch(self, sequences: Sequence[TokenSequence], *, states: bool = False) -> PendingPass:
         """Hand the sequences to the device; see ``LaunchingEngine.launch``. On a CPU they are computed at once.
 
         Raises:
@@ -120,12 +119,12 @@ class TorchEngine:
         """Return what a launched part of a batch found; errors as of ``PendingPass.result``."""
         return self._try(part.rows, part.pending.result)
 
-    def num_kept(self, sequence: Sequence) -> int:
-        """Return how many leading tokens the next pass need not compute; see ``Engine.num_kept``."""
+    def num_cached_tokens(self, sequence: TokenSequence) -> int:
+        """Return how many leading tokens the next pass need not compute; see ``Engine.num_cached_tokens``."""
         if self._path is None or not self._keeps(sequence.token_ids):
             return 0
         first_wanted = _reading_of(sequence)[1] if any(tap.pooling == "mean" for tap in self._info.taps) else None
-        return self._path.num_kept(sequence.token_ids, first_wanted)
+        return self._path.num_cached_tokens(sequence.token_ids, first_wanted)
 
     def close(self) -> None:
         """Free the device's memory. The engine is not used afterwards."""
@@ -195,7 +194,7 @@ class _LaunchedBatch:
     """A batch on the device: the PendingPass of a TorchEngine."""
 
     engine: TorchEngine
-    sequences: Row[Sequence]
+    sequences: Sequence[TokenSequence]
     parts: list[_Part]
     reads_states: bool
 
@@ -204,11 +203,11 @@ class _LaunchedBatch:
         first = {sequence.token_ids: place for place, sequence in reversed(list(enumerate(sequences)))}
         rewards: dict[tuple[int, ...], float] = {}
         shared = [sequence.num_tokens for sequence in sequences]
-        num_kept = 0
+        num_cached_tokens = 0
         found: dict[_Reading, torch.Tensor] = {}
         for part in self.parts:
             output = self.engine.wait_for(part)
-            num_kept += output.kept_tokens
+            num_cached_tokens += output.cached_tokens
             rewards.update(zip(part.rows, output.rewards, strict=True))
             for row, num_shared in zip(part.rows, output.shared_tokens, strict=True):
                 shared[first[row]] = num_shared
@@ -220,15 +219,15 @@ class _LaunchedBatch:
             torch.stack([found[_reading_of(sequence)] for sequence in sequences]).numpy()
             if self.reads_states
             else None,
-            num_kept,
+            num_cached_tokens,
         )
 
 
-def _reading_of(sequence: Sequence) -> _Reading:
+def _reading_of(sequence: TokenSequence) -> _Reading:
     return sequence.token_ids, sequence.num_prompt_tokens or 0
 
 
-def _readings_of(rows: list[tuple[int, ...]], sequences: Row[Sequence]) -> list[_Reading]:
+def _readings_of(rows: list[tuple[int, ...]], sequences: Sequence[TokenSequence]) -> list[_Reading]:
     """Return what must be read for these rows: of equal ids once for each border between prompt and completion."""
     present = set(rows)
     return list(dict.fromkeys(_reading_of(sequence) for sequence in sequences if sequence.token_ids in present))
@@ -241,7 +240,7 @@ def load_torch_engine(
     *,
     pad_token_id: int | None,
     max_input_tokens: int,
-    taps: Row[StateTap] = (),
+    taps: Sequence[StateTap] = (),
 ) -> TorchEngine:
     """Load a judged checkpoint folder and return an engine whose rewards were compared with plain transformers.
 
@@ -267,8 +266,8 @@ def load_torch_engine(
     if model.compile:
         check_compiler(device)
     wants_graphs(model.cuda_graphs, device, num_parameters=0, deterministic=batching.deterministic)
-    if model.merge_prefixes and device.type != "cuda":
-        raise SettingsError(f"model.merge_prefixes needs a CUDA device and model.device is {device}: leave it out")
+    if model.cascade_attention and device.type != "cuda":
+        raise SettingsError(f"model.cascade_attention needs a CUDA device and model.device is {device}: leave it out")
     kernels = _kernels_of(model, device, dtype)
     border = length_border(config.get_text_config(), max_input_tokens)
     classifier = load_classifier(
@@ -292,8 +291,8 @@ def load_torch_engine(
         share_prefixes=shares,
         compiled=model.compile,
         kernels=kernels,
-        kept_bytes=prefix_cache_mib * 2**20 if shares else 0,
-        merges=model.merge_prefixes,
+        cache_bytes=prefix_cache_mib * 2**20 if shares else 0,
+        cascade=model.cascade_attention,
         quantize=_quantizing(model, classifier),
     )
     if kernels is not None:
@@ -311,7 +310,7 @@ def load_torch_engine(
         launches_ahead=device.type == "cuda" and isinstance(path, LaunchingPath) and not path.keeps,
         graph_tokens=path.library.longest_row if isinstance(path, PackedForward) else 0,
         graph_failure=graph_failure,
-        merges_prefixes=model.merge_prefixes and path.shared_from is not None,
+        cascade_attention=model.cascade_attention and path.shared_from is not None,
         quantization=model.quantization,
         quantization_loss=dict(parity.quantization_loss),
     )
@@ -343,12 +342,12 @@ def _kernels_of(model: ModelSettings, device: torch.device, dtype: torch.dtype) 
                 "model.quantization is int8, which runs on our kernels alone: they run neither in compiled blocks nor "
                 "in padded batches, and must not be off"
             )
-        return library.int8_kernels(device, dtype)
+        return bindings.int8_kernels(device, dtype)
     if without:
         if model.kernels == "on":
             raise SettingsError("model.kernels is on, but compiled blocks and padded batches do not run on them")
         return None
-    kernels, reason = library.kernels_for(model.kernels, device, dtype)
+    kernels, reason = bindings.kernels_for(model.kernels, device, dtype)
     if kernels is None and model.kernels == "auto" and device.type == "cpu" and dtype == torch.bfloat16:
         logger.warning("Passes run without kernels of our own, which are much faster: %s.", reason)
     return kernels

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
+from reward_client.options import DiagnosticsLevel, TemplateChoice, Truncation
 
 from service.errors import (
     HttpError,
@@ -25,10 +26,9 @@ from service.errors import (
     TooManyItems,
     Violation,
 )
-from service.protocols.problem import item_error
+from service.http.problem import item_error
 from service.records import (
     Content,
-    DiagnosticsLevel,
     Encoding,
     Exchange,
     Item,
@@ -36,11 +36,9 @@ from service.records import (
     ModelIdentity,
     Score,
     ScoreRequest,
-    TemplateChoice,
     TemplatedText,
     Timings,
     TokenIds,
-    Truncation,
     Usage,
 )
 from service.settings import LimitSettings

@@ -12,9 +12,8 @@ from typing import Any, ClassVar
 
 import pytest
 from misbehaving_server import Request, World, ok, problem, response, running, scores
-
-from service.client import AsyncRewardClient, ChunkLimits, RetryPolicy, RewardClient
-from service.errors import (
+from reward_client import AsyncRewardClient, ChunkLimits, RetryPolicy, RewardClient
+from reward_client.errors import (
     BadAnswer,
     ClientDeadlineExceeded,
     ClientError,

@@ -12,9 +12,8 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from misbehaving_server import Request, World, ok, problem, running, scores
-
-from service.client import AsyncRewardClient, ReferenceWarning, RewardClient
-from service.errors import BadAnswer, ReferenceMismatch
+from reward_client import AsyncRewardClient, ReferenceWarning, RewardClient
+from reward_client.errors import BadAnswer, ReferenceMismatch
 
 
 @dataclass

@@ -7,9 +7,8 @@ from itertools import groupby, pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from service.client.requests import ChunkLimits, chunk_ranges, completion_text, exchange_items
-from service.client.retries import read_retry_after
+from reward_client.requests import ChunkLimits, chunk_ranges, completion_text, exchange_items
+from reward_client.retries import read_retry_after
 
 A_DAY_OF_2026 = 1795392000.0
 

@@ -15,9 +15,8 @@ from concurrent.futures import CancelledError
 import pytest
 import stamina.instrumentation
 from misbehaving_server import VERSION, Request, World, ok, problem, running, scores
-
-from service.client import AsyncRewardClient, ChunkLimits, RetryPolicy, RewardClient
-from service.errors import ClientDeadlineExceeded, ItemsFailed, RequestRejected, ServiceUnavailable
+from reward_client import AsyncRewardClient, ChunkLimits, RetryPolicy, RewardClient
+from reward_client.errors import ClientDeadlineExceeded, ItemsFailed, RequestRejected, ServiceUnavailable
 
 QUICK = RetryPolicy(max_tries=4, first_wait_s=0.005, max_wait_s=0.02, jitter_s=0.005)
 
@@ -346,7 +345,7 @@ def test_used_client_survives_a_fork(world: World) -> None:
 def test_client_brings_no_heavy_package() -> None:
     """Importing the client loads two small libraries and the standard one, and nothing that a trainer might pin."""
     program = (
-        "import sys, service.client; "
+        "import sys, reward_client; "
         "names = {name.partition('.')[0] for name in sys.modules} - set(sys.stdlib_module_names); "
         "print(*sorted(name for name in names if not name.startswith('_')))"
     )

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from made_up_calibration import HIDDEN, NUM_ITEMS, TAPS, made_up_calibration
+from reward_client.options import DiagnosticsLevel
 
 from service.diagnostics.calibration import Calibration
 from service.diagnostics.diagnosis import Diagnostician, group_reports, siblings_of
@@ -15,15 +16,14 @@ from service.engines.base import EngineInfo, EngineOutput
 from service.errors import EngineFailed, HttpError
 from service.pipeline import Pipeline
 from service.records import (
-    DiagnosticsLevel,
     Exchange,
     Item,
     LengthReport,
     Score,
-    Sequence,
     StateTap,
     TemplatedText,
     TokenIds,
+    TokenSequence,
 )
 
 RNG = np.random.default_rng(0)
@@ -43,7 +43,7 @@ class StateEngine:
         self.states = states
         self.num_state_passes = 0
 
-    def forward(self, sequences: list[Sequence], *, states: bool = False) -> EngineOutput:
+    def forward(self, sequences: list[TokenSequence], *, states: bool = False) -> EngineOutput:
         self.num_state_passes += states
         rewards = [float(sequence.num_tokens) for sequence in sequences]
         return EngineOutput(rewards, states=self.states[[one.token_ids[0] for one in sequences]] if states else None)
@@ -51,17 +51,17 @@ class StateEngine:
     def close(self) -> None: ...
 
 
-def items_of(count: int, *, same_prompt: bool = False) -> tuple[list[Item], list[Sequence]]:
+def items_of(count: int, *, same_prompt: bool = False) -> tuple[list[Item], list[TokenSequence]]:
     """Items whose tokens differ in number, so that rewards do."""
     items = [Item(Exchange("same" if same_prompt else f"p{n}", f"word {n} " * (n + 3))) for n in range(count)]
-    sequences = [Sequence((n, *range(20, 30 + n)), num_prompt_tokens=4) for n in range(count)]
+    sequences = [TokenSequence((n, *range(20, 30 + n)), num_prompt_tokens=4) for n in range(count)]
     return items, sequences
 
 
 def diagnose(
     diagnostician: Diagnostician,
     items: list[Item],
-    sequences: list[Sequence],
+    sequences: list[TokenSequence],
     level: DiagnosticsLevel,
     engine: StateEngine | None = None,
 ) -> list[Score]:
@@ -131,7 +131,7 @@ def test_without_a_calibration_nothing_is_invented() -> None:
 @pytest.mark.parametrize("content", [TemplatedText("text"), TokenIds((1, 2))])
 def test_without_a_border_there_is_no_ood_block(calibration: Calibration, content: TemplatedText | TokenIds) -> None:
     """Statistics of prompt and completion together are not what was calibrated, so there is no p-value."""
-    (score,) = diagnose(Diagnostician(calibration), [Item(content)], [Sequence((1, 2, 3))], "full")
+    (score,) = diagnose(Diagnostician(calibration), [Item(content)], [TokenSequence((1, 2, 3))], "full")
 
     assert score.gap == "inapplicable"
     assert score.ood is None

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from service.diagnostics.length import length_report
-from service.records import LengthReport, Sequence
+from service.records import LengthReport, TokenSequence
 
 
 def test_whole_item() -> None:
     """Prompt and completion add up to what the model read."""
-    sequence = Sequence(tuple(range(10)), num_prompt_tokens=6, completion_chars=17)
+    sequence = TokenSequence(tuple(range(10)), num_prompt_tokens=6, completion_chars=17)
 
     assert length_report(sequence) == LengthReport(6, 4, 17, scored_tokens=10, truncated=False)
 
 
 def test_truncated_prompt_is_counted_in_full() -> None:
     """What was cut from the prompt counts for its length and not for what the model read."""
-    sequence = Sequence(tuple(range(10)), num_prompt_tokens=6, num_dropped=5, completion_chars=17)
+    sequence = TokenSequence(tuple(range(10)), num_prompt_tokens=6, num_dropped=5, completion_chars=17)
 
     assert length_report(sequence) == LengthReport(11, 4, 17, scored_tokens=10, truncated=True)
 
 
 def test_unknown_border_is_not_guessed() -> None:
     """Of token ids and templated texts only the tokens that the model read are known."""
-    assert length_report(Sequence((1, 2, 3))) == LengthReport(None, None, None, scored_tokens=3, truncated=False)
+    assert length_report(TokenSequence((1, 2, 3))) == LengthReport(None, None, None, scored_tokens=3, truncated=False)

@@ -7,8 +7,8 @@ import pytest
 from sklearn.covariance import ledoit_wolf
 from sklearn.ensemble import GradientBoostingClassifier
 
-from export import calibration_fit
-from export.calibration_fit import fit_gaussian, fit_laplace, fit_siblings, fit_state_form, fit_trees
+from export.calibration import fit as calibration_fit
+from export.calibration.fit import fit_gaussian, fit_laplace, fit_siblings, fit_state_form, fit_trees
 from service.diagnostics.states import PER_TAP
 
 RNG = np.random.default_rng(0)

@@ -18,7 +18,7 @@ from service.diagnostics.text import (
     style_report,
     zlib_ratio,
 )
-from service.records import Exchange, Item, Sequence, TemplatedText, TokenIds
+from service.records import Exchange, Item, TemplatedText, TokenIds, TokenSequence
 
 MARKDOWN = """# Title
 ## Part
@@ -90,7 +90,7 @@ def test_tokens_by_hand() -> None:
 def test_short_completions_have_statistics(ids: tuple[int, ...]) -> None:
     """Nothing divides by zero where there is hardly anything to count."""
     reader = TextReader(NgramCounts.of([(1, 2, 3)], 10))
-    item, sequence = Item(Exchange("p", "")), Sequence((5, *ids), num_prompt_tokens=1)
+    item, sequence = Item(Exchange("p", "")), TokenSequence((5, *ids), num_prompt_tokens=1)
 
     facts = reader.read(item, sequence, full=True)
 
@@ -109,7 +109,7 @@ def test_what_the_template_adds_is_no_part_of_the_completion() -> None:
 @pytest.mark.parametrize("content", [TemplatedText("text"), TokenIds((1, 2))])
 def test_without_a_border_nothing_is_read(content: TemplatedText | TokenIds) -> None:
     """Where the completion is not known as a text, there are no facts, rather than those of the whole."""
-    assert TextReader(None).read(Item(content), Sequence((1, 2)), full=True) is None
+    assert TextReader(None).read(Item(content), TokenSequence((1, 2)), full=True) is None
 
 
 def test_surprisal_by_hand() -> None:
@@ -128,7 +128,7 @@ def test_surprisal_by_hand() -> None:
 def test_fractions_belong_to_the_full_level() -> None:
     """Below ``full`` the style block has its counts, and null where tokens were not looked at."""
     reader, item = TextReader(None), Item(Exchange("p", "- one \u00e9"))
-    sequence = Sequence((1, 2, 3), num_prompt_tokens=1)
+    sequence = TokenSequence((1, 2, 3), num_prompt_tokens=1)
 
     basic, full = (reader.read(item, sequence, full=full) for full in (False, True))
 

@@ -10,8 +10,8 @@ from tiny_classifiers import load_tiny, random_rows, rows_that_share, shuffled_b
 from tiny_models import DECODER_FAMILIES
 
 from service.engines.compilation import CompiledBlock, check_compiler
-from service.engines.packed import PackedForward
 from service.engines.parity import choose_path, plain_rewards
+from service.engines.paths.packed import PackedForward
 from service.engines.torch import load_torch_engine
 from service.errors import ParityError, SettingsError
 from service.settings import BatchingSettings, ModelSettings

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_bundles import TAPS, change_manifest, embedding, reward_by_hand, write_tiny_bundle
 
-from service.bundle import open_bundle, read_manifest
+from service.checkpoints.bundle import open_bundle, read_manifest
 from service.engines.onnx import (
     Filling,
     OnnxEngine,
@@ -22,7 +22,7 @@ from service.engines.onnx import (
     wanted_providers,
 )
 from service.errors import EngineOutOfMemory, ParityError, SettingsError
-from service.records import Sequence, StateTap
+from service.records import StateTap, TokenSequence
 from service.settings import BatchingSettings, ModelSettings
 
 ROWS = [(9, 4, 30), (77,), (5, 6, 7, 8, 9, 10, 11, 12), (40, 41)]
@@ -41,7 +41,7 @@ def load(folder: Path, *, deterministic: bool = False, taps: Any = None, **model
 
 
 def rewards_of(engine: OnnxEngine, rows: list[tuple[int, ...]]) -> list[float]:
-    return list(engine.forward([Sequence(row) for row in rows]).rewards)
+    return list(engine.forward([TokenSequence(row) for row in rows]).rewards)
 
 
 class _RecordingSession:
@@ -116,7 +116,7 @@ def test_rectangles_on_a_gpu_have_lengths_by_the_step() -> None:
 def test_states_are_read_at_the_taps(folder: Path) -> None:
     """``mean`` counts the completion's tokens, or all where the border is unknown; ``last`` is the pooled token."""
     rows = embedding()
-    sequences = [Sequence((9, 4, 30, 31), 2), Sequence((9, 4, 30, 31)), Sequence((50, 51), 2)]
+    sequences = [TokenSequence((9, 4, 30, 31), 2), TokenSequence((9, 4, 30, 31)), TokenSequence((50, 51), 2)]
 
     states = load(folder).forward(sequences, states=True).states
 
@@ -132,7 +132,7 @@ def test_only_the_wanted_taps_are_handed_on(folder: Path) -> None:
     """A calibration may want fewer taps than the graph reads, in an order of its own."""
     engine = load(folder, taps=(StateTap(0, "last"),))
 
-    states = engine.forward([Sequence((9, 4))], states=True).states
+    states = engine.forward([TokenSequence((9, 4))], states=True).states
 
     assert engine.info.taps == (StateTap(0, "last"),)
     assert states is not None
@@ -148,7 +148,7 @@ def test_a_tap_that_the_graph_lacks_is_refused(folder: Path) -> None:
 def test_asking_for_states_changes_no_bit_of_a_reward(folder: Path) -> None:
     """The pass that gives the rewards is the same with and without states, also where borders differ."""
     engine = load(folder)
-    sequences = [Sequence((9, 4, 30), 1), Sequence((9, 4, 30), 2), Sequence((77, 3))]
+    sequences = [TokenSequence((9, 4, 30), 1), TokenSequence((9, 4, 30), 2), TokenSequence((77, 3))]
 
     assert engine.forward(sequences).rewards == engine.forward(sequences, states=True).rewards
 

@@ -23,7 +23,7 @@ from service.engines.oracle import (
     oracle_reward_of_text,
 )
 from service.errors import EngineOutOfMemory
-from service.records import Encoding, Exchange, Item, Sequence
+from service.records import Encoding, Exchange, Item, TokenSequence
 from service.settings import TokenizationSettings
 from service.tokenization import Tokenization
 
@@ -71,7 +71,7 @@ def test_reward_is_known_from_the_text_alone(prompt: str, completion: str) -> No
 
     (sequence,) = tokenization.encode([Item(Exchange(prompt, completion))], Encoding(template="concat"))
 
-    assert isinstance(sequence, Sequence)
+    assert isinstance(sequence, TokenSequence)
     assert bytes(sequence.token_ids) == (prompt + completion).encode()
     assert OracleEngine().forward([sequence]).rewards == [oracle_reward_of_text(prompt, completion)]
 
@@ -88,7 +88,7 @@ def test_expected_rewards_need_no_heavy_library() -> None:
 
 def test_faults_are_off_unless_asked_for() -> None:
     """Without faults the control bytes are tokens like all others."""
-    rewards = OracleEngine().forward([Sequence((RAISE_BYTE, NAN_BYTE))]).rewards
+    rewards = OracleEngine().forward([TokenSequence((RAISE_BYTE, NAN_BYTE))]).rewards
 
     assert rewards == [oracle_reward((RAISE_BYTE, NAN_BYTE))]
 
@@ -100,10 +100,10 @@ def test_faults_strike_where_they_were_asked_for() -> None:
     engine = OracleEngine(faults=faults, sleep=naps.append)
 
     with pytest.raises(OracleFaultError):
-        engine.forward([Sequence((9, 1))])
+        engine.forward([TokenSequence((9, 1))])
     with pytest.raises(EngineOutOfMemory):
-        engine.forward([Sequence((9, 9, 9)), Sequence((9, 9))])
-    nan, infinity, good = engine.forward([Sequence((2,)), Sequence((3,)), Sequence((9,))]).rewards
+        engine.forward([TokenSequence((9, 9, 9)), TokenSequence((9, 9))])
+    nan, infinity, good = engine.forward([TokenSequence((2,)), TokenSequence((3,)), TokenSequence((9,))]).rewards
 
     assert math.isnan(nan)
     assert infinity == math.inf

@@ -10,13 +10,13 @@ from tiny_classifiers import load_tiny
 from tiny_models import DECODER_FAMILIES, ENCODER_FAMILIES
 from transformers import AttentionInterface
 
-from service.engines.attention import ATTENTION, packed_attention
-from service.engines.classifier import PathOutput
-from service.engines.kept_states import Visit
-from service.engines.packed import PackedForward
-from service.engines.packing import BLOCK, Packing
-from service.engines.padded import PaddedForward
+from service.engines.attention.interface import ATTENTION, packed_attention
+from service.engines.attention.kv_cache import CacheTransaction
+from service.engines.attention.layout import BLOCK, Packing
+from service.engines.model.classifier import PathOutput
 from service.engines.parity import choose_path, compare, probe_rows, tolerances
+from service.engines.paths.packed import PackedForward
+from service.engines.paths.padded import PaddedForward
 from service.errors import ParityError
 
 
@@ -81,7 +81,7 @@ def test_no_agreeing_path_is_refused(tiny_checkpoint, monkeypatch) -> None:
 
 def test_a_path_is_probed_warm_and_returned_cold(tiny_checkpoint) -> None:
     """Where prompts are to be kept the probe has used kept ones, and the path that serves has none of them."""
-    chosen, found = choose_path(load_tiny(tiny_checkpoint("llama")), "auto", 400, kept_bytes=2**20)
+    chosen, found = choose_path(load_tiny(tiny_checkpoint("llama")), "auto", 400, cache_bytes=2**20)
 
     assert isinstance(chosen, PackedForward)
     assert found.agrees
@@ -97,9 +97,9 @@ def test_wrong_kept_states_are_caught(tiny_checkpoint, monkeypatch) -> None:
         kept = 1.5 * bank.index_select(0, self._slots)
         return torch.cat([states[0].transpose(0, 1)[: self._num_row_tokens], kept]).transpose(0, 1)[None]
 
-    monkeypatch.setattr(Visit, "_append", append)
+    monkeypatch.setattr(CacheTransaction, "_append", append)
 
-    chosen, _ = choose_path(load_tiny(tiny_checkpoint("llama")), "auto", 400, kept_bytes=2**20)
+    chosen, _ = choose_path(load_tiny(tiny_checkpoint("llama")), "auto", 400, cache_bytes=2**20)
 
     assert not chosen.keeps
     assert chosen.shared_from is not None

@@ -11,11 +11,11 @@ from tiny_models import DECODER_FAMILIES, ENCODER_FAMILIES
 from transformers import AutoModelForSequenceClassification
 
 from service.engines.base import EngineInfo
-from service.engines.classifier import PathOutput, read_config
-from service.engines.kernels.build import TILES
+from service.engines.kernels.build import AMX_BF16
+from service.engines.model.classifier import PathOutput, read_config
 from service.engines.torch import TorchEngine, load_torch_engine
 from service.errors import EngineOutOfMemory
-from service.records import Sequence
+from service.records import TokenSequence
 from service.settings import BatchingSettings, ModelSettings
 
 
@@ -52,7 +52,7 @@ def test_info_says_how_rewards_are_computed(tiny_checkpoint, family: str, path: 
 
     assert (info.engine, info.forward, info.cost, info.device, info.dtype) == ("torch", path, path, "cpu", "bfloat16")
     assert info.architecture.lower().startswith(family)
-    on_tiles = info.kernels == TILES.name
+    on_tiles = info.kernels == AMX_BF16.name
     assert (info.max_input_tokens, info.max_batch_tokens) == (400, 4096 if on_tiles else 2048)
     assert info.parity["max_difference"] <= info.parity["tolerance"]
 
@@ -108,7 +108,7 @@ def test_long_and_short_sequences_keep_their_own_frequencies(tiny_checkpoint) ->
 def test_an_empty_sequence_is_an_error(tiny_checkpoint) -> None:
     """A sequence without tokens raises; it never gets a neighbour's reward."""
     with pytest.raises(ValueError, match="without tokens"):
-        load(tiny_checkpoint("llama")).forward([Sequence((5, 6)), Sequence(())])
+        load(tiny_checkpoint("llama")).forward([TokenSequence((5, 6)), TokenSequence(())])
 
 
 class NoRoom:

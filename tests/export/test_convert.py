@@ -16,7 +16,7 @@ from tiny_models import DECODER_FAMILIES, SENTENCES, write_tiny_causal_lm, write
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from export.convert import MANIFEST_FILE, convert, main
-from service.checkpoint import open_checkpoint
+from service.checkpoints.checkpoint import open_checkpoint
 from service.errors import CheckpointError
 from service.settings import ModelSettings
 

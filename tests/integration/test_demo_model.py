@@ -16,20 +16,20 @@ import httpx2
 import numpy as np
 import pytest
 import torch
+from reward_client import RewardClient
 from scipy.stats import spearmanr
 from serving import RunningServer, serving
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from export.bundle import ExportPlan, export_bundle
+from export.onnx.command import ExportPlan, export_bundle
 from loadtest.workload import draw_groups
-from service.bundle import open_bundle
-from service.checkpoint import open_checkpoint
-from service.client import RewardClient
-from service.dataset import read_rows
-from service.demo import obtain_demo_model
+from service.checkpoints.bundle import open_bundle
+from service.checkpoints.checkpoint import open_checkpoint
+from service.checkpoints.demo import obtain_demo_model
+from service.data.rows import read_rows
 from service.engines.onnx import load_onnx_engine
 from service.engines.torch import load_torch_engine
-from service.records import Sequence
+from service.records import TokenSequence
 from service.settings import BatchingSettings, ModelSettings
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -140,7 +140,7 @@ def test_bfloat16_ranks_as_fp32_does(checkpoint: Path, texts: Texts, plain_rewar
     rendered = tokenizer.apply_chat_template(texts.conversations, tokenize=False)
     ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
-    rewards = [engine.forward([Sequence(tuple(text))]).rewards[0] for text in ids]
+    rewards = [engine.forward([TokenSequence(tuple(text))]).rewards[0] for text in ids]
 
     assert spearmanr(rewards, plain_rewards).statistic >= least
 
@@ -182,6 +182,6 @@ def test_int8_ranks_as_fp32_does(texts: Texts, plain_rewards: np.ndarray, tmp_pa
     rendered = bundle.checkpoint.tokenizer.apply_chat_template(texts.conversations, tokenize=False)
     ids = bundle.checkpoint.tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
-    rewards = [engine.forward([Sequence(tuple(text))]).rewards[0] for text in ids]
+    rewards = [engine.forward([TokenSequence(tuple(text))]).rewards[0] for text in ids]
 
     assert spearmanr(rewards, plain_rewards).statistic >= least

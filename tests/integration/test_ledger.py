@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import httpx2
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from reward_client import AsyncRewardClient, ChunkLimits
 
-from service.client import AsyncRewardClient, ChunkLimits
 from service.engines.oracle import oracle_reward_of_text
 
 NUM_ITEMS = 100_000

@@ -13,7 +13,7 @@ from loadtest.compare import main
 from loadtest.random_checkpoint import ModelShape, write_random_checkpoint
 
 TINY = ModelShape(vocabulary=1024, hidden=32, intermediate=64, layers=2, heads=4, kv_heads=2, positions=4096)
-SPEAKS_LIKE_VLLM = Path(__file__).parent.parent / "vllm_double.py"
+SPEAKS_LIKE_VLLM = Path(__file__).parents[1] / "support" / "vllm_double.py"
 
 
 def test_vllm_needs_an_interpreter(capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,10 +36,10 @@ from loadtest.matmul_limit import layer_shapes, measure_limit
 from loadtest.measuring_process import ContenderFailedError
 from loadtest.random_checkpoint import ModelShape, write_random_checkpoint
 from loadtest.workload import PANDALM_COMPLETIONS, PANDALM_PROMPTS, WORKLOADS, draw_groups
-from service.checkpoint import Checkpoint, open_checkpoint
+from service.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from service.engines.oracle import oracle_reward
 from service.errors import DatasetError
-from service.records import Sequence
+from service.records import TokenSequence
 from service.settings import ModelSettings
 
 TINY = ModelShape(vocabulary=1200, hidden=64, intermediate=96, layers=2, heads=4, kv_heads=2, positions=4096)
@@ -277,7 +277,7 @@ def test_command_measures_every_way_and_writes_what_it_found(tmp_path: Path, che
 def test_batches_are_launched_ahead_where_the_engine_can() -> None:
     """The measured loop keeps one pass in flight as the service does, and every reward comes back to its own item."""
     rows = [(60 + place % 60, 7, place) for place in range(200)]
-    work = Work(tuple(Sequence(row) for row in rows), tuple(range(200)), 0)
+    work = Work(tuple(TokenSequence(row) for row in rows), tuple(range(200)), 0)
     for ahead, most in ((True, 2), (False, 0)):
         engine = LaunchingOracle(max_batch_tokens=90)
         outcome = score_in_batches(engine, work, time.perf_counter, ahead=ahead)

@@ -12,7 +12,7 @@ from loadtest.invariance import main, movement
 from loadtest.random_checkpoint import ModelShape, write_random_checkpoint
 from service.engines.base import EngineOutput
 from service.engines.oracle import OracleEngine
-from service.records import Sequence
+from service.records import TokenSequence
 
 TINY = ModelShape(vocabulary=1200, hidden=64, intermediate=96, layers=2, heads=4, kv_heads=2, positions=512)
 
@@ -32,7 +32,7 @@ class Swayed(OracleEngine):
 @pytest.mark.parametrize(("engine", "num_moved", "difference"), [(OracleEngine, 0, 0.0), (Swayed, 1, 0.25)])
 def test_movement_is_found_where_there_is_some(engine, num_moved: int, difference: float) -> None:
     """An engine that minds no company moves nothing; one that does is caught with the size of its move."""
-    work = Work((Sequence((1, 2)), Sequence((3,)), Sequence((4, 5, 6))), (0, 1, 2))
+    work = Work((TokenSequence((1, 2)), TokenSequence((3,)), TokenSequence((4, 5, 6))), (0, 1, 2))
 
     found = movement(engine(max_input_tokens=16, max_batch_tokens=64), work, seed=0)
 

@@ -7,6 +7,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from reward_client.options import DiagnosticsLevel
 
 from service.errors import (
     HttpError,
@@ -27,7 +28,6 @@ from service.protocols.native import (
     win_probabilities,
 )
 from service.records import (
-    DiagnosticsLevel,
     Encoding,
     Exchange,
     GroupReport,

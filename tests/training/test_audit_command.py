@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from misbehaving_server import Request, World, ok, running, scores
 from preference_rows import longer_wins_pairs, polite_pairs, with_slips, write_pairs
+from reward_client import RewardClient
 from serving import serving
 from tiny_models import write_tiny_causal_lm, write_tiny_checkpoint
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from service.adapter import merge_adapter
-from service.batching import BatchBudget
-from service.client import RewardClient
-from service.records import Exchange, Message, Sequence
+from service.checkpoints.adapter import merge_adapter
+from service.records import Exchange, Message, TokenSequence
+from service.scheduling.queue import BatchBudget
 from training.audit.command import audit, main
 from training.audit.scoring import ServiceScorer, _batches, load_checkpoint_scorer, score_pairs
 from training.evaluation import evaluate
@@ -198,7 +198,13 @@ def test_a_model_that_really_learned_shuffled_labels_is_at_chance(tmp_path: Path
 def test_equal_prompts_share_their_batch() -> None:
     """Completions of one prompt stand side by side, however far apart their pairs are in the file."""
     exchanges = [Exchange(prompt, "c") for prompt in ("long", "short", "long", "short", "failed")]
-    sequences = [Sequence((1,) * 6), Sequence((1,) * 2), Sequence((1,) * 5), Sequence((1,) * 2), None]
+    sequences = [
+        TokenSequence((1,) * 6),
+        TokenSequence((1,) * 2),
+        TokenSequence((1,) * 5),
+        TokenSequence((1,) * 2),
+        None,
+    ]
 
     batches = [places for places, _ in _batches(exchanges, sequences, BatchBudget("packed", 11, 10))]
 

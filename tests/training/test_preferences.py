@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from service.dataset import Row
+from service.data.rows import Row
 from service.errors import DatasetError
 from service.records import Message
 from training.preferences import PreferencePair, Review, parse_pair, read_pairs

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
+from service.data.holdout import is_held_out
 from service.errors import DatasetError
-from service.holdout import is_held_out
 from training.pairs import TokenizedPair
 from training.preferences import PreferencePair, Review
 from training.recipe import Recipe

@@ -10,15 +10,15 @@ import pytest
 import torch
 from peft import PeftModel
 from preference_rows import polite_pairs, with_slips, write_pairs
+from reward_client.provenance import MANIFEST_FILE, Origin, read_origin, weights_hash
 from safetensors.torch import load_file, save_file
 from served_checkpoints import application
 from tiny_models import write_tiny_causal_lm, write_tiny_checkpoint
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from service.adapter import merge_adapter
+from service.checkpoints.adapter import merge_adapter
+from service.data.holdout import is_held_out
 from service.errors import CheckpointError, SettingsError
-from service.holdout import is_held_out
-from service.provenance import MANIFEST_FILE, Origin, read_origin, weights_hash
 from training import reward_model
 from training import train as reward_train
 from training.evaluation import Share, evaluate, rewards

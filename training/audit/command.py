@@ -10,11 +10,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from reward_client import RewardClient
+from reward_client.errors import ClientError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from service.client import RewardClient
-from service.errors import ClientError, SettingsError, StartupError
+from service.errors import SettingsError, StartupError
 from training.audit.findings import Findings, investigate
 from training.audit.report import write_report
 from training.audit.scored_pairs import ScoredPairs

@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
+from reward_client import RewardClient
+from reward_client.errors import ItemsFailed
+from reward_client.options import Truncation
 
 from service.assembly import judge
-from service.batching import BatchBudget, batch_cost
-from service.checkpoint import model_version
-from service.client import RewardClient
-from service.errors import HttpError, ItemsFailed
+from service.checkpoints.checkpoint import model_version
+from service.errors import HttpError
 from service.pipeline import Pipeline
-from service.records import Encoding, Exchange, Item, Message, Truncation
-from service.records import Sequence as TokenSequence
+from service.records import Encoding, Exchange, Item, Message, TokenSequence
+from service.scheduling.queue import BatchBudget, batch_cost
 from service.settings import Settings
 from service.tokenization import Tokenization
 from training.audit.scored_pairs import ScoredPairs

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable
-from collections.abc import Sequence as Row
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import reduce
 from typing import Any
@@ -23,10 +22,10 @@ from service.diagnostics.monitors.reference import MonitorReference
 from service.diagnostics.monitors.report import read_sums, read_window, window_correlation
 from service.diagnostics.monitors.window import WindowStatistics, merge_windows, summarize
 from service.errors import HttpError
-from service.records import Score, ScoreRequest, Sequence
+from service.records import Score, ScoreRequest, TokenSequence
 from service.settings import MonitorSettings
 
-Listener = Callable[[ObservedItems, Row[Observation]], None]
+Listener = Callable[[ObservedItems, Sequence[Observation]], None]
 """Told of all items, each once, in groups that are whole."""
 
 
@@ -83,7 +82,7 @@ class Monitor:
         self._num_alarms: Counter[str] = Counter()
         self._num_batches = 0
 
-    def observe(self, items: Row[Observation]) -> None:
+    def observe(self, items: Sequence[Observation]) -> None:
         """Take in the items of one request."""
         self._pending += items
         if len(self._pending) >= self._settings.batch_items:
@@ -140,7 +139,7 @@ class Monitors:
         """Names of the runs that are remembered, the one heard of last at the end."""
         return tuple(self._runs)
 
-    def observe(self, items: Row[Observation], run_id: str | None = None) -> None:
+    def observe(self, items: Sequence[Observation], run_id: str | None = None) -> None:
         """Take in the scored items of one request, for everything and for its run."""
         if not items:
             return
@@ -152,7 +151,7 @@ class Monitors:
             self.flush()
 
     def observe_request(
-        self, request: ScoreRequest, encoded: Row[Sequence | HttpError], outcomes: Row[Score | HttpError]
+        self, request: ScoreRequest, encoded: Sequence[TokenSequence | HttpError], outcomes: Sequence[Score | HttpError]
     ) -> None:
         """Take in the items of a request that got a reward.
 
@@ -199,9 +198,9 @@ class Monitors:
         return self._runs[run_id]
 
 
-def _length_of(encoded: Sequence | HttpError) -> tuple[int | None, bool]:
+def _length_of(encoded: TokenSequence | HttpError) -> tuple[int | None, bool]:
     """Return the completion's tokens, where the border to the prompt is known, and whether the prompt was cut."""
-    return (encoded.num_completion_tokens, encoded.truncated) if isinstance(encoded, Sequence) else (None, False)
+    return (encoded.num_completion_tokens, encoded.truncated) if isinstance(encoded, TokenSequence) else (None, False)
 
 
 def merge_states(states: Iterable[MonitorState]) -> MonitorState | None:

@@ -7,7 +7,7 @@ here and is skipped by every statistic; it is never counted as zero.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence as Row
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -87,7 +87,7 @@ class ObservedItems:
     truncated: NDArray[np.bool_]
 
     @classmethod
-    def of(cls, observations: Row[Observation]) -> ObservedItems:
+    def of(cls, observations: Sequence[Observation]) -> ObservedItems:
         """Return the observations, in order."""
         return cls(
             np.array([seen.values for seen in observations], np.float64).reshape(-1, len(COLUMNS)),

@@ -6,7 +6,7 @@ Counters hold sums that PromQL divides over any window and any number of replica
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence as Row
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,7 +82,7 @@ class Publisher:
 
         self._metrics.refresh_with(refresh)
 
-    def count(self, items: ObservedItems, observations: Row[Observation]) -> None:
+    def count(self, items: ObservedItems, observations: Sequence[Observation]) -> None:
         """Count some items, each of which must come once and beside its siblings."""
         self._count_moments(items)
         self._count_groups(items)
@@ -168,7 +168,7 @@ class Publisher:
         if ood.flag:
             self._metrics.ood_flag.labels(reason=ood.reason).inc()
 
-    def _count_styles(self, styles: Row[StyleReport]) -> None:
+    def _count_styles(self, styles: Sequence[StyleReport]) -> None:
         for kind in STYLES:
             self._metrics.style.labels(kind=kind).inc(sum(getattr(style, kind) for style in styles))
         self._metrics.words.inc(sum(style.words for style in styles))

@@ -9,9 +9,15 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from service.engines.attention import ATTENTION, PackingUnsupportedError, is_causal_layer, no_mask, packed_attention
-from service.engines.kernels.library import Kernels
-from service.engines.packing import Packing
+from service.engines.attention.interface import (
+    ATTENTION,
+    PackingUnsupportedError,
+    is_causal_layer,
+    no_mask,
+    packed_attention,
+)
+from service.engines.attention.layout import Packing
+from service.engines.kernels.bindings import Kernels
 
 KERNEL_ATTENTION = f"{ATTENTION}_kernels"
 """The name under which transformers knows this attention."""
@@ -53,13 +59,13 @@ def kernel_attention(
     output = query.new_empty((1, num_tokens, num_heads, head_size))
     output[:, packing.num_tokens :] = 0
     query, key, value = (states if states.stride(3) == 1 else states.contiguous() for states in (query, key, value))
-    strands, spans = packing.strands
+    sequences, spans = packing.kernel_spans
     kernels.attend(
         query,
         key,
         value,
         output,
-        strands,
+        sequences,
         spans,
         scaling=scaling,
         window=sliding_window,

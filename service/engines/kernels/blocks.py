@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from service.engines.kernels.forwards import (
+from service.engines.kernels.bindings import Kernels, PackedGates, RmsNorm
+from service.engines.kernels.fused_modules import (
     KernelForward,
     activation_of,
     agree,
@@ -25,13 +26,12 @@ from service.engines.kernels.forwards import (
     plain_forward,
     trial_states,
 )
-from service.engines.kernels.library import Kernels, PackedGates, RmsNorm
 
 PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("qkv_proj",))
 """What transformers' families call the layers that make queries, keys and values."""
 
 
-class JointBlock(KernelForward):
+class FusedDecoderBlock(KernelForward):
     """A block whose linear layers, norms, gate and residuals run for some rows at a time, but for attention.
 
     What comes in is overwritten: in a model each block's states are the next one's alone.
@@ -107,7 +107,7 @@ class _Passing(KernelForward):
         return states
 
 
-def block_of(module: Any, kernels: Kernels) -> JointBlock | None:
+def block_of(module: Any, kernels: Kernels) -> FusedDecoderBlock | None:
     """Return a block on the kernels; None where the module is no such block."""
     names = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp", "hidden_size")
     if not all(hasattr(module, name) for name in names):
@@ -122,7 +122,7 @@ def block_of(module: Any, kernels: Kernels) -> JointBlock | None:
     if any(layer.bias is not None for layer in gates):
         return None
     feed_forward = gates, pack_gates(gates, activation, kernels)
-    block = JointBlock(module, (norms[0].norm, norms[1].norm), projections, feed_forward, kernels)
+    block = FusedDecoderBlock(module, (norms[0].norm, norms[1].norm), projections, feed_forward, kernels)
     return block if _joins_alike(block, module, projections[0]) else None
 
 
@@ -134,7 +134,7 @@ def _projections_of(attention: Any) -> tuple[nn.Linear, ...] | None:
     return None
 
 
-def _joins_alike(block: JointBlock, module: Any, first: nn.Linear) -> bool:
+def _joins_alike(block: FusedDecoderBlock, module: Any, first: nn.Linear) -> bool:
     """Try the block with an attention that looks at nothing: it passes the first projection on."""
     states = trial_states(module.hidden_size)
     output, width = module.self_attn.o_proj, module.self_attn.o_proj.in_features

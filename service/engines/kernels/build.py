@@ -12,15 +12,15 @@ from functools import partial
 from pathlib import Path
 
 from service.cache import build_once, cache_directory
-from service.engines.device import (
-    has_bfloat16_vectors,
-    has_int8_vectors,
-    has_matrix_tiles,
-    has_wide_vectors,
+from service.engines.devices.device import (
+    has_amx,
+    has_avx512,
+    has_avx512_bf16,
+    has_avx512_vnni,
     is_intel,
 )
 
-SOURCES = Path(__file__).parent
+SOURCES = Path(__file__).parent / "csrc"
 BUILT = SOURCES / "built"
 """Where kernels lie that came with the installation, as in a container; elsewhere there is no such folder."""
 
@@ -55,19 +55,19 @@ class Target:
 _VECTORS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
 _PAIRS = (*_VECTORS, "-mavx512bf16")
 
-SINGLES = Target("avx512", _VECTORS)
+AVX512_F32 = Target("avx512", _VECTORS)
 """fp32 vectors, into which bfloat16 is widened."""
 
-PAIRS = Target("avx512-bf16", (*_PAIRS, "-DWITH_PAIRS"))
+AVX512_BF16 = Target("avx512-bf16", (*_PAIRS, "-DWITH_PAIRS"))
 """Vectors of pairs of bfloat16."""
 
-TILES = Target("amx-bf16", (*_PAIRS, "-mamx-tile", "-mamx-bf16", "-DWITH_AMX"))
+AMX_BF16 = Target("amx-bf16", (*_PAIRS, "-mamx-tile", "-mamx-bf16", "-DWITH_AMX"))
 """Matrix tiles of bfloat16."""
 
-INTEGERS = Target("avx512-int8", (*_VECTORS, "-mavx512vnni", "-DWITH_INT8"))
+AVX512_VNNI = Target("avx512-int8", (*_VECTORS, "-mavx512vnni", "-DWITH_INT8"))
 """Vectors of int8 for linear layers, of fp32 for attention."""
 
-TARGETS = (SINGLES, PAIRS, TILES, INTEGERS)
+TARGETS = (AVX512_F32, AVX512_BF16, AMX_BF16, AVX512_VNNI)
 
 
 def target_of_machine(*, quantizes: bool = False) -> Target:
@@ -79,15 +79,15 @@ def target_of_machine(*, quantizes: bool = False) -> Target:
     Raises:
         KernelsUnavailable: it lacks what all kernels use.
     """
-    if not has_wide_vectors():
+    if not has_avx512():
         raise KernelsUnavailable("this CPU has no AVX-512")
     if quantizes:
-        if not has_int8_vectors():
+        if not has_avx512_vnni():
             raise KernelsUnavailable("this CPU has no vectors of int8 (AVX-512 VNNI)")
-        return INTEGERS
-    if has_matrix_tiles():
-        return TILES
-    return PAIRS if has_bfloat16_vectors() and not is_intel() else SINGLES
+        return AVX512_VNNI
+    if has_amx():
+        return AMX_BF16
+    return AVX512_BF16 if has_avx512_bf16() and not is_intel() else AVX512_F32
 
 
 def source_digest(target: Target) -> str:

@@ -7,24 +7,24 @@ from pathlib import Path
 
 import pytest
 
-from service.engines.device import has_bfloat16_vectors, has_int8_vectors, has_matrix_tiles, has_wide_vectors
+from service.engines.devices.device import has_amx, has_avx512, has_avx512_bf16, has_avx512_vnni
+from service.engines.kernels.bindings import Kernels, load_kernels
 from service.engines.kernels.build import (
-    INTEGERS,
+    AMX_BF16,
+    AVX512_BF16,
+    AVX512_F32,
+    AVX512_VNNI,
     LIBRARY,
-    PAIRS,
-    SINGLES,
     TARGETS,
-    TILES,
     KernelsUnavailable,
     Target,
     compile_kernels,
     locate_library,
 )
-from service.engines.kernels.library import Kernels, load_kernels
 
 EMULATED_TILES = Target(
-    TILES.name,
-    (*PAIRS.flags, "-UWITH_PAIRS", "-DWITH_AMX", "-include", str(Path(__file__).parent / "emulated_tiles.h")),
+    AMX_BF16.name,
+    (*AVX512_BF16.flags, "-UWITH_PAIRS", "-DWITH_AMX", "-include", str(Path(__file__).parent / "emulated_tiles.h")),
 )
 """The kernels for matrix tiles, on a CPU that has none."""
 
@@ -33,13 +33,13 @@ EMULATED_TILES = Target(
 def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
     """Kernels of each kind; matrix tiles are emulated where there are none."""
     target: Target = request.param
-    runs = {SINGLES: True, INTEGERS: has_int8_vectors()}.get(target, has_bfloat16_vectors())
-    if not has_wide_vectors() or not runs:
+    runs = {AVX512_F32: True, AVX512_VNNI: has_avx512_vnni()}.get(target, has_avx512_bf16())
+    if not has_avx512() or not runs:
         pytest.skip(f"this CPU runs no kernels for {target.name}")
     try:
-        if target is not TILES:
+        if target is not AMX_BF16:
             return Kernels(ctypes.CDLL(str(locate_library(target))), target)
-        if has_matrix_tiles():
+        if has_amx():
             return load_kernels()  # which asks the operating system for its tiles
         folder = tmp_path_factory.mktemp("emulated")
         compile_kernels(EMULATED_TILES, folder)

@@ -1,0 +1,162 @@
+"""Answers of the service, checked against what was asked before anything of them is believed.
+
+Pure: bytes in, records out, BadAnswer for whatever the protocol does not promise.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from reward_client.errors import BadAnswer, ItemFailure, ItemsFailed
+
+_NOT_DIAGNOSTICS = frozenset({"index", "id", "reward"})
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredItem:
+    """What the service says of one item.
+
+    ``reward``: the raw output of the scalar head, finite. ``model_version``: of the model that gave it.
+    ``diagnostics``: every further field of the result, as the service sent it.
+    """
+
+    reward: float
+    model_version: str
+    id: str | None = None
+    diagnostics: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Completions of one prompt beside each other.
+
+    ``rewards``: [n], in the order sent. ``probabilities``: [n][n]; entry [a][b] is sigma(reward_a - reward_b), the
+    Bradley-Terry probability that a is preferred to b.
+    """
+
+    rewards: tuple[float, ...]
+    probabilities: tuple[tuple[float, ...], ...]
+    model_version: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkScores:
+    """A checked answer of ``/v1/score``: one result per item, each with either a finite reward or an error."""
+
+    model_version: str
+    results: list[dict[str, Any]]
+
+
+def read_scores(content: bytes, num_items: int) -> ChunkScores:
+    """Check an answer of ``/v1/score`` to a request of ``num_items`` items.
+
+    Raises:
+        BadAnswer: not JSON, no model version, another count or order, a reward that is not a finite number.
+    """
+    answer = read_object(content)
+    results = answer.get("results")
+    if not isinstance(results, list) or len(results) != num_items:
+        found = len(results) if isinstance(results, list) else "no"
+        raise BadAnswer(f"{num_items} items were sent, {found} results came back")
+    for place, result in enumerate(results):
+        if not isinstance(result, dict) or result.get("index") != place:
+            raise BadAnswer(f"Result {place} does not carry index {place}")
+        if ("error" in result) == ("reward" in result):
+            raise BadAnswer(f"Result {place} must have either a reward or an error")
+        if "reward" in result:
+            _finite(result["reward"], f"The reward of result {place}")
+    return ChunkScores(_model_version(answer), results)
+
+
+def join_scores(chunks: Sequence[ChunkScores]) -> list[ScoredItem]:
+    """Return the items of all chunks in input order.
+
+    Raises:
+        ItemsFailed: some items have an error instead of a reward.
+    """
+    results = [(chunk.model_version, result) for chunk in chunks for result in chunk.results]
+    failures = [_failure(index, result["error"]) for index, (_, result) in enumerate(results) if "error" in result]
+    if failures:
+        rewards = [None if "error" in result else float(result["reward"]) for _, result in results]
+        raise ItemsFailed(failures, rewards)
+    return [_scored(version, result) for version, result in results]
+
+
+def read_comparison(content: bytes, num_completions: int) -> Comparison:
+    """Check an answer of ``/v1/compare`` to a request of ``num_completions`` completions.
+
+    Raises:
+        BadAnswer: not JSON, no model version, another count, a number that is not finite.
+    """
+    answer = read_object(content)
+    rewards = _vector(answer.get("rewards"), num_completions)
+    rows = answer.get("probabilities")
+    if not isinstance(rows, list) or len(rows) != num_completions:
+        raise BadAnswer(f"{num_completions} completions were sent; the probabilities are of another number")
+    return Comparison(rewards, tuple(_vector(row, num_completions) for row in rows), _model_version(answer))
+
+
+def read_object(content: bytes) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        BadAnswer: it is something else, or holds NaN or infinity, which Python's decoder would let pass.
+    """
+    try:
+        answer = json.loads(content, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):
+        # The cause is cut off: it carries the content.
+        raise BadAnswer(f"The answer of {len(content)} bytes is not JSON") from None
+    if not isinstance(answer, dict):
+        raise BadAnswer("The answer is not a JSON object")
+    return answer
+
+
+def read_problem(content: bytes) -> dict[str, Any]:
+    """Read an RFC 9457 problem; empty where there is none, because a proxy may answer a bare text."""
+    try:
+        return read_object(content)
+    except BadAnswer:
+        return {}
+
+
+def _scored(version: str, result: Mapping[str, Any]) -> ScoredItem:
+    diagnostics = {name: value for name, value in result.items() if name not in _NOT_DIAGNOSTICS}
+    return ScoredItem(float(result["reward"]), version, result.get("id"), diagnostics)
+
+
+def _failure(index: int, error: object) -> ItemFailure:
+    said = error if isinstance(error, dict) else {}
+    return ItemFailure(index, str(said.get("code", "unknown")), str(said.get("detail", "no detail was given")))
+
+
+def _model_version(answer: Mapping[str, Any]) -> str:
+    model = answer.get("model")
+    version = model.get("version") if isinstance(model, dict) else None
+    if not isinstance(version, str):
+        raise BadAnswer("The answer does not name its model version")
+    return version
+
+
+def _vector(values: object, length: int) -> tuple[float, ...]:
+    if not isinstance(values, list) or len(values) != length:
+        raise BadAnswer(f"{length} completions were sent; a row of the answer has another length")
+    return tuple(_finite(value, "A number of the comparison") for value in values)
+
+
+def _finite(value: object, name: str) -> float:
+    # A bool is an int to Python but not a reward; an int too large for a float is not finite here.
+    try:
+        if not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value):
+            return float(value)
+    except OverflowError:
+        pass
+    raise BadAnswer(f"{name} is not a finite number")
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"JSON has no {name}")

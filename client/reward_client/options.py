@@ -1,0 +1,14 @@
+"""The options of a scoring request, as client and service both speak them."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+TemplateChoice: TypeAlias = Literal["chat", "concat"]
+"""How a plain-text prompt is rendered: by the model's chat template, or by concatenation."""
+
+Truncation: TypeAlias = Literal["error", "prompt_left"]
+"""What happens to an item over the token limit: an item error, or tokens are removed from the left of its prompt."""
+
+DiagnosticsLevel: TypeAlias = Literal["none", "basic", "full"]
+"""How much is returned beside the reward."""

@@ -1,0 +1,78 @@
+"""Whether the KL reference of a training run is the checkpoint that the reward model was initialised from.
+
+Told once, at the start of a client, by a warning of a class of its own; it stops nobody who did not ask for that.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any, TypeAlias
+from urllib.parse import quote
+
+from reward_client.answers import read_object
+from reward_client.errors import BadAnswer, ReferenceMismatch, RequestRejected
+from reward_client.provenance import ReferenceCheck, weights_hash
+
+Reference: TypeAlias = str | os.PathLike[str]
+"""A checkpoint folder here, the hash over one's weights, or a name."""
+
+
+class ReferenceWarning(UserWarning):
+    """The KL reference is another checkpoint than the one that the reward model was initialised from, or may be."""
+
+
+def reference_name(reference: Reference) -> str:
+    """Return what the service is asked for: the hash over a folder's weights, and whatever is no folder as it is.
+
+    Raises:
+        ValueError: the folder holds no safetensors files.
+    """
+    folder = Path(reference)
+    if not folder.is_dir():
+        return str(reference)
+    name = weights_hash(folder)
+    if name is None:
+        raise ValueError(f"{folder} holds no safetensors files, so it cannot be compared by its weights")
+    return name
+
+
+def reference_route(name: str) -> str:
+    """Return the route that compares a reference with what is served."""
+    return f"/v1/model?reference={quote(name, safe='')}"
+
+
+def read_reference_check(content: bytes, name: str) -> ReferenceCheck:
+    """Read the comparison out of an answer of ``/v1/model``.
+
+    Raises:
+        BadAnswer: not JSON, or a comparison of another shape. A service that knows no references says nothing of them,
+            which is an answer too: it cannot be known.
+    """
+    told: Any = read_object(content).get("reference")
+    if told is None:
+        return ReferenceCheck(name, None, "The service does not compare references.")
+    if not isinstance(told, dict) or told.get("same") not in (True, False, None):
+        raise BadAnswer("The comparison of the reference has another shape than the protocol promises")
+    return ReferenceCheck(name, told["same"], str(told.get("detail", "No reason was given.")))
+
+
+def refusal_of_check(name: str, error: RequestRejected | BadAnswer) -> ReferenceCheck:
+    """Return what is known when the service answered the question itself with an error."""
+    return ReferenceCheck(name, None, f"The service could not be asked ({type(error).__name__}).")
+
+
+def tell_reference(check: ReferenceCheck, *, required: bool) -> None:
+    """Say nothing where the two are the same; otherwise warn, or raise where sameness is required.
+
+    Raises:
+        ReferenceMismatch: they are not the same, or it cannot be known, and ``required``.
+    """
+    if check.same:
+        return
+    claim = "may be another" if check.same is None else "is another"
+    message = f"The KL reference {claim} checkpoint than the reward model was initialised from. {check.detail}"
+    if required:
+        raise ReferenceMismatch(message)
+    warnings.warn(message, ReferenceWarning, stacklevel=2)

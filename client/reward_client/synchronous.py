@@ -1,0 +1,174 @@
+"""The client for ordinary code: the asynchronous one, run in a thread of its own.
+
+One implementation, not two: chunks of a call travel at the same time and the deadline holds here as well.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from reward_client.answers import Comparison, ScoredItem
+from reward_client.asynchronous import AsyncRewardClient
+from reward_client.options import DiagnosticsLevel, TemplateChoice, Truncation
+from reward_client.provenance import ReferenceCheck
+from reward_client.references import Reference
+from reward_client.requests import DEFAULT_CHUNKS, ChunkLimits, Completion, Prompt, WireItem
+from reward_client.retries import DEFAULT_RETRIES, RetryPolicy
+
+T = TypeVar("T")
+
+
+class RewardClient:
+    """Scores over HTTP; the methods of ``AsyncRewardClient``, each waiting for its answer.
+
+    Safe to share between threads, to use inside a running event loop (which then waits), to pickle, and to use after a
+    fork: the thread that does the work is started at the first call of each process.
+
+    Args:
+        url: where the service listens, such as ``http://127.0.0.1:8000``.
+        deadline_s: seconds within which a call answers or raises, all tries together.
+        max_connections: requests in flight at a time, over all threads.
+        chunks: how large calls are cut into requests.
+        retries: what happens after a 5xx or a broken connection. A 4xx is never repeated.
+        headers: sent with each request.
+        reference: the KL reference of the training run; see ``AsyncRewardClient``.
+        require_reference: raise where the reward model was not shown to be initialised from it.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        deadline_s: float = 600.0,
+        max_connections: int = 16,
+        chunks: ChunkLimits = DEFAULT_CHUNKS,
+        retries: RetryPolicy = DEFAULT_RETRIES,
+        headers: Mapping[str, str] | None = None,
+        reference: Reference | None = None,
+        require_reference: bool = False,
+    ) -> None:
+        self._client = AsyncRewardClient(
+            url,
+            deadline_s=deadline_s,
+            max_connections=max_connections,
+            chunks=chunks,
+            retries=retries,
+            headers=headers,
+            reference=reference,
+            require_reference=require_reference,
+        )
+        self._lock = threading.Lock()
+        self._thread: _LoopThread | None = None
+
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Completion],
+        *,
+        truncation: Truncation | None = None,
+        template: TemplateChoice | None = None,
+    ) -> list[float]:
+        """Return the raw reward of each completion, in input order; see ``AsyncRewardClient.score``."""
+        return self._run(self._client.score(prompts, completions, truncation=truncation, template=template))
+
+    def score_items(
+        self,
+        items: Iterable[WireItem],
+        *,
+        diagnostics: DiagnosticsLevel = "basic",
+        truncation: Truncation | None = None,
+        template: TemplateChoice | None = None,
+    ) -> list[ScoredItem]:
+        """Return reward and diagnostics of each item; see ``AsyncRewardClient.score_items``."""
+        return self._run(
+            self._client.score_items(items, diagnostics=diagnostics, truncation=truncation, template=template)
+        )
+
+    def compare(self, prompt: Prompt, completions: Sequence[Completion]) -> Comparison:
+        """Return rewards and preference probabilities; see ``AsyncRewardClient.compare``."""
+        return self._run(self._client.compare(prompt, completions))
+
+    def model(self) -> dict[str, Any]:
+        """Return what is served and how; see ``AsyncRewardClient.model``."""
+        return self._run(self._client.model())
+
+    def check_reference(self, reference: Reference) -> ReferenceCheck:
+        """Ask whether the model was initialised from a checkpoint; see ``AsyncRewardClient.check_reference``."""
+        return self._run(self._client.check_reference(reference))
+
+    def wait_until_ready(self, timeout_s: float = 600.0) -> None:
+        """Return as soon as the service is ready; see ``AsyncRewardClient.wait_until_ready``."""
+        self._run(self._client.wait_until_ready(timeout_s))
+
+    def close(self) -> None:
+        """Close the connections and end the thread; a later call starts both anew."""
+        with self._lock:
+            thread, self._thread = self._thread, None
+        if thread is not None and thread.is_ours:
+            thread.run(self._client.aclose())
+            thread.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_client": self._client}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._client = state["_client"]
+        self._lock = threading.Lock()
+        self._thread = None
+
+    def _run(self, call: Coroutine[Any, Any, T]) -> T:
+        with self._lock:
+            if self._thread is None or not self._thread.is_ours:
+                self._thread = _LoopThread()
+            thread = self._thread
+        return thread.run(call)
+
+
+class _LoopThread:
+    """An event loop in a daemon thread of this process."""
+
+    def __init__(self) -> None:
+        self._pid = os.getpid()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="reward-client", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether the thread lives in this process: a fork copies this object, but not the thread."""
+        return self._pid == os.getpid()
+
+    def run(self, call: Coroutine[Any, Any, T]) -> T:
+        future = asyncio.run_coroutine_threadsafe(call, self._loop)
+        try:
+            return future.result()
+        finally:
+            # Ctrl-C in the waiting thread must not leave the request running; for a finished call this does nothing.
+            future.cancel()
+
+    def close(self) -> None:
+        self.run(_cancel_the_others())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+async def _cancel_the_others() -> None:
+    """End the calls of other threads with an error: a stopped loop would let them wait for ever."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)

@@ -1,0 +1,1 @@
+"""Calibrations are fitted to completions that count as normal (``reward-calibrate``)."""

@@ -1,0 +1,1 @@
+"""Checkpoints become ONNX bundles (``reward-export``)."""

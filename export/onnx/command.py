@@ -1,0 +1,363 @@
+"""The command ``reward-export``: a judged checkpoint becomes an ONNX bundle, compared with plain transformers first.
+
+The folder appears whole, with its report inside, or not at all. How a graph is traced, quantized and judged is told in
+the files beside this one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from reward_client.provenance import MANIFEST_FILE as TRAINING_FILE
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+from export.calibration.scoring import candidate_taps
+from export.onnx.agreement import BOUNDS, Bounds, compare_rewards, refuse_disagreement
+from export.onnx.probe_texts import LONGEST, encode_items, made_up_items, read_items
+from service.checkpoints.bundle import (
+    FORMAT,
+    ExportParity,
+    Manifest,
+    Precision,
+    Probe,
+    hash_bundle_files,
+    open_bundle,
+    write_manifest,
+)
+from service.checkpoints.checkpoint import Checkpoint, locate_checkpoint, open_checkpoint
+from service.diagnostics.calibration import CALIBRATION_FILE
+from service.engines.base import Engine
+from service.errors import CheckpointError, StartupError
+from service.records import StateTap, TokenSequence
+from service.settings import BatchingSettings, ModelSettings, TokenizationSettings
+from service.tokenization import Tokenization
+
+DEMO = "demo"
+COPIED = (
+    "config.json",
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.*",
+    TRAINING_FILE,
+    "provenance.json",
+)
+"""What goes along byte for byte: saving a tokenizer again could change what it does."""
+LIBRARIES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")
+LONGEST_PROBE = 256
+"""Tokens; every start computes the probes."""
+
+MEASURING_STEP = 4
+"""Of the built-in texts each so manyth shows how large an activation's channels get."""
+
+Stage: TypeAlias = Callable[[str], None]
+"""Told the name of each stage as it begins."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExportPlan:
+    """What to make of a checkpoint.
+
+    ``taps``: where states can be read; None: wherever a calibration may want them. ``items``: a data file; None: the
+    built-in texts. ``bounds``: None: those of the precision. ``reduce_range``: weights in 7 bits, for CPUs without
+    VNNI. ``max_input_tokens``: the longest text that may ever be scored; None: the checkpoint's limit.
+    """
+
+    precision: Precision = "fp32"
+    taps: tuple[StateTap, ...] | None = None
+    items: Path | None = None
+    bounds: Bounds | None = None
+    reduce_range: bool = False
+    max_input_tokens: int | None = None
+
+
+def export_bundle(source: str, out: Path, plan: ExportPlan, stage: Stage = lambda _: None) -> Manifest:
+    """Write an ONNX bundle made from the checkpoint to ``out``, whole and compared, or not at all.
+
+    Args:
+        source: a checkpoint folder, a PEFT adapter with a scalar head, a hub id, or ``demo``.
+        out: a folder that does not exist or is empty.
+        plan: precision, taps and what to compare on.
+        stage: is told what happens.
+
+    Raises:
+        CheckpointError: the checkpoint is refused, ``out`` is not empty, or torch cannot trace the architecture.
+        DatasetError: the items cannot be read.
+        ParityError: the graph's rewards are not those of plain transformers.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} exists and is not empty: name another folder, so that nothing is overwritten.")
+    settings = ModelSettings(path=None if source == DEMO else source, max_input_tokens=plan.max_input_tokens)
+    stage("Judging the checkpoint")
+    checkpoint = open_checkpoint(locate_checkpoint(settings), settings)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as workplace:
+        unfinished = Path(workplace) / "bundle"
+        unfinished.mkdir()
+        manifest = _fill(unfinished, checkpoint, plan, stage)
+        unfinished.rename(out)
+    return manifest
+
+
+def _fill(folder: Path, checkpoint: Checkpoint, plan: ExportPlan, stage: Stage) -> Manifest:
+    from export.onnx.graph import OPSET
+    from service.engines.onnx import load_onnx_engine
+
+    sequences = _sequences(checkpoint, plan)
+    stage(f"Asking plain transformers for the rewards of {len(sequences)} texts")
+    has_linear_head, reference = _reference(checkpoint, sequences)
+    taps = candidate_taps(checkpoint.config.get_text_config().num_hidden_layers) if plan.taps is None else plan.taps
+    stage("Tracing the model; deep ones take minutes")
+    _write_graph(folder, checkpoint, plan, taps)
+    _copy_companions(checkpoint.path, folder)
+    items = plan.items.name if plan.items else "built-in"
+    draft = Manifest(
+        format=FORMAT,
+        name=checkpoint.name,
+        precision=plan.precision,
+        architecture=checkpoint.architecture,
+        source=checkpoint.hashes,
+        num_parameters=checkpoint.num_parameters,
+        stored_dtype=checkpoint.dtype,
+        has_linear_head=has_linear_head,
+        embedding_size=checkpoint.embedding_size,
+        pad_token_id=checkpoint.pad_token_id,
+        max_input_tokens=checkpoint.max_input_tokens,
+        opset=OPSET,
+        libraries=_library_versions(),
+        taps=taps,
+        parity=ExportParity(0.0, 0.0, 0.0, 0.0, 0, items),
+        probes=(),
+        probe_tolerance=0.0,
+        files=hash_bundle_files(
+            folder, sorted(file.name for file in folder.iterdir() if file.name != CALIBRATION_FILE)
+        ),
+    )
+    write_manifest(folder, draft)
+    stage(f"Comparing the graph on {len(sequences)} texts")
+    settings = ModelSettings(path=str(folder), device="auto")
+    engine = load_onnx_engine(open_bundle(folder, settings), settings, BatchingSettings(), check=False)
+    rewards = score(engine, sequences)
+    parity = compare_rewards(rewards, reference, items)
+    refuse_disagreement(parity, plan.bounds or BOUNDS[plan.precision], reference)
+    manifest = replace(
+        draft,
+        parity=parity,
+        probes=choose_probes(sequences, rewards),
+        probe_tolerance=probe_tolerance(plan.precision, reference),
+    )
+    engine.close()
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def _sequences(checkpoint: Checkpoint, plan: ExportPlan) -> list[TokenSequence]:
+    tokenization = Tokenization(
+        checkpoint.tokenizer,
+        TokenizationSettings(),
+        max_input_tokens=min(checkpoint.max_input_tokens, LONGEST),
+        vocab_size=checkpoint.embedding_size,
+    )
+    return encode_items(read_items(plan.items) if plan.items else made_up_items(), tokenization)
+
+
+def _reference(checkpoint: Checkpoint, sequences: Sequence[TokenSequence]) -> tuple[bool, list[float]]:
+    """Whether the head is linear, and the rewards of plain transformers in fp32, text by text."""
+    from service.engines.parity import plain_rewards
+
+    classifier = _load(checkpoint, "float32")
+    return classifier.linear_head is not None, plain_rewards(classifier, [tokens.token_ids for tokens in sequences])
+
+
+def _write_graph(folder: Path, checkpoint: Checkpoint, plan: ExportPlan, taps: tuple[StateTap, ...]) -> None:
+    from export.onnx.graph import write_graph
+    from export.onnx.quantization import quantize_graph
+    from service.engines.onnx import Filling
+
+    write_graph(_load(checkpoint, "float16" if plan.precision == "fp16" else "float32"), taps, folder)
+    if plan.precision != "int8":
+        return
+    filling = Filling(pooling="hf", pad_token_id=checkpoint.pad_token_id, reads_first=False)
+    feeds = (filling.feed([(tokens.token_ids, 0)]) for tokens in _measuring_texts(checkpoint))
+    if not quantize_graph(folder, feeds, reduce_range=plan.reduce_range):
+        raise CheckpointError(f"The graph of {checkpoint.architecture} holds no multiplication that int8 would serve.")
+
+
+def _measuring_texts(checkpoint: Checkpoint) -> list[TokenSequence]:
+    """Return built-in texts to measure channels on, whatever is compared later: not fitted on what it is judged by."""
+    short = [tokens for tokens in _sequences(checkpoint, ExportPlan()) if tokens.num_tokens <= LONGEST_PROBE]
+    return short[::MEASURING_STEP]
+
+
+def _load(checkpoint: Checkpoint, dtype: str) -> Any:
+    import torch
+
+    from service.engines.model.classifier import load_classifier
+    from service.engines.model.rotary import length_border
+
+    if length_border(checkpoint.config.get_text_config(), checkpoint.max_input_tokens) is not None:
+        raise CheckpointError(
+            f"{checkpoint.architecture} turns long texts by other frequencies than short ones, which a graph cannot: "
+            "limit --max-input-tokens to the shorter ones, or serve the checkpoint with the torch engine."
+        )
+    return load_classifier(
+        checkpoint.path,
+        dtype=getattr(torch, dtype),
+        device=torch.device("cpu"),
+        pooling="hf",
+        pad_token_id=checkpoint.pad_token_id,
+    )
+
+
+def _copy_companions(source: Path, folder: Path) -> None:
+    for pattern in (*COPIED, CALIBRATION_FILE):
+        for file in sorted(source.glob(pattern)):
+            shutil.copy(file, folder)
+
+
+def _library_versions() -> dict[str, str]:
+    import onnxruntime
+
+    return {name: onnxruntime.__version__ if name == "onnxruntime" else version(name) for name in LIBRARIES}
+
+
+def score(engine: Engine, sequences: Sequence[TokenSequence]) -> list[float]:
+    """Return the rewards of the sequences, in order, in batches as the queue would make them: neighbours in length."""
+    rewards = [0.0] * len(sequences)
+    budget = engine.info.max_batch_tokens
+    batch: list[int] = []
+    for place in sorted(range(len(sequences)), key=lambda place: sequences[place].num_tokens):
+        if batch and sequences[place].num_tokens * (len(batch) + 1) > budget:
+            _score_batch(engine, sequences, batch, rewards)
+            batch = []
+        batch.append(place)
+    _score_batch(engine, sequences, batch, rewards)
+    return rewards
+
+
+def _score_batch(engine: Engine, sequences: Sequence[TokenSequence], batch: list[int], rewards: list[float]) -> None:
+    for place, reward in zip(batch, engine.forward([sequences[place] for place in batch]).rewards, strict=True):
+        rewards[place] = reward
+
+
+def choose_probes(sequences: Sequence[TokenSequence], rewards: Sequence[float], count: int = 8) -> tuple[Probe, ...]:
+    """Return some of the texts with their rewards: from the shortest up to a few hundred tokens, evenly."""
+    by_length = sorted(range(len(sequences)), key=lambda place: sequences[place].num_tokens)
+    short = [place for place in by_length if sequences[place].num_tokens <= LONGEST_PROBE] or by_length[:1]
+    places = dict.fromkeys(short[int(index)] for index in np.linspace(0, len(short) - 1, count))
+    return tuple(Probe(sequences[place].token_ids, rewards[place]) for place in places)
+
+
+def probe_tolerance(precision: Precision, reference: Sequence[float]) -> float:
+    """Return how far a recorded reward may move on another machine: rounding in fp32, a part of the spread else."""
+    if precision == "fp32":
+        return 1e-4 * max(1.0, *(abs(reward) for reward in reference))
+    return 0.05 * float(np.std(reference))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``reward-export``; returns the exit status: 0, or 1 after one sentence on standard error."""
+    options = _parser().parse_args(arguments)
+    console = Console(stderr=True, soft_wrap=True)
+    try:
+        with _stages(console) as stage:
+            manifest = export_bundle(options.source, options.out, _plan(options), stage)
+    except StartupError as error:
+        console.print(f"reward-export: {error}", style="red", markup=False, highlight=False)
+        return 1
+    for line in report(manifest, options.out):
+        console.print(line, markup=False, highlight=False)
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> ExportPlan:
+    bounds = BOUNDS[options.precision]
+    if options.max_difference is not None or options.min_spearman is not None:
+        bounds = Bounds(options.max_difference, options.min_spearman)
+    return ExportPlan(
+        precision=options.precision,
+        taps=None if options.taps is None else tuple(options.taps),
+        items=options.items,
+        bounds=bounds,
+        reduce_range=options.reduce_range,
+        max_input_tokens=options.max_input_tokens,
+    )
+
+
+def report(manifest: Manifest, out: Path) -> list[str]:
+    """Return the outcome as lines for people."""
+    parity = manifest.parity
+    return [
+        f"{out} is an ONNX bundle of {manifest.architecture} in {manifest.precision}.",
+        f"  compared with     plain transformers in float32, {parity.num_items} texts ({parity.items})",
+        f"  difference        {parity.max_difference:.3g} at most, {parity.mean_difference:.3g} on average",
+        f"  rank correlation  {parity.spearman:.5f}",
+        f"  pairs alike       {parity.pair_agreement:.2%}",
+        f"Serve it with: reward-serve --model {out}",
+    ]
+
+
+@contextmanager
+def _stages(console: Console) -> Iterator[Stage]:
+    """Show each stage: as a moving line with its time on a terminal, as a plain line elsewhere."""
+    if not console.is_terminal:
+        yield partial(console.print, markup=False, highlight=False)
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        running: list[TaskID] = []
+
+        def begin(name: str) -> None:
+            for task in running:
+                progress.update(task, total=1, completed=1)
+            running.append(progress.add_task(name, total=None))
+
+        yield begin
+
+
+def tap(text: str) -> StateTap:
+    """Read a tap as the command line writes it: ``12:mean``.
+
+    Raises:
+        ValueError: it is written otherwise.
+    """
+    layer, _, pooling = text.partition(":")
+    if pooling == "mean":
+        return StateTap(int(layer), "mean")
+    if pooling == "last":
+        return StateTap(int(layer), "last")
+    raise ValueError(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="reward-export", description="Export a scalar-head checkpoint to an ONNX bundle that reward-serve takes."
+    )
+    add = parser.add_argument
+    add("source", metavar="DIR", help="checkpoint folder, PEFT adapter or hub id, or 'demo'")
+    add("out", type=Path, metavar="OUT", help="the folder to write; must not exist or be empty")
+    add("--precision", choices=list(BOUNDS), default="fp32", help="fp16: for GPUs; int8: for CPUs (default: fp32)")
+    add(
+        "--items", type=Path, metavar="FILE", help="items or pairs to compare on (JSONL, Parquet); none: built-in texts"
+    )
+    add("--taps", type=tap, nargs="*", metavar="LAYER:POOLING", help="where states are read, for example 12:mean")
+    add("--max-input-tokens", type=int, metavar="N", help="longest sequence that may ever be scored")
+    add("--max-difference", type=float, metavar="X", help="bound on the largest difference, in place of the default")
+    add("--min-spearman", type=float, metavar="X", help="bound on the rank correlation, in place of the default")
+    add("--reduce-range", action="store_true", help="int8 weights in 7 bits, for CPUs without VNNI")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,166 @@
+"""Writes a classifier as an ONNX graph: token ids in, rewards and pooled hidden states out, batch and length dynamic.
+
+It is the model's own transformers code, traced. Numbers are not touched here; how a graph is made smaller or judged is
+told elsewhere.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from service.checkpoints.bundle import GRAPH_FILE
+from service.engines.model.classifier import Classifier
+from service.engines.onnx import INPUTS, REWARD, STATES
+from service.errors import CheckpointError
+from service.records import StateTap
+from service.transformers_logging import transformers_silenced
+
+OPSET = 23
+"""The first with Attention, RMSNormalization and RotaryEmbedding as operators, which ONNX Runtime runs whole."""
+
+INLINE_LIMIT_BYTES = 1_500_000_000
+"""Beyond it weights go into a file of their own: a protocol buffer ends at 2 GB."""
+
+
+class RewardGraph(nn.Module):
+    """What is exported: the classifier with the pooled position as an input, and states read at the taps.
+
+    Args:
+        classifier: in inference; its head stays in fp32.
+        taps: where states are read; the order is that of the output.
+    """
+
+    def __init__(self, classifier: Classifier, taps: Sequence[StateTap]) -> None:
+        super().__init__()
+        self.model = classifier.model
+        self._has_linear_head = classifier.linear_head is not None
+        # Rotary positions are wanted row by row; models that learnt theirs may count from another number than zero.
+        turns = bool(getattr(classifier.config, "rope_parameters", None))
+        self._takes_positions = turns and "position_ids" in classifier.body.forward.__annotations__
+        self._taps = tuple(taps)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        pooled_position: torch.Tensor,
+        mean_weights: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return rewards fp32 [batch] and states fp32 [batch, taps, hidden].
+
+        Args:
+            input_ids: int64 [batch, length], filled up on the right.
+            attention_mask: int64 [batch, length], 1 for tokens and 0 for filling.
+            position_ids: int64 [batch, length], counted from 0.
+            pooled_position: int64 [batch], whose state a linear head reads and ``last`` taps.
+            mean_weights: fp32 [batch, length], what each token weighs in ``mean``.
+        """
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if self._takes_positions:
+            inputs["position_ids"] = position_ids
+        rows = torch.arange(input_ids.shape[0], device=input_ids.device)
+        wants_states = {"output_hidden_states": bool(self._taps)}
+        if self._has_linear_head:
+            output = self.model.base_model(**inputs, **wants_states, use_cache=False)
+            pooled = output.last_hidden_state[rows, pooled_position]
+            reward = self.model.score(pooled)[:, 0].float()
+        else:
+            output = self.model(**inputs, **wants_states)
+            reward = output.logits[:, 0].float()
+        return reward, self._read_states(output.hidden_states, rows, pooled_position, mean_weights)
+
+    def _read_states(
+        self, layers: Any, rows: torch.Tensor, pooled_position: torch.Tensor, mean_weights: torch.Tensor
+    ) -> torch.Tensor:
+        if not self._taps:
+            return mean_weights.new_zeros((mean_weights.shape[0], 0, self.model.config.get_text_config().hidden_size))
+        read = []
+        for tap in self._taps:
+            states = layers[tap.layer]
+            if tap.pooling == "last":
+                read.append(states[rows, pooled_position].float())
+            else:
+                read.append((mean_weights[:, None, :] @ states.float())[:, 0])
+        return torch.stack(read, dim=1)
+
+
+def write_graph(classifier: Classifier, taps: Sequence[StateTap], folder: Path) -> None:
+    """Trace the classifier and write its graph into the folder.
+
+    Raises:
+        CheckpointError: torch cannot trace this architecture.
+    """
+    classifier.run_with(classifier.plain_attention)
+    try:
+        with torch.inference_mode(), _quiet():
+            program = torch.onnx.export(
+                RewardGraph(classifier, taps).eval(),
+                _example(classifier),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=list(INPUTS),
+                output_names=[REWARD, STATES],
+                dynamic_shapes=_dynamic_shapes(),
+                verbose=False,
+            )
+    except Exception as error:  # whatever the tracer meets in foreign code
+        raise CheckpointError(
+            f"torch cannot export {classifier.architecture} to ONNX ({type(error).__name__}): "
+            "serve the checkpoint with the torch engine."
+        ) from error
+    if program is None:
+        raise TypeError("torch.onnx.export wrote a file instead of returning its program")
+    _clear_shapes(program)
+    program.save(folder / GRAPH_FILE, external_data=_num_bytes(classifier) > INLINE_LIMIT_BYTES)
+
+
+def _example(classifier: Classifier) -> tuple[torch.Tensor, ...]:
+    """Three rows of different lengths: sizes of one would be taken for constants."""
+    lengths, longest = torch.tensor([12, 9, 5]), 12
+    columns = torch.arange(longest)
+    mask = (columns < lengths[:, None]).long()
+    ids = (7 * columns + torch.arange(3)[:, None]) % classifier.config.vocab_size
+    return ids, mask, columns.expand(3, -1).contiguous(), lengths - 1, mask / lengths[:, None]
+
+
+def _dynamic_shapes() -> tuple[dict[int, Any], ...]:
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
+    matrix, vector = {0: batch, 1: length}, {0: batch}
+    return matrix, matrix, matrix, vector, matrix
+
+
+def _num_bytes(classifier: Classifier) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in classifier.model.parameters())
+
+
+def _clear_shapes(program: Any) -> None:
+    """Forget intermediate shapes: the exporter folds transposed weights without mending what it noted of them."""
+    for node in program.model.graph:
+        for output in node.outputs:
+            if output.name not in {REWARD, STATES}:
+                output.shape = None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's notes about missing optional packages and merged axis names off the terminal."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with transformers_silenced(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

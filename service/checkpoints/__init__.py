@@ -1,0 +1,1 @@
+"""Checkpoints: found, validated, merged and described; the ONNX bundle beside them."""

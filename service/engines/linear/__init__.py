@@ -1,0 +1,1 @@
+"""Linear layers: batch-invariant, int8 and fp8."""

@@ -1,0 +1,1 @@
+"""The loaded classifier and what is read off it."""

@@ -1,0 +1,311 @@
+"""A scalar-head classifier as transformers loads it, with its body in the wanted arithmetic and its head in fp32.
+
+It knows how a reward is read off the hidden states (pooling, head) and leaves it to the forward paths how those states
+are computed. It judges nothing: whether the checkpoint can be trusted is settled before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig
+
+from service.engines.base import BatchCost, StateTap
+from service.engines.compilation import compile_blocks, restore_blocks
+from service.engines.kernels.bindings import Kernels
+from service.engines.kernels.patching import attach_kernels, detach_kernels
+from service.engines.linear.batch_invariant import set_batch_invariant_linear
+from service.engines.linear.inplace_silu import gate_in_place
+from service.engines.model.scalar_head import batch_invariant_head
+from service.engines.model.taps import Spot, StateQuery, TappedStates, blocks_of, tapped
+from service.errors import SettingsError
+from service.records import Pooling
+from service.transformers_logging import transformers_silenced
+
+
+@dataclass(frozen=True, slots=True)
+class PathOutput:
+    """What one pass returns.
+
+    ``rewards``: one raw fp32 logit per row. ``shared_tokens``: of each row, the tokens that another row computed, or an
+    earlier pass. ``states``: float32 [readings, taps, hidden] on any device, in the order of the query; None without
+    one. ``cached_tokens``: the part of all shared tokens that an earlier pass computed.
+    """
+
+    rewards: list[float]
+    shared_tokens: list[int]
+    states: torch.Tensor | None = None
+    cached_tokens: int = 0
+
+
+class PendingOutput(Protocol):
+    """A pass that was launched."""
+
+    def result(self) -> PathOutput:
+        """Wait for the pass and return what it found; asked for once."""
+        ...
+
+
+class ForwardPath(Protocol):
+    """One way of running a batch through a classifier.
+
+    ``shared_from``: rows that begin with so many equal tokens compute them once; None: nothing is shared.
+    ``kernels``: those of ours that it runs on; None: it runs on none.
+    ``keeps``: whether prompts are kept between passes.
+    """
+
+    name: str
+    cost: BatchCost
+    shared_from: int | None
+    kernels: Kernels | None
+    keeps: bool
+
+    def run(
+        self,
+        rows: Sequence[tuple[int, ...]],
+        query: StateQuery | None = None,
+        prompts: Sequence[int | None] | None = None,
+    ) -> PathOutput:
+        """Score rows of token ids in one pass.
+
+        Args:
+            rows: not empty, and different from each other.
+            query: which states to read too; changes no bit of a reward.
+            prompts: how many leading tokens of each row are its prompt, None where that is unknown; with them the pass
+                may use what earlier ones have kept, and keep prompts. None: it does neither.
+        """
+        ...
+
+    def forget(self) -> None:
+        """Let go of all that is kept."""
+        ...
+
+    def num_cached_tokens(self, row: tuple[int, ...], first_wanted: int | None) -> int:
+        """Return how many leading tokens of a row the next pass need not compute, whatever stands beside it.
+
+        Args:
+            row: token ids.
+            first_wanted: the first token whose state may be wanted beside the pooled one's; None: none is.
+        """
+        ...
+
+
+@runtime_checkable
+class LaunchingPath(ForwardPath, Protocol):
+    """A forward path that need not wait for the device before the next pass is launched."""
+
+    def launch(self, rows: Sequence[tuple[int, ...]], query: StateQuery | None = None) -> PendingOutput:
+        """Hand a pass to the device; what ``run`` returns comes later. On a CPU it is computed at once."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Classifier:
+    """A loaded classifier with one label.
+
+    ``model``: the transformers model, on its device, in inference. ``plain_attention``: the attention implementation
+    that transformers chose for it. ``pooling`` and ``pad_token_id`` decide whose hidden state the head reads.
+    """
+
+    model: Any
+    plain_attention: str
+    pooling: Pooling
+    pad_token_id: int | None
+
+    @property
+    def body(self) -> Any:
+        """The transformer below the head: token ids in, hidden states out."""
+        return self.model.base_model
+
+    @property
+    def linear_head(self) -> nn.Linear | None:
+        """The one linear layer on a pooled state, which decoder families call ``score``; None where a head is more."""
+        head = getattr(self.model, "score", None)
+        return head if isinstance(head, nn.Linear) else None
+
+    @property
+    def config(self) -> Any:
+        """The text part of the model's configuration."""
+        return self.model.config.get_text_config()
+
+    @property
+    def architecture(self) -> str:
+        """The transformers class of the model."""
+        return type(self.model).__name__
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        device: torch.device = self.model.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The arithmetic of the body."""
+        dtype: torch.dtype = self.body.dtype
+        return dtype
+
+    @property
+    def is_half_precision(self) -> bool:
+        """Whether the body computes in bfloat16 or float16."""
+        return self.dtype in (torch.bfloat16, torch.float16)
+
+    @property
+    def is_on_cpu(self) -> bool:
+        """Whether the forward pass runs on the CPU."""
+        return self.device.type == "cpu"
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The layers of the body, from the embeddings upwards."""
+        return blocks_of(self.body, self.config.num_hidden_layers)
+
+    def run_with(
+        self,
+        attention: str,
+        *,
+        batch_invariant_linear: bool = False,
+        compiled: bool = False,
+        kernels: Kernels | None = None,
+    ) -> None:
+        """Let the model use an attention implementation that is registered with transformers.
+
+        ``batch_invariant_linear``: whether its linear layers multiply in blocks of a fixed number
+        of rows. ``compiled``: whether its blocks run compiled, with an attention that can be. ``kernels``: on which its
+        modules run where they can.
+        """
+        self.model.set_attn_implementation(attention)
+        set_batch_invariant_linear(self.body, blocked=batch_invariant_linear)
+        restore_blocks(self.body)
+        detach_kernels(self.body)
+        if compiled:
+            compile_blocks(self.blocks)
+        if kernels is not None:
+            attach_kernels(self.body, kernels)
+
+    def token_tensor(self, ids: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Return token ids of equal length as int64 [rows, tokens] on the model's device."""
+        return torch.tensor(ids, dtype=torch.long, device=self.device)
+
+    def pooled_position(self, ids: Sequence[int]) -> int:
+        """Return the position in ``ids`` whose hidden state the head reads."""
+        return pooled_position(ids, self.pooling, self.pad_token_id)
+
+    def read_position(self, ids: Sequence[int]) -> int:
+        """Return the position in ``ids`` whose state the head begins with; an encoder's own head takes the first."""
+        return 0 if self.linear_head is None else self.pooled_position(ids)
+
+    def tapped(self, taps: tuple[StateTap, ...], spots: Sequence[Spot]) -> AbstractContextManager[TappedStates]:
+        """Read states off the pass that runs while the context is open."""
+        return tapped(self.body, self.config.num_hidden_layers, taps, spots)
+
+    def rewards_of(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Run the linear head on pooled states [rows, hidden]; float32 [rows], on the device.
+
+        A matrix product's order of additions depends on its number of rows, so on a CPU the states go through one by
+        one. On a device where each of them would be a launch they go through together, by another road.
+        """
+        head = self.linear_head
+        if head is None:
+            raise TypeError(f"The head of {self.architecture} is more than one linear layer")
+        if not self.is_on_cpu:
+            return batch_invariant_head(pooled, head.weight[0], head.bias)
+        return torch.cat([head(state[None]) for state in pooled])[:, 0]
+
+    def read_rewards(self, pooled: torch.Tensor) -> list[float]:
+        """Run the linear head on pooled states [rows, hidden] and copy the rewards back, once."""
+        rewards: list[float] = self.rewards_of(pooled).tolist()
+        return rewards
+
+
+def pooled_position(ids: Sequence[int], pooling: Pooling, pad_token_id: int | None) -> int:
+    """Return the position whose hidden state the head reads.
+
+    ``hf`` is the rule of transformers' ``GenericForSequenceClassification``: the rightmost token that is not the pad
+    token, whatever the attention mask says; the first position when all are pad, the last when no pad token is defined.
+
+    Raises:
+        ValueError: there are no tokens, hence no state and no reward.
+    """
+    if not ids:
+        raise ValueError("A sequence without tokens has no reward")
+    last = len(ids) - 1
+    if pooling == "last" or pad_token_id is None:
+        return last
+    return next((position for position in range(last, -1, -1) if ids[position] != pad_token_id), 0)
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """Return the configuration of a checkpoint folder; remote code is never run."""
+    return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def stored_dtype(config: PretrainedConfig) -> torch.dtype:
+    """Return the dtype in which the checkpoint was saved; float32 where its configuration does not say."""
+    name = str(config.dtype or "float32").removeprefix("torch.")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def load_classifier(
+    folder: Path, *, dtype: torch.dtype, device: torch.device, pooling: Pooling, pad_token_id: int | None
+) -> Classifier:
+    """Load a checkpoint folder for inference.
+
+    The head's weights are those of the checkpoint, bit for bit where it stores fp32, and are never rounded to the
+    dtype of the body; hidden states are cast to fp32 before it.
+
+    Raises:
+        SettingsError: another pooling is asked of a model whose own head pools.
+    """
+    config = read_config(folder)
+    with torch.device("meta"):
+        outline = AutoModelForSequenceClassification.from_config(config)
+    head_names = [name for name, _ in outline.named_children() if name != outline.base_model_prefix]
+
+    # Fused attention knows no soft caps, and some versions of transformers choose it for such models all the same.
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    with transformers_silenced(), _kept_in_fp32(type(outline), head_names):
+        model = AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation="eager" if capped else None,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+    for name in head_names:
+        getattr(model, name).register_forward_pre_hook(_cast_to_fp32)
+    model.config.get_text_config().pad_token_id = pad_token_id
+    model.requires_grad_(requires_grad=False).eval().to(device)
+    gate_in_place(model.base_model)
+
+    classifier = Classifier(model, model.config._attn_implementation, pooling, pad_token_id)  # noqa: SLF001 - no public name
+    if pooling != "hf" and classifier.linear_head is None:
+        raise SettingsError(
+            f"model.pooling is {pooling}, but {classifier.architecture} pools in its own head: leave the setting out"
+        )
+    return classifier
+
+
+@contextmanager
+def _kept_in_fp32(model_class: Any, names: Sequence[str]) -> Iterator[None]:
+    """Let transformers load the named top-level modules of a class in fp32, whatever the dtype of the rest."""
+    declared = model_class._keep_in_fp32_modules_strict  # noqa: SLF001 - how transformers' own models say it
+    model_class._keep_in_fp32_modules_strict = {*(declared or ()), *(rf"^{name}\." for name in names)}  # noqa: SLF001
+    try:
+        yield
+    finally:
+        model_class._keep_in_fp32_modules_strict = declared  # noqa: SLF001
+
+
+def _cast_to_fp32(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(
+        value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value for value in inputs
+    )

@@ -1,0 +1,1 @@
+"""Forward paths: the ways of running a batch through a classifier."""

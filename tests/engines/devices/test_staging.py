@@ -1,0 +1,240 @@
+"""Inputs and results of a pass travel without a wait, and arrive as they were sent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_classifiers import load_tiny, random_rows, rows_that_share, sequences_of
+from tiny_models import DECODER_FAMILIES
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from service.engines.attention import interface as attention
+from service.engines.attention.layout import Packing
+from service.engines.base import EngineInfo, StateTap
+from service.engines.devices.staging import ALIGNMENT, Arrived, PlainStaging, lay_out, staging_for, views_of
+from service.engines.model.scalar_head import batch_invariant_head
+from service.engines.model.taps import StateQuery
+from service.engines.paths.packed import PackedForward
+from service.engines.torch import TorchEngine
+from service.errors import EngineUnavailable
+
+CPU = torch.device("cpu")
+
+
+@given(st.lists(st.tuples(st.sampled_from([torch.int64, torch.int32, torch.uint8]), st.integers(0, 40)), max_size=9))
+def test_a_buffer_gives_back_what_was_put_in(kinds: list[tuple[torch.dtype, int]]) -> None:
+    """Tensors of any type and length, empty ones too, keep their values side by side in one buffer."""
+    tensors = [torch.arange(size).to(dtype) for dtype, size in kinds]
+    begins, num_bytes = lay_out(tensors)
+    buffer = torch.full((num_bytes,), 255, dtype=torch.uint8)
+
+    for place, tensor in zip(views_of(buffer, tensors, begins), tensors, strict=True):
+        place.copy_(tensor)
+
+    for found, tensor in zip(views_of(buffer, tensors, begins), tensors, strict=True):
+        assert found.dtype == tensor.dtype
+        assert torch.equal(found, tensor)
+    assert all(begin % ALIGNMENT == 0 for begin in begins)
+
+
+def test_on_a_cpu_nothing_is_copied() -> None:
+    """Where no way lies between, what is sent is there and what is fetched is the tensor itself."""
+    tensor = torch.arange(4)
+
+    (there,) = staging_for(CPU).send([tensor])
+    (back,) = staging_for(CPU).fetch([there]).wait()
+
+    assert back.data_ptr() == tensor.data_ptr()
+
+
+@pytest.mark.parametrize("hidden", [1, 64, 96, 897])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_reward_does_not_depend_on_how_many_are_read(hidden: int, dtype: torch.dtype) -> None:
+    """The head for all rows at once gives what the linear layer gives, and each row the bits that it has alone."""
+    random = torch.Generator().manual_seed(0)
+    states = torch.randn(300, hidden, generator=random).to(dtype)
+    head = torch.nn.Linear(hidden, 1)
+    weight, bias = head.weight[0].detach(), head.bias.detach()
+
+    rewards = batch_invariant_head(states, weight, bias)
+
+    scale = (states.float().abs() @ weight.abs()).max()
+    assert (rewards - head(states.float())[:, 0]).abs().max() <= 1e-6 * scale
+    for count in (1, 2, 17):
+        assert torch.equal(batch_invariant_head(states[:count], weight, bias), rewards[:count])
+    assert torch.equal(batch_invariant_head(states, weight, None), batch_invariant_head(states, weight, torch.zeros(1)))
+
+
+# --- A device that cannot be waited for ------------------------------------------------------------------------------
+
+
+class RefusesToWait(TorchDispatchMode):
+    """Raises where a real device would have to answer before the host goes on, or would get pageable memory.
+
+    Indexing is refused as a whole, for a list of places becomes a tensor that is copied unseen.
+    """
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "index")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        tensors = [
+            value for value in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)
+        ]
+        devices = {tensor.device.type for tensor in tensors if tensor.dim() or tensor.device.type == "meta"}
+        assert name not in self.FORBIDDEN or devices == {"cpu"}, f"{func} waits for the device"
+        output = func(*args, **(kwargs or {}))
+        if name in {"_to_copy", "copy_"} and isinstance(output, torch.Tensor):
+            assert devices | {output.device.type} in ({"cpu"}, {"meta"}), f"{func} crosses to the device and waits"
+        return output
+
+
+class ShapesOnly(PlainStaging):
+    """The meta device in the place of CUDA: what is sent has a shape there, and no values ever come back."""
+
+    def send(self, tensors: Any) -> list[torch.Tensor]:
+        return [torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device) for tensor in tensors]
+
+    def fetch(self, tensors: Any) -> Arrived:
+        assert all(tensor.device.type == "meta" for tensor in tensors)
+        return Arrived([torch.zeros(tensor.shape) for tensor in tensors])
+
+
+@pytest.fixture
+def like_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """The meta device, on which the variable-length kernel is at hand."""
+    monkeypatch.setattr(attention, "_has_varlen_kernel", lambda *_: True)
+    monkeypatch.setattr("service.engines.paths.packed.staging_for", ShapesOnly)
+    monkeypatch.setattr("service.engines.model.taps.sent", lambda tensor, _: torch.empty_like(tensor, device="meta"))
+    monkeypatch.setattr(
+        "service.engines.attention.interface.sent", lambda tensor, _: torch.empty_like(tensor, device="meta")
+    )
+    return torch.device("meta")
+
+
+@pytest.mark.parametrize("family", DECODER_FAMILIES)
+def test_nothing_waits_between_launch_and_result(tiny_checkpoint, like_cuda: torch.device, family: str) -> None:
+    """From the second pass on, a launch asks nothing of the device and sends it nothing by a road of its own."""
+    on_cpu = load_tiny(tiny_checkpoint(family))
+    rows = rows_that_share(on_cpu)
+    path = PackedForward(load_tiny(tiny_checkpoint(family), torch.bfloat16, device=like_cuda))
+    taps = (StateTap(1, "mean"), StateTap(2, "last"))
+    path._settle_masks()  # the first pass asks transformers for masks, and meta tensors have no values to answer with
+
+    with RefusesToWait():
+        pending = path.launch(rows, StateQuery(taps, ((0, 0), (3, 5))))
+
+    output = pending.result()
+    assert len(output.rewards) == len(rows)
+    assert sum(output.shared_tokens) > 0
+    assert output.states is not None
+    assert output.states.shape[:2] == (2, 2)
+
+
+def test_waiting_is_noticed() -> None:
+    """The guard of the test above raises where a value of the device is asked for, and where a list is an index."""
+    states = torch.empty(4, 8, device="meta")
+
+    with RefusesToWait(), pytest.raises(AssertionError, match="waits for the device"):
+        states[[0, 3]]
+    with RefusesToWait(), pytest.raises(AssertionError, match="crosses"):
+        torch.arange(3).to("meta")
+    with RefusesToWait(), pytest.raises(AssertionError, match="waits for the device"):
+        bool((states == 0).all())
+
+
+@pytest.mark.parametrize("family", DECODER_FAMILIES)
+def test_a_mask_that_nobody_reads_changes_nothing(tiny_checkpoint, family: str) -> None:
+    """With the mask that spares a look at position ids the rewards are the same, bit for bit."""
+    classifier = load_tiny(tiny_checkpoint(family))
+    rows = rows_that_share(classifier)
+    path = PackedForward(classifier)
+    without = path.run(rows).rewards
+
+    path._mask = torch.empty((1, 1, 1, 0), dtype=torch.bool)
+
+    assert path.run(rows).rewards == without
+
+
+def test_slabs_travel_with_the_other_inputs() -> None:
+    """All that attention reads is sent in one go with the row, and stands there as it was cut."""
+    sent: list[int] = []
+
+    class Counting(PlainStaging):
+        def send(self, tensors: Any) -> list[torch.Tensor]:
+            sent.append(len(tensors))
+            return [tensor.clone() for tensor in tensors]
+
+    rows = [tuple(range(40)) + (place,) * 9 for place in range(6)]
+    cut = Packing.of(rows, torch.device("meta"), shortest_shared=8)
+
+    staged, (ids,) = cut.staged(Counting(CPU), [torch.arange(5)])
+
+    assert sent == [1 + 4 * len(cut.chunks)]
+    assert ids.tolist() == list(range(5))
+    for there, here in zip(staged.chunks, cut.chunks, strict=True):
+        assert there.sequences == here.sequences
+        assert all(torch.equal(copy, own) for copy, own in zip(there.tensors, here.tensors, strict=True))
+
+
+def test_a_lost_device_is_told_apart_from_a_failed_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error after which the device answers nothing is EngineUnavailable; one that it survives stays what it is."""
+
+    class Asserts:
+        name, cost, shared_from = "packed", "packed", None
+
+        def run(self, rows, query=None, prompts=None):
+            raise RuntimeError("CUDA error: device-side assert triggered")
+
+    info = EngineInfo("torch", "Llama", "packed", "cpu", "float32", "packed", max_input_tokens=8, max_batch_tokens=8)
+    engine = TorchEngine(Asserts(), info)
+    with pytest.raises(RuntimeError, match="assert"):
+        engine.forward(sequences_of([(1,)]))
+
+    monkeypatch.setattr("service.engines.torch.is_lost", lambda _: True)
+    with pytest.raises(EngineUnavailable, match="cpu is lost"):
+        engine.forward(sequences_of([(1,)]))
+
+
+# --- On a GPU --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama", "gemma3", "phi3"])
+def test_a_launch_does_not_wait_for_a_gpu(tiny_checkpoint, family: str) -> None:
+    """Torch finds no synchronisation in a launch, and two passes in flight keep their own rewards and states."""
+    classifier = load_tiny(tiny_checkpoint(family), torch.bfloat16, device=torch.device("cuda"))
+    path = PackedForward(classifier)
+    batches = [rows_that_share(classifier, seed) for seed in range(2)]
+    query = StateQuery((StateTap(1, "mean"), StateTap(2, "last")), ((0, 0), (3, 5)))
+    expected = [path.run(rows, query) for rows in batches]
+
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        pending = [path.launch(rows, query) for rows in batches]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+    for waiting, wanted in zip(pending, expected, strict=True):
+        output = waiting.result()
+        assert output.rewards == wanted.rewards
+        assert output.states is not None
+        assert torch.equal(output.states, wanted.states)
+
+
+@pytest.mark.gpu
+def test_many_passes_in_flight_do_not_overwrite_each_other(tiny_checkpoint) -> None:
+    """Pinned memory that is used again belongs to nobody: fifty launched passes all come back as alone."""
+    classifier = load_tiny(tiny_checkpoint("llama"), device=torch.device("cuda"))
+    path = PackedForward(classifier)
+    batches = [random_rows(classifier, seed=seed) for seed in range(50)]
+    expected = [path.run(rows).rewards for rows in batches]
+
+    pending = [path.launch(rows) for rows in batches]
+
+    assert [waiting.result().rewards for waiting in pending] == expected

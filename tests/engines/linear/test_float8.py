@@ -1,0 +1,119 @@
+"""fp8 is refused where it cannot be, names what it changes, and never passes for the model it was made of."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_classifiers import load_tiny, random_rows
+from torch import nn
+
+from service.assembly import arithmetic_of
+from service.engines.base import EngineInfo
+from service.engines.linear.float8 import layers_for_float8, quantize_float8, refusal_of
+from service.engines.parity import choose_path, loss_between
+from service.engines.torch import load_torch_engine
+from service.errors import SettingsError
+from service.settings import BatchingSettings, ModelSettings
+
+INFO = EngineInfo("torch", "Llama", "packed", "cuda:0", "bfloat16", "packed", max_input_tokens=8, max_batch_tokens=8)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "has_torchao", "reason"),
+    [
+        (None, torch.bfloat16, True, "on a CPU"),
+        ((8, 0), torch.bfloat16, True, "capability 8.0"),
+        ((9, 0), torch.float16, True, "must be in bfloat16"),
+        ((9, 0), torch.bfloat16, False, "pip install"),
+        ((8, 9), torch.bfloat16, True, ""),
+        ((10, 0), torch.bfloat16, True, ""),
+    ],
+    ids=["cpu", "ampere", "fp16", "no-torchao", "ada", "blackwell"],
+)
+def test_fp8_is_refused_with_one_reason(
+    capability: tuple[int, int] | None, dtype: torch.dtype, has_torchao: bool, reason: str
+) -> None:
+    """Each thing that is missing has its own words; where nothing is, there are none."""
+    refusal = refusal_of(capability, dtype, has_torchao=has_torchao)
+
+    assert reason in refusal
+    assert bool(refusal) == bool(reason)
+
+
+def test_an_engine_on_a_cpu_refuses_fp8(tiny_checkpoint) -> None:
+    """The start ends with one sentence and goes on with nothing else in silence."""
+    with pytest.raises(SettingsError, match="quantization is fp8, but the model runs on a CPU"):
+        load_torch_engine(
+            tiny_checkpoint("llama"),
+            ModelSettings(device="cpu", quantization="fp8"),
+            BatchingSettings(),
+            pad_token_id=0,
+            max_input_tokens=99,
+        )
+
+
+def test_linear_layers_of_the_body_are_quantized(tiny_checkpoint) -> None:
+    """Every projection of every block is named, embeddings and head are not, nor what has odd sizes."""
+    classifier = load_tiny(tiny_checkpoint("llama"))
+    names = layers_for_float8(classifier.body)
+
+    assert len(names) == 7 * classifier.config.num_hidden_layers
+    assert all("proj" in name for name in names)
+    assert not any("score" in name or "embed" in name for name in names)
+    assert layers_for_float8(nn.ModuleDict({"odd": nn.Linear(16, 24), "even": nn.Linear(32, 48)})) == ["even"]
+
+
+def test_a_quantized_model_has_another_version() -> None:
+    """Arithmetic, from which version and calibration are bound, says fp8; without it nothing changes."""
+    quantized = replace(INFO, quantization="fp8")
+
+    assert (INFO.arithmetic, quantized.arithmetic) == ("bfloat16", "bfloat16, fp8")
+    assert arithmetic_of(INFO)["dtype"] == "bfloat16"
+    assert arithmetic_of(INFO) != arithmetic_of(quantized)
+
+
+def test_what_quantization_changed_is_told_apart_from_what_a_path_changes(tiny_checkpoint) -> None:
+    """A path is held against the plain forward of the changed weights, and the change itself is shown."""
+    classifier = load_tiny(tiny_checkpoint("llama"))
+
+    def coarsen() -> None:
+        with torch.no_grad():
+            for module in classifier.body.modules():
+                if isinstance(module, nn.Linear):
+                    module.weight.copy_(module.weight.to(torch.float8_e4m3fn).to(module.weight.dtype))
+
+    path, parity = choose_path(classifier, "auto", 400, quantize=coarsen)
+    again, unchanged = choose_path(classifier, "auto", 400)
+
+    assert parity.agrees
+    assert parity.max_difference < 1e-4 < parity.quantization_loss["max_difference"]
+    assert 0.5 < parity.quantization_loss["spearman"] <= 1
+    assert unchanged.quantization_loss == {}
+    rows = random_rows(classifier)
+    assert path.run(rows).rewards == again.run(rows).rewards
+
+
+def test_a_changed_order_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    """Equal ranks say nothing; reversed ones are a warning with the figure."""
+    assert loss_between([1.0, 2.0, 3.0], [1.1, 2.5, 2.6])["spearman"] == 1
+    assert not caplog.records
+
+    assert loss_between([1.0, 2.0, 3.0], [3.0, 2.0, 1.0])["spearman"] == -1
+    assert "Spearman -1.000" in caplog.text
+
+
+@pytest.mark.gpu
+def test_fp8_rewards_rank_as_bf16_ones(tiny_checkpoint) -> None:
+    """On a GPU that multiplies fp8 the layers are quantized, the probe accepts the path, and ranks mostly stay."""
+    pytest.importorskip("torchao")
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU does not multiply fp8")
+    classifier = load_tiny(tiny_checkpoint("llama"), torch.bfloat16, device=torch.device("cuda"))
+    body = classifier.body
+
+    _, parity = choose_path(classifier, "auto", 400, quantize=lambda: quantize_float8(body))
+
+    assert parity.agrees
+    assert parity.quantization_loss["spearman"] > 0.8

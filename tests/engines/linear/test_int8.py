@@ -1,0 +1,129 @@
+"""int8 rounds groups of 32 numbers by themselves, runs on kernels or not at all, and never passes for bfloat16."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from scipy.stats import spearmanr
+from tiny_classifiers import load_tiny, random_rows
+from torch import nn
+
+from service.assembly import arithmetic_of
+from service.engines.devices.device import has_avx512_vnni
+from service.engines.kernels import bindings, build
+from service.engines.linear.int8 import GROUP, Int8Linear, grouped, layers_for_int8, quantize_int8
+from service.engines.torch import load_torch_engine
+from service.errors import SettingsError
+from service.records import TokenSequence
+from service.settings import BatchingSettings, ModelSettings
+
+Checkpoint = Callable[..., Path]
+
+LOAD = {"pad_token_id": 0, "max_input_tokens": 200}
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_group_is_rounded_by_its_largest_number() -> None:
+    """No number moves by more than half a step of its own group, and the largest one of a group stays."""
+    numbers = random(5, 4 * GROUP) * torch.tensor([1.0, 100.0, 1e-4, 1.0]).repeat_interleave(GROUP)
+    tops = numbers.unflatten(-1, (4, GROUP)).abs().amax(dim=-1, keepdim=True)
+
+    moved = (grouped(numbers) - numbers).abs().unflatten(-1, (4, GROUP))
+
+    assert (moved <= tops / 127 / 2 * 1.001).all()
+    assert torch.allclose(grouped(numbers).unflatten(-1, (4, GROUP)).abs().amax(dim=-1, keepdim=True), tops)
+
+
+def test_zeros_stay_zeros_and_nan_stays_in_its_group() -> None:
+    """A group of zeros has no scale to divide by, and a number that is none spoils its own group."""
+    numbers = random(1, 2 * GROUP)
+    numbers[0, 3] = torch.nan
+
+    found = grouped(numbers)
+
+    assert found[0, :GROUP].isnan().any()
+    assert torch.equal(found[0, GROUP:], grouped(numbers[:, GROUP:])[0])
+    assert torch.equal(grouped(torch.zeros(2, GROUP)), torch.zeros(2, GROUP))
+
+
+def test_linear_layers_of_the_body_are_quantized(tiny_checkpoint: Checkpoint) -> None:
+    """Every projection of every block multiplies in int8, the head does not, nor what is not whole groups wide."""
+    classifier = load_tiny(tiny_checkpoint("llama"), torch.bfloat16)
+    before = classifier.body.layers[0].self_attn.q_proj.weight.clone()
+
+    assert quantize_int8(classifier.body) == 7 * classifier.config.num_hidden_layers
+
+    layer = classifier.body.layers[0].self_attn.q_proj
+    states = random(3, layer.in_features, seed=1).to(torch.bfloat16)
+    assert isinstance(layer, Int8Linear)
+    assert torch.equal(layer.weight, before)
+    assert torch.equal(layer(states), (grouped(states) @ grouped(before).T).to(torch.bfloat16))
+    assert type(classifier.model.score) is nn.Linear
+    assert layers_for_int8(nn.ModuleDict({"odd": nn.Linear(48, 64)})) == []
+    with pytest.raises(SettingsError, match="no layer has a width"):
+        quantize_int8(nn.ModuleDict({"odd": nn.Linear(48, 64)}))
+
+
+@pytest.mark.skipif(not has_avx512_vnni(), reason="this CPU has no vectors of int8")
+def test_an_engine_multiplies_in_int8(tiny_checkpoint: Checkpoint) -> None:
+    """It says so, is another model version than bfloat16, moves rewards a little, and keeps bits in any batch."""
+    folder = tiny_checkpoint("qwen2", hidden_size=128, intermediate_size=256)
+    settings = ModelSettings(device="cpu", quantization="int8", num_threads=1)
+    engine = load_torch_engine(folder, settings, BatchingSettings(), **LOAD)
+    plain = load_torch_engine(
+        folder, ModelSettings(device="cpu", dtype="bfloat16", num_threads=1), BatchingSettings(), **LOAD
+    )
+    classifier = load_tiny(folder)
+    sequences = [TokenSequence(row) for row in random_rows(classifier, lengths=tuple(range(3, 150, 3)))]
+
+    found, unchanged = engine.forward(sequences).rewards, plain.forward(sequences).rewards
+
+    assert (engine.info.kernels, engine.info.arithmetic) == ("avx512-int8", "bfloat16, int8")
+    assert arithmetic_of(engine.info) != arithmetic_of(plain.info)
+    assert engine.info.quantization_loss["max_difference"] > 0
+    assert found != unchanged
+    assert spearmanr(found, unchanged).statistic > 0.97
+    assert [engine.forward([sequence]).rewards[0] for sequence in sequences] == list(found)
+
+
+@pytest.mark.parametrize(
+    ("wish", "reason"),
+    [
+        ({"compile": True}, "compiled blocks"),
+        ({"forward": "padded"}, "padded batches"),
+        ({"kernels": "off"}, "must not be off"),
+        ({"dtype": "float32"}, "not float32"),
+    ],
+    ids=["compiled", "padded", "without-kernels", "fp32"],
+)
+def test_what_excludes_int8_is_refused(tiny_checkpoint: Checkpoint, wish: dict[str, object], reason: str) -> None:
+    """The start ends with one sentence and goes on with nothing else in silence."""
+    settings = ModelSettings.model_validate({"device": "cpu", "quantization": "int8", **wish})
+
+    with pytest.raises(SettingsError, match=f"quantization is int8.*{reason}"):
+        load_torch_engine(tiny_checkpoint("llama"), settings, BatchingSettings(), **LOAD)
+
+
+def test_a_cpu_without_vectors_of_int8_is_refused(tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the units there is no start, and the sentence names them."""
+    monkeypatch.setattr(build, "has_avx512_vnni", lambda: False)
+    monkeypatch.setattr(bindings, "load_kernels", bindings.load_kernels.__wrapped__)  # not what was loaded before
+
+    with pytest.raises(SettingsError, match=r"quantization is int8.*(VNNI|AVX-512)"):
+        load_torch_engine(
+            tiny_checkpoint("llama"), ModelSettings(device="cpu", quantization="int8"), BatchingSettings(), **LOAD
+        )
+
+
+def test_a_model_that_has_no_path_on_kernels_is_refused(tiny_checkpoint: Checkpoint) -> None:
+    """An encoder runs padded, where there is no int8: it does not start in bfloat16 instead."""
+    with pytest.raises(SettingsError, match="quantization is int8"):
+        load_torch_engine(
+            tiny_checkpoint("bert"), ModelSettings(device="cpu", quantization="int8"), BatchingSettings(), **LOAD
+        )

@@ -1,0 +1,158 @@
+"""Shared beginnings are computed once, and no reward can tell."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from tiny_classifiers import load_tiny, random_rows, rows_that_share, rows_with_endings, shuffled_batches
+from tiny_models import DECODER_FAMILIES
+
+from service.engines.attention.layout import Packing
+from service.engines.parity import plain_rewards
+from service.engines.paths.packed import SHORTEST_SHARED, PackedForward
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("family", DECODER_FAMILIES)
+def test_shared_rewards_are_plain_transformers_rewards(tiny_checkpoint, family: str) -> None:
+    """In fp32 rewards of nested beginnings equal the plain forward one by one, windows far shorter than them included.
+
+    The rows hold system prompt > prompts > completions, whole rows within others, and the endings that move the pooled
+    token into what is shared.
+    """
+    classifier = load_tiny(tiny_checkpoint(family, pad_is_eos=True))
+    rows = rows_that_share(classifier)
+    ended = [(*row, classifier.pad_token_id) for row in rows]
+    rows = list(dict.fromkeys([*rows, *ended, *rows_with_endings(classifier)]))
+
+    output = PackedForward(classifier).run(rows)
+
+    assert output.rewards == pytest.approx(plain_rewards(classifier, rows), abs=1e-5, rel=0)
+    assert sum(output.shared_tokens) > sum(map(len, rows)) / 2
+
+
+@pytest.mark.parametrize("family", DECODER_FAMILIES)
+def test_sharing_does_not_change_a_bit_in_bf16(tiny_checkpoint, family: str) -> None:
+    """A text's bf16 reward on a CPU is the same bit for bit alone, unshared, and shared in any batch and order."""
+    classifier = load_tiny(tiny_checkpoint(family, hidden_size=192, intermediate_size=576), torch.bfloat16)
+    rows = rows_that_share(classifier)
+    unshared = PackedForward(classifier, share_prefixes=False)
+    alone = {row: unshared.run([row]).rewards[0] for row in rows}
+    path = PackedForward(classifier)
+
+    assert unshared.run(rows).rewards == [alone[row] for row in rows]
+    for seed in range(2):
+        for batch in [rows, *shuffled_batches(rows, seed)]:
+            assert path.run(batch).rewards == [alone[row] for row in batch]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+def test_long_beginnings_do_not_change_a_bit_in_bf16(tiny_checkpoint, family: str) -> None:
+    """So it is where queries are asked in several blocks and old keys have left the window by the hundred."""
+    folder = tiny_checkpoint(family, max_position_embeddings=2048, sliding_window=300)
+    classifier = load_tiny(folder, torch.bfloat16)
+    long, other = random_rows(classifier, lengths=(1150, 700))
+    rows = [long[:1100], long, long[:610] + other, long[:33] + other[:5], long[:900] + other[:3]]
+    unshared = PackedForward(classifier, share_prefixes=False)
+
+    output = PackedForward(classifier).run(rows)
+
+    assert output.rewards == [unshared.run([row]).rewards[0] for row in rows]
+    assert max(output.shared_tokens) == 1100
+
+
+def test_what_is_shared_is_counted(tiny_checkpoint) -> None:
+    """Of each row the leading tokens that another one owns are counted, and no reward of a stranger changes."""
+    classifier = load_tiny(tiny_checkpoint("llama"))
+    prompt, first, second, stranger = random_rows(classifier, lengths=(40, 9, 12, 30))
+    rows = [prompt + first, prompt + second, stranger]
+
+    output = PackedForward(classifier).run(rows)
+
+    assert sorted(output.shared_tokens[:2]) == [0, 40]
+    assert output.shared_tokens[2] == 0
+    assert PackedForward(classifier, share_prefixes=False).run(rows).shared_tokens == [0, 0, 0]
+
+
+def test_a_short_beginning_is_computed_by_everyone(tiny_checkpoint) -> None:
+    """A beginning that costs more in attention than it saves is not shared."""
+    classifier = load_tiny(tiny_checkpoint("llama"))
+    (stem,) = random_rows(classifier, lengths=(SHORTEST_SHARED,))
+    rows = [(*stem[:-1], 9, 9), (*stem[:-1], 8, 8), (*stem, 7), (*stem, 6)]
+
+    assert sorted(PackedForward(classifier).run(rows).shared_tokens) == [0, 0, 0, SHORTEST_SHARED]
+
+
+def test_a_poisoned_neighbour_changes_nothing(tiny_checkpoint) -> None:
+    """A text whose states are not finite keeps that to itself, though others share its beginning."""
+    classifier = load_tiny(tiny_checkpoint("llama"), torch.bfloat16)
+    prompt, good, other = random_rows(classifier, lengths=(40, 10, 50))
+    poison = 5
+    with torch.no_grad():
+        classifier.model.get_input_embeddings().weight[poison] = torch.nan
+    clean = [tuple(6 if token == poison else token for token in row) for row in (prompt + good, other)]
+    bad = (*clean[0][:40], poison, 9)
+    path = PackedForward(classifier)
+
+    rewards = path.run([clean[0], bad, clean[1]]).rewards
+
+    assert rewards[1] != rewards[1]
+    assert [rewards[0], rewards[2]] == [path.run([row]).rewards[0] for row in clean]
+
+
+@pytest.mark.parametrize("block", [1, 32])
+def test_attention_gathers_no_more_than_the_row(block: int) -> None:
+    """However much is shared, a slab holds at most as many keys as the row, or one sequence; every token asks once."""
+    dice = random.Random(0)
+    stem = tuple(range(400))
+    rows = [stem + tuple(dice.randrange(9) for _ in range(dice.randrange(1, 40))) for _ in range(64)]
+    rows = list(dict.fromkeys(rows))
+
+    packing = Packing.of(rows, CPU, block=block, shortest_shared=16)
+
+    num_tokens = packing.num_tokens
+    assert num_tokens < sum(map(len, rows)) / 5
+    asked = []
+    for chunk in packing.chunks:
+        assert len(chunk.keys) <= num_tokens + 64 * (block - 1) or len(chunk.sequences) == 1
+        assert chunk.queries.max() < num_tokens
+        assert chunk.keys.max() < num_tokens
+        assert (chunk.cu_seqlens_q[-1], chunk.cu_seqlens_k[-1]) == (len(chunk.queries), len(chunk.keys))
+        for span in chunk.sequences:
+            begin, end = span.own
+            asked += range(begin, end)
+            queries = chunk.queries[slice(*span.queries)]
+            assert queries[: end - begin].tolist() == list(range(begin, end))
+            assert (span.queries[1] - span.queries[0]) % block == (span.keys[1] - span.keys[0]) % block == 0
+    assert asked == list(range(num_tokens))
+
+
+def test_the_row_spells_every_sequence() -> None:
+    """Tokens and positions of the row, read along a branch, are those of its sequence."""
+    rows = [(1, 2, 3, 4, 5), (1, 2, 3, 9), (7,), (1, 2, 3, 4, 5, 6)]
+
+    packing = Packing.of(rows, CPU, shortest_shared=2)
+
+    ids, positions = packing.token_ids(rows, 0), packing.position_ids()[0].tolist()
+    assert len(ids) == len(positions) == packing.num_tokens == 8
+    for row, branch in zip(rows, packing.branches, strict=True):
+        places = [branch.place(position) for position in range(len(row))]
+        assert tuple(ids[place] for place in places) == row
+        assert [positions[place] for place in places] == list(range(len(row)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", DECODER_FAMILIES)
+def test_shared_rewards_are_plain_rewards_on_cuda(tiny_checkpoint, family: str, dtype: torch.dtype) -> None:
+    """On CUDA, where own queries meet the gathered keys of their whole sequence, rewards equal the plain forward."""
+    classifier = load_tiny(tiny_checkpoint(family), dtype, device=torch.device("cuda"))
+    rows = rows_that_share(classifier)
+    plain = plain_rewards(classifier, rows)
+
+    rewards = PackedForward(classifier).run(rows).rewards
+
+    assert rewards == pytest.approx(plain, abs=1e-4 if dtype == torch.float32 else 0.1, rel=0)

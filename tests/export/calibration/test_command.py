@@ -1,0 +1,106 @@
+"""``reward-calibrate`` on a tiny model: what it writes is used by the service that serves that model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_calibration import calibrate, write_calibrated_checkpoint, write_pairs
+
+from service.assembly import ServedModel, assemble
+from service.diagnostics.calibration import CALIBRATION_FILE, read_calibration
+from service.records import Encoding, Exchange, Item, Score, TokenSequence
+from service.settings import Settings, read_settings
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_calibrated_checkpoint(tmp_path_factory.mktemp("calibrated") / "model")
+
+
+def settings_of(folder: Path, **model: object) -> Settings:
+    return read_settings({"model": {"path": str(folder), "dtype": "float32", "device": "cpu", **model}})
+
+
+def score(served: ServedModel, items: list[Item]) -> list[Score]:
+    pipeline = served.scorer.pipeline
+    encoded = served.tokenization.encode(items, Encoding())
+    sequences = [sequence for sequence in encoded if isinstance(sequence, TokenSequence)]
+    outcomes = pipeline.run(sequences, ["full"] * len(sequences)).outcomes
+    texts = pipeline.diagnostician.read_texts(items, encoded, "full")
+    completed = pipeline.diagnostician.complete(items, encoded, outcomes, texts, "full")
+    return [outcome for outcome in completed if isinstance(outcome, Score)]
+
+
+def test_the_model_is_served_with_its_calibration(folder: Path) -> None:
+    """Every field of the full level has a value, and `/v1/model` names the calibration."""
+    served = assemble(settings_of(folder))
+
+    (scored,) = score(served, [Item(Exchange("What is the sea?", "The sea is water and wind."))])
+
+    assert scored.ood is not None
+    assert scored.ood.calibration_id == read_calibration(folder / CALIBRATION_FILE).id
+    assert None not in (scored.reward_z, scored.reward_percentile, scored.reward_length_adjusted)
+    assert scored.reward_std_epistemic is not None
+    described = served.description()["calibration"]
+    assert (described["id"], described["reason"]) == (scored.ood.calibration_id, None)
+    assert served.info.taps == served.lookup.taps
+
+
+def test_hacks_are_flagged_and_clean_items_are_not(folder: Path, tmp_path: Path) -> None:
+    """Emoji theatre is beyond all calibration items; unseen clean items rarely are."""
+    served = assemble(settings_of(folder))
+    rows = [json.loads(line) for line in write_pairs(tmp_path / "fresh.jsonl", 60, seed=9).read_text().splitlines()]
+
+    (hack,) = score(served, [Item(Exchange("Why?", "# \U0001f680\n" + "- \U0001f680 **Great!** \U0001f680\n" * 9))])
+    clean = score(served, [Item(Exchange(row["prompt"], row["chosen"])) for row in rows])
+
+    assert hack.ood is not None
+    assert hack.ood.flag
+    assert hack.ood.p_value == pytest.approx(hack.ood.resolution)
+    assert sum(one.ood.flag for one in clean if one.ood is not None) <= 4
+
+
+def test_another_limit_refuses_it(folder: Path) -> None:
+    """A served token limit that differs from the calibration's leaves diagnostics null, and rewards served."""
+    served = assemble(settings_of(folder, max_input_tokens=100))
+
+    (scored,) = score(served, [Item(Exchange("Why?", "Because."))])
+
+    assert scored.ood is None
+    assert scored.gap == "missing"
+    assert "max input tokens" in served.description()["calibration"]["reason"]
+
+
+def test_everything_measured_is_written_down(folder: Path, tmp_path: Path) -> None:
+    """Testing on other data gives rates with errors, a table of categories, and one JSON file of it all."""
+    data = tmp_path / "test.jsonl"
+    rows = [json.loads(line) for line in write_pairs(tmp_path / "fresh.jsonl", 60, seed=5).read_text().splitlines()]
+    data.write_text(
+        "".join(json.dumps({"prompt": row["prompt"], "completion": row["chosen"]}) + "\n" for row in rows)
+        + "".join(
+            json.dumps({"prompt": row["prompt"], "response": "\u4f60\u597d", "category": "far", "is_ood": True}) + "\n"
+            for row in rows
+        )
+    )
+    out = tmp_path / "found.json"
+
+    calibrate(folder, data, "--test-only", "--test", str(data), "--json", str(out))
+
+    found = json.loads(out.read_text())
+    assert found["test"]["categories"]["far"]["auroc"] > 0.9
+    assert found["test"]["rates"][0]["num_items"] == 60
+    assert {"combined", "text", "oe"} <= found["calibration"]["suite"].keys()
+    assert set(found["calibration"]["admitted"]) <= {
+        "text", "feature", "feature_mid", "feature_last", "oe", "siblings"
+    }  # fmt: skip
+
+
+def test_too_little_data_is_told(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is written where a part would be too small to say anything."""
+    out = tmp_path / "none.safetensors"
+
+    assert calibrate(folder, write_pairs(tmp_path / "few.jsonl", 20), "--out", str(out)) == 1
+    assert "bring more prompts" in capsys.readouterr().err
+    assert not out.exists()

@@ -1,0 +1,250 @@
+"""``reward-export`` writes bundles that answer as plain transformers does, and writes nothing that does not."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_bundles import write_tiny_graph
+from tiny_models import FAMILIES, write_tiny_causal_lm, write_tiny_checkpoint
+from transformers import AutoModelForSequenceClassification
+
+from export.onnx import command as bundle_command
+from export.onnx.agreement import Bounds
+from export.onnx.command import ExportPlan, choose_probes, export_bundle, main, probe_tolerance, tap
+from service.assembly import assemble
+from service.checkpoints.bundle import GRAPH_FILE, MANIFEST_FILE, open_bundle, read_manifest
+from service.engines.onnx import OnnxEngine, load_onnx_engine
+from service.engines.torch import load_torch_engine
+from service.errors import CheckpointError, ParityError
+from service.records import Encoding, Exchange, Item, ScoreRequest, StateTap, TokenSequence
+from service.settings import BatchingSettings, ModelSettings, Settings
+
+ITEMS = [{"prompt": f"How do I boil {number} eggs?", "completion": "In water. " * (number + 1)} for number in range(12)]
+pytestmark = pytest.mark.timeout(900)  # the tracer is slow where other processes want the cores too
+
+TAPS = (StateTap(0, "mean"), StateTap(1, "mean"), StateTap(2, "last"), StateTap(3, "mean"), StateTap(3, "last"))
+
+
+@pytest.fixture(autouse=True)
+def few_threads():
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="module")
+def items(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("items") / "items.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ITEMS))
+    return file
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "llama", num_hidden_layers=1)
+
+
+@pytest.fixture(scope="module")
+def llama_bundle(llama: Path, items: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("bundles") / "llama"
+    export_bundle(str(llama), out, ExportPlan(items=items))
+    return out
+
+
+def random_rows(vocabulary: int, lengths: tuple[int, ...] = (1, 2, 9, 40, 130, 33)) -> list[tuple[int, ...]]:
+    dice = np.random.default_rng(3)
+    return [tuple(int(token) for token in dice.integers(5, vocabulary, length)) for length in lengths]
+
+
+def engine_of(out: Path) -> OnnxEngine:
+    settings = ModelSettings(path=str(out), device="cpu", num_threads=1)
+    return load_onnx_engine(open_bundle(out, settings), settings, BatchingSettings())
+
+
+def plain(folder: Path, rows: list[tuple[int, ...]]) -> list[float]:
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        return [model(input_ids=torch.tensor([row])).logits.item() for row in rows]
+
+
+def test_the_bundle_answers_as_plain_transformers(llama: Path, llama_bundle: Path) -> None:
+    """Rows of different lengths in one batch, lengths that the tracer never saw: within 1e-4."""
+    engine = engine_of(llama_bundle)
+    rows = random_rows(engine._filling.pad_token_id + 300)
+
+    rewards = engine.forward([TokenSequence(row) for row in rows]).rewards
+
+    assert list(rewards) == pytest.approx(plain(llama, rows), abs=1e-4)
+
+
+def test_the_manifest_vouches_for_every_file_but_itself(llama: Path, llama_bundle: Path) -> None:
+    """Graph, tokenizer, template and configuration are hashed; parity, opset and versions stand beside."""
+    manifest = read_manifest(llama_bundle)
+
+    assert set(manifest.files) == {file.name for file in llama_bundle.iterdir()} - {MANIFEST_FILE}
+    assert {GRAPH_FILE, "config.json", "tokenizer.json", "chat_template.jinja"} <= set(manifest.files)
+    assert manifest.parity.max_difference <= 1e-4
+    assert (manifest.parity.num_items, manifest.parity.items) == (len(ITEMS), "items.jsonl")
+    assert (manifest.opset, manifest.precision, manifest.has_linear_head) == (23, "fp32", True)
+    assert {"torch", "transformers", "onnxruntime"} <= set(manifest.libraries)
+    assert manifest.probes
+
+
+async def test_the_service_takes_the_bundle_as_it_takes_a_checkpoint(llama: Path, llama_bundle: Path) -> None:
+    """``auto`` on either folder: the same rewards for the same texts through the whole service, the same version."""
+    model = {"device": "cpu", "dtype": "float32", "num_threads": 1, "name": "llama"}
+    rewards, versions = [], []
+    for folder in (llama, llama_bundle):
+        served = assemble(Settings.model_validate({"model": {**model, "path": str(folder)}}))
+        await served.scorer.start()
+        try:
+            request = ScoreRequest(
+                tuple(Item(Exchange(row["prompt"], row["completion"])) for row in ITEMS), Encoding(), "none", 60.0
+            )
+            result = await asyncio.wait_for(served.scorer.score(request), 60)
+        finally:
+            await served.scorer.stop(0)
+        rewards.append([outcome.reward for outcome in result.outcomes])
+        versions.append(served.description()["model"]["version"])
+
+    assert rewards[0] == pytest.approx(rewards[1], abs=1e-4)
+    assert versions[0] == versions[1]
+
+
+def test_a_graph_that_disagrees_is_not_written(llama: Path, items: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Another model's graph is found out, and neither the folder nor a half-written one remains."""
+    monkeypatch.setattr(
+        bundle_command, "_write_graph", lambda folder, _checkpoint, _plan, _taps: write_tiny_graph(folder)
+    )
+    plan = ExportPlan(items=items, taps=(StateTap(0, "mean"), StateTap(0, "last")))
+
+    with pytest.raises(ParityError, match="Nothing was written"):
+        export_bundle(str(llama), tmp_path / "out", plan)
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wider_bounds_let_a_graph_through(llama: Path, items: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """The caller may judge for themselves; the report says what they let pass."""
+    monkeypatch.setattr(
+        bundle_command, "_write_graph", lambda folder, _checkpoint, _plan, _taps: write_tiny_graph(folder)
+    )
+    (llama / "calibration.safetensors").write_bytes(b"fitted")
+    plan = ExportPlan(items=items, taps=(StateTap(0, "mean"), StateTap(0, "last")), bounds=Bounds(min_spearman=-1.0))
+
+    manifest = export_bundle(str(llama), tmp_path / "out", plan)
+    (llama / "calibration.safetensors").unlink()
+
+    assert manifest.parity.max_difference > 1e-3
+    assert (tmp_path / "out" / "calibration.safetensors").read_bytes() == b"fitted"
+    assert "calibration.safetensors" not in manifest.files
+
+
+def test_the_command_says_why_it_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model without a scalar head ends with status 1 and the judge's sentence."""
+    folder = write_tiny_causal_lm(tmp_path / "model")
+
+    assert main([str(folder), str(tmp_path / "out")]) == 1
+    assert "no scalar head" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_overwritten(llama: Path, tmp_path: Path) -> None:
+    """A folder with anything in it is left as it is."""
+    (tmp_path / "notes.txt").write_text("mine")
+
+    with pytest.raises(CheckpointError, match="not empty"):
+        export_bundle(str(llama), tmp_path, ExportPlan())
+
+
+def test_rotary_frequencies_that_change_with_the_length_are_refused(llama: Path, tmp_path: Path) -> None:
+    """A graph has one set of frequencies, so such a model is refused before anything is traced."""
+    folder = tmp_path / "model"
+    shutil.copytree(llama, folder)
+    config = json.loads((folder / "config.json").read_text())
+    factors = [1.0] * 8
+    config["rope_parameters"] = {
+        "rope_type": "longrope",
+        "rope_theta": 10_000.0,
+        "short_factor": factors,
+        "long_factor": [2.0] * 8,
+        "factor": 4.0,
+        "original_max_position_embeddings": 128,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+
+    with pytest.raises(CheckpointError, match="frequencies"):
+        export_bundle(str(folder), tmp_path / "out", ExportPlan())
+
+
+def test_probes_are_spread_over_the_lengths() -> None:
+    """The shortest and the longest that a start can afford are among them, and none beyond."""
+    sequences = [TokenSequence((1,) * length) for length in (300, 5, 10, 20, 40, 80, 160, 250, 900)]
+    rewards = [float(sequence.num_tokens) for sequence in sequences]
+
+    probes = choose_probes(sequences, rewards, count=4)
+
+    assert [len(probe.token_ids) for probe in probes] == [5, 20, 80, 250]
+    assert all(probe.reward == len(probe.token_ids) for probe in probes)
+
+
+def test_tolerances_follow_the_precision() -> None:
+    """In fp32 rounding alone is allowed; in fewer bits a part of how far rewards lie apart."""
+    assert probe_tolerance("fp32", [0.5, -4.0]) == pytest.approx(4e-4)
+    assert probe_tolerance("int8", [-1.0, 1.0]) == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("text", ["mean", "3", "3:max", "x:mean"])
+def test_taps_are_written_with_layer_and_pooling(text: str) -> None:
+    """``12:mean`` is a tap; anything else is not."""
+    assert tap("12:mean") == StateTap(12, "mean")
+    with pytest.raises(ValueError, match=r".*"):
+        tap(text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_exported(family: str, items: Path, tmp_path: Path) -> None:
+    """Rewards and states of the graph are those of plain transformers and of the torch engine, in one padded batch."""
+    folder = write_tiny_checkpoint(tmp_path / "model", family)
+    export_bundle(str(folder), tmp_path / "out", ExportPlan(items=items, taps=TAPS))
+    engine = engine_of(tmp_path / "out")
+    settings = ModelSettings(path=str(folder), device="cpu", dtype="float32", num_threads=1)
+    pad = read_manifest(tmp_path / "out").pad_token_id
+    torch_engine = load_torch_engine(
+        folder, settings, BatchingSettings(), pad_token_id=pad, max_input_tokens=512, taps=TAPS
+    )
+    rows = random_rows(120)
+    sequences = [TokenSequence(row, len(row) // 2) for row in rows]
+
+    output = engine.forward(sequences, states=True)
+    expected = torch_engine.forward(sequences, states=True)
+
+    assert list(output.rewards) == pytest.approx(plain(folder, rows), abs=1e-4)
+    assert output.states is not None
+    assert expected.states is not None
+    assert np.abs(output.states - expected.states).max() < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "precision"), [("qwen2", "int8"), ("bert", "int8"), ("qwen2", "fp16")])
+def test_fewer_bits_keep_the_order(family: str, precision: Any, tmp_path: Path) -> None:
+    """On the built-in texts the ranks are those of fp32 within the default bound, and neighbours change little."""
+    folder = write_tiny_checkpoint(tmp_path / "model", family)
+
+    manifest = export_bundle(str(folder), tmp_path / "out", ExportPlan(precision=precision))
+
+    engine = engine_of(tmp_path / "out")
+    rows = random_rows(120)
+    together = engine.forward([TokenSequence(row) for row in rows]).rewards
+    alone = [engine.forward([TokenSequence(row)]).rewards[0] for row in rows]
+    assert manifest.parity.spearman >= 0.99
+    assert np.abs(np.array(together) - np.array(alone)).max() < 1e-2

@@ -1,0 +1,84 @@
+"""The texts of a comparison come from the built-in set or from rows, and complaints name rows, never texts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_models import tiny_tokenizer
+
+from export.onnx.probe_texts import MAX_ITEMS, encode_items, made_up_items, read_items
+from service.errors import DatasetError
+from service.records import Exchange, Item, Message
+from service.settings import TokenizationSettings
+from service.tokenization import Tokenization
+
+
+def tokenization(max_input_tokens: int = 512) -> Tokenization:
+    return Tokenization(
+        tiny_tokenizer("llama"), TokenizationSettings(), max_input_tokens=max_input_tokens, vocab_size=400
+    )
+
+
+def write(path: Path, *rows: object) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_made_up_texts_reach_from_a_few_tokens_to_the_limit() -> None:
+    """Short ones, long ones cut to the very limit, conversations of many turns, and scripts beyond Latin."""
+    items = made_up_items()
+
+    lengths = [sequence.num_tokens for sequence in encode_items(items, tokenization())]
+
+    assert len(lengths) == len(items)
+    assert min(lengths) < 60
+    assert max(lengths) == 512
+    assert any(isinstance(item.content, Exchange) and len(item.content.prompt) > 5 for item in items)
+
+
+def test_pairs_are_two_items_and_items_one(tmp_path: Path) -> None:
+    """Both kinds of rows may stand in a file, prompts as texts or as messages."""
+    file = write(
+        tmp_path / "rows.jsonl",
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        {"prompt": [{"role": "user", "content": "d"}], "completion": "e", "other": 1},
+    )
+
+    assert read_items(file) == [
+        Item(Exchange("a", "b")),
+        Item(Exchange("a", "c")),
+        Item(Exchange((Message("user", "d"),), "e")),
+    ]
+
+
+def test_a_large_file_is_read_as_far_as_needed(tmp_path: Path) -> None:
+    """Plain transformers takes texts one by one, so there is a limit to how many."""
+    rows = ({"prompt": "a", "chosen": str(number), "rejected": "c"} for number in range(MAX_ITEMS))
+
+    assert len(read_items(write(tmp_path / "rows.jsonl", *rows))) == MAX_ITEMS
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "secret"},
+        {"prompt": "secret", "completion": 5},
+        {"prompt": ["secret"], "completion": "x"},
+        {"text": "secret"},
+    ],
+    ids=["no-completion", "no-text", "no-messages", "no-prompt"],
+)
+def test_a_row_that_is_neither_is_named_by_its_number(tmp_path: Path, row: dict[str, object]) -> None:
+    """The message tells file and row and shows no text."""
+    with pytest.raises(DatasetError, match="row 2") as caught:
+        read_items(write(tmp_path / "rows.jsonl", {"prompt": "a", "completion": "b"}, row))
+
+    assert "secret" not in str(caught.value)
+
+
+def test_one_text_has_no_order() -> None:
+    """Equal texts count once, and with fewer than two there is nothing to compare."""
+    with pytest.raises(DatasetError, match="1 can be compared"):
+        encode_items([Item(Exchange("a", "b"))] * 3, tokenization())

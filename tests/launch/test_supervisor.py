@@ -1,0 +1,47 @@
+"""The parent of a server: what it inherits and what it kills."""
+
+import subprocess
+import sys
+import time
+
+import psutil
+
+FAMILY = """
+import subprocess, sys, time
+import psutil
+from service.launch.supervisor import _adopt_orphans, sweep
+
+_adopt_orphans()
+# A child that leaves its session and dies at once, and a grandchild that outlives it and ignores SIGTERM.
+subprocess.run(["setsid", "sh", "-c", "(trap '' TERM; exec sleep 600) & exit 0"], check=True)
+child = subprocess.Popen(["sleep", "600"])
+for _ in range(100):
+    family = psutil.Process().children(recursive=True)
+    if sorted(process.name() for process in family) == ["sleep", "sleep"]:
+        break
+    time.sleep(0.02)
+print(*(process.pid for process in family), flush=True)
+sweep()
+print(len(psutil.Process().children(recursive=True)))
+"""
+
+
+def test_sweep_finds_orphans() -> None:
+    """Nothing that descends from the process survives the sweep: neither children nor those whose parent is gone."""
+    begin = time.monotonic()
+    answer = subprocess.run([sys.executable, "-c", FAMILY], capture_output=True, text=True, check=True, timeout=30)
+    family, left = answer.stdout.splitlines()
+
+    assert len(family.split()) == 2
+    assert left == "0"
+    assert not any(psutil.pid_exists(int(pid)) for pid in family.split())
+    assert time.monotonic() - begin < 20
+
+
+def test_parent_is_light() -> None:
+    """The start command imports neither Ray nor torch: it lives as long as the server does."""
+    check = "import sys, service.launch.command; print(sorted({'ray', 'torch', 'transformers'} & set(sys.modules)))"
+
+    answer = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True, timeout=60)
+
+    assert answer.stdout.strip() == "[]"

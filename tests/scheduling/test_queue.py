@@ -1,0 +1,716 @@
+"""The laws of the queue: every sequence leaves once, within the budget, in a fair order, beside its companions."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from itertools import count, cycle
+from math import log2
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.errors import Overloaded
+from service.records import TokenSequence
+from service.scheduling.prefix_tree import grow_branches, num_common, worth_sharing
+from service.scheduling.queue import (
+    OVERTAKING_RATIO,
+    PATIENCE_BATCHES,
+    RETRY_AFTER_UNMEASURED_S,
+    BatchBudget,
+    Entry,
+    Queue,
+    Throughput,
+    batch_cost,
+    bisect,
+    neighbours_in_length,
+)
+
+LAW = settings(max_examples=60, deadline=None)
+"""A law is tried on enough cases; how long one takes on a busy machine is not its subject."""
+
+FOREVER = float("inf")
+PACKED = BatchBudget("packed", max_tokens=100, max_sequences=16)
+PADDED = BatchBudget("padded", max_tokens=100, max_sequences=16)
+
+
+def sequence(num_tokens: int) -> TokenSequence:
+    return TokenSequence(tuple(range(num_tokens)))
+
+
+def put(
+    queue: Queue,
+    request: str,
+    lengths: Sequence[int],
+    prefixes: Sequence[Hashable] | None = None,
+    *,
+    now: float = 0.0,
+    deadline: float = FOREVER,
+) -> None:
+    own: list[Hashable] = [(request, place) for place in range(len(lengths))]
+    keys = own if prefixes is None else prefixes
+    queue.put(request, [sequence(n) for n in lengths], keys, now=now, deadline=deadline)
+
+
+def new_queue(max_waiting_tokens: int = 10**9) -> Queue:
+    return Queue(max_waiting_tokens, batch_tokens=PACKED.max_tokens)
+
+
+def take(queue: Queue, budget: BatchBudget = PACKED, now: float = 0.0) -> tuple[Entry, ...]:
+    return queue.take_batch(now, budget).entries
+
+
+def drain(queue: Queue, budget: BatchBudget = PACKED) -> list[tuple[Entry, ...]]:
+    batches = []
+    while batch := take(queue, budget):
+        batches.append(batch)
+    return batches
+
+
+def names(batch: Sequence[Entry]) -> list[tuple[object, int]]:
+    return [(entry.request, entry.place) for entry in batch]
+
+
+# --- Laws for any work -----------------------------------------------------------------------------------------------
+
+requests = st.lists(
+    st.lists(st.tuples(st.integers(1, 100), st.integers(0, 3)), min_size=1, max_size=12), min_size=1, max_size=12
+)
+budgets = st.builds(
+    BatchBudget, st.sampled_from(["packed", "padded"]), st.integers(100, 400), st.integers(min_value=1, max_value=20)
+)
+
+
+@LAW
+@given(requests, budgets)
+def test_each_sequence_leaves_exactly_once_within_the_budget(
+    work: list[list[tuple[int, int]]], budget: BatchBudget
+) -> None:
+    """Whatever waits, no sequence is lost or taken twice, and no batch costs more than the budget."""
+    queue = new_queue()
+    for name, items in enumerate(work):
+        put(queue, str(name), [n for n, _ in items], [prefix for _, prefix in items])
+
+    batches = drain(queue, budget)
+
+    left = Counter(name for batch in batches for name in names(batch))
+    assert left == Counter((str(name), place) for name, items in enumerate(work) for place in range(len(items)))
+    for batch in batches:
+        assert batch_cost([entry.num_tokens for entry in batch], budget.cost) <= budget.max_tokens
+        assert len(batch) <= budget.max_sequences
+    assert (len(queue), queue.num_waiting_tokens, queue.oldest_arrival) == (0, 0, None)
+
+
+@LAW
+@given(requests, budgets, st.data())
+def test_no_cancelled_and_no_expired_sequence_is_computed(
+    work: list[list[tuple[int, int]]], budget: BatchBudget, data: st.DataObject
+) -> None:
+    """Requests that are cancelled or expired at any moment leave nothing in later batches, and others leave whole."""
+    queue = new_queue()
+    deadlines = data.draw(st.lists(st.sampled_from([2.5, FOREVER]), min_size=len(work), max_size=len(work)))
+    cancelled_at = data.draw(st.lists(st.sampled_from([0, 1, 4, 999]), min_size=len(work), max_size=len(work)))
+    for name, items in enumerate(work):
+        put(queue, str(name), [n for n, _ in items], [p for _, p in items], deadline=deadlines[name])
+
+    computed: Counter[object] = Counter()
+    expired: Counter[object] = Counter()
+    cancelled: Counter[object] = Counter()
+    for now in count():
+        for name, moment in enumerate(cancelled_at):
+            if moment == now:
+                cancelled[str(name)] += queue.cancel(str(name))
+        if not len(queue):
+            break
+        taken = queue.take_batch(float(now), budget)
+        for entry in taken.entries:
+            assert entry.deadline > now
+            assert cancelled_at[int(str(entry.request))] > now
+            computed[entry.request] += 1
+        expired.update(entry.request for entry in taken.expired)
+    for name, items in enumerate(work):
+        assert computed[str(name)] + expired[str(name)] + cancelled[str(name)] == len(items)
+        if deadlines[name] == FOREVER:
+            assert not expired[str(name)]
+    assert queue.num_waiting_tokens == 0
+
+
+@LAW
+@given(st.lists(st.integers(5, 50), min_size=2, max_size=8), st.integers(20, 100))
+def test_requests_that_all_wait_are_served_alike(lengths: list[int], num_batches: int) -> None:
+    """While requests stay in the line, the tokens they have been given differ by no more than a few largest groups."""
+    queue = new_queue()
+    for name, length in enumerate(lengths):
+        put(queue, str(name), [length] * (num_batches * PACKED.max_tokens // length))
+
+    served: Counter[object] = Counter()
+    for _ in range(num_batches // len(lengths)):
+        for entry in take(queue):
+            served[entry.request] += entry.num_tokens
+
+    spread = max(served.values()) - min(served[str(name)] for name in range(len(lengths)))
+    assert spread <= PACKED.max_tokens + 2 * max(lengths)
+
+
+@LAW
+@given(
+    st.lists(st.integers(0, 4), min_size=1, max_size=40),
+    st.integers(1, 9),
+)
+def test_groups_that_fit_leave_together(groups: list[int], length: int) -> None:
+    """Sequences of one prefix and one request are never split over batches when a batch can hold all of them."""
+    queue = new_queue()
+    put(queue, "one", [length] * len(groups), groups)
+    budget = BatchBudget("packed", max_tokens=length * len(groups), max_sequences=max(Counter(groups).values()))
+
+    batches = drain(queue, budget)
+
+    homes: dict[int, set[int]] = {}
+    for index, batch in enumerate(batches):
+        for entry in batch:
+            homes.setdefault(groups[entry.place], set()).add(index)
+    assert all(len(home) == 1 for home in homes.values())
+
+
+# --- Fairness --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [PACKED, PADDED], ids=["packed", "padded"])
+def test_small_newcomer_is_in_the_next_batch(budget: BatchBudget) -> None:
+    """A request of one item never waits behind requests of a thousand, whatever those have waiting."""
+    queue = new_queue()
+    for bulk in ("a", "b", "c"):
+        put(queue, bulk, [40] * 1024)
+    for _ in range(7):
+        take(queue, budget)
+    put(queue, "small", [30])
+
+    assert ("small", 0) in names(take(queue, budget))
+
+
+def test_stream_of_newcomers_does_not_starve_a_large_request() -> None:
+    """Though each newcomer goes first, a request that was passed over too often heads a batch."""
+    queue = new_queue()
+    put(queue, "bulk", [90] * 4)
+    served_at = []
+    for batch in range(20 * PATIENCE_BATCHES):
+        put(queue, f"{batch}-a", [50])
+        put(queue, f"{batch}-b", [50])
+        if any(entry.request == "bulk" for entry in take(queue)):
+            served_at.append(batch)
+
+    assert served_at[0] == PATIENCE_BATCHES
+    assert len(served_at) == 4
+
+
+def test_patience_rules_few_batches() -> None:
+    """However many large requests have waited long, small newcomers are in the next batch nearly always."""
+    queue = new_queue()
+    for bulk in range(60):
+        put(queue, f"bulk-{bulk}", [90] * 8)
+    for _ in range(2 * PATIENCE_BATCHES):
+        take(queue)
+
+    at_once = 0
+    for newcomer in range(40):
+        put(queue, f"small-{newcomer}", [80])
+        at_once += names(take(queue)) == [(f"small-{newcomer}", 0)]
+        take(queue)
+
+    assert at_once >= 30
+
+
+def test_newcomer_does_not_catch_up_on_the_past() -> None:
+    """A large request that comes late shares the engine from then on; it is not owed what others had before."""
+    queue = new_queue()
+    put(queue, "old", [10] * 1000)
+    for _ in range(50):
+        take(queue)
+    put(queue, "new", [10] * 1000)
+
+    served = Counter(entry.request for _ in range(10) for entry in take(queue))
+
+    assert served["old"] == served["new"] == 50
+
+
+def test_among_equals_the_smaller_request_goes_first() -> None:
+    """Of two requests that were served nothing yet, the smaller is answered first, though it came second."""
+    queue = new_queue()
+    put(queue, "large", [60] * 10)
+    put(queue, "small", [60])
+
+    assert names(take(queue))[0] == ("small", 0)
+
+
+def test_like_requests_leave_in_order_of_arrival() -> None:
+    """Of requests that need about as much, nobody waits for those that came later."""
+    queue = new_queue()
+    put(queue, "longer", [60])
+    put(queue, "short", [50])
+    put(queue, "short too", [50])
+    take(queue)
+    put(queue, "shorter", [55])
+
+    assert [entry.request for entry in take(queue)] == ["longer"]
+
+
+@LAW
+@given(length=st.integers(60, 100), others=st.lists(st.integers(20, 50), min_size=60, max_size=60))
+def test_overtaking_ends_in_proportion_to_size(length: int, others: list[int]) -> None:
+    """However short those are that come later, a request leaves once a few times its own tokens were computed."""
+    queue = new_queue()
+    put(queue, "waiting", [length])
+    num_computed = 0
+    for name, other in enumerate(others):
+        for place in range(3):
+            put(queue, f"{name} {place}", [other])
+        batch = take(queue)
+        if any(entry.request == "waiting" for entry in batch):
+            break
+        num_computed += sum(entry.num_tokens for entry in batch)
+
+    assert num_computed <= OVERTAKING_RATIO * length + 2 * PACKED.max_tokens
+
+
+@pytest.mark.parametrize("budget", [PACKED, PADDED], ids=["packed", "padded"])
+def test_single_items_from_few_connections_wait_alike(budget: BatchBudget) -> None:
+    """Of clients that each send one item after the other, none waits much longer than a turn of all of them takes."""
+    queue, lengths = new_queue(), cycle([5, 90, 10, 40, 20, 7, 60, 15, 30, 25, 12])
+    waiting_since = dict.fromkeys(range(24), 0)
+    waits: list[int] = []
+    for connection in waiting_since:
+        put(queue, f"{connection} 0", [next(lengths)])
+    for batch in range(1, 400):
+        for entry in take(queue, budget):
+            connection = int(str(entry.request).split()[0])
+            waits.append(batch - waiting_since[connection])
+            waiting_since[connection] = batch
+            put(queue, f"{connection} {batch}", [next(lengths)])
+
+    assert max(waits) <= 2.5 * sum(waits) / len(waits)
+
+
+# --- Prefix groups ---------------------------------------------------------------------------------------------------
+
+
+def test_companions_of_other_requests_travel_along() -> None:
+    """One-item requests of one prompt share a batch, past strangers that came between them."""
+    queue = new_queue()
+    for name in range(4):
+        put(queue, f"prompt-{name}", [10], ["prompt"])
+        put(queue, f"stranger-{name}", [10])
+
+    batch = take(queue, BatchBudget("packed", max_tokens=80, max_sequences=8))
+
+    assert [entry.request for entry in batch[:4]] == [f"prompt-{name}" for name in range(4)]
+
+
+def test_companions_leave_half_of_the_batch_to_the_fair_order() -> None:
+    """A popular prompt cannot fill a batch while others wait for their turn."""
+    queue = new_queue()
+    put(queue, "prompt", [10], ["prompt"])
+    put(queue, "stranger", [10])
+    for name in range(30):
+        put(queue, f"prompt-{name}", [10], ["prompt"])
+
+    batch = take(queue)
+
+    assert [entry.request for entry in batch[:7]] == ["prompt", *(f"prompt-{name}" for name in range(5)), "stranger"]
+    assert len(batch) == 10
+
+
+def test_group_larger_than_the_budget_leaves_in_full_runs() -> None:
+    """A group that no batch can hold is split, in order and without leaving room unused."""
+    queue = new_queue()
+    put(queue, "one", [10] * 25, ["prompt"] * 25)
+
+    batches = drain(queue)
+
+    assert [len(batch) for batch in batches] == [10, 10, 5]
+    assert [entry.place for batch in batches for entry in batch] == list(range(25))
+
+
+def test_misfitting_group_leaves_its_room_to_the_next_request() -> None:
+    """A group that would fit the next batch whole waits for it, and smaller work of others uses the room."""
+    queue = new_queue()
+    put(queue, "groups", [30] * 4, ["x", "x", "y", "y"])
+    put(queue, "loose", [30] * 5)
+    take(queue)
+
+    batches = drain(queue)
+
+    homes = [{entry.place for entry in batch if entry.request == "groups"} for batch in batches]
+    assert all(home in ({0, 1}, {2, 3}, set()) for home in homes)
+
+
+# --- What is shared is priced once ------------------------------------------------------------------------------------
+
+SHARED_FROM = 4
+
+
+def answers(prompt: int, num_prompt_tokens: int, lengths: Sequence[int], first: int = 0) -> list[TokenSequence]:
+    """Answers to one prompt that differ from their first token on; prompts differ from their second."""
+    stem = (7, prompt, *range(2, num_prompt_tokens))[:num_prompt_tokens]
+    return [
+        TokenSequence((*stem, 1000 + first + place, *range(length - 1)), num_prompt_tokens)
+        for place, length in enumerate(lengths)
+    ]
+
+
+def put_answers(queue: Queue, request: str, sequences: Sequence[TokenSequence]) -> None:
+    prefixes = [hash(sequence.token_ids[: sequence.num_prompt_tokens]) for sequence in sequences]
+    queue.put(request, sequences, prefixes, now=0.0, deadline=FOREVER)
+
+
+def computed_tokens(batch: Sequence[Entry]) -> int:
+    """What the tree of shared prefixes leaves to compute."""
+    branches = grow_branches([entry.sequence.token_ids for entry in batch], SHARED_FROM)
+    return sum(branch.num_own for branch in branches)
+
+
+def test_a_prompt_is_priced_once() -> None:
+    """A budget holds prompt + completions, not prompt x completions; without sharing engines it holds fewer items."""
+    work = answers(1, 20, [10] * 8)
+    sharing, plain = Queue(10**9, SHARED_FROM), Queue(10**9)
+    put_answers(sharing, "one", work)
+    put_answers(plain, "one", work)
+
+    assert [len(batch) for batch in drain(sharing, PACKED)] == [8]
+    assert [len(batch) for batch in drain(plain, PACKED)] == [3, 3, 2]
+
+
+def test_short_beginnings_are_priced_in_full() -> None:
+    """What the engine would not share is not priced as if it did."""
+    queue = Queue(10**9, SHARED_FROM)
+    put_answers(queue, "one", answers(1, SHARED_FROM - 1, [30] * 4))
+
+    assert [len(batch) for batch in drain(queue, PACKED)] == [3, 1]
+
+
+def test_a_split_group_pays_its_prompt_in_each_batch() -> None:
+    """Of a group too large for a batch, every run computes the prompt again, and is priced so."""
+    queue = Queue(10**9, SHARED_FROM)
+    put_answers(queue, "one", answers(1, 40, [20] * 7))
+
+    batches = drain(queue)
+
+    assert [len(batch) for batch in batches] == [3, 3, 1]
+    assert [computed_tokens(batch) for batch in batches] == [100, 100, 60]
+
+
+def test_companions_pay_for_their_completions_alone() -> None:
+    """One-item requests of one prompt fill a batch together, at the price of one prompt."""
+    queue = Queue(10**9, SHARED_FROM)
+    for name in range(5):
+        put_answers(queue, str(name), answers(1, 60, [8], first=name))
+
+    batches = drain(queue)
+
+    assert [len(batch) for batch in batches] == [5]
+    assert computed_tokens(batches[0]) == 100
+
+
+def test_who_shares_is_served_more_for_the_same_work() -> None:
+    """Fairness counts computed tokens: completions of one prompt cost less than those of as many prompts."""
+    queue = Queue(10**9, SHARED_FROM)
+    put_answers(queue, "group", answers(1, 40, [10] * 64))
+    put_answers(queue, "loose", [answers(prompt, 40, [10])[0] for prompt in range(2, 66)])
+
+    served = Counter(entry.request for _ in range(8) for entry in take(queue))
+
+    assert served["group"] > 2 * served["loose"] > 0
+
+
+shared_work = st.lists(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(1, 40), st.integers(1, 60)), min_size=1, max_size=12),
+    min_size=1,
+    max_size=8,
+)
+
+
+@LAW
+@given(shared_work, st.integers(100, 300), st.booleans())
+def test_no_batch_computes_more_than_its_budget(
+    work: list[list[tuple[int, int, int]]], max_tokens: int, borders_known: bool
+) -> None:
+    """However prompts nest and mix, the tree of a batch has no more tokens than the budget, and everything leaves."""
+    queue = Queue(10**9, SHARED_FROM)
+    num_items = 0
+    for name, items in enumerate(work):
+        sequences = [answers(p, n, [length], first=number)[0] for number, (p, n, length) in enumerate(items)]
+        if not borders_known:
+            sequences = [TokenSequence(sequence.token_ids) for sequence in sequences]
+        prefixes = [hash(sequence.token_ids[:6]) for sequence in sequences]
+        queue.put(str(name), sequences, prefixes, now=0.0, deadline=FOREVER)
+        num_items += len(items)
+
+    batches = drain(queue, BatchBudget("packed", max_tokens, 16))
+
+    assert sum(map(len, batches)) == num_items
+    assert all(computed_tokens(batch) <= max_tokens for batch in batches)
+
+
+# --- What is kept costs nothing ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Memory:
+    """Beginnings that an engine has kept, and of some sequences how much of them a pass may leave out."""
+
+    beginnings: list[tuple[int, ...]]
+    limits: dict[tuple[int, ...], int] = field(default_factory=dict)
+
+    def num_cached_tokens(self, sequence: TokenSequence) -> int:
+        """Of a sequence by itself."""
+        ids = sequence.token_ids
+        found = max((num_common(beginning, ids) for beginning in self.beginnings), default=0)
+        return worth_sharing(min(found, self.limits.get(ids, len(ids) - 1)), SHARED_FROM)
+
+    def computed_tokens(self, batch: Sequence[Entry]) -> int:
+        """What a pass over these computes."""
+        rows = list({entry.sequence.token_ids: None for entry in batch})
+        branches = grow_branches(rows, SHARED_FROM, [(0, self.num_cached_tokens(TokenSequence(row))) for row in rows])
+        return sum(branch.num_own for branch in branches)
+
+
+def test_answers_to_kept_prompts_fill_a_batch() -> None:
+    """One-item requests of different prompts that the engine has kept are priced at their completions alone."""
+    prompts = [answers(prompt, 40, [10])[0] for prompt in range(9)]
+    memory = Memory([sequence.token_ids[:40] for sequence in prompts])
+    queue = Queue(10**9, SHARED_FROM)
+    for name, sequence in enumerate(prompts):
+        put_answers(queue, str(name), [sequence])
+
+    batch = queue.take_batch(0.0, PACKED, memory.num_cached_tokens).entries
+
+    assert len(batch) == 9
+    assert memory.computed_tokens(batch) == 90
+
+
+def test_a_kept_prompt_counts_for_a_whole_group() -> None:
+    """A group whose prompt is kept is priced at its completions, and leaves whole where they fit."""
+    queue = Queue(10**9, SHARED_FROM)
+    group = answers(1, 80, [10] * 8)
+    put_answers(queue, "group", group)
+
+    batch = queue.take_batch(0.0, PACKED, Memory([group[0].token_ids[:80]]).num_cached_tokens).entries
+
+    assert len(batch) == 8
+
+
+@LAW
+@given(shared_work, st.integers(100, 300), st.booleans(), st.data())
+def test_no_batch_computes_more_than_its_budget_however_much_is_kept(
+    work: list[list[tuple[int, int, int]]], max_tokens: int, borders_known: bool, data: st.DataObject
+) -> None:
+    """Whatever is kept, and whatever of it some sequences must compute all the same, the price is never too low."""
+    queue = Queue(10**9, SHARED_FROM)
+    memory = Memory([])
+    for name, items in enumerate(work):
+        sequences = [answers(p, n, [length], first=number)[0] for number, (p, n, length) in enumerate(items)]
+        if not borders_known:
+            sequences = [TokenSequence(sequence.token_ids) for sequence in sequences]
+        prefixes = [hash(sequence.token_ids[:6]) for sequence in sequences]
+        queue.put(str(name), sequences, prefixes, now=0.0, deadline=FOREVER)
+        for sequence in sequences:
+            if data.draw(st.booleans()):
+                memory.beginnings.append(sequence.token_ids[: data.draw(st.integers(1, sequence.num_tokens))])
+            if data.draw(st.booleans()):
+                memory.limits[sequence.token_ids] = data.draw(st.integers(0, sequence.num_tokens - 1))
+    num_items = sum(map(len, work))
+
+    while batch := queue.take_batch(0.0, BatchBudget("packed", max_tokens, 16), memory.num_cached_tokens).entries:
+        num_items -= len(batch)
+        assert memory.computed_tokens(batch) <= max_tokens
+
+    assert num_items == 0
+
+
+# --- Padding ---------------------------------------------------------------------------------------------------------
+
+
+def test_padded_batch_keeps_to_neighbours_in_length() -> None:
+    """Around the head stand the sequences nearest to it in length, so that little padding is computed."""
+    lengths = [40, 10, 400, 39, 12, 41, 380, 11]
+
+    chosen = neighbours_in_length(lengths, BatchBudget("padded", 123, 16))
+
+    assert sorted(lengths[index] for index in chosen) == [39, 40, 41]
+
+
+def test_padded_batch_of_mixed_lengths_wastes_little() -> None:
+    """Over a long line of mixed lengths, less than a tenth of the computed tokens is padding."""
+    queue = new_queue()
+    for name in range(16):
+        put(queue, str(name), [20 + (37 * place + 101 * name) % 480 for place in range(64)])
+    budget = BatchBudget("padded", max_tokens=4096, max_sequences=512)
+
+    lengths = [[entry.num_tokens for entry in batch] for batch in drain(queue, budget)]
+
+    computed = sum(batch_cost(batch, "padded") for batch in lengths)
+    assert sum(map(sum, lengths)) / computed > 0.9
+
+
+@LAW
+@given(st.lists(st.integers(1, 90), min_size=1, max_size=60))
+def test_padded_choice_holds_the_head_and_fits(lengths: list[int]) -> None:
+    """The fairest sequence is always in the batch, and the padded cost is within the budget."""
+    chosen = neighbours_in_length(lengths, PADDED)
+
+    assert 0 in chosen
+    assert len(set(chosen)) == len(chosen) <= PADDED.max_sequences
+    assert batch_cost([lengths[index] for index in chosen], "padded") <= PADDED.max_tokens
+
+
+# --- Limits ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [PACKED, PADDED], ids=["packed", "padded"])
+def test_sequence_over_the_budget_goes_alone(budget: BatchBudget) -> None:
+    """A sequence that admission let through is computed even when the budget is smaller, with nobody beside it."""
+    queue = new_queue()
+    put(queue, "long", [250, 10, 250])
+
+    assert [[entry.num_tokens for entry in batch] for batch in drain(queue, budget)].count([250]) == 2
+    assert len(queue) == 0
+
+
+def test_any_request_enters_an_empty_line() -> None:
+    """The limit on waiting tokens cannot refuse a legal request for good: alone it always gets in."""
+    queue = new_queue(max_waiting_tokens=100)
+
+    queue.admit("huge", 10**6)
+
+    assert queue.num_waiting_tokens == 10**6
+
+
+def test_refusal_tells_when_there_will_be_room() -> None:
+    """Retry-After is the excess over the limit divided by the measured speed, at most the time to empty the line."""
+    queue = new_queue(max_waiting_tokens=100)
+    queue.record_throughput(50, seconds=5.0)
+    queue.admit("first", 80)
+
+    with pytest.raises(Overloaded) as excess:
+        queue.admit("second", 40)
+    with pytest.raises(Overloaded) as whole:
+        queue.admit("third", 1000)
+
+    assert excess.value.retry_after_s == pytest.approx(2.0)
+    assert whole.value.retry_after_s == pytest.approx(8.0)
+    assert queue.num_waiting_tokens == 80
+
+
+def test_refusal_before_any_measurement_asks_to_come_back_soon() -> None:
+    """Without a measured speed no time is computed."""
+    queue = new_queue(max_waiting_tokens=100)
+    queue.admit("first", 100)
+
+    with pytest.raises(Overloaded) as refusal:
+        queue.admit("second", 1)
+
+    assert refusal.value.retry_after_s == RETRY_AFTER_UNMEASURED_S
+
+
+def test_reservation_gives_way_to_the_counted_tokens() -> None:
+    """The estimate holds room until the tokens are known; leaving and cancelling give it back."""
+    queue = new_queue(max_waiting_tokens=100)
+    queue.admit("first", 90)
+    put(queue, "first", [20, 30])
+    assert queue.num_waiting_tokens == 50
+
+    queue.admit("second", 50)
+    queue.cancel("second")
+    take(queue)
+
+    assert queue.num_waiting_tokens == 0
+
+
+def test_recent_throughput_outweighs_the_past() -> None:
+    """When the engine slows down, the estimate follows within seconds of engine time."""
+    throughput = Throughput()
+    throughput.record(10_000, seconds=10.0)
+    throughput.record(1_000, seconds=10.0)
+
+    assert throughput.tokens_per_s == pytest.approx((10_000 / 2 + 1_000) / 15)
+
+
+def test_halved_budget_is_never_empty() -> None:
+    """Halving stops at one token: from there on every sequence goes alone."""
+    budget = BatchBudget("packed", 4096, 512)
+
+    assert [budget.halved().max_tokens, BatchBudget("packed", 1, 512).halved().max_tokens] == [2048, 1]
+
+
+# --- Cost ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_requests", [1, 100_000], ids=["one-request", "one-item-requests"])
+@pytest.mark.parametrize("cost", ["packed", "padded"])
+def test_batch_costs_the_same_from_a_long_line(num_requests: int, cost: str) -> None:
+    """Taking a batch out of 100,000 waiting sequences is not slower than out of 1,000, by more than noise."""
+
+    def seconds_per_batch(num_entries: int) -> float:
+        queue = new_queue()
+        per_request = max(1, num_entries // num_requests)
+        for name in range(num_entries // per_request):
+            put(queue, str(name), [8] * per_request, [place // 4 for place in range(per_request)])
+        budget = BatchBudget(cost, max_tokens=512, max_sequences=64)  # type: ignore[arg-type]
+        times = []
+        for _ in range(12):
+            begin = time.process_time()
+            take(queue, budget)
+            times.append(time.process_time() - begin)
+        return sorted(times)[len(times) // 2]
+
+    assert seconds_per_batch(100_000) < 8 * seconds_per_batch(1_000) + 0.001
+
+
+def test_ten_thousand_cancels_leave_nothing_behind() -> None:
+    """Requests that come and go before their turn leave the order and the size of the queue alone."""
+    queue = new_queue()
+    stay = [100 - length for length in range(40)]
+    for length in stay:
+        put(queue, f"stays-{length}", [length])
+    for name in range(10_000):
+        put(queue, str(name), [150, 150], ["a", "b"])
+        queue.cancel(str(name))
+
+    assert len(queue) == len(queue._by_prefix) == 40
+    assert len(queue._turns) < 200
+    everything = take(queue, BatchBudget("packed", max_tokens=10_000, max_sequences=100))
+    assert [entry.num_tokens for entry in everything] == sorted(stay)
+
+
+# --- Poison ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("position", [0, 1, 100, 127, 128, 255])
+def test_one_poison_in_256_costs_17_passes(position: int) -> None:
+    """Bisection isolates the one sequence that fails at the price of 2 log2(n) + 1 passes."""
+    runs: list[range] = []
+
+    def passes(run: range) -> bool:
+        runs.append(run)
+        return position not in run
+
+    assert bisect(256, passes) == [position]
+    assert len(runs) <= 2 * log2(256) + 1
+
+
+@LAW
+@given(st.integers(0, 40), st.data())
+def test_bisection_answers_every_position(num_sequences: int, data: st.DataObject) -> None:
+    """Exactly the poison is found, and each other position is in exactly one run that passed."""
+    poison = data.draw(st.sets(st.integers(0, num_sequences - 1))) if num_sequences else set()
+    passed: list[int] = []
+
+    def passes(run: range) -> bool:
+        good = poison.isdisjoint(run)
+        passed.extend(run if good else [])
+        return good
+
+    assert bisect(num_sequences, passes) == sorted(poison)
+    assert sorted(passed) == sorted(set(range(num_sequences)) - poison)

@@ -1,0 +1,33 @@
+"""Checkpoints behind the real HTTP application, in this process: without Ray, and without a port."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx2
+
+from service.assembly import assemble
+from service.http.access_log import Journal
+from service.http.routes import OpenRequests, create_routes
+from service.settings import read_settings
+
+
+@asynccontextmanager
+async def application(checkpoint: Path, *, dtype: str = "float32") -> AsyncIterator[httpx2.AsyncClient]:
+    """Serve the checkpoint folder and give a client that calls the application."""
+    served = assemble(read_settings({"model": {"path": str(checkpoint), "dtype": dtype}}))
+    journal = Journal(str(checkpoint.parent / "requests.log"))
+
+    async def exposition() -> str:
+        return served.metrics.render().decode()
+
+    routes = create_routes(served, exposition, journal, OpenRequests())
+    await served.scorer.start()
+    try:
+        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(routes), base_url="http://app") as client:
+            yield client
+    finally:
+        await served.scorer.stop(0.0)
+        journal.close()

@@ -1,0 +1,73 @@
+"""Tiny classifiers loaded as the engine loads them, and token ids of the shapes that forward paths get wrong."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+
+from service.engines.model.classifier import Classifier, load_classifier, read_config
+from service.records import Pooling, TokenSequence
+
+CPU = torch.device("cpu")
+
+LENGTHS = (5, 1, 70, 33, 129, 2, 64, 17, 5)
+"""Longer and shorter than the tiny families' sliding window of 16, odd and even, one alone."""
+
+
+def load_tiny(
+    folder: Path, dtype: torch.dtype = torch.float32, pooling: Pooling = "hf", device: torch.device = CPU
+) -> Classifier:
+    """Load a tiny checkpoint with the pad token of its own configuration."""
+    pad_token_id = read_config(folder).get_text_config().pad_token_id
+    return load_classifier(folder, dtype=dtype, device=device, pooling=pooling, pad_token_id=pad_token_id)
+
+
+def random_rows(classifier: Classifier, lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> list[tuple[int, ...]]:
+    """Return rows of random ids of these lengths; the special tokens of the tiny tokenizers are the first five ids."""
+    dice = random.Random(seed)
+    return [tuple(dice.randrange(5, classifier.config.vocab_size) for _ in range(length)) for length in lengths]
+
+
+def rows_that_share(classifier: Classifier, seed: int = 0) -> list[tuple[int, ...]]:
+    """Return rows with nested beginnings in common: a system prompt, prompts behind it, completions behind those.
+
+    Some lie whole within others, and one shares nothing.
+    """
+    dice = random.Random(seed)
+    system, *prompts, stranger = random_rows(classifier, lengths=(37, 1, 40, 90, 50), seed=seed)
+    rows = [system, system[:20], stranger]
+    for prompt in prompts:
+        lengths = tuple(dice.randrange(1, 80) for _ in range(4))
+        completions = random_rows(classifier, lengths, seed=dice.randrange(1000))
+        rows += [system + prompt, *(system + prompt + completion for completion in completions)]
+    rows.append(rows[5] + rows[6][:33])
+    return dice.sample(rows, len(rows))
+
+
+def rows_with_endings(classifier: Classifier) -> list[tuple[int, ...]]:
+    """Return random rows, and rows that end as answers do (EOS, two, EOS and a newline, pads) or are pads only."""
+    rows = random_rows(classifier)
+    config = classifier.config
+    eos = 2 if config.eos_token_id is None else config.eos_token_id
+    pad = config.pad_token_id
+    endings: list[tuple[int, ...]] = [(eos,), (eos, eos), (eos, 7), (pad,), (eos, pad, pad)]
+    return [*rows, *(row + ending for row, ending in zip(rows, endings, strict=False)), (pad,), (pad, pad, pad)]
+
+
+def sequences_of(rows: list[tuple[int, ...]]) -> list[TokenSequence]:
+    """Wrap rows of token ids as the scheduler hands them over."""
+    return [TokenSequence(row) for row in rows]
+
+
+def shuffled_batches(rows: list[tuple[int, ...]], seed: int) -> list[list[tuple[int, ...]]]:
+    """Return the rows in a random order, cut into batches of random sizes."""
+    dice = random.Random(seed)
+    waiting = dice.sample(rows, len(rows))
+    batches = []
+    while waiting:
+        size = dice.randint(1, len(waiting))
+        batches.append(waiting[:size])
+        waiting = waiting[size:]
+    return batches
