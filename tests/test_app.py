@@ -20,9 +20,9 @@ from service.assembly import ServedModel, assemble
 from service.engines.oracle import OracleEngine, OracleFaults, byte_tokenizer, oracle_reward_of_text
 from service.errors import HttpError, Overloaded
 from service.http.access_log import Journal
-from service.http.problem import MEDIA_TYPE, render_problem, retry_after_s
 from service.http.routes import OpenRequests, create_routes
 from service.pipeline import Pipeline
+from service.protocols.problem import MEDIA_TYPE, render_problem, retry_after_s
 from service.scorer import Scorer
 from service.settings import Settings, read_settings
 from service.tokenization import Tokenization

@@ -19,6 +19,7 @@ from torch import nn
 from service.checkpoints.bundle import GRAPH_FILE
 from service.engines.model.classifier import Classifier
 from service.engines.onnx import INPUTS, REWARD, STATES
+from service.engines.rewiring import rewire
 from service.errors import CheckpointError
 from service.records import StateTap
 from service.transformers_logging import transformers_silenced
@@ -99,7 +100,7 @@ def write_graph(classifier: Classifier, taps: Sequence[StateTap], folder: Path) 
     Raises:
         CheckpointError: torch cannot trace this architecture.
     """
-    classifier.run_with(classifier.plain_attention)
+    rewire(classifier, classifier.plain_attention)
     try:
         with torch.inference_mode(), _quiet():
             program = torch.onnx.export(

@@ -18,9 +18,11 @@ import torch
 from scipy.stats import spearmanr
 
 from service.engines.kernels.bindings import Kernels
-from service.engines.model.classifier import Classifier, ForwardPath
+from service.engines.model.classifier import Classifier
+from service.engines.paths.base import ForwardPath
 from service.engines.paths.packed import PackedForward
 from service.engines.paths.padded import PaddedForward
+from service.engines.rewiring import rewire
 from service.errors import ParityError
 
 logger = logging.getLogger(__name__)
@@ -311,7 +313,7 @@ def plain_rewards(classifier: Classifier, rows: Sequence[Sequence[int]]) -> list
     The weights are the served ones, the head's in fp32. ``last`` pooling is not transformers' own, so there the state
     of the last token is read off transformers' body.
     """
-    classifier.run_with(classifier.plain_attention)
+    rewire(classifier, classifier.plain_attention)
     rewards = []
     for row in rows:
         ids = classifier.token_tensor([row])

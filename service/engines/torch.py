@@ -31,19 +31,11 @@ from service.engines.kernels.bindings import Kernels
 from service.engines.kernels.patching import drop_plain_weights
 from service.engines.linear.float8 import check_float8, quantize_float8
 from service.engines.linear.int8 import quantize_int8
-from service.engines.model.classifier import (
-    Classifier,
-    ForwardPath,
-    LaunchingPath,
-    PathOutput,
-    PendingOutput,
-    load_classifier,
-    read_config,
-    stored_dtype,
-)
+from service.engines.model.classifier import Classifier, load_classifier, read_config, stored_dtype
 from service.engines.model.rotary import length_border
 from service.engines.model.taps import StateQuery, check_taps
 from service.engines.parity import Parity, choose_path
+from service.engines.paths.base import ForwardPath, LaunchingPath, PathOutput, PendingOutput
 from service.engines.paths.cuda_graphs import record_library, wants_graphs
 from service.engines.paths.packed import PackedForward
 from service.errors import EngineOutOfMemory, EngineUnavailable, SettingsError

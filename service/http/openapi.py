@@ -10,8 +10,8 @@ from typing import Any
 
 import msgspec
 
-from service.http.problem import MEDIA_TYPE
 from service.protocols.native import MAX_NAME_CHARS, WireCompareRequest, WireScoreRequest
+from service.protocols.problem import MEDIA_TYPE
 from service.records import GroupReport, LengthReport, OodReport, StyleReport
 
 _REF = "#/components/schemas/{name}"

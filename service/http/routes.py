@@ -42,7 +42,6 @@ from service.errors import (
 from service.http import openapi
 from service.http.access_log import Journal
 from service.http.body import read_json_body
-from service.http.problem import MEDIA_TYPE, render_problem, retry_after_s
 from service.protocols.native import (
     MAX_NAME_CHARS,
     Outcome,
@@ -52,6 +51,7 @@ from service.protocols.native import (
     render_comparison,
     render_scores,
 )
+from service.protocols.problem import MEDIA_TYPE, render_problem, retry_after_s
 from service.records import ScoreRequest, Timings
 
 Exposition: TypeAlias = Callable[[], Awaitable[str]]

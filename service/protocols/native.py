@@ -26,7 +26,7 @@ from service.errors import (
     TooManyItems,
     Violation,
 )
-from service.http.problem import item_error
+from service.protocols.problem import item_error
 from service.records import (
     Content,
     Encoding,

@@ -13,8 +13,8 @@ from transformers import AttentionInterface
 from service.engines.attention.interface import ATTENTION, packed_attention
 from service.engines.attention.kv_cache import CacheTransaction
 from service.engines.attention.layout import BLOCK, Packing
-from service.engines.model.classifier import PathOutput
 from service.engines.parity import choose_path, compare, probe_rows, tolerances
+from service.engines.paths.base import PathOutput
 from service.engines.paths.packed import PackedForward
 from service.engines.paths.padded import PaddedForward
 from service.errors import ParityError

@@ -12,7 +12,8 @@ from transformers import AutoModelForSequenceClassification
 
 from service.engines.base import EngineInfo
 from service.engines.kernels.build import AMX_BF16
-from service.engines.model.classifier import PathOutput, read_config
+from service.engines.model.classifier import read_config
+from service.engines.paths.base import PathOutput
 from service.engines.torch import TorchEngine, load_torch_engine
 from service.errors import EngineOutOfMemory
 from service.records import TokenSequence

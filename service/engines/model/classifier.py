@@ -10,99 +10,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig
 
-from service.engines.base import BatchCost, StateTap
-from service.engines.compilation import compile_blocks, restore_blocks
-from service.engines.kernels.bindings import Kernels
-from service.engines.kernels.patching import attach_kernels, detach_kernels
-from service.engines.linear.batch_invariant import set_batch_invariant_linear
+from service.engines.base import StateTap
 from service.engines.linear.inplace_silu import gate_in_place
 from service.engines.model.scalar_head import batch_invariant_head
-from service.engines.model.taps import Spot, StateQuery, TappedStates, blocks_of, tapped
+from service.engines.model.taps import Spot, TappedStates, blocks_of, tapped
 from service.errors import SettingsError
 from service.records import Pooling
 from service.transformers_logging import transformers_silenced
-
-
-@dataclass(frozen=True, slots=True)
-class PathOutput:
-    """What one pass returns.
-
-    ``rewards``: one raw fp32 logit per row. ``shared_tokens``: of each row, the tokens that another row computed, or an
-    earlier pass. ``states``: float32 [readings, taps, hidden] on any device, in the order of the query; None without
-    one. ``cached_tokens``: the part of all shared tokens that an earlier pass computed.
-    """
-
-    rewards: list[float]
-    shared_tokens: list[int]
-    states: torch.Tensor | None = None
-    cached_tokens: int = 0
-
-
-class PendingOutput(Protocol):
-    """A pass that was launched."""
-
-    def result(self) -> PathOutput:
-        """Wait for the pass and return what it found; asked for once."""
-        ...
-
-
-class ForwardPath(Protocol):
-    """One way of running a batch through a classifier.
-
-    ``shared_from``: rows that begin with so many equal tokens compute them once; None: nothing is shared.
-    ``kernels``: those of ours that it runs on; None: it runs on none.
-    ``keeps``: whether prompts are kept between passes.
-    """
-
-    name: str
-    cost: BatchCost
-    shared_from: int | None
-    kernels: Kernels | None
-    keeps: bool
-
-    def run(
-        self,
-        rows: Sequence[tuple[int, ...]],
-        query: StateQuery | None = None,
-        prompts: Sequence[int | None] | None = None,
-    ) -> PathOutput:
-        """Score rows of token ids in one pass.
-
-        Args:
-            rows: not empty, and different from each other.
-            query: which states to read too; changes no bit of a reward.
-            prompts: how many leading tokens of each row are its prompt, None where that is unknown; with them the pass
-                may use what earlier ones have kept, and keep prompts. None: it does neither.
-        """
-        ...
-
-    def forget(self) -> None:
-        """Let go of all that is kept."""
-        ...
-
-    def num_cached_tokens(self, row: tuple[int, ...], first_wanted: int | None) -> int:
-        """Return how many leading tokens of a row the next pass need not compute, whatever stands beside it.
-
-        Args:
-            row: token ids.
-            first_wanted: the first token whose state may be wanted beside the pooled one's; None: none is.
-        """
-        ...
-
-
-@runtime_checkable
-class LaunchingPath(ForwardPath, Protocol):
-    """A forward path that need not wait for the device before the next pass is launched."""
-
-    def launch(self, rows: Sequence[tuple[int, ...]], query: StateQuery | None = None) -> PendingOutput:
-        """Hand a pass to the device; what ``run`` returns comes later. On a CPU it is computed at once."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,29 +85,6 @@ class Classifier:
     def blocks(self) -> nn.ModuleList:
         """The layers of the body, from the embeddings upwards."""
         return blocks_of(self.body, self.config.num_hidden_layers)
-
-    def run_with(
-        self,
-        attention: str,
-        *,
-        batch_invariant_linear: bool = False,
-        compiled: bool = False,
-        kernels: Kernels | None = None,
-    ) -> None:
-        """Let the model use an attention implementation that is registered with transformers.
-
-        ``batch_invariant_linear``: whether its linear layers multiply in blocks of a fixed number
-        of rows. ``compiled``: whether its blocks run compiled, with an attention that can be. ``kernels``: on which its
-        modules run where they can.
-        """
-        self.model.set_attn_implementation(attention)
-        set_batch_invariant_linear(self.body, blocked=batch_invariant_linear)
-        restore_blocks(self.body)
-        detach_kernels(self.body)
-        if compiled:
-            compile_blocks(self.blocks)
-        if kernels is not None:
-            attach_kernels(self.body, kernels)
 
     def token_tensor(self, ids: Sequence[Sequence[int]]) -> torch.Tensor:
         """Return token ids of equal length as int64 [rows, tokens] on the model's device."""

@@ -21,9 +21,11 @@ from service.engines.devices.staging import Arrival, staging_for
 from service.engines.kernels.attention import register_attention
 from service.engines.kernels.bindings import Kernels
 from service.engines.kernels.patching import multiplies_on_kernels
-from service.engines.model.classifier import Classifier, PathOutput, PendingOutput
+from service.engines.model.classifier import Classifier
 from service.engines.model.taps import Spot, StateQuery
+from service.engines.paths.base import PathOutput, PendingOutput
 from service.engines.paths.cuda_graphs import Bucket, PassLibrary, StaticPass, fill_row
+from service.engines.rewiring import rewire
 from service.scheduling.prefix_tree import grow_branches
 
 FILLER_ID = 0
@@ -70,9 +72,7 @@ class PackedForward:
         attention = COMPILED_ATTENTION if compiled else ATTENTION
         if kernels is not None:
             attention = register_attention(kernels)
-        classifier.run_with(
-            attention, batch_invariant_linear=batch_invariant_linear, compiled=compiled, kernels=kernels
-        )
+        rewire(classifier, attention, batch_invariant_linear=batch_invariant_linear, compiled=compiled, kernels=kernels)
         self._classifier = classifier
         self._batch_invariant_linear = batch_invariant_linear and not multiplies_on_kernels(classifier.body)
         self.kernels = kernels

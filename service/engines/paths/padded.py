@@ -11,8 +11,10 @@ import torch
 
 from service.engines.base import BatchCost
 from service.engines.kernels.bindings import Kernels
-from service.engines.model.classifier import Classifier, PathOutput
+from service.engines.model.classifier import Classifier
 from service.engines.model.taps import Spot, StateQuery
+from service.engines.paths.base import PathOutput
+from service.engines.rewiring import rewire
 
 
 class PaddedForward:
@@ -29,7 +31,7 @@ class PaddedForward:
     keeps = False
 
     def __init__(self, classifier: Classifier) -> None:
-        classifier.run_with(classifier.plain_attention)
+        rewire(classifier, classifier.plain_attention)
         self._classifier = classifier
         self._fills_up = not (classifier.is_on_cpu and classifier.is_half_precision)
 

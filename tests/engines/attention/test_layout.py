@@ -213,7 +213,7 @@ def varlen_by_its_documentation(
     return output, weights
 
 
-@pytest.mark.parametrize("merges", [False, True], ids=["gathered", "merged"])
+@pytest.mark.parametrize("cascade", [False, True], ids=["gathered", "merged"])
 @pytest.mark.parametrize("shares_keys", [True, False], ids=["shared-keys", "torch-2.11"])
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "olmo2"])
 def test_the_varlen_kernel_is_called_by_its_documentation(
