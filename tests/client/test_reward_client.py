@@ -351,9 +351,9 @@ def test_client_brings_no_heavy_package() -> None:
     )
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
 
-    assert {"service", "httpx2", "stamina"} <= set(loaded)
-    assert not {"torch", "ray", "numpy", "pydantic", "transformers", "msgspec"} & set(loaded)
-    assert set(loaded) <= {"service", "httpx2", "stamina", "tenacity", "idna", "typing_extensions", "sniffio"}
+    assert {"reward_client", "httpx2", "stamina"} <= set(loaded)
+    assert not {"torch", "ray", "numpy", "pydantic", "transformers", "msgspec", "service"} & set(loaded)
+    assert set(loaded) <= {"reward_client", "httpx2", "stamina", "tenacity", "idna", "typing_extensions", "sniffio"}
 
 
 def test_url_without_a_scheme_is_refused() -> None:
