@@ -144,7 +144,8 @@ class _Rewriting:
         integers, scale = quantize_weight(weight * self._smoothings[x][:, None])
         self._keep(f"{own}.int8", integers)
         self._keep(f"{own}.scale", scale)
-        # One zero for each weight: where ONNX Runtime turns weights into uint8, it cannot do so twice with a shared one.
+        # One zero point per weight: without VNNI ONNX Runtime converts weights to uint8, and cannot convert a shared one
+        # twice.
         self._keep(f"{own}.zero", np.asarray(np.int8(0)))
         self._add(
             "MatMulIntegerToFloat",
