@@ -144,8 +144,7 @@ class _Rewriting:
         integers, scale = quantize_weight(weight * self._smoothings[x][:, None])
         self._keep(f"{own}.int8", integers)
         self._keep(f"{own}.scale", scale)
-        # One zero point per weight: without VNNI ONNX Runtime converts weights to uint8, and cannot convert a shared one
-        # twice.
+        # One zero point per weight: without VNNI ONNX Runtime converts weights to uint8, but no zero point twice.
         self._keep(f"{own}.zero", np.asarray(np.int8(0)))
         self._add(
             "MatMulIntegerToFloat",
