@@ -1,1 +1,1 @@
-"""What is said about an item beside its reward."""
+"""Diagnostics of an item beside its reward, and monitors of the stream of items."""

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from made_up_calibration import BINDING, COLUMNS, TAPS, made_up_calibration
 
-from service.diagnostics.calibration import CALIBRATION_FILE, Calibration, read_calibration, write_calibration
+from service.checkpoints.demo import CALIBRATION_FILE
+from service.diagnostics.calibration import Calibration, read_calibration, write_calibration
 from service.diagnostics.lookup import find_calibration
-from service.diagnostics.ood import OodJudge
+from service.diagnostics.ood import OodDetector
 from service.errors import CalibrationError
 from service.records import OodReport, StateTap
 
@@ -22,8 +23,8 @@ def calibration() -> Calibration:
 
 
 def judge(calibration: Calibration, statistics: np.ndarray) -> list[OodReport]:
-    judge = OodJudge(calibration.detectors, calibration.ranking, "id", 0.01)
-    return judge.judge(statistics, [True] * len(statistics), [np.arange(len(statistics))])
+    judge = OodDetector(calibration.detectors, calibration.ranking, "id", 0.01)
+    return judge.report(statistics, [True] * len(statistics), [np.arange(len(statistics))])
 
 
 def test_what_is_read_judges_as_what_was_written(calibration: Calibration, tmp_path: Path) -> None:

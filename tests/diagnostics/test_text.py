@@ -7,7 +7,7 @@ import zlib
 
 import pytest
 
-from service.diagnostics.lexicon import count_tells
+from service.diagnostics.lexicon import count_style_markers
 from service.diagnostics.ngrams import NgramCounts
 from service.diagnostics.text import (
     STATISTICS,
@@ -36,9 +36,9 @@ Text with **bold words** and __more__.
 
 def test_markdown_is_counted_outside_of_code() -> None:
     """Headers, list items and bold spans count once each; fenced code counts for nothing."""
-    tells = count_tells(MARKDOWN)
+    markers = count_style_markers(MARKDOWN)
 
-    assert (tells.headers, tells.list_items, tells.bold) == (2, 3, 2)
+    assert (markers.headers, markers.list_items, markers.bold) == (2, 3, 2)
 
 
 @pytest.mark.parametrize(
@@ -53,9 +53,9 @@ def test_markdown_is_counted_outside_of_code() -> None:
 )
 def test_phrases_are_whole_words_in_any_case(text: str, hedges: int, flattery: int) -> None:
     """The lexicon finds its phrases, also with a curly apostrophe, and nothing inside other words."""
-    tells = count_tells(text)
+    markers = count_style_markers(text)
 
-    assert (tells.hedges, tells.flattery) == (hedges, flattery)
+    assert (markers.hedges, markers.flattery) == (hedges, flattery)
 
 
 def test_characters_by_hand() -> None:
@@ -65,7 +65,7 @@ def test_characters_by_hand() -> None:
     assert (chars.chars, chars.words, chars.non_ascii) == (15, 4, 3)
     assert (chars.punctuation, chars.digits, chars.upper) == (2, 1, 1)
     assert chars.word_length == pytest.approx((2 + 5) / 2)
-    assert chars.tells.emoji == 1
+    assert chars.markers.emoji == 1
 
 
 def test_compression_reads_the_beginning() -> None:

@@ -53,7 +53,7 @@ def count_alarms(seed: int) -> tuple[int, int]:
     raised, plain = ({name: Cusum() for name in SIGNALS} for _ in range(2))
     counts = [0, 0]
     for _ in range(BATCHES):
-        steps = steps_of(summarize(clean_items(rng, 128), reference.tell_thresholds), reference)
+        steps = steps_of(summarize(clean_items(rng, 128), reference.style_thresholds), reference)
         raised = stepped(raised, steps, threshold)
         plain = stepped(plain, {name: Step(step.z, ALLOWANCE) for name, step in steps.items()}, threshold)
         for place, sums in enumerate((raised, plain)):

@@ -148,7 +148,7 @@ def test_hacked_stream_is_noticed(clean: MonitorReference) -> None:
 
 def test_uncertain_reference_raises_the_allowance() -> None:
     """A reference of few items lets more pass, because its own error would otherwise pile up in the sums."""
-    batch = summarize(ObservedItems.of(stream(32)), reference(100).tell_thresholds)
+    batch = summarize(ObservedItems.of(stream(32)), reference(100).style_thresholds)
 
     small, large = (steps_of(batch, reference(size))["surprise"].allowance for size in (100, 4000))
 
@@ -159,7 +159,7 @@ def test_uncertain_reference_raises_the_allowance() -> None:
 def test_reference_survives_its_arrays(clean: MonitorReference) -> None:
     """What the artifact stores is what comes back: the same steps from the same batch."""
     copy = MonitorReference.from_arrays(clean.as_arrays() | {"other": np.zeros(3)})
-    batch = summarize(ObservedItems.of(stream(100, seed=11)), clean.tell_thresholds)
+    batch = summarize(ObservedItems.of(stream(100, seed=11)), clean.style_thresholds)
 
     assert steps_of(batch, copy) == steps_of(batch, clean)
     assert copy.clusters == clean.clusters

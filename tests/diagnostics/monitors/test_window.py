@@ -23,7 +23,15 @@ def test_buckets_merge_to_the_whole() -> None:
     parts = [summarize(ObservedItems.of(seen[place : place + 30]), THRESHOLDS) for place in range(0, 180, 30)]
     merged = merge_windows([EMPTY, *parts])
 
-    for name in ("clusters", "num_flagged", "tells", "num_styled", "num_judged_groups", "num_top1_ood", "num_pairs"):
+    for name in (
+        "clusters",
+        "num_flagged",
+        "style_exceedances",
+        "num_styled",
+        "num_groups_with_ood",
+        "num_top1_ood",
+        "num_pairs",
+    ):
         assert getattr(merged, name) == getattr(whole, name), name
     for name in ("rewards", "lengths", "lengths_within", "styles", "styles_within", "surprises", "flagged_rewards"):
         assert getattr(merged, name).comoment == pytest.approx(getattr(whole, name).comoment, rel=1e-10), name
@@ -39,7 +47,7 @@ def test_unknown_is_skipped_and_not_zero() -> None:
 
     rewards, lengths = rewards_and_lengths(known)
     assert found.num_items == 150
-    assert (found.rewards.count, found.lengths.count, found.styles.count, found.num_judged) == (150, 100, 100, 100)
+    assert (found.rewards.count, found.lengths.count, found.styles.count, found.num_with_ood) == (150, 100, 100, 100)
     assert pearson(found.lengths.comoment) == pytest.approx(np.corrcoef(rewards, lengths)[0, 1], rel=1e-12)
 
 
@@ -65,8 +73,8 @@ def test_best_completion_is_judged() -> None:
 
     found = summarize(ObservedItems.of(seen), None)
 
-    assert (found.num_judged_groups, found.num_top1_ood) == (2, 1)
-    assert (found.num_judged, found.num_flagged) == (6, 4)
+    assert (found.num_groups_with_ood, found.num_top1_ood) == (2, 1)
+    assert (found.num_with_ood, found.num_flagged) == (6, 4)
 
 
 def test_ties_are_pairs_of_equal_rewards() -> None:
@@ -90,7 +98,7 @@ def test_tells_are_counted_above_the_threshold() -> None:
 
     found = summarize(ObservedItems.of(seen), np.array([1.0, 0.0, 0.0, 1.0, 0.0]))
 
-    assert (found.tells, found.num_styled) == ((1, 1, 0, 1, 0), (3, 3, 3, 3, 3))
+    assert (found.style_exceedances, found.num_styled) == ((1, 1, 0, 1, 0), (3, 3, 3, 3, 3))
 
 
 def test_intraclass_correlation_and_design_effect() -> None:

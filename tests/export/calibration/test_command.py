@@ -9,7 +9,8 @@ import pytest
 from tiny_calibration import calibrate, write_calibrated_checkpoint, write_pairs
 
 from service.assembly import ServedModel, assemble
-from service.diagnostics.calibration import CALIBRATION_FILE, read_calibration
+from service.checkpoints.demo import CALIBRATION_FILE
+from service.diagnostics.calibration import read_calibration
 from service.records import Encoding, Exchange, Item, Score, TokenSequence
 from service.settings import Settings, read_settings
 
@@ -102,5 +103,5 @@ def test_too_little_data_is_told(folder: Path, tmp_path: Path, capsys: pytest.Ca
     out = tmp_path / "none.safetensors"
 
     assert calibrate(folder, write_pairs(tmp_path / "few.jsonl", 20), "--out", str(out)) == 1
-    assert "bring more prompts" in capsys.readouterr().err
+    assert "Provide more prompts" in capsys.readouterr().err
     assert not out.exists()

@@ -11,7 +11,7 @@ import pytest
 from tiny_calibration import write_pairs
 
 from export.calibration.data import prompt_numbers, read_items, split
-from export.calibration.measure import detection, length_test, out_of_fold_p, rate_of, self_test
+from export.calibration.measure import detection, length_correlations, out_of_fold_p, rate_of, self_test
 from service.errors import DatasetError
 
 
@@ -82,9 +82,9 @@ def test_out_of_fold_p_values_are_uniform() -> None:
 
     found = self_test(out_of_fold_p(scores, np.repeat(np.arange(1000), 2), seed=0), np.repeat(np.arange(1000), 2))
 
-    assert all(rate["is_tolerable"] for rate in found["rates"])
-    assert found["ks_p"] > 0.01
-    assert found["design_effect"] == pytest.approx(1.0, abs=0.5)
+    assert all(rate.is_tolerable for rate in found.rates)
+    assert found.ks_p > 0.01
+    assert found.design_effect == pytest.approx(1.0, abs=0.5)
 
 
 def test_length_correlation_within_prompts() -> None:
@@ -92,7 +92,7 @@ def test_length_correlation_within_prompts() -> None:
     lengths = np.repeat([1.0, 2.0, 3.0, 4.0], 2) + np.tile([0.0, 0.5], 4)
     rewards = np.repeat([1.0, 2.0, 3.0, 4.0], 2) - np.tile([0.0, 0.1], 4)
 
-    found = length_test(rewards, lengths, np.repeat(np.arange(4), 2))
+    found = length_correlations(rewards, lengths, np.repeat(np.arange(4), 2))
 
     assert found.pooled > 0.9
     assert found.within == pytest.approx(-1.0)
