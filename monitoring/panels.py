@@ -289,8 +289,8 @@ _TRUST = Row(
         ),
         Panel(
             "Cumulative sums",
-            "Cumulative sum of each signal's deviations from the calibration, as a share of its threshold; the largest of "
-            "both directions and all replicas.",
+            "Cumulative sum of each signal's deviations from the calibration, as a share of its threshold; the "
+            "largest of both directions and all replicas.",
             "timeseries",
             (
                 Query(
@@ -351,8 +351,8 @@ _SPEED = Row(
         ),
         Panel(
             "Tokens",
-            "Tokens of batches by kind: real (of the sequences); padding (computed in addition); shared (part of real, not "
-            "computed again); cached (part of shared, from an earlier pass).",
+            "Tokens of batches by kind: real (of the sequences); padding (computed in addition); shared (part of real, "
+            "not computed again); cached (part of shared, from an earlier pass).",
             "timeseries",
             (Query(_rate("rm_tokens_total", "kind"), "{{kind}}"),),
             unit="cps",
