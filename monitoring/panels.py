@@ -260,7 +260,7 @@ _TRUST = Row(
         ),
         Panel(
             "p-values",
-            "Uniform, apart from the width of the bins, as long as the items are distributed like the calibration data.",
+            "Uniform, apart from the width of the bins, while the items are distributed like the calibration data.",
             "heatmap",
             (Query(f"sum by (le) (increase(rm_ood_pvalue_bucket{{{JOB}}}[$__rate_interval]))", "{{le}}"),),
             empty_when=UNCALIBRATED,
