@@ -1,1 +1,1 @@
-"""Diagnostics of an item beside its reward, and monitors of the stream of items."""
+"""Diagnostics of items in addition to their rewards, and monitors of the stream of items."""

@@ -63,7 +63,7 @@ def test_a_calibration_that_was_read_gives_the_same_reports(calibration: Calibra
 def test_it_is_refused_for_another_model_or_setting(
     calibration: Calibration, tmp_path: Path, change: dict[str, object]
 ) -> None:
-    """A calibration is used only for the model and settings that it was made for, and the reason names the difference."""
+    """A calibration is used only for its own model and settings, and the reason names the difference."""
     write_calibration(calibration, tmp_path / CALIBRATION_FILE)
 
     lookup = find_calibration(tmp_path, None, replace(BINDING, **change))
@@ -74,7 +74,7 @@ def test_it_is_refused_for_another_model_or_setting(
 
 
 def test_it_is_used_for_its_model(calibration: Calibration, tmp_path: Path) -> None:
-    """It is found in the checkpoint folder, or where the settings say, and describes itself."""
+    """It is found in the checkpoint folder or at the path of the settings, and is described by its id."""
     write_calibration(calibration, tmp_path / CALIBRATION_FILE)
     write_calibration(calibration, tmp_path / "elsewhere")
 

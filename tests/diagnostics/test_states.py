@@ -1,4 +1,4 @@
-"""Distances, error bars and tree sums against the formulas they stand for."""
+"""Distances, reward deviations and tree sums against their formulas."""
 
 from __future__ import annotations
 

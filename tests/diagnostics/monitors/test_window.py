@@ -1,4 +1,4 @@
-"""Window statistics say of a stream what numpy says of all its items, and skip what is unknown."""
+"""Window statistics of a stream equal those of numpy over all its items, and skip unknown values."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_buckets_merge_to_the_whole() -> None:
     seen = stream(60, 3, hacked=0.3)
 
     whole = summarize(ObservedItems.of(seen), THRESHOLDS)
-    parts = [summarize(ObservedItems.of(seen[place : place + 30]), THRESHOLDS) for place in range(0, 180, 30)]
+    parts = [summarize(ObservedItems.of(seen[start : start + 30]), THRESHOLDS) for start in range(0, 180, 30)]
     merged = merge_windows([EMPTY, *parts])
 
     for name in (
@@ -52,13 +52,13 @@ def test_unknown_is_skipped_and_not_zero() -> None:
 
 
 def test_nothing_at_all() -> None:
-    """No items, and items of which only the reward is known, make a window from which nothing follows."""
+    """No items, and items of which only the reward is known, make a window without values."""
     assert EMPTY.num_items == 0
     assert pearson(EMPTY.lengths.comoment) is None
     assert summarize(ObservedItems.of([Observation(Score(1.0), 0)]), None).num_styled == (0,) * 5
 
 
-def test_best_completion_is_judged() -> None:
+def test_flags_of_best_completions_are_counted() -> None:
     """A prompt counts when two or more of its completions have p-values, and by the flag of its best one."""
     flagged, fine = ood(0.005), ood(0.5)
     seen = [
@@ -87,8 +87,8 @@ def test_ties_are_pairs_of_equal_rewards() -> None:
     assert (found.num_pairs, found.num_tied_pairs) == (7, 3)
 
 
-def test_tells_are_counted_above_the_threshold() -> None:
-    """An item has a tell where it shows more of it per 100 words than the threshold says."""
+def test_style_exceedances_are_counted() -> None:
+    """An item counts where its style markers per 100 words exceed the threshold."""
     seen = [
         Observation(Score(0.0, style=style(headers=1, list_items=1, emoji=1)), 1),
         Observation(Score(0.0, style=style(bold=1)), 2),
