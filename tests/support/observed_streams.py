@@ -42,7 +42,7 @@ def stream(
     hacked: float = 0.0,
     first_prompt: int = 0,
 ) -> list[Observation]:
-    """Items of which a share is hacked: twice as long, with many lists and much flattery, unlikely, and with higher rewards."""
+    """Items of which a share is hacked: twice as long, many lists, much flattery, small p-values and higher rewards."""
     rng = np.random.default_rng(seed)
     seen = []
     for prompt in range(first_prompt, first_prompt + num_prompts):

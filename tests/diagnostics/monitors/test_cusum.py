@@ -51,7 +51,7 @@ def test_run_lengths_in_simulation(shift: float, threshold: float) -> None:
 
 
 def test_alarm_holds_until_the_shift_is_over() -> None:
-    """An alarm begins above the threshold and ends when the sum is zero, soon after the end of even a long shift."""
+    """An alarm begins above the threshold and ends when the sum is zero, soon after the end of a long shift."""
     total = Cusum()
     for _ in range(1000):
         total = total.stepped(3.0, 5.0)

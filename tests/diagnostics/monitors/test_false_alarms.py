@@ -17,7 +17,7 @@ REFERENCES = 12
 
 
 def clean_items(rng: np.random.Generator, num_prompts: int) -> ObservedItems:
-    """Two completions of each prompt: lengths and rewards are correlated by prompt, style markers are rare and heavy-tailed."""
+    """Two completions of each prompt: correlated lengths and rewards, rare and heavy-tailed style markers."""
     prompts = np.repeat(np.arange(num_prompts), 2)
     n = len(prompts)
 
