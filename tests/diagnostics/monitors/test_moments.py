@@ -56,7 +56,7 @@ def test_ten_million_items_far_from_zero() -> None:
 
 
 def test_within_groups_takes_the_groups_means_out() -> None:
-    """Co-moments within groups are those of rows less their group's mean, merged or at once; groups of one row do not count."""
+    """Co-moments about the group means, merged or at once, are those of centred rows; groups of one do not count."""
     rng = np.random.default_rng(3)
     groups = rng.integers(0, 40, 300)
     rows = correlated(300) + groups[:, None] * 5.0
