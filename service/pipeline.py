@@ -125,7 +125,7 @@ class Pipeline:
             sequences: as ``run``.
             levels: as ``run``.
         """
-        wants_states = tuple(self.diagnostician.wants_states(level) for level in levels)
+        wants_states = tuple(self.diagnostician.needs_states(level) for level in levels)
         passes = _Passes(self.engine, sequences, states=any(wants_states))
         batch = StartedBatch(passes, wants_states, self._clock())
         if self.passes_ahead:

@@ -7,7 +7,7 @@ client can use these records inside a trainer that has pins of its own.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 from reward_client.options import DiagnosticsLevel, TemplateChoice, Truncation
 
@@ -15,6 +15,10 @@ Pooling: TypeAlias = Literal["hf", "last"]
 BatchCost: TypeAlias = Literal["packed", "padded"]
 StatePooling: TypeAlias = Literal["last", "mean"]
 OodMode: TypeAlias = Literal["single", "group"]
+Scope: TypeAlias = Literal["pooled", "within"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+"""Of a correlation: over all items, or about the means of the prompts."""
+
 CalibrationGap: TypeAlias = Literal["missing", "inapplicable"]
 
 

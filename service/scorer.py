@@ -22,6 +22,7 @@ from typing import Literal, Protocol, TypeAlias, TypeVar
 
 from reward_client.options import DiagnosticsLevel
 
+from service.diagnostics.diagnosis import Outcome
 from service.diagnostics.monitors.monitor import Monitors
 from service.diagnostics.text import TextFacts
 from service.errors import (
@@ -44,7 +45,6 @@ from service.settings import BatchingSettings, LimitSettings
 logger = logging.getLogger(__name__)
 
 State: TypeAlias = Literal["starting", "ready", "draining", "failed"]
-Outcome: TypeAlias = Score | HttpError
 _Made = TypeVar("_Made")
 _TextReading: TypeAlias = "asyncio.Future[list[TextFacts | None]]"
 
