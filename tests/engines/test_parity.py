@@ -13,8 +13,8 @@ from transformers import AttentionInterface
 from service.engines.attention.interface import ATTENTION, packed_attention
 from service.engines.attention.kv_cache import CacheTransaction
 from service.engines.attention.layout import BLOCK, Packing
+from service.engines.base import EngineOutput
 from service.engines.parity import choose_path, compare, probe_rows, tolerances
-from service.engines.paths.base import PathOutput
 from service.engines.paths.packed import PackedForward
 from service.engines.paths.padded import PaddedForward
 from service.errors import ParityError
@@ -73,7 +73,7 @@ def test_a_wrong_forced_path_is_refused(tiny_checkpoint) -> None:
 @pytest.mark.usefixtures("deaf_attention")
 def test_no_agreeing_path_is_refused(tiny_checkpoint, monkeypatch) -> None:
     """When neither path agrees the start is refused, naming both."""
-    monkeypatch.setattr(PaddedForward, "run", lambda self, rows: PathOutput([0.0 for _ in rows], [0 for _ in rows]))
+    monkeypatch.setattr(PaddedForward, "run", lambda self, rows: EngineOutput([0.0 for _ in rows], [0 for _ in rows]))
 
     with pytest.raises(ParityError, match=r"packed differs .* padded differs"):
         choose_path(load_tiny(tiny_checkpoint("llama")), "auto", 400)
