@@ -20,7 +20,7 @@ import torch
 from loadtest.device_busy import busy_share
 from loadtest.engine_work import Work
 from loadtest.matmul_limit import layer_shapes, measure_limit
-from service.engines.base import Engine, EngineOutput, LaunchingEngine, PendingPass
+from service.engines.base import Engine, EngineOutput, LaunchingEngine, Pending
 from service.engines.torch import load_torch_engine
 from service.scheduling.queue import BatchBudget, Queue
 from service.settings import BatchingSettings, ModelSettings
@@ -227,7 +227,7 @@ def score_in_batches(engine: Engine, work: Work, now: Callable[[], float], *, ah
 
 
 def _outputs(engine: Engine, work: Work, *, ahead: bool) -> Iterator[tuple[list[int], EngineOutput]]:
-    in_flight: deque[tuple[list[int], PendingPass]] = deque()
+    in_flight: deque[tuple[list[int], Pending[EngineOutput]]] = deque()
     for places in budget_batches(work, engine):
         sequences = [work.sequences[place] for place in places]
         if not (ahead and engine.info.launches_ahead and isinstance(engine, LaunchingEngine)):

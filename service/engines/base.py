@@ -1,31 +1,71 @@
-"""The seam behind which a forward pass runs: sequences in, one raw reward each out.
+"""The interface of an engine, which runs forward passes: sequences in, one raw reward each out.
 
-The contract is small enough to implement in a test file. An engine is called from one thread only and keeps no state
-between calls that could change a reward. What it keeps to save work, it says before a call.
+The contract is small enough to implement in a test file. An engine is called from one thread only and has no state
+between calls that could change a reward. Cached prefixes only save work; `Engine.num_cached_tokens` reports them before
+a call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar, runtime_checkable
 
 from service.records import BatchCost, StatePooling, StateTap, TokenSequence
 
-if TYPE_CHECKING:  # expected rewards of the oracle need the standard library alone
+if TYPE_CHECKING:  # computing the oracle's expected rewards requires the standard library alone
     import numpy as np
     from numpy.typing import NDArray
 
 __all__ = [
     "BatchCost",
+    "Deferred",
     "Engine",
     "EngineInfo",
     "EngineOutput",
     "LaunchingEngine",
-    "PendingPass",
+    "Pending",
+    "Ready",
     "StatePooling",
     "StateTap",
 ]
+
+_T = TypeVar("_T")
+_T_co = TypeVar("_T_co", covariant=True)
+
+
+class Pending(Protocol[_T_co]):
+    """A result that a device may still be computing."""
+
+    def result(self) -> _T_co:
+        """Wait for the result and return it. Called once; several pending passes are awaited in the order of launching.
+
+        Raises:
+            Exception: whatever the computation raised; a device reports errors only when its results are awaited.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Ready(Generic[_T]):
+    """A result that needs no waiting."""
+
+    value: _T
+
+    def result(self) -> _T:
+        """Return the value."""
+        return self.value
+
+
+@dataclass(frozen=True, slots=True)
+class Deferred(Generic[_T]):
+    """A result that the host completes when it is requested, such as one made of other pending results."""
+
+    complete: Callable[[], _T]
+
+    def result(self) -> _T:
+        """Call the function and return what it returns."""
+        return self.complete()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,18 +118,20 @@ class EngineInfo:
 
 @dataclass(frozen=True, slots=True)
 class EngineOutput:
-    """What one forward pass returns, in the order of the sequences.
-
-    ``rewards``: float32 values as Python floats. ``shared_tokens``: of each sequence, the tokens that were computed for
-    another sequence of the pass or in an earlier pass; empty where nothing is shared. ``states``: float32 [sequences,
-    taps, hidden]; None where none were asked for. ``cached_tokens``: the part of all shared tokens that earlier passes
-    computed.
-    """
+    """What one forward pass returns, in the order of the sequences."""
 
     rewards: Sequence[float]
+    """One raw logit per sequence: float32 values as Python floats."""
+
     shared_tokens: Sequence[int] = ()
+    """Of each sequence, the tokens computed for another sequence of the pass or in an earlier pass; empty: none are."""
+
     states: NDArray[np.float32] | None = None
+    """Float32 [readings, taps, hidden], on the host; an engine has one reading per sequence. None: none were requested.
+    """
+
     cached_tokens: int = 0
+    """The part of all shared tokens that earlier passes computed."""
 
 
 class Engine(Protocol):
@@ -130,25 +172,14 @@ class Engine(Protocol):
         ...
 
 
-class PendingPass(Protocol):
-    """A pass that was launched and perhaps still runs."""
-
-    def result(self) -> EngineOutput:
-        """Wait for the pass and return what it found; asked for once, in the order of launching.
-
-        Raises:
-            EngineOutOfMemory, EngineUnavailable, Exception: as ``Engine.forward``; a device says late what went wrong.
-        """
-        ...
-
-
 @runtime_checkable
 class LaunchingEngine(Engine, Protocol):
-    """An engine whose device works on its own while the host prepares the next pass."""
+    """An engine whose device computes asynchronously while the host prepares the next pass."""
 
-    def launch(self, sequences: Sequence[TokenSequence], *, states: bool = False) -> PendingPass:
-        """Hand a pass to the device and return without waiting for it; arguments and errors as of ``forward``.
+    def launch(self, sequences: Sequence[TokenSequence], *, states: bool = False) -> Pending[EngineOutput]:
+        """Launch a pass on the device and return without waiting for it; arguments and errors as of ``forward``.
 
-        The pass may still hold memory of the device. What it raises here has not touched passes launched before.
+        The pass may hold device memory until its result is requested. An error raised here does not affect passes
+        launched before.
         """
         ...

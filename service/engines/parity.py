@@ -275,7 +275,7 @@ def choose_path(
     )
 
 
-def probed_rewards(path: ForwardPath, rows: Sequence[tuple[int, ...]]) -> Iterator[list[float]]:
+def probed_rewards(path: ForwardPath, rows: Sequence[tuple[int, ...]]) -> Iterator[Sequence[float]]:
     """Yield what a path says of the probes: once, or where prompts are kept cold and again warm.
 
     Their prompts are the first halves of the rows.

@@ -13,9 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from service.engines.base import EngineInfo, EngineOutput, PendingPass, StateTap
+from service.engines.base import Deferred, EngineInfo, EngineOutput, Pending, Ready, StateTap
 from service.engines.compilation import check_compiler
 from service.engines.devices.device import (
     is_lost,
@@ -35,7 +37,7 @@ from service.engines.model.classifier import Classifier, load_classifier, read_c
 from service.engines.model.rotary import length_border
 from service.engines.model.taps import StateQuery, check_taps
 from service.engines.parity import Parity, choose_path
-from service.engines.paths.base import ForwardPath, LaunchingPath, PathOutput, PendingOutput
+from service.engines.paths.base import ForwardPath, LaunchingPath
 from service.engines.paths.cuda_graphs import record_library, wants_graphs
 from service.engines.paths.packed import PackedForward
 from service.errors import EngineOutOfMemory, EngineUnavailable, SettingsError
@@ -90,7 +92,7 @@ class TorchEngine:
         """
         return self.launch(sequences, states=states).result()
 
-    def launch(self, sequences: Sequence[TokenSequence], *, states: bool = False) -> PendingPass:
+    def launch(self, sequences: Sequence[TokenSequence], *, states: bool = False) -> Pending[EngineOutput]:
         """Hand the sequences to the device; see ``LaunchingEngine.launch``. On a CPU they are computed at once.
 
         Raises:
@@ -105,11 +107,28 @@ class TorchEngine:
             query = StateQuery(taps, tuple((places[ids], start) for ids, start in wanted))
             keeping = [prompts[row] for row in rows] if self._keeps(rows[0]) else None
             parts.append(_Part(rows, wanted, self._try(rows, partial(self._launch, rows, query, keeping))))
-        return _LaunchedBatch(self, sequences, parts, reads_states=bool(taps))
+        return Deferred(partial(self._complete, sequences, parts, reads_states=bool(taps)))
 
-    def wait_for(self, part: _Part) -> PathOutput:
-        """Return what a launched part of a batch found; errors as of ``PendingPass.result``."""
-        return self._try(part.rows, part.pending.result)
+    def _complete(self, sequences: Sequence[TokenSequence], parts: list[_Part], *, reads_states: bool) -> EngineOutput:
+        first = {sequence.token_ids: place for place, sequence in reversed(list(enumerate(sequences)))}
+        rewards: dict[tuple[int, ...], float] = {}
+        shared = [sequence.num_tokens for sequence in sequences]
+        num_cached_tokens = 0
+        found: dict[_Reading, NDArray[np.float32]] = {}
+        for part in parts:
+            output = self._try(part.rows, part.pending.result)
+            num_cached_tokens += output.cached_tokens
+            rewards.update(zip(part.rows, output.rewards, strict=True))
+            for row, num_shared in zip(part.rows, output.shared_tokens, strict=True):
+                shared[first[row]] = num_shared
+            if output.states is not None:
+                found.update(zip(part.wanted, output.states, strict=True))
+        return EngineOutput(
+            [rewards[sequence.token_ids] for sequence in sequences],
+            shared,
+            np.stack([found[_reading_of(sequence)] for sequence in sequences]) if reads_states else None,
+            num_cached_tokens,
+        )
 
     def num_cached_tokens(self, sequence: TokenSequence) -> int:
         """Return how many leading tokens the next pass need not compute; see ``Engine.num_cached_tokens``."""
@@ -139,12 +158,12 @@ class TorchEngine:
 
     def _launch(
         self, rows: list[tuple[int, ...]], query: StateQuery, prompts: list[int | None] | None
-    ) -> PendingOutput:
+    ) -> Pending[EngineOutput]:
         if self._path is None:
             raise RuntimeError("The engine is closed")
         if isinstance(self._path, LaunchingPath) and not self._path.keeps:
             return self._path.launch(rows, query)
-        return _Ready(self._path.run(rows, query, prompts))
+        return Ready(self._path.run(rows, query, prompts))
 
     def _try(self, rows: list[tuple[int, ...]], step: Callable[[], _Found]) -> _Found:
         """Return what a step of a pass over the rows returns; say it in our words where the device fails."""
@@ -163,56 +182,12 @@ class TorchEngine:
 
 
 @dataclass(frozen=True, slots=True)
-class _Ready:
-    """The output of a path that computes in order."""
-
-    output: PathOutput
-
-    def result(self) -> PathOutput:
-        return self.output
-
-
-@dataclass(frozen=True, slots=True)
 class _Part:
     """Rows of a batch that share a pass, and whose states are read off it."""
 
     rows: list[tuple[int, ...]]
     wanted: list[_Reading]
-    pending: PendingOutput
-
-
-@dataclass(frozen=True, slots=True)
-class _LaunchedBatch:
-    """A batch on the device: the PendingPass of a TorchEngine."""
-
-    engine: TorchEngine
-    sequences: Sequence[TokenSequence]
-    parts: list[_Part]
-    reads_states: bool
-
-    def result(self) -> EngineOutput:
-        sequences = self.sequences
-        first = {sequence.token_ids: place for place, sequence in reversed(list(enumerate(sequences)))}
-        rewards: dict[tuple[int, ...], float] = {}
-        shared = [sequence.num_tokens for sequence in sequences]
-        num_cached_tokens = 0
-        found: dict[_Reading, torch.Tensor] = {}
-        for part in self.parts:
-            output = self.engine.wait_for(part)
-            num_cached_tokens += output.cached_tokens
-            rewards.update(zip(part.rows, output.rewards, strict=True))
-            for row, num_shared in zip(part.rows, output.shared_tokens, strict=True):
-                shared[first[row]] = num_shared
-            if output.states is not None:
-                found.update(zip(part.wanted, output.states.cpu(), strict=True))
-        return EngineOutput(
-            [rewards[sequence.token_ids] for sequence in sequences],
-            shared,
-            torch.stack([found[_reading_of(sequence)] for sequence in sequences]).numpy()
-            if self.reads_states
-            else None,
-            num_cached_tokens,
-        )
+    pending: Pending[EngineOutput]
 
 
 def _reading_of(sequence: TokenSequence) -> _Reading:

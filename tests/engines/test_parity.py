@@ -10,11 +10,11 @@ from tiny_classifiers import load_tiny
 from tiny_models import DECODER_FAMILIES, ENCODER_FAMILIES
 from transformers import AttentionInterface
 
-from service.engines.attention.interface import ATTENTION, packed_attention
+from service.engines.attention.interface import ATTENTION, packed_attention, register_packed_attention
 from service.engines.attention.kv_cache import CacheTransaction
-from service.engines.attention.layout import BLOCK, Packing
+from service.engines.attention.layout import BLOCK, PackedLayout
+from service.engines.base import EngineOutput
 from service.engines.parity import choose_path, compare, probe_rows, tolerances
-from service.engines.paths.base import PathOutput
 from service.engines.paths.packed import PackedForward
 from service.engines.paths.padded import PaddedForward
 from service.errors import ParityError
@@ -45,10 +45,11 @@ def test_a_forced_path_is_probed_too(tiny_checkpoint) -> None:
 def deaf_attention():
     """Attention as a bug would have it: it looks across the borders of the sequences, and ignores windows."""
 
-    def attend(module, query, key, value, mask, *, packing=None, **kwargs):
-        whole_row = Packing.of([tuple(range(query.shape[2]))], packing.device, block=BLOCK)
-        return packed_attention(module, query, key, value, mask, packing=whole_row, **kwargs)
+    def attend(module, query, key, value, mask, *, packed_layout=None, **kwargs):
+        whole_batch = PackedLayout.of([tuple(range(query.shape[2]))], packed_layout.device, block=BLOCK)
+        return packed_attention(module, query, key, value, mask, packed_layout=whole_batch, **kwargs)
 
+    register_packed_attention()  # so that no path registers it over this one
     AttentionInterface.register(ATTENTION, attend)
     yield
     AttentionInterface.register(ATTENTION, packed_attention)
@@ -73,7 +74,7 @@ def test_a_wrong_forced_path_is_refused(tiny_checkpoint) -> None:
 @pytest.mark.usefixtures("deaf_attention")
 def test_no_agreeing_path_is_refused(tiny_checkpoint, monkeypatch) -> None:
     """When neither path agrees the start is refused, naming both."""
-    monkeypatch.setattr(PaddedForward, "run", lambda self, rows: PathOutput([0.0 for _ in rows], [0 for _ in rows]))
+    monkeypatch.setattr(PaddedForward, "run", lambda self, rows: EngineOutput([0.0 for _ in rows], [0 for _ in rows]))
 
     with pytest.raises(ParityError, match=r"packed differs .* padded differs"):
         choose_path(load_tiny(tiny_checkpoint("llama")), "auto", 400)
@@ -85,19 +86,19 @@ def test_a_path_is_probed_warm_and_returned_cold(tiny_checkpoint) -> None:
 
     assert isinstance(chosen, PackedForward)
     assert found.agrees
-    assert chosen.kept is not None
-    assert chosen.kept.layers
-    assert chosen.kept.prefixes.num_tokens == 0
+    assert chosen.kv_cache is not None
+    assert chosen.kv_cache.layers
+    assert chosen.kv_cache.prefix_index.num_tokens == 0
 
 
 def test_wrong_kept_states_are_caught(tiny_checkpoint, monkeypatch) -> None:
     """A bank that hands out other values than it was given does not serve; beginnings are still shared."""
 
-    def append(self, states: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
-        kept = 1.5 * bank.index_select(0, self._slots)
-        return torch.cat([states[0].transpose(0, 1)[: self._num_row_tokens], kept]).transpose(0, 1)[None]
+    def with_cached(self, states: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
+        cached = 1.5 * pool.index_select(0, self._slots)
+        return torch.cat([states[0].transpose(0, 1)[: self._num_packed], cached]).transpose(0, 1)[None]
 
-    monkeypatch.setattr(CacheTransaction, "_append", append)
+    monkeypatch.setattr(CacheTransaction, "_with_cached", with_cached)
 
     chosen, _ = choose_path(load_tiny(tiny_checkpoint("llama")), "auto", 400, cache_bytes=2**20)
 
@@ -111,6 +112,7 @@ def test_an_ignored_window_is_caught(tiny_checkpoint) -> None:
     def attend(module, query, key, value, mask, **kwargs):
         return packed_attention(module, query, key, value, mask, **{**kwargs, "sliding_window": None})
 
+    register_packed_attention()  # so that no path registers it over this one
     AttentionInterface.register(ATTENTION, attend)
     try:
         chosen, _ = choose_path(load_tiny(tiny_checkpoint("mistral")), "auto", 400)

@@ -10,10 +10,9 @@ from tiny_classifiers import load_tiny, random_rows, sequences_of, shuffled_batc
 from tiny_models import DECODER_FAMILIES, ENCODER_FAMILIES
 from transformers import AutoModelForSequenceClassification
 
-from service.engines.base import EngineInfo
+from service.engines.base import EngineInfo, EngineOutput
 from service.engines.kernels.build import AMX_BF16
 from service.engines.model.classifier import read_config
-from service.engines.paths.base import PathOutput
 from service.engines.torch import TorchEngine, load_torch_engine
 from service.errors import EngineOutOfMemory
 from service.records import TokenSequence
@@ -122,7 +121,7 @@ class NoRoom:
     def run(self, rows, query=None, prompts=None):
         if len(rows) > 1:
             torch.empty(2**60)
-        return PathOutput([float(row[0]) for row in rows], [0] * len(rows))
+        return EngineOutput([float(row[0]) for row in rows], [0] * len(rows))
 
 
 class Broken:

@@ -14,20 +14,10 @@ from typing import Protocol
 
 import torch
 
+from service.engines.base import Pending, Ready
+
 ALIGNMENT = 16
 """Bytes on whose multiples the tensors of a buffer begin; no element is longer."""
-
-
-class Arrival(Protocol):
-    """Tensors on their way back to the host."""
-
-    def wait(self) -> list[torch.Tensor]:
-        """Return them on the CPU, once the device has computed and copied them.
-
-        Raises:
-            RuntimeError: the device failed at something since they were asked for.
-        """
-        ...
 
 
 class Staging(Protocol):
@@ -37,7 +27,7 @@ class Staging(Protocol):
         """Return tensors of the CPU on the device, for kernels that are launched from now on."""
         ...
 
-    def fetch(self, tensors: Sequence[torch.Tensor]) -> Arrival:
+    def fetch(self, tensors: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
         """Begin to copy what the kernels launched so far make of these tensors."""
         ...
 
@@ -71,17 +61,6 @@ def views_of(buffer: torch.Tensor, tensors: Sequence[torch.Tensor], begins: Sequ
 
 
 @dataclass(frozen=True, slots=True)
-class Arrived:
-    """Tensors that need no waiting for."""
-
-    tensors: Sequence[torch.Tensor]
-
-    def wait(self) -> list[torch.Tensor]:
-        """Return them on the CPU."""
-        return [tensor.cpu() for tensor in self.tensors]
-
-
-@dataclass(frozen=True, slots=True)
 class PlainStaging:
     """Computes in order: what is sent is there, and what is fetched is done."""
 
@@ -91,20 +70,20 @@ class PlainStaging:
         """Return the tensors on the device."""
         return [tensor.to(self.device) for tensor in tensors]
 
-    def fetch(self, tensors: Sequence[torch.Tensor]) -> Arrival:
+    def fetch(self, tensors: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
         """Return the tensors as they are."""
-        return Arrived(tensors)
+        return Ready([tensor.cpu() for tensor in tensors])
 
 
 # --- CUDA ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class _PinnedArrival:
+class _PinnedCopies:
     tensors: list[torch.Tensor]
     copied: torch.cuda.Event
 
-    def wait(self) -> list[torch.Tensor]:
+    def result(self) -> list[torch.Tensor]:
         self.copied.synchronize()
         return self.tensors
 
@@ -133,15 +112,15 @@ class PinnedStaging:
         buffer.record_stream(computing)
         return views_of(buffer, tensors, begins)
 
-    def fetch(self, tensors: Sequence[torch.Tensor]) -> Arrival:
-        """Copy the tensors behind the kernels launched so far; nobody waits before ``Arrival.wait``."""
+    def fetch(self, tensors: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
+        """Copy the tensors behind the kernels launched so far; nobody waits before ``result``."""
         pinned = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
         for place, tensor in zip(pinned, tensors, strict=True):
             place.copy_(tensor, non_blocking=True)
         # A blocking event lets the thread sleep, so that tokenization has the core meanwhile.
         copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         copied.record(torch.cuda.current_stream(self._device))
-        return _PinnedArrival(pinned, copied)
+        return _PinnedCopies(pinned, copied)
 
 
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -16,7 +16,7 @@ from torch import nn
 from service.engines.base import StatePooling, StateTap
 from service.engines.devices.staging import sent
 from service.errors import SettingsError
-from service.scheduling.prefix_tree import Span
+from service.scheduling.prefix_tree import TokenSpan
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Spot:
 
     row: int
     last: int
-    pieces: tuple[Span, ...]
+    pieces: tuple[TokenSpan, ...]
 
 
 @dataclass(slots=True)

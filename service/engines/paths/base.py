@@ -3,37 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-import torch
-
-from service.engines.base import BatchCost
+from service.engines.base import BatchCost, EngineOutput, Pending
 from service.engines.kernels.bindings import Kernels
 from service.engines.model.taps import StateQuery
-
-
-@dataclass(frozen=True, slots=True)
-class PathOutput:
-    """What one pass returns.
-
-    ``rewards``: one raw fp32 logit per row. ``shared_tokens``: of each row, the tokens that another row computed, or an
-    earlier pass. ``states``: float32 [readings, taps, hidden] on any device, in the order of the query; None without
-    one. ``cached_tokens``: the part of all shared tokens that an earlier pass computed.
-    """
-
-    rewards: list[float]
-    shared_tokens: list[int]
-    states: torch.Tensor | None = None
-    cached_tokens: int = 0
-
-
-class PendingOutput(Protocol):
-    """A pass that was launched."""
-
-    def result(self) -> PathOutput:
-        """Wait for the pass and return what it found; asked for once."""
-        ...
 
 
 class ForwardPath(Protocol):
@@ -55,7 +29,7 @@ class ForwardPath(Protocol):
         rows: Sequence[tuple[int, ...]],
         query: StateQuery | None = None,
         prompts: Sequence[int | None] | None = None,
-    ) -> PathOutput:
+    ) -> EngineOutput:
         """Score rows of token ids in one pass.
 
         Args:
@@ -84,6 +58,6 @@ class ForwardPath(Protocol):
 class LaunchingPath(ForwardPath, Protocol):
     """A forward path that need not wait for the device before the next pass is launched."""
 
-    def launch(self, rows: Sequence[tuple[int, ...]], query: StateQuery | None = None) -> PendingOutput:
+    def launch(self, rows: Sequence[tuple[int, ...]], query: StateQuery | None = None) -> Pending[EngineOutput]:
         """Hand a pass to the device; what ``run`` returns comes later. On a CPU it is computed at once."""
         ...

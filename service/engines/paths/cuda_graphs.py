@@ -15,10 +15,10 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
-from service.engines.attention.layout import AttentionChunk, Packing, SequenceSpan
+from service.engines.attention.layout import AttentionChunk, PackedLayout, SequenceSpan
 from service.engines.model.classifier import Classifier
 from service.errors import SettingsError
-from service.scheduling.prefix_tree import Branch
+from service.scheduling.prefix_tree import SequenceLayout
 
 logger = logging.getLogger(__name__)
 
@@ -142,8 +142,8 @@ class StaticPass:
         nothing = torch.empty(0, dtype=torch.long, device=device)
         whole = SequenceSpan((0, length), 0, (0, length), (0, length))
         chunk = AttentionChunk((whole,), (0, length), nothing, nothing, self.buffers.borders, self.buffers.borders)
-        branch = Branch(((0, length),), 0, (0, length))
-        self._packing = Packing((branch,), device, staged_chunks=(chunk,), is_static=True)
+        sequence = SequenceLayout(((0, length),), 0, (0, length))
+        self._layout = PackedLayout((sequence,), device, staged_chunks=(chunk,), is_static=True)
         # As in PackedForward: without a mask transformers would wait for the device.
         self._mask = torch.empty((1, 1, 1, 0), dtype=torch.bool, device=device)
 
@@ -160,7 +160,7 @@ class StaticPass:
             attention_mask=self._mask,
             position_ids=self.buffers.positions,
             use_cache=False,
-            packing=self._packing,
+            packed_layout=self._layout,
         ).last_hidden_state[0]
         return self._classifier.rewards_of(states.index_select(0, self.buffers.read))
 

@@ -1,56 +1,55 @@
-"""The packed path: the sequences of a batch stand in one row, without padding, and what they share stands there once.
+"""The packed path: the sequences of a batch are concatenated without padding, and computed in one pass.
 
-The model's own transformers code runs unchanged, with the attention of ``attention``. Where prompts are kept for later
-passes, a pass computes what is new.
+Prefixes that several sequences share are computed once. The model's own transformers code runs unchanged, with the
+attention of ``engines.attention``. With a prefix cache a pass computes only tokens that no earlier pass has computed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from math import isfinite
 
 import torch
 
-from service.engines.attention.interface import ATTENTION, PackingUnsupportedError
-from service.engines.attention.kv_cache import CacheTransaction, KVCache
-from service.engines.attention.layout import BLOCK, Packing
-from service.engines.base import BatchCost, StateTap
+from service.engines.attention.call import PackingUnsupportedError
+from service.engines.attention.interface import register_packed_attention
+from service.engines.attention.kv_cache import KVCache
+from service.engines.attention.layout import BLOCK, PackedLayout
+from service.engines.base import BatchCost, Deferred, EngineOutput, Pending, StateTap
 from service.engines.compilation import COMPILED_ATTENTION
-from service.engines.devices.staging import Arrival, staging_for
+from service.engines.devices.staging import staging_for
 from service.engines.kernels.attention import register_attention
 from service.engines.kernels.bindings import Kernels
 from service.engines.kernels.patching import multiplies_on_kernels
 from service.engines.model.classifier import Classifier
 from service.engines.model.taps import Spot, StateQuery
-from service.engines.paths.base import PathOutput, PendingOutput
 from service.engines.paths.cuda_graphs import Bucket, PassLibrary, StaticPass, fill_row
 from service.engines.rewiring import rewire
-from service.scheduling.prefix_tree import grow_branches
+from service.scheduling.prefix_tree import TokenIds, TokenSpan, has_shared_prefix
 
-FILLER_ID = 0
-"""The token at the end of a row that belongs to nobody: any will do, its states are computed and never read."""
+PADDING_ID = 0
+"""The token of padding at the end of a packed batch. Any will do: its states are computed and never read."""
 
-SHORTEST_SHARED = 8
-"""A common beginning of fewer tokens costs in attention what it saves in linear layers (24M parameters, two cores)."""
+MIN_SHARED_TOKENS = 8
+"""Sharing a shorter prefix costs as much in attention as it saves in linear layers (24M parameters, two cores)."""
 
 
 class PackedForward:
-    """Runs a batch as one row. What a batch costs is the sum of its tokens, shared ones counted once.
+    """Runs a batch as one packed sequence of tokens. The cost of a batch is the number of its tokens, shared ones once.
 
-    On a CPU in half precision the linear layers multiply in row blocks, so that a reward does not depend on the batch.
+    On a CPU in half precision linear layers multiply blocks of a fixed number of tokens, so that a reward does not
+    depend on the composition of the batch.
 
     Args:
-        classifier: left with the attention of this path.
-        share_prefixes: whether sequences that begin alike compute their beginning once.
+        classifier: its attention is replaced by that of this path.
+        share_prefixes: whether sequences with a common prefix compute it once.
         compiled: whether the model's blocks run compiled.
-        kernels: on which its modules run where they can; None: transformers' own code runs.
-        cache_bytes: bytes of the prefix cache; 0: none. It needs shared prefixes.
-        cascade: whether the variable-length kernel attends to a shared beginning once for all and the rest is merged
-            with that; else its keys are gathered for each sequence.
-
-    ``library``: passes of fixed shapes, which run rows that share nothing and whose states nobody reads; empty until
-    somebody sets it.
+        kernels: the compiled CPU kernels on which its modules run where they can; None: transformers' own code runs.
+        cache_bytes: size of the prefix cache in bytes; 0: none. It requires shared prefixes.
+        cascade: whether the variable-length kernel computes attention to a shared prefix once for all its sequences
+            (cascade attention); else the keys of the prefix are gathered for each sequence.
     """
 
     name = "packed"
@@ -67,12 +66,17 @@ class PackedForward:
         cascade: bool = False,
     ) -> None:
         if classifier.linear_head is None:
-            raise PackingUnsupportedError(f"{classifier.architecture} does not read its reward off one token's state")
+            raise PackingUnsupportedError(
+                f"{classifier.architecture} does not compute its reward from the state of one token"
+            )
         batch_invariant_linear = classifier.is_on_cpu and classifier.is_half_precision
-        attention = COMPILED_ATTENTION if compiled else ATTENTION
-        if kernels is not None:
-            attention = register_attention(kernels)
-        rewire(classifier, attention, batch_invariant_linear=batch_invariant_linear, compiled=compiled, kernels=kernels)
+        rewire(
+            classifier,
+            _register_attention(compiled=compiled, kernels=kernels),
+            batch_invariant_linear=batch_invariant_linear,
+            compiled=compiled,
+            kernels=kernels,
+        )
         self._classifier = classifier
         self._batch_invariant_linear = batch_invariant_linear and not multiplies_on_kernels(classifier.body)
         self.kernels = kernels
@@ -80,194 +84,211 @@ class PackedForward:
         self._staging = staging_for(classifier.device)
         self._mask: torch.Tensor | None = None
         self.library = PassLibrary({})
-        self.shared_from = SHORTEST_SHARED if share_prefixes else None
-        self.kept = KVCache(cache_bytes, SHORTEST_SHARED) if cache_bytes and share_prefixes else None
-        self.keeps = self.kept is not None
+        """Passes of fixed shapes, for batches that share no prefix and whose states are not read; set by the engine."""
+        self.shared_from = MIN_SHARED_TOKENS if share_prefixes else None
+        self.kv_cache = KVCache(cache_bytes, MIN_SHARED_TOKENS) if cache_bytes and share_prefixes else None
+        self.keeps = self.kv_cache is not None
 
     @torch.inference_mode()
     def run(
         self,
-        rows: Sequence[tuple[int, ...]],
+        rows: Sequence[TokenIds],
         query: StateQuery | None = None,
         prompts: Sequence[int | None] | None = None,
-    ) -> PathOutput:
-        """Score rows of token ids in one pass; see ``ForwardPath.run``."""
-        if self.kept is None or prompts is None:
+    ) -> EngineOutput:
+        """Score sequences in one pass; see ``ForwardPath.run``."""
+        if self.kv_cache is None or prompts is None:
             return self.launch(rows, query).result()
-        return self._settle(rows, query, self._visiting_pass(self.kept, rows, query, prompts))
+        return self._recompute_non_finite(rows, query, self._run_cached(self.kv_cache, rows, query, prompts))
 
-    def launch(self, rows: Sequence[tuple[int, ...]], query: StateQuery | None = None) -> PendingOutput:
-        """Hand a pass to the device; see ``LaunchingPath.launch``. On CUDA the host waits for nothing here.
+    def launch(self, rows: Sequence[TokenIds], query: StateQuery | None = None) -> Pending[EngineOutput]:
+        """Launch a pass on the device; see ``LaunchingPath.launch``. On CUDA the host waits for nothing here.
 
-        Nothing is taken from earlier passes or kept for later ones, for a pass is trusted only when it has ended.
+        The prefix cache is neither read nor written, because what a pass computed is cached only after it has ended.
         """
-        return _PendingRow(self, rows, query, self._launch(rows, query))
-
-    @torch.inference_mode()
-    def finish(self, rows: Sequence[tuple[int, ...]], query: StateQuery | None, launched: LaunchedRow) -> PathOutput:
-        """Wait for a pass and return what it found."""
-        return self._settle(rows, query, launched.wait())
-
-    def _settle(self, rows: Sequence[tuple[int, ...]], query: StateQuery | None, output: PathOutput) -> PathOutput:
-        """Compute rows without a finite reward again, by themselves and by nothing kept.
-
-        A state that is not finite reaches all that share its row's beginning, even from behind it: in a sum, zero times
-        infinity is no number.
-        """
-        if any(output.shared_tokens):
-            for place, reward in enumerate(output.rewards):
-                if not isfinite(reward):
-                    self._replace(output, place, rows[place], query)
-        return output
+        return Deferred(partial(self._finish, rows, query, self._launch(rows, query)))
 
     def forget(self) -> None:
-        """Let go of all that is kept."""
-        if self.kept is not None:
-            self.kept.prefixes.clear()
+        """Clear the prefix cache."""
+        if self.kv_cache is not None:
+            self.kv_cache.prefix_index.clear()
 
-    def num_cached_tokens(self, row: tuple[int, ...], first_wanted: int | None) -> int:
-        """Return how many leading tokens of a row are cached; see ``ForwardPath.num_cached_tokens``."""
-        if self.kept is None or not row:
+    def num_cached_tokens(self, row: TokenIds, first_wanted: int | None) -> int:
+        """Return how many leading tokens of a sequence are cached; see ``ForwardPath.num_cached_tokens``.
+
+        The queue calls this while it holds the scorer's lock, because which sequences fit a batch depends on it. It
+        costs a bisection of the cached prefixes, in microseconds; the lookup of the pass that follows reuses the
+        result (``PrefixIndex.longest``), so each sequence is compared once.
+        """
+        if self.kv_cache is None or not row:
             return 0
-        return self.kept.prefixes.longest(row, self._limit(row, first_wanted))[1]
-
-    def _limit(self, row: tuple[int, ...], first_wanted: int | None) -> int:
-        """Return how many leading tokens a pass may leave out: none whose state is read."""
-        pooled = self._classifier.pooled_position(row)
-        return pooled if first_wanted is None else min(pooled, _first_counted(row, first_wanted))
-
-    def _replace(self, output: PathOutput, place: int, row: tuple[int, ...], query: StateQuery | None) -> None:
-        readings = [] if query is None else [index for index, (owner, _) in enumerate(query.readings) if owner == place]
-        own = query and StateQuery(query.taps, tuple((0, query.readings[index][1]) for index in readings))
-        alone = self._launch([row], own if readings else None).wait()
-        output.rewards[place] = alone.rewards[0]
-        if output.states is not None and alone.states is not None:
-            output.states[readings] = alone.states
-
-    def _visiting_pass(
-        self,
-        kept: KVCache,
-        rows: Sequence[tuple[int, ...]],
-        query: StateQuery | None,
-        prompts: Sequence[int | None],
-    ) -> PathOutput:
-        """Run a pass that uses what is kept and keeps what it finds, unless something in it is not finite."""
-        limits = [self._limit(row, first) for row, first in zip(rows, _first_wanted(rows, query), strict=True)]
-        with kept.visit(rows, limits) as visit:
-            output = self._launch(rows, query, visit, prompts).wait()
-            if all(map(isfinite, output.rewards)):
-                visit.confirm()
-        return output
+        return self.kv_cache.prefix_index.longest(row, self._max_cached(row, first_wanted))[1]
 
     @torch.inference_mode()
-    def _launch(
+    def _finish(
+        self, rows: Sequence[TokenIds], query: StateQuery | None, launched: Pending[EngineOutput]
+    ) -> EngineOutput:
+        return self._recompute_non_finite(rows, query, launched.result())
+
+    # --- One pass ----------------------------------------------------------------------------------------------------
+
+    def _run_cached(
         self,
-        rows: Sequence[tuple[int, ...]],
+        cache: KVCache,
+        rows: Sequence[TokenIds],
         query: StateQuery | None,
-        visit: CacheTransaction | None = None,
-        prompts: Sequence[int | None] = (),
-    ) -> LaunchedRow:
-        classifier = self._classifier
-        pooled = [classifier.pooled_position(row) for row in rows]
-        reads_states = query is not None and bool(query.readings)
-        if visit is None and (static := None if reads_states else self.library.choose(rows)) and not self._shares(rows):
-            return self._launch_static(*static, rows, pooled)
-        packing = Packing.of(
+        prompts: Sequence[int | None],
+    ) -> EngineOutput:
+        """Run a pass that reads the prefix cache, and adds to it if all that it computed is finite."""
+        limits = [self._max_cached(row, first) for row, first in zip(rows, _first_read(rows, query), strict=True)]
+        cached = cache.lookup(rows, limits)
+        layout = self._layout_of(rows, cached.spans)
+        with cache.begin(cached, rows, layout.sequences, prompts, self._classifier.device) as transaction:
+            output = self._launch_packed(rows, query, layout.with_cache(transaction)).result()
+            if all(map(isfinite, output.rewards)):
+                transaction.commit()
+        return replace(output, cached_tokens=cached.num_saved)
+
+    def _launch(self, rows: Sequence[TokenIds], query: StateQuery | None) -> Pending[EngineOutput]:
+        """Launch a pass without the prefix cache: a recorded one where it fits, else a packed one."""
+        recorded = self._choose_recorded(rows, query)
+        if recorded is not None:
+            return self._launch_recorded(*recorded, rows)
+        return self._launch_packed(rows, query, self._layout_of(rows))
+
+    def _choose_recorded(self, rows: Sequence[TokenIds], query: StateQuery | None) -> tuple[Bucket, StaticPass] | None:
+        """Return the recorded pass for a batch that shares no prefix and reads no states; None where there is none."""
+        if query is not None and query.readings:
+            return None
+        recorded = self.library.choose(rows)
+        if recorded is None or has_shared_prefix(rows, self.shared_from):
+            return None
+        return recorded
+
+    @torch.inference_mode()
+    def _launch_recorded(self, bucket: Bucket, recorded: StaticPass, rows: Sequence[TokenIds]) -> Pending[EngineOutput]:
+        pooled = [self._classifier.pooled_position(row) for row in rows]
+        recorded.load(self._staging.send(fill_row(bucket, rows, pooled, PADDING_ID).tensors))
+        return _output_of(self._staging.fetch([recorded.compute()[: len(rows)]]), [0] * len(rows))
+
+    def _layout_of(self, rows: Sequence[TokenIds], cached: Sequence[TokenSpan] | None = None) -> PackedLayout:
+        return PackedLayout.of(
             rows,
-            classifier.device,
-            block=BLOCK if classifier.is_on_cpu else 1,
-            shortest_shared=self.shared_from,
+            self._classifier.device,
+            block=BLOCK if self._classifier.is_on_cpu else 1,
+            min_shared_tokens=self.shared_from,
             batch_invariant_linear=self._batch_invariant_linear,
-            visit=visit,
+            cached=cached,
             cascade=self._cascade,
         )
-        if visit is not None:
-            visit.plan(packing.branches, prompts, classifier.device)
-        places = [branch.place(position) for branch, position in zip(packing.branches, pooled, strict=True)]
-        packing, (ids, positions, read) = packing.staged(
+
+    @torch.inference_mode()
+    def _launch_packed(
+        self, rows: Sequence[TokenIds], query: StateQuery | None, layout: PackedLayout
+    ) -> Pending[EngineOutput]:
+        classifier = self._classifier
+        pooled = [
+            sequence.index_of(classifier.pooled_position(row))
+            for sequence, row in zip(layout.sequences, rows, strict=True)
+        ]
+        layout, (ids, positions, read) = layout.to_device(
             self._staging,
-            [torch.tensor([packing.token_ids(rows, FILLER_ID)]), packing.position_ids(), torch.tensor(places)],
+            [torch.tensor([layout.token_ids(rows, PADDING_ID)]), layout.position_ids(), torch.tensor(pooled)],
         )
-        with classifier.tapped(*_tapping(query, packing, places)) as tapped:
+        with classifier.tapped(*_spots_of(query, layout, pooled)) as tapped:
             states = classifier.body(
-                input_ids=ids, attention_mask=self._mask, position_ids=positions, use_cache=False, packing=packing
+                input_ids=ids, attention_mask=self._mask, position_ids=positions, use_cache=False, packed_layout=layout
             ).last_hidden_state[0]
-        self._settle_masks()
+        self._skip_mask_inference()
         rewards, tapped_states = classifier.rewards_of(states.index_select(0, read)), tapped.stacked()
-        found = [rewards] if tapped_states is None else [rewards, tapped_states]
-        num_taken = 0 if visit is None else visit.num_taken
-        return LaunchedRow([branch.num_shared for branch in packing.branches], self._staging.fetch(found), num_taken)
+        results = [rewards] if tapped_states is None else [rewards, tapped_states]
+        return _output_of(self._staging.fetch(results), [sequence.num_shared for sequence in layout.sequences])
 
-    def _shares(self, rows: Sequence[tuple[int, ...]]) -> bool:
-        return any(branch.num_shared for branch in grow_branches(rows, self.shared_from))
+    def _skip_mask_inference(self) -> None:
+        """From the second pass on, pass a mask that is not read.
 
-    def _launch_static(
-        self, bucket: Bucket, static: StaticPass, rows: Sequence[tuple[int, ...]], pooled: Sequence[int]
-    ) -> LaunchedRow:
-        static.load(self._staging.send(fill_row(bucket, rows, pooled, FILLER_ID).tensors))
-        return LaunchedRow([0] * len(rows), self._staging.fetch([static.compute()[: len(rows)]]))
-
-    def _settle_masks(self) -> None:
-        """From the second pass on, hand a mask through that nobody reads.
-
-        Without one transformers looks for borders in the position ids and waits for the device to do so. The first pass
-        goes without, so that a model which lays a pattern of its own over the mask is found.
+        Without a mask transformers searches the position ids for sequence limits, and waits for the device to do so.
+        The first pass has none, so that a model which adds a pattern of its own to the mask is detected (``no_mask``).
         """
         if self._mask is None and not self._classifier.is_on_cpu:
             self._mask = torch.empty((1, 1, 1, 0), dtype=torch.bool, device=self._classifier.device)
 
+    # --- Which states are read ---------------------------------------------------------------------------------------
 
-@dataclass(frozen=True, slots=True)
-class LaunchedRow:
-    """A row on the device.
+    def _max_cached(self, row: TokenIds, first_read: int | None) -> int:
+        """Return how many leading tokens a pass may take from the cache: none whose state is read."""
+        pooled = self._classifier.pooled_position(row)
+        return pooled if first_read is None else min(pooled, _first_counted(row, first_read))
 
-    ``arrival``: its rewards, and the states if some were asked for. The rest as in ``PathOutput``.
-    """
+    # --- Results that are not finite ---------------------------------------------------------------------------------
 
-    shared_tokens: list[int]
-    arrival: Arrival
-    cached_tokens: int = 0
+    def _recompute_non_finite(
+        self, rows: Sequence[TokenIds], query: StateQuery | None, output: EngineOutput
+    ) -> EngineOutput:
+        """Compute sequences without a finite reward again, each alone and without the cache.
 
-    def wait(self) -> PathOutput:
-        """Return what the pass found, whether finite or not."""
-        rewards, *states = self.arrival.wait()
-        return PathOutput(rewards.tolist(), self.shared_tokens, states[0] if states else None, self.cached_tokens)
+        A state that is not finite reaches all sequences that share a prefix with its own, even from behind that prefix:
+        in the sum of attention, zero times infinity is NaN.
+        """
+        if not any(output.shared_tokens):
+            return output
+        rewards = list(output.rewards)
+        for index, reward in enumerate(rewards):
+            if not isfinite(reward):
+                rewards[index] = self._recompute(output, index, rows[index], query)
+        return replace(output, rewards=rewards)
+
+    def _recompute(self, output: EngineOutput, index: int, row: TokenIds, query: StateQuery | None) -> float:
+        """Return the reward of a sequence computed alone, and write its states into the output."""
+        readings = [] if query is None else [place for place, (owner, _) in enumerate(query.readings) if owner == index]
+        own = query and StateQuery(query.taps, tuple((0, query.readings[place][1]) for place in readings))
+        alone = self._launch([row], own if readings else None).result()
+        if output.states is not None and alone.states is not None:
+            output.states[readings] = alone.states
+        return alone.rewards[0]
 
 
-@dataclass(frozen=True, slots=True)
-class _PendingRow:
-    path: PackedForward
-    rows: Sequence[tuple[int, ...]]
-    query: StateQuery | None
-    launched: LaunchedRow
-
-    def result(self) -> PathOutput:
-        return self.path.finish(self.rows, self.query, self.launched)
+def _register_attention(*, compiled: bool, kernels: Kernels | None) -> str:
+    """Register the attention of a path with transformers, and return its name."""
+    name = register_packed_attention()
+    if kernels is not None:
+        return register_attention(kernels)
+    return COMPILED_ATTENTION if compiled else name
 
 
-def _first_wanted(rows: Sequence[tuple[int, ...]], query: StateQuery | None) -> list[int | None]:
-    """Return of each row the first token whose state is asked for beside the pooled one's; None where none is."""
-    found: list[int | None] = [None] * len(rows)
+def _output_of(copies: Pending[list[torch.Tensor]], shared_tokens: list[int]) -> Pending[EngineOutput]:
+    """Return the output of a launched pass, finite or not; ``copies``: its rewards, and the states if requested."""
+
+    def complete() -> EngineOutput:
+        rewards, *states = copies.result()
+        return EngineOutput(rewards.tolist(), shared_tokens, states[0].numpy() if states else None)
+
+    return Deferred(complete)
+
+
+def _first_read(rows: Sequence[TokenIds], query: StateQuery | None) -> list[int | None]:
+    """Return of each sequence the first token whose state is read beside the pooled one; None where none is."""
+    first_read: list[int | None] = [None] * len(rows)
     if query is not None and any(tap.pooling == "mean" for tap in query.taps):
-        for place, first in query.readings:
-            counted, known = _first_counted(rows[place], first), found[place]
-            found[place] = counted if known is None else min(known, counted)
-    return found
+        for index, requested in query.readings:
+            counted, known = _first_counted(rows[index], requested), first_read[index]
+            first_read[index] = counted if known is None else min(known, counted)
+    return first_read
 
 
-def _first_counted(row: tuple[int, ...], first: int) -> int:
-    """Return from which token on a mean counts, asked to begin with this one: of nothing it counts all."""
-    return first if first < len(row) else 0
+def _first_counted(row: TokenIds, requested: int) -> int:
+    """Return the first token that a mean counts: the requested one, or the first of all where none would be left."""
+    return requested if requested < len(row) else 0
 
 
-def _tapping(
-    query: StateQuery | None, packing: Packing, places: Sequence[int]
+def _spots_of(
+    query: StateQuery | None, layout: PackedLayout, pooled: Sequence[int]
 ) -> tuple[tuple[StateTap, ...], list[Spot]]:
-    """Say where in the row the states stand that are asked for."""
+    """Return the taps of a query, and where in the packed batch its readings are."""
     if query is None:
         return (), []
     spots = []
-    for row, first in query.readings:
-        branch = packing.branches[row]
-        spots.append(Spot(0, places[row], branch.spans_from(first) or branch.spans))
+    for index, first in query.readings:
+        sequence = layout.sequences[index]
+        spots.append(Spot(0, pooled[index], sequence.spans_from(first) or sequence.spans))
     return query.taps, spots

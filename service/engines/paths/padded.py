@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from service.engines.base import BatchCost
+from service.engines.base import BatchCost, EngineOutput
 from service.engines.kernels.bindings import Kernels
 from service.engines.model.classifier import Classifier
 from service.engines.model.taps import Spot, StateQuery
-from service.engines.paths.base import PathOutput
 from service.engines.rewiring import rewire
 
 
@@ -41,21 +42,21 @@ class PaddedForward:
         rows: Sequence[tuple[int, ...]],
         query: StateQuery | None = None,
         prompts: Sequence[int | None] | None = None,
-    ) -> PathOutput:
+    ) -> EngineOutput:
         """Score rows of token ids in one pass; see ``ForwardPath.run``. Nothing is kept."""
         del prompts
         query = query or StateQuery((), ())
         readings = query.readings
         if self._fills_up:
             rewards, states = self._rectangle(rows, StateQuery(query.taps, readings))
-            return PathOutput(rewards, [0] * len(rows), states)
+            return EngineOutput(rewards, [0] * len(rows), _on_host(states))
         rewards, parts = [], []
         for index, row in enumerate(rows):
             own = tuple((0, first) for owner, first in readings if owner == index)
             reward, part = self._rectangle([row], StateQuery(query.taps if own else (), own))
             rewards += reward
             parts.append(part)
-        return PathOutput(rewards, [0] * len(rows), _in_order(readings, parts))
+        return EngineOutput(rewards, [0] * len(rows), _on_host(_in_order(readings, parts)))
 
     def forget(self) -> None:
         """Nothing is kept."""
@@ -93,3 +94,7 @@ def _in_order(readings: Sequence[tuple[int, int]], parts: Sequence[torch.Tensor 
     of_row = [iter(()) if part is None else iter(part) for part in parts]
     found = [next(of_row[row]) for row, _ in readings]
     return torch.stack(found) if found else None
+
+
+def _on_host(states: torch.Tensor | None) -> NDArray[np.float32] | None:
+    return None if states is None else states.cpu().numpy()

@@ -11,9 +11,9 @@ from tiny_models import DECODER_FAMILIES
 from torch.nn.functional import scaled_dot_product_attention
 
 from service.engines.attention import interface as attention
-from service.engines.attention.cascade import attend_cascade, merge, plan_cascade
-from service.engines.attention.layout import Packing
-from service.engines.attention.varlen import Borders, attend_varlen
+from service.engines.attention.cascade import attend_cascade, merge_attention, plan_cascade
+from service.engines.attention.layout import PackedLayout
+from service.engines.attention.varlen import VarlenMetadata, attend_varlen
 from service.engines.parity import choose_path, plain_rewards
 from service.engines.paths import packed
 from service.engines.paths.packed import PackedForward
@@ -36,12 +36,14 @@ def test_two_halves_merge_into_the_whole(scale: float) -> None:
     query, key, value = (random_states(50, 4, 16, seed=seed) * scale for seed in range(3))
 
     def attend(first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
-        borders = Borders(torch.tensor([0, 50], dtype=torch.int32), torch.tensor([0, last - first]).int(), 50, 50)
-        return attend_varlen(query, key[first:last], value[first:last], borders, scaling=None, causal=False)
+        metadata = VarlenMetadata(
+            torch.tensor([0, 50], dtype=torch.int32), torch.tensor([0, last - first]).int(), 50, 50
+        )
+        return attend_varlen(query, key[first:last], value[first:last], metadata, scaling=None, causal=False)
 
     whole, weight = attend(0, 50)
 
-    assert torch.allclose(merge(*attend(0, 17), *attend(17, 50)), whole, atol=1e-5 * scale, rtol=0)
+    assert torch.allclose(merge_attention(*attend(0, 17), *attend(17, 50)), whole, atol=1e-5 * scale, rtol=0)
     assert torch.allclose(torch.logaddexp(attend(0, 17)[1], attend(17, 50)[1]), weight, atol=1e-3)
 
 
@@ -57,7 +59,7 @@ def test_the_reference_is_scaled_dot_product_attention(window: int | None, key_h
         random_states(33, key_heads, 16),
     )
 
-    found, _ = attend_varlen(query, key, value, Borders(begins, begins, 23, 23), scaling=0.3, window=window)
+    found, _ = attend_varlen(query, key, value, VarlenMetadata(begins, begins, 23, 23), scaling=0.3, window=window)
 
     for begin, length in zip(begins.tolist(), lengths, strict=False):
         own = [states[begin : begin + length].transpose(0, 1) for states in (query, key, value)]
@@ -87,18 +89,18 @@ def nested_rows(seed: int) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("window", [None, 400])
 def test_merged_attention_is_attention_to_gathered_keys(seed: int, window: int | None) -> None:
     """However beginnings nest, every token of the row finds what it finds when its sequence's keys are gathered."""
-    packing = Packing.of(nested_rows(seed), CPU, shortest_shared=8)
-    query = random_states(packing.num_tokens, 4, 16)
-    key, value = (random_states(packing.num_tokens, 2, 16, seed=seed) for seed in (1, 2))
-    plan = plan_cascade(packing.branches)
-    assert plan.holds_for(window)
+    layout = PackedLayout.of(nested_rows(seed), CPU, min_shared_tokens=8)
+    query = random_states(layout.num_tokens, 4, 16)
+    key, value = (random_states(layout.num_tokens, 2, 16, seed=seed) for seed in (1, 2))
+    plan = plan_cascade(layout.sequences)
+    assert plan.is_valid_for(window)
 
     merged = attend_cascade(query, key, value, plan, scaling=None, window=window)
 
-    for chunk in packing.chunks:
-        borders = Borders(chunk.cu_seqlens_q, chunk.cu_seqlens_k, chunk.max_seqlen_q, chunk.max_seqlen_k)
+    for chunk in layout.chunks:
+        metadata = chunk.metadata
         gathered = attend_varlen(
-            query[slice(*chunk.own)], key[chunk.keys], value[chunk.keys], borders, scaling=None, window=window
+            query[slice(*chunk.own)], key[chunk.keys], value[chunk.keys], metadata, scaling=None, window=window
         )[0]
         assert torch.allclose(merged[slice(*chunk.own)], gathered, atol=1e-5)
 
@@ -106,18 +108,18 @@ def test_merged_attention_is_attention_to_gathered_keys(seed: int, window: int |
 def test_a_beginning_is_read_once_for_all_that_share_it() -> None:
     """A group's beginning has its keys gathered once, not for each completion, and never more than the row at once."""
     prompt = tuple(range(100))
-    packing = Packing.of([(*prompt, 200 + place, 7) for place in range(64)], CPU, shortest_shared=8)
+    layout = PackedLayout.of([(*prompt, 200 + place, 7) for place in range(64)], CPU, min_shared_tokens=8)
 
-    (chunk,) = plan_cascade(packing.branches).prefixes
+    (chunk,) = plan_cascade(layout.sequences).prefix_chunks
 
     assert len(chunk.keys) == 100
-    assert len(chunk.places) == sum(branch.num_own for branch in packing.branches if branch.num_shared)
-    assert sum(len(gathered.keys) for gathered in packing.chunks) > 60 * 100
+    assert len(chunk.queries) == sum(sequence.num_own for sequence in layout.sequences if sequence.num_shared)
+    assert sum(len(gathered.keys) for gathered in layout.chunks) > 60 * 100
 
     chain = [tuple(range(length)) for length in range(10, 300, 10)]
-    packing = Packing.of(chain, CPU, shortest_shared=8)
-    for chunk in plan_cascade(packing.branches).prefixes:
-        assert len(chunk.keys) <= packing.num_tokens
+    layout = PackedLayout.of(chain, CPU, min_shared_tokens=8)
+    for chunk in plan_cascade(layout.sequences).prefix_chunks:
+        assert len(chunk.keys) <= layout.num_tokens
 
 
 @pytest.mark.parametrize("family", VARLEN_FAMILIES)
@@ -137,10 +139,10 @@ def test_merged_rewards_are_plain_rewards(tiny_checkpoint, monkeypatch: pytest.M
 
 def test_a_window_that_cuts_a_beginning_is_left_to_gathering() -> None:
     """Where a window ends within a sequence some keys are hidden, so the plan does not hold."""
-    plan = plan_cascade(Packing.of([tuple(range(50)), (*range(40), 99)], CPU, shortest_shared=8).branches)
+    plan = plan_cascade(PackedLayout.of([tuple(range(50)), (*range(40), 99)], CPU, min_shared_tokens=8).sequences)
 
-    assert plan.holds_for(50)
-    assert not plan.holds_for(49)
+    assert plan.is_valid_for(50)
+    assert not plan.is_valid_for(49)
 
 
 def test_the_setting_is_refused_on_a_cpu(tiny_checkpoint) -> None:

@@ -17,7 +17,7 @@ from tiny_models import DECODER_FAMILIES
 
 from service.engines.model.classifier import Classifier, read_config
 from service.engines.parity import plain_rewards
-from service.engines.paths.packed import SHORTEST_SHARED, PackedForward
+from service.engines.paths.packed import MIN_SHARED_TOKENS, PackedForward
 from service.engines.torch import DEFAULT_PREFIX_CACHE_MIB, TorchEngine, load_torch_engine
 from service.pipeline import Pipeline
 from service.records import StateTap, TokenSequence
@@ -165,7 +165,7 @@ def test_a_prompt_of_unknown_length_is_kept_where_a_pass_shares_it(tiny_checkpoi
 def test_short_prompts_are_not_kept(tiny_checkpoint) -> None:
     """A prompt that is too short to be worth sharing is not worth keeping."""
     folder = tiny_checkpoint("llama")
-    first, second, third = answers(load_tiny(folder), prompt_tokens=SHORTEST_SHARED - 1)
+    first, second, third = answers(load_tiny(folder), prompt_tokens=MIN_SHARED_TOKENS - 1)
     engine = load(folder)
 
     assert [engine.forward([answer]).cached_tokens for answer in (first, second, third)] == [0, 0, 0]
@@ -237,8 +237,8 @@ def test_warming_up_leaves_nothing(tiny_checkpoint) -> None:
     Pipeline(engine).warm_up(BatchBudget("packed", 512, 16), range(5, 200))
 
     assert isinstance(engine._path, PackedForward)
-    assert engine._path.kept is not None
-    assert engine._path.kept.prefixes.num_tokens == 0
+    assert engine._path.kv_cache is not None
+    assert engine._path.kv_cache.prefix_index.num_tokens == 0
 
 
 def test_a_closed_engine_lets_its_bank_go(tiny_checkpoint) -> None:
@@ -248,8 +248,8 @@ def test_a_closed_engine_lets_its_bank_go(tiny_checkpoint) -> None:
     engine = load(folder)
     engine.forward([first])
     assert isinstance(engine._path, PackedForward)
-    assert engine._path.kept is not None
-    bank = weakref.ref(engine._path.kept)
+    assert engine._path.kv_cache is not None
+    bank = weakref.ref(engine._path.kv_cache)
 
     engine.close()
 
@@ -275,8 +275,8 @@ def test_a_pass_that_fails_leaves_nothing(tiny_checkpoint) -> None:
         path.run([first], prompts=[40])
     handle.remove()
 
-    assert path.kept is not None
-    assert path.kept.prefixes.num_tokens == 0
+    assert path.kv_cache is not None
+    assert path.kv_cache.prefix_index.num_tokens == 0
     assert path.run([second], prompts=[40]).cached_tokens == 0
     assert path.run([third], prompts=[40]).rewards == PackedForward(classifier).run([third]).rewards
 
@@ -294,8 +294,8 @@ def test_states_that_are_not_finite_are_not_kept(tiny_checkpoint) -> None:
 
     together = path.run([sound, bad], prompts=[40, 40])
 
-    assert path.kept is not None
-    assert path.kept.prefixes.num_tokens == 0
+    assert path.kv_cache is not None
+    assert path.kv_cache.prefix_index.num_tokens == 0
     assert together.rewards[0] == alone[0]
     assert path.run([sound], prompts=[40]).rewards == alone
     assert path.run([bad, sound], prompts=[40, 40]).rewards[1] == alone[0]
@@ -317,8 +317,8 @@ def test_a_poisoned_prompt_is_not_kept_behind_a_finite_reward(tiny_checkpoint) -
     output = path.run([row], prompts=[40])
 
     assert output.rewards[0] == output.rewards[0]
-    assert path.kept is not None
-    assert path.kept.prefixes.num_tokens == 0
+    assert path.kv_cache is not None
+    assert path.kv_cache.prefix_index.num_tokens == 0
 
 
 # --- Settings --------------------------------------------------------------------------------------------------------
@@ -341,8 +341,8 @@ def test_the_bank_has_the_size_of_the_setting(tiny_checkpoint) -> None:
     """Keys and values of all layers together stay within the budget, and leave less than one token of it."""
     path = keeping(load_tiny(tiny_checkpoint("gemma3")), cache_bytes=1_000_000)
 
-    assert path.kept is not None
-    tensors = [states for pair in path.kept.layers for states in pair]
+    assert path.kv_cache is not None
+    tensors = [states for pair in path.kv_cache.layers for states in pair]
     num_slots = {len(states) for states in tensors}
     size = sum(states.numel() * states.element_size() for states in tensors)
     assert len(num_slots) == 1

@@ -12,8 +12,9 @@ from tiny_models import DECODER_FAMILIES, ENCODER_FAMILIES
 from torch.nn.functional import scaled_dot_product_attention
 
 from service.engines.attention import interface as attention
-from service.engines.attention import varlen
-from service.engines.attention.interface import PackingUnsupportedError, no_mask
+from service.engines.attention import per_sequence, varlen
+from service.engines.attention.call import PackingUnsupportedError
+from service.engines.attention.interface import no_mask
 from service.engines.parity import plain_rewards
 from service.engines.paths import packed
 from service.engines.paths.packed import PackedForward
@@ -128,7 +129,7 @@ def test_the_soft_cap_is_kept(tiny_checkpoint) -> None:
 @pytest.mark.parametrize("family", ["mistral", "gemma2"])
 def test_long_sequences_are_attended_to_in_blocks(tiny_checkpoint, monkeypatch, family: str) -> None:
     """Cutting the queries of a long sequence into blocks, so that no mask grows with its square, changes no reward."""
-    monkeypatch.setattr(attention, "QUERY_BLOCK", 32)
+    monkeypatch.setattr(per_sequence, "QUERY_BLOCK", 32)
     classifier = load_tiny(tiny_checkpoint(family))
     rows = random_rows(classifier, lengths=(130, 32, 33, 48, 7))
 
@@ -223,7 +224,7 @@ def test_the_varlen_kernel_is_called_by_its_documentation(
     monkeypatch.setattr(attention, "_has_varlen_kernel", lambda query, value: True)
     monkeypatch.setattr(varlen, "_has_kernel", lambda device: True)
     monkeypatch.setattr(varlen, "varlen_attn", varlen_by_its_documentation)
-    monkeypatch.setattr(varlen, "SHARES_KEYS", shares_keys)
+    monkeypatch.setattr(varlen, "HAS_GROUPED_QUERIES", shares_keys)
     monkeypatch.setattr(packed, "BLOCK", 1)  # as on CUDA
     classifier = load_tiny(tiny_checkpoint(family))
     rows = [*random_rows(classifier), *rows_that_share(classifier)]

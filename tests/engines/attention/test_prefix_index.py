@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.engines.attention.prefix_index import CachedPrefix, PrefixIndex
-from service.scheduling.prefix_tree import num_common
+from service.scheduling.prefix_tree import common_prefix_length
 
 LAW = settings(max_examples=150, deadline=None)
 
@@ -52,13 +52,13 @@ def test_a_slot_holds_the_token_that_all_its_beginnings_say(
 @given(st.lists(beginnings, max_size=8), beginnings, st.integers(0, 9))
 def test_the_longest_beginning_is_found(kept: list[tuple[int, ...]], row: tuple[int, ...], limit: int) -> None:
     """A look-up finds as many common tokens as any kept beginning has, up to its limit, and none below the shortest."""
-    prefixes = PrefixIndex(100, shortest=2)
+    prefixes = PrefixIndex(100, min_tokens=2)
     for tokens in kept:
         add(prefixes, tokens)
 
     prefix, depth = prefixes.longest(row, limit)
 
-    most = min(max((num_common(tokens, row) for tokens in kept if len(tokens) >= 2), default=0), limit)
+    most = min(max((common_prefix_length(tokens, row) for tokens in kept if len(tokens) >= 2), default=0), limit)
     assert depth == (most if most >= 2 else 0)
     assert (prefix is None) == (depth == 0)
     assert prefix is None or prefix.tokens[:depth] == row[:depth]
@@ -66,7 +66,7 @@ def test_the_longest_beginning_is_found(kept: list[tuple[int, ...]], row: tuple[
 
 def test_beginnings_share_the_slots_of_what_they_begin_alike() -> None:
     """A second prompt behind the same system prompt takes slots for its own tokens alone, also when the first goes."""
-    prefixes = PrefixIndex(10, shortest=2)
+    prefixes = PrefixIndex(10, min_tokens=2)
     first = add(prefixes, (1, 2, 3, 4))
     second = add(prefixes, (1, 2, 3, 9, 9))
     assert first is not None
@@ -82,7 +82,7 @@ def test_beginnings_share_the_slots_of_what_they_begin_alike() -> None:
 
 def test_what_was_not_used_for_longest_makes_room() -> None:
     """A new prompt takes the place of the one that was used longest ago, and not of the one that was kept first."""
-    prefixes = PrefixIndex(6, shortest=2)
+    prefixes = PrefixIndex(6, min_tokens=2)
     old, other = add(prefixes, (1, 1, 1)), add(prefixes, (2, 2, 2))
     assert old is not None
     prefixes.begin_pass()
@@ -96,7 +96,7 @@ def test_what_was_not_used_for_longest_makes_room() -> None:
 
 def test_a_pass_never_loses_what_it_uses() -> None:
     """What finds no room beside the beginnings of its own pass is not kept."""
-    prefixes = PrefixIndex(4, shortest=2)
+    prefixes = PrefixIndex(4, min_tokens=2)
     kept = add(prefixes, (1, 1, 1))
     assert kept is not None
     prefixes.begin_pass()
@@ -109,7 +109,7 @@ def test_a_pass_never_loses_what_it_uses() -> None:
 
 def test_neighbouring_slots_are_taken_together() -> None:
     """What is kept one after the other stands in one run of slots, from the lowest on once all was forgotten."""
-    prefixes = PrefixIndex(5000, shortest=2)
+    prefixes = PrefixIndex(5000, min_tokens=2)
     first, second = add(prefixes, tuple(range(1500))), add(prefixes, tuple(range(1, 1400)))
     assert first is not None
     assert second is not None

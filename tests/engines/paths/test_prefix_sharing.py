@@ -9,9 +9,9 @@ import torch
 from tiny_classifiers import load_tiny, random_rows, rows_that_share, rows_with_endings, shuffled_batches
 from tiny_models import DECODER_FAMILIES
 
-from service.engines.attention.layout import Packing
+from service.engines.attention.layout import PackedLayout
 from service.engines.parity import plain_rewards
-from service.engines.paths.packed import SHORTEST_SHARED, PackedForward
+from service.engines.paths.packed import MIN_SHARED_TOKENS, PackedForward
 
 CPU = torch.device("cpu")
 
@@ -80,10 +80,10 @@ def test_what_is_shared_is_counted(tiny_checkpoint) -> None:
 def test_a_short_beginning_is_computed_by_everyone(tiny_checkpoint) -> None:
     """A beginning that costs more in attention than it saves is not shared."""
     classifier = load_tiny(tiny_checkpoint("llama"))
-    (stem,) = random_rows(classifier, lengths=(SHORTEST_SHARED,))
+    (stem,) = random_rows(classifier, lengths=(MIN_SHARED_TOKENS,))
     rows = [(*stem[:-1], 9, 9), (*stem[:-1], 8, 8), (*stem, 7), (*stem, 6)]
 
-    assert sorted(PackedForward(classifier).run(rows).shared_tokens) == [0, 0, 0, SHORTEST_SHARED]
+    assert sorted(PackedForward(classifier).run(rows).shared_tokens) == [0, 0, 0, MIN_SHARED_TOKENS]
 
 
 def test_a_poisoned_neighbour_changes_nothing(tiny_checkpoint) -> None:
@@ -111,12 +111,12 @@ def test_attention_gathers_no_more_than_the_row(block: int) -> None:
     rows = [stem + tuple(dice.randrange(9) for _ in range(dice.randrange(1, 40))) for _ in range(64)]
     rows = list(dict.fromkeys(rows))
 
-    packing = Packing.of(rows, CPU, block=block, shortest_shared=16)
+    layout = PackedLayout.of(rows, CPU, block=block, min_shared_tokens=16)
 
-    num_tokens = packing.num_tokens
+    num_tokens = layout.num_tokens
     assert num_tokens < sum(map(len, rows)) / 5
     asked = []
-    for chunk in packing.chunks:
+    for chunk in layout.chunks:
         assert len(chunk.keys) <= num_tokens + 64 * (block - 1) or len(chunk.sequences) == 1
         assert chunk.queries.max() < num_tokens
         assert chunk.keys.max() < num_tokens
@@ -131,15 +131,15 @@ def test_attention_gathers_no_more_than_the_row(block: int) -> None:
 
 
 def test_the_row_spells_every_sequence() -> None:
-    """Tokens and positions of the row, read along a branch, are those of its sequence."""
+    """Tokens and positions of the row, read along a sequence, are those of its sequence."""
     rows = [(1, 2, 3, 4, 5), (1, 2, 3, 9), (7,), (1, 2, 3, 4, 5, 6)]
 
-    packing = Packing.of(rows, CPU, shortest_shared=2)
+    layout = PackedLayout.of(rows, CPU, min_shared_tokens=2)
 
-    ids, positions = packing.token_ids(rows, 0), packing.position_ids()[0].tolist()
-    assert len(ids) == len(positions) == packing.num_tokens == 8
-    for row, branch in zip(rows, packing.branches, strict=True):
-        places = [branch.place(position) for position in range(len(row))]
+    ids, positions = layout.token_ids(rows, 0), layout.position_ids()[0].tolist()
+    assert len(ids) == len(positions) == layout.num_tokens == 8
+    for row, sequence in zip(rows, layout.sequences, strict=True):
+        places = [sequence.index_of(position) for position in range(len(row))]
         assert tuple(ids[place] for place in places) == row
         assert [positions[place] for place in places] == list(range(len(row)))
 
