@@ -65,7 +65,7 @@ def bucket_for(num_tokens: int, num_sequences: int, buckets: Iterable[Bucket] = 
     return best if is_short or best.num_tokens <= 2 * num_tokens else None
 
 
-def wants_graphs(
+def resolve_graphs(
     choice: GraphChoice, device: torch.device, num_parameters: int, *, deterministic: bool = False
 ) -> bool:
     """Resolve the setting ``model.cuda_graphs``.
@@ -198,7 +198,7 @@ class PassLibrary:
         self._passes = passes
 
     @property
-    def longest_row(self) -> int:
+    def max_tokens(self) -> int:
         """Tokens of the longest row."""
         return max((bucket.num_tokens for bucket in self._passes), default=0)
 

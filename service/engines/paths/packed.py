@@ -80,9 +80,9 @@ class PackedForward:
         self._staging = staging_for(classifier.device)
         self._mask: torch.Tensor | None = None
         self.library = PassLibrary({})
-        self.shared_from = SHORTEST_SHARED if share_prefixes else None
+        self.min_shared_prefix_tokens = SHORTEST_SHARED if share_prefixes else None
         self.kept = KVCache(cache_bytes, SHORTEST_SHARED) if cache_bytes and share_prefixes else None
-        self.keeps = self.kept is not None
+        self.caches_prefixes = self.kept is not None
 
     @torch.inference_mode()
     def run(
@@ -123,7 +123,7 @@ class PackedForward:
                 rewards[place] = self._replace(output, place, rows[place], query)
         return replace(output, rewards=rewards)
 
-    def forget(self) -> None:
+    def clear_cache(self) -> None:
         """Let go of all that is kept."""
         if self.kept is not None:
             self.kept.prefixes.clear()
@@ -179,7 +179,7 @@ class PackedForward:
             rows,
             classifier.device,
             block=BLOCK if classifier.is_on_cpu else 1,
-            shortest_shared=self.shared_from,
+            shortest_shared=self.min_shared_prefix_tokens,
             batch_invariant_linear=self._batch_invariant_linear,
             visit=visit,
             cascade=self._cascade,
@@ -203,7 +203,7 @@ class PackedForward:
         return _output_of(self._staging.fetch(found), shared_tokens, num_taken)
 
     def _shares(self, rows: Sequence[tuple[int, ...]]) -> bool:
-        return any(branch.num_shared for branch in grow_branches(rows, self.shared_from))
+        return any(branch.num_shared for branch in grow_branches(rows, self.min_shared_prefix_tokens))
 
     def _launch_static(
         self, bucket: Bucket, static: StaticPass, rows: Sequence[tuple[int, ...]], pooled: Sequence[int]

@@ -27,9 +27,9 @@ class PaddedForward:
 
     name = "padded"
     cost: BatchCost = "padded"
-    shared_from: int | None = None
+    min_shared_prefix_tokens: int | None = None
     kernels: Kernels | None = None
-    keeps = False
+    caches_prefixes = False
 
     def __init__(self, classifier: Classifier) -> None:
         rewire(classifier, classifier.plain_attention)
@@ -58,7 +58,7 @@ class PaddedForward:
             parts.append(part)
         return EngineOutput(rewards, [0] * len(rows), _on_host(_in_order(readings, parts)))
 
-    def forget(self) -> None:
+    def clear_cache(self) -> None:
         """Nothing is kept."""
 
     def num_cached_tokens(self, row: tuple[int, ...], first_wanted: int | None) -> int:

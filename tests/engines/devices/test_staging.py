@@ -187,7 +187,7 @@ def test_a_lost_device_is_told_apart_from_a_failed_pass(monkeypatch: pytest.Monk
     """An error after which the device answers nothing is EngineUnavailable; one that it survives stays what it is."""
 
     class Asserts:
-        name, cost, shared_from = "packed", "packed", None
+        name, cost, min_shared_prefix_tokens = "packed", "packed", None
 
         def run(self, rows, query=None, prompts=None):
             raise RuntimeError("CUDA error: device-side assert triggered")
@@ -197,7 +197,7 @@ def test_a_lost_device_is_told_apart_from_a_failed_pass(monkeypatch: pytest.Monk
     with pytest.raises(RuntimeError, match="assert"):
         engine.forward(sequences_of([(1,)]))
 
-    monkeypatch.setattr("service.engines.torch.is_lost", lambda _: True)
+    monkeypatch.setattr("service.engines.torch.is_device_lost", lambda _: True)
     with pytest.raises(EngineUnavailable, match="cpu is lost"):
         engine.forward(sequences_of([(1,)]))
 

@@ -26,7 +26,7 @@ from service.engines.paths.cuda_graphs import (
     fill_row,
     probe_of,
     record_library,
-    wants_graphs,
+    resolve_graphs,
 )
 from service.engines.paths.packed import PackedForward
 from service.engines.torch import load_torch_engine
@@ -163,20 +163,20 @@ def test_a_probe_runs_in_its_own_bucket(bucket: Bucket) -> None:
 
 def test_the_setting_is_resolved_against_the_device() -> None:
     """Auto records graphs of small models on CUDA; asked for on a CPU it is refused with a sentence."""
-    assert wants_graphs("auto", CUDA, LARGEST_MODEL)
-    assert not wants_graphs("auto", CUDA, LARGEST_MODEL + 1)
-    assert wants_graphs(True, CUDA, LARGEST_MODEL + 1)
-    assert not wants_graphs(False, CUDA, 1)
-    assert not wants_graphs("auto", CPU, 1)
+    assert resolve_graphs("auto", CUDA, LARGEST_MODEL)
+    assert not resolve_graphs("auto", CUDA, LARGEST_MODEL + 1)
+    assert resolve_graphs(True, CUDA, LARGEST_MODEL + 1)
+    assert not resolve_graphs(False, CUDA, 1)
+    assert not resolve_graphs("auto", CPU, 1)
     with pytest.raises(SettingsError, match="cuda_graphs needs a CUDA device"):
-        wants_graphs(True, CPU, 1)
+        resolve_graphs(True, CPU, 1)
 
 
 def test_deterministic_rewards_do_without_graphs() -> None:
     """A recorded pass reads no states, so a reward could depend on whether some are read: together they are refused."""
-    assert not wants_graphs("auto", CUDA, 1, deterministic=True)
+    assert not resolve_graphs("auto", CUDA, 1, deterministic=True)
     with pytest.raises(SettingsError, match="contradict"):
-        wants_graphs(True, CUDA, 1, deterministic=True)
+        resolve_graphs(True, CUDA, 1, deterministic=True)
 
 
 def record_on_cpu(classifier, max_batch_tokens: int) -> PassLibrary:
@@ -192,11 +192,11 @@ def test_each_recorded_pass_is_compared_with_an_ordinary_one(tiny_checkpoint, mo
     attend_as_a_gpu(monkeypatch)
 
     library, failure = record_library(classifier, lambda rows: ordinary[tuple(rows)], 4096, 1e-5, record_on_cpu)
-    assert (library.longest_row, failure) == (512, "")
+    assert (library.max_tokens, failure) == (512, "")
 
     ordinary[tuple(probes[SMALL[1]])][2] += 0.1
     library, failure = record_library(classifier, lambda rows: ordinary[tuple(rows)], 4096, 1e-5, record_on_cpu)
-    assert library.longest_row == 0
+    assert library.max_tokens == 0
     assert "row of 256 tokens differs by 0.1" in failure
 
 
@@ -207,7 +207,7 @@ def test_what_cannot_be_recorded_is_logged(tiny_checkpoint, caplog: pytest.LogCa
 
     library, failure = record_library(classifier, lambda rows: path.run(rows).rewards, 4096, 1e-5, record_on_cpu)
 
-    assert library.longest_row == 0
+    assert library.max_tokens == 0
     assert "variable-length kernel" in failure
     assert failure in caplog.text
     assert len(path.run([(5, 6, 7)]).rewards) == 1
@@ -223,7 +223,11 @@ def test_an_engine_on_a_cpu_refuses_graphs(tiny_checkpoint) -> None:
             folder, ModelSettings(**settings, cuda_graphs=True), batching, pad_token_id=0, max_input_tokens=99
         )
     engine = load_torch_engine(folder, ModelSettings(**settings), batching, pad_token_id=0, max_input_tokens=99)
-    assert (engine.info.graph_tokens, engine.info.graph_failure, engine.info.launches_ahead) == (0, "", False)
+    assert (engine.info.cuda_graph_max_tokens, engine.info.cuda_graph_failure, engine.info.async_launch) == (
+        0,
+        "",
+        False,
+    )
 
 
 @pytest.mark.gpu
