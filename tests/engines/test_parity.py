@@ -217,7 +217,7 @@ def test_rewards_that_hardly_differ_are_called_inconclusive(tiny_checkpoint, cap
     _, found = probe_and_choose(classifier, "auto", 400)
 
     assert not found.conclusive
-    assert "cannot tell right from wrong" in caplog.text
+    assert "parity probe is inconclusive" in caplog.text
 
 
 def test_noise_is_measured_in_half_precision_only(tiny_checkpoint) -> None:

@@ -23,8 +23,8 @@ from service.engines.kernels.attention import register_attention
 from service.engines.kernels.bindings import Kernels
 from service.engines.kernels.patching import multiplies_on_kernels
 from service.engines.model.classifier import Classifier
-from service.engines.model.taps import Spot, StateQuery
-from service.engines.paths.cuda_graphs import Bucket, PassLibrary, StaticPass, fill_row
+from service.engines.model.taps import Readout, StateQuery
+from service.engines.paths.cuda_graphs import Bucket, PassLibrary, StaticPass, fill_bucket
 from service.engines.rewiring import rewire
 from service.scheduling.prefix_tree import grow_branches
 
@@ -191,16 +191,16 @@ class PackedForward:
             self._staging,
             [torch.tensor([packing.token_ids(rows, FILLER_ID)]), packing.position_ids(), torch.tensor(places)],
         )
-        with classifier.tapped(*_tapping(query, packing, places)) as tapped:
+        with classifier.recording(*_tapping(query, packing, places)) as recorded:
             states = classifier.body(
                 input_ids=ids, attention_mask=self._mask, position_ids=positions, use_cache=False, packing=packing
             ).last_hidden_state[0]
         self._settle_masks()
-        rewards, tapped_states = classifier.rewards_of(states.index_select(0, read)), tapped.stacked()
+        rewards, tapped_states = classifier.rewards_of(states.index_select(0, read)), recorded.stacked()
         found = [rewards] if tapped_states is None else [rewards, tapped_states]
         num_taken = 0 if visit is None else visit.num_taken
         shared_tokens = [branch.num_shared for branch in packing.branches]
-        return _output_of(self._staging.fetch(found), shared_tokens, num_taken)
+        return _output_of(self._staging.to_host(found), shared_tokens, num_taken)
 
     def _shares(self, rows: Sequence[tuple[int, ...]]) -> bool:
         return any(branch.num_shared for branch in grow_branches(rows, self.min_shared_prefix_tokens))
@@ -208,8 +208,8 @@ class PackedForward:
     def _launch_static(
         self, bucket: Bucket, static: StaticPass, rows: Sequence[tuple[int, ...]], pooled: Sequence[int]
     ) -> Pending[EngineOutput]:
-        static.load(self._staging.send(fill_row(bucket, rows, pooled, FILLER_ID).tensors))
-        return _output_of(self._staging.fetch([static.compute()[: len(rows)]]), [0] * len(rows))
+        static.load(self._staging.to_device(fill_bucket(bucket, rows, pooled, FILLER_ID).tensors))
+        return _output_of(self._staging.to_host([static.compute()[: len(rows)]]), [0] * len(rows))
 
     def _settle_masks(self) -> None:
         """From the second pass on, hand a mask through that nobody reads.
@@ -250,12 +250,12 @@ def _first_counted(row: tuple[int, ...], first: int) -> int:
 
 def _tapping(
     query: StateQuery | None, packing: Packing, places: Sequence[int]
-) -> tuple[tuple[StateTap, ...], list[Spot]]:
+) -> tuple[tuple[StateTap, ...], list[Readout]]:
     """Say where in the row the states stand that are asked for."""
     if query is None:
         return (), []
-    spots = []
+    readouts = []
     for row, first in query.readings:
         branch = packing.branches[row]
-        spots.append(Spot(0, places[row], branch.spans_from(first) or branch.spans))
-    return query.taps, spots
+        readouts.append(Readout(0, places[row], branch.spans_from(first) or branch.spans))
+    return query.taps, readouts
