@@ -164,7 +164,7 @@ class StaticPass:
         self._mask = torch.empty((1, 1, 1, 0), dtype=torch.bool, device=device)
 
     def load(self, inputs: Iterable[torch.Tensor]) -> None:
-        """Copy inputs, in the order of ``StaticInputs.tensors``, into the buffers, after the passes that still read them."""
+        """Copy ``StaticInputs.tensors`` into the buffers, in stream order after the passes that still read them."""
         for buffer, tensor in zip(self.buffers.tensors, inputs, strict=True):
             buffer.copy_(tensor, non_blocking=True)
 
