@@ -15,12 +15,16 @@ import torch
 from tiny_classifiers import load_tiny, random_rows, rows_that_share, rows_with_endings, shuffled_batches
 from tiny_models import DECODER_FAMILIES
 
+from service.engines.attention import prefix_index
+from service.engines.attention.kv_cache import KVCache
 from service.engines.model.classifier import Classifier, read_config
 from service.engines.parity import plain_rewards
 from service.engines.paths.packed import MIN_SHARED_TOKENS, PackedForward
-from service.engines.torch import DEFAULT_PREFIX_CACHE_MIB, TorchEngine, load_torch_engine
+from service.engines.plan import PREFIX_CACHE_MIB
+from service.engines.torch import TorchEngine, load_torch_engine
 from service.pipeline import Pipeline
 from service.records import StateTap, TokenSequence
+from service.scheduling.prefix_tree import common_prefix_length, plan_prefix_sharing
 from service.scheduling.queue import BatchBudget
 from service.settings import BatchingSettings, ModelSettings
 
@@ -281,6 +285,48 @@ def test_a_failed_pass_caches_nothing(tiny_checkpoint) -> None:
     assert path.run([third], prompts=[40]).rewards == PackedForward(classifier).run([third]).rewards
 
 
+def test_an_uncommitted_transaction_is_rolled_back() -> None:
+    """Slots reserved by ``begin`` are freed when the context ends without a commit, and stay reserved with one."""
+    cache = KVCache(max_bytes=1024, min_tokens=2)
+    states = torch.ones(1, 1, 6, 4)
+    cache.allocate([(states, states)])
+    sequence = (1, 2, 3, 4, 5, 6)
+
+    def run_pass(*, commit: bool) -> int:
+        cached = cache.lookup([sequence], [5])
+        layouts = plan_prefix_sharing([sequence], 2, cached.spans)
+        with cache.begin(cached, [sequence], layouts, [4], torch.device("cpu")) as transaction:
+            transaction.append(states, states)
+            assert cache.prefix_index.num_tokens == 4
+            if commit:
+                transaction.commit()
+        return cached.num_saved
+
+    assert (run_pass(commit=False), cache.prefix_index.num_tokens) == (0, 0)
+    assert (run_pass(commit=True), cache.prefix_index.num_tokens) == (0, 4)
+    assert run_pass(commit=False) == 4
+    assert cache.prefix_index.num_tokens == 4
+
+
+def test_a_pass_reuses_the_lookup_of_the_queue(tiny_checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sequence is compared with the cached prefixes when its cost is computed, and not again by its pass."""
+    folder = tiny_checkpoint("llama")
+    first, second, _ = answers(load_tiny(folder))
+    engine = load(folder)
+    engine.forward([first])
+    compared: list[tuple[int, ...]] = []
+
+    def counting(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+        compared.append(other)
+        return common_prefix_length(one, other)
+
+    monkeypatch.setattr(prefix_index, "common_prefix_length", counting)
+
+    assert engine.num_cached_tokens(second) == 40
+    assert engine.forward([second]).cached_tokens == 40
+    assert compared.count(second.token_ids) == 1
+
+
 def test_states_that_are_not_finite_are_not_cached(tiny_checkpoint) -> None:
     """A text whose reward is not finite caches no prompt, even one that it shares with sound texts."""
     classifier = load_tiny(tiny_checkpoint("llama"), torch.bfloat16)
@@ -328,7 +374,7 @@ def test_prompts_are_cached_on_a_cpu_unless_a_setting_disables_it(tiny_checkpoin
     """512 MiB by default; ``deterministic``, no shared prefixes, a padded path and zero disable the cache."""
     folder = tiny_checkpoint("llama")
 
-    assert load(folder).info.prefix_cache_mib == DEFAULT_PREFIX_CACHE_MIB["cpu"] == 512
+    assert load(folder).info.prefix_cache_mib == PREFIX_CACHE_MIB["cpu"] == 512
     assert load(folder, prefix_cache_mib=3).info.prefix_cache_mib == 3
     assert load(tiny_checkpoint("bert")).info.prefix_cache_mib == 0
     for off in ({"deterministic": True}, {"share_prefixes": False}, {"prefix_cache_mib": 0}):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from itertools import pairwise
 
 import pytest
@@ -10,11 +12,12 @@ from scipy.stats import spearmanr
 from tiny_classifiers import load_tiny, random_rows, rows_that_share, rows_with_endings, shuffled_batches
 from tiny_models import DECODER_FAMILIES, ENCODER_FAMILIES
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
 
 from service.engines.attention import interface as attention
 from service.engines.attention import per_sequence, varlen
 from service.engines.attention.call import PackingUnsupportedError
-from service.engines.attention.interface import no_mask
+from service.engines.attention.interface import no_mask, register_packed_attention
 from service.engines.parity import plain_rewards
 from service.engines.paths import packed
 from service.engines.paths.packed import PackedForward
@@ -167,6 +170,32 @@ def test_bidirectional_attention_is_refused(tiny_checkpoint) -> None:
 
     with pytest.raises(PackingUnsupportedError):
         PackedForward(classifier).run(random_rows(classifier))
+
+
+def test_registration_happens_once_and_on_request() -> None:
+    """A second call leaves what is registered as it is, so that a later registration under the name is not undone."""
+    name = register_packed_attention()
+    registered = AttentionInterface()[name]
+    AttentionInterface.register(name, no_mask)
+    try:
+        assert register_packed_attention() == name
+        assert AttentionInterface()[name] is no_mask
+    finally:
+        AttentionInterface.register(name, registered)
+
+
+def test_importing_attention_registers_nothing() -> None:
+    """Importing the module changes no state of transformers; only the explicit call registers attention and mask."""
+    code = (
+        "from transformers import AttentionInterface, AttentionMaskInterface\n"
+        "from service.engines.attention.interface import ATTENTION, register_packed_attention\n"
+        "registries = AttentionInterface(), AttentionMaskInterface()\n"
+        "assert not any(ATTENTION in registry for registry in registries)\n"
+        "register_packed_attention()\n"
+        "assert all(ATTENTION in registry for registry in registries)\n"
+    )
+
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_no_mask_is_built() -> None:

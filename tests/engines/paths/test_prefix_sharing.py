@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from tiny_models import DECODER_FAMILIES
 
 from service.engines.attention.layout import PackedLayout
 from service.engines.parity import plain_rewards
+from service.engines.paths.cuda_graphs import Bucket, PassLibrary
 from service.engines.paths.packed import MIN_SHARED_TOKENS, PackedForward
 
 CPU = torch.device("cpu")
@@ -145,6 +148,43 @@ def test_every_sequence_can_be_read_from_the_packed_batch() -> None:
         indices = [sequence.index_of(position) for position in range(len(row))]
         assert tuple(ids[index] for index in indices) == row
         assert [positions[index] for index in indices] == list(range(len(row)))
+
+
+class RecordedStub:
+    """A recorded pass that returns zeros."""
+
+    def load(self, inputs: Iterable[torch.Tensor]) -> None:
+        self.inputs = list(inputs)
+
+    def compute(self) -> torch.Tensor:
+        return torch.zeros(8)
+
+
+class OneBucket(PassLibrary):
+    """Chooses the same recorded pass for every batch."""
+
+    def choose(self, rows: Sequence[tuple[int, ...]]) -> tuple[Bucket, Any]:
+        return Bucket(64, 8), RecordedStub()
+
+
+def test_a_recorded_pass_is_chosen_without_a_layout(tiny_checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a CUDA graph fits, no layout and no prefix tree are built; a batch that shares a prefix gets a layout."""
+    classifier = load_tiny(tiny_checkpoint("llama"))
+    prompt, first, second, unrelated = random_rows(classifier, lengths=(12, 9, 10, 11))
+    path = PackedForward(classifier)
+    path.library = OneBucket({})
+    shared = path.run([prompt + first, prompt + second])
+
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("a layout was built")
+
+    monkeypatch.setattr(PackedLayout, "of", fail)
+    monkeypatch.setattr("service.scheduling.prefix_tree.common_prefix_length", fail)
+
+    assert sorted(shared.shared_tokens) == [0, 12]
+    assert path.run([prompt + first, unrelated]).rewards == [0.0, 0.0]
+    with pytest.raises(AssertionError, match="a layout was built"):
+        path.run([prompt + first, prompt + second])
 
 
 @pytest.mark.gpu
