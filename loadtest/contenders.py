@@ -172,10 +172,10 @@ def _ways(setup: Setup, engines: Sequence[Engine]) -> dict[str, Way]:
 def _way_of(engine: Engine) -> str:
     info = engine.info
     extras = {
-        "shared prefixes": info.shared_from is not None,
+        "shared prefixes": info.min_shared_prefix_tokens is not None,
         "compiled": info.compiled,
-        "graphs": info.graph_tokens > 0,
-        "graphs failed": bool(info.graph_failure),
+        "graphs": info.cuda_graph_max_tokens > 0,
+        "graphs failed": bool(info.cuda_graph_failure),
         "merged": info.cascade_attention,
         info.quantization: info.quantization != "none",
     }
@@ -230,7 +230,7 @@ def _outputs(engine: Engine, work: Work, *, ahead: bool) -> Iterator[tuple[list[
     in_flight: deque[tuple[list[int], Pending[EngineOutput]]] = deque()
     for places in budget_batches(work, engine):
         sequences = [work.sequences[place] for place in places]
-        if not (ahead and engine.info.launches_ahead and isinstance(engine, LaunchingEngine)):
+        if not (ahead and engine.info.async_launch and isinstance(engine, LaunchingEngine)):
             yield places, engine.forward(sequences)
             continue
         in_flight.append((places, engine.launch(sequences)))
@@ -261,7 +261,7 @@ def with_busy_share(way: Way, device: str) -> Way:
 
 def budget_batches(work: Work, engine: Engine) -> Iterator[list[int]]:
     """Yield the places of the batches that the service's queue forms within the engine's budget."""
-    queue = Queue(work.num_tokens, engine.info.shared_from)
+    queue = Queue(work.num_tokens, engine.info.min_shared_prefix_tokens)
     requests: dict[int, list[int]] = {}
     for place, group in enumerate(work.groups):
         requests.setdefault(group, []).append(place)

@@ -114,7 +114,7 @@ class Pipeline:
     @property
     def passes_ahead(self) -> int:
         """Batches that may be started before the oldest started one is finished; with none each runs in its turn."""
-        return int(self.engine.info.launches_ahead)
+        return int(self.engine.info.async_launch)
 
     def start(self, sequences: Sequence[TokenSequence], levels: Sequence[DiagnosticsLevel]) -> StartedBatch:
         """Launch a batch on an engine that launches ahead; elsewhere nothing runs before ``finish``.

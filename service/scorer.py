@@ -309,7 +309,9 @@ class Scorer:
         self._busy_until = -math.inf
         # Shared with the engine thread, and changed under the condition's lock only.
         self._work_waits = threading.Condition()
-        self._queue = Queue(limits.max_queue_tokens, info.shared_from, batch_tokens=self._budget.max_tokens)
+        self._queue = Queue(
+            limits.max_queue_tokens, info.min_shared_prefix_tokens, batch_tokens=self._budget.max_tokens
+        )
         self._pending: dict[Hashable, _Pending] = {}
         self._stopped = False
         self._publish_gauges()

@@ -70,49 +70,76 @@ class Deferred(Generic[_T]):
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """How rewards are computed; shown by ``/v1/model``.
-
-    ``cost``: how a batch is priced: ``packed`` is the sum of its tokens, ``padded`` is longest sequence x count.
-    ``parity``: what the start-up probe found (largest absolute difference to plain transformers); empty without one.
-    ``taps``: where states can be read, in the order of ``EngineOutput.states``. ``shared_from``: sequences of a pass
-    that begin with at least so many equal tokens compute them once; None: nothing is shared. ``providers``: what ONNX
-    Runtime runs the graph on, first choice first; empty for other engines. ``compiled``: whether ``torch.compile`` made
-    the kernels between matrix products. ``kernels``: the kind of CPU whose kernels of ours the pass runs on; None:
-    transformers' own code runs. ``prefix_cache_mib``: what keys and values of prompts may take that are kept between
-    passes; 0: nothing is kept. ``launches_ahead``: whether a pass can be launched while the one before it still runs;
-    then the engine is a ``LaunchingEngine``. ``graph_tokens``: tokens of the longest row that is replayed from a CUDA
-    graph; 0: none is. ``graph_failure``: why not, where graphs were wanted. ``cascade_attention``: whether attention to
-    shared beginnings is merged instead of gathered. ``quantization``: ``fp8`` or ``int8`` where linear layers multiply
-    in 8 bits.
-    ``quantization_loss``: what that changed on the probe (Spearman and largest absolute difference to the same model
-    without); empty where nothing is quantized.
-    """
+    """How rewards are computed; shown by ``/v1/model``."""
 
     engine: str
+    """``torch``, ``onnx`` or ``oracle``."""
+
     architecture: str
+    """The transformers class of the model."""
+
     forward: str
+    """The forward path: ``packed`` (one sequence of all tokens, no padding) or ``padded`` (a rectangle)."""
+
     device: str
+    """``cpu`` or ``cuda:N``."""
+
     dtype: str
+    """The dtype of the body's activations; the head is computed in float32."""
+
     cost: BatchCost
+    """How the size of a batch is counted: ``packed`` is the sum of its tokens, ``padded`` is longest sequence x count.
+    """
+
     max_input_tokens: int
+    """Tokens of the longest sequence that is scored."""
+
     max_batch_tokens: int
+    """Budget of one pass in tokens, counted as ``cost`` defines; a longer sequence runs alone."""
+
     parity: dict[str, float | int | str | bool] = field(default_factory=dict)
+    """What the start-up probe measured against plain transformers; empty where none ran."""
+
     taps: tuple[StateTap, ...] = ()
-    shared_from: int | None = None
+    """Where hidden states can be read, in the order of ``EngineOutput.states``."""
+
+    min_shared_prefix_tokens: int | None = None
+    """Sequences of a pass with a common prefix of at least so many tokens compute it once; None: nothing is shared."""
+
     providers: tuple[str, ...] = ()
+    """ONNX Runtime's execution providers, first choice first; empty for other engines."""
+
     compiled: bool = False
+    """Whether the model's blocks run compiled by ``torch.compile``."""
+
     kernels: str | None = None
+    """The instruction set whose compiled CPU kernels the pass runs on; None: torch's own kernels run."""
+
     prefix_cache_mib: int = 0
-    launches_ahead: bool = False
-    graph_tokens: int = 0
-    graph_failure: str = ""
+    """Memory limit of the prefix cache, which holds keys and values between passes; 0: there is none."""
+
+    async_launch: bool = False
+    """Whether a pass can be launched while the one before it is still running; then it is a ``LaunchingEngine``."""
+
+    cuda_graph_max_tokens: int = 0
+    """Tokens of the longest packed batch that is replayed from a CUDA graph; 0: none is."""
+
+    cuda_graph_failure: str = ""
+    """Why there are no CUDA graphs where they were requested; empty otherwise."""
+
     cascade_attention: bool = False
+    """Whether attention to shared prefixes is computed once and merged by log-sum-exp instead of gathering their keys.
+    """
+
     quantization: str = "none"
-    quantization_loss: dict[str, float | int] = field(default_factory=dict)
+    """``fp8`` or ``int8`` where linear layers multiply in 8 bits."""
+
+    quantization_error: dict[str, float | int] = field(default_factory=dict)
+    """How far quantization moved the probes' rewards (Spearman, largest difference); empty where it is ``none``."""
 
     @property
     def arithmetic(self) -> str:
-        """All that changes rewards by how numbers are held; a part of the model's version."""
+        """The number formats that change rewards; a part of the model's version."""
         return self.dtype if self.quantization == "none" else f"{self.dtype}, {self.quantization}"
 
 
@@ -147,23 +174,23 @@ class Engine(Protocol):
 
         Args:
             sequences: at least one, each within ``max_input_tokens``; several together are within the batch budget.
-            states: whether to read the states at ``info.taps`` too; changes no bit of a reward, but where short passes
-                are replayed from graphs, which read none.
+            states: whether to read the states at ``info.taps`` too. This changes no bit of a reward, except where short
+                passes are replayed from CUDA graphs, which read no states.
 
         Returns:
             One raw logit per sequence, in order. Not squashed, not clipped, not checked for being finite.
 
         Raises:
-            EngineOutOfMemory: the device had no room; the engine is usable again, a smaller batch may fit.
-            EngineUnavailable: the device is lost to this process; the engine is of no use any more.
+            EngineOutOfMemory: the device ran out of memory; the engine is usable again, a smaller batch may fit.
+            EngineUnavailable: the device is lost to this process; the engine is no longer usable.
             Exception: anything else the forward pass raised; the engine is usable again.
         """
         ...
 
     def num_cached_tokens(self, sequence: TokenSequence) -> int:
-        """Return how many leading tokens the next call of `forward` need not compute, whatever stands beside them.
+        """Return how many leading tokens the next `forward` takes from the prefix cache, whatever the batch.
 
-        Never more than it leaves out, and quickly found; called from the thread that calls `forward`.
+        A lower bound, found quickly; called from the thread that calls `forward`.
         """
         ...
 

@@ -11,15 +11,16 @@ import torch
 from tiny_bundles import TAPS, change_manifest, embedding, reward_by_hand, write_tiny_bundle
 
 from service.checkpoints.bundle import open_bundle, read_manifest
+from service.engines.deduplication import Reading
 from service.engines.onnx import (
-    Filling,
     OnnxEngine,
+    Padding,
     load_onnx_engine,
     open_session,
     passes_over,
     refuse_missing_provider,
+    requested_providers,
     session_options,
-    wanted_providers,
 )
 from service.errors import EngineOutOfMemory, ParityError, SettingsError
 from service.records import StateTap, TokenSequence
@@ -98,14 +99,14 @@ def test_pooling_decides_which_token_is_read(folder: Path, pooling: str, pooled:
 
 def test_a_head_of_its_own_begins_at_the_first_token() -> None:
     """For encoders that pool by themselves the state of ``last`` is the first token's, as in the torch engine."""
-    filling = Filling(pooling="hf", pad_token_id=0, reads_first=True)
+    padding = Padding(pooling="hf", pad_token_id=0, reads_first=True)
 
-    assert filling.feed([((5, 6, 7), 0)])["pooled_position"].tolist() == [0]
+    assert padding.feed([Reading((5, 6, 7), 0)])["pooled_position"].tolist() == [0]
 
 
 def test_rectangles_on_a_gpu_have_lengths_by_the_step() -> None:
     """Filling up to a multiple changes neither mask nor weights of the real tokens."""
-    feed = Filling(pooling="hf", pad_token_id=0, reads_first=False, length_step=8).feed([((5, 6, 7), 1)])
+    feed = Padding(pooling="hf", pad_token_id=0, reads_first=False, length_step=8).feed([Reading((5, 6, 7), 1)])
 
     assert feed["input_ids"].tolist() == [[5, 6, 7, 0, 0, 0, 0, 0]]
     assert feed["attention_mask"].tolist() == [[1, 1, 1, 0, 0, 0, 0, 0]]
@@ -176,10 +177,10 @@ def test_deterministic_gives_each_text_a_pass_of_its_own(folder: Path) -> None:
 
 def test_the_first_pass_is_the_same_with_states() -> None:
     """Ids with several borders take part once; the other borders follow for their states alone."""
-    wanted = [((1, 2), 0), ((1, 2), 1), ((3,), 0)]
+    readings = [Reading((1, 2), 0), Reading((1, 2), 1), Reading((3,), 0)]
 
-    assert list(passes_over(wanted, apart=False, states=False)) == [[((1, 2), 0), ((3,), 0)]]
-    assert list(passes_over(wanted, apart=False, states=True)) == [[((1, 2), 0), ((3,), 0)], [((1, 2), 1)]]
+    assert list(passes_over(readings, one_by_one=False, states=False)) == [[((1, 2), 0), ((3,), 0)]]
+    assert list(passes_over(readings, one_by_one=False, states=True)) == [[((1, 2), 0), ((3,), 0)], [((1, 2), 1)]]
 
 
 @pytest.mark.parametrize(
@@ -252,7 +253,7 @@ def test_a_provider_that_did_not_start_is_told() -> None:
 
 def test_the_device_number_reaches_the_provider() -> None:
     """``cuda:1`` is the second device; small shape operations may stay on the CPU."""
-    (name, options), (fallback, _) = wanted_providers("cuda:1")
+    (name, options), (fallback, _) = requested_providers("cuda:1")
 
     assert (name, options["device_id"], fallback) == ("CUDAExecutionProvider", 1, "CPUExecutionProvider")
 

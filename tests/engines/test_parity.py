@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from tiny_classifiers import load_tiny
+from tiny_classifiers import load_tiny, probe_and_choose
 from tiny_models import DECODER_FAMILIES, ENCODER_FAMILIES
 from transformers import AttentionInterface
 
@@ -14,7 +14,7 @@ from service.engines.attention.interface import ATTENTION, packed_attention, reg
 from service.engines.attention.kv_cache import CacheTransaction
 from service.engines.attention.layout import BLOCK, PackedLayout
 from service.engines.base import EngineOutput
-from service.engines.parity import choose_path, compare, probe_rows, tolerances
+from service.engines.parity import Reference, probe_sequences, tolerances_of
 from service.engines.paths.packed import PackedForward
 from service.engines.paths.padded import PaddedForward
 from service.errors import ParityError
@@ -27,7 +27,7 @@ from service.errors import ParityError
 )
 def test_decoders_are_packed_and_encoders_padded(tiny_checkpoint, family: str, path: str, dtype: torch.dtype) -> None:
     """The probe finds the right path for each family by itself, with evidence that could have failed."""
-    chosen, found = choose_path(load_tiny(tiny_checkpoint(family), dtype), "auto", 400)
+    chosen, found = probe_and_choose(load_tiny(tiny_checkpoint(family), dtype), "auto", 400)
 
     assert chosen.name == path
     assert found.agrees
@@ -36,9 +36,9 @@ def test_decoders_are_packed_and_encoders_padded(tiny_checkpoint, family: str, p
 
 def test_a_forced_path_is_probed_too(tiny_checkpoint) -> None:
     """A decoder can be made to take the padded path; an encoder cannot be made to take the packed one."""
-    assert choose_path(load_tiny(tiny_checkpoint("llama")), "padded", 400)[0].name == "padded"
+    assert probe_and_choose(load_tiny(tiny_checkpoint("llama")), "padded", 400)[0].name == "padded"
     with pytest.raises(ParityError, match="packed does not run"):
-        choose_path(load_tiny(tiny_checkpoint("bert")), "packed", 400)
+        probe_and_choose(load_tiny(tiny_checkpoint("bert")), "packed", 400)
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def deaf_attention():
 @pytest.mark.usefixtures("deaf_attention")
 def test_a_wrong_path_is_passed_over(tiny_checkpoint, dtype: torch.dtype) -> None:
     """A packed path whose attention leaks between sequences is caught in fp32 and bf16, and the padded one serves."""
-    chosen, _ = choose_path(load_tiny(tiny_checkpoint("llama"), dtype), "auto", 400)
+    chosen, _ = probe_and_choose(load_tiny(tiny_checkpoint("llama"), dtype), "auto", 400)
 
     assert chosen.name == "padded"
 
@@ -68,7 +68,7 @@ def test_a_wrong_path_is_passed_over(tiny_checkpoint, dtype: torch.dtype) -> Non
 def test_a_wrong_forced_path_is_refused(tiny_checkpoint) -> None:
     """Where the path is forced and wrong, the start ends with a sentence that gives the measured difference."""
     with pytest.raises(ParityError, match=r"packed differs by \d.*more than 0\.000"):
-        choose_path(load_tiny(tiny_checkpoint("llama")), "packed", 400)
+        probe_and_choose(load_tiny(tiny_checkpoint("llama")), "packed", 400)
 
 
 @pytest.mark.usefixtures("deaf_attention")
@@ -77,12 +77,12 @@ def test_no_agreeing_path_is_refused(tiny_checkpoint, monkeypatch) -> None:
     monkeypatch.setattr(PaddedForward, "run", lambda self, rows: EngineOutput([0.0 for _ in rows], [0 for _ in rows]))
 
     with pytest.raises(ParityError, match=r"packed differs .* padded differs"):
-        choose_path(load_tiny(tiny_checkpoint("llama")), "auto", 400)
+        probe_and_choose(load_tiny(tiny_checkpoint("llama")), "auto", 400)
 
 
 def test_a_path_is_probed_warm_and_returned_cold(tiny_checkpoint) -> None:
     """Where prompts are to be kept the probe has used kept ones, and the path that serves has none of them."""
-    chosen, found = choose_path(load_tiny(tiny_checkpoint("llama")), "auto", 400, cache_bytes=2**20)
+    chosen, found = probe_and_choose(load_tiny(tiny_checkpoint("llama")), "auto", 400, cache_bytes=2**20)
 
     assert isinstance(chosen, PackedForward)
     assert found.agrees
@@ -100,10 +100,10 @@ def test_wrong_kept_states_are_caught(tiny_checkpoint, monkeypatch) -> None:
 
     monkeypatch.setattr(CacheTransaction, "_with_cached", with_cached)
 
-    chosen, _ = choose_path(load_tiny(tiny_checkpoint("llama")), "auto", 400, cache_bytes=2**20)
+    chosen, _ = probe_and_choose(load_tiny(tiny_checkpoint("llama")), "auto", 400, cache_bytes=2**20)
 
-    assert not chosen.keeps
-    assert chosen.shared_from is not None
+    assert not chosen.caches_prefixes
+    assert chosen.min_shared_prefix_tokens is not None
 
 
 def test_an_ignored_window_is_caught(tiny_checkpoint) -> None:
@@ -115,7 +115,7 @@ def test_an_ignored_window_is_caught(tiny_checkpoint) -> None:
     register_packed_attention()  # so that no path registers it over this one
     AttentionInterface.register(ATTENTION, attend)
     try:
-        chosen, _ = choose_path(load_tiny(tiny_checkpoint("mistral")), "auto", 400)
+        chosen, _ = probe_and_choose(load_tiny(tiny_checkpoint("mistral")), "auto", 400)
     finally:
         AttentionInterface.register(ATTENTION, packed_attention)
 
@@ -124,7 +124,7 @@ def test_an_ignored_window_is_caught(tiny_checkpoint) -> None:
 
 def test_the_probe_tries_endings_lengths_and_the_window() -> None:
     """There are rows of one token, ending in EOS, in EOS and another token and in pad, and one beyond the window."""
-    rows = probe_rows(vocab_size=1000, pad_token_id=0, eos_token_id=9, window=200, max_tokens=4096)
+    rows = probe_sequences(vocab_size=1000, pad_token_id=0, eos_token_id=9, window=200, max_tokens=4096)
 
     assert {1, 2} <= {len(row) for row in rows}
     assert {(9,), (0,)} <= {row[-1:] for row in rows}
@@ -136,8 +136,8 @@ def test_the_probe_tries_endings_lengths_and_the_window() -> None:
 
 def test_the_probe_stays_within_its_limits() -> None:
     """No row is longer than the model takes, and a large window does not make the probe expensive."""
-    short = probe_rows(vocab_size=1000, pad_token_id=0, eos_token_id=9, window=200, max_tokens=50)
-    wide = probe_rows(vocab_size=1000, pad_token_id=0, eos_token_id=9, window=4096, max_tokens=8192)
+    short = probe_sequences(vocab_size=1000, pad_token_id=0, eos_token_id=9, window=200, max_tokens=50)
+    wide = probe_sequences(vocab_size=1000, pad_token_id=0, eos_token_id=9, window=4096, max_tokens=8192)
 
     assert max(len(row) for row in short) <= 50
     assert max(len(row) for row in wide) < 200
@@ -145,7 +145,7 @@ def test_the_probe_stays_within_its_limits() -> None:
 
 def test_the_probe_does_without_special_tokens() -> None:
     """A model without EOS and pad is probed all the same."""
-    assert len(probe_rows(vocab_size=300, pad_token_id=None, eos_token_id=None, window=None, max_tokens=512)) == 8
+    assert len(probe_sequences(vocab_size=300, pad_token_id=None, eos_token_id=None, window=None, max_tokens=512)) == 8
 
 
 @pytest.mark.parametrize(
@@ -165,15 +165,17 @@ def test_the_tolerance_is_what_rounding_explains(
 
     A sensitive probe has a wide tolerance of its own and leaves the others' as narrow as the median noise.
     """
-    assert tolerances(dtype, plain, noise) == pytest.approx(expected)
+    assert tolerances_of(dtype, plain, noise) == pytest.approx(expected)
 
 
 def test_every_probe_is_held_to_its_own_tolerance() -> None:
     """A difference that a sensitive probe may have is too much for another one; the worst probe is what is reported."""
     noise, limits = [0.01, 1.0, 0.01], [0.04, 4.0, 0.04]
 
-    within = compare([1.0, 5.0, 3.03], [1.0, 2.0, 3.0], noise, limits)
-    beyond = compare([1.0, 2.0, 3.5], [1.0, 2.0, 3.0], noise, limits)
+    reference = Reference([(5,), (6,), (7,)], [1.0, 2.0, 3.0], noise, limits)
+
+    within = reference.compare([1.0, 5.0, 3.03])
+    beyond = reference.compare([1.0, 2.0, 3.5])
 
     assert within.agrees
     assert not beyond.agrees
@@ -183,7 +185,7 @@ def test_every_probe_is_held_to_its_own_tolerance() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_reward_that_is_not_finite_never_agrees(bad: float) -> None:
     """A path that answers NaN or infinity where plain transformers answers a number differs, whatever the tolerance."""
-    assert not compare([1.0, bad], [1.0, 2.0], [0.0, 0.0], [1e9, 1e9]).agrees
+    assert not Reference([(5,), (6,)], [1.0, 2.0], [0.0, 0.0], [1e9, 1e9]).compare([1.0, bad]).agrees
 
 
 def test_a_dtype_that_overflows_is_refused(tiny_checkpoint) -> None:
@@ -193,7 +195,7 @@ def test_a_dtype_that_overflows_is_refused(tiny_checkpoint) -> None:
         classifier.linear_head.weight.fill_(math.inf)
 
     with pytest.raises(ParityError, match=r"no finite reward .* model\.dtype"):
-        choose_path(classifier, "auto", 400)
+        probe_and_choose(classifier, "auto", 400)
 
 
 def test_a_head_of_zeros_is_probed_without_a_slip(tiny_checkpoint) -> None:
@@ -202,7 +204,7 @@ def test_a_head_of_zeros_is_probed_without_a_slip(tiny_checkpoint) -> None:
     with torch.no_grad():
         classifier.linear_head.weight.zero_()
 
-    _, found = choose_path(classifier, "auto", 400)
+    _, found = probe_and_choose(classifier, "auto", 400)
 
     assert found.agrees
     assert not found.conclusive
@@ -214,10 +216,10 @@ def test_rewards_that_hardly_differ_are_called_inconclusive(tiny_checkpoint, cap
     with torch.no_grad():
         classifier.linear_head.weight.mul_(1e-7)
 
-    _, found = choose_path(classifier, "auto", 400)
+    _, found = probe_and_choose(classifier, "auto", 400)
 
     assert not found.conclusive
-    assert "cannot tell right from wrong" in caplog.text
+    assert "parity probe is inconclusive" in caplog.text
 
 
 def test_noise_is_measured_in_half_precision_only(tiny_checkpoint) -> None:
@@ -226,7 +228,7 @@ def test_noise_is_measured_in_half_precision_only(tiny_checkpoint) -> None:
     noise = {}
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         classifier = load_tiny(folder, dtype)
-        noise[dtype] = choose_path(classifier, "auto", 400)[1].noise
+        noise[dtype] = probe_and_choose(classifier, "auto", 400)[1].noise
         assert not classifier.model.get_input_embeddings()._forward_hooks
 
     assert noise[torch.float32] == 0.0

@@ -116,7 +116,7 @@ class NoRoom:
 
     name = "packed"
     cost = "packed"
-    shared_from = None
+    min_shared_prefix_tokens = None
 
     def run(self, rows, query=None, prompts=None):
         if len(rows) > 1:
@@ -129,7 +129,7 @@ class Broken:
 
     name = "packed"
     cost = "packed"
-    shared_from = None
+    min_shared_prefix_tokens = None
 
     def run(self, rows, query=None, prompts=None):
         raise RuntimeError("shapes do not match")

@@ -51,7 +51,7 @@ class LaunchingOracle(OracleEngine):
 
     @property
     def info(self) -> EngineInfo:
-        return replace(super().info, launches_ahead=True)
+        return replace(super().info, async_launch=True)
 
     def launch(self, sequences: Sequence[TokenSequence], *, states: bool = False) -> LaunchedOnThread:
         assert self.door.wait(timeout=30)

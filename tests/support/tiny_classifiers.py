@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from service.engines.model.classifier import Classifier, load_classifier, read_config
+from service.engines.parity import Parity, choose_path, probes_for, reference_of
+from service.engines.paths.base import ForwardPath, PathChoice, PathSpec, candidate_paths
 from service.records import Pooling, TokenSequence
 
 CPU = torch.device("cpu")
@@ -22,6 +25,15 @@ def load_tiny(
     """Load a tiny checkpoint with the pad token of its own configuration."""
     pad_token_id = read_config(folder).get_text_config().pad_token_id
     return load_classifier(folder, dtype=dtype, device=device, pooling=pooling, pad_token_id=pad_token_id)
+
+
+def probe_and_choose(
+    classifier: Classifier, choice: PathChoice = "auto", max_tokens: int = 400, **options: Any
+) -> tuple[ForwardPath, Parity]:
+    """Choose a forward path as the engine does; ``options`` are those of the fastest packed path."""
+    fastest = PathSpec("packed", **{"share_prefixes": True, **options})
+    reference = reference_of(classifier, probes_for(classifier, max_tokens))
+    return choose_path(classifier, candidate_paths(choice, fastest), reference)
 
 
 def random_rows(classifier: Classifier, lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> list[tuple[int, ...]]:

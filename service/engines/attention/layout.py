@@ -158,7 +158,7 @@ class PackedLayout:
             return self, list(inputs)
         plan = self.cascade_plan
         chunk_tensors = [tensor for chunk in self.chunks for tensor in chunk.tensors]
-        tensors = staging.send([*inputs, *chunk_tensors, *(plan.tensors if plan else [])])
+        tensors = staging.to_device([*inputs, *chunk_tensors, *(plan.tensors if plan else [])])
         sent = iter(tensors[len(inputs) :])
         chunks = [
             replace(chunk, queries=next(sent), keys=next(sent), cu_seqlens_q=next(sent), cu_seqlens_k=next(sent))

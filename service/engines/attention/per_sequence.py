@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from service.engines.attention.call import AttentionCall
 from service.engines.attention.gather import gather_tokens, pad_heads, repeat_heads
 from service.engines.attention.layout import BLOCK, AttentionChunk, PackedLayout, SequenceSpan
-from service.engines.devices.staging import sent
+from service.engines.devices.staging import copy_to_device
 
 QUERY_BLOCK = 512
 """Queries that share one explicit mask or score matrix, so that none grows with the square of a sequence."""
@@ -76,7 +76,7 @@ def _mask_of(layout: PackedLayout, window: int | None, dtype: torch.dtype, queri
         distance = torch.arange(min(QUERY_BLOCK, reach + BLOCK))[:, None] - torch.arange(-reach, QUERY_BLOCK + BLOCK)
         hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
         mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
-        mask = sent(mask, layout.device)
+        mask = copy_to_device(mask, layout.device)
         layout.window_masks[window, dtype] = mask
     origin = reach - queries.start
     return mask[: len(queries), origin + keys.start : origin + keys.stop]

@@ -24,8 +24,8 @@ from service.engines.kernels.attention import register_attention
 from service.engines.kernels.bindings import Kernels
 from service.engines.kernels.patching import multiplies_on_kernels
 from service.engines.model.classifier import Classifier
-from service.engines.model.taps import Spot, StateQuery
-from service.engines.paths.cuda_graphs import Bucket, PassLibrary, StaticPass, fill_row
+from service.engines.model.taps import Readout, StateQuery
+from service.engines.paths.cuda_graphs import Bucket, PassLibrary, StaticPass, fill_bucket
 from service.engines.rewiring import rewire
 from service.scheduling.prefix_tree import TokenIds, TokenSpan, has_shared_prefix
 
@@ -85,9 +85,9 @@ class PackedForward:
         self._mask: torch.Tensor | None = None
         self.library = PassLibrary({})
         """Passes of fixed shapes, for batches that share no prefix and whose states are not read; set by the engine."""
-        self.shared_from = MIN_SHARED_TOKENS if share_prefixes else None
+        self.min_shared_prefix_tokens = MIN_SHARED_TOKENS if share_prefixes else None
         self.kv_cache = KVCache(cache_bytes, MIN_SHARED_TOKENS) if cache_bytes and share_prefixes else None
-        self.keeps = self.kv_cache is not None
+        self.caches_prefixes = self.kv_cache is not None
 
     @torch.inference_mode()
     def run(
@@ -108,7 +108,7 @@ class PackedForward:
         """
         return Deferred(partial(self._finish, rows, query, self._launch(rows, query)))
 
-    def forget(self) -> None:
+    def clear_cache(self) -> None:
         """Clear the prefix cache."""
         if self.kv_cache is not None:
             self.kv_cache.prefix_index.clear()
@@ -161,22 +161,22 @@ class PackedForward:
         if query is not None and query.readings:
             return None
         recorded = self.library.choose(rows)
-        if recorded is None or has_shared_prefix(rows, self.shared_from):
+        if recorded is None or has_shared_prefix(rows, self.min_shared_prefix_tokens):
             return None
         return recorded
 
     @torch.inference_mode()
     def _launch_recorded(self, bucket: Bucket, recorded: StaticPass, rows: Sequence[TokenIds]) -> Pending[EngineOutput]:
         pooled = [self._classifier.pooled_position(row) for row in rows]
-        recorded.load(self._staging.send(fill_row(bucket, rows, pooled, PADDING_ID).tensors))
-        return _output_of(self._staging.fetch([recorded.compute()[: len(rows)]]), [0] * len(rows))
+        recorded.load(self._staging.to_device(fill_bucket(bucket, rows, pooled, PADDING_ID).tensors))
+        return _output_of(self._staging.to_host([recorded.compute()[: len(rows)]]), [0] * len(rows))
 
     def _layout_of(self, rows: Sequence[TokenIds], cached: Sequence[TokenSpan] | None = None) -> PackedLayout:
         return PackedLayout.of(
             rows,
             self._classifier.device,
             block=BLOCK if self._classifier.is_on_cpu else 1,
-            min_shared_tokens=self.shared_from,
+            min_shared_tokens=self.min_shared_prefix_tokens,
             batch_invariant_linear=self._batch_invariant_linear,
             cached=cached,
             cascade=self._cascade,
@@ -195,14 +195,14 @@ class PackedForward:
             self._staging,
             [torch.tensor([layout.token_ids(rows, PADDING_ID)]), layout.position_ids(), torch.tensor(pooled)],
         )
-        with classifier.tapped(*_spots_of(query, layout, pooled)) as tapped:
+        with classifier.recording(*_readouts_of(query, layout, pooled)) as recorded:
             states = classifier.body(
                 input_ids=ids, attention_mask=self._mask, position_ids=positions, use_cache=False, packed_layout=layout
             ).last_hidden_state[0]
         self._skip_mask_inference()
-        rewards, tapped_states = classifier.rewards_of(states.index_select(0, read)), tapped.stacked()
+        rewards, tapped_states = classifier.rewards_of(states.index_select(0, read)), recorded.stacked()
         results = [rewards] if tapped_states is None else [rewards, tapped_states]
-        return _output_of(self._staging.fetch(results), [sequence.num_shared for sequence in layout.sequences])
+        return _output_of(self._staging.to_host(results), [sequence.num_shared for sequence in layout.sequences])
 
     def _skip_mask_inference(self) -> None:
         """From the second pass on, pass a mask that is not read.
@@ -281,14 +281,14 @@ def _first_counted(row: TokenIds, requested: int) -> int:
     return requested if requested < len(row) else 0
 
 
-def _spots_of(
+def _readouts_of(
     query: StateQuery | None, layout: PackedLayout, pooled: Sequence[int]
-) -> tuple[tuple[StateTap, ...], list[Spot]]:
+) -> tuple[tuple[StateTap, ...], list[Readout]]:
     """Return the taps of a query, and where in the packed batch its readings are."""
     if query is None:
         return (), []
-    spots = []
+    readouts = []
     for index, first in query.readings:
         sequence = layout.sequences[index]
-        spots.append(Spot(0, pooled[index], sequence.spans_from(first) or sequence.spans))
-    return query.taps, spots
+        readouts.append(Readout(0, pooled[index], sequence.spans_from(first) or sequence.spans))
+    return query.taps, readouts

@@ -1,4 +1,4 @@
-"""Tiles ask for every token once, see what its sequence lets it see, and give the rewards of plain transformers."""
+"""Tiled attention has every token as a query once, with the right keys, and gives the rewards of plain transformers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from service.scheduling.prefix_tree import SequenceLayout, plan_prefix_sharing
 
 
 def many_sequences() -> list[SequenceLayout]:
-    """Sequences of all kinds of lengths, some with beginnings in common, one of them whole within another."""
+    """Sequences of many lengths, some with prefixes in common, one of them whole within another."""
     dice = random.Random(0)
     stem = tuple(range(150))
     endings = [tuple(dice.randrange(999) for _ in range(length)) for length in (1, 31, 64, 129, 300)]
@@ -26,8 +26,8 @@ def many_sequences() -> list[SequenceLayout]:
 
 
 @pytest.mark.parametrize("window", [None, 1, 70, 1000])
-def test_every_token_asks_once_and_sees_its_own_past(window: int | None) -> None:
-    """Each token of the row asks in one tile, and what its mask shows are the tokens before it in its sequence."""
+def test_every_token_is_a_query_once_and_attends_to_its_own_past(window: int | None) -> None:
+    """Each token of the batch is a query of one tile, which attends to itself and the tokens before it."""
     sequences = many_sequences()
     seen_by: dict[int, list[int]] = {}
 
@@ -49,7 +49,7 @@ def test_every_token_asks_once_and_sees_its_own_past(window: int | None) -> None
 
 
 def test_tiles_have_few_sizes_and_stay_small(monkeypatch) -> None:
-    """Keys come in whole steps, queries in powers of two, so that tiles meet; a batch holds so many scores at most."""
+    """Keys are multiples, queries powers of two, so that many tiles have one size; a batch's scores are bounded."""
     monkeypatch.setattr(tiles, "MAX_SCORES", 128 * 192 * 2)
 
     batches = plan_tiles(many_sequences(), None, torch.bfloat16)
@@ -65,7 +65,7 @@ def test_tiles_have_few_sizes_and_stay_small(monkeypatch) -> None:
 
 @pytest.mark.parametrize("family", DECODER_FAMILIES)
 def test_tiled_rewards_are_plain_transformers_rewards(tiny_checkpoint, monkeypatch, family: str) -> None:
-    """In fp32 every family's rewards through tiles equal its plain forward one by one, shared beginnings included."""
+    """In fp32 every family's rewards through tiles equal its plain forward one by one, shared prefixes included."""
     monkeypatch.setattr(attention, "prefers_tiled_attention", lambda device, dtype: True)
     monkeypatch.setattr(tiles, "MAX_TILE_QUERIES", 64)
     classifier = load_tiny(tiny_checkpoint(family))
@@ -76,8 +76,8 @@ def test_tiled_rewards_are_plain_transformers_rewards(tiny_checkpoint, monkeypat
     assert rewards == pytest.approx(plain_rewards(classifier, rows), abs=1e-5, rel=0)
 
 
-def test_tiles_are_for_bfloat16_without_matrix_tiles(monkeypatch) -> None:
-    """CPUs with AMX, without bfloat16 units, other arithmetic and CUDA keep torch's fused attention."""
+def test_tiles_are_for_bfloat16_without_amx(monkeypatch) -> None:
+    """With AMX, without bfloat16 units, in other types and on CUDA torch's fused attention is used."""
     cpu = torch.device("cpu")
     for has_units, has_amx, expected in ((True, False, True), (True, True, False), (False, False, False)):
         monkeypatch.setattr(attention, "has_native_bfloat16", lambda has_units=has_units: has_units)

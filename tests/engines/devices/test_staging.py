@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from service.engines.attention import interface as attention
 from service.engines.attention.layout import PackedLayout
 from service.engines.base import EngineInfo, Ready, StateTap
-from service.engines.devices.staging import ALIGNMENT, PlainStaging, lay_out, staging_for, views_of
+from service.engines.devices.staging import ALIGNMENT, PlainStaging, buffer_offsets, buffer_views, staging_for
 from service.engines.model.scalar_head import batch_invariant_head
 from service.engines.model.taps import StateQuery
 from service.engines.paths.packed import PackedForward
@@ -31,13 +31,13 @@ CPU = torch.device("cpu")
 def test_a_buffer_gives_back_what_was_put_in(kinds: list[tuple[torch.dtype, int]]) -> None:
     """Tensors of any type and length, empty ones too, keep their values side by side in one buffer."""
     tensors = [torch.arange(size).to(dtype) for dtype, size in kinds]
-    begins, num_bytes = lay_out(tensors)
+    begins, num_bytes = buffer_offsets(tensors)
     buffer = torch.full((num_bytes,), 255, dtype=torch.uint8)
 
-    for place, tensor in zip(views_of(buffer, tensors, begins), tensors, strict=True):
+    for place, tensor in zip(buffer_views(buffer, tensors, begins), tensors, strict=True):
         place.copy_(tensor)
 
-    for found, tensor in zip(views_of(buffer, tensors, begins), tensors, strict=True):
+    for found, tensor in zip(buffer_views(buffer, tensors, begins), tensors, strict=True):
         assert found.dtype == tensor.dtype
         assert torch.equal(found, tensor)
     assert all(begin % ALIGNMENT == 0 for begin in begins)
@@ -47,8 +47,8 @@ def test_on_a_cpu_nothing_is_copied() -> None:
     """Where no way lies between, what is sent is there and what is fetched is the tensor itself."""
     tensor = torch.arange(4)
 
-    (there,) = staging_for(CPU).send([tensor])
-    (back,) = staging_for(CPU).fetch([there]).result()
+    (there,) = staging_for(CPU).to_device([tensor])
+    (back,) = staging_for(CPU).to_host([there]).result()
 
     assert back.data_ptr() == tensor.data_ptr()
 
@@ -98,10 +98,10 @@ class RefusesToWait(TorchDispatchMode):
 class ShapesOnly(PlainStaging):
     """The meta device in the place of CUDA: what is sent has a shape there, and no values ever come back."""
 
-    def send(self, tensors: Any) -> list[torch.Tensor]:
+    def to_device(self, tensors: Any) -> list[torch.Tensor]:
         return [torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device) for tensor in tensors]
 
-    def fetch(self, tensors: Any) -> Ready[list[torch.Tensor]]:
+    def to_host(self, tensors: Any) -> Ready[list[torch.Tensor]]:
         assert all(tensor.device.type == "meta" for tensor in tensors)
         return Ready([torch.zeros(tensor.shape) for tensor in tensors])
 
@@ -111,9 +111,12 @@ def like_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """The meta device, on which the variable-length kernel is at hand."""
     monkeypatch.setattr(attention, "_has_varlen_kernel", lambda *_: True)
     monkeypatch.setattr("service.engines.paths.packed.staging_for", ShapesOnly)
-    monkeypatch.setattr("service.engines.model.taps.sent", lambda tensor, _: torch.empty_like(tensor, device="meta"))
     monkeypatch.setattr(
-        "service.engines.attention.per_sequence.sent", lambda tensor, _: torch.empty_like(tensor, device="meta")
+        "service.engines.model.taps.copy_to_device", lambda tensor, _: torch.empty_like(tensor, device="meta")
+    )
+    monkeypatch.setattr(
+        "service.engines.attention.per_sequence.copy_to_device",
+        lambda tensor, _: torch.empty_like(tensor, device="meta"),
     )
     return torch.device("meta")
 
@@ -167,7 +170,7 @@ def test_slabs_travel_with_the_other_inputs() -> None:
     sent: list[int] = []
 
     class Counting(PlainStaging):
-        def send(self, tensors: Any) -> list[torch.Tensor]:
+        def to_device(self, tensors: Any) -> list[torch.Tensor]:
             sent.append(len(tensors))
             return [tensor.clone() for tensor in tensors]
 
@@ -187,7 +190,7 @@ def test_a_lost_device_is_told_apart_from_a_failed_pass(monkeypatch: pytest.Monk
     """An error after which the device answers nothing is EngineUnavailable; one that it survives stays what it is."""
 
     class Asserts:
-        name, cost, shared_from = "packed", "packed", None
+        name, cost, min_shared_prefix_tokens = "packed", "packed", None
 
         def run(self, rows, query=None, prompts=None):
             raise RuntimeError("CUDA error: device-side assert triggered")
@@ -197,7 +200,7 @@ def test_a_lost_device_is_told_apart_from_a_failed_pass(monkeypatch: pytest.Monk
     with pytest.raises(RuntimeError, match="assert"):
         engine.forward(sequences_of([(1,)]))
 
-    monkeypatch.setattr("service.engines.torch.is_lost", lambda _: True)
+    monkeypatch.setattr("service.engines.torch.is_device_lost", lambda _: True)
     with pytest.raises(EngineUnavailable, match="cpu is lost"):
         engine.forward(sequences_of([(1,)]))
 

@@ -15,18 +15,18 @@ from service.engines.attention.call import PackingUnsupportedError
 from service.engines.base import StateTap
 from service.engines.model.taps import StateQuery
 from service.engines.paths.cuda_graphs import (
+    BATCH_LENGTHS,
     BUCKETS,
-    LARGEST_MODEL,
-    ROW_LENGTHS,
+    MAX_PARAMETERS,
     Bucket,
     PassLibrary,
     StaticPass,
     bucket_for,
     capture_graphs,
-    fill_row,
+    fill_bucket,
     probe_of,
     record_library,
-    wants_graphs,
+    resolve_graphs,
 )
 from service.engines.paths.packed import PackedForward
 from service.engines.torch import load_torch_engine
@@ -71,26 +71,26 @@ def test_a_bucket_holds_what_it_is_chosen_for(num_tokens: int, num_sequences: in
         assert not fitting or fitting[0].num_tokens > 2 * num_tokens
     else:
         assert bucket == fitting[0]
-        assert bucket.num_tokens <= max(2 * num_tokens, ROW_LENGTHS[0])
+        assert bucket.num_tokens <= max(2 * num_tokens, BATCH_LENGTHS[0])
 
 
 def test_a_row_is_filled_up_to_its_bucket() -> None:
     """Sequences stand end to end, unused ones are empty, and the filling is a sequence of its own behind them."""
-    inputs = fill_row(Bucket(10, 4), [(5, 6, 7), (8, 9)], [2, 0], filler_id=1)
+    inputs = fill_bucket(Bucket(10, 4), [(5, 6, 7), (8, 9)], [2, 0], pad_id=1)
 
     assert inputs.ids.tolist() == [[5, 6, 7, 8, 9, 1, 1, 1, 1, 1]]
     assert inputs.positions.tolist() == [[0, 1, 2, 0, 1, 0, 1, 2, 3, 4]]
-    assert inputs.borders.tolist() == [0, 3, 5, 5, 5, 10]
-    assert inputs.borders.dtype == torch.int32
-    assert inputs.read.tolist() == [2, 3, 0, 0]
+    assert inputs.cu_seqlens.tolist() == [0, 3, 5, 5, 5, 10]
+    assert inputs.cu_seqlens.dtype == torch.int32
+    assert inputs.pooled.tolist() == [2, 3, 0, 0]
 
 
 def test_a_full_row_needs_no_filling() -> None:
     """With every token and every sequence used, the sequence of the filling is empty."""
-    inputs = fill_row(Bucket(5, 2), [(5, 6, 7), (8, 9)], [2, 1], filler_id=1)
+    inputs = fill_bucket(Bucket(5, 2), [(5, 6, 7), (8, 9)], [2, 1], pad_id=1)
 
-    assert inputs.borders.tolist() == [0, 3, 5, 5]
-    assert inputs.read.tolist() == [2, 4]
+    assert inputs.cu_seqlens.tolist() == [0, 3, 5, 5]
+    assert inputs.pooled.tolist() == [2, 4]
 
 
 @pytest.mark.parametrize("family", VARLEN_FAMILIES)
@@ -163,20 +163,20 @@ def test_a_probe_runs_in_its_own_bucket(bucket: Bucket) -> None:
 
 def test_the_setting_is_resolved_against_the_device() -> None:
     """Auto records graphs of small models on CUDA; asked for on a CPU it is refused with a sentence."""
-    assert wants_graphs("auto", CUDA, LARGEST_MODEL)
-    assert not wants_graphs("auto", CUDA, LARGEST_MODEL + 1)
-    assert wants_graphs(True, CUDA, LARGEST_MODEL + 1)
-    assert not wants_graphs(False, CUDA, 1)
-    assert not wants_graphs("auto", CPU, 1)
+    assert resolve_graphs("auto", CUDA, MAX_PARAMETERS)
+    assert not resolve_graphs("auto", CUDA, MAX_PARAMETERS + 1)
+    assert resolve_graphs(True, CUDA, MAX_PARAMETERS + 1)
+    assert not resolve_graphs(False, CUDA, 1)
+    assert not resolve_graphs("auto", CPU, 1)
     with pytest.raises(SettingsError, match="cuda_graphs needs a CUDA device"):
-        wants_graphs(True, CPU, 1)
+        resolve_graphs(True, CPU, 1)
 
 
 def test_deterministic_rewards_do_without_graphs() -> None:
     """A recorded pass reads no states, so a reward could depend on whether some are read: together they are refused."""
-    assert not wants_graphs("auto", CUDA, 1, deterministic=True)
+    assert not resolve_graphs("auto", CUDA, 1, deterministic=True)
     with pytest.raises(SettingsError, match="contradict"):
-        wants_graphs(True, CUDA, 1, deterministic=True)
+        resolve_graphs(True, CUDA, 1, deterministic=True)
 
 
 def record_on_cpu(classifier, max_batch_tokens: int) -> PassLibrary:
@@ -192,12 +192,12 @@ def test_each_recorded_pass_is_compared_with_an_ordinary_one(tiny_checkpoint, mo
     attend_as_a_gpu(monkeypatch)
 
     library, failure = record_library(classifier, lambda rows: ordinary[tuple(rows)], 4096, 1e-5, record_on_cpu)
-    assert (library.longest_row, failure) == (512, "")
+    assert (library.max_tokens, failure) == (512, "")
 
     ordinary[tuple(probes[SMALL[1]])][2] += 0.1
     library, failure = record_library(classifier, lambda rows: ordinary[tuple(rows)], 4096, 1e-5, record_on_cpu)
-    assert library.longest_row == 0
-    assert "row of 256 tokens differs by 0.1" in failure
+    assert library.max_tokens == 0
+    assert "batch of 256 tokens differs by 0.1" in failure
 
 
 def test_what_cannot_be_recorded_is_logged(tiny_checkpoint, caplog: pytest.LogCaptureFixture) -> None:
@@ -207,7 +207,7 @@ def test_what_cannot_be_recorded_is_logged(tiny_checkpoint, caplog: pytest.LogCa
 
     library, failure = record_library(classifier, lambda rows: path.run(rows).rewards, 4096, 1e-5, record_on_cpu)
 
-    assert library.longest_row == 0
+    assert library.max_tokens == 0
     assert "variable-length kernel" in failure
     assert failure in caplog.text
     assert len(path.run([(5, 6, 7)]).rewards) == 1
@@ -223,7 +223,11 @@ def test_an_engine_on_a_cpu_refuses_graphs(tiny_checkpoint) -> None:
             folder, ModelSettings(**settings, cuda_graphs=True), batching, pad_token_id=0, max_input_tokens=99
         )
     engine = load_torch_engine(folder, ModelSettings(**settings), batching, pad_token_id=0, max_input_tokens=99)
-    assert (engine.info.graph_tokens, engine.info.graph_failure, engine.info.launches_ahead) == (0, "", False)
+    assert (engine.info.cuda_graph_max_tokens, engine.info.cuda_graph_failure, engine.info.async_launch) == (
+        0,
+        "",
+        False,
+    )
 
 
 @pytest.mark.gpu
