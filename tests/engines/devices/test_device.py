@@ -1,4 +1,4 @@
-"""Device, arithmetic and threads are resolved from settings and machine, and what a machine lacks is refused."""
+"""Device, dtype and threads are resolved from settings and machine, and what a machine lacks is refused."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from service.errors import SettingsError
 
 
 @pytest.mark.parametrize("choice", ["gpu", "cuda:99", "mps", "meta"])
-def test_a_device_that_is_not_there_is_refused(choice: str) -> None:
-    """A name that is no device, or a device this machine lacks, ends the start with a sentence naming the setting."""
+def test_a_missing_device_is_refused(choice: str) -> None:
+    """A name that is no device, or a device this machine lacks, fails the start; the error names the setting."""
     with pytest.raises(SettingsError, match=r"model\.device"):
         resolve_device(choice)
 
@@ -58,8 +58,8 @@ def test_threads_are_the_setting_or_all_cores() -> None:
         (ValueError("not enough memory"), False),
     ],
 )
-def test_a_lack_of_memory_is_told_from_other_errors(error: Exception, expected: bool) -> None:
-    """CUDA's, Python's and the CPU allocator's errors are a lack of memory; other errors are not."""
+def test_out_of_memory_errors_are_recognised(error: Exception, expected: bool) -> None:
+    """CUDA's, Python's and the CPU allocator's errors count as out of memory; other errors do not."""
     assert is_out_of_memory(error) is expected
 
 
