@@ -12,16 +12,8 @@ from tiny_bundles import TAPS, change_manifest, embedding, reward_by_hand, write
 
 from service.checkpoints.bundle import open_bundle, read_manifest
 from service.engines.deduplication import Reading
-from service.engines.onnx import (
-    OnnxEngine,
-    Padding,
-    load_onnx_engine,
-    open_session,
-    passes_over,
-    refuse_missing_provider,
-    requested_providers,
-    session_options,
-)
+from service.engines.onnx import OnnxEngine, Padding, load_onnx_engine, passes_over
+from service.engines.onnx_session import open_session, refuse_missing_provider, requested_providers, session_options
 from service.errors import EngineOutOfMemory, ParityError, SettingsError
 from service.records import StateTap, TokenSequence
 from service.settings import BatchingSettings, ModelSettings

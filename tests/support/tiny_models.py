@@ -1,8 +1,8 @@
 """Tiny random reward-model checkpoints, one per architecture family, written as ordinary folders.
 
 They have the files of a real checkpoint (weights, config, trained tokenizer, chat template) and 120,000 weights, so
-a test loads one in a fraction of a second. The weights are random, with a variance large enough for every token to affect
-the reward.
+a test loads one in a fraction of a second. The weights are random, with a variance large enough for every token to
+affect the reward.
 """
 
 from __future__ import annotations

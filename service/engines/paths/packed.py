@@ -128,16 +128,16 @@ class PackedForward:
         if self.kept is not None:
             self.kept.prefixes.clear()
 
-    def num_cached_tokens(self, row: tuple[int, ...], first_wanted: int | None) -> int:
+    def num_cached_tokens(self, row: tuple[int, ...], mean_start: int | None) -> int:
         """Return how many leading tokens of a row are cached; see ``ForwardPath.num_cached_tokens``."""
         if self.kept is None or not row:
             return 0
-        return self.kept.prefixes.longest(row, self._limit(row, first_wanted))[1]
+        return self.kept.prefixes.longest(row, self._limit(row, mean_start))[1]
 
-    def _limit(self, row: tuple[int, ...], first_wanted: int | None) -> int:
+    def _limit(self, row: tuple[int, ...], mean_start: int | None) -> int:
         """Return how many leading tokens a pass may leave out: none whose state is read."""
         pooled = self._classifier.pooled_position(row)
-        return pooled if first_wanted is None else min(pooled, _first_counted(row, first_wanted))
+        return pooled if mean_start is None else min(pooled, _first_counted(row, mean_start))
 
     def _replace(self, output: EngineOutput, place: int, row: tuple[int, ...], query: StateQuery | None) -> float:
         readings = [] if query is None else [index for index, (owner, _) in enumerate(query.readings) if owner == place]
