@@ -224,14 +224,30 @@ def load_onnx_engine(
     refuse_missing_taps(manifest, taps or ())
     device = resolve_bundle_device(manifest.precision, model.device)
     session = open_session(bundle.graph, device, model.num_threads)
-    is_on_cpu = device == "cpu"
     padding = Padding(
         pooling=model.pooling,
         pad_token_id=manifest.pad_token_id,
         reads_first=not manifest.has_linear_head,
-        length_step=1 if is_on_cpu else CUDA_LENGTH_STEP,
+        length_step=1 if device == "cpu" else CUDA_LENGTH_STEP,
     )
-    info = EngineInfo(
+    info = _describe(bundle, batching, device, session.get_providers(), taps)
+    tap_indices = [manifest.taps.index(tap) for tap in info.taps]
+    engine = OnnxEngine(session, padding, info, tap_indices, deterministic=batching.deterministic)
+    # The recorded rewards were pooled by transformers' rule; for another one there is nothing to compare with.
+    if check and model.pooling == "hf":
+        check_probes(engine, manifest)
+    return engine
+
+
+def _describe(
+    bundle: Bundle,
+    batching: BatchingSettings,
+    device: str,
+    providers: Sequence[str],
+    taps: tuple[StateTap, ...] | None,
+) -> EngineInfo:
+    manifest = bundle.manifest
+    return EngineInfo(
         engine="onnx",
         architecture=manifest.architecture,
         forward="padded",
@@ -239,17 +255,11 @@ def load_onnx_engine(
         dtype=DTYPES[manifest.precision],
         cost="padded",
         max_input_tokens=bundle.checkpoint.max_input_tokens,
-        max_batch_tokens=batching.max_batch_tokens or BATCH_TOKENS["cpu" if is_on_cpu else "cuda"],
+        max_batch_tokens=batching.max_batch_tokens or BATCH_TOKENS["cpu" if device == "cpu" else "cuda"],
         parity={**asdict(manifest.parity), "compared_to": "plain transformers in float32, at export"},
         taps=manifest.taps if taps is None else taps,
-        providers=tuple(session.get_providers()),
+        providers=tuple(providers),
     )
-    tap_indices = [manifest.taps.index(tap) for tap in info.taps]
-    engine = OnnxEngine(session, padding, info, tap_indices, deterministic=batching.deterministic)
-    # The recorded rewards were pooled by transformers' rule; for another one there is nothing to compare with.
-    if check and model.pooling == "hf":
-        check_probes(engine, manifest)
-    return engine
 
 
 def check_probes(engine: OnnxEngine, manifest: Manifest) -> None:

@@ -64,10 +64,11 @@ def test_out_of_memory_errors_are_recognised(error: Exception, expected: bool) -
 
 
 def test_huge_pages_are_enabled_before_torch_allocates() -> None:
-    """After the engine is imported a large tensor still starts at a page boundary: importing it allocates nothing."""
+    """Importing the engine changes no setting and allocates nothing, so large tensors start at page boundaries."""
     program = (
-        "import mmap, service.engines.torch, torch\n"
+        "import mmap, os, service.engines.torch, torch\n"
         "from service.engines.devices.device import enable_huge_pages\n"
+        "assert 'THP_MEM_ALLOC_ENABLE' not in os.environ\n"
         "enable_huge_pages()\n"
         "tensors = [torch.empty(2**22 + 100 * turn) for turn in range(4)]\n"
         "print(all(tensor.data_ptr() % mmap.PAGESIZE == 0 for tensor in tensors))"
