@@ -9,7 +9,13 @@ import sys
 import pytest
 import torch
 
-from service.engines.devices.device import is_out_of_memory, resolve_device, resolve_dtype, resolve_threads
+from service.engines.devices.device import (
+    THP_VARIABLE,
+    is_out_of_memory,
+    resolve_device,
+    resolve_dtype,
+    resolve_threads,
+)
 from service.errors import SettingsError
 
 
@@ -67,13 +73,17 @@ def test_huge_pages_are_enabled_before_torch_allocates() -> None:
     """Importing the engine changes no setting and allocates nothing, so large tensors start at page boundaries."""
     program = (
         "import mmap, os, service.engines.torch, torch\n"
-        "from service.engines.devices.device import enable_huge_pages\n"
-        "assert 'THP_MEM_ALLOC_ENABLE' not in os.environ\n"
+        "from service.engines.devices.device import THP_VARIABLE, enable_huge_pages\n"
+        "assert THP_VARIABLE not in os.environ\n"
         "enable_huge_pages()\n"
         "tensors = [torch.empty(2**22 + 100 * turn) for turn in range(4)]\n"
         "print(all(tensor.data_ptr() % mmap.PAGESIZE == 0 for tensor in tensors))"
     )
 
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=250)
+    environment = {name: value for name, value in os.environ.items() if name != THP_VARIABLE}
+
+    found = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True, timeout=250
+    )
 
     assert found.stdout.split() == ["True"]
