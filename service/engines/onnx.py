@@ -266,7 +266,7 @@ def check_probes(engine: OnnxEngine, manifest: Manifest) -> None:
     """Verify that the engine gives the probes of the manifest the rewards that were recorded with them.
 
     Raises:
-        ParityError: it does not, for example with another build of ONNX Runtime or a CPU whose int8 sums saturate.
+        ParityError: it does not, for example with another build of ONNX Runtime.
     """
     limit = engine.info.max_input_tokens
     probes = [probe for probe in manifest.probes if len(probe.token_ids) <= limit]
@@ -276,7 +276,7 @@ def check_probes(engine: OnnxEngine, manifest: Manifest) -> None:
     if gap > manifest.probe_tolerance:
         raise ParityError(
             f"This machine's ONNX Runtime gives rewards that differ by {gap:.3g} from those recorded at export, more "
-            f"than {manifest.probe_tolerance:.3g}: export the bundle here, as fp32, or int8 with --reduce-range."
+            f"than {manifest.probe_tolerance:.3g}: export the bundle on this machine, or as fp32."
         )
     logger.info("The graph gives its recorded rewards within %.3g, limit %.3g", gap, manifest.probe_tolerance)
 

@@ -67,7 +67,7 @@ def session_options(num_threads: int | None) -> Any:
     """Return ONNX Runtime's options for one engine thread, batches of changing shapes, and a busy Python process."""
     import onnxruntime
 
-    from service.engines.devices.device import resolve_threads
+    from service.engines.devices.device import multiplies_int8_exactly, resolve_threads
 
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
@@ -79,6 +79,9 @@ def session_options(num_threads: int | None) -> Any:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # Memory plans are made per shape, and shapes hardly repeat. The arena stays: fresh pages cost more than they save.
     options.enable_mem_pattern = False
+    if not multiplies_int8_exactly():
+        # ONNX Runtime then multiplies uint8 by uint8, which is slower and does not saturate.
+        options.add_session_config_entry("session.x64quantprecision", "1")
     options.log_severity_level = 3
     return options
 
