@@ -113,7 +113,7 @@ class PackedForward:
         if self.kv_cache is not None:
             self.kv_cache.prefix_index.clear()
 
-    def num_cached_tokens(self, row: TokenIds, first_wanted: int | None) -> int:
+    def num_cached_tokens(self, row: TokenIds, mean_start: int | None) -> int:
         """Return how many leading tokens of a sequence are cached; see ``ForwardPath.num_cached_tokens``.
 
         The queue calls this while it holds the scorer's lock, because which sequences fit a batch depends on it. It
@@ -122,7 +122,7 @@ class PackedForward:
         """
         if self.kv_cache is None or not row:
             return 0
-        return self.kv_cache.prefix_index.longest(row, self._max_cached(row, first_wanted))[1]
+        return self.kv_cache.prefix_index.longest(row, self._max_cached(row, mean_start))[1]
 
     @torch.inference_mode()
     def _finish(
