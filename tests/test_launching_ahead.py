@@ -25,7 +25,8 @@ from service.errors import (
 from service.metrics import Metrics
 from service.pipeline import Pipeline
 from service.records import Encoding, Exchange, Item, Score, ScoreRequest, TokenSequence
-from service.scorer import ScoredRequest, Scorer
+from service.request_state import ScoredRequest
+from service.scorer import Scorer
 from service.settings import BatchingSettings, LimitSettings, TokenizationSettings
 from service.tokenization import Tokenization
 
@@ -90,7 +91,7 @@ async def asked_of(scorer: Scorer, engine: LaunchingOracle, *loads: Sequence[str
     engine.gate.clear()
     engine.door.clear()
     tasks = [asyncio.create_task(scorer.score(request(*load))) for load in loads]
-    await until(lambda: len(scorer._pending) == len(loads))
+    await until(lambda: len(scorer._queue._requests) == len(loads))
     engine.door.set()
     return tasks
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from math import log2
 
 import pytest
 from hypothesis import given, settings
@@ -13,9 +14,9 @@ from reward_client.options import DiagnosticsLevel
 from service.engines.base import EngineInfo, EngineOutput
 from service.engines.oracle import OracleEngine, OracleFaults, oracle_reward
 from service.errors import EngineFailed, EngineOutOfMemory, HttpError, NonFiniteReward, OutputMismatch, WarmUpFailed
-from service.pipeline import Pipeline
+from service.pipeline import Pipeline, isolate_failures
 from service.records import Score, TokenSequence
-from service.scheduling.queue import BatchBudget
+from service.scheduling.budget import BatchBudget
 
 POISON, NAN, INFINITY = 1, 2, 3
 
@@ -187,6 +188,38 @@ def test_errors_keep_nothing_of_the_pass_alive() -> None:
     for error in outcomes:
         assert isinstance(error, HttpError)
         assert (error.__traceback__, error.__cause__, error.__context__) == (None, None, None)
+
+
+# --- Isolating failures ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("index", [0, 1, 100, 127, 128, 255])
+def test_isolating_one_failure_in_256_costs_17_passes(index: int) -> None:
+    """Bisection isolates the one sequence that fails in at most 2 log2(n) + 1 passes."""
+    parts: list[range] = []
+
+    def try_pass(part: range) -> bool:
+        parts.append(part)
+        return index not in part
+
+    assert isolate_failures(256, try_pass) == [index]
+    assert len(parts) <= 2 * log2(256) + 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 40), st.data())
+def test_bisection_covers_every_index(num_sequences: int, data: st.DataObject) -> None:
+    """Exactly the failing sequences are found, and each other index is in exactly one part that passed."""
+    failing = data.draw(st.sets(st.integers(0, num_sequences - 1))) if num_sequences else set()
+    passed: list[int] = []
+
+    def try_pass(part: range) -> bool:
+        good = failing.isdisjoint(part)
+        passed.extend(part if good else [])
+        return good
+
+    assert isolate_failures(num_sequences, try_pass) == sorted(failing)
+    assert sorted(passed) == sorted(set(range(num_sequences)) - failing)
 
 
 # --- Warm-up ---------------------------------------------------------------------------------------------------------

@@ -41,7 +41,9 @@ from service.errors import (
 from service.metrics import Metrics
 from service.pipeline import Pipeline
 from service.records import Encoding, Exchange, Item, Score, ScoreRequest, TokenIds, TokenSequence
-from service.scorer import CHUNK_CHARS, ScoredRequest, Scorer, chunks_of, plan_work
+from service.request_state import ScoredRequest
+from service.scheduling.work import CHUNK_CHARS, chunks_of, plan_work
+from service.scorer import Scorer
 from service.settings import BatchingSettings, LimitSettings, TokenizationSettings
 from service.tokenization import Tokenization
 
@@ -223,7 +225,7 @@ async def test_shared_tokens_are_counted_for_whom_they_were_saved(tokenization: 
         if sample.name == "rm_tokens_total"
     }
     assert counted_tokens["shared"] == 2 * len(PROMPT)
-    assert counted_tokens["kept"] == 2 * 3
+    assert counted_tokens["cached"] == 2 * 3
 
 
 class RememberingEngine(GatedEngine):
@@ -291,7 +293,7 @@ async def test_mixed_load_loses_and_swaps_nothing(tokenization: Tokenization) ->
     loads = [[completion() for _ in range(dice.choice([1, 1, 1, 2, 8, 64]))] for _ in range(300)]
     async with running(new_scorer(tokenization, engine, metrics=metrics)) as scorer:
         answers = await asyncio.gather(*(scorer.score(request(*load)) for load in loads))
-        assert (len(scorer._queue), scorer.queued_tokens, len(scorer._pending)) == (0, 0, 0)
+        assert (len(scorer._queue), scorer.queued_tokens, len(scorer._queue._requests)) == (0, 0, 0)
 
     for load, answer in zip(loads, answers, strict=True):
         assert rewards(answer) == [deserved(text) for text in load]
@@ -420,8 +422,7 @@ async def test_single_item_overtakes_a_bulk_request(tokenization: Tokenization) 
         bulk = asyncio.create_task(scorer.score(request(*(f"bulk {number:03}" for number in range(200)))))
         await engine.until_entered()
         small = asyncio.create_task(scorer.score(request("small")))
-        waiting = scorer.queued_tokens
-        await until(lambda: scorer.queued_tokens > waiting and not scorer._queue._reserved)
+        await until(lambda: len(scorer._queue._requests) == 2)
         engine.gate.set()
         await asyncio.gather(bulk, small)
 
@@ -675,7 +676,7 @@ def test_plan_keeps_prompts_together_and_each_sequence_once() -> None:
     assert [sequence.token_ids for sequence in work.sequences] == [
         (ord(prompt), ord(answer)) for prompt in "pq" for answer in "ab"
     ]
-    assert work.places == ((0, 2), (1,), (3, 5), (4,))
+    assert work.item_indices == ((0, 2), (1,), (3, 5), (4,))
     assert work.prefixes[0] == work.prefixes[1] != work.prefixes[2] == work.prefixes[3]
 
 
@@ -683,4 +684,4 @@ def test_plan_leaves_errors_out() -> None:
     """An item that was not encoded asks nothing of the engine."""
     encoded = [SequenceTooLong("too long")] * 5 + [TokenSequence((1, 2))]
 
-    assert plan_work(ITEMS, encoded).places == ((5,),)
+    assert plan_work(ITEMS, encoded).item_indices == ((5,),)

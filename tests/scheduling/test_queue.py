@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import count, cycle
-from math import log2
 
 import pytest
 from hypothesis import given, settings
@@ -15,19 +14,12 @@ from hypothesis import strategies as st
 
 from service.errors import Overloaded
 from service.records import TokenSequence
+from service.scheduling.admission import DEFAULT_RETRY_AFTER_S, Throughput
+from service.scheduling.budget import BatchBudget, batch_cost
+from service.scheduling.flows import MAX_SKIPPED_BATCHES, OVERTAKE_LIMIT_RATIO, Entry
+from service.scheduling.padded_batch import select_similar_lengths
 from service.scheduling.prefix_tree import grow_branches, num_common, worth_sharing
-from service.scheduling.queue import (
-    OVERTAKING_RATIO,
-    PATIENCE_BATCHES,
-    RETRY_AFTER_UNMEASURED_S,
-    BatchBudget,
-    Entry,
-    Queue,
-    Throughput,
-    batch_cost,
-    bisect,
-    neighbours_in_length,
-)
+from service.scheduling.queue import Queue
 
 LAW = settings(max_examples=60, deadline=None)
 """A law is tried on enough cases; how long one takes on a busy machine is not its subject."""
@@ -71,7 +63,7 @@ def drain(queue: Queue, budget: BatchBudget = PACKED) -> list[tuple[Entry, ...]]
 
 
 def names(batch: Sequence[Entry]) -> list[tuple[object, int]]:
-    return [(entry.request, entry.place) for entry in batch]
+    return [(entry.request, entry.index) for entry in batch]
 
 
 # --- Laws for any work -----------------------------------------------------------------------------------------------
@@ -171,7 +163,7 @@ def test_groups_that_fit_leave_together(groups: list[int], length: int) -> None:
     homes: dict[int, set[int]] = {}
     for index, batch in enumerate(batches):
         for entry in batch:
-            homes.setdefault(groups[entry.place], set()).add(index)
+            homes.setdefault(groups[entry.index], set()).add(index)
     assert all(len(home) == 1 for home in homes.values())
 
 
@@ -196,13 +188,13 @@ def test_stream_of_newcomers_does_not_starve_a_large_request() -> None:
     queue = new_queue()
     put(queue, "bulk", [90] * 4)
     served_at = []
-    for batch in range(20 * PATIENCE_BATCHES):
+    for batch in range(20 * MAX_SKIPPED_BATCHES):
         put(queue, f"{batch}-a", [50])
         put(queue, f"{batch}-b", [50])
         if any(entry.request == "bulk" for entry in take(queue)):
             served_at.append(batch)
 
-    assert served_at[0] == PATIENCE_BATCHES
+    assert served_at[0] == MAX_SKIPPED_BATCHES
     assert len(served_at) == 4
 
 
@@ -211,7 +203,7 @@ def test_patience_rules_few_batches() -> None:
     queue = new_queue()
     for bulk in range(60):
         put(queue, f"bulk-{bulk}", [90] * 8)
-    for _ in range(2 * PATIENCE_BATCHES):
+    for _ in range(2 * MAX_SKIPPED_BATCHES):
         take(queue)
 
     at_once = 0
@@ -272,7 +264,7 @@ def test_overtaking_ends_in_proportion_to_size(length: int, others: list[int]) -
             break
         num_computed += sum(entry.num_tokens for entry in batch)
 
-    assert num_computed <= OVERTAKING_RATIO * length + 2 * PACKED.max_tokens
+    assert num_computed <= OVERTAKE_LIMIT_RATIO * length + 2 * PACKED.max_tokens
 
 
 @pytest.mark.parametrize("budget", [PACKED, PADDED], ids=["packed", "padded"])
@@ -330,7 +322,7 @@ def test_group_larger_than_the_budget_leaves_in_full_runs() -> None:
     batches = drain(queue)
 
     assert [len(batch) for batch in batches] == [10, 10, 5]
-    assert [entry.place for batch in batches for entry in batch] == list(range(25))
+    assert [entry.index for batch in batches for entry in batch] == list(range(25))
 
 
 def test_misfitting_group_leaves_its_room_to_the_next_request() -> None:
@@ -342,7 +334,7 @@ def test_misfitting_group_leaves_its_room_to_the_next_request() -> None:
 
     batches = drain(queue)
 
-    homes = [{entry.place for entry in batch if entry.request == "groups"} for batch in batches]
+    homes = [{entry.index for entry in batch if entry.request == "groups"} for batch in batches]
     assert all(home in ({0, 1}, {2, 3}, set()) for home in homes)
 
 
@@ -532,11 +524,11 @@ def test_no_batch_computes_more_than_its_budget_however_much_is_kept(
 # --- Padding ---------------------------------------------------------------------------------------------------------
 
 
-def test_padded_batch_keeps_to_neighbours_in_length() -> None:
+def test_padded_batch_keeps_to_select_similar_lengths() -> None:
     """Around the head stand the sequences nearest to it in length, so that little padding is computed."""
     lengths = [40, 10, 400, 39, 12, 41, 380, 11]
 
-    chosen = neighbours_in_length(lengths, BatchBudget("padded", 123, 16))
+    chosen = select_similar_lengths(lengths, BatchBudget("padded", 123, 16))
 
     assert sorted(lengths[index] for index in chosen) == [39, 40, 41]
 
@@ -558,7 +550,7 @@ def test_padded_batch_of_mixed_lengths_wastes_little() -> None:
 @given(st.lists(st.integers(1, 90), min_size=1, max_size=60))
 def test_padded_choice_holds_the_head_and_fits(lengths: list[int]) -> None:
     """The fairest sequence is always in the batch, and the padded cost is within the budget."""
-    chosen = neighbours_in_length(lengths, PADDED)
+    chosen = select_similar_lengths(lengths, PADDED)
 
     assert 0 in chosen
     assert len(set(chosen)) == len(chosen) <= PADDED.max_sequences
@@ -611,7 +603,7 @@ def test_refusal_before_any_measurement_asks_to_come_back_soon() -> None:
     with pytest.raises(Overloaded) as refusal:
         queue.admit("second", 1)
 
-    assert refusal.value.retry_after_s == RETRY_AFTER_UNMEASURED_S
+    assert refusal.value.retry_after_s == DEFAULT_RETRY_AFTER_S
 
 
 def test_reservation_gives_way_to_the_counted_tokens() -> None:
@@ -678,39 +670,7 @@ def test_ten_thousand_cancels_leave_nothing_behind() -> None:
         put(queue, str(name), [150, 150], ["a", "b"])
         queue.cancel(str(name))
 
-    assert len(queue) == len(queue._by_prefix) == 40
-    assert len(queue._turns) < 200
+    assert len(queue) == len(queue._flows._by_prefix) == 40
+    assert len(queue._flows._heap) < 200
     everything = take(queue, BatchBudget("packed", max_tokens=10_000, max_sequences=100))
     assert [entry.num_tokens for entry in everything] == sorted(stay)
-
-
-# --- Poison ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("position", [0, 1, 100, 127, 128, 255])
-def test_one_poison_in_256_costs_17_passes(position: int) -> None:
-    """Bisection isolates the one sequence that fails at the price of 2 log2(n) + 1 passes."""
-    runs: list[range] = []
-
-    def passes(run: range) -> bool:
-        runs.append(run)
-        return position not in run
-
-    assert bisect(256, passes) == [position]
-    assert len(runs) <= 2 * log2(256) + 1
-
-
-@LAW
-@given(st.integers(0, 40), st.data())
-def test_bisection_answers_every_position(num_sequences: int, data: st.DataObject) -> None:
-    """Exactly the poison is found, and each other position is in exactly one run that passed."""
-    poison = data.draw(st.sets(st.integers(0, num_sequences - 1))) if num_sequences else set()
-    passed: list[int] = []
-
-    def passes(run: range) -> bool:
-        good = poison.isdisjoint(run)
-        passed.extend(run if good else [])
-        return good
-
-    assert bisect(num_sequences, passes) == sorted(poison)
-    assert sorted(passed) == sorted(set(range(num_sequences)) - poison)
