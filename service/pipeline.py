@@ -207,8 +207,8 @@ class Pipeline:
             except EngineOutOfMemory as error:
                 if not num_fitting:
                     raise WarmUpFailed(
-                        f"The device has no room for one longest sequence of {longest} tokens; "
-                        "lower model.max_input_tokens or take a larger device."
+                        f"The device has no memory for one sequence of {longest} tokens, the maximal length; "
+                        "lower model.max_input_tokens or use a device with more memory."
                     ) from error
                 budget = budget.halved()
                 logger.warning("Out of memory at warm-up; the batch budget is now %d tokens.", budget.max_tokens)
