@@ -22,7 +22,8 @@ from loadtest.engine_work import Work
 from loadtest.matmul_limit import layer_shapes, measure_limit
 from service.engines.base import Engine, EngineOutput, LaunchingEngine, Pending
 from service.engines.torch import load_torch_engine
-from service.scheduling.queue import BatchBudget, Queue
+from service.scheduling.budget import BatchBudget
+from service.scheduling.queue import Queue
 from service.settings import BatchingSettings, ModelSettings
 from service.transformers_logging import transformers_silenced
 
@@ -271,7 +272,7 @@ def budget_batches(work: Work, engine: Engine) -> Iterator[list[int]]:
     budget = BatchBudget(engine.info.cost, engine.info.max_batch_tokens, MAX_BATCH_SEQUENCES)
     while len(queue):
         entries = queue.take_batch(0.0, budget).entries
-        yield [requests[entry.request][entry.place] for entry in entries]  # type: ignore[index]
+        yield [requests[entry.request][entry.index] for entry in entries]  # type: ignore[index]
 
 
 # --- The limit -------------------------------------------------------------------------------------------------------

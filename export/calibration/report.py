@@ -23,8 +23,9 @@ from service.diagnostics.calibration_facts import LengthCorrelations, Rate
 from service.diagnostics.ood import MIN_GROUP
 from service.errors import HttpError
 from service.records import Encoding, Item, Score, TokenSequence
-from service.scheduling.queue import BatchBudget, Queue
-from service.scorer import plan_work
+from service.scheduling.budget import BatchBudget
+from service.scheduling.queue import Queue
+from service.scheduling.work import plan_work
 
 IN_DISTRIBUTION = "in_distribution"
 
@@ -127,7 +128,7 @@ def _raw_scores(
     while taken := queue.take_batch(0.0, budget).entries:
         outcomes = pipeline.run([entry.sequence for entry in taken], ["full"] * len(taken)).outcomes
         for entry, outcome in zip(taken, outcomes, strict=True):
-            own = work.places[entry.place]
+            own = work.item_indices[entry.index]
             if isinstance(outcome, Score):
                 scores |= {places[place]: outcome for place in own}
             advance(len(own))

@@ -21,8 +21,9 @@ from service.assembly import ServedModel
 from service.diagnostics.text import TextFacts, TextReader
 from service.errors import CalibrationError, HttpError
 from service.records import Encoding, Exchange, Item, TokenSequence
-from service.scheduling.queue import BatchBudget, Queue
-from service.scorer import plan_work
+from service.scheduling.budget import BatchBudget
+from service.scheduling.queue import Queue
+from service.scheduling.work import plan_work
 
 NO_DEADLINE = math.inf
 NO_TEXT = Exchange("", "")
@@ -118,7 +119,7 @@ def _forward(
         if states is None:
             states = np.empty((len(sequences), *output.states.shape[1:]), np.float32)
         for entry, reward, state in zip(taken, output.rewards, output.states, strict=True):
-            places = list(work.places[entry.place])
+            places = list(work.item_indices[entry.index])
             rewards[places], states[places] = reward, state
             advance(len(places))
     if states is None:

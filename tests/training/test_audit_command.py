@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from service.checkpoints.adapter import merge_adapter
 from service.records import Exchange, Message, TokenSequence
-from service.scheduling.queue import BatchBudget
+from service.scheduling.budget import BatchBudget
 from training.audit.command import audit, main
 from training.audit.scoring import ServiceScorer, _batches, load_checkpoint_scorer, score_pairs
 from training.evaluation import evaluate

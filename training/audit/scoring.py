@@ -20,7 +20,7 @@ from service.checkpoints.checkpoint import model_version
 from service.errors import HttpError
 from service.pipeline import Pipeline
 from service.records import Encoding, Exchange, Item, Message, TokenSequence
-from service.scheduling.queue import BatchBudget, batch_cost
+from service.scheduling.budget import BatchBudget, batch_cost
 from service.settings import Settings
 from service.tokenization import Tokenization
 from training.audit.scored_pairs import ScoredPairs

@@ -24,8 +24,8 @@ from service.engines.plan import PREFIX_CACHE_MIB
 from service.engines.torch import TorchEngine, load_torch_engine
 from service.pipeline import Pipeline
 from service.records import StateTap, TokenSequence
+from service.scheduling.budget import BatchBudget
 from service.scheduling.prefix_tree import common_prefix_length, plan_prefix_sharing
-from service.scheduling.queue import BatchBudget
 from service.settings import BatchingSettings, ModelSettings
 
 LARGE_CACHE = 2**22
