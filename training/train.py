@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from peft import PeftModel
-from reward_client.provenance import weights_hash
+from reward_client.provenance import base_hash
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -74,7 +74,7 @@ def train(
 
     manifest = Manifest(
         base=base_name,
-        base_hash=weights_hash(local_folder(base_path)),
+        base_hash=base_hash(local_folder(base_path)),
         data_hashes=source_hashes(data),
         pairs=selection.counts,
         recipe=recipe,

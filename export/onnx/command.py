@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-from reward_client.provenance import MANIFEST_FILE as TRAINING_FILE
+from reward_client.provenance import TRAINING_MANIFEST_FILE
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from export.calibration.scoring import candidate_taps
-from export.onnx.agreement import BOUNDS, Bounds, compare_rewards, refuse_disagreement
-from export.onnx.probe_texts import LONGEST, encode_items, made_up_items, read_items
+from export.onnx.agreement import BOUNDS, Bounds, compare_rewards, validate_parity
+from export.onnx.probe_texts import MAX_TOKENS, built_in_items, encode_items, read_items
 from service.checkpoints.bundle import (
-    FORMAT,
+    FORMAT_VERSION,
     ExportParity,
     Manifest,
     Precision,
@@ -36,7 +36,7 @@ from service.checkpoints.bundle import (
     write_manifest,
 )
 from service.checkpoints.checkpoint import Checkpoint, locate_checkpoint, open_checkpoint
-from service.diagnostics.calibration import CALIBRATION_FILE
+from service.checkpoints.demo import CALIBRATION_FILE, PROVENANCE_FILE
 from service.engines.base import Engine
 from service.errors import CheckpointError, StartupError
 from service.records import StateTap, TokenSequence
@@ -50,8 +50,8 @@ COPIED = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.*",
-    TRAINING_FILE,
-    "provenance.json",
+    TRAINING_MANIFEST_FILE,
+    PROVENANCE_FILE,
 )
 """What goes along byte for byte: saving a tokenizer again could change what it does."""
 LIBRARIES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")
@@ -122,19 +122,19 @@ def _fill(folder: Path, checkpoint: Checkpoint, plan: ExportPlan, stage: Stage) 
     _copy_companions(checkpoint.path, folder)
     items = plan.items.name if plan.items else "built-in"
     draft = Manifest(
-        format=FORMAT,
+        format_version=FORMAT_VERSION,
         name=checkpoint.name,
         precision=plan.precision,
         architecture=checkpoint.architecture,
-        source=checkpoint.hashes,
+        checkpoint_sha256=checkpoint.hashes,
         num_parameters=checkpoint.num_parameters,
         stored_dtype=checkpoint.dtype,
         has_linear_head=has_linear_head,
         embedding_size=checkpoint.embedding_size,
         pad_token_id=checkpoint.pad_token_id,
         max_input_tokens=checkpoint.max_input_tokens,
-        opset=OPSET,
-        libraries=_library_versions(),
+        opset_version=OPSET,
+        library_versions=_library_versions(),
         taps=taps,
         parity=ExportParity(0.0, 0.0, 0.0, 0.0, 0, items),
         probes=(),
@@ -149,7 +149,7 @@ def _fill(folder: Path, checkpoint: Checkpoint, plan: ExportPlan, stage: Stage) 
     engine = load_onnx_engine(open_bundle(folder, settings), settings, BatchingSettings(), check=False)
     rewards = score(engine, sequences)
     parity = compare_rewards(rewards, reference, items)
-    refuse_disagreement(parity, plan.bounds or BOUNDS[plan.precision], reference)
+    validate_parity(parity, plan.bounds or BOUNDS[plan.precision], reference)
     manifest = replace(
         draft,
         parity=parity,
@@ -165,10 +165,10 @@ def _sequences(checkpoint: Checkpoint, plan: ExportPlan) -> list[TokenSequence]:
     tokenization = Tokenization(
         checkpoint.tokenizer,
         TokenizationSettings(),
-        max_input_tokens=min(checkpoint.max_input_tokens, LONGEST),
+        max_input_tokens=min(checkpoint.max_input_tokens, MAX_TOKENS),
         vocab_size=checkpoint.embedding_size,
     )
-    return encode_items(read_items(plan.items) if plan.items else made_up_items(), tokenization)
+    return encode_items(read_items(plan.items) if plan.items else built_in_items(), tokenization)
 
 
 def _reference(checkpoint: Checkpoint, sequences: Sequence[TokenSequence]) -> tuple[bool, list[float]]:
@@ -298,7 +298,7 @@ def report(manifest: Manifest, out: Path) -> list[str]:
     parity = manifest.parity
     return [
         f"{out} is an ONNX bundle of {manifest.architecture} in {manifest.precision}.",
-        f"  compared with     plain transformers in float32, {parity.num_items} texts ({parity.items})",
+        f"  compared with     plain transformers in float32, {parity.num_texts} texts ({parity.text_source})",
         f"  difference        {parity.max_difference:.3g} at most, {parity.mean_difference:.3g} on average",
         f"  rank correlation  {parity.spearman:.5f}",
         f"  pairs alike       {parity.pair_agreement:.2%}",

@@ -30,9 +30,6 @@ from service.diagnostics.states import LaplaceFactor, StateForm, StateReader
 from service.errors import CalibrationError
 from service.records import Pooling, StateTap
 
-CALIBRATION_FILE = "calibration.safetensors"
-"""Its name in a checkpoint folder."""
-
 FORMAT = "reward-calibration/1"
 
 Arrays = Mapping[str, NDArray[Any]]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from preference_rows import polite_pairs, with_slips, write_pairs
-from reward_client.provenance import MANIFEST_FILE, Origin, read_origin, weights_hash
+from reward_client.provenance import TRAINING_MANIFEST_FILE, Origin, base_hash, read_origin
 from safetensors.torch import load_file, save_file
 from served_checkpoints import application
 from tiny_models import write_tiny_causal_lm, write_tiny_checkpoint
@@ -148,14 +148,14 @@ def latest_checkpoint(run: Run) -> str:
 
 def test_the_manifest_tells_what_was_done(run: Run) -> None:
     """Base, data and libraries are named with hashes or versions, and the recipe is complete."""
-    written = json.loads((run.out / MANIFEST_FILE).read_text())
+    written = json.loads((run.out / TRAINING_MANIFEST_FILE).read_text())
 
     assert written["recipe"]["learning_rate"] == RECIPE.learning_rate
     assert len(written["base_hash"]) == 64
     assert list(written["data_hashes"]) == ["train.jsonl"]
     assert written["libraries"]["trl"]
     assert written["evaluations"]["dev.jsonl"]["num_pairs"] == 40
-    assert read_origin(run.out) == Origin(run.base.name, weights_hash(run.base))
+    assert read_origin(run.out) == Origin(run.base.name, base_hash(run.base))
 
 
 def test_the_log_has_the_loss_of_every_tenth_step(run: Run) -> None:

@@ -9,7 +9,8 @@ import pytest
 from tiny_calibration import calibrate, write_calibrated_checkpoint, write_pairs
 
 from service.assembly import ServedModel, assemble
-from service.diagnostics.calibration import CALIBRATION_FILE, read_calibration
+from service.checkpoints.demo import CALIBRATION_FILE
+from service.diagnostics.calibration import read_calibration
 from service.records import Encoding, Exchange, Item, Score, TokenSequence
 from service.settings import Settings, read_settings
 
