@@ -41,7 +41,7 @@ class Manifest:
     num_steps: int
     """Optimizer steps of the run."""
 
-    kept_step: int
+    selected_step: int
     """The step whose weights are saved; less than ``num_steps`` only where early stopping selected it."""
 
     evaluations: Mapping[str, Evaluation]

@@ -1,7 +1,7 @@
-"""The command ``reward-export``: a judged checkpoint becomes an ONNX bundle, compared with plain transformers first.
+"""The command ``reward-export``: exports a valid checkpoint to an ONNX bundle and compares it with plain transformers.
 
-The folder appears whole, with its report inside, or not at all. How a graph is traced, quantized and judged is told in
-the files beside this one.
+The bundle's folder appears complete, with the comparison in its manifest, or not at all. The other modules of this
+package trace, quantize and compare the graph.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def export_bundle(source: str, out: Path, plan: ExportPlan, stage: Stage = lambd
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists and is not empty: name another folder, so that nothing is overwritten.")
     settings = ModelSettings(path=None if source == DEMO else source, max_input_tokens=plan.max_input_tokens)
-    stage("Judging the checkpoint")
+    stage("Validating the checkpoint")
     checkpoint = open_checkpoint(locate_checkpoint(settings), settings)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as workplace:
@@ -194,7 +194,7 @@ def _write_graph(folder: Path, checkpoint: Checkpoint, plan: ExportPlan, taps: t
 
 
 def _measuring_texts(checkpoint: Checkpoint) -> list[TokenSequence]:
-    """Return built-in texts to measure channels on, whatever is compared later: not fitted on what it is judged by."""
+    """Return built-in texts to measure channels on, also where other texts are compared, so that the two differ."""
     short = [tokens for tokens in _sequences(checkpoint, ExportPlan()) if tokens.num_tokens <= LONGEST_PROBE]
     return short[::MEASURING_STEP]
 

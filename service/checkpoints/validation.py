@@ -83,7 +83,7 @@ def read_json(file: Path) -> dict[str, Any]:
 def validate_weights(path: Path, config: Any, tensors: Mapping[str, TensorInfo]) -> Fit:
     """Return how the stored tensors fit the classifier with one label.
 
-    The comparison requires a head with one output whatever the config says. So a causal language model, whose config
+    The comparison requires a head with one output, regardless of the config. So a causal language model, whose config
     has the default of two labels, is distinguished from a classifier with several labels.
 
     Raises:

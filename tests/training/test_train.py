@@ -184,8 +184,8 @@ def test_training_stops_on_a_plateau(tmp_path: Path) -> None:
         if "eval_loss" in line
     }
     assert manifest.num_steps < 64
-    assert manifest.kept_step == min(losses, key=losses.__getitem__)
-    kept = load_file(tmp_path / "out" / "checkpoints" / f"checkpoint-{manifest.kept_step}" / "model.safetensors")
+    assert manifest.selected_step == min(losses, key=losses.__getitem__)
+    kept = load_file(tmp_path / "out" / "checkpoints" / f"checkpoint-{manifest.selected_step}" / "model.safetensors")
     assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["score.weight"], kept["score.weight"])
 
 
