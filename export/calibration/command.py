@@ -24,10 +24,10 @@ from export.calibration.build import Sizes, build, count_items, score_all
 from export.calibration.data import CleanItem, read_items
 from export.calibration.hacks import SUITE
 from export.calibration.report import TestReport, print_facts, print_report, report, test_items
-from export.calibration.scoring import candidate_taps
 from service.assembly import ServedModel, assemble, judge
 from service.checkpoints.demo import ADAPTER_FOLDER
 from service.diagnostics.calibration import CALIBRATION_FILE, read_calibration, write_calibration
+from service.diagnostics.candidate_taps import candidate_taps
 from service.errors import CalibrationError, StartupError
 from service.settings import ModelSettings, Settings, read_settings
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from service.assembly import ServedModel
 from service.diagnostics.text import TextFacts, TextReader
 from service.errors import CalibrationError, HttpError
-from service.records import Encoding, Exchange, Item, StateTap, TokenSequence
+from service.records import Encoding, Exchange, Item, TokenSequence
 from service.scheduling.queue import BatchBudget, Queue
 from service.scorer import plan_work
 
@@ -55,15 +55,6 @@ class ScoredItems:
         if any(text is None for text in found):
             raise CalibrationError("The tokenizer does not show where a completion begins.")
         return [text for text in found if text is not None]
-
-
-def candidate_taps(num_layers: int) -> tuple[StateTap, ...]:
-    """Return where states may be worth reading: a third, half and two thirds of the way, and the end, in both poolings.
-
-    The last one is the state that the head reads.
-    """
-    layers = sorted({max(1, round(num_layers * part)) for part in (1 / 3, 1 / 2, 2 / 3)} | {num_layers})
-    return tuple(StateTap(layer, pooling) for pooling in ("mean", "last") for layer in layers)
 
 
 def score_items(

@@ -22,7 +22,6 @@ from reward_client.provenance import MANIFEST_FILE as TRAINING_FILE
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
-from export.calibration.scoring import candidate_taps
 from export.onnx.agreement import BOUNDS, Bounds, compare_rewards, refuse_disagreement
 from export.onnx.probe_texts import LONGEST, encode_items, made_up_items, read_items
 from service.checkpoints.bundle import (
@@ -37,6 +36,7 @@ from service.checkpoints.bundle import (
 )
 from service.checkpoints.checkpoint import Checkpoint, locate_checkpoint, open_checkpoint
 from service.diagnostics.calibration import CALIBRATION_FILE
+from service.diagnostics.candidate_taps import candidate_taps
 from service.engines.base import Engine
 from service.errors import CheckpointError, StartupError
 from service.records import StateTap, TokenSequence
