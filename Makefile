@@ -6,7 +6,7 @@ PORT   ?= 8000
 MODEL  ?=
 BIN    := $(VENV)/bin
 
-.PHONY: serve test test-slow check format prometheus clean
+.PHONY: serve dev test test-slow coverage check check-lock format lock prometheus clean
 .DEFAULT_GOAL := help
 
 help: ## print the targets
@@ -26,11 +26,16 @@ $(VENV)/dev.installed: pyproject.toml | $(BIN)/python
 serve: $(VENV)/serve.installed ## serve the demo model, or MODEL=folder-or-hub-id, on HOST and PORT
 	@exec $(BIN)/reward-serve --host $(HOST) --port $(PORT) $(if $(MODEL),--model '$(MODEL)')
 
-check: $(VENV)/dev.installed ## format, lint, types, import contract, Dockerfile
+dev: $(VENV)/dev.installed ## everything for working on the code, and the pre-commit hooks
+	$(BIN)/pre-commit install
+
+check: $(VENV)/dev.installed ## format, lint, types, import contracts, spelling, pyproject files, Dockerfile
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	git ls-files -z ':!*.lock' ':!requirements/*.txt' ':!*.json' ':!*.safetensors' ':!*.png' ':!*.html' | xargs -0 $(BIN)/codespell
+	$(BIN)/validate-pyproject pyproject.toml client/pyproject.toml
 	$(BIN)/hadolint Dockerfile
 
 format: $(VENV)/dev.installed ## format the code
@@ -42,6 +47,20 @@ test: $(VENV)/dev.installed ## the fast tests
 
 test-slow: $(VENV)/dev.installed ## real servers, the demo model and long checks
 	$(BIN)/python -m pytest -m 'slow and not gpu'
+
+coverage: $(VENV)/dev.installed ## the fast tests under coverage, with a floor
+	$(BIN)/python -m pytest -m 'not slow and not gpu' --cov --cov-report=term:skip-covered
+
+LOCK = $(BIN)/uv pip compile pyproject.toml --extra serve --universal --python-version 3.11 --generate-hashes \
+	--no-header --no-annotate --override requirements/without-torch.txt --quiet
+
+lock: $(VENV)/dev.installed ## pin the serve environment with hashes
+	$(LOCK) --upgrade --output-file requirements/serve.txt
+
+check-lock: $(VENV)/dev.installed ## whether requirements/serve.txt is what pyproject.toml asks for
+	cp requirements/serve.txt $(VENV)/serve.txt
+	$(LOCK) --output-file $(VENV)/serve.txt
+	diff requirements/serve.txt $(VENV)/serve.txt
 
 prometheus: $(VENV)/dev.installed ## Prometheus's own tools for the tests of monitoring/, from Debian's packages, without root
 	mkdir -p $(VENV)/prometheus

@@ -65,9 +65,9 @@ def measure_limit(
     On a CPU fp32 is tried beside the model's own arithmetic, and of each shape the faster one counts: some multiply
     fp32 at twice the rate of bfloat16, and a pass in bfloat16 is free to do its products in fp32.
     """
-    arithmetics = {dtype, torch.float32} if device.type == "cpu" else {dtype}
+    dtypes = {dtype, torch.float32} if device.type == "cpu" else {dtype}
     seconds = sum(
-        count * min(_multiply(num_rows, shape, arithmetic, device, now) for arithmetic in arithmetics)
+        count * min(_multiply(num_rows, shape, arithmetic, device, now) for arithmetic in dtypes)
         for shape, count in shapes.items()
     )
     flops = sum(2 * count * inputs * outputs for (inputs, outputs), count in shapes.items())

@@ -223,7 +223,7 @@ async def test_shared_tokens_are_counted_for_whom_they_were_saved(tokenization: 
         if sample.name == "rm_tokens_total"
     }
     assert counted_tokens["shared"] == 2 * len(PROMPT)
-    assert counted_tokens["kept"] == 2 * 3
+    assert counted_tokens["cached"] == 2 * 3
 
 
 class RememberingEngine(GatedEngine):

@@ -1,6 +1,6 @@
-"""The client for RL loops: texts in, one true reward each out, or an exception; never an invented number.
+"""Client of the reward-model service for RL training loops: one reward per completion, or an exception.
 
-It needs httpx2 and stamina alone, so a trainer can install it beside pins of its own. What it raises is in
+It depends on httpx2 and stamina alone, so that it can be installed into any training environment. The exceptions are in
 ``reward_client.errors``.
 """
 
@@ -10,6 +10,8 @@ from reward_client.references import ReferenceWarning
 from reward_client.requests import ChunkLimits
 from reward_client.retries import RetryPolicy
 from reward_client.synchronous import RewardClient
+
+__version__ = "0.1.0"
 
 __all__ = [
     "AsyncRewardClient",

@@ -1,6 +1,6 @@
-"""Answers of the service, checked against what was asked before anything of them is believed.
+"""Parses and validates responses against the request.
 
-Pure: bytes in, records out, BadAnswer for whatever the protocol does not promise.
+Pure: bytes in, records out, BadAnswer for whatever violates the protocol.
 """
 
 from __future__ import annotations
@@ -18,41 +18,45 @@ _NOT_DIAGNOSTICS = frozenset({"index", "id", "reward"})
 
 @dataclass(frozen=True, slots=True)
 class ScoredItem:
-    """What the service says of one item.
-
-    ``reward``: the raw output of the scalar head, finite. ``model_version``: of the model that gave it.
-    ``diagnostics``: every further field of the result, as the service sent it.
-    """
+    """The result of one item."""
 
     reward: float
+    """The raw output of the scalar head, finite."""
+
     model_version: str
+    """Version of the model that computed it."""
+
     id: str | None = None
+    """The item's own id, echoed."""
+
     diagnostics: Mapping[str, Any] = field(default_factory=dict)
+    """Every further field of the result, as the service sent it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Completions of one prompt beside each other.
-
-    ``rewards``: [n], in the order sent. ``probabilities``: [n][n]; entry [a][b] is sigma(reward_a - reward_b), the
-    Bradley-Terry probability that a is preferred to b.
-    """
+    """Comparison of the completions of one prompt."""
 
     rewards: tuple[float, ...]
+    """[n], in the order sent."""
+
     probabilities: tuple[tuple[float, ...], ...]
+    """[n][n]; entry [a][b] is sigma(reward_a - reward_b), the Bradley-Terry probability that a is preferred to b."""
+
     model_version: str
+    """Version of the model that computed the rewards."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkScores:
-    """A checked answer of ``/v1/score``: one result per item, each with either a finite reward or an error."""
+    """A valid response of ``/v1/score``: one result per item, each with either a finite reward or an error."""
 
     model_version: str
     results: list[dict[str, Any]]
 
 
 def read_scores(content: bytes, num_items: int) -> ChunkScores:
-    """Check an answer of ``/v1/score`` to a request of ``num_items`` items.
+    """Parse a response of ``/v1/score`` to a request of ``num_items`` items.
 
     Raises:
         BadAnswer: not JSON, no model version, another count or order, a reward that is not a finite number.
@@ -62,13 +66,13 @@ def read_scores(content: bytes, num_items: int) -> ChunkScores:
     if not isinstance(results, list) or len(results) != num_items:
         found = len(results) if isinstance(results, list) else "no"
         raise BadAnswer(f"{num_items} items were sent, {found} results came back")
-    for place, result in enumerate(results):
-        if not isinstance(result, dict) or result.get("index") != place:
-            raise BadAnswer(f"Result {place} does not carry index {place}")
+    for index, result in enumerate(results):
+        if not isinstance(result, dict) or result.get("index") != index:
+            raise BadAnswer(f"Result {index} does not have index {index}")
         if ("error" in result) == ("reward" in result):
-            raise BadAnswer(f"Result {place} must have either a reward or an error")
+            raise BadAnswer(f"Result {index} must have either a reward or an error")
         if "reward" in result:
-            _finite(result["reward"], f"The reward of result {place}")
+            _finite(result["reward"], f"The reward of result {index}")
     return ChunkScores(_model_version(answer), results)
 
 
@@ -87,7 +91,7 @@ def join_scores(chunks: Sequence[ChunkScores]) -> list[ScoredItem]:
 
 
 def read_comparison(content: bytes, num_completions: int) -> Comparison:
-    """Check an answer of ``/v1/compare`` to a request of ``num_completions`` completions.
+    """Parse a response of ``/v1/compare`` to a request of ``num_completions`` completions.
 
     Raises:
         BadAnswer: not JSON, no model version, another count, a number that is not finite.
@@ -101,23 +105,23 @@ def read_comparison(content: bytes, num_completions: int) -> Comparison:
 
 
 def read_object(content: bytes) -> dict[str, Any]:
-    """Read a JSON object.
+    """Parse a JSON object.
 
     Raises:
-        BadAnswer: it is something else, or holds NaN or infinity, which Python's decoder would let pass.
+        BadAnswer: it is something else, or holds NaN or infinity, which Python's decoder would accept.
     """
     try:
         answer = json.loads(content, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
-        # The cause is cut off: it carries the content.
-        raise BadAnswer(f"The answer of {len(content)} bytes is not JSON") from None
+        # The cause is suppressed because it contains the content.
+        raise BadAnswer(f"The response of {len(content)} bytes is not JSON") from None
     if not isinstance(answer, dict):
-        raise BadAnswer("The answer is not a JSON object")
+        raise BadAnswer("The response is not a JSON object")
     return answer
 
 
 def read_problem(content: bytes) -> dict[str, Any]:
-    """Read an RFC 9457 problem; empty where there is none, because a proxy may answer a bare text."""
+    """Parse an RFC 9457 problem; empty where there is none, because a proxy may answer plain text."""
     try:
         return read_object(content)
     except BadAnswer:
@@ -138,13 +142,13 @@ def _model_version(answer: Mapping[str, Any]) -> str:
     model = answer.get("model")
     version = model.get("version") if isinstance(model, dict) else None
     if not isinstance(version, str):
-        raise BadAnswer("The answer does not name its model version")
+        raise BadAnswer("The response does not name its model version")
     return version
 
 
 def _vector(values: object, length: int) -> tuple[float, ...]:
     if not isinstance(values, list) or len(values) != length:
-        raise BadAnswer(f"{length} completions were sent; a row of the answer has another length")
+        raise BadAnswer(f"{length} completions were sent; a row of the response has another length")
     return tuple(_finite(value, "A number of the comparison") for value in values)
 
 

@@ -1,6 +1,6 @@
-"""The client itself: calls from an event loop, connections, deadline, chunks in flight at the same time.
+"""The asynchronous client: connections, deadline, retries and concurrent chunks.
 
-It decides nothing about contents: requests are made and answers are judged by their own modules.
+Requests are built in ``requests``, responses validated in ``answers``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from reward_client.references import (
     reference_name,
     reference_route,
     refusal_of_check,
-    tell_reference,
+    report_reference_check,
 )
 from reward_client.requests import (
     DEFAULT_CHUNKS,
@@ -53,17 +53,17 @@ from reward_client.requests import (
     without_none,
 )
 from reward_client.retries import (
-    DEFAULT_RETRIES,
+    DEFAULT_RETRY_POLICY,
+    AttemptFailedError,
     MixedVersionsError,
     RetryPolicy,
-    TryFailedError,
+    call_with_retries,
     read_retry_after,
-    until_done,
 )
 
 T = TypeVar("T")
 
-# Below the 5 s after which common servers hang up on an idle connection: we should be the one that hangs up.
+# Below the 5 s after which common servers close an idle connection: the client should close it first.
 IDLE_CONNECTION_S = 4.0
 CONNECT_TIMEOUT_S = 10.0
 READY_POLL_S = 0.25
@@ -73,18 +73,18 @@ class AsyncRewardClient:
     """Scores over HTTP from an event loop.
 
     Connections are kept alive and belong to the loop that opened them. One client may be used from several loops
-    (trainers run rewards in a loop of their own): each gets its own connections. It can be pickled, without them.
+    (trainers compute rewards on a loop of their own): each gets its own connections. It can be pickled, without them.
 
     Args:
         url: where the service listens, such as ``http://127.0.0.1:8000``.
-        deadline_s: seconds within which a call answers or raises, all tries together; the service is told what is left.
-        max_connections: requests in flight at a time, per event loop.
-        chunks: how large calls are cut into requests.
-        retries: what happens after a 5xx or a broken connection. A 4xx is never repeated.
+        deadline_s: seconds within which a call returns or raises; the service receives what is left.
+        max_connections: concurrent requests per event loop.
+        chunks: how large calls are split into requests.
+        retries: the policy after a 5xx or a broken connection. A 4xx is never retried.
         headers: sent with each request, such as ``{"X-Run-Id": "ppo-7"}`` or an ``Authorization``.
         reference: the KL reference of the training run: its checkpoint folder, the hash over its weights, or its name.
             The first call warns (ReferenceWarning) if the reward model was initialised from another checkpoint.
-        require_reference: raise ReferenceMismatch instead, also where it cannot be known.
+        require_reference: raise ReferenceMismatch instead, also where it is unknown.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class AsyncRewardClient:
         deadline_s: float = 600.0,
         max_connections: int = 16,
         chunks: ChunkLimits = DEFAULT_CHUNKS,
-        retries: RetryPolicy = DEFAULT_RETRIES,
+        retries: RetryPolicy = DEFAULT_RETRY_POLICY,
         headers: Mapping[str, str] | None = None,
         reference: Reference | None = None,
         require_reference: bool = False,
@@ -109,7 +109,7 @@ class AsyncRewardClient:
         self.headers = dict(headers or {})
         self.reference = None if reference is None else reference_name(reference)
         self.require_reference = require_reference
-        self._reference_told = self.reference is None
+        self._reference_checked = self.reference is None
         self._pools: dict[asyncio.AbstractEventLoop, httpx2.AsyncClient] = {}
 
     async def score(
@@ -125,12 +125,12 @@ class AsyncRewardClient:
         Args:
             prompts: texts, or conversations as lists of ``{"role", "content"}``.
             completions: as many; texts, or lists of one assistant message (TRL's conversational form).
-            truncation: what happens to an item that is too long; None: as the service is set up.
-            template: how a plain-text prompt is rendered; None: as the service is set up.
+            truncation: what happens to an item that is too long; None: the service's setting.
+            template: how a plain-text prompt is rendered; None: the service's setting.
 
         Raises:
             ValueError: the lists differ in length, or a completion is not one text.
-            ClientError: there are no true rewards; see ``score_items``.
+            ClientError: no rewards; see ``score_items``.
         """
         items = exchange_items(prompts, completions)
         scored = await self.score_items(items, diagnostics="none", truncation=truncation, template=template)
@@ -146,23 +146,23 @@ class AsyncRewardClient:
     ) -> list[ScoredItem]:
         """Return reward and diagnostics of each item, in input order.
 
-        All come from one model version: when the service changes its model in the middle of a call, the whole call is
+        All come from one model version: when the served model changes during a call, the whole call is
         scored again.
 
         Args:
             items: objects of the wire format: ``prompt`` and ``completion``, or ``text``, or ``token_ids``; and ``id``,
                 ``group``.
-            diagnostics: how much is said beside the reward.
+            diagnostics: which diagnostics are returned beside the reward.
             truncation: as for ``score``.
             template: as for ``score``.
 
         Raises:
-            RequestRejected: the service refused the call for good (4xx).
+            RequestRejected: the service refused the request (4xx).
             ItemsFailed: some items have no reward; carries the rewards of the others.
-            BadAnswer: the answer breaks the protocol, or the model changed in the middle of every try.
-            ServiceUnavailable: every try ended in a 5xx or a broken connection.
-            ClientDeadlineExceeded: ``deadline_s`` passed, or the service asked to wait beyond it.
-            ReferenceMismatch: the client was told to require its reference.
+            BadAnswer: the response violates the protocol, or the model changed during every attempt.
+            ServiceUnavailable: every attempt ended in a 5xx or a broken connection.
+            ClientDeadlineExceeded: ``deadline_s`` passed, or the service asked for a delay beyond it.
+            ReferenceMismatch: ``require_reference`` is set and the check failed.
             ValueError: an item cannot be written as JSON.
         """
         listed = list(items)
@@ -173,8 +173,10 @@ class AsyncRewardClient:
         chunks = [encoded[places.start : places.stop] for places in ranges]
         options = without_none({"diagnostics": diagnostics, "truncation": truncation, "template": template})
         async with _deadline(self.deadline_s) as time_left:
-            await self._tell_reference_once(time_left)
-            scores = await until_done(lambda: self._score_chunks(chunks, options, time_left), self.retries, time_left)
+            await self._check_reference_once(time_left)
+            scores = await call_with_retries(
+                lambda: self._score_chunks(chunks, options, time_left), self.retries, time_left
+            )
         return join_scores(scores)
 
     async def compare(self, prompt: Prompt, completions: Sequence[Completion]) -> Comparison:
@@ -185,17 +187,17 @@ class AsyncRewardClient:
             ValueError: a completion is not one text, or cannot be written as JSON.
         """
         request = {"prompt": prompt_content(prompt), "completions": [completion_text(one) for one in completions]}
-        encode_items([request])  # a text that JSON cannot carry is the caller's error, before the first try
+        encode_items([request])  # a text that JSON cannot represent is the caller's error, before the first attempt
 
         async with _deadline(self.deadline_s) as time_left:
-            await self._tell_reference_once(time_left)
+            await self._check_reference_once(time_left)
             content = await self._call(
                 "POST", "/v1/compare", time_left, lambda: encode({**request, "timeout_ms": timeout_ms(time_left())})
             )
         return read_comparison(content, len(completions))
 
     async def model(self) -> dict[str, Any]:
-        """Return what is served and how, as ``GET /v1/model`` says it.
+        """Return the description of the served model, the body of ``GET /v1/model``.
 
         Raises:
             ClientError: as ``score_items``.
@@ -227,7 +229,7 @@ class AsyncRewardClient:
                 await asyncio.sleep(READY_POLL_S)
 
     async def aclose(self) -> None:
-        """Close the connections of the running loop; those of loops that have ended went with them."""
+        """Close the connections of the running loop; closed loops have closed theirs."""
         pool = self._pools.pop(asyncio.get_running_loop(), None)
         if pool is not None:
             await pool.aclose()
@@ -244,7 +246,7 @@ class AsyncRewardClient:
         return self.__dict__ | {"_pools": {}}
 
     def _pool(self) -> httpx2.AsyncClient:
-        """The connections of the running loop: a pool that another loop opened must never be touched here."""
+        """Return the connection pool of the running loop; a pool belongs to the loop that opened it."""
         loop = asyncio.get_running_loop()
         pool = self._pools.get(loop)
         if pool is None:
@@ -256,7 +258,7 @@ class AsyncRewardClient:
     def _open_pool(self) -> httpx2.AsyncClient:
         return httpx2.AsyncClient(
             headers={"Content-Type": "application/json", **self.headers},
-            timeout=httpx2.Timeout(self.retries.try_timeout_s, connect=CONNECT_TIMEOUT_S, pool=None),
+            timeout=httpx2.Timeout(self.retries.read_timeout_s, connect=CONNECT_TIMEOUT_S, pool=None),
             limits=httpx2.Limits(
                 max_connections=self.max_connections,
                 max_keepalive_connections=self.max_connections,
@@ -274,16 +276,16 @@ class AsyncRewardClient:
     async def _check_reference(self, name: str, time_left: Callable[[], float]) -> ReferenceCheck:
         return read_reference_check(await self._call("GET", reference_route(name), time_left), name)
 
-    async def _tell_reference_once(self, time_left: Callable[[], float]) -> None:
-        if self._reference_told or self.reference is None:
+    async def _check_reference_once(self, time_left: Callable[[], float]) -> None:
+        if self._reference_checked or self.reference is None:
             return
         try:
             check = await self._check_reference(self.reference, time_left)
         except (RequestRejected, BadAnswer) as error:
-            # A service that cannot be asked may still score; whether that is enough, the caller has said.
+            # A service that cannot answer the check may still score; ``require_reference`` decides.
             check = refusal_of_check(self.reference, error)
-        tell_reference(check, required=self.require_reference)
-        self._reference_told = True
+        report_reference_check(check, required=self.require_reference)
+        self._reference_checked = True
 
     async def _score_chunks(
         self, chunks: Sequence[Sequence[bytes]], options: Mapping[str, Any], time_left: Callable[[], float]
@@ -304,21 +306,23 @@ class AsyncRewardClient:
     async def _call(
         self, method: str, route: str, time_left: Callable[[], float], body: Callable[[], bytes] | None = None
     ) -> bytes:
-        """The content of the first 200. ``body`` is made anew for each try, because each has less time left."""
-        return await until_done(
+        """Return the content of the first 200. ``body`` is built for each attempt, because each has less time left."""
+        return await call_with_retries(
             lambda: self._send(method, route, None if body is None else body()), self.retries, time_left
         )
 
     async def _send(self, method: str, route: str, content: bytes | None) -> bytes:
-        """One try: the content of a 200, or the exception that says what came instead."""
+        """Make one attempt: return the content of a 200, or raise the exception for what came instead."""
         try:
             answer = await self._pool().request(method, self.url + route, content=content)
         except (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError, httpx2.ProxyError) as error:
-            raise TryFailedError(type(error).__name__) from error
+            raise AttemptFailedError(type(error).__name__) from error
         except httpx2.DecodingError as error:
-            raise BadAnswer("The answer cannot be decompressed") from error
+            raise BadAnswer("The response cannot be decompressed") from error
         if answer.is_server_error:
-            raise TryFailedError(_describe(answer), read_retry_after(answer.headers.get("Retry-After"), time.time()))
+            raise AttemptFailedError(
+                _describe(answer), read_retry_after(answer.headers.get("Retry-After"), time.time())
+            )
         if answer.is_client_error:
             raise RequestRejected(answer.status_code, read_problem(answer.content))
         if answer.status_code != httpx2.codes.OK:
@@ -328,7 +332,7 @@ class AsyncRewardClient:
 
 @asynccontextmanager
 async def _deadline(seconds: float) -> AsyncIterator[Callable[[], float]]:
-    """Bound the block; gives a function that says how many seconds are left."""
+    """Bound the block; yields a function that returns the seconds left."""
     ends_at = time.monotonic() + seconds
     bound = asyncio.timeout(seconds)
     try:
@@ -337,11 +341,11 @@ async def _deadline(seconds: float) -> AsyncIterator[Callable[[], float]]:
     except TimeoutError as error:
         if not bound.expired():
             raise
-        raise ClientDeadlineExceeded(f"No whole answer within {seconds:g} s") from error
+        raise ClientDeadlineExceeded(f"No complete response within {seconds:g} s") from error
 
 
 async def _all_or_first_error(calls: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """Run all at once; the first error cancels the others and is raised as itself."""
+    """Run all concurrently; the first error cancels the others and is raised unchanged."""
     tasks = [asyncio.ensure_future(call) for call in calls]
     try:
         return await asyncio.gather(*tasks)

@@ -2,11 +2,11 @@
 
     RewardServiceError
     └── ClientError                       raised by our client inside the caller's process
-        ├── RequestRejected               the service refused the request for good (4xx)
+        ├── RequestRejected               the service refused the request (4xx)
         ├── ItemsFailed                   some items have no reward; carries them and the rewards of the others
-        ├── BadAnswer                     the answer is not what the protocol promises
+        ├── BadAnswer                     the response violates the protocol
         ├── ReferenceMismatch             the KL reference is not the checkpoint that the model was initialised from
-        ├── ServiceUnavailable            5xx or broken connections until the tries were spent
+        ├── ServiceUnavailable            all attempts ended in a 5xx or a broken connection
         └── ClientDeadlineExceeded        the caller's own deadline passed
 
 Messages give sizes, limits and positions, never the text of a user.
@@ -27,7 +27,7 @@ class ClientError(RewardServiceError):
 
 
 class RequestRejected(ClientError):
-    """The service refused the request for good. ``problem`` is the RFC 9457 body, or empty if there was none."""
+    """The service refused the request (4xx). ``problem`` is the RFC 9457 body, or empty if there was none."""
 
     def __init__(self, status: int, problem: Mapping[str, object]) -> None:
         super().__init__(f"{status} {problem.get('code', 'unknown')}: {problem.get('detail', 'no detail was given')}")
@@ -37,7 +37,7 @@ class RequestRejected(ClientError):
 
 @dataclass(frozen=True, slots=True)
 class ItemFailure:
-    """An item without a reward: its place in the caller's list, and why."""
+    """An item without a reward: its index in the caller's list, and the reason."""
 
     index: int
     code: str
@@ -45,7 +45,7 @@ class ItemFailure:
 
 
 class ItemsFailed(ClientError):
-    """Some items have no reward. ``rewards`` holds the others in input order, with None at the failed places."""
+    """Some items have no reward. ``rewards`` holds the others in input order, with None for the failed ones."""
 
     def __init__(self, failures: Sequence[ItemFailure], rewards: Sequence[float | None]) -> None:
         first = failures[0]
@@ -58,16 +58,16 @@ class ItemsFailed(ClientError):
 
 
 class BadAnswer(ClientError):
-    """The answer is not what the protocol promises: wrong count, wrong order, no finite reward, not JSON."""
+    """The response violates the protocol: wrong count, wrong order, no finite reward, not JSON."""
 
 
 class ReferenceMismatch(ClientError):
-    """The caller requires its KL reference to be what the reward model was initialised from, and that is not shown."""
+    """The caller requires its KL reference to be what the reward model was initialised from, and that is not known."""
 
 
 class ServiceUnavailable(ClientError):
-    """5xx or broken connections until the tries were spent; the cause is chained."""
+    """All attempts ended in a 5xx or a broken connection; the cause is chained."""
 
 
 class ClientDeadlineExceeded(ClientError):
-    """The caller's own deadline passed before a whole answer had come."""
+    """The caller's deadline passed before a complete response had arrived."""

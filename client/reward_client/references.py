@@ -1,6 +1,6 @@
-"""Whether the KL reference of a training run is the checkpoint that the reward model was initialised from.
+"""Checks whether the KL reference of a training run is the checkpoint that the reward model was initialised from.
 
-Told once, at the start of a client, by a warning of a class of its own; it stops nobody who did not ask for that.
+Reported once per client by a ReferenceWarning; an error only where the caller requires it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class ReferenceWarning(UserWarning):
 
 
 def reference_name(reference: Reference) -> str:
-    """Return what the service is asked for: the hash over a folder's weights, and whatever is no folder as it is.
+    """Return the name to ask the service for: the hash over a folder's weights; anything else unchanged.
 
     Raises:
         ValueError: the folder holds no safetensors files.
@@ -47,27 +47,27 @@ def read_reference_check(content: bytes, name: str) -> ReferenceCheck:
     """Read the comparison out of an answer of ``/v1/model``.
 
     Raises:
-        BadAnswer: not JSON, or a comparison of another shape. A service that knows no references says nothing of them,
-            which is an answer too: it cannot be known.
+        BadAnswer: not JSON, or a comparison of another shape. Where the service does not answer the question,
+            ``same`` is None.
     """
-    told: Any = read_object(content).get("reference")
-    if told is None:
+    reported: Any = read_object(content).get("reference")
+    if reported is None:
         return ReferenceCheck(name, None, "The service does not compare references.")
-    if not isinstance(told, dict) or told.get("same") not in (True, False, None):
+    if not isinstance(reported, dict) or reported.get("same") not in (True, False, None):
         raise BadAnswer("The comparison of the reference has another shape than the protocol promises")
-    return ReferenceCheck(name, told["same"], str(told.get("detail", "No reason was given.")))
+    return ReferenceCheck(name, reported["same"], str(reported.get("detail", "No reason was given.")))
 
 
 def refusal_of_check(name: str, error: RequestRejected | BadAnswer) -> ReferenceCheck:
-    """Return what is known when the service answered the question itself with an error."""
+    """Return the check's result where the service answered it with an error: unknown."""
     return ReferenceCheck(name, None, f"The service could not be asked ({type(error).__name__}).")
 
 
-def tell_reference(check: ReferenceCheck, *, required: bool) -> None:
-    """Say nothing where the two are the same; otherwise warn, or raise where sameness is required.
+def report_reference_check(check: ReferenceCheck, *, required: bool) -> None:
+    """Return where the two are the same; otherwise warn, or raise where ``required``.
 
     Raises:
-        ReferenceMismatch: they are not the same, or it cannot be known, and ``required``.
+        ReferenceMismatch: they are not the same, or it is unknown, and ``required``.
     """
     if check.same:
         return

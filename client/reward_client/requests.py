@@ -1,6 +1,6 @@
-"""What callers hand over becomes the bytes of requests: items, encoded once, cut into chunks.
+"""Builds request bodies: items are encoded as JSON once and split into chunks.
 
-Pure: no socket, no clock. Errors name places and counts, never a text.
+Pure: no socket, no clock. Errors give indices and counts, never a text.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ WireItem: TypeAlias = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class ChunkLimits:
-    """What one request of ours may hold; the defaults stay below the service's own (2,048 items, 64 MiB)."""
+    """Limits of one request; the defaults are below the service's own (2,048 items, 64 MiB)."""
 
     max_items: int = 256
+    """Items of one request."""
+
     max_bytes: int = 16 * 1024 * 1024
+    """Bytes of the encoded items of one request."""
 
 
 DEFAULT_CHUNKS = ChunkLimits()
@@ -43,7 +46,7 @@ def exchange_items(prompts: Sequence[Prompt], completions: Sequence[Completion])
 
 
 def prompt_content(prompt: Prompt) -> str | list[dict[str, Any]]:
-    """Return a prompt as the wire has it, without the keys that a data set filled with None for want of a value."""
+    """Return a prompt in wire format, without keys whose value is None (data sets pad missing keys with None)."""
     return prompt if isinstance(prompt, str) else [without_none(message) for message in prompt]
 
 
@@ -68,33 +71,33 @@ def encode_items(items: Sequence[WireItem]) -> list[bytes]:
     """Return each item as JSON in UTF-8, in order.
 
     Raises:
-        ValueError: an item is not JSON data; names its place, never its text.
+        ValueError: an item is not JSON data; gives its index, never its text.
     """
     encoded = []
     for index, item in enumerate(items):
         try:
             encoded.append(encode(item))
         except (TypeError, ValueError):
-            # The cause is cut off: it carries the text.
+            # The cause is suppressed because it contains the text.
             raise ValueError(f"Item {index} is not JSON data (a lone surrogate, a NaN or a foreign type)") from None
     return encoded
 
 
 def group_key(item: WireItem) -> object:
-    """Return what tells whether neighbours answer one prompt."""
+    """Return the key that is equal for consecutive items of one prompt."""
     return item.get("group") or item.get("prompt")
 
 
 def chunk_ranges(sizes: Sequence[int], groups: Sequence[object], limits: ChunkLimits) -> Iterator[range]:
-    """Cut a call into requests: consecutive ranges of indices that together cover all, in order.
+    """Split a call into requests: consecutive index ranges that cover all items, in order.
 
-    Neighbours of one group (completions of one prompt) stay in one request wherever a request can hold them, because
-    there they share their prefix and are judged beside each other. An item above the limit stands alone; the service
-    judges it.
+    Consecutive items of one group (completions of one prompt) stay in one request wherever it can hold them, because
+    there they share their prefix and are compared with each other. An item above the limit gets a request of its own;
+    the service decides about it.
 
     Args:
         sizes: bytes of each item.
-        groups: what each item belongs to; only neighbours are compared.
+        groups: the group key of each item; only consecutive ones are compared.
         limits: what one request may hold.
     """
     ends = [0, *accumulate(sizes)]
@@ -121,15 +124,15 @@ def score_body(encoded: Sequence[bytes], options: Mapping[str, Any], timeout_s: 
 
 
 def timeout_ms(seconds: float) -> int:
-    """Return the wire's form of a remaining time: whole milliseconds, at least one."""
+    """Return a remaining time in wire format: whole milliseconds, at least one."""
     return max(1, int(seconds * 1000))
 
 
 def encode(data: Mapping[str, Any]) -> bytes:
-    """Return an object as compact JSON in UTF-8; raises ValueError or TypeError where JSON has no word for it."""
+    """Return an object as compact JSON in UTF-8; raises ValueError or TypeError for what JSON cannot represent."""
     return json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
 def without_none(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields that say something."""
+    """Return the fields whose value is not None."""
     return {name: value for name, value in fields.items() if value is not None}

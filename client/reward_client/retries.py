@@ -1,6 +1,6 @@
-"""What is tried again, when, and what the caller is told when nothing helped.
+"""Retry policy: which failures are retried, after which delay, and which exception ends the retries.
 
-It knows failures and waits, not HTTP: the asynchronous client translates answers into TryFailedError.
+Independent of HTTP: the asynchronous client translates responses into AttemptFailedError.
 """
 
 from __future__ import annotations
@@ -21,61 +21,69 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How often and how patiently a request is repeated; the client's deadline ends it in any case.
+    """Exponential backoff with jitter; the client's deadline ends it in any case.
 
-    The n-th wait is ``first_wait_s`` x 2^(n-1) plus up to ``jitter_s``, at most ``max_wait_s``; the defaults ride out
-    some four minutes. A Retry-After of the service replaces it, with the same jitter on top, so that a hundred workers
-    do not come back at once. ``try_timeout_s``: longest silence of a connection before the try counts as broken; None:
-    only the deadline bounds it.
+    The n-th delay is ``first_wait_s`` x 2^(n-1) plus up to ``jitter_s``, at most ``max_wait_s``; the defaults cover an
+    outage of about four minutes. A Retry-After header replaces the delay, with the same jitter added, so that many
+    workers do not retry at the same moment.
     """
 
-    max_tries: int = 16
+    max_attempts: int = 16
+    """Attempts in all, the first one included."""
+
     first_wait_s: float = 0.1
+    """Seconds before the second attempt."""
+
     max_wait_s: float = 30.0
+    """Longest delay in seconds."""
+
     jitter_s: float = 0.5
-    try_timeout_s: float | None = None
+    """Upper end of the uniform random seconds added to a delay."""
+
+    read_timeout_s: float | None = None
+    """Seconds without a byte after which an attempt has failed; None: only the deadline bounds it."""
 
 
-DEFAULT_RETRIES = RetryPolicy()
+DEFAULT_RETRY_POLICY = RetryPolicy()
 
 
-class TryFailedError(Exception):
-    """One try failed in a way that may pass; ``retry_after_s``: when the service asked to come back, if it did."""
+class AttemptFailedError(Exception):
+    """An attempt failed in a way that a retry may mend; ``retry_after_s``: the delay that the service asked for."""
 
     def __init__(self, reason: str, retry_after_s: float | None = None) -> None:
         super().__init__(reason)
         self.retry_after_s = retry_after_s
 
 
-class MixedVersionsError(TryFailedError):
-    """The model changed in the middle of a call; rewards of two models must not stand in one batch."""
+class MixedVersionsError(AttemptFailedError):
+    """The model changed during a call; rewards of two models must not be mixed in one batch."""
 
 
-async def until_done(once: Callable[[], Awaitable[T]], policy: RetryPolicy, time_left: Callable[[], float]) -> T:
-    """Return what ``once`` returns, called again after each TryFailedError as the policy says.
+async def call_with_retries(once: Callable[[], Awaitable[T]], policy: RetryPolicy, time_left: Callable[[], float]) -> T:
+    """Return the result of ``once``, called again after each AttemptFailedError as the policy says.
 
     Args:
-        once: one try; any other exception of its ends the matter.
-        policy: tries and waits.
+        once: one attempt; any other exception is raised at once.
+        policy: number of attempts and delays.
         time_left: seconds until the caller's deadline.
 
     Raises:
-        ServiceUnavailable: the tries are spent.
-        ClientDeadlineExceeded: the service asked to wait beyond the deadline.
-        BadAnswer: in every try the model changed in the middle.
+        ServiceUnavailable: all attempts failed.
+        ClientDeadlineExceeded: the service asked for a delay beyond the deadline.
+        BadAnswer: the model changed during the call in every attempt.
     """
 
     def wait(error: Exception) -> bool | float:
-        """Whether to try again: no, yes, or yes after that many seconds (stamina's backoff hook)."""
-        if not isinstance(error, TryFailedError):
+        """Whether to retry: no, yes, or yes after that many seconds (stamina's backoff hook)."""
+        if not isinstance(error, AttemptFailedError):
             return False
         if error.retry_after_s is None:
             return True
-        # Jitter against a stampede, not a secret.
+        # Jitter, not a secret.
         return error.retry_after_s < time_left() and error.retry_after_s + random.uniform(0, policy.jitter_s)  # noqa: S311
 
     retrying = stamina.AsyncRetryingCaller(
-        attempts=policy.max_tries,
+        attempts=policy.max_attempts,
         timeout=None,
         wait_initial=policy.first_wait_s,
         wait_max=policy.max_wait_s,
@@ -83,12 +91,12 @@ async def until_done(once: Callable[[], Awaitable[T]], policy: RetryPolicy, time
     )
     try:
         return await retrying(wait, once)
-    except TryFailedError as last:
-        _give_up(last, time_left())
+    except AttemptFailedError as last:
+        _raise_final(last, time_left())
 
 
 def read_retry_after(value: str | None, now: float) -> float | None:
-    """Return the seconds that a Retry-After header asks to wait; None where it says nothing readable.
+    """Return the seconds of a Retry-After header; None where it cannot be parsed.
 
     Args:
         value: the header: seconds or an HTTP date (RFC 9110 section 10.2.3).
@@ -106,11 +114,11 @@ def read_retry_after(value: str | None, now: float) -> float | None:
     return max(0.0, seconds) if math.isfinite(seconds) else None
 
 
-def _give_up(last: TryFailedError, left_s: float) -> NoReturn:
+def _raise_final(last: AttemptFailedError, left_s: float) -> NoReturn:
     if isinstance(last, MixedVersionsError):
-        raise BadAnswer(f"In every try, {last}") from last
+        raise BadAnswer(f"In every attempt, {last}") from last
     if last.retry_after_s is not None and last.retry_after_s >= left_s:
         raise ClientDeadlineExceeded(
             f"The service asks to wait {last.retry_after_s:g} s, {max(left_s, 0.0):.1f} s are left: {last}"
         ) from last
-    raise ServiceUnavailable(f"The tries are spent; the last ended with: {last}") from last
+    raise ServiceUnavailable(f"All attempts failed; the last error: {last}") from last

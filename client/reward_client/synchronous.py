@@ -1,6 +1,6 @@
-"""The client for ordinary code: the asynchronous one, run in a thread of its own.
+"""The synchronous client: the asynchronous one, run on an event loop in a thread of its own.
 
-One implementation, not two: chunks of a call travel at the same time and the deadline holds here as well.
+One implementation serves both: chunks of a call are sent concurrently and the deadline holds here as well.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from reward_client.options import DiagnosticsLevel, TemplateChoice, Truncation
 from reward_client.provenance import ReferenceCheck
 from reward_client.references import Reference
 from reward_client.requests import DEFAULT_CHUNKS, ChunkLimits, Completion, Prompt, WireItem
-from reward_client.retries import DEFAULT_RETRIES, RetryPolicy
+from reward_client.retries import DEFAULT_RETRY_POLICY, RetryPolicy
 
 T = TypeVar("T")
 
 
 class RewardClient:
-    """Scores over HTTP; the methods of ``AsyncRewardClient``, each waiting for its answer.
+    """Scores over HTTP; the methods of ``AsyncRewardClient``, each blocking until its result.
 
-    Safe to share between threads, to use inside a running event loop (which then waits), to pickle, and to use after a
-    fork: the thread that does the work is started at the first call of each process.
+    It can be shared between threads, used inside a running event loop (which is then blocked), pickled, and used after
+    a fork: the thread of the event loop is started at the first call in each process.
 
     Args:
         url: where the service listens, such as ``http://127.0.0.1:8000``.
-        deadline_s: seconds within which a call answers or raises, all tries together.
+        deadline_s: seconds within which a call returns or raises, all attempts together.
         max_connections: requests in flight at a time, over all threads.
-        chunks: how large calls are cut into requests.
-        retries: what happens after a 5xx or a broken connection. A 4xx is never repeated.
+        chunks: how large calls are split into requests.
+        retries: the policy after a 5xx or a broken connection. A 4xx is never retried.
         headers: sent with each request.
         reference: the KL reference of the training run; see ``AsyncRewardClient``.
-        require_reference: raise where the reward model was not shown to be initialised from it.
+        require_reference: raise where it is not known that the reward model was initialised from it.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class RewardClient:
         deadline_s: float = 600.0,
         max_connections: int = 16,
         chunks: ChunkLimits = DEFAULT_CHUNKS,
-        retries: RetryPolicy = DEFAULT_RETRIES,
+        retries: RetryPolicy = DEFAULT_RETRY_POLICY,
         headers: Mapping[str, str] | None = None,
         reference: Reference | None = None,
         require_reference: bool = False,
@@ -94,7 +94,7 @@ class RewardClient:
         return self._run(self._client.compare(prompt, completions))
 
     def model(self) -> dict[str, Any]:
-        """Return what is served and how; see ``AsyncRewardClient.model``."""
+        """Return the description of the served model; see ``AsyncRewardClient.model``."""
         return self._run(self._client.model())
 
     def check_reference(self, reference: Reference) -> ReferenceCheck:
@@ -106,7 +106,7 @@ class RewardClient:
         self._run(self._client.wait_until_ready(timeout_s))
 
     def close(self) -> None:
-        """Close the connections and end the thread; a later call starts both anew."""
+        """Close the connections and stop the thread; a later call starts both again."""
         with self._lock:
             thread, self._thread = self._thread, None
         if thread is not None and thread.is_ours:
@@ -148,7 +148,7 @@ class _LoopThread:
 
     @property
     def is_ours(self) -> bool:
-        """Whether the thread lives in this process: a fork copies this object, but not the thread."""
+        """Whether the thread runs in this process: a fork copies this object, but not the thread."""
         return self._pid == os.getpid()
 
     def run(self, call: Coroutine[Any, Any, T]) -> T:
@@ -156,7 +156,7 @@ class _LoopThread:
         try:
             return future.result()
         finally:
-            # Ctrl-C in the waiting thread must not leave the request running; for a finished call this does nothing.
+            # Ctrl-C in the waiting thread must cancel the request; for a finished call this does nothing.
             future.cancel()
 
     def close(self) -> None:
@@ -167,7 +167,7 @@ class _LoopThread:
 
 
 async def _cancel_the_others() -> None:
-    """End the calls of other threads with an error: a stopped loop would let them wait for ever."""
+    """Cancel the calls of other threads: on a stopped loop they would never return."""
     others = asyncio.all_tasks() - {asyncio.current_task()}
     for task in others:
         task.cancel()

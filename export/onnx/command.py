@@ -70,15 +70,14 @@ class ExportPlan:
     """What to make of a checkpoint.
 
     ``taps``: where states can be read; None: wherever a calibration may want them. ``items``: a data file; None: the
-    built-in texts. ``bounds``: None: those of the precision. ``reduce_range``: weights in 7 bits, for CPUs without
-    VNNI. ``max_input_tokens``: the longest text that may ever be scored; None: the checkpoint's limit.
+    built-in texts. ``bounds``: None: those of the precision. ``max_input_tokens``: the longest text that
+    may ever be scored; None: the checkpoint's limit.
     """
 
     precision: Precision = "fp32"
     taps: tuple[StateTap, ...] | None = None
     items: Path | None = None
     bounds: Bounds | None = None
-    reduce_range: bool = False
     max_input_tokens: int | None = None
 
 
@@ -190,7 +189,7 @@ def _write_graph(folder: Path, checkpoint: Checkpoint, plan: ExportPlan, taps: t
         return
     filling = Filling(pooling="hf", pad_token_id=checkpoint.pad_token_id, reads_first=False)
     feeds = (filling.feed([(tokens.token_ids, 0)]) for tokens in _measuring_texts(checkpoint))
-    if not quantize_graph(folder, feeds, reduce_range=plan.reduce_range):
+    if not quantize_graph(folder, feeds):
         raise CheckpointError(f"The graph of {checkpoint.architecture} holds no multiplication that int8 would serve.")
 
 
@@ -290,7 +289,6 @@ def _plan(options: argparse.Namespace) -> ExportPlan:
         taps=None if options.taps is None else tuple(options.taps),
         items=options.items,
         bounds=bounds,
-        reduce_range=options.reduce_range,
         max_input_tokens=options.max_input_tokens,
     )
 
@@ -355,7 +353,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-input-tokens", type=int, metavar="N", help="longest sequence that may ever be scored")
     add("--max-difference", type=float, metavar="X", help="bound on the largest difference, in place of the default")
     add("--min-spearman", type=float, metavar="X", help="bound on the rank correlation, in place of the default")
-    add("--reduce-range", action="store_true", help="int8 weights in 7 bits, for CPUs without VNNI")
     return parser
 
 

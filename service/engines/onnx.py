@@ -249,7 +249,7 @@ def check_probes(engine: OnnxEngine, manifest: Manifest) -> None:
     """Return where the engine gives the probes of the manifest the rewards that were recorded with them.
 
     Raises:
-        ParityError: it does not, as with another build of ONNX Runtime or a CPU whose int8 arithmetic saturates.
+        ParityError: it does not, as with another build of ONNX Runtime.
     """
     limit = engine.info.max_input_tokens
     probes = [probe for probe in manifest.probes if len(probe.token_ids) <= limit]
@@ -259,7 +259,7 @@ def check_probes(engine: OnnxEngine, manifest: Manifest) -> None:
     if gap > manifest.probe_tolerance:
         raise ParityError(
             f"This machine's ONNX Runtime gives rewards that differ by {gap:.3g} from those recorded at export, more "
-            f"than {manifest.probe_tolerance:.3g}: export the bundle here, as fp32, or int8 with --reduce-range."
+            f"than {manifest.probe_tolerance:.3g}: export the bundle on this machine, or as fp32."
         )
     logger.info("The graph gives its recorded rewards within %.3g, limit %.3g", gap, manifest.probe_tolerance)
 
@@ -378,7 +378,7 @@ def session_options(num_threads: int | None) -> Any:
     """Return ONNX Runtime's options for one engine thread, with batches of ever new shapes, beside a busy Python."""
     import onnxruntime
 
-    from service.engines.devices.device import resolve_threads
+    from service.engines.devices.device import multiplies_int8_exactly, resolve_threads
 
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
@@ -390,6 +390,9 @@ def session_options(num_threads: int | None) -> Any:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # A memory plan is made per shape; no shape comes twice. The arena stays: fresh pages cost more than they save.
     options.enable_mem_pattern = False
+    if not multiplies_int8_exactly():
+        # ONNX Runtime then multiplies uint8 by uint8, which is slower and does not saturate.
+        options.add_session_config_entry("session.x64quantprecision", "1")
     options.log_severity_level = 3
     return options
 

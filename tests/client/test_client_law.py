@@ -27,7 +27,7 @@ TRUE_REWARDS = [number / 4 for number in range(6)]
 PATIENCE: dict[str, Any] = {
     "deadline_s": 1.5,
     "chunks": ChunkLimits(max_items=4),
-    "retries": RetryPolicy(max_tries=4, first_wait_s=0.005, max_wait_s=0.02, jitter_s=0.005),
+    "retries": RetryPolicy(max_attempts=4, first_wait_s=0.005, max_wait_s=0.02, jitter_s=0.005),
 }
 
 

@@ -18,7 +18,7 @@ from misbehaving_server import VERSION, Request, World, ok, problem, running, sc
 from reward_client import AsyncRewardClient, ChunkLimits, RetryPolicy, RewardClient
 from reward_client.errors import ClientDeadlineExceeded, ItemsFailed, RequestRejected, ServiceUnavailable
 
-QUICK = RetryPolicy(max_tries=4, first_wait_s=0.005, max_wait_s=0.02, jitter_s=0.005)
+QUICK = RetryPolicy(max_attempts=4, first_wait_s=0.005, max_wait_s=0.02, jitter_s=0.005)
 
 
 @pytest.fixture
@@ -184,7 +184,7 @@ def test_retry_after_is_honoured(waits: list[float]) -> None:
 
 def test_waits_grow_up_to_their_limit(waits: list[float]) -> None:
     """Without a Retry-After the backoff doubles, with jitter, and is capped; then the tries are spent."""
-    policy = RetryPolicy(max_tries=5, first_wait_s=0.01, max_wait_s=0.03, jitter_s=0.001)
+    policy = RetryPolicy(max_attempts=5, first_wait_s=0.01, max_wait_s=0.03, jitter_s=0.001)
     with RewardClient("http://127.0.0.1:1", retries=policy) as client, pytest.raises(ServiceUnavailable):
         client.score(["q"], ["1"])
 
@@ -202,7 +202,7 @@ def test_refusal_is_not_repeated_and_says_why() -> None:
 
 
 def test_silence_counts_as_broken_when_a_try_may_only_take_so_long(waits: list[float]) -> None:
-    """A connection that died without a word is given up after try_timeout_s, and the next try succeeds."""
+    """A connection that died without a word is given up after read_timeout_s, and the next try succeeds."""
 
     class SilentOnce(World):
         """Never answers the first request."""
@@ -211,7 +211,7 @@ def test_silence_counts_as_broken_when_a_try_may_only_take_so_long(waits: list[f
             await asyncio.sleep(30 if request.number == 0 else 0)
             yield ok(scores(request))
 
-    policy = RetryPolicy(first_wait_s=0.005, jitter_s=0.005, try_timeout_s=0.2)
+    policy = RetryPolicy(first_wait_s=0.005, jitter_s=0.005, read_timeout_s=0.2)
     with running(SilentOnce()) as world, RewardClient(world.url, retries=policy) as client:
         assert client.score(["q"], ["1"]) == [1.0]
 
@@ -351,9 +351,9 @@ def test_client_brings_no_heavy_package() -> None:
     )
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
 
-    assert {"service", "httpx2", "stamina"} <= set(loaded)
-    assert not {"torch", "ray", "numpy", "pydantic", "transformers", "msgspec"} & set(loaded)
-    assert set(loaded) <= {"service", "httpx2", "stamina", "tenacity", "idna", "typing_extensions", "sniffio"}
+    assert {"reward_client", "httpx2", "stamina"} <= set(loaded)
+    assert not {"torch", "ray", "numpy", "pydantic", "transformers", "msgspec", "service"} & set(loaded)
+    assert set(loaded) <= {"reward_client", "httpx2", "stamina", "tenacity", "idna", "typing_extensions", "sniffio"}
 
 
 def test_url_without_a_scheme_is_refused() -> None:

@@ -266,6 +266,20 @@ def test_session_options_follow_the_settings() -> None:
     assert not options.enable_mem_pattern
 
 
+@pytest.mark.parametrize(("exact", "precision_mode"), [(True, ""), (False, "1")], ids=["vnni", "no-vnni"])
+def test_int8_products_never_saturate(exact: bool, precision_mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without VNNI ONNX Runtime multiplies uint8 by uint8, which does not saturate; with it, the faster way."""
+    monkeypatch.setattr("service.engines.devices.device.multiplies_int8_exactly", lambda: exact)
+
+    options = session_options(None)
+
+    key = "session.x64quantprecision"
+    assert (options.get_session_config_entry(key) if not exact else "") == precision_mode
+    if exact:
+        with pytest.raises(RuntimeError):  # ONNX Runtime raises where an entry was not added
+            options.get_session_config_entry(key)
+
+
 def test_a_closed_engine_says_so(folder: Path) -> None:
     """After ``close`` there is nothing to compute with."""
     engine = load(folder)

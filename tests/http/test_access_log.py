@@ -48,7 +48,7 @@ def test_bug_without_its_message(tmp_path: Path) -> None:
 
     text = (tmp_path / "log").read_text()
     assert json.loads(text)["exception"] == "ValueError"
-    assert "test_journal.py" in text
+    assert "test_access_log.py" in text
     assert CANARY not in text
 
 

@@ -13,7 +13,7 @@ from training.audit.findings import Findings, investigate
 from training.audit.verdicts import Verdict, verdicts_of
 from training.preferences import PreferencePair, Review
 
-AVX512_BF16 = human_pairs(300)
+PAIRS = human_pairs(300)
 
 
 def hash_reward(exchange: Exchange) -> float:
@@ -45,7 +45,7 @@ def shuffled(pairs: list[PreferencePair]) -> list[PreferencePair]:
 
 def test_a_length_detector_is_called_one() -> None:
     """A reward that is length: both alarms fire, it prefers the longer answer, and is worth a coin without length."""
-    found = audited(length_reward, shuffled(AVX512_BF16))
+    found = audited(length_reward, shuffled(PAIRS))
 
     answer = verdict(found, "Length detector")
 
@@ -56,7 +56,7 @@ def test_a_length_detector_is_called_one() -> None:
 
 def test_a_biased_preference_model_is_no_detector() -> None:
     """One that pays for length, but is right where length cannot help, is watched and not condemned."""
-    found = audited(lambda exchange: human_reward(exchange) + 0.75 * length_reward(exchange), AVX512_BF16)
+    found = audited(lambda exchange: human_reward(exchange) + 0.75 * length_reward(exchange), PAIRS)
 
     answer = verdict(found, "Length detector")
 
@@ -66,7 +66,7 @@ def test_a_biased_preference_model_is_no_detector() -> None:
 
 def test_a_model_of_shuffled_labels_is_at_chance() -> None:
     """Rewards that have nothing to do with the labels: chance, and no length detector either."""
-    found = audited(hash_reward, shuffled(AVX512_BF16))
+    found = audited(hash_reward, shuffled(PAIRS))
 
     assert verdict(found, "Better than chance").answer == "no: chance"
     assert verdict(found, "Better than length alone").answer == "not shown"
@@ -75,14 +75,14 @@ def test_a_model_of_shuffled_labels_is_at_chance() -> None:
 
 def test_a_swapped_label_column_is_noticed() -> None:
     """Below chance beyond doubt is not chance: somebody swapped chosen and rejected."""
-    swapped = [PreferencePair(pair.prompt, pair.rejected, pair.chosen, pair.id) for pair in AVX512_BF16]
+    swapped = [PreferencePair(pair.prompt, pair.rejected, pair.chosen, pair.id) for pair in PAIRS]
 
     assert verdict(audited(human_reward, swapped), "Better than chance").answer == "no: worse"
 
 
 def test_a_good_model_gets_no_bad_word() -> None:
     """Above chance and above length, no detector, not too good, and nothing leaked."""
-    found = audited(human_reward, AVX512_BF16, train_pairs=human_pairs(200, seed=1, prefix="training"))
+    found = audited(human_reward, PAIRS, train_pairs=human_pairs(200, seed=1, prefix="training"))
 
     assert verdict(found, "Better than chance").level == "good"
     assert verdict(found, "Better than length alone").level == "good"
@@ -93,7 +93,7 @@ def test_a_good_model_gets_no_bad_word() -> None:
 
 def test_shared_prompts_are_called_a_leak() -> None:
     """Some audited prompts among the training pairs: said first, with the accuracy without them."""
-    found = audited(human_reward, AVX512_BF16, train_pairs=[*AVX512_BF16[:30], *human_pairs(50, seed=1)])
+    found = audited(human_reward, PAIRS, train_pairs=[*PAIRS[:30], *human_pairs(50, seed=1)])
 
     answer = verdict(found, "Suspiciously high: leakage?")
 
@@ -104,7 +104,7 @@ def test_shared_prompts_are_called_a_leak() -> None:
 
 def test_too_good_to_be_true() -> None:
     """A model that is nearly always right is suspicious even where no leak can be looked for."""
-    found = audited(lambda exchange: float(exchange.completion.count("fox")), AVX512_BF16)
+    found = audited(lambda exchange: float(exchange.completion.count("fox")), PAIRS)
 
     answer = verdict(found, "Suspiciously high: leakage?")
 
@@ -122,7 +122,7 @@ def test_the_reviewers_set_the_ceiling() -> None:
             pair.id,
             reviews=tuple(Review(str(n), "chosen" if rng.random() < 0.7 else "rejected") for n in range(2)),
         )
-        for pair in AVX512_BF16
+        for pair in PAIRS
     ]
 
     found = audited(lambda exchange: human_reward(exchange) - 0.15 * hash_reward(exchange), disputed)
@@ -135,13 +135,13 @@ def test_the_reviewers_set_the_ceiling() -> None:
 
 def test_memory_is_told_from_knowledge() -> None:
     """A model that knows its training pairs by heart and others by chance is over-trained."""
-    known = {pair.chosen for pair in AVX512_BF16}
+    known = {pair.chosen for pair in PAIRS}
 
     def by_heart(exchange: Exchange) -> float:
         return 3.0 if exchange.completion in known else 0.5 * hash_reward(exchange)
 
     new = human_pairs(200, seed=9)
-    found = audited(by_heart, new, trained=scored_by(by_heart, AVX512_BF16))
+    found = audited(by_heart, new, trained=scored_by(by_heart, PAIRS))
 
     assert verdict(found, "Over-trained").answer == "yes"
     assert verdict(audited(by_heart, new), "Over-trained").level == "open"
@@ -150,7 +150,7 @@ def test_memory_is_told_from_knowledge() -> None:
 @pytest.mark.parametrize(("factor", "answer"), [(0.05, "small"), (0.5, "ordinary"), (5.0, "large")])
 def test_the_gap_is_read_against_what_is_ordinary(factor: float, answer: str) -> None:
     """Half to one reward of mean gap is what people expect; the scale floats, so it is never called bad."""
-    found = audited(lambda exchange: factor * human_reward(exchange) / 1.05 * 1.5, AVX512_BF16)
+    found = audited(lambda exchange: factor * human_reward(exchange) / 1.05 * 1.5, PAIRS)
 
     said = verdict(found, "Gap of chosen and rejected")
 
@@ -166,10 +166,10 @@ def test_a_handful_of_pairs_is_no_audit() -> None:
 
 def test_pairs_without_a_reward_are_left_out_and_counted() -> None:
     """One failed completion takes its pair along, and lengths stay those of the scored ones."""
-    failing = AVX512_BF16[3].rejected
+    failing = PAIRS[3].rejected
 
-    found = audited(lambda exchange: None if exchange.completion == failing else human_reward(exchange), AVX512_BF16)
+    found = audited(lambda exchange: None if exchange.completion == failing else human_reward(exchange), PAIRS)
 
     assert found.scored.num_failed == 1
-    assert len(found.scored) == len(AVX512_BF16) - 1
-    assert AVX512_BF16[3] not in found.scored.pairs
+    assert len(found.scored) == len(PAIRS) - 1
+    assert PAIRS[3] not in found.scored.pairs

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -77,6 +78,18 @@ def has_avx512() -> bool:
 def has_avx512_vnni() -> bool:
     """Whether this CPU multiplies int8 in vectors (AVX-512 VNNI)."""
     return bool(_capabilities().get("avx512_vnni"))
+
+
+def multiplies_int8_exactly() -> bool:
+    """Whether sums of uint8 x int8 products do not saturate: with VNNI, and on CPUs that are not x86-64.
+
+    Without VNNI (AVX2, first AVX-512) an instruction adds two products into 16 bits, which overflow.
+    """
+    return not _is_x86_64() or has_avx512_vnni() or bool(_capabilities().get("avx_vnni"))
+
+
+def _is_x86_64() -> bool:
+    return platform.machine().lower() in {"x86_64", "amd64"}
 
 
 def is_intel() -> bool:

@@ -206,7 +206,7 @@ def test_going_without_is_logged(
     def missing() -> Kernels:
         raise KernelsUnavailable("there is no C++ compiler (g++) to make them with: install g++")
 
-    monkeypatch.setattr(torch_engine.library, "load_kernels", missing)
+    monkeypatch.setattr(torch_engine.bindings, "load_kernels", missing)
     settings = ModelSettings(device="cpu", dtype="bfloat16", num_threads=1)
     load = {"pad_token_id": 0, "max_input_tokens": 200}
 
