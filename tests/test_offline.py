@@ -137,10 +137,9 @@ def test_batches_are_within_the_budget(
 def test_progress_sums_up_to_the_inputs(encoded: list[TokenSequence | HttpError], look_ahead: int | None) -> None:
     """The progress callback has counted an input when its result is yielded, and all of them at the end."""
     counted: list[int] = []
-    num_yielded = 0
+    results = score_offline(Pipeline(RecordingEngine()), encoded, look_ahead_tokens=look_ahead, advance=counted.append)
 
-    for _ in score_offline(Pipeline(RecordingEngine()), encoded, look_ahead_tokens=look_ahead, advance=counted.append):
-        num_yielded += 1
+    for num_yielded, _ in enumerate(results, start=1):
         assert sum(counted) >= num_yielded
 
     assert sum(counted) == len(encoded)
@@ -189,10 +188,8 @@ def test_poison_fails_alone(kinds: list[str]) -> None:
 def test_results_come_in_the_order_of_completion() -> None:
     """A result is yielded when its batch is complete, before the next batch is computed."""
     engine = RecordingEngine(max_batch_tokens=8)
-    num_passes = []
 
-    for _ in score_offline(Pipeline(engine), distinct(6)):
-        num_passes.append(len(engine.batches))
+    num_passes = [len(engine.batches) for _ in score_offline(Pipeline(engine), distinct(6))]
 
     assert num_passes == [1, 1, 2, 2, 3, 3]
 
@@ -257,7 +254,7 @@ def test_a_lost_device_ends_the_run() -> None:
 
 @pytest.mark.parametrize(("launch_ahead", "most"), [(True, 2), (False, 1)])
 def test_a_pass_is_launched_before_the_previous_one_is_complete(*, launch_ahead: bool, most: int) -> None:
-    """An engine that can launch ahead has two passes at most, one if the caller wants that, and all rewards are right."""
+    """An engine that launches ahead has at most two passes, or one where the caller chooses; all rewards are right."""
     engine = LaunchingOracle(max_batch_tokens=12)
     encoded: list[TokenSequence | HttpError] = [
         TokenSequence((60, 7, number)) if number % 5 else REFUSED for number in range(40)
