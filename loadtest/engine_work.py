@@ -16,7 +16,7 @@ from service.engines.base import EngineInfo
 from service.errors import DatasetError
 from service.offline import encode_items
 from service.records import Encoding, Exchange, Item, TokenSequence
-from service.scheduling.queue import batch_cost
+from service.scheduling.budget import batch_cost
 from service.settings import TokenizationSettings
 from service.tokenization import Tokenization
 

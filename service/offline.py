@@ -19,16 +19,18 @@ from typing import TypeAlias
 from reward_client.options import DiagnosticsLevel
 
 from service.console import Advance
+from service.diagnostics.diagnosis import Outcome
 from service.errors import EngineUnavailable, HttpError
 from service.pipeline import Pipeline, StartedBatch
-from service.records import Encoding, Exchange, Item, Score, TokenSequence
-from service.scheduling.queue import BatchBudget, NumCachedTokens, Queue, nothing_cached
-from service.scorer import prefix_key
+from service.records import Encoding, Exchange, Item, TokenSequence
+from service.scheduling.budget import BatchBudget
+from service.scheduling.packed_batch import NumCachedTokens, nothing_cached
+from service.scheduling.queue import Queue
+from service.scheduling.work import prefix_key
 from service.tokenization import Tokenization
 
 logger = logging.getLogger(__name__)
 
-Outcome: TypeAlias = Score | HttpError
 MAX_BATCH_SEQUENCES = 512
 """Sequences of a batch unless the caller sets another limit; the default of the service's settings."""
 

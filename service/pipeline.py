@@ -1,7 +1,7 @@
 """One batch, from sequences to Scores: forward pass, checks, diagnostics.
 
-Synchronous, without a queue and without asyncio: the online path, the batch job and the audit all score through it, so
-that a served reward and an audited one cannot drift apart.
+Synchronous, without a queue and without asyncio: the server, the batch jobs and the audit all score through it, so that
+served and audited rewards cannot differ.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from reward_client.options import DiagnosticsLevel
 
-from service.diagnostics.diagnosis import Diagnostician
+from service.diagnostics.diagnosis import Diagnostician, Outcome
 from service.engines.base import Engine, EngineOutput, LaunchingEngine
 from service.errors import (
     EngineFailed,
@@ -30,45 +30,62 @@ from service.errors import (
     WarmUpFailed,
 )
 from service.records import Score, TokenSequence
-from service.scheduling.queue import BatchBudget, bisect
+from service.scheduling.budget import BatchBudget
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class BatchOutcome:
-    """What became of a batch: a Score or an error for each sequence, in order, and what that took.
+    """The result of a batch and what it took."""
 
-    ``shared_tokens``: of each sequence, the tokens that were computed for another one, or by an earlier pass; zero
-    where it has no reward. ``cached_tokens``: the part of them all that earlier passes computed. ``out_of_memory``:
-    some pass did not fit.
-    """
+    outcomes: tuple[Outcome, ...]
+    """A Score or an error for each sequence, in order."""
 
-    outcomes: tuple[Score | HttpError, ...]
     num_forwards: int
+    """Forward passes; more than one where the batch was halved."""
+
     out_of_memory: bool
+    """Whether some pass did not fit the device."""
+
     shared_tokens: tuple[int, ...]
+    """Of each sequence, the tokens that were computed for another one or by an earlier pass; 0 without a reward."""
+
     forward_s: float
+    """Seconds of the passes."""
+
     diagnose_s: float
+    """Seconds that reading the states took after the passes."""
+
     cached_tokens: int = 0
+    """The part of all shared tokens that earlier passes computed."""
 
 
 @dataclass(frozen=True, slots=True)
 class WarmUp:
-    """What the warm-up found: the budget that fits the device, and how fast the passes within it were."""
+    """The result of a warm-up."""
 
     budget: BatchBudget
+    """The largest budget that fits the device, at most the wanted one."""
+
     num_tokens: int
+    """Tokens of the passes within that budget."""
+
     seconds: float
+    """Duration of the passes within that budget."""
 
 
 @dataclass(frozen=True, slots=True)
 class StartedBatch:
-    """A batch between ``Pipeline.start`` and ``Pipeline.finish``. ``started``: when, in seconds of the clock."""
+    """A batch between ``Pipeline.start`` and ``Pipeline.finish``."""
 
-    passes: _Passes
-    wants_states: tuple[bool, ...]
+    run: _BatchRun
+
+    needs_states: tuple[bool, ...]
+    """For each sequence, whether its Score is to hold what the states show."""
+
     started: float
+    """In seconds of the clock."""
 
 
 class Pipeline:
@@ -76,7 +93,7 @@ class Pipeline:
 
     Args:
         engine: that nobody else uses.
-        diagnostician: measures the states of a batch, and completes the Scores of a request; none has no calibration.
+        diagnostician: measures the states of a batch; None: one without a calibration.
         clock: seconds.
     """
 
@@ -94,9 +111,9 @@ class Pipeline:
     def run(self, sequences: Sequence[TokenSequence], levels: Sequence[DiagnosticsLevel]) -> BatchOutcome:
         """Score a batch; every sequence gets exactly one outcome, whatever the engine does.
 
-        A pass that raises is halved until the sequences that cannot be scored stand alone; their neighbours get their
-        rewards. The reward does not depend on the level. A Score holds what a batch can tell; the rest is said by the
-        diagnostician where all items of a request are known.
+        A batch whose pass raises is halved until the sequences that cannot be scored are alone in their passes; the
+        other sequences of the batch get their rewards. The reward does not depend on the level. A Score holds only what
+        can be computed from one batch; ``Diagnostician.complete`` adds the rest where all items of a request are known.
 
         Args:
             sequences: within the batch budget.
@@ -107,75 +124,76 @@ class Pipeline:
             OutputMismatch and NonFiniteReward.
 
         Raises:
-            EngineUnavailable: the device is lost; no other batch would fare better.
+            EngineUnavailable: the device is lost; no smaller batch would succeed.
         """
         return self.finish(self.start(sequences, levels))
 
     @property
     def passes_ahead(self) -> int:
-        """Batches that may be started before the oldest started one is finished; with none each runs in its turn."""
+        """Batches that may be started before the oldest started one is finished; 0: each runs only in ``finish``."""
         return int(self.engine.info.launches_ahead)
 
     def start(self, sequences: Sequence[TokenSequence], levels: Sequence[DiagnosticsLevel]) -> StartedBatch:
         """Launch a batch on an engine that launches ahead; elsewhere nothing runs before ``finish``.
 
-        Whatever the engine raises is kept, and dealt with by ``finish`` when the batch's turn has come.
+        Whatever the engine raises here is handled by ``finish``, like what a pass raises.
 
         Args:
             sequences: as ``run``.
             levels: as ``run``.
         """
-        wants_states = tuple(self.diagnostician.wants_states(level) for level in levels)
-        passes = _Passes(self.engine, sequences, states=any(wants_states))
-        batch = StartedBatch(passes, wants_states, self._clock())
+        needs_states = tuple(self.diagnostician.wants_states(level) for level in levels)
+        run = _BatchRun(self.engine, sequences, states=any(needs_states))
+        batch = StartedBatch(run, needs_states, self._clock())
         if self.passes_ahead:
-            passes.launch()
+            run.launch()
         return batch
 
     def finish(self, batch: StartedBatch) -> BatchOutcome:
-        """Wait for a started batch and return what became of it, as ``run`` does; in the order of starting.
+        """Wait for a started batch and return its result, as ``run`` does; called in the order of starting.
 
-        The time of its passes begins where the batch before it ended, if it was started earlier.
+        ``forward_s`` of a batch that was started before the last one had ended counts from that end.
         """
         begin = max(batch.started, self._last_end)
-        batch.passes.run_all()
+        run = batch.run
+        run.run_all()
         computed = self._clock()
-        rewards = zip(batch.passes.rewards, batch.passes.sequences, strict=True)
-        outcomes = [score_of(reward, sequence) for reward, sequence in rewards]
-        self._measure(outcomes, batch.passes, batch.wants_states)
+        outcomes = [score_of(reward, sequence) for reward, sequence in zip(run.rewards, run.sequences, strict=True)]
+        self._read_states(outcomes, run, batch.needs_states)
         self._last_end = self._clock()
         return BatchOutcome(
             outcomes=tuple(outcomes),
-            num_forwards=batch.passes.num_forwards,
-            out_of_memory=batch.passes.out_of_memory,
-            shared_tokens=tuple(batch.passes.shared_tokens),
+            num_forwards=run.num_forwards,
+            out_of_memory=run.out_of_memory,
+            shared_tokens=tuple(run.shared_tokens),
             forward_s=computed - begin,
             diagnose_s=self._last_end - computed,
-            cached_tokens=batch.passes.cached_tokens,
+            cached_tokens=run.cached_tokens,
         )
 
-    def _measure(self, outcomes: list[Score | HttpError], passes: _Passes, wanted: Sequence[bool]) -> None:
-        """Put what the states say into the Scores that want it."""
-        rewards = {place: outcome.reward for place, outcome in enumerate(outcomes) if isinstance(outcome, Score)}
-        places = [place for place in rewards if wanted[place] and place in passes.states]
-        if places:
-            states = np.stack([passes.states[place] for place in places])
-            measured = self.diagnostician.read_states([rewards[place] for place in places], states)
-            for place, score in zip(places, measured, strict=True):
-                outcomes[place] = score
+    def _read_states(self, outcomes: list[Outcome], run: _BatchRun, needed: Sequence[bool]) -> None:
+        """Replace the Scores that need states by ones that hold what the states show."""
+        rewards = {index: outcome.reward for index, outcome in enumerate(outcomes) if isinstance(outcome, Score)}
+        indices = [index for index in rewards if needed[index] and index in run.states]
+        if indices:
+            states = np.stack([run.states[index] for index in indices])
+            measured = self.diagnostician.read_states([rewards[index] for index in indices], states)
+            for index, score in zip(indices, measured, strict=True):
+                outcomes[index] = score
 
     def warm_up(self, budget: BatchBudget, token_ids: Sequence[int]) -> WarmUp:
         """Run the largest legal batches, so that a lack of memory shows at start and not under load.
 
-        A longest sequence must fit alone; where a full budget does not, it is halved until it does.
+        One sequence of the maximal length must fit; a budget that does not fit is halved until it does.
 
         Args:
             budget: wanted for a pass.
-            token_ids: ordinary ids of the vocabulary, not the pad token; the sequences begin with different ones as far
-                as they go, so that no engine saves memory by sharing prefixes.
+            token_ids: ordinary ids of the vocabulary, not the pad token. The sequences begin with different ids where
+                there are enough, so that no engine saves memory by sharing prefixes.
 
         Raises:
-            WarmUpFailed: the engine raised, answered with the wrong count, or has no room for one longest sequence.
+            WarmUpFailed: the engine raised, returned the wrong number of rewards, or has no memory for one sequence of
+                the maximal length.
         """
         longest = self.engine.info.max_input_tokens
         while True:
@@ -189,8 +207,8 @@ class Pipeline:
             except EngineOutOfMemory as error:
                 if not num_fitting:
                     raise WarmUpFailed(
-                        f"The device has no room for one longest sequence of {longest} tokens; "
-                        "lower model.max_input_tokens or take a larger device."
+                        f"The device has no memory for one sequence of {longest} tokens, the maximal length; "
+                        "lower model.max_input_tokens or use a device with more memory."
                     ) from error
                 budget = budget.halved()
                 logger.warning("Out of memory at warm-up; the batch budget is now %d tokens.", budget.max_tokens)
@@ -210,13 +228,13 @@ class Pipeline:
             raise WarmUpFailed(f"The engine returned {len(output.rewards)} rewards for a batch of {size}.")
 
 
-class _Passes:
-    """The forward passes over one batch, and what they have found so far."""
+class _BatchRun:
+    """The forward passes over one batch, and their results so far."""
 
     def __init__(self, engine: Engine, sequences: Sequence[TokenSequence], *, states: bool) -> None:
         self._engine = engine
         self.sequences = sequences
-        self._wants_states = states
+        self._needs_states = states
         self._launched: Callable[[], EngineOutput] | None = None
         self._found: dict[int, float | HttpError] = {}
         self._failure_logged = False
@@ -228,58 +246,62 @@ class _Passes:
 
     @property
     def rewards(self) -> list[float | HttpError]:
-        """In the order of the sequences; unchecked for being finite."""
-        return [self._found[place] for place in range(len(self.sequences))]
+        """In the order of the sequences; a reward may be NaN or infinite."""
+        return [self._found[index] for index in range(len(self.sequences))]
 
     def launch(self) -> None:
-        """Hand the whole batch to the device. What that raises is raised again where the rewards are asked for."""
+        """Hand the whole batch to the device. What that raises is raised again by the first pass of ``run_all``."""
         if not isinstance(self._engine, LaunchingEngine):
             return
         try:
-            self._launched = self._engine.launch(self.sequences, states=self._wants_states).result
-        except Exception as error:  # noqa: BLE001 - as in _passes
+            self._launched = self._engine.launch(self.sequences, states=self._needs_states).result
+        except Exception as error:  # noqa: BLE001 - as in _try_pass
             self._launched = partial(_raise, error)
 
     def run_all(self) -> None:
-        """Pass over the batch, and over its halves where it raises."""
-        poison = bisect(len(self.sequences), self._passes)
-        if poison:
-            logger.warning("%d of %d sequences cannot be scored.", len(poison), len(self.sequences))
+        """Run a pass over the batch, and over its halves where it raises."""
+        failed = isolate_failures(len(self.sequences), self._try_pass)
+        if failed:
+            logger.warning("%d of %d sequences cannot be scored.", len(failed), len(self.sequences))
 
-    def _passes(self, run: range) -> bool:
+    def _try_pass(self, part: range) -> bool:
+        """Run a pass over a part of the batch and record its results; return whether it did not raise."""
         self.num_forwards += 1
         try:
-            output = self._output_of(run)
+            output = self._output_of(part)
         except EngineOutOfMemory as error:
             # A new error, because this one's traceback keeps the tensors of the pass alive while its halves need room.
             self.out_of_memory = True
-            self._found.update(dict.fromkeys(run, EngineOutOfMemory(str(error))))
+            self._found.update(dict.fromkeys(part, EngineOutOfMemory(str(error))))
             return False
         except EngineUnavailable:
             raise
-        except Exception as error:  # noqa: BLE001 - whatever a foreign pass raises fails its sequences, not our thread
-            self._log_first(error, len(run))
-            self._found.update(dict.fromkeys(run, EngineFailed(f"The forward pass raised {type(error).__name__}.")))
+        except Exception as error:  # noqa: BLE001 - whatever a pass raises fails its sequences, not the engine thread
+            self._log_first(error, len(part))
+            self._found.update(dict.fromkeys(part, EngineFailed(f"The forward pass raised {type(error).__name__}.")))
             return False
-        if len(output.rewards) == len(run):
-            self._found.update(zip(run, output.rewards, strict=True))
-            if output.states is not None:
-                self.states.update(zip(run, output.states, strict=True))
-            if output.shared_tokens:
-                self.shared_tokens[run.start : run.stop] = output.shared_tokens
-            self.cached_tokens += output.cached_tokens
-        else:
-            # Nothing tells which reward belongs to whom, so all are thrown away; a retry would trust the same code.
-            mismatch = OutputMismatch(f"The engine returned {len(output.rewards)} rewards for {len(run)} sequences.")
-            logger.error("%s", mismatch)
-            self._found.update(dict.fromkeys(run, mismatch))
+        self._record(part, output)
         return True
 
-    def _output_of(self, run: range) -> EngineOutput:
+    def _record(self, part: range, output: EngineOutput) -> None:
+        if len(output.rewards) != len(part):
+            # It is unknown which reward belongs to which sequence, so none is used; a retry would run the same code.
+            mismatch = OutputMismatch(f"The engine returned {len(output.rewards)} rewards for {len(part)} sequences.")
+            logger.error("%s", mismatch)
+            self._found.update(dict.fromkeys(part, mismatch))
+            return
+        self._found.update(zip(part, output.rewards, strict=True))
+        if output.states is not None:
+            self.states.update(zip(part, output.states, strict=True))
+        if output.shared_tokens:
+            self.shared_tokens[part.start : part.stop] = output.shared_tokens
+        self.cached_tokens += output.cached_tokens
+
+    def _output_of(self, part: range) -> EngineOutput:
         if self._launched is not None:
-            launched, self._launched = self._launched, None  # the first run is the whole batch
+            launched, self._launched = self._launched, None  # the first part is the whole batch
             return launched()
-        return self._engine.forward(self.sequences[run.start : run.stop], states=self._wants_states)
+        return self._engine.forward(self.sequences[part.start : part.stop], states=self._needs_states)
 
     def _log_first(self, error: Exception, num_sequences: int) -> None:
         """Log the traceback once a batch: the halves fail for the same reason."""
@@ -292,10 +314,37 @@ def _raise(error: Exception) -> NoReturn:
     raise error
 
 
-def score_of(reward: float | HttpError, sequence: TokenSequence) -> Score | HttpError:
-    """Make a Score of a reward; an error stays what it is.
+def isolate_failures(num_sequences: int, try_pass: Callable[[range], bool]) -> list[int]:
+    """Find the sequences that fail by bisection: halve each part that fails until failing sequences are alone.
 
-    A reward that is not finite becomes NonFiniteReward: it is never passed on as a number.
+    One failing sequence among n costs at most 2 log2(n) + 1 passes (n a power of two); none costs one.
+
+    Args:
+        num_sequences: in the batch; parts are ranges over their indices.
+        try_pass: tries a part and returns whether it passed. Each index ends up in exactly one part that passed, or
+            failed alone.
+
+    Returns:
+        The indices that failed alone, in order.
+    """
+    failed: list[int] = []
+    untried = [range(num_sequences)] if num_sequences else []
+    while untried:
+        part = untried.pop()
+        if try_pass(part):
+            continue
+        if len(part) == 1:
+            failed.append(part[0])
+        else:
+            middle = len(part) // 2
+            untried += [part[middle:], part[:middle]]
+    return failed
+
+
+def score_of(reward: float | HttpError, sequence: TokenSequence) -> Outcome:
+    """Return the Score of a reward; an error is returned as it is.
+
+    A reward that is NaN or infinite becomes NonFiniteReward: it is never passed on as a number.
     """
     if isinstance(reward, HttpError):
         return reward
@@ -305,7 +354,11 @@ def score_of(reward: float | HttpError, sequence: TokenSequence) -> Score | Http
 
 
 def largest_batches(budget: BatchBudget, max_input_tokens: int, token_ids: Sequence[int]) -> list[list[TokenSequence]]:
-    """Return the batches that need most: one longest sequence; then a budget full of long ones, and of short ones."""
+    """Return the batches that need most memory.
+
+    They are one sequence of the maximal length, a full budget of sequences as long as possible, and a full budget of as
+    many sequences as possible.
+    """
     long = min(max_input_tokens, budget.max_tokens)
     num_long = min(budget.max_tokens // long, budget.max_sequences)
     num_short = min(budget.max_sequences, budget.max_tokens)
@@ -315,9 +368,11 @@ def largest_batches(budget: BatchBudget, max_input_tokens: int, token_ids: Seque
 
 
 def _varied_sequences(count: int, length: int, token_ids: Sequence[int]) -> list[TokenSequence]:
-    # Each round through the ids takes larger steps, so that two rows have at most their first token in common.
+    # Each round through the ids takes larger steps, so that two sequences share at most their first token.
     num_ids = len(token_ids)
     return [
-        TokenSequence(tuple(token_ids[(row + column * (1 + row // num_ids)) % num_ids] for column in range(length)))
-        for row in range(count)
+        TokenSequence(
+            tuple(token_ids[(index + position * (1 + index // num_ids)) % num_ids] for position in range(length))
+        )
+        for index in range(count)
     ]

@@ -1,7 +1,6 @@
-"""The records that travel through the service: plain data with a few derived facts.
+"""The records that the parts of the service exchange: plain data with a few derived values.
 
-Nothing here knows a tokenizer, a device or a socket, and nothing beyond the standard library is imported, so the
-client can use these records inside a trainer that has pins of its own.
+They depend on no tokenizer, device or protocol; only the standard library and the client's option types are imported.
 """
 
 from __future__ import annotations
@@ -12,15 +11,24 @@ from typing import Literal, TypeAlias
 from reward_client.options import DiagnosticsLevel, TemplateChoice, Truncation
 
 Pooling: TypeAlias = Literal["hf", "last"]
+"""Which token the scalar head reads. ``hf``: the rightmost that is not the pad token; ``last``: the last one."""
+
 BatchCost: TypeAlias = Literal["packed", "padded"]
+"""How an engine computes a batch. ``packed``: without padding; ``padded``: all sequences padded to the longest."""
+
 StatePooling: TypeAlias = Literal["last", "mean"]
+"""``last``: the state of the token that the head reads; ``mean``: the mean over the completion's tokens."""
+
 OodMode: TypeAlias = Literal["single", "group"]
+"""``group``: the other completions of the item's prompt were used too; ``single``: the item alone."""
+
 CalibrationGap: TypeAlias = Literal["missing", "inapplicable"]
+"""Why an item has no calibrated diagnostics: there is no calibration, or its completion is unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation, as chat templates take it."""
+    """One turn of a conversation, in the form of chat templates."""
 
     role: str
     content: str = field(repr=False)
@@ -28,9 +36,11 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """A prompt (plain text, or the turns of a conversation) and the completion that answers it."""
+    """A prompt and the completion that answers it."""
 
     prompt: str | tuple[Message, ...] = field(repr=False)
+    """Plain text, or the turns of a conversation."""
+
     completion: str = field(repr=False)
 
     @property
@@ -43,7 +53,7 @@ class Exchange:
 
 @dataclass(frozen=True, slots=True)
 class TemplatedText:
-    """A text that already went through a chat template; only a BOS token may still be put before it."""
+    """A text to which a chat template was applied already; only a BOS token may still be added in front."""
 
     text: str = field(repr=False)
 
@@ -55,7 +65,7 @@ class TemplatedText:
 
 @dataclass(frozen=True, slots=True)
 class TokenIds:
-    """Token ids of the served model's own tokenizer; scored exactly as they are."""
+    """Token ids of the served model's own tokenizer; scored unchanged."""
 
     ids: tuple[int, ...] = field(repr=False)
 
@@ -70,58 +80,64 @@ Content: TypeAlias = Exchange | TemplatedText | TokenIds
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One entry of a request: what is to be scored, and the names under which the caller knows it.
-
-    ``id`` is echoed; ``group`` names items that answer one prompt (where the prompt alone does not tell).
-    """
+    """One entry of a request."""
 
     content: Content
+    """What is to be scored."""
+
     id: str | None = None
+    """The caller's name of the item; it is returned with the answer."""
+
     group: str | None = None
+    """The caller's name of the items that answer one prompt, where the prompt alone does not identify them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """How Items become Sequences; decided by the route and the request, never guessed from a text.
-
-    ``template``: None lets the served model decide (its chat template when it has one, plain concatenation otherwise).
-    ``add_bos``: whether a templated text gets the BOS token that its tokenizer would put in front.
-    """
+    """How items become token sequences; set by the route and the request, never guessed from a text."""
 
     template: TemplateChoice | None = None
+    """None: the served model's default, which is its chat template if it has one, else plain concatenation."""
+
     truncation: Truncation = "error"
+    """What happens to an item that is too long."""
+
     add_bos: bool = True
+    """Whether a templated text gets the BOS token that its tokenizer would put in front."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreRequest:
-    """What a protocol module makes of a request body.
-
-    ``timeout_s``: seconds from arrival after which no answer is wanted. ``run_id``: the training run that asks, where
-    it names itself; its monitors are kept apart.
-    """
+    """A parsed request body."""
 
     items: tuple[Item, ...]
     encoding: Encoding
     diagnostics: DiagnosticsLevel
+
     timeout_s: float
+    """Seconds from arrival after which the caller does not need an answer."""
+
     run_id: str | None = None
+    """The training run that sends the request; each run has monitors of its own. None: it is not named."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenSequence:
-    """A tokenised Item.
-
-    ``num_prompt_tokens`` counts the leading tokens that belong to the prompt (template included), after truncation;
-    None where the border is unknown (templated text and token ids). ``num_dropped`` counts prompt tokens cut from the
-    left.
-    ``completion_chars`` is None where the completion is not known as text.
-    """
+    """A tokenized item."""
 
     token_ids: tuple[int, ...] = field(repr=False)
+
     num_prompt_tokens: int | None = None
+    """Leading tokens that belong to the prompt, template included, after truncation.
+
+    None where it is unknown where the prompt ends (templated text and token ids).
+    """
+
     num_dropped: int = 0
+    """Prompt tokens that truncation cut from the left."""
+
     completion_chars: int | None = None
+    """Characters of the completion; None where it is not known as text."""
 
     @property
     def num_tokens(self) -> int:
@@ -130,165 +146,228 @@ class TokenSequence:
 
     @property
     def num_completion_tokens(self) -> int | None:
-        """Tokens after the prompt, template suffix included; None where the border is unknown."""
+        """Tokens after the prompt, template suffix included; None where it is unknown where the prompt ends."""
         return None if self.num_prompt_tokens is None else self.num_tokens - self.num_prompt_tokens
 
     @property
     def truncated(self) -> bool:
-        """Whether the model saw less than the caller sent."""
+        """Whether the model read less than the caller sent."""
         return self.num_dropped > 0
 
 
 @dataclass(frozen=True, slots=True)
 class StateTap:
-    """A place of the forward pass at which hidden states are read for the diagnostics.
-
-    ``layer``: 0 is the embeddings, n the output of the n-th block; the last one is read behind the final norm, as the
-    head does. ``pooling``: ``last`` is the token whose state the head reads; ``mean`` is the mean over the completion's
-    tokens, or over all where the border to the prompt is unknown.
-    """
+    """A point of the forward pass where hidden states are read for the diagnostics."""
 
     layer: int
+    """0: the embeddings; n: the output of the n-th block, where that of the last block is read after the final norm."""
+
     pooling: StatePooling
+    """``mean`` is over all tokens where it is unknown where the prompt ends."""
 
 
 @dataclass(frozen=True, slots=True)
 class LengthReport:
-    """The length block of an item's diagnostics; field names are the wire's.
-
-    Prompt and completion counts are of the full text; ``scored_tokens`` is what the model read. None where unknown.
-    ``length_z`` (in standard deviations of the log length) and ``length_percentile`` (0 to 1) place the completion
-    among the calibration's; None without one.
-    """
+    """The length block of an item's diagnostics; field names are those of the response."""
 
     prompt_tokens: int | None
+    """Tokens of the full prompt, before truncation; None where unknown."""
+
     completion_tokens: int | None
+    """Tokens of the completion; None where unknown."""
+
     completion_chars: int | None
+    """Characters of the completion; None where unknown."""
+
     scored_tokens: int
+    """Tokens that the model read."""
+
     truncated: bool
+    """Whether that is less than the caller sent."""
+
     length_z: float | None = None
+    """Log length of the completion, in standard deviations from the calibration's mean; None without a calibration."""
+
     length_percentile: float | None = None
+    """Rank of the completion's length in the calibration, 0 to 1; None without a calibration."""
 
 
 @dataclass(frozen=True, slots=True)
 class StyleReport:
-    """The style block of an item's diagnostics: tells of formatting, flattery and repetition in the completion.
-
-    Counts are of the whole completion; hedges and flattery are hits of an English lexicon. The fractions are those of
-    level ``full``, None below it. ``style_p``: conformal p-value of the style as a whole; None without a calibration.
-    """
+    """The style block of an item's diagnostics: counts and fractions of the whole completion."""
 
     headers: int
     list_items: int
     bold: int
     emoji: int
+
     hedges: int
+    """Matches of an English lexicon."""
+
     flattery: int
+    """Matches of an English lexicon."""
+
     words: int
+
     repeat4: float | None = None
+    """Fraction of 4-grams of tokens that occurred before; None below level ``full``."""
+
     zlib_ratio: float | None = None
+    """Compressed by uncompressed size, of the start of the text; None below level ``full``."""
+
     non_ascii: float | None = None
+    """Fraction of characters that are not ASCII; None below level ``full``."""
+
     prompt_overlap: float | None = None
+    """Fraction of the completion's tokens that also occur in the prompt; None below level ``full``."""
+
     style_p: float | None = None
+    """Conformal p-value of the style as a whole; None without a calibration."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerPValues:
-    """Conformal p-values of the pooled states in the middle of the model and at its end; None where not admitted."""
+    """Conformal p-values of the pooled states; None where the calibration does not include the component."""
 
     mid: float | None = None
+    """In the middle of the model."""
+
     last: float | None = None
+    """At the end of the model."""
 
 
 @dataclass(frozen=True, slots=True)
 class OodReport:
-    """The out-of-distribution block: how typical an item is of the calibration's. Field names are the wire's.
-
-    ``p_value`` decides: the share of calibration items at least as unusual as this one, within [``resolution``, 1].
-    ``flag``: whether it is at most the set rate of false alarms. ``surprise``: the score behind it, a -ln p that
-    goes on where ranks end, beyond all calibration items; its mean is the most sensitive signal of drift. ``p_*``: the
-    components' own p-values, None where a component is not in the calibration or does not apply. ``score``: raw squared
-    distance of the feature component. ``reason``: the component that decided. ``valid_for_tail``: False where the model
-    read a part only.
-    """
+    """The out-of-distribution block: how typical an item is of the calibration; field names are the response's."""
 
     p_value: float
+    """Fraction of calibration items that are at least as unusual as this one, within [``resolution``, 1]."""
+
     flag: bool
+    """Whether ``p_value`` is at most the configured rate of false alarms."""
+
     mode: OodMode
+
     surprise: float
+    """The score that ``p_value`` ranks: the largest -ln p of the components.
+
+    It still grows beyond the most unusual calibration item, where ranks end. Its mean over items is the most sensitive
+    signal of drift.
+    """
+
     reason: str
+    """The component with the largest -ln p; for the text statistics, which of them."""
+
     resolution: float
+    """The lowest p-value that the size of the calibration allows."""
+
     calibration_id: str
+
     valid_for_tail: bool
+    """Whether the model read the whole item; if not, its small p-values are not reliable."""
+
     p_text: float | None = None
+    """Of the text statistics. Each ``p_*`` is None where its component is not calibrated or not applicable."""
+
     p_feature: float | None = None
+    """Of text and state statistics together."""
+
     p_layers: LayerPValues = LayerPValues()
+
     p_oe: float | None = None
+    """Of the detector that was trained on examples of reward hacking (outlier exposure)."""
+
     p_group: float | None = None
+    """Of the item compared with the other completions of its prompt."""
+
     score: float | None = None
+    """Squared Mahalanobis distance that ``p_feature`` ranks."""
 
 
 @dataclass(frozen=True, slots=True)
 class GroupReport:
-    """The group block: an item beside the other completions of its prompt in the same request.
-
-    ``n``: completions with a reward, this one included. ``length_corr``: Pearson correlation of reward and log length
-    within the group; None for fewer than three, or where either does not vary. ``reward_centered``: the reward less the
-    group's mean.
-    """
+    """The group block: an item compared with the other completions of its prompt in the same request."""
 
     n: int
+    """Completions with a reward, this one included."""
+
     length_corr: float | None
+    """Pearson correlation of reward and log length in the group; None for fewer than three, or a constant one."""
+
     reward_centered: float
+    """The reward minus the mean of the group."""
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """All we say of one Item: the raw output of the scalar head, and what is known about its trustworthiness.
-
-    What is None was not asked for, or could not be known: nothing here is ever guessed. ``reward_z`` (standard
-    deviations), ``reward_percentile`` (0 to 1), ``reward_length_adjusted`` and ``reward_std_epistemic`` (both in units
-    of the reward) and ``ood`` need a calibration. ``gap``: why calibrated diagnostics that were asked for are None:
-    there is no calibration, or the item shows no border between prompt and completion. ``traits``: the statistics by
-    which siblings are compared; never leaves the service.
-    """
+    """The reward of one item and its diagnostics. None: not requested, or unknown; no value is a guess."""
 
     reward: float
+    """The raw output of the scalar head."""
+
     length: LengthReport | None = None
+
     reward_z: float | None = None
+    """The reward in standard deviations from the calibration's mean; needs a calibration."""
+
     reward_percentile: float | None = None
+    """Rank of the reward in the calibration, 0 to 1; needs a calibration."""
+
     reward_length_adjusted: float | None = None
+    """The reward without what the calibration's length curve explains, in units of the reward; needs a calibration."""
+
     reward_std_epistemic: float | None = None
+    """Standard deviation of the reward due to limited training data, in units of the reward; needs a calibration."""
+
     ood: OodReport | None = None
+    """Needs a calibration."""
+
     style: StyleReport | None = None
     group: GroupReport | None = None
+
     gap: CalibrationGap | None = None
+    """Why calibrated diagnostics that were requested are None."""
+
     traits: tuple[float, ...] | None = field(default=None, repr=False, compare=False)
+    """State statistics that the detectors read once the whole request is known; never part of a response."""
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of one request. Prompt and completion count the full texts; ``scored`` what the model read."""
+    """Tokens of one request."""
 
     prompt_tokens: int = 0
+    """Of the full prompts, before truncation."""
+
     completion_tokens: int = 0
+    """Of the completions."""
+
     scored_tokens: int = 0
+    """That the model read, of items with a reward."""
+
     shared_tokens: int = 0
+    """The part of ``scored_tokens`` that was not computed for this request."""
 
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds that a request spent in each stage; ``queue_s`` and ``engine_s`` are those of its slowest item."""
+    """Seconds that a request spent in each stage."""
 
     parse_s: float = 0.0
     tokenize_s: float = 0.0
+
     queue_s: float = 0.0
+    """Of the request's slowest item."""
+
     engine_s: float = 0.0
+    """Of the request's slowest item."""
+
     total_s: float = 0.0
+    """From arrival to answer."""
 
     @property
     def by_stage(self) -> dict[str, float]:
-        """Seconds by the name of the stage; spelt out, since every answer asks for it three times."""
+        """Seconds by the name of the stage; written out because every answer needs it three times."""
         return {
             "parse": self.parse_s,
             "tokenize": self.tokenize_s,
@@ -300,7 +379,9 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class ModelIdentity:
-    """The served model's name and the hash over everything that can change its rewards."""
+    """The served model."""
 
     name: str
+
     version: str
+    """Hash of everything that can change its rewards."""

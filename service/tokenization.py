@@ -1,12 +1,12 @@
-"""Turns Items into token Sequences: the one place that knows chat templates, special tokens and truncation.
+"""Turns Items into TokenSequences: chat templates, special tokens and truncation.
 
-It must give the ids that training gave, or every reward is off. So it follows TRL and transformers to the letter: a
-conversation goes through the model's chat template and gets no further special tokens; a plain text gets what the
-tokenizer puts in front of it. A special token written out in a text counts as that token, in training as here. Nothing
-is ever appended to a decoder's text, since the last token is where the reward is read: a model trained on plain texts
-that end in EOS (as TRL ends them) wants the EOS in the completion.
+The token ids must be those of training, or every reward is wrong. So this follows TRL and transformers exactly: a
+conversation is rendered by the model's chat template and gets no further special tokens; a plain text gets the special
+tokens that the tokenizer puts in front of it. A special token written out in a text becomes that token, as in training.
+Nothing is appended to a decoder's text, because the reward is read at the last token: for a model that was trained on
+plain texts with EOS at the end (as TRL does), the caller writes the EOS into the completion.
 
-It holds no state that a call changes, so several threads may encode at once.
+No call changes any state, so several threads may encode at once.
 """
 
 from __future__ import annotations
@@ -35,37 +35,39 @@ from service.settings import TokenizationSettings
 SAMPLE_PROMPT = "What does a reward model do?"
 SAMPLE_COMPLETION = "It reads a prompt with its answer and says, as one number, how much people would like that answer."
 SAMPLE = Item(Exchange(SAMPLE_PROMPT, SAMPLE_COMPLETION))
-"""A fixed item, whose token ids show at a glance whether two services read the same text in the same way."""
+"""A fixed item; its token ids show whether two services tokenize in the same way."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Text:
-    """What is handed to the tokenizer for one item.
-
-    ``wrapped``: whether the text gets the special tokens that the tokenizer puts around a plain text. ``prompt_chars``:
-    where the completion begins; None if that is unknown.
-    """
+    """The text of one item, ready for the tokenizer."""
 
     text: str = field(repr=False)
-    wrapped: bool
+
+    add_special_tokens: bool
+    """Whether it gets the special tokens that the tokenizer puts around a plain text."""
+
     prompt_chars: int | None = None
+    """Characters before the completion; None where unknown."""
+
     completion_chars: int | None = None
+    """Characters of the completion; None where unknown."""
 
 
 class Tokenization:
     """Encodes Items for one model.
 
     Args:
-        tokenizer: a fast tokenizer of transformers; read once, never changed.
+        tokenizer: a fast tokenizer of transformers; it is not changed.
         settings: the defaults of the service.
-        max_input_tokens: the longest Sequence that may come out.
-        vocab_size: token ids that callers send must be below it (the embedding's rows).
+        max_input_tokens: maximal length of a TokenSequence.
+        vocab_size: rows of the embedding; token ids that callers send must be less.
 
-    ``sample_token_ids`` are those of ``SAMPLE`` under the defaults.
+    ``sample_token_ids`` are the ids of ``SAMPLE`` with the default settings.
 
     Raises:
         SettingsError: the chat template is set as default, but the tokenizer has none.
-        CheckpointError: the chat template does not even render a question with its answer.
+        CheckpointError: the chat template cannot render one user turn and one assistant turn.
     """
 
     def __init__(
@@ -76,7 +78,7 @@ class Tokenization:
         self._tokenizer = tokenizer
         self._backend = _private_backend(tokenizer)
         self._prefix, self._suffix = _special_tokens_around_text(tokenizer, self._backend)
-        self._openers = {tokenizer.bos_token_id, *self._prefix}
+        self._leading_special_ids = {tokenizer.bos_token_id, *self._prefix}
         self._default_template: TemplateChoice = settings.template or ("chat" if tokenizer.chat_template else "concat")
         self._max_input_tokens = max_input_tokens
         self._vocab_size = vocab_size
@@ -84,28 +86,29 @@ class Tokenization:
         self._tokens_per_char, self._extra_tokens = self._measure_sample()
 
     def template_for(self, encoding: Encoding) -> TemplateChoice:
-        """Tell how a plain-string prompt is rendered under this encoding, for the answer to echo."""
+        """Return how a prompt that is a plain string is rendered with this encoding."""
         return encoding.template or self._default_template
 
     def encode(self, items: Sequence[Item], encoding: Encoding) -> list[TokenSequence | HttpError]:
-        """Tokenize the items in one call of the tokenizer; in place of an item that cannot be encoded stands its error.
+        """Tokenize the items in one call of the tokenizer; an item that cannot be encoded yields its error.
 
-        An Exchange whose prompt is a string becomes a user turn and an assistant turn of the chat template, or under
-        ``concat`` the two strings joined. A prompt of messages always goes through the chat template. Templated text
-        gets the tokenizer's BOS if ``add_bos``, and unless it brings one. Token ids stay as they are.
+        An Exchange whose prompt is a string becomes a user turn and an assistant turn of the chat template, or with
+        ``concat`` the two strings joined. A prompt of messages is always rendered by the chat template. Templated text
+        gets the tokenizer's BOS if ``add_bos`` is set and the text has none. Token ids are not changed.
 
-        Truncation ``prompt_left`` cuts what is too long from the left, behind its BOS. It stops before the completion;
-        in templated text the border is unknown, so there the caller answers for what is cut. Token ids are never cut.
+        Truncation ``prompt_left`` drops the excess tokens from the left, after the BOS. It drops no token of the
+        completion. In templated text it is unknown where the completion begins, so it may be cut into. Token ids are
+        never truncated.
 
         Args:
-            items: any number, also none.
-            encoding: the wishes of the request.
+            items: any number, zero included.
+            encoding: the options of the request.
 
         Returns:
-            One entry per item, in order: a Sequence, or one of
-            InvalidRequest: messages without a chat template, or messages that it refuses; ids outside the vocabulary;
+            One entry per item, in order: a TokenSequence, or one of
+            InvalidRequest: messages without a chat template, or messages that it rejects; ids outside the vocabulary;
             no tokens at all.
-            SequenceTooLong: over ``max_input_tokens``, and cutting was not asked for or cannot help.
+            SequenceTooLong: more than ``max_input_tokens`` where truncation was not requested or is not possible.
         """
         prompts: dict[tuple[Message, ...], str] = {}
         prepared = [self._prepare(item, encoding, prompts) for item in items]
@@ -123,14 +126,14 @@ class Tokenization:
         return outcomes
 
     def _encode_texts(self, texts: list[str]) -> list[Any]:
-        if len(texts) == 1:  # for a single text the batch call would wake a pool of threads
+        if len(texts) == 1:  # for a single text the batch call would start its thread pool
             return [self._backend.encode(texts[0], add_special_tokens=False)]
         return list(self._backend.encode_batch(texts, add_special_tokens=False))
 
     def estimate_tokens(self, items: Sequence[Item]) -> int:
-        """Guess the tokens of the items from their characters, without tokenizing; at least one per item.
+        """Estimate the tokens of the items from their characters; at least one per item, exact for token ids.
 
-        Admission counts with it: to tokenize first would let an overload cost what it should not. Token ids are exact.
+        Used for admission, because to tokenize requests that are then refused would make an overload expensive.
         """
         return sum(self._estimate(item) for item in items)
 
@@ -147,7 +150,7 @@ class Tokenization:
             case Exchange():
                 return self._render_exchange(content, self.template_for(encoding), prompts)
             case TemplatedText():
-                return _Text(content.text, wrapped=encoding.add_bos)
+                return _Text(content.text, add_special_tokens=encoding.add_bos)
             case TokenIds():
                 return content
             case _:
@@ -164,13 +167,13 @@ class Tokenization:
         if not self._tokenizer.chat_template:
             return InvalidRequest("The model has no chat template: the prompt must be a string, its template concat.")
         try:
-            # The prompt alone shows where the completion begins; many items share a prompt, so it is rendered once.
+            # The prompt rendered alone shows where the completion begins. Many items share a prompt: render it once.
             if prompt not in prompts:
                 prompts[prompt] = self._render(prompt, open_ended=True)
             text = self._render((*prompt, Message("assistant", completion)), open_ended=False)
         except Exception as error:  # noqa: BLE001 - a template is a program and may raise anything
-            # Its message may quote the conversation, so only its class is told.
-            return InvalidRequest(f"The model's chat template refuses these messages ({type(error).__name__}).")
+            # The message of the error may quote the conversation, so only its class is reported.
+            return InvalidRequest(f"The model's chat template rejects these messages ({type(error).__name__}).")
         return _Text(text, False, _common_prefix_length(prompts[prompt], text), len(completion))
 
     def _render(self, messages: tuple[Message, ...], *, open_ended: bool) -> str:
@@ -180,11 +183,11 @@ class Tokenization:
     def _sequence(self, text: _Text, encoded: Any) -> TokenSequence:
         ids = tuple(encoded.ids)
         num_prompt_tokens = None if text.prompt_chars is None else _tokens_before(text.prompt_chars, encoded)
-        if text.wrapped and ids[: len(self._prefix)] != self._prefix:
+        if text.add_special_tokens and ids[: len(self._prefix)] != self._prefix:
             ids = self._prefix + ids
             if num_prompt_tokens is not None:
                 num_prompt_tokens += len(self._prefix)
-        if text.wrapped and self._suffix and ids[-len(self._suffix) :] != self._suffix:
+        if text.add_special_tokens and self._suffix and ids[-len(self._suffix) :] != self._suffix:
             ids += self._suffix
         return TokenSequence(ids, num_prompt_tokens, completion_chars=text.completion_chars)
 
@@ -197,16 +200,16 @@ class Tokenization:
             return sequence
         if truncation == "error":
             return _too_long(len(ids), limit)
-        num_openers = sum(1 for _ in takewhile(self._openers.__contains__, ids))
+        num_leading = sum(1 for _ in takewhile(self._leading_special_ids.__contains__, ids))
         end_of_prompt = len(ids) if sequence.num_prompt_tokens is None else sequence.num_prompt_tokens
-        if excess > end_of_prompt - num_openers:
+        if excess > end_of_prompt - num_leading:
             return SequenceTooLong(
-                f"{len(ids):,} tokens, {len(ids) - end_of_prompt:,} of them in the completion, which is never cut; "
-                f"the limit is {limit:,}."
+                f"{len(ids):,} tokens; the limit is {limit:,}. "
+                f"{len(ids) - end_of_prompt:,} of them are in the completion, which is never truncated."
             )
         return replace(
             sequence,
-            token_ids=ids[:num_openers] + ids[num_openers + excess :],
+            token_ids=ids[:num_leading] + ids[num_leading + excess :],
             num_prompt_tokens=None if sequence.num_prompt_tokens is None else sequence.num_prompt_tokens - excess,
             num_dropped=excess,
         )
@@ -216,28 +219,28 @@ class Tokenization:
         if not ids:
             return InvalidRequest("The item has no tokens.")
         if min(ids) < 0 or max(ids) >= self._vocab_size:
-            place = next(place for place, token_id in enumerate(ids) if not 0 <= token_id < self._vocab_size)
-            return InvalidRequest(f"The token id at place {place} is not in the vocabulary of {self._vocab_size:,}.")
+            index = next(index for index, token_id in enumerate(ids) if not 0 <= token_id < self._vocab_size)
+            return InvalidRequest(f"The token id at index {index} is not in the vocabulary of {self._vocab_size:,}.")
         return TokenSequence(ids) if len(ids) <= self._max_input_tokens else _too_long(len(ids), self._max_input_tokens)
 
     def _encode_sample(self) -> tuple[int, ...]:
         prepared = self._prepare(SAMPLE, Encoding(), {})
         if not isinstance(prepared, _Text):
             raise CheckpointError(
-                "The tokenizer's chat template cannot render a question with its answer: "
-                "mend it, or set tokenization.template to concat."
+                "The tokenizer's chat template cannot render one user turn and one assistant turn: "
+                "correct it, or set tokenization.template to concat."
             )
         return self._sequence(prepared, self._backend.encode(prepared.text, add_special_tokens=False)).token_ids
 
     def _measure_sample(self) -> tuple[float, int]:
-        """Tokens per character of plain text, and the tokens that template and special tokens add to an item."""
+        """Return the tokens per character of plain text, and the tokens that an item has in addition to its texts'."""
         plain = SAMPLE_PROMPT + SAMPLE_COMPLETION
         num_tokens = len(self._backend.encode(plain, add_special_tokens=False))
         return num_tokens / len(plain), max(0, len(self.sample_token_ids) - num_tokens)
 
 
 def _private_backend(tokenizer: Any) -> Any:
-    """A copy of the Rust tokenizer, since transformers sets padding and truncation on its own in every call."""
+    """Return a copy of the Rust tokenizer: every call of transformers changes the padding and truncation of its own."""
     from tokenizers import Tokenizer
 
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
@@ -248,23 +251,24 @@ def _private_backend(tokenizer: Any) -> Any:
 
 
 def _special_tokens_around_text(tokenizer: Any, backend: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the ids that the tokenizer puts before a plain text, and those behind it that may stay.
+    """Return the ids that are put before a plain text, and after it.
 
-    An encoder was trained on texts between CLS and SEP, so both stay. Another token behind the text (the EOS that some
-    tokenizers add) would move the place where a decoder is read, so it is left out.
+    They are those that the tokenizer adds, with one exception. An encoder was trained on texts between CLS and SEP, so
+    both are added. Any other token after the text (the EOS that some tokenizers add) would change the token at which
+    the reward of a decoder is read, so it is left out.
     """
     encoded = backend.encode("a", add_special_tokens=True)
     num_before = sum(1 for _ in takewhile(bool, encoded.special_tokens_mask))
-    num_behind = sum(1 for _ in takewhile(bool, reversed(encoded.special_tokens_mask)))
-    before, behind = tuple(encoded.ids[:num_before]), tuple(encoded.ids[len(encoded) - num_behind :])
-    is_encoder = tokenizer.cls_token_id in before and tokenizer.sep_token_id in behind
-    return before, behind if is_encoder else ()
+    num_after = sum(1 for _ in takewhile(bool, reversed(encoded.special_tokens_mask)))
+    before, after = tuple(encoded.ids[:num_before]), tuple(encoded.ids[len(encoded) - num_after :])
+    is_encoder = tokenizer.cls_token_id in before and tokenizer.sep_token_id in after
+    return before, after if is_encoder else ()
 
 
 def _common_prefix_length(prompt: str, text: str) -> int:
-    """Where the completion begins in a rendered conversation, by TRL's definition.
+    """Return where the completion begins in a rendered conversation, by TRL's definition.
 
-    It is the end of what the prompt, rendered alone with the generation prompt, has in common with the whole.
+    That is the length of the common prefix of the whole text and the prompt rendered alone, with generation prompt.
     """
     if text.startswith(prompt):
         return len(prompt)
@@ -272,7 +276,7 @@ def _common_prefix_length(prompt: str, text: str) -> int:
 
 
 def _tokens_before(char: int, encoded: Any) -> int:
-    """Count the tokens that end at or before a character; a token across the border belongs to what follows."""
+    """Count the tokens that end at or before a character; a token that spans it belongs to the completion."""
     return bisect_right(range(len(encoded)), char, key=lambda token: encoded.token_to_chars(token)[1])
 
 

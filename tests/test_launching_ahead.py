@@ -1,4 +1,4 @@
-"""With a pass in flight nothing is lost: one batch is prefetched, and each item still gets exactly one answer."""
+"""Launching ahead: one batch is started before the one in flight has ended, and each item gets exactly one answer."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ from service.errors import (
 from service.metrics import Metrics
 from service.pipeline import Pipeline
 from service.records import Encoding, Exchange, Item, Score, ScoreRequest, TokenSequence
-from service.scorer import ScoredRequest, Scorer
+from service.request_state import ScoredRequest
+from service.scorer import Scorer
 from service.settings import BatchingSettings, LimitSettings, TokenizationSettings
 from service.tokenization import Tokenization
 
 PROMPT = "How do I boil an egg? "
 BAD = ord("#")
-"""A token that the tests' faults answer to."""
+"""A token that triggers the faults of the tests."""
 
 
 @pytest.fixture(scope="module")
@@ -82,21 +83,21 @@ async def until(condition: Callable[[], bool]) -> None:
         if condition():
             return
         await asyncio.sleep(0.001)
-    pytest.fail("what the test waits for did not come")
+    pytest.fail("The condition did not become true.")
 
 
-async def asked_of(scorer: Scorer, engine: LaunchingOracle, *loads: Sequence[str]) -> list[asyncio.Task[ScoredRequest]]:
-    """Send requests, and let the engine go on when all of them wait; what it launches then does not end yet."""
+async def send(scorer: Scorer, engine: LaunchingOracle, *loads: Sequence[str]) -> list[asyncio.Task[ScoredRequest]]:
+    """Send requests, and let the engine launch when all of them wait; the passes do not end before the gate opens."""
     engine.gate.clear()
     engine.door.clear()
     tasks = [asyncio.create_task(scorer.score(request(*load))) for load in loads]
-    await until(lambda: len(scorer._pending) == len(loads))
+    await until(lambda: len(scorer._queue._requests) == len(loads))
     engine.door.set()
     return tasks
 
 
 def raising(error: BaseException, *, more_than: int = 0) -> Callable[[Sequence[TokenSequence]], None]:
-    """Return a fault of batches that hold the bad token and more sequences than so many."""
+    """Return a fault of batches with the bad token and more than so many sequences."""
 
     def fault(sequences: Sequence[TokenSequence]) -> None:
         if len(sequences) > more_than and any(BAD in sequence.token_ids for sequence in sequences):
@@ -110,9 +111,9 @@ def raising(error: BaseException, *, more_than: int = 0) -> Callable[[Sequence[T
 
 @pytest.mark.parametrize("where", ["at_launch", "on_device"])
 @pytest.mark.parametrize("error", [RuntimeError("device-side assert"), EngineOutOfMemory("no room")], ids=type)
-def test_what_fails_late_is_halved_like_what_fails_at_once(where: str, error: Exception) -> None:
-    """Wherever a launched batch raises, the poison stands alone in the end and its neighbours get their rewards."""
-    sequences = [TokenSequence((60 + place, 9)) for place in range(16)]
+def test_a_pass_that_fails_late_is_bisected(where: str, error: Exception) -> None:
+    """Wherever a launched batch raises, only the failing sequence gets an error, and the others get their rewards."""
+    sequences = [TokenSequence((60 + index, 9)) for index in range(16)]
     sequences[5] = TokenSequence((BAD, 9))
     pipeline = Pipeline(LaunchingOracle(**{where: raising(error)}))
 
@@ -124,9 +125,9 @@ def test_what_fails_late_is_halved_like_what_fails_at_once(where: str, error: Ex
     assert outcome.num_forwards <= 9
 
 
-def test_two_started_batches_keep_their_own_rewards() -> None:
-    """A batch that is started before the one before it is finished gets the rewards of its own sequences."""
-    first, second = [[TokenSequence((60 + place, start)) for place in range(4)] for start in (1, 2)]
+def test_two_started_batches_get_their_own_rewards() -> None:
+    """A batch that is started before the previous one is finished gets the rewards of its own sequences."""
+    first, second = [[TokenSequence((60 + index, start)) for index in range(4)] for start in (1, 2)]
     pipeline = Pipeline(LaunchingOracle())
 
     started = [pipeline.start(batch, ["none"] * 4) for batch in (first, second)]
@@ -137,7 +138,7 @@ def test_two_started_batches_keep_their_own_rewards() -> None:
 
 
 def test_overlapping_time_counts_once() -> None:
-    """The forward time of a batch in flight begins where the one before it ended, so that sums are wall time."""
+    """The forward time of a batch counts from the end of the previous one, so that the sum is at most wall time."""
     ticks = count()
     pipeline = Pipeline(LaunchingOracle(), clock=lambda: float(next(ticks)))
     first, second = (pipeline.start([TokenSequence((9,))], ["none"]) for _ in range(2))
@@ -148,8 +149,8 @@ def test_overlapping_time_counts_once() -> None:
     assert all(outcome.forward_s > 0 for outcome in outcomes)
 
 
-def test_an_engine_that_computes_in_order_is_not_started_early() -> None:
-    """Where nothing is launched ahead, ``start`` computes nothing: a pass runs in its turn."""
+def test_an_engine_that_cannot_launch_ahead_runs_in_finish() -> None:
+    """Without launching ahead ``start`` computes nothing, and ``finish`` runs the pass."""
 
     class Counting(OracleEngine):
         num_passes = 0
@@ -171,7 +172,7 @@ def test_an_engine_that_computes_in_order_is_not_started_early() -> None:
 
 @pytest.mark.parametrize("where", ["at_launch", "on_device"])
 def test_a_lost_device_is_not_bisected(where: str) -> None:
-    """Where the device is lost no smaller batch helps: the error goes to the thread's owner."""
+    """If the device is lost no smaller batch is tried: the error is raised to the owner of the thread."""
     pipeline = Pipeline(LaunchingOracle(**{where: raising(EngineUnavailable("lost"))}))
     batch = pipeline.start([TokenSequence((BAD,)), TokenSequence((9,))], ["none"] * 2)
 
@@ -183,35 +184,35 @@ def test_a_lost_device_is_not_bisected(where: str) -> None:
 
 
 async def test_one_batch_is_prefetched_and_no_more(tokenization: Tokenization) -> None:
-    """While a pass runs the next one is launched, a third stays in the line where its neighbours may still join it."""
+    """While a pass runs the next one is launched; a third stays in the queue, where its batch may still grow."""
     engine = LaunchingOracle(max_batch_tokens=len(PROMPT) + 8)
     async with running(new_scorer(tokenization, engine), engine) as scorer:
         engine.launched.clear()
-        asked = await asked_of(scorer, engine, *([f"item {place}"] for place in range(5)))
+        sent = await send(scorer, engine, *([f"item {index}"] for index in range(5)))
         await until(lambda: len(engine.launched) == 2)
         await asyncio.sleep(0.05)
         assert len(engine.launched) == 2
-        assert len([task for task in asked if task.done()]) == 0
+        assert len([task for task in sent if task.done()]) == 0
         engine.gate.set()
-        scored = await asyncio.gather(*asked)
+        scored = await asyncio.gather(*sent)
 
-    assert [rewards(one) for one in scored] == [expected(f"item {place}") for place in range(5)]
-    assert engine.most_in_flight == 2
+    assert [rewards(one) for one in scored] == [expected(f"item {index}") for index in range(5)]
+    assert engine.max_in_flight == 2
     assert engine.closed
 
 
 async def test_a_lone_pass_is_answered_without_waiting_for_another(tokenization: Tokenization) -> None:
-    """With nothing else to launch the pass in flight is waited for at once."""
+    """If there is nothing else to launch, the pass in flight is completed at once."""
     engine = LaunchingOracle()
     async with running(new_scorer(tokenization, engine), engine) as scorer, asyncio.timeout(5):
         for turn in range(3):
             assert rewards(await scorer.score(request(f"turn {turn}"))) == expected(f"turn {turn}")
 
-    assert engine.most_in_flight == 1
+    assert engine.max_in_flight == 1
 
 
-class LosesARow(LaunchingOracle):
-    """A device that forgets the last reward of a batch with the bad token."""
+class LosesAReward(LaunchingOracle):
+    """A device that omits the last reward of a batch with the bad token."""
 
     def _compute(self, sequences):
         output = super()._compute(sequences)
@@ -220,7 +221,7 @@ class LosesARow(LaunchingOracle):
 
 
 class AnswersNaN(LaunchingOracle):
-    """A device that answers NaN where the bad token stands."""
+    """A device that returns NaN for sequences with the bad token."""
 
     def _compute(self, sequences):
         output = super()._compute(sequences)
@@ -229,7 +230,7 @@ class AnswersNaN(LaunchingOracle):
         return type(output)([nan if BAD in sequence.token_ids else reward for sequence, reward in pairs])
 
 
-WORLDS: dict[str, tuple[Callable[[], LaunchingOracle], type[HttpError] | None]] = {
+FAULTS: dict[str, tuple[Callable[[], LaunchingOracle], type[HttpError] | None]] = {
     "raises-at-launch": (lambda: LaunchingOracle(at_launch=raising(RuntimeError("bug"))), EngineFailed),
     "raises-late": (lambda: LaunchingOracle(on_device=raising(RuntimeError("assert"))), EngineFailed),
     "out-of-memory-at-launch": (
@@ -237,22 +238,22 @@ WORLDS: dict[str, tuple[Callable[[], LaunchingOracle], type[HttpError] | None]] 
         None,
     ),
     "out-of-memory-late": (lambda: LaunchingOracle(on_device=raising(EngineOutOfMemory("no room"), more_than=1)), None),
-    "loses-a-row": (LosesARow, OutputMismatch),
+    "loses-a-reward": (LosesAReward, OutputMismatch),
     "answers-nan": (AnswersNaN, NonFiniteReward),
 }
 
 
-@pytest.mark.parametrize(("world", "error"), WORLDS.values(), ids=WORLDS)
+@pytest.mark.parametrize(("fault", "error"), FAULTS.values(), ids=FAULTS)
 async def test_every_item_is_answered_once(
-    tokenization: Tokenization, world: Callable[[], LaunchingOracle], error: type[HttpError] | None
+    tokenization: Tokenization, fault: Callable[[], LaunchingOracle], error: type[HttpError] | None
 ) -> None:
-    """In every bad world the ledger is even: each accepted item has one outcome, and the good ones their own reward."""
-    engine, metrics = world(), Metrics()
+    """With every fault each accepted item has one outcome, and the good ones have their own reward."""
+    engine, metrics = fault(), Metrics()
     loads = [[f"{load}-{item}{'#' if load % 3 == 0 else ''}" for item in range(4)] for load in range(24)]
     async with running(new_scorer(tokenization, engine, metrics=metrics), engine) as scorer, asyncio.timeout(30):
-        asked = await asked_of(scorer, engine, *loads)
+        sent = await send(scorer, engine, *loads)
         engine.gate.set()
-        scored = await asyncio.gather(*asked)
+        scored = await asyncio.gather(*sent)
 
     num_failed = 0
     for load, one in zip(loads, scored, strict=True):
@@ -264,7 +265,7 @@ async def test_every_item_is_answered_once(
                 assert outcome is error
                 num_failed += 1
     assert num_failed >= (0 if error is None else 8 * 4)
-    assert engine.most_in_flight <= 2
+    assert engine.max_in_flight <= 2
     counted = sum(
         sample.value
         for family in metrics.registry.collect()
@@ -275,56 +276,54 @@ async def test_every_item_is_answered_once(
 
 
 async def test_budget_is_halved_once_for_batches_of_one_budget(tokenization: Tokenization) -> None:
-    """A prefetched batch that was taken under the old budget does not halve the new one when it fails too."""
+    """A batch that was taken under the old budget does not halve the new one when it fails too."""
     engine = LaunchingOracle(on_device=raising(EngineOutOfMemory("no room"), more_than=2))
     async with running(new_scorer(tokenization, engine), engine) as scorer:
-        asked = await asked_of(
-            scorer, engine, *([f"{load}{item} of many others#" for item in "abcde"] for load in "xy")
-        )
-        await until(lambda: engine.most_in_flight == 2)
+        sent = await send(scorer, engine, *([f"{load}{item} of many others#" for item in "abcde"] for load in "xy"))
+        await until(lambda: engine.max_in_flight == 2)
         engine.gate.set()
-        await asyncio.gather(*asked)
+        await asyncio.gather(*sent)
 
         assert scorer.budget.max_tokens == 128
 
 
-async def test_death_with_passes_in_flight_answers_everyone(tokenization: Tokenization) -> None:
-    """A device that is lost ends the engine thread; those in flight, prefetched or in the line hear of it."""
+async def test_a_lost_device_with_passes_in_flight_answers_all_requests(tokenization: Tokenization) -> None:
+    """A lost device ends the engine thread; requests in flight and in the queue get EngineUnavailable."""
     engine = LaunchingOracle(on_device=raising(EngineUnavailable("cuda:0 is lost")), max_batch_tokens=40)
     scorer = new_scorer(tokenization, engine)
     async with running(scorer, engine), asyncio.timeout(10):
-        asked = await asked_of(scorer, engine, *([f"item {place}#"] for place in range(4)))
-        await until(lambda: engine.most_in_flight == 2)
+        sent = await send(scorer, engine, *([f"item {index}#"] for index in range(4)))
+        await until(lambda: engine.max_in_flight == 2)
         engine.gate.set()
-        answers = await asyncio.gather(*asked, return_exceptions=True)
+        answers = await asyncio.gather(*sent, return_exceptions=True)
 
         assert [type(answer) for answer in answers] == [EngineUnavailable] * 4
         assert scorer.state == "failed"
 
 
-@pytest.mark.parametrize(("drain_s", "answer"), [(10.0, ScoredRequest), (0.0, Draining)], ids=["drained", "in-haste"])
+@pytest.mark.parametrize(("drain_s", "answer"), [(10.0, ScoredRequest), (0.0, Draining)], ids=["drained", "no-time"])
 async def test_shutdown_answers_what_is_in_flight(tokenization: Tokenization, drain_s: float, answer: type) -> None:
-    """A drain waits for the passes in flight; without time for one, each caller hears of the shutdown."""
+    """A drain waits for the passes in flight; without time for it each caller gets Draining."""
     engine = LaunchingOracle(max_batch_tokens=40)
     scorer = new_scorer(tokenization, engine)
     await scorer.start()
-    asked = await asked_of(scorer, engine, *([f"item {place}"] for place in range(4)))
-    await until(lambda: engine.most_in_flight == 2)
+    sent = await send(scorer, engine, *([f"item {index}"] for index in range(4)))
+    await until(lambda: engine.max_in_flight == 2)
     threading.Timer(0.2, engine.gate.set).start()
     await scorer.stop(drain_s)
 
-    answers = await asyncio.gather(*asked, return_exceptions=True)
+    answers = await asyncio.gather(*sent, return_exceptions=True)
     assert [type(one) for one in answers] == [answer] * 4
     await until(lambda: engine.closed)
 
 
 async def test_a_deadline_passes_while_its_batch_is_prefetched(tokenization: Tokenization) -> None:
-    """A caller whose batch waits on the device is answered at its deadline, and the late reward goes nowhere."""
+    """A caller whose batch waits on the device is answered at its deadline, and the late reward is dropped."""
     engine = LaunchingOracle(max_batch_tokens=40)
     async with running(new_scorer(tokenization, engine), engine) as scorer:
         engine.gate.clear()
         first = asyncio.create_task(scorer.score(request("first")))
-        await until(lambda: engine.most_in_flight == 1)
+        await until(lambda: engine.max_in_flight == 1)
         with pytest.raises(DeadlineExceeded):
             await scorer.score(request("second", timeout_s=0.05))
         engine.gate.set()
@@ -334,17 +333,17 @@ async def test_a_deadline_passes_while_its_batch_is_prefetched(tokenization: Tok
 
 
 async def test_a_device_that_hangs_is_unhealthy(tokenization: Tokenization) -> None:
-    """The oldest pass in flight counts against the deadline, however lately the one behind it was launched."""
+    """The health check measures the oldest pass in flight, not the one that was launched last."""
     now = [0.0]
     engine = LaunchingOracle(max_batch_tokens=40)
     scorer = new_scorer(tokenization, engine, clock=lambda: now[0])
     async with running(scorer, engine):
-        asked = await asked_of(scorer, engine, ["first"], ["second"])
-        await until(lambda: engine.most_in_flight == 2)
+        sent = await send(scorer, engine, ["first"], ["second"])
+        await until(lambda: engine.max_in_flight == 2)
         scorer.check_health()
         now[0] = 61.0
         with pytest.raises(EngineUnavailable, match="running for more than 60 s"):
             scorer.check_health()
         engine.gate.set()
-        await asyncio.gather(*asked)
+        await asyncio.gather(*sent)
         scorer.check_health()

@@ -1,4 +1,4 @@
-"""The metrics have the names and buckets that dashboards rely on, and merging replicas loses and invents nothing."""
+"""The metrics have the names and buckets that dashboards use, and merging replicas preserves every value."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def used_metrics(seed: int) -> Metrics:
 
 
 def test_names_follow_the_rules() -> None:
-    """Every metric is prefixed, documented, without a colon and without a unit of its own making."""
+    """Every name has the prefix, no colon and a base unit, and every metric has a help text."""
     families = list(text_string_to_metric_families(Metrics().render().decode()))
 
     assert families
@@ -44,7 +44,7 @@ def test_names_follow_the_rules() -> None:
 
 
 def test_buckets_are_in_human_units() -> None:
-    """Latencies run from 1 ms to 32.768 s in factors of two; rewards from -16 to 16 in ones, and half a point."""
+    """Latency buckets: 1 ms to 32.768 s by factors of two; rewards: -16 to 16 in steps of 1, and +-0.5."""
     assert (SECONDS[0], SECONDS[-1], len(SECONDS)) == (0.001, 32.768, 16)
     assert all(high == pytest.approx(2 * low) for low, high in pairwise(SECONDS))
     assert (REWARDS[0], REWARDS[-1], len(REWARDS)) == (-16, 16, 35)
@@ -52,7 +52,7 @@ def test_buckets_are_in_human_units() -> None:
 
 
 def test_replicas_do_not_share_a_registry() -> None:
-    """Two replicas in one process count apart."""
+    """Two replicas in one process have separate counters."""
     first, second = Metrics(), Metrics()
     first.oom.inc()
 
@@ -61,7 +61,7 @@ def test_replicas_do_not_share_a_registry() -> None:
 
 
 def test_merging_keeps_every_value_exactly() -> None:
-    """Counters, histograms, infos and creation times of all replicas survive bit for bit, labelled by replica."""
+    """Counters, histograms, infos and creation times of all replicas are preserved exactly, labelled by replica."""
     texts = {name: used_metrics(seed).render() for seed, name in enumerate(("replica-a", "replica-b", "replica-c"), 1)}
 
     merged = samples(merge_expositions(texts, incomplete=False))
@@ -78,7 +78,7 @@ def test_merging_keeps_every_value_exactly() -> None:
 
 
 def test_merging_declares_each_family_once() -> None:
-    """HELP and TYPE stand once per family, directly before its samples, with the type that the replicas declared."""
+    """HELP and TYPE are written once per family, with the type that the replicas declared."""
     text = used_metrics(1).render().decode()
 
     merged = merge_expositions({"a": text, "b": text}, incomplete=False)
@@ -92,8 +92,8 @@ def test_merging_declares_each_family_once() -> None:
     assert len(of_items) == 2 * len(OUTCOMES)
 
 
-def test_merging_takes_replicas_of_different_code() -> None:
-    """A family that only one replica knows is kept; text and bytes are both read."""
+def test_merging_accepts_replicas_of_different_versions() -> None:
+    """A family that only one replica has is preserved; text and bytes are both read."""
     old = "# HELP rm_old_total Gone.\n# TYPE rm_old_total counter\nrm_old_total 3.0\n"
 
     merged = samples(merge_expositions({"old": old, "new": Metrics().render()}, incomplete=True))
@@ -103,8 +103,8 @@ def test_merging_takes_replicas_of_different_code() -> None:
 
 
 @pytest.mark.parametrize("incomplete", [True, False])
-def test_missing_replica_is_said(incomplete: bool) -> None:
-    """A scrape that did not reach every replica says so, so that a dip is not taken for a fact."""
+def test_missing_replica_is_published(incomplete: bool) -> None:
+    """A metric shows whether a scrape reached every replica, because sums over the others are too low."""
     merged = samples(merge_expositions({}, incomplete=incomplete))
 
     assert merged == {("rm_metrics_scrape_incomplete", frozenset()): float(incomplete)}

@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from launching_engine import LaunchingOracle
 
+from service.diagnostics.diagnosis import Outcome
 from service.engines.base import EngineInfo, EngineOutput
 from service.engines.oracle import OracleEngine, OracleFaults, byte_tokenizer, oracle_reward
 from service.errors import EngineFailed, EngineUnavailable, HttpError, NonFiniteReward, SequenceTooLong
 from service.offline import (
     ITEMS_PER_ENCODING,
     BatchPlanner,
-    Outcome,
     PlannedBatch,
     encode_items,
     plan_batches,
@@ -25,7 +25,7 @@ from service.offline import (
 )
 from service.pipeline import Pipeline
 from service.records import BatchCost, Encoding, Exchange, Item, Score, TokenSequence
-from service.scheduling.queue import BatchBudget, batch_cost
+from service.scheduling.budget import BatchBudget, batch_cost
 from service.settings import TokenizationSettings
 from service.tokenization import Tokenization
 
@@ -266,7 +266,7 @@ def test_a_pass_is_launched_before_the_previous_one_is_complete(*, launch_ahead:
     assert dict(result for batch in batches for result in batch.results) == {
         index: expected(entry) for index, entry in enumerate(encoded)
     }
-    assert engine.most_in_flight == most
+    assert engine.max_in_flight == most
 
 
 def stops_early(encoded: Iterable[TokenSequence], pipeline: Pipeline) -> None:

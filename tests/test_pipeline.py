@@ -1,9 +1,10 @@
-"""A batch comes out whole: one outcome per sequence, in order, whatever the engine does."""
+"""A batch gets one outcome per sequence, in order, whatever the engine does."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from math import log2
 
 import pytest
 from hypothesis import given, settings
@@ -13,15 +14,15 @@ from reward_client.options import DiagnosticsLevel
 from service.engines.base import EngineInfo, EngineOutput
 from service.engines.oracle import OracleEngine, OracleFaults, oracle_reward
 from service.errors import EngineFailed, EngineOutOfMemory, HttpError, NonFiniteReward, OutputMismatch, WarmUpFailed
-from service.pipeline import Pipeline
+from service.pipeline import Pipeline, isolate_failures
 from service.records import Score, TokenSequence
-from service.scheduling.queue import BatchBudget
+from service.scheduling.budget import BatchBudget
 
-POISON, NAN, INFINITY = 1, 2, 3
+RAISES, NAN, INFINITY = 1, 2, 3
 
 
 class ScriptedEngine:
-    """The oracle, with a program of the test between its rewards and the pipeline; remembers what it was given."""
+    """The oracle with a function of the test that changes its rewards; records the batches."""
 
     def __init__(
         self,
@@ -48,7 +49,7 @@ class ScriptedEngine:
 
 
 def distinct(count: int, length: int = 4) -> list[TokenSequence]:
-    return [TokenSequence((100 + place, *range(100, 99 + length))) for place in range(count)]
+    return [TokenSequence((100 + index, *range(100, 99 + length))) for index in range(count)]
 
 
 def levels(sequences: Sequence[TokenSequence], level: DiagnosticsLevel = "none") -> list[DiagnosticsLevel]:
@@ -59,8 +60,8 @@ def expected(sequence: TokenSequence) -> Score:
     return Score(oracle_reward(sequence.token_ids))
 
 
-def test_rewards_come_in_the_order_of_the_sequences() -> None:
-    """A batch that goes well takes one pass and gives each sequence its own reward."""
+def test_rewards_are_in_the_order_of_the_sequences() -> None:
+    """A batch that succeeds takes one pass and gives each sequence its own reward."""
     sequences = distinct(16)
 
     outcome = Pipeline(ScriptedEngine()).run(sequences, levels(sequences))
@@ -69,8 +70,8 @@ def test_rewards_come_in_the_order_of_the_sequences() -> None:
     assert (outcome.num_forwards, outcome.out_of_memory, outcome.shared_tokens) == (1, False, (1,) * 16)
 
 
-def test_states_are_read_only_where_somebody_wants_them() -> None:
-    """Without a calibration no level asks the engine for states, and no level changes the reward."""
+def test_states_are_read_only_where_they_are_needed() -> None:
+    """Without a calibration no level reads states, and no level changes the reward."""
     sequences = [TokenSequence((5, 6, 7), num_prompt_tokens=2)] * 3
     engine = ScriptedEngine()
 
@@ -82,30 +83,30 @@ def test_states_are_read_only_where_somebody_wants_them() -> None:
 
 
 @pytest.mark.parametrize("position", [0, 77, 255])
-def test_one_poison_in_256_fails_alone(position: int) -> None:
-    """255 neighbours get their rewards, the poison its error, and it takes 17 passes at most."""
+def test_one_failing_sequence_in_256_fails_alone(position: int) -> None:
+    """255 sequences get their rewards, one its error, in at most 17 passes."""
     sequences = distinct(256)
-    sequences[position] = TokenSequence((POISON, 3))
-    engine = ScriptedEngine(faults=OracleFaults(raise_on=POISON))
+    sequences[position] = TokenSequence((RAISES, 3))
+    engine = ScriptedEngine(faults=OracleFaults(raise_on=RAISES))
 
     outcome = Pipeline(engine).run(sequences, levels(sequences))
 
     assert type(outcome.outcomes[position]) is EngineFailed
     assert all(
         got == expected(sequence)
-        for place, (got, sequence) in enumerate(zip(outcome.outcomes, sequences, strict=True))
-        if place != position
+        for index, (got, sequence) in enumerate(zip(outcome.outcomes, sequences, strict=True))
+        if index != position
     )
     assert outcome.num_forwards == len(engine.batches) <= 17
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.lists(st.sampled_from(["good", "poison", "nan", "infinity"]), min_size=1, max_size=24))
-def test_every_sequence_gets_the_outcome_it_deserves(kinds: list[str]) -> None:
-    """Whatever mix of poison, NaN and good sequences shares a batch, none touches its neighbours."""
-    first_id = {"good": 9, "poison": POISON, "nan": NAN, "infinity": INFINITY}
-    sequences = [TokenSequence((first_id[kind], 100 + place)) for place, kind in enumerate(kinds)]
-    engine = ScriptedEngine(faults=OracleFaults(raise_on=POISON, nan_on=NAN, infinity_on=INFINITY))
+@given(st.lists(st.sampled_from(["good", "raises", "nan", "infinity"]), min_size=1, max_size=24))
+def test_every_sequence_gets_its_own_outcome(kinds: list[str]) -> None:
+    """In any mix of failing and good sequences the outcome of one does not depend on the others."""
+    first_id = {"good": 9, "raises": RAISES, "nan": NAN, "infinity": INFINITY}
+    sequences = [TokenSequence((first_id[kind], 100 + index)) for index, kind in enumerate(kinds)]
+    engine = ScriptedEngine(faults=OracleFaults(raise_on=RAISES, nan_on=NAN, infinity_on=INFINITY))
 
     outcomes = Pipeline(engine).run(sequences, levels(sequences)).outcomes
 
@@ -113,11 +114,11 @@ def test_every_sequence_gets_the_outcome_it_deserves(kinds: list[str]) -> None:
         if kind == "good":
             assert outcome == expected(sequence)
         else:
-            assert type(outcome) is (EngineFailed if kind == "poison" else NonFiniteReward)
+            assert type(outcome) is (EngineFailed if kind == "raises" else NonFiniteReward)
 
 
 def test_out_of_memory_halves_the_batch() -> None:
-    """A batch that does not fit is computed in parts that do, and the outcome says so."""
+    """A batch that does not fit is computed in parts that do, and the outcome records it."""
     sequences = distinct(8, length=4)
 
     outcome = Pipeline(ScriptedEngine(faults=OracleFaults(memory_tokens=10))).run(sequences, levels(sequences))
@@ -126,8 +127,8 @@ def test_out_of_memory_halves_the_batch() -> None:
     assert outcome.out_of_memory
 
 
-def test_sequence_without_room_even_alone_fails_alone() -> None:
-    """Where one sequence is too much for the device, the others still get their rewards."""
+def test_sequence_that_does_not_fit_even_alone_fails_alone() -> None:
+    """If one sequence is too long for the device, the others still get their rewards."""
     sequences = [*distinct(3, length=4), TokenSequence(tuple(range(200, 220)))]
 
     outcome = Pipeline(ScriptedEngine(faults=OracleFaults(memory_tokens=10))).run(sequences, levels(sequences))
@@ -138,10 +139,12 @@ def test_sequence_without_room_even_alone_fails_alone() -> None:
 @pytest.mark.parametrize(
     "script",
     [lambda _, rewards: rewards[:-1], lambda _, rewards: [*rewards, 0.0], lambda *_: []],
-    ids=["loses-a-row", "one-too-many", "empty"],
+    ids=["one-too-few", "one-too-many", "empty"],
 )
-def test_wrong_count_is_nobodys_reward(script: Callable[[Sequence[TokenSequence], list[float]], list[float]]) -> None:
-    """Rewards that cannot be told apart are thrown away: no sequence gets a number that may be its neighbour's."""
+def test_no_reward_is_used_if_their_number_is_wrong(
+    script: Callable[[Sequence[TokenSequence], list[float]], list[float]],
+) -> None:
+    """If the number of rewards is wrong none is used, because it may belong to another sequence."""
     sequences = distinct(4)
 
     outcome = Pipeline(ScriptedEngine(script)).run(sequences, levels(sequences))
@@ -149,44 +152,76 @@ def test_wrong_count_is_nobodys_reward(script: Callable[[Sequence[TokenSequence]
     assert all(type(entry) is OutputMismatch for entry in outcome.outcomes)
 
 
-def test_death_of_the_process_is_not_swallowed() -> None:
-    """What is not an error of the pass (an exit, an interrupt) goes through: the thread's owner must hear of it."""
+def test_exit_is_not_caught() -> None:
+    """What is not an error of the pass (an exit, an interrupt) is raised to the owner of the thread."""
 
-    def leave(*_: object) -> list[float]:
+    def exit_(*_: object) -> list[float]:
         raise SystemExit
 
     with pytest.raises(SystemExit):
-        Pipeline(ScriptedEngine(leave)).run(distinct(2), levels(distinct(2)))
+        Pipeline(ScriptedEngine(exit_)).run(distinct(2), levels(distinct(2)))
 
 
 def test_failed_pass_is_logged_without_ids(caplog: pytest.LogCaptureFixture) -> None:
-    """The log says how many sequences failed, and shows nothing of what they held."""
+    """The log has the number of sequences that failed, and none of their ids."""
     with caplog.at_level(logging.WARNING):
-        Pipeline(ScriptedEngine(faults=OracleFaults(raise_on=POISON))).run([TokenSequence((POISON, 98765))], ["none"])
+        Pipeline(ScriptedEngine(faults=OracleFaults(raise_on=RAISES))).run([TokenSequence((RAISES, 98765))], ["none"])
 
     assert "1 of 1 sequences cannot be scored" in caplog.text
     assert "98765" not in caplog.text
 
 
 def test_failed_pass_is_logged_once_a_batch(caplog: pytest.LogCaptureFixture) -> None:
-    """Bisection of a poisoned batch leaves one traceback in the log, not one for each of its passes."""
-    sequences = [*distinct(63), TokenSequence((POISON,))]
+    """Bisection of a failing batch logs one traceback, not one for each of its passes."""
+    sequences = [*distinct(63), TokenSequence((RAISES,))]
     with caplog.at_level(logging.WARNING):
-        Pipeline(ScriptedEngine(faults=OracleFaults(raise_on=POISON))).run(sequences, levels(sequences))
+        Pipeline(ScriptedEngine(faults=OracleFaults(raise_on=RAISES))).run(sequences, levels(sequences))
 
     assert caplog.text.count("Traceback") == 1
 
 
-def test_errors_keep_nothing_of_the_pass_alive() -> None:
+def test_errors_hold_no_reference_to_the_pass() -> None:
     """An error in an outcome holds no traceback, whose frames would hold the tensors of the failed pass."""
-    engine = ScriptedEngine(faults=OracleFaults(raise_on=POISON, memory_tokens=2))
+    engine = ScriptedEngine(faults=OracleFaults(raise_on=RAISES, memory_tokens=2))
 
-    outcomes = Pipeline(engine).run([TokenSequence((POISON,)), TokenSequence((9, 9, 9))], ["none"] * 2).outcomes
+    outcomes = Pipeline(engine).run([TokenSequence((RAISES,)), TokenSequence((9, 9, 9))], ["none"] * 2).outcomes
 
     assert [type(error) for error in outcomes] == [EngineFailed, EngineOutOfMemory]
     for error in outcomes:
         assert isinstance(error, HttpError)
         assert (error.__traceback__, error.__cause__, error.__context__) == (None, None, None)
+
+
+# --- Isolating failures ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("index", [0, 1, 100, 127, 128, 255])
+def test_isolating_one_failure_in_256_costs_17_passes(index: int) -> None:
+    """Bisection isolates the one sequence that fails in at most 2 log2(n) + 1 passes."""
+    parts: list[range] = []
+
+    def try_pass(part: range) -> bool:
+        parts.append(part)
+        return index not in part
+
+    assert isolate_failures(256, try_pass) == [index]
+    assert len(parts) <= 2 * log2(256) + 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 40), st.data())
+def test_bisection_covers_every_index(num_sequences: int, data: st.DataObject) -> None:
+    """Exactly the failing sequences are found, and each other index is in exactly one part that passed."""
+    failing = data.draw(st.sets(st.integers(0, num_sequences - 1))) if num_sequences else set()
+    passed: list[int] = []
+
+    def try_pass(part: range) -> bool:
+        good = failing.isdisjoint(part)
+        passed.extend(part if good else [])
+        return good
+
+    assert isolate_failures(num_sequences, try_pass) == sorted(failing)
+    assert sorted(passed) == sorted(set(range(num_sequences)) - failing)
 
 
 # --- Warm-up ---------------------------------------------------------------------------------------------------------
@@ -196,7 +231,7 @@ IDS = range(10, 20)
 
 
 def test_warm_up_runs_the_largest_legal_batches() -> None:
-    """One longest sequence, a budget full of longest ones and one of shortest ones, none of which share a prefix."""
+    """One longest sequence, a full budget of longest ones and one of shortest ones, without shared prefixes."""
     engine = ScriptedEngine(max_input_tokens=64)
 
     warm = Pipeline(engine).warm_up(BUDGET, IDS)
@@ -209,14 +244,14 @@ def test_warm_up_runs_the_largest_legal_batches() -> None:
 
 
 def test_warm_up_finds_the_budget_that_fits() -> None:
-    """A device without room for the wanted budget starts with half of it, or half of that."""
+    """A device without memory for the wanted budget starts with half of it, or half of that."""
     pipeline = Pipeline(ScriptedEngine(max_input_tokens=50, faults=OracleFaults(memory_tokens=70)))
 
     assert pipeline.warm_up(BUDGET, IDS).budget.max_tokens == 64
 
 
 def test_warm_up_of_a_budget_below_the_longest_sequence() -> None:
-    """The longest sequence is tried alone even where it is longer than the budget of a shared pass."""
+    """The longest sequence is run alone even if it is longer than the budget."""
     engine = ScriptedEngine(max_input_tokens=1000)
 
     Pipeline(engine).warm_up(BUDGET, IDS)
@@ -224,7 +259,7 @@ def test_warm_up_of_a_budget_below_the_longest_sequence() -> None:
     assert [(len(batch), batch[0].num_tokens) for batch in engine.batches] == [(1, 1000), (1, 256), (32, 8)]
 
 
-def no_rows(*_: object) -> list[float]:
+def no_rewards(*_: object) -> list[float]:
     return []
 
 
@@ -235,22 +270,22 @@ def broken(*_: object) -> list[float]:
 @pytest.mark.parametrize(
     ("engine", "sentence"),
     [
-        (ScriptedEngine(faults=OracleFaults(memory_tokens=63)), "no room for one longest sequence of 64 tokens"),
+        (ScriptedEngine(faults=OracleFaults(memory_tokens=63)), "no memory for one sequence of 64 tokens"),
         (ScriptedEngine(broken), "raised RuntimeError on a batch of 1 sequences of 64 tokens: the kernel is missing"),
-        (ScriptedEngine(no_rows), "returned 0 rewards"),
+        (ScriptedEngine(no_rewards), "returned 0 rewards"),
     ],
-    ids=["out-of-memory", "engine-raises", "engine-loses-rows"],
+    ids=["out-of-memory", "engine-raises", "engine-loses-rewards"],
 )
 def test_warm_up_refuses_to_start(engine: ScriptedEngine, sentence: str) -> None:
-    """An engine that cannot do its job ends the start with one sentence that says what failed."""
+    """An engine that fails ends the start with one sentence about what failed."""
     with pytest.raises(WarmUpFailed, match=sentence):
         Pipeline(engine).warm_up(BUDGET, IDS)
 
 
-def test_errors_are_ours() -> None:
-    """Every error in an outcome can cross HTTP."""
-    engine = ScriptedEngine(faults=OracleFaults(raise_on=POISON, nan_on=NAN))
+def test_errors_have_an_http_status() -> None:
+    """Every error in an outcome is an HttpError."""
+    engine = ScriptedEngine(faults=OracleFaults(raise_on=RAISES, nan_on=NAN))
 
-    outcomes = Pipeline(engine).run([TokenSequence((POISON,)), TokenSequence((NAN,))], ["none"] * 2).outcomes
+    outcomes = Pipeline(engine).run([TokenSequence((RAISES,)), TokenSequence((NAN,))], ["none"] * 2).outcomes
 
     assert all(isinstance(outcome, HttpError) for outcome in outcomes)

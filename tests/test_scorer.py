@@ -41,7 +41,8 @@ from service.errors import (
 from service.metrics import Metrics
 from service.pipeline import Pipeline
 from service.records import Encoding, Exchange, Item, Score, ScoreRequest, TokenIds, TokenSequence
-from service.scorer import CHUNK_CHARS, ScoredRequest, Scorer, chunks_of, plan_work
+from service.request_state import ScoredRequest
+from service.scorer import Scorer
 from service.settings import BatchingSettings, LimitSettings, TokenizationSettings
 from service.tokenization import Tokenization
 
@@ -56,7 +57,7 @@ def tokenization() -> Tokenization:
 
 
 class GatedEngine(OracleEngine):
-    """The oracle behind a gate that a test closes to see what waits; remembers the texts of each batch."""
+    """The oracle behind a gate that a test closes to see what waits; records the texts of each batch."""
 
     def __init__(self, faults: OracleFaults | None = None, max_batch_tokens: int = 256) -> None:
         super().__init__(max_input_tokens=MAX_INPUT_TOKENS, max_batch_tokens=max_batch_tokens, faults=faults)
@@ -76,7 +77,7 @@ class GatedEngine(OracleEngine):
         self.closed = True
 
     def hold(self) -> None:
-        """Let the next pass wait; forget what warmed us up."""
+        """Let the next pass wait, and forget the batches of the warm-up."""
         self.entered.clear()
         self.gate.clear()
         self.batches.clear()
@@ -136,11 +137,11 @@ async def until(condition: Callable[[], bool]) -> None:
         if condition():
             return
         await asyncio.sleep(0.001)
-    pytest.fail("what the test waits for did not come")
+    pytest.fail("The condition did not become true.")
 
 
 def counted(metrics: Metrics) -> dict[str, float]:
-    """Items by outcome, as a scrape shows them; outcomes that nothing had are left out."""
+    """Return the items by outcome, as a scrape shows them, without the outcomes that are zero."""
     return {
         sample.labels["outcome"]: sample.value
         for family in metrics.registry.collect()
@@ -149,10 +150,10 @@ def counted(metrics: Metrics) -> dict[str, float]:
     }
 
 
-# --- The ordinary road -----------------------------------------------------------------------------------------------
+# --- Requests that succeed -------------------------------------------------------------------------------------------
 
 
-async def test_rewards_come_in_input_order_with_what_they_took(tokenization: Tokenization) -> None:
+async def test_rewards_are_in_input_order_with_usage_and_timings(tokenization: Tokenization) -> None:
     """A request gets one Score per item, in the order sent, with its tokens counted and its time measured."""
     async with running(new_scorer(tokenization, GatedEngine())) as scorer:
         scored = await scorer.score(request("zebra", "ant", "mole", level="basic"))
@@ -168,8 +169,8 @@ async def test_rewards_come_in_input_order_with_what_they_took(tokenization: Tok
     assert 0 < scored.timings.tokenize_s <= scored.timings.total_s
 
 
-async def test_large_request_is_answered_whole(tokenization: Tokenization) -> None:
-    """A request of many chunks and many batches comes back complete and in order."""
+async def test_large_request_is_answered_completely(tokenization: Tokenization) -> None:
+    """The answer to a request of many chunks and many batches is complete and in order."""
     completions = [f"answer {number}" for number in range(200)]
     async with running(new_scorer(tokenization, GatedEngine())) as scorer:
         scored = await scorer.score(request(*completions))
@@ -178,7 +179,7 @@ async def test_large_request_is_answered_whole(tokenization: Tokenization) -> No
 
 
 async def test_repeated_items_are_computed_once(tokenization: Tokenization) -> None:
-    """Equal texts in a request take one computation, and each gets the very same reward."""
+    """Equal texts in a request are computed once, and each gets the identical reward."""
     engine = GatedEngine()
     async with running(new_scorer(tokenization, engine)) as scorer:
         engine.batches.clear()
@@ -191,7 +192,7 @@ async def test_repeated_items_are_computed_once(tokenization: Tokenization) -> N
 
 
 class SharingEngine(GatedEngine):
-    """The oracle, which says of every sequence but the first that it shared the prompt, three tokens of it kept."""
+    """The oracle; it reports that every sequence but the first shared its prompt, with three tokens from the cache."""
 
     def forward(self, sequences: Sequence[TokenSequence], *, states: bool = False) -> EngineOutput:
         output = super().forward(sequences, states=states)
@@ -199,8 +200,8 @@ class SharingEngine(GatedEngine):
         return replace(output, shared_tokens=[0, *[len(PROMPT)] * num_sharing], cached_tokens=3 * num_sharing)
 
 
-async def test_shared_tokens_are_counted_for_whom_they_were_saved(tokenization: Tokenization) -> None:
-    """In a batch of several requests each is told what was not computed for it, repeated items included."""
+async def test_shared_tokens_are_counted_for_their_own_request(tokenization: Tokenization) -> None:
+    """In a batch of several requests each is told what was not computed for it, including repeated items."""
     engine = SharingEngine()
     metrics = Metrics()
     async with running(new_scorer(tokenization, engine, metrics=metrics), engine) as scorer:
@@ -226,16 +227,16 @@ async def test_shared_tokens_are_counted_for_whom_they_were_saved(tokenization: 
     assert counted_tokens["cached"] == 2 * 3
 
 
-class RememberingEngine(GatedEngine):
-    """The oracle, which says that it has kept all but the last token of everything."""
+class CachingEngine(GatedEngine):
+    """The oracle; it reports that all but the last token of every sequence are cached."""
 
     def num_cached_tokens(self, sequence: TokenSequence) -> int:
         return sequence.num_tokens - 1
 
 
-async def test_kept_prompts_travel_together(tokenization: Tokenization) -> None:
-    """What the engine has kept takes no room in a batch, so that more requests leave in one."""
-    engine = RememberingEngine(max_batch_tokens=MAX_INPUT_TOKENS)
+async def test_cached_tokens_use_no_budget(tokenization: Tokenization) -> None:
+    """Tokens that the engine has cached do not count in a batch, so that more requests fit."""
+    engine = CachingEngine(max_batch_tokens=MAX_INPUT_TOKENS)
     async with running(new_scorer(tokenization, engine), engine) as scorer:
         engine.hold()
         first = asyncio.create_task(scorer.score(request("blocks")))
@@ -249,7 +250,7 @@ async def test_kept_prompts_travel_together(tokenization: Tokenization) -> None:
 
 
 async def test_equal_ids_keep_their_own_lengths(tokenization: Tokenization) -> None:
-    """Token ids and a text that reads the same share a reward, but only the text knows its prompt."""
+    """Token ids and a text with the same ids share a reward, but the prompt length of the text is its own."""
     ids = tuple((PROMPT + "same").encode())
     items = (Item(Exchange(PROMPT, "same")), Item(TokenIds(ids)))
     async with running(new_scorer(tokenization, GatedEngine())) as scorer:
@@ -262,8 +263,8 @@ async def test_equal_ids_keep_their_own_lengths(tokenization: Tokenization) -> N
     assert (text.length.prompt_tokens, bare.length.prompt_tokens) == (len(PROMPT), None)
 
 
-async def test_item_that_cannot_be_encoded_fails_in_its_place(tokenization: Tokenization) -> None:
-    """An item over the token limit has its error where it stands; its neighbours have their rewards."""
+async def test_item_that_cannot_be_encoded_fails_alone(tokenization: Tokenization) -> None:
+    """An item over the token limit gets its error at its index; the other items get their rewards."""
     async with running(new_scorer(tokenization, GatedEngine())) as scorer:
         scored = await scorer.score(request("good", "long " * 100, "fine"))
         alone = await scorer.score(request("long " * 100))
@@ -273,7 +274,7 @@ async def test_item_that_cannot_be_encoded_fails_in_its_place(tokenization: Toke
 
 
 async def test_mixed_load_loses_and_swaps_nothing(tokenization: Tokenization) -> None:
-    """Requests of all sizes at once, poison and NaN among them: each item has the answer that its text deserves."""
+    """Requests of all sizes at once, some with failing items: each item gets the outcome that belongs to its text."""
     engine = GatedEngine(OracleFaults.by_control_bytes(), max_batch_tokens=2048)
     metrics = Metrics()
     dice = random.Random(0)
@@ -283,7 +284,7 @@ async def test_mixed_load_loses_and_swaps_nothing(tokenization: Tokenization) ->
         fault = dice.choices(["", chr(RAISE_BYTE), chr(NAN_BYTE)], [200, 1, 1])[0]
         return f"{next(unique)} {fault}{'x' * dice.randrange(80)}"
 
-    def deserved(text: str) -> float | type[HttpError]:
+    def outcome_of(text: str) -> float | type[HttpError]:
         if chr(RAISE_BYTE) in text:
             return EngineFailed
         return NonFiniteReward if chr(NAN_BYTE) in text else expected(text)[0]
@@ -291,68 +292,68 @@ async def test_mixed_load_loses_and_swaps_nothing(tokenization: Tokenization) ->
     loads = [[completion() for _ in range(dice.choice([1, 1, 1, 2, 8, 64]))] for _ in range(300)]
     async with running(new_scorer(tokenization, engine, metrics=metrics)) as scorer:
         answers = await asyncio.gather(*(scorer.score(request(*load)) for load in loads))
-        assert (len(scorer._queue), scorer.queued_tokens, len(scorer._pending)) == (0, 0, 0)
+        assert (len(scorer._queue), scorer.queued_tokens, len(scorer._queue._requests)) == (0, 0, 0)
 
     for load, answer in zip(loads, answers, strict=True):
-        assert rewards(answer) == [deserved(text) for text in load]
+        assert rewards(answer) == [outcome_of(text) for text in load]
     texts = [text for load in loads for text in load]
     assert sum(counted(metrics).values()) == len(texts)
-    assert counted(metrics)["ok"] == sum(isinstance(deserved(text), float) for text in texts)
+    assert counted(metrics)["ok"] == sum(isinstance(outcome_of(text), float) for text in texts)
 
 
-# --- The law ---------------------------------------------------------------------------------------------------------
+# --- Exactly one answer ----------------------------------------------------------------------------------------------
 
 
-class SickEngine(OracleEngine):
-    """The oracle with an illness that a test cures; the subclasses are the illnesses. Healthy while it is warmed up."""
+class FaultyEngine(OracleEngine):
+    """The oracle with a fault that a test switches on after the warm-up; the subclasses are the faults."""
 
     def __init__(self) -> None:
         super().__init__(max_input_tokens=MAX_INPUT_TOKENS, max_batch_tokens=1024)
-        self.cured = threading.Event()
-        self.cured.set()
+        self.repaired = threading.Event()
+        self.repaired.set()
 
     def forward(self, sequences: Sequence[TokenSequence], *, states: bool = False) -> EngineOutput:
         output = super().forward(sequences)
-        return output if self.cured.is_set() else self.sicken(output)
+        return output if self.repaired.is_set() else self.fail(output)
 
-    def sicken(self, output: EngineOutput) -> EngineOutput:
+    def fail(self, output: EngineOutput) -> EngineOutput:
         raise NotImplementedError
 
 
-class Raises(SickEngine):
-    def sicken(self, output: EngineOutput) -> EngineOutput:
+class Raises(FaultyEngine):
+    def fail(self, output: EngineOutput) -> EngineOutput:
         raise RuntimeError("broken")
 
 
-class Hangs(SickEngine):
-    def sicken(self, output: EngineOutput) -> EngineOutput:
-        assert self.cured.wait(timeout=30)
+class Hangs(FaultyEngine):
+    def fail(self, output: EngineOutput) -> EngineOutput:
+        assert self.repaired.wait(timeout=30)
         return output
 
 
-class LosesARow(SickEngine):
-    def sicken(self, output: EngineOutput) -> EngineOutput:
+class LosesARow(FaultyEngine):
+    def fail(self, output: EngineOutput) -> EngineOutput:
         return EngineOutput(output.rewards[:-1])
 
 
-class AnswersNaN(SickEngine):
-    def sicken(self, output: EngineOutput) -> EngineOutput:
+class AnswersNaN(FaultyEngine):
+    def fail(self, output: EngineOutput) -> EngineOutput:
         return EngineOutput([float("nan")] * len(output.rewards))
 
 
-class RunsOutOfMemory(SickEngine):
-    def sicken(self, output: EngineOutput) -> EngineOutput:
+class RunsOutOfMemory(FaultyEngine):
+    def fail(self, output: EngineOutput) -> EngineOutput:
         if len(output.rewards) > 1:
             raise EngineOutOfMemory("no room")
         return output
 
 
-class Dies(SickEngine):
-    def sicken(self, output: EngineOutput) -> EngineOutput:
+class Dies(FaultyEngine):
+    def fail(self, output: EngineOutput) -> EngineOutput:
         raise SystemExit
 
 
-WORLDS: dict[str, tuple[type[SickEngine], type[HttpError] | None]] = {
+FAULTS: dict[str, tuple[type[FaultyEngine], type[HttpError] | None]] = {
     "engine-raises": (Raises, EngineFailed),
     "engine-hangs": (Hangs, DeadlineExceeded),
     "engine-loses-a-row": (LosesARow, OutputMismatch),
@@ -362,23 +363,23 @@ WORLDS: dict[str, tuple[type[SickEngine], type[HttpError] | None]] = {
 }
 
 
-@pytest.mark.parametrize(("world", "error"), WORLDS.values(), ids=WORLDS)
+@pytest.mark.parametrize(("fault", "error"), FAULTS.values(), ids=FAULTS)
 async def test_each_accepted_request_gets_one_answer_and_the_next_batch_is_served(
-    tokenization: Tokenization, world: type[SickEngine], error: type[HttpError] | None
+    tokenization: Tokenization, fault: type[FaultyEngine], error: type[HttpError] | None
 ) -> None:
-    """In every bad world all waiting callers are answered, rightly or with the error that names what happened."""
-    engine = world()
+    """With every fault all waiting callers are answered, with their rewards or with the error that names the fault."""
+    engine = fault()
     metrics = Metrics()
     scorer = new_scorer(tokenization, engine, metrics=metrics)
     loads = [[f"{load}-{item}" for item in range(3)] for load in range(8)]
-    timeout_s = 0.2 if world is Hangs else 60
+    timeout_s = 0.2 if fault is Hangs else 60
 
     async with running(scorer), asyncio.timeout(20):
-        engine.cured.clear()
+        engine.repaired.clear()
         answers = await asyncio.gather(
             *(scorer.score(request(*load, timeout_s=timeout_s)) for load in loads), return_exceptions=True
         )
-        engine.cured.set()
+        engine.repaired.set()
         after = await asyncio.gather(scorer.score(request("after")), return_exceptions=True)
 
     for load, answer in zip(loads, answers, strict=True):
@@ -386,7 +387,7 @@ async def test_each_accepted_request_gets_one_answer_and_the_next_batch_is_serve
             assert rewards(answer) == (expected(*load) if error is None else [error] * 3)
         else:
             assert type(answer) is error
-    if world is Dies:
+    if fault is Dies:
         assert type(after[0]) is EngineUnavailable
     else:
         assert isinstance(after[0], ScoredRequest)
@@ -398,7 +399,7 @@ async def test_each_accepted_request_gets_one_answer_and_the_next_batch_is_serve
 async def test_bug_outside_the_engine_fails_its_batch_only(
     tokenization: Tokenization, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    """An exception in our own code answers its batch with InternalError, and the thread goes on."""
+    """An exception in the pipeline itself answers its batch with InternalError, and the thread continues."""
     async with running(new_scorer(tokenization, GatedEngine())) as scorer:
         with monkeypatch.context() as patch:
             patch.setattr(Pipeline, step, lambda *_: 1 / 0)
@@ -409,27 +410,26 @@ async def test_bug_outside_the_engine_fails_its_batch_only(
     assert rewards(healthy) == expected("three")
 
 
-# --- Fairness, leaving, deadlines ------------------------------------------------------------------------------------
+# --- Fairness, disconnects, deadlines --------------------------------------------------------------------------------
 
 
 async def test_single_item_overtakes_a_bulk_request(tokenization: Tokenization) -> None:
-    """While a large request is being computed, a newcomer of one item is in the next batch."""
+    """While a large request is being computed, a new request of one item is in the next batch."""
     engine = GatedEngine()
     async with running(new_scorer(tokenization, engine), engine) as scorer:
         engine.hold()
         bulk = asyncio.create_task(scorer.score(request(*(f"bulk {number:03}" for number in range(200)))))
         await engine.until_entered()
         small = asyncio.create_task(scorer.score(request("small")))
-        waiting = scorer.queued_tokens
-        await until(lambda: scorer.queued_tokens > waiting and not scorer._queue._reserved)
+        await until(lambda: len(scorer._queue._requests) == 2)
         engine.gate.set()
         await asyncio.gather(bulk, small)
 
     assert any("small" in text for text in engine.batches[1])
 
 
-async def test_caller_who_leaves_costs_no_compute(tokenization: Tokenization) -> None:
-    """What a gone client has waiting is dropped, its room is free at once, and others are served."""
+async def test_items_of_a_disconnected_client_are_not_computed(tokenization: Tokenization) -> None:
+    """What a disconnected client has waiting is dropped at once, and others are served."""
     engine = GatedEngine()
     metrics = Metrics()
     async with running(new_scorer(tokenization, engine, metrics=metrics), engine) as scorer:
@@ -451,7 +451,7 @@ async def test_caller_who_leaves_costs_no_compute(tokenization: Tokenization) ->
 
 
 async def test_deadline_is_answered_promptly_and_its_items_are_not_computed(tokenization: Tokenization) -> None:
-    """A caller hears of the deadline while the engine is still busy with others, and none of it is computed."""
+    """A caller gets the error at its deadline though the engine is busy, and its items are not computed."""
     engine = GatedEngine()
     metrics = Metrics()
     async with running(new_scorer(tokenization, engine, metrics=metrics), engine) as scorer:
@@ -469,7 +469,7 @@ async def test_deadline_is_answered_promptly_and_its_items_are_not_computed(toke
 
 
 async def test_deadline_is_never_longer_than_the_limit(tokenization: Tokenization) -> None:
-    """A request that asks for more time than the service gives anyone gets the service's limit."""
+    """A request with a timeout above the service's limit gets the limit."""
     engine = GatedEngine()
     scorer = new_scorer(tokenization, engine, limits=LimitSettings(deadline_s=0.05))
     async with running(scorer, engine):
@@ -481,8 +481,10 @@ async def test_deadline_is_never_longer_than_the_limit(tokenization: Tokenizatio
 # --- Overload --------------------------------------------------------------------------------------------------------
 
 
-async def test_full_line_refuses_before_tokenizing(tokenization: Tokenization, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A refused request costs no tokenizing, says when to come back, and leaves those in the line alone."""
+async def test_full_queue_refuses_before_tokenizing(
+    tokenization: Tokenization, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A refused request is not tokenized, its error has a time to retry, and the waiting requests are not affected."""
     engine = GatedEngine()
     metrics = Metrics()
     scorer = new_scorer(tokenization, engine, limits=LimitSettings(max_queue_tokens=100), metrics=metrics)
@@ -503,11 +505,11 @@ async def test_full_line_refuses_before_tokenizing(tokenization: Tokenization, m
     assert counted(metrics) == {"ok": 21, "shed": 2}
 
 
-# --- Life ------------------------------------------------------------------------------------------------------------
+# --- Life cycle ------------------------------------------------------------------------------------------------------
 
 
-async def test_nothing_is_taken_before_the_engine_is_warm(tokenization: Tokenization) -> None:
-    """A scorer that was not started refuses with NotReady; once started it is ready and says so in its metrics."""
+async def test_nothing_is_accepted_before_the_warm_up(tokenization: Tokenization) -> None:
+    """A scorer that was not started refuses with NotReady; once started it is ready, also in its metrics."""
     metrics = Metrics()
     scorer = new_scorer(tokenization, GatedEngine(), metrics=metrics)
 
@@ -521,10 +523,10 @@ async def test_nothing_is_taken_before_the_engine_is_warm(tokenization: Tokeniza
 
 
 async def test_failed_warm_up_ends_the_start(tokenization: Tokenization) -> None:
-    """An engine without room for one longest sequence raises at start, and the scorer is not ready."""
+    """An engine without memory for one sequence of the maximal length raises at start, and the scorer is not ready."""
     scorer = new_scorer(tokenization, GatedEngine(OracleFaults(memory_tokens=10)))
 
-    with pytest.raises(WarmUpFailed, match="no room"):
+    with pytest.raises(WarmUpFailed, match="no memory"):
         await scorer.start()
     with pytest.raises(EngineUnavailable):
         scorer.check_health()
@@ -532,7 +534,7 @@ async def test_failed_warm_up_ends_the_start(tokenization: Tokenization) -> None
 
 
 async def test_accepted_requests_are_answered_while_draining(tokenization: Tokenization) -> None:
-    """Stopping with a full queue answers all that was accepted, refuses what comes later, and frees the engine."""
+    """Stopping with a full queue answers all accepted requests, refuses later ones, and closes the engine."""
     engine = GatedEngine()
     scorer = new_scorer(tokenization, engine)
     async with running(scorer, engine):
@@ -554,10 +556,10 @@ async def test_accepted_requests_are_answered_while_draining(tokenization: Token
     assert not scorer.is_engine_alive
 
 
-async def test_stop_answers_those_it_cannot_wait_for(
+async def test_stop_answers_the_requests_that_are_left(
     tokenization: Tokenization, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When the drain time is over and the engine hangs, the callers left get Draining, and stop returns."""
+    """When the drain time is over and the engine hangs, the remaining callers get Draining, and stop returns."""
     monkeypatch.setattr("service.scorer.ENGINE_STOP_S", 0.05)
     engine = GatedEngine()
     scorer = new_scorer(tokenization, engine)
@@ -572,12 +574,12 @@ async def test_stop_answers_those_it_cannot_wait_for(
 
 
 async def test_dead_engine_is_reported(tokenization: Tokenization) -> None:
-    """Once the engine thread has died, health fails and the state says so, that the replica may be replaced."""
+    """Once the engine thread has died, the health check fails and the state is ``failed``."""
     engine = Dies()
     scorer = new_scorer(tokenization, engine)
     async with running(scorer):
         scorer.check_health()
-        engine.cured.clear()
+        engine.repaired.clear()
         with pytest.raises(EngineUnavailable):
             await scorer.score(request("one"))
 
@@ -587,7 +589,7 @@ async def test_dead_engine_is_reported(tokenization: Tokenization) -> None:
 
 
 async def test_stuck_engine_is_reported(tokenization: Tokenization) -> None:
-    """A batch that runs for longer than any caller may wait is a reason to replace the replica."""
+    """The health check fails while a batch runs for longer than any caller may wait."""
     now = [0.0]
     engine = GatedEngine()
     scorer = new_scorer(tokenization, engine, limits=LimitSettings(deadline_s=60), clock=lambda: now[0])
@@ -608,7 +610,7 @@ async def test_stuck_engine_is_reported(tokenization: Tokenization) -> None:
 
 
 async def test_out_of_memory_shrinks_the_budget(tokenization: Tokenization) -> None:
-    """After a batch that did not fit the next ones are smaller, everyone is answered, and the metrics tell."""
+    """After a batch that did not fit the next ones are smaller, everything is answered, and the metrics count it."""
     engine = GatedEngine(max_batch_tokens=4096)
     metrics = Metrics()
     completions = [f"answer {number}" for number in range(60)]
@@ -623,8 +625,8 @@ async def test_out_of_memory_shrinks_the_budget(tokenization: Tokenization) -> N
     assert metrics.registry.get_sample_value("rm_oom_total") == len(bin(4096 // budget)) - 3
 
 
-async def test_metrics_tell_what_waits(tokenization: Tokenization) -> None:
-    """The gauges of the queue show its items, tokens and age, and fall back to zero."""
+async def test_metrics_show_what_waits(tokenization: Tokenization) -> None:
+    """The gauges of the queue show its items, tokens and oldest wait, and return to zero."""
     now = [5.0]
     engine = GatedEngine()
     metrics = Metrics()
@@ -646,41 +648,3 @@ async def test_metrics_tell_what_waits(tokenization: Tokenization) -> None:
     assert (value("rm_queue_items"), value("rm_queue_oldest_seconds"), value("rm_inflight_items")) == (0, 0, 0)
     assert value("rm_tokens_total", {"kind": "real"}) == 3 * len(PROMPT) + len("firstonetwo")
     assert value("rm_batch_items_sum") == 3
-
-
-# --- Planning --------------------------------------------------------------------------------------------------------
-
-
-ITEMS = [Item(Exchange(prompt, completion)) for prompt in ("p", "q") for completion in ("a", "b", "a")]
-
-
-@pytest.mark.parametrize("length", [0, 10, 3000, 2 * CHUNK_CHARS])
-def test_chunks_hold_all_items_in_order(length: int) -> None:
-    """A request is cut into pieces of bounded work, without losing or moving an item."""
-    items = [Item(Exchange("p", f"{number}" + "x" * length)) for number in range(150)]
-
-    chunks = list(chunks_of(items))
-
-    assert [item for chunk in chunks for item in chunk] == items
-    assert len(chunks) > 1
-    assert all(sum(item.content.num_chars for item in chunk[:-1]) < CHUNK_CHARS for chunk in chunks)
-
-
-def test_plan_keeps_prompts_together_and_each_sequence_once() -> None:
-    """Work holds each distinct sequence once, with all its places, and one key per prompt."""
-    encoded = [TokenSequence((ord(prompt), ord(answer)), num_prompt_tokens=1) for prompt in "pq" for answer in "aba"]
-
-    work = plan_work(ITEMS, encoded)
-
-    assert [sequence.token_ids for sequence in work.sequences] == [
-        (ord(prompt), ord(answer)) for prompt in "pq" for answer in "ab"
-    ]
-    assert work.places == ((0, 2), (1,), (3, 5), (4,))
-    assert work.prefixes[0] == work.prefixes[1] != work.prefixes[2] == work.prefixes[3]
-
-
-def test_plan_leaves_errors_out() -> None:
-    """An item that was not encoded asks nothing of the engine."""
-    encoded = [SequenceTooLong("too long")] * 5 + [TokenSequence((1, 2))]
-
-    assert plan_work(ITEMS, encoded).places == ((5,),)

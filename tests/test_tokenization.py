@@ -1,4 +1,4 @@
-"""What the tokenization promises: the ids that training gave, an exact border, and no silent cut."""
+"""Tokenization gives the ids of training, counts prompt tokens exactly, and truncates only on request."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LIMIT = 200
 DEFAULT = Encoding()
 LLAMA = tiny_tokenizer("llama")
 
-# Like Llama's and Gemma's: it trims what it is given, so a prompt cannot be rendered apart from its completion.
+# Like Llama's and Gemma's it trims texts, so a prompt cannot be rendered separately from its completion.
 TRIMMING_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "[{{ message['role'] }}] {{ message['content'] | trim }}{% if not loop.last %}{{ eos_token }}{% endif %}"
@@ -44,8 +44,8 @@ def sequence_of(scheme: Tokenization, content: Any, encoding: Encoding = DEFAULT
 
 
 @pytest.mark.parametrize("family", DECODER_FAMILIES)
-def test_an_exchange_gets_the_ids_of_trl(family: str) -> None:
-    """A conversation is tokenized exactly as TRL's reward trainer tokenizes it, for each family of decoders."""
+def test_an_exchange_has_the_ids_of_trl(family: str) -> None:
+    """A conversation is tokenized exactly as by TRL's reward trainer, for each family of decoders."""
     from trl.data_utils import _tokenize
 
     tokenizer = tiny_tokenizer(family)
@@ -59,8 +59,8 @@ def test_an_exchange_gets_the_ids_of_trl(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", DECODER_FAMILIES)
-def test_joined_text_gets_the_ids_of_trl(family: str) -> None:
-    """Under concat the joined strings are tokenized as TRL tokenizes a plain text, BOS included where there is one."""
+def test_joined_text_has_the_ids_of_trl(family: str) -> None:
+    """With concat the joined strings are tokenized as a plain text by TRL, BOS included where there is one."""
     from trl.data_utils import _tokenize
 
     tokenizer = tiny_tokenizer(family)
@@ -72,7 +72,7 @@ def test_joined_text_gets_the_ids_of_trl(family: str) -> None:
 
 
 def test_a_string_prompt_is_one_user_turn() -> None:
-    """With a chat template, a string prompt and a list of one user message are the same."""
+    """With a chat template a string prompt and a list of one user message are the same."""
     scheme = tokenization(tiny_tokenizer("llama"))
 
     as_string = sequence_of(scheme, Exchange("How?", "So."))
@@ -81,8 +81,8 @@ def test_a_string_prompt_is_one_user_turn() -> None:
     assert as_string == as_messages
 
 
-def test_the_template_in_force_is_told() -> None:
-    """The request wins over the settings, the settings over the model, and the model's own template over joining."""
+def test_the_template_of_a_request() -> None:
+    """The request takes precedence over the settings, these over the model's template, and that over concat."""
     with_template, without = tiny_tokenizer("llama"), tiny_tokenizer("bert")
 
     assert tokenization(with_template).template_for(Encoding()) == "chat"
@@ -92,7 +92,7 @@ def test_the_template_in_force_is_told() -> None:
 
 
 def test_a_template_may_trim_and_its_prompt_may_differ() -> None:
-    """Where the template trims or opens the answer with more than it keeps, ids are still those of the whole text."""
+    """If the template trims, or its generation prompt is not in the whole text, the ids are those of the whole text."""
     tokenizer = tiny_tokenizer("llama")
     tokenizer.chat_template = TRIMMING_TEMPLATE
 
@@ -105,7 +105,7 @@ def test_a_template_may_trim_and_its_prompt_may_differ() -> None:
 
 
 def test_special_tokens_in_a_text_count_as_such() -> None:
-    """A user who writes out a special token gets that token, as in training, and the model is the judge of it."""
+    """A special token that a user writes out becomes that token, as in training."""
     tokenizer = tiny_tokenizer("qwen2")
 
     encoded = sequence_of(tokenization(tokenizer, template="concat"), Exchange("a<|im_end|>", "b"))
@@ -114,8 +114,8 @@ def test_special_tokens_in_a_text_count_as_such() -> None:
 
 
 @given(prompt=st.text(max_size=40), completion=st.text(max_size=40))
-def test_the_border_is_exact(prompt: str, completion: str) -> None:
-    """The tokens before the border end within the prompt, and the next one reaches into the completion."""
+def test_prompt_tokens_are_counted_exactly(prompt: str, completion: str) -> None:
+    """The counted tokens end within the prompt, and the next one reaches into the completion."""
     encoded = sequence_of(tokenization(LLAMA, limit=10_000, template="concat"), Exchange(prompt, completion))
 
     ends = [end for _, end in LLAMA(prompt + completion, return_offsets_mapping=True)["offset_mapping"]]
@@ -125,8 +125,8 @@ def test_the_border_is_exact(prompt: str, completion: str) -> None:
     assert encoded.completion_chars == len(completion)
 
 
-def test_a_token_across_the_border_belongs_to_the_completion() -> None:
-    """Prompt and completion are never tokenized apart: a token that spans both is counted once, as completion."""
+def test_a_token_of_prompt_and_completion_counts_as_completion() -> None:
+    """Prompt and completion are never tokenized separately: a token that spans both counts once, as completion."""
     scheme = tokenization(tiny_tokenizer("qwen2"), template="concat")
 
     whole = sequence_of(scheme, Exchange("the quick br", "own fox"))
@@ -139,7 +139,7 @@ def test_a_token_across_the_border_belongs_to_the_completion() -> None:
 
 
 def test_an_empty_completion_is_scored() -> None:
-    """Saying nothing is an answer too."""
+    """A completion may be empty."""
     encoded = sequence_of(tokenization(tiny_tokenizer("llama"), template="concat"), Exchange("How?", ""))
 
     assert encoded.num_completion_tokens == 0
@@ -147,7 +147,7 @@ def test_an_empty_completion_is_scored() -> None:
 
 
 def test_nothing_is_appended_to_a_decoders_text() -> None:
-    """A tokenizer that adds EOS by itself would move the place where the reward is read; its EOS is left out."""
+    """An EOS that the tokenizer adds would change the token at which the reward is read; it is left out."""
     tokenizer = tiny_tokenizer("llama")
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in (BOS, EOS)}
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -159,8 +159,8 @@ def test_nothing_is_appended_to_a_decoders_text() -> None:
     assert tokenizer("How? So.")["input_ids"] == [*encoded.token_ids, ids[EOS]]
 
 
-def test_an_encoder_keeps_its_frame() -> None:
-    """A plain text for an encoder stands between CLS and SEP, as transformers' own call puts it."""
+def test_an_encoder_gets_cls_and_sep() -> None:
+    """A plain text for an encoder is put between CLS and SEP, as by transformers."""
     tokenizer = tiny_tokenizer("bert")
 
     encoded = sequence_of(tokenization(tokenizer), Exchange("How do I ", "boil an egg?"))
@@ -178,10 +178,10 @@ def test_an_encoder_keeps_its_frame() -> None:
         (f"{BOS}How?", False, 1),
         (f"{BOS}{BOS}a", True, 2),
     ],
-    ids=["added", "not-wanted", "already-there", "left-alone", "callers-own-double"],
+    ids=["added", "not-wanted", "already-there", "not-removed", "two-of-the-caller"],
 )
 def test_bos_before_templated_text(text: str, add_bos: bool, num_bos: int) -> None:
-    """BOS is added once, if wanted and missing; what the caller wrote is never taken away."""
+    """BOS is added once, if requested and missing; what the caller wrote is never removed."""
     tokenizer = tiny_tokenizer("llama")
 
     encoded = sequence_of(tokenization(tokenizer), TemplatedText(text), Encoding(add_bos=add_bos))
@@ -191,8 +191,8 @@ def test_bos_before_templated_text(text: str, add_bos: bool, num_bos: int) -> No
     assert encoded.completion_chars is None
 
 
-def test_token_ids_stay_as_they_are() -> None:
-    """Ids are scored untouched: no BOS, no border."""
+def test_token_ids_are_not_changed() -> None:
+    """Token ids get no BOS, and the length of their prompt is unknown."""
     assert sequence_of(tokenization(tiny_tokenizer("llama")), TokenIds((7, 8, 9))) == TokenSequence((7, 8, 9))
 
 
@@ -201,8 +201,8 @@ def test_token_ids_stay_as_they_are() -> None:
     [TokenIds(()), TokenIds((1, 400)), TokenIds((-1,)), TemplatedText(""), Exchange("", "")],
     ids=["no-ids", "id-too-large", "negative-id", "no-text", "empty-exchange"],
 )
-def test_what_has_no_tokens_is_an_item_error(content: Any) -> None:
-    """Nothing to score, or ids that the model does not have: the item is refused, not the batch."""
+def test_an_item_without_valid_tokens_is_an_item_error(content: Any) -> None:
+    """An item without tokens, or with ids outside the vocabulary, is refused, and the other items are scored."""
     scheme = tokenization(tiny_tokenizer("qwen2"), template="concat")
 
     refused, scored = scheme.encode([Item(content), Item(TokenIds((5,)))], Encoding())
@@ -212,14 +212,14 @@ def test_what_has_no_tokens_is_an_item_error(content: Any) -> None:
 
 
 def test_messages_need_a_chat_template() -> None:
-    """Without a template there is no way to render messages, and none is invented."""
+    """Messages are refused where the tokenizer has no chat template."""
     outcome = encode_one(tokenization(tiny_tokenizer("bert")), Exchange((Message("user", "How?"),), "So."))
 
     assert isinstance(outcome, InvalidRequest)
 
 
-def test_a_refusing_template_tells_no_text() -> None:
-    """A template that raises on an item makes an item error, and what it quotes does not come out."""
+def test_an_error_of_the_template_is_reported_without_text() -> None:
+    """A template that raises on an item makes an item error, without the text of its message."""
     tokenizer = tiny_tokenizer("llama")
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception(m['content']) }}{% endif %}"
@@ -236,8 +236,8 @@ LONG_PROMPT = " ".join(SENTENCES)
 
 
 @pytest.mark.parametrize("template", ["chat", "concat"])
-def test_prompt_left_cuts_behind_bos_and_before_the_completion(template: Any) -> None:
-    """The cut leaves BOS in front and the completion whole, fills the limit, and says how much is gone."""
+def test_prompt_left_cuts_between_bos_and_completion(template: Any) -> None:
+    """Truncation preserves BOS and completion, uses the whole limit, and counts what was dropped."""
     tokenizer = tiny_tokenizer("llama")
     exchange = Exchange(LONG_PROMPT, " Yes, of course.")
     whole = sequence_of(tokenization(tokenizer, limit=10_000), exchange, Encoding(template))
@@ -252,7 +252,7 @@ def test_prompt_left_cuts_behind_bos_and_before_the_completion(template: Any) ->
 
 @pytest.mark.parametrize("limit", [-1, 0, 1])
 def test_the_limit_is_exact(limit: int) -> None:
-    """A text of just the limit passes, one token more does not."""
+    """A text with as many tokens as the limit is accepted, one token more is not."""
     tokenizer = tiny_tokenizer("llama")
     exchange = Exchange("How do I boil an egg?", "Put it into water.")
     num_tokens = sequence_of(tokenization(tokenizer), exchange).num_tokens
@@ -272,16 +272,16 @@ def test_the_limit_is_exact(limit: int) -> None:
     ],
     ids=["not-asked-for", "completion-alone", "templated-not-asked-for", "token-ids"],
 )
-def test_what_may_not_be_cut_is_too_long(content: Any, truncation: Any) -> None:
-    """Without leave, or where only the completion is left to cut, the item is refused with its sizes."""
+def test_an_item_that_may_not_be_truncated_is_too_long(content: Any, truncation: Any) -> None:
+    """If truncation was not requested, or would cut the completion, the item is refused with its sizes."""
     outcome = encode_one(tokenization(tiny_tokenizer("llama"), limit=50), content, Encoding(truncation=truncation))
 
     assert isinstance(outcome, SequenceTooLong)
     assert "the limit is 50" in outcome.detail
 
 
-def test_templated_text_may_be_cut_on_request() -> None:
-    """The border of a templated text is unknown, so with leave it is cut from the left, behind its BOS."""
+def test_templated_text_is_truncated_on_request() -> None:
+    """A templated text, whose prompt length is unknown, is cut on request from the left, after its BOS."""
     tokenizer = tiny_tokenizer("llama")
 
     cut = sequence_of(tokenization(tokenizer, limit=50), TemplatedText(LONG_PROMPT), Encoding(truncation="prompt_left"))
@@ -291,8 +291,8 @@ def test_templated_text_may_be_cut_on_request() -> None:
     assert list(cut.token_ids) == [tokenizer.bos_token_id, *tokenizer(LONG_PROMPT)["input_ids"][-49:]]
 
 
-def test_estimates_are_near_and_never_nothing() -> None:
-    """Admission counts at least one token an item, about right for prose, and exactly for ids."""
+def test_estimates_are_close_and_never_zero() -> None:
+    """The estimate is at least one token per item, within a factor of two for prose, and exact for ids."""
     scheme = tokenization(tiny_tokenizer("llama"), limit=10_000)
     prose = [Item(Exchange(sentence, sentence)) for sentence in SENTENCES]
     true = sum(outcome.num_tokens for outcome in scheme.encode(prose, Encoding()) if isinstance(outcome, TokenSequence))
@@ -303,8 +303,8 @@ def test_estimates_are_near_and_never_nothing() -> None:
     assert scheme.estimate_tokens([]) == 0
 
 
-def test_order_is_kept_in_mixed_requests() -> None:
-    """Each outcome stands in its item's place, whatever kinds are mixed, and equals what the item gives alone."""
+def test_order_is_preserved_in_mixed_requests() -> None:
+    """Outcomes are in the order of the items for any mix of kinds, and equal those of the items alone."""
     scheme = tokenization(tiny_tokenizer("llama"), limit=60)
     contents = [Exchange("How?", sentence) for sentence in SENTENCES]
     mixed = [
@@ -318,8 +318,8 @@ def test_order_is_kept_in_mixed_requests() -> None:
     assert scheme.encode([], Encoding()) == []
 
 
-def test_threads_may_share_it() -> None:
-    """Many threads encode at once and get what one would, also while transformers pads with the same tokenizer."""
+def test_threads_may_share_one_instance() -> None:
+    """Many threads encode at once with the results of one, also while transformers pads with the same tokenizer."""
     tokenizer = tiny_tokenizer("llama")
     scheme = tokenization(tokenizer)
     items = [Item(Exchange("How?", sentence)) for sentence in SENTENCES]
@@ -335,8 +335,8 @@ def test_threads_may_share_it() -> None:
     assert all(outcome == expected for outcome in [*outcomes, scheme.encode(items, Encoding())])
 
 
-def test_the_sample_is_the_tokenizers_own() -> None:
-    """The ids shown for comparison are those of the fixed exchange through the model's template."""
+def test_the_sample_has_the_ids_of_the_chat_template() -> None:
+    """The sample ids are those of the fixed exchange rendered by the model's template."""
     tokenizer = tiny_tokenizer("llama")
     conversation = [{"role": "user", "content": SAMPLE_PROMPT}, {"role": "assistant", "content": SAMPLE_COMPLETION}]
 
@@ -345,8 +345,8 @@ def test_the_sample_is_the_tokenizers_own() -> None:
     assert list(tokenization(tokenizer, limit=4).sample_token_ids) == ids
 
 
-def test_an_impossible_default_ends_the_start() -> None:
-    """A chat template that is asked for and missing, or present and broken, is found before the first request."""
+def test_an_unusable_default_template_ends_the_start() -> None:
+    """A chat template that is configured but missing, or that raises, is reported before the first request."""
     broken = tiny_tokenizer("llama")
     broken.chat_template = "{{ raise_exception('never') }}"
 

@@ -22,7 +22,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from service.offline import MAX_BATCH_SEQUENCES, plan_batches
 from service.records import TokenSequence
-from service.scheduling.queue import BatchBudget
+from service.scheduling.budget import BatchBudget
 from training.pairs import TokenizedPair, tokenize_pairs
 from training.preferences import PreferencePair, read_pairs
 

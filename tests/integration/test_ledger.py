@@ -1,4 +1,4 @@
-"""A hundred thousand items through the real server: each answer is kept in a ledger, and the ledger must balance."""
+"""A hundred thousand items through the real server: every item gets its own reward, exactly once."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from service.engines.oracle import oracle_reward_of_text
 NUM_ITEMS = 100_000
 NUM_CLIENTS = 64
 REQUEST_SIZES = {1: 2000, 2: 1000, 8: 750, 64: 240, 256: 100, 1000: 45}
-"""Items of a request: how many such requests; what is left to NUM_ITEMS travels in one more."""
+"""Number of requests by their number of items; one more request has the rest of NUM_ITEMS."""
 
 WORDS = ("reward", "model", "größer", "报酬", "🙂", "\n\t", "short", "a", "longer", "completion", "several", "words")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One item of the ledger and the reward that it must get."""
+    """One item and its expected reward."""
 
     id: str
     prompt: str
@@ -39,7 +39,7 @@ class Entry:
 
 
 def make_requests(seed: int) -> list[list[Entry]]:
-    """All items, each with its id in its text, cut into requests of mixed sizes in random order."""
+    """Return all items, each with its number in its text, in requests of mixed sizes in random order."""
     random_ = random.Random(seed)
     sizes = [size for size, count in REQUEST_SIZES.items() for _ in range(count)]
     sizes.append(NUM_ITEMS - sum(sizes))
@@ -55,10 +55,10 @@ def make_entry(number: int, random_: random.Random) -> Entry:
 
 @pytest.mark.slow
 async def test_no_reward_is_lost_swapped_or_duplicated(server_url: str) -> None:
-    """100,000 oracle items from 64 clients: every reward is bit for bit its own item's, once, and the metrics agree."""
+    """100,000 oracle items from 64 clients: every reward is exactly that of its item, and the metrics agree."""
     requests = make_requests(seed=7)
     waiting = iter(requests)
-    ledger: Counter[str] = Counter()
+    num_answers: Counter[str] = Counter()
     wrong: list[str] = []
 
     async def work() -> None:
@@ -66,7 +66,7 @@ async def test_no_reward_is_lost_swapped_or_duplicated(server_url: str) -> None:
         async with AsyncRewardClient(server_url, max_connections=1, chunks=one_request_a_call) as client:
             for entries in waiting:
                 for entry, scored in zip(entries, await client.score_items(map(Entry.to_wire, entries)), strict=True):
-                    ledger[str(scored.id)] += 1
+                    num_answers[str(scored.id)] += 1
                     if (scored.id, scored.reward) != (entry.id, entry.expected):
                         wrong.append(entry.id)
 
@@ -75,13 +75,13 @@ async def test_no_reward_is_lost_swapped_or_duplicated(server_url: str) -> None:
         await asyncio.gather(*(work() for _ in range(NUM_CLIENTS)))
 
     assert wrong == []
-    assert len(ledger) == NUM_ITEMS
-    assert set(ledger.values()) == {1}
+    assert len(num_answers) == NUM_ITEMS
+    assert set(num_answers.values()) == {1}
     assert count_scored(server_url) - before == NUM_ITEMS
 
 
 def count_scored(url: str) -> int:
-    """Items with a reward since the start, over all replicas, as the server counts them."""
+    """Return the number of items with a reward since the start, over all replicas, from the server's metrics."""
     exposition = httpx2.get(f"{url}/metrics", timeout=30).text
     return sum(
         int(sample.value)

@@ -284,7 +284,7 @@ def test_batches_are_launched_ahead_where_the_engine_can() -> None:
         engine.close()
 
         assert list(outcome.rewards) == [oracle_reward(row) for row in rows]
-        assert engine.most_in_flight == most
+        assert engine.max_in_flight == most
 
 
 def test_gains_are_of_the_last_word_of_a_name() -> None:

@@ -1,4 +1,4 @@
-"""The laws of the queue: every sequence leaves once, within the budget, in a fair order, beside its companions."""
+"""The laws of the queue: every sequence leaves once, within the budget, in a fair order, together with its prefix."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import count, cycle
-from math import log2
 
 import pytest
 from hypothesis import given, settings
@@ -15,22 +14,15 @@ from hypothesis import strategies as st
 
 from service.errors import Overloaded
 from service.records import TokenSequence
+from service.scheduling.admission import DEFAULT_RETRY_AFTER_S, Throughput
+from service.scheduling.budget import BatchBudget, batch_cost
+from service.scheduling.flows import MAX_SKIPPED_BATCHES, OVERTAKE_LIMIT_RATIO, Entry
+from service.scheduling.padded_batch import select_similar_lengths
 from service.scheduling.prefix_tree import grow_branches, num_common, worth_sharing
-from service.scheduling.queue import (
-    OVERTAKING_RATIO,
-    PATIENCE_BATCHES,
-    RETRY_AFTER_UNMEASURED_S,
-    BatchBudget,
-    Entry,
-    Queue,
-    Throughput,
-    batch_cost,
-    bisect,
-    neighbours_in_length,
-)
+from service.scheduling.queue import Queue
 
 LAW = settings(max_examples=60, deadline=None)
-"""A law is tried on enough cases; how long one takes on a busy machine is not its subject."""
+"""Without a deadline, because how long a case takes on a busy machine is not tested here."""
 
 FOREVER = float("inf")
 PACKED = BatchBudget("packed", max_tokens=100, max_sequences=16)
@@ -50,8 +42,8 @@ def put(
     now: float = 0.0,
     deadline: float = FOREVER,
 ) -> None:
-    own: list[Hashable] = [(request, place) for place in range(len(lengths))]
-    keys = own if prefixes is None else prefixes
+    distinct: list[Hashable] = [(request, index) for index in range(len(lengths))]
+    keys = distinct if prefixes is None else prefixes
     queue.put(request, [sequence(n) for n in lengths], keys, now=now, deadline=deadline)
 
 
@@ -71,7 +63,7 @@ def drain(queue: Queue, budget: BatchBudget = PACKED) -> list[tuple[Entry, ...]]
 
 
 def names(batch: Sequence[Entry]) -> list[tuple[object, int]]:
-    return [(entry.request, entry.place) for entry in batch]
+    return [(entry.request, entry.index) for entry in batch]
 
 
 # --- Laws for any work -----------------------------------------------------------------------------------------------
@@ -89,7 +81,7 @@ budgets = st.builds(
 def test_each_sequence_leaves_exactly_once_within_the_budget(
     work: list[list[tuple[int, int]]], budget: BatchBudget
 ) -> None:
-    """Whatever waits, no sequence is lost or taken twice, and no batch costs more than the budget."""
+    """For any work no sequence is lost or taken twice, and no batch costs more than the budget."""
     queue = new_queue()
     for name, items in enumerate(work):
         put(queue, str(name), [n for n, _ in items], [prefix for _, prefix in items])
@@ -97,7 +89,7 @@ def test_each_sequence_leaves_exactly_once_within_the_budget(
     batches = drain(queue, budget)
 
     left = Counter(name for batch in batches for name in names(batch))
-    assert left == Counter((str(name), place) for name, items in enumerate(work) for place in range(len(items)))
+    assert left == Counter((str(name), index) for name, items in enumerate(work) for index in range(len(items)))
     for batch in batches:
         assert batch_cost([entry.num_tokens for entry in batch], budget.cost) <= budget.max_tokens
         assert len(batch) <= budget.max_sequences
@@ -109,7 +101,7 @@ def test_each_sequence_leaves_exactly_once_within_the_budget(
 def test_no_cancelled_and_no_expired_sequence_is_computed(
     work: list[list[tuple[int, int]]], budget: BatchBudget, data: st.DataObject
 ) -> None:
-    """Requests that are cancelled or expired at any moment leave nothing in later batches, and others leave whole."""
+    """A request that is cancelled or expires is in no later batch, and all sequences of the others leave."""
     queue = new_queue()
     deadlines = data.draw(st.lists(st.sampled_from([2.5, FOREVER]), min_size=len(work), max_size=len(work)))
     cancelled_at = data.draw(st.lists(st.sampled_from([0, 1, 4, 999]), min_size=len(work), max_size=len(work)))
@@ -140,8 +132,8 @@ def test_no_cancelled_and_no_expired_sequence_is_computed(
 
 @LAW
 @given(st.lists(st.integers(5, 50), min_size=2, max_size=8), st.integers(20, 100))
-def test_requests_that_all_wait_are_served_alike(lengths: list[int], num_batches: int) -> None:
-    """While requests stay in the line, the tokens they have been given differ by no more than a few largest groups."""
+def test_requests_that_all_wait_are_served_equally(lengths: list[int], num_batches: int) -> None:
+    """While requests wait, the tokens computed for each differ by no more than a few of the largest groups."""
     queue = new_queue()
     for name, length in enumerate(lengths):
         put(queue, str(name), [length] * (num_batches * PACKED.max_tokens // length))
@@ -161,26 +153,26 @@ def test_requests_that_all_wait_are_served_alike(lengths: list[int], num_batches
     st.integers(1, 9),
 )
 def test_groups_that_fit_leave_together(groups: list[int], length: int) -> None:
-    """Sequences of one prefix and one request are never split over batches when a batch can hold all of them."""
+    """Sequences of one prefix and one request are never split between batches when a batch can hold all of them."""
     queue = new_queue()
     put(queue, "one", [length] * len(groups), groups)
     budget = BatchBudget("packed", max_tokens=length * len(groups), max_sequences=max(Counter(groups).values()))
 
     batches = drain(queue, budget)
 
-    homes: dict[int, set[int]] = {}
-    for index, batch in enumerate(batches):
+    batches_of: dict[int, set[int]] = {}
+    for number, batch in enumerate(batches):
         for entry in batch:
-            homes.setdefault(groups[entry.place], set()).add(index)
-    assert all(len(home) == 1 for home in homes.values())
+            batches_of.setdefault(groups[entry.index], set()).add(number)
+    assert all(len(numbers) == 1 for numbers in batches_of.values())
 
 
 # --- Fairness --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("budget", [PACKED, PADDED], ids=["packed", "padded"])
-def test_small_newcomer_is_in_the_next_batch(budget: BatchBudget) -> None:
-    """A request of one item never waits behind requests of a thousand, whatever those have waiting."""
+def test_small_new_request_is_in_the_next_batch(budget: BatchBudget) -> None:
+    """A request of one item never waits behind requests of a thousand items."""
     queue = new_queue()
     for bulk in ("a", "b", "c"):
         put(queue, bulk, [40] * 1024)
@@ -191,40 +183,40 @@ def test_small_newcomer_is_in_the_next_batch(budget: BatchBudget) -> None:
     assert ("small", 0) in names(take(queue, budget))
 
 
-def test_stream_of_newcomers_does_not_starve_a_large_request() -> None:
-    """Though each newcomer goes first, a request that was passed over too often heads a batch."""
+def test_stream_of_new_requests_does_not_starve_a_large_one() -> None:
+    """Each new request is served first, but a request that was skipped too often is served before them."""
     queue = new_queue()
     put(queue, "bulk", [90] * 4)
     served_at = []
-    for batch in range(20 * PATIENCE_BATCHES):
+    for batch in range(20 * MAX_SKIPPED_BATCHES):
         put(queue, f"{batch}-a", [50])
         put(queue, f"{batch}-b", [50])
         if any(entry.request == "bulk" for entry in take(queue)):
             served_at.append(batch)
 
-    assert served_at[0] == PATIENCE_BATCHES
+    assert served_at[0] == MAX_SKIPPED_BATCHES
     assert len(served_at) == 4
 
 
-def test_patience_rules_few_batches() -> None:
-    """However many large requests have waited long, small newcomers are in the next batch nearly always."""
+def test_skipped_requests_are_served_first_in_few_batches() -> None:
+    """Even if many large requests were skipped too often, small new ones are nearly always in the next batch."""
     queue = new_queue()
     for bulk in range(60):
         put(queue, f"bulk-{bulk}", [90] * 8)
-    for _ in range(2 * PATIENCE_BATCHES):
+    for _ in range(2 * MAX_SKIPPED_BATCHES):
         take(queue)
 
     at_once = 0
-    for newcomer in range(40):
-        put(queue, f"small-{newcomer}", [80])
-        at_once += names(take(queue)) == [(f"small-{newcomer}", 0)]
+    for number in range(40):
+        put(queue, f"small-{number}", [80])
+        at_once += names(take(queue)) == [(f"small-{number}", 0)]
         take(queue)
 
     assert at_once >= 30
 
 
-def test_newcomer_does_not_catch_up_on_the_past() -> None:
-    """A large request that comes late shares the engine from then on; it is not owed what others had before."""
+def test_new_request_is_owed_nothing_for_the_past() -> None:
+    """A large request that arrives late gets an equal share from then on, and no compensation for the time before."""
     queue = new_queue()
     put(queue, "old", [10] * 1000)
     for _ in range(50):
@@ -236,8 +228,8 @@ def test_newcomer_does_not_catch_up_on_the_past() -> None:
     assert served["old"] == served["new"] == 50
 
 
-def test_among_equals_the_smaller_request_goes_first() -> None:
-    """Of two requests that were served nothing yet, the smaller is answered first, though it came second."""
+def test_of_equally_served_requests_the_smaller_goes_first() -> None:
+    """Of two requests that were not served yet, the smaller is served first, though it arrived second."""
     queue = new_queue()
     put(queue, "large", [60] * 10)
     put(queue, "small", [60])
@@ -245,8 +237,8 @@ def test_among_equals_the_smaller_request_goes_first() -> None:
     assert names(take(queue))[0] == ("small", 0)
 
 
-def test_like_requests_leave_in_order_of_arrival() -> None:
-    """Of requests that need about as much, nobody waits for those that came later."""
+def test_requests_of_similar_size_leave_in_order_of_arrival() -> None:
+    """Of requests of similar size, none waits for one that arrived later."""
     queue = new_queue()
     put(queue, "longer", [60])
     put(queue, "short", [50])
@@ -260,24 +252,24 @@ def test_like_requests_leave_in_order_of_arrival() -> None:
 @LAW
 @given(length=st.integers(60, 100), others=st.lists(st.integers(20, 50), min_size=60, max_size=60))
 def test_overtaking_ends_in_proportion_to_size(length: int, others: list[int]) -> None:
-    """However short those are that come later, a request leaves once a few times its own tokens were computed."""
+    """However short the later requests are, a request leaves once a few times its own tokens were computed."""
     queue = new_queue()
     put(queue, "waiting", [length])
     num_computed = 0
     for name, other in enumerate(others):
-        for place in range(3):
-            put(queue, f"{name} {place}", [other])
+        for copy in range(3):
+            put(queue, f"{name} {copy}", [other])
         batch = take(queue)
         if any(entry.request == "waiting" for entry in batch):
             break
         num_computed += sum(entry.num_tokens for entry in batch)
 
-    assert num_computed <= OVERTAKING_RATIO * length + 2 * PACKED.max_tokens
+    assert num_computed <= OVERTAKE_LIMIT_RATIO * length + 2 * PACKED.max_tokens
 
 
 @pytest.mark.parametrize("budget", [PACKED, PADDED], ids=["packed", "padded"])
-def test_single_items_from_few_connections_wait_alike(budget: BatchBudget) -> None:
-    """Of clients that each send one item after the other, none waits much longer than a turn of all of them takes."""
+def test_single_items_from_few_connections_wait_equally_long(budget: BatchBudget) -> None:
+    """If clients each send one item after the other, no item waits much longer than the mean."""
     queue, lengths = new_queue(), cycle([5, 90, 10, 40, 20, 7, 60, 15, 30, 25, 12])
     waiting_since = dict.fromkeys(range(24), 0)
     waits: list[int] = []
@@ -296,45 +288,45 @@ def test_single_items_from_few_connections_wait_alike(budget: BatchBudget) -> No
 # --- Prefix groups ---------------------------------------------------------------------------------------------------
 
 
-def test_companions_of_other_requests_travel_along() -> None:
-    """One-item requests of one prompt share a batch, past strangers that came between them."""
+def test_one_prompt_of_several_requests_shares_a_batch() -> None:
+    """One-item requests of one prompt share a batch, though requests of other prompts arrived between them."""
     queue = new_queue()
     for name in range(4):
         put(queue, f"prompt-{name}", [10], ["prompt"])
-        put(queue, f"stranger-{name}", [10])
+        put(queue, f"other-{name}", [10])
 
     batch = take(queue, BatchBudget("packed", max_tokens=80, max_sequences=8))
 
     assert [entry.request for entry in batch[:4]] == [f"prompt-{name}" for name in range(4)]
 
 
-def test_companions_leave_half_of_the_batch_to_the_fair_order() -> None:
-    """A popular prompt cannot fill a batch while others wait for their turn."""
+def test_same_prefix_leaves_half_of_the_batch_to_the_fair_order() -> None:
+    """A frequent prompt cannot fill a batch while other requests wait."""
     queue = new_queue()
     put(queue, "prompt", [10], ["prompt"])
-    put(queue, "stranger", [10])
+    put(queue, "other", [10])
     for name in range(30):
         put(queue, f"prompt-{name}", [10], ["prompt"])
 
     batch = take(queue)
 
-    assert [entry.request for entry in batch[:7]] == ["prompt", *(f"prompt-{name}" for name in range(5)), "stranger"]
+    assert [entry.request for entry in batch[:7]] == ["prompt", *(f"prompt-{name}" for name in range(5)), "other"]
     assert len(batch) == 10
 
 
-def test_group_larger_than_the_budget_leaves_in_full_runs() -> None:
-    """A group that no batch can hold is split, in order and without leaving room unused."""
+def test_group_larger_than_the_budget_fills_several_batches() -> None:
+    """A group that no batch can hold is split, in order, into full batches."""
     queue = new_queue()
     put(queue, "one", [10] * 25, ["prompt"] * 25)
 
     batches = drain(queue)
 
     assert [len(batch) for batch in batches] == [10, 10, 5]
-    assert [entry.place for batch in batches for entry in batch] == list(range(25))
+    assert [entry.index for batch in batches for entry in batch] == list(range(25))
 
 
-def test_misfitting_group_leaves_its_room_to_the_next_request() -> None:
-    """A group that would fit the next batch whole waits for it, and smaller work of others uses the room."""
+def test_group_that_does_not_fit_leaves_its_room_to_the_next_request() -> None:
+    """A group that fits only the next batch waits for it, and smaller work of other requests uses the room."""
     queue = new_queue()
     put(queue, "groups", [30] * 4, ["x", "x", "y", "y"])
     put(queue, "loose", [30] * 5)
@@ -342,21 +334,21 @@ def test_misfitting_group_leaves_its_room_to_the_next_request() -> None:
 
     batches = drain(queue)
 
-    homes = [{entry.place for entry in batch if entry.request == "groups"} for batch in batches]
-    assert all(home in ({0, 1}, {2, 3}, set()) for home in homes)
+    together = [{entry.index for entry in batch if entry.request == "groups"} for batch in batches]
+    assert all(indices in ({0, 1}, {2, 3}, set()) for indices in together)
 
 
-# --- What is shared is priced once ------------------------------------------------------------------------------------
+# --- Cost of shared prefixes -----------------------------------------------------------------------------------------
 
 SHARED_FROM = 4
 
 
 def answers(prompt: int, num_prompt_tokens: int, lengths: Sequence[int], first: int = 0) -> list[TokenSequence]:
-    """Answers to one prompt that differ from their first token on; prompts differ from their second."""
-    stem = (7, prompt, *range(2, num_prompt_tokens))[:num_prompt_tokens]
+    """Return answers to one prompt that differ in their first token; prompts differ in their second."""
+    ids = (7, prompt, *range(2, num_prompt_tokens))[:num_prompt_tokens]
     return [
-        TokenSequence((*stem, 1000 + first + place, *range(length - 1)), num_prompt_tokens)
-        for place, length in enumerate(lengths)
+        TokenSequence((*ids, 1000 + first + index, *range(length - 1)), num_prompt_tokens)
+        for index, length in enumerate(lengths)
     ]
 
 
@@ -366,13 +358,13 @@ def put_answers(queue: Queue, request: str, sequences: Sequence[TokenSequence]) 
 
 
 def computed_tokens(batch: Sequence[Entry]) -> int:
-    """What the tree of shared prefixes leaves to compute."""
+    """Return the tokens that a pass over the tree of shared prefixes computes."""
     branches = grow_branches([entry.sequence.token_ids for entry in batch], SHARED_FROM)
     return sum(branch.num_own for branch in branches)
 
 
-def test_a_prompt_is_priced_once() -> None:
-    """A budget holds prompt + completions, not prompt x completions; without sharing engines it holds fewer items."""
+def test_a_shared_prompt_costs_once() -> None:
+    """A prompt counts once for all its completions, and once for each where the engine shares no prefixes."""
     work = answers(1, 20, [10] * 8)
     sharing, plain = Queue(10**9, SHARED_FROM), Queue(10**9)
     put_answers(sharing, "one", work)
@@ -382,16 +374,16 @@ def test_a_prompt_is_priced_once() -> None:
     assert [len(batch) for batch in drain(plain, PACKED)] == [3, 3, 2]
 
 
-def test_short_beginnings_are_priced_in_full() -> None:
-    """What the engine would not share is not priced as if it did."""
+def test_short_prefixes_cost_in_full() -> None:
+    """Prefixes that are too short to be shared count in full."""
     queue = Queue(10**9, SHARED_FROM)
     put_answers(queue, "one", answers(1, SHARED_FROM - 1, [30] * 4))
 
     assert [len(batch) for batch in drain(queue, PACKED)] == [3, 1]
 
 
-def test_a_split_group_pays_its_prompt_in_each_batch() -> None:
-    """Of a group too large for a batch, every run computes the prompt again, and is priced so."""
+def test_a_split_group_costs_its_prompt_in_each_batch() -> None:
+    """Each batch of a group that is too large for one computes the prompt again, and its cost includes it."""
     queue = Queue(10**9, SHARED_FROM)
     put_answers(queue, "one", answers(1, 40, [20] * 7))
 
@@ -401,8 +393,8 @@ def test_a_split_group_pays_its_prompt_in_each_batch() -> None:
     assert [computed_tokens(batch) for batch in batches] == [100, 100, 60]
 
 
-def test_companions_pay_for_their_completions_alone() -> None:
-    """One-item requests of one prompt fill a batch together, at the price of one prompt."""
+def test_further_requests_of_a_prompt_cost_their_completions_alone() -> None:
+    """One-item requests of one prompt fill a batch together, and the prompt counts once."""
     queue = Queue(10**9, SHARED_FROM)
     for name in range(5):
         put_answers(queue, str(name), answers(1, 60, [8], first=name))
@@ -413,8 +405,8 @@ def test_companions_pay_for_their_completions_alone() -> None:
     assert computed_tokens(batches[0]) == 100
 
 
-def test_who_shares_is_served_more_for_the_same_work() -> None:
-    """Fairness counts computed tokens: completions of one prompt cost less than those of as many prompts."""
+def test_fairness_counts_computed_tokens() -> None:
+    """Completions of one prompt cost less than completions of as many prompts, so more of them are served."""
     queue = Queue(10**9, SHARED_FROM)
     put_answers(queue, "group", answers(1, 40, [10] * 64))
     put_answers(queue, "loose", [answers(prompt, 40, [10])[0] for prompt in range(2, 66)])
@@ -434,14 +426,14 @@ shared_work = st.lists(
 @LAW
 @given(shared_work, st.integers(100, 300), st.booleans())
 def test_no_batch_computes_more_than_its_budget(
-    work: list[list[tuple[int, int, int]]], max_tokens: int, borders_known: bool
+    work: list[list[tuple[int, int, int]]], max_tokens: int, prompts_known: bool
 ) -> None:
-    """However prompts nest and mix, the tree of a batch has no more tokens than the budget, and everything leaves."""
+    """For any nesting of prompts the tree of a batch has no more tokens than the budget, and everything leaves."""
     queue = Queue(10**9, SHARED_FROM)
     num_items = 0
     for name, items in enumerate(work):
         sequences = [answers(p, n, [length], first=number)[0] for number, (p, n, length) in enumerate(items)]
-        if not borders_known:
+        if not prompts_known:
             sequences = [TokenSequence(sequence.token_ids) for sequence in sequences]
         prefixes = [hash(sequence.token_ids[:6]) for sequence in sequences]
         queue.put(str(name), sequences, prefixes, now=0.0, deadline=FOREVER)
@@ -453,78 +445,81 @@ def test_no_batch_computes_more_than_its_budget(
     assert all(computed_tokens(batch) <= max_tokens for batch in batches)
 
 
-# --- What is kept costs nothing ---------------------------------------------------------------------------------------
+# --- Cost of cached prefixes -----------------------------------------------------------------------------------------
 
 
 @dataclass
-class Memory:
-    """Beginnings that an engine has kept, and of some sequences how much of them a pass may leave out."""
+class PrefixCache:
+    """Prefixes that an engine has cached."""
 
-    beginnings: list[tuple[int, ...]]
+    prefixes: list[tuple[int, ...]]
+
     limits: dict[tuple[int, ...], int] = field(default_factory=dict)
+    """Of some sequences, how many cached tokens a pass may leave out at most."""
 
     def num_cached_tokens(self, sequence: TokenSequence) -> int:
-        """Of a sequence by itself."""
+        """Return the leading tokens of a sequence that a pass need not compute."""
         ids = sequence.token_ids
-        found = max((num_common(beginning, ids) for beginning in self.beginnings), default=0)
+        found = max((num_common(prefix, ids) for prefix in self.prefixes), default=0)
         return worth_sharing(min(found, self.limits.get(ids, len(ids) - 1)), SHARED_FROM)
 
     def computed_tokens(self, batch: Sequence[Entry]) -> int:
-        """What a pass over these computes."""
-        rows = list({entry.sequence.token_ids: None for entry in batch})
-        branches = grow_branches(rows, SHARED_FROM, [(0, self.num_cached_tokens(TokenSequence(row))) for row in rows])
+        """Return the tokens that a pass over the entries computes."""
+        distinct = list({entry.sequence.token_ids: None for entry in batch})
+        cached = [(0, self.num_cached_tokens(TokenSequence(ids))) for ids in distinct]
+        branches = grow_branches(distinct, SHARED_FROM, cached)
         return sum(branch.num_own for branch in branches)
 
 
-def test_answers_to_kept_prompts_fill_a_batch() -> None:
-    """One-item requests of different prompts that the engine has kept are priced at their completions alone."""
+def test_answers_to_cached_prompts_fill_a_batch() -> None:
+    """One-item requests of different cached prompts cost their completions alone."""
     prompts = [answers(prompt, 40, [10])[0] for prompt in range(9)]
-    memory = Memory([sequence.token_ids[:40] for sequence in prompts])
+    cache = PrefixCache([sequence.token_ids[:40] for sequence in prompts])
     queue = Queue(10**9, SHARED_FROM)
     for name, sequence in enumerate(prompts):
         put_answers(queue, str(name), [sequence])
 
-    batch = queue.take_batch(0.0, PACKED, memory.num_cached_tokens).entries
+    batch = queue.take_batch(0.0, PACKED, cache.num_cached_tokens).entries
 
     assert len(batch) == 9
-    assert memory.computed_tokens(batch) == 90
+    assert cache.computed_tokens(batch) == 90
 
 
-def test_a_kept_prompt_counts_for_a_whole_group() -> None:
-    """A group whose prompt is kept is priced at its completions, and leaves whole where they fit."""
+def test_a_cached_prompt_counts_for_a_whole_group() -> None:
+    """A group with a cached prompt costs its completions, and leaves whole where they fit."""
     queue = Queue(10**9, SHARED_FROM)
     group = answers(1, 80, [10] * 8)
     put_answers(queue, "group", group)
 
-    batch = queue.take_batch(0.0, PACKED, Memory([group[0].token_ids[:80]]).num_cached_tokens).entries
+    batch = queue.take_batch(0.0, PACKED, PrefixCache([group[0].token_ids[:80]]).num_cached_tokens).entries
 
     assert len(batch) == 8
 
 
 @LAW
 @given(shared_work, st.integers(100, 300), st.booleans(), st.data())
-def test_no_batch_computes_more_than_its_budget_however_much_is_kept(
-    work: list[list[tuple[int, int, int]]], max_tokens: int, borders_known: bool, data: st.DataObject
+def test_no_batch_computes_more_than_its_budget_however_much_is_cached(
+    work: list[list[tuple[int, int, int]]], max_tokens: int, prompts_known: bool, data: st.DataObject
 ) -> None:
-    """Whatever is kept, and whatever of it some sequences must compute all the same, the price is never too low."""
+    """The cost is never too low, whatever is cached, and if some sequences must compute cached tokens all the same."""
     queue = Queue(10**9, SHARED_FROM)
-    memory = Memory([])
+    cache = PrefixCache([])
     for name, items in enumerate(work):
         sequences = [answers(p, n, [length], first=number)[0] for number, (p, n, length) in enumerate(items)]
-        if not borders_known:
+        if not prompts_known:
             sequences = [TokenSequence(sequence.token_ids) for sequence in sequences]
         prefixes = [hash(sequence.token_ids[:6]) for sequence in sequences]
         queue.put(str(name), sequences, prefixes, now=0.0, deadline=FOREVER)
         for sequence in sequences:
             if data.draw(st.booleans()):
-                memory.beginnings.append(sequence.token_ids[: data.draw(st.integers(1, sequence.num_tokens))])
+                cache.prefixes.append(sequence.token_ids[: data.draw(st.integers(1, sequence.num_tokens))])
             if data.draw(st.booleans()):
-                memory.limits[sequence.token_ids] = data.draw(st.integers(0, sequence.num_tokens - 1))
+                cache.limits[sequence.token_ids] = data.draw(st.integers(0, sequence.num_tokens - 1))
     num_items = sum(map(len, work))
 
-    while batch := queue.take_batch(0.0, BatchBudget("packed", max_tokens, 16), memory.num_cached_tokens).entries:
+    while batch := queue.take_batch(0.0, BatchBudget("packed", max_tokens, 16), cache.num_cached_tokens).entries:
         num_items -= len(batch)
-        assert memory.computed_tokens(batch) <= max_tokens
+        assert cache.computed_tokens(batch) <= max_tokens
 
     assert num_items == 0
 
@@ -532,20 +527,20 @@ def test_no_batch_computes_more_than_its_budget_however_much_is_kept(
 # --- Padding ---------------------------------------------------------------------------------------------------------
 
 
-def test_padded_batch_keeps_to_neighbours_in_length() -> None:
-    """Around the head stand the sequences nearest to it in length, so that little padding is computed."""
+def test_padded_batch_has_similar_lengths() -> None:
+    """The first sequence is batched with those nearest to it in length, so that little padding is computed."""
     lengths = [40, 10, 400, 39, 12, 41, 380, 11]
 
-    chosen = neighbours_in_length(lengths, BatchBudget("padded", 123, 16))
+    chosen = select_similar_lengths(lengths, BatchBudget("padded", 123, 16))
 
     assert sorted(lengths[index] for index in chosen) == [39, 40, 41]
 
 
 def test_padded_batch_of_mixed_lengths_wastes_little() -> None:
-    """Over a long line of mixed lengths, less than a tenth of the computed tokens is padding."""
+    """In a long queue of mixed lengths less than a tenth of the computed tokens is padding."""
     queue = new_queue()
     for name in range(16):
-        put(queue, str(name), [20 + (37 * place + 101 * name) % 480 for place in range(64)])
+        put(queue, str(name), [20 + (37 * index + 101 * name) % 480 for index in range(64)])
     budget = BatchBudget("padded", max_tokens=4096, max_sequences=512)
 
     lengths = [[entry.num_tokens for entry in batch] for batch in drain(queue, budget)]
@@ -556,9 +551,9 @@ def test_padded_batch_of_mixed_lengths_wastes_little() -> None:
 
 @LAW
 @given(st.lists(st.integers(1, 90), min_size=1, max_size=60))
-def test_padded_choice_holds_the_head_and_fits(lengths: list[int]) -> None:
-    """The fairest sequence is always in the batch, and the padded cost is within the budget."""
-    chosen = neighbours_in_length(lengths, PADDED)
+def test_padded_batch_includes_the_first_sequence_and_fits(lengths: list[int]) -> None:
+    """The sequence that is served first is always in the batch, and the padded cost is within the budget."""
+    chosen = select_similar_lengths(lengths, PADDED)
 
     assert 0 in chosen
     assert len(set(chosen)) == len(chosen) <= PADDED.max_sequences
@@ -570,7 +565,7 @@ def test_padded_choice_holds_the_head_and_fits(lengths: list[int]) -> None:
 
 @pytest.mark.parametrize("budget", [PACKED, PADDED], ids=["packed", "padded"])
 def test_sequence_over_the_budget_goes_alone(budget: BatchBudget) -> None:
-    """A sequence that admission let through is computed even when the budget is smaller, with nobody beside it."""
+    """An admitted sequence that is longer than the budget is computed, in a batch of its own."""
     queue = new_queue()
     put(queue, "long", [250, 10, 250])
 
@@ -578,8 +573,8 @@ def test_sequence_over_the_budget_goes_alone(budget: BatchBudget) -> None:
     assert len(queue) == 0
 
 
-def test_any_request_enters_an_empty_line() -> None:
-    """The limit on waiting tokens cannot refuse a legal request for good: alone it always gets in."""
+def test_an_empty_queue_admits_any_request() -> None:
+    """The limit on waiting tokens cannot refuse a legal request for good: it is admitted where nothing waits."""
     queue = new_queue(max_waiting_tokens=100)
 
     queue.admit("huge", 10**6)
@@ -587,8 +582,8 @@ def test_any_request_enters_an_empty_line() -> None:
     assert queue.num_waiting_tokens == 10**6
 
 
-def test_refusal_tells_when_there_will_be_room() -> None:
-    """Retry-After is the excess over the limit divided by the measured speed, at most the time to empty the line."""
+def test_refusal_returns_when_there_will_be_room() -> None:
+    """Retry-After is the excess over the limit divided by the throughput, at most the time to empty the queue."""
     queue = new_queue(max_waiting_tokens=100)
     queue.record_throughput(50, seconds=5.0)
     queue.admit("first", 80)
@@ -603,19 +598,19 @@ def test_refusal_tells_when_there_will_be_room() -> None:
     assert queue.num_waiting_tokens == 80
 
 
-def test_refusal_before_any_measurement_asks_to_come_back_soon() -> None:
-    """Without a measured speed no time is computed."""
+def test_refusal_before_any_measurement_returns_the_default() -> None:
+    """Without a measured throughput Retry-After is a constant."""
     queue = new_queue(max_waiting_tokens=100)
     queue.admit("first", 100)
 
     with pytest.raises(Overloaded) as refusal:
         queue.admit("second", 1)
 
-    assert refusal.value.retry_after_s == RETRY_AFTER_UNMEASURED_S
+    assert refusal.value.retry_after_s == DEFAULT_RETRY_AFTER_S
 
 
-def test_reservation_gives_way_to_the_counted_tokens() -> None:
-    """The estimate holds room until the tokens are known; leaving and cancelling give it back."""
+def test_reservation_is_replaced_by_the_counted_tokens() -> None:
+    """The estimate reserves room until the tokens are known; leaving and cancelling free it."""
     queue = new_queue(max_waiting_tokens=100)
     queue.admit("first", 90)
     put(queue, "first", [20, 30])
@@ -628,7 +623,7 @@ def test_reservation_gives_way_to_the_counted_tokens() -> None:
     assert queue.num_waiting_tokens == 0
 
 
-def test_recent_throughput_outweighs_the_past() -> None:
+def test_recent_throughput_outweighs_earlier_measurements() -> None:
     """When the engine slows down, the estimate follows within seconds of engine time."""
     throughput = Throughput()
     throughput.record(10_000, seconds=10.0)
@@ -638,25 +633,25 @@ def test_recent_throughput_outweighs_the_past() -> None:
 
 
 def test_halved_budget_is_never_empty() -> None:
-    """Halving stops at one token: from there on every sequence goes alone."""
+    """Halving stops at one token: then every sequence gets a batch of its own."""
     budget = BatchBudget("packed", 4096, 512)
 
     assert [budget.halved().max_tokens, BatchBudget("packed", 1, 512).halved().max_tokens] == [2048, 1]
 
 
-# --- Cost ------------------------------------------------------------------------------------------------------------
+# --- Time ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_requests", [1, 100_000], ids=["one-request", "one-item-requests"])
 @pytest.mark.parametrize("cost", ["packed", "padded"])
-def test_batch_costs_the_same_from_a_long_line(num_requests: int, cost: str) -> None:
-    """Taking a batch out of 100,000 waiting sequences is not slower than out of 1,000, by more than noise."""
+def test_taking_a_batch_is_not_slower_from_a_long_queue(num_requests: int, cost: str) -> None:
+    """Taking a batch out of 100,000 waiting sequences takes as long as out of 1,000, apart from noise."""
 
     def seconds_per_batch(num_entries: int) -> float:
         queue = new_queue()
         per_request = max(1, num_entries // num_requests)
         for name in range(num_entries // per_request):
-            put(queue, str(name), [8] * per_request, [place // 4 for place in range(per_request)])
+            put(queue, str(name), [8] * per_request, [index // 4 for index in range(per_request)])
         budget = BatchBudget(cost, max_tokens=512, max_sequences=64)  # type: ignore[arg-type]
         times = []
         for _ in range(12):
@@ -669,7 +664,7 @@ def test_batch_costs_the_same_from_a_long_line(num_requests: int, cost: str) -> 
 
 
 def test_ten_thousand_cancels_leave_nothing_behind() -> None:
-    """Requests that come and go before their turn leave the order and the size of the queue alone."""
+    """Requests that are cancelled while they wait do not change the order of the others, and free their memory."""
     queue = new_queue()
     stay = [100 - length for length in range(40)]
     for length in stay:
@@ -678,39 +673,7 @@ def test_ten_thousand_cancels_leave_nothing_behind() -> None:
         put(queue, str(name), [150, 150], ["a", "b"])
         queue.cancel(str(name))
 
-    assert len(queue) == len(queue._by_prefix) == 40
-    assert len(queue._turns) < 200
+    assert len(queue) == len(queue._flows._by_prefix) == 40
+    assert len(queue._flows._heap) < 200
     everything = take(queue, BatchBudget("packed", max_tokens=10_000, max_sequences=100))
     assert [entry.num_tokens for entry in everything] == sorted(stay)
-
-
-# --- Poison ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("position", [0, 1, 100, 127, 128, 255])
-def test_one_poison_in_256_costs_17_passes(position: int) -> None:
-    """Bisection isolates the one sequence that fails at the price of 2 log2(n) + 1 passes."""
-    runs: list[range] = []
-
-    def passes(run: range) -> bool:
-        runs.append(run)
-        return position not in run
-
-    assert bisect(256, passes) == [position]
-    assert len(runs) <= 2 * log2(256) + 1
-
-
-@LAW
-@given(st.integers(0, 40), st.data())
-def test_bisection_answers_every_position(num_sequences: int, data: st.DataObject) -> None:
-    """Exactly the poison is found, and each other position is in exactly one run that passed."""
-    poison = data.draw(st.sets(st.integers(0, num_sequences - 1))) if num_sequences else set()
-    passed: list[int] = []
-
-    def passes(run: range) -> bool:
-        good = poison.isdisjoint(run)
-        passed.extend(run if good else [])
-        return good
-
-    assert bisect(num_sequences, passes) == sorted(poison)
-    assert sorted(passed) == sorted(set(range(num_sequences)) - poison)

@@ -45,7 +45,7 @@ class LaunchingOracle(OracleEngine):
         self._in_flight: list[LaunchedOnThread] = []
         self.door, self.gate = threading.Event(), threading.Event()
         self.open()
-        self.most_in_flight = 0
+        self.max_in_flight = 0
         self.launched: list[list[str]] = []
         self.closed = False
 
@@ -59,7 +59,7 @@ class LaunchingOracle(OracleEngine):
         self.launched.append([bytes(sequence.token_ids).decode(errors="replace") for sequence in sequences])
         launched = LaunchedOnThread(self, self._device.submit(self._compute, sequences))
         self._in_flight.append(launched)
-        self.most_in_flight = max(self.most_in_flight, len(self._in_flight))
+        self.max_in_flight = max(self.max_in_flight, len(self._in_flight))
         return launched
 
     def forward(self, sequences: Sequence[TokenSequence], *, states: bool = False) -> EngineOutput:

@@ -21,7 +21,7 @@ from service.engines.paths.packed import SHORTEST_SHARED, PackedForward
 from service.engines.torch import DEFAULT_PREFIX_CACHE_MIB, TorchEngine, load_torch_engine
 from service.pipeline import Pipeline
 from service.records import StateTap, TokenSequence
-from service.scheduling.queue import BatchBudget
+from service.scheduling.budget import BatchBudget
 from service.settings import BatchingSettings, ModelSettings
 
 ROOMY = 2**22

@@ -1,0 +1,163 @@
+"""The state of one accepted request, from its texts to its answer.
+
+It is changed on the event loop only; threads get the values they need as arguments.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from service.diagnostics.diagnosis import Outcome
+from service.diagnostics.text import TextFacts
+from service.errors import HttpError, InternalError
+from service.records import Item, Score, ScoreRequest, Timings, TokenSequence, Usage
+from service.scheduling.work import Work
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredRequest:
+    """The answer to a ScoreRequest."""
+
+    outcomes: tuple[Outcome, ...]
+    """A Score or an error for each item, in input order."""
+
+    usage: Usage
+    """``shared_tokens`` counts the tokens that were not computed for this request.
+
+    They are those of repeated items, and those that the engine had computed already, for another item of this request
+    or of another.
+    """
+
+    timings: Timings
+
+
+@dataclass(slots=True)
+class ItemState:
+    """One item on its way through the service."""
+
+    item: Item
+
+    encoded: TokenSequence | HttpError
+    """What tokenization returned for it."""
+
+    text: TextFacts | None = None
+    """Statistics of its completion; None where they were not requested, or the completion is unknown."""
+
+    outcome: Outcome | None = None
+    """The Score, or an error of tokenization or of the engine; None while the item waits."""
+
+    @property
+    def sequence(self) -> TokenSequence | None:
+        """The tokens of the item; None where it was refused."""
+        return self.encoded if isinstance(self.encoded, TokenSequence) else None
+
+
+class RequestState:
+    """An accepted request and what is known of it so far.
+
+    Args:
+        request: as the protocol parsed it.
+        encoded: the token sequence or the error of each item, in order.
+        work: what the engine computes for it.
+        queued_at: when it was put into the queue, in seconds of the scorer's clock.
+    """
+
+    def __init__(
+        self, request: ScoreRequest, encoded: Sequence[TokenSequence | HttpError], work: Work, queued_at: float
+    ) -> None:
+        self.request = request
+        self.work = work
+        self.computed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done when every item has its outcome from the engine, or with the error that ends the whole request."""
+        self.items = [
+            ItemState(item, entry, outcome=None if isinstance(entry, TokenSequence) else entry)
+            for item, entry in zip(request.items, encoded, strict=True)
+        ]
+        self._queued_at = queued_at
+        self._num_waiting = len(work.sequences)
+        self._shared_tokens = 0
+        self._queue_s = 0.0
+        self._engine_s = 0.0
+        if not self._num_waiting:
+            self.computed.set_result(None)
+
+    @property
+    def encoded(self) -> list[TokenSequence | HttpError]:
+        """What tokenization returned, in order of the items."""
+        return [item.encoded for item in self.items]
+
+    @property
+    def outcomes(self) -> tuple[Outcome, ...]:
+        """The outcome of each item, in order.
+
+        Raises:
+            InternalError: some item has none yet.
+        """
+        outcomes = tuple(item.outcome for item in self.items if item.outcome is not None)
+        if len(outcomes) != len(self.items):
+            raise InternalError(f"{len(self.items) - len(outcomes)} items have no outcome.")
+        return outcomes
+
+    def resolve(self, index: int, outcome: Outcome, shared_tokens: int) -> None:
+        """Record the outcome of one sequence, for all the items that it answers.
+
+        Args:
+            index: of the sequence in ``work.sequences``; each is resolved once.
+            outcome: from the engine.
+            shared_tokens: of the sequence, tokens that were not computed for it.
+        """
+        if isinstance(outcome, Score):
+            self._shared_tokens += shared_tokens
+        computed = self.work.sequences[index]
+        for item_index in self.work.item_indices[index]:
+            item = self.items[item_index]
+            item.outcome = _outcome_for(item.encoded, computed, outcome)
+        self._num_waiting -= 1
+        if not self._num_waiting and not self.computed.done():
+            self.computed.set_result(None)
+
+    def record_batch(self, begin: float, engine_s: float) -> None:
+        """Record the times of a batch of this request; those of its last batch are the times of its slowest items."""
+        self._queue_s, self._engine_s = begin - self._queued_at, engine_s
+
+    def fail(self, error: HttpError) -> None:
+        """End the whole request with an error, unless it has ended."""
+        if not self.computed.done():
+            self.computed.set_exception(error)
+
+    def scored(self, tokenize_s: float, total_s: float) -> ScoredRequest:
+        """Return the answer, once all outcomes are there."""
+        timings = Timings(tokenize_s=tokenize_s, queue_s=self._queue_s, engine_s=self._engine_s, total_s=total_s)
+        return ScoredRequest(self.outcomes, self._usage(), timings)
+
+    def _usage(self) -> Usage:
+        sequences = [item.sequence for item in self.items if item.sequence is not None]
+        scored = [
+            item.encoded.num_tokens
+            for item in self.items
+            if isinstance(item.encoded, TokenSequence) and isinstance(item.outcome, Score)
+        ]
+        repeated = sum(
+            (len(indices) - 1) * sequence.num_tokens
+            for sequence, indices in zip(self.work.sequences, self.work.item_indices, strict=True)
+            if isinstance(self.items[indices[0]].outcome, Score)
+        )
+        return Usage(
+            prompt_tokens=sum((sequence.num_prompt_tokens or 0) + sequence.num_dropped for sequence in sequences),
+            completion_tokens=sum(sequence.num_completion_tokens or 0 for sequence in sequences),
+            scored_tokens=sum(scored),
+            shared_tokens=repeated + self._shared_tokens,
+        )
+
+
+def _outcome_for(encoded: TokenSequence | HttpError, computed: TokenSequence, outcome: Outcome) -> Outcome:
+    """Return the outcome of an item with the same token ids as the computed sequence.
+
+    The ids are equal, but the prompt may end at another token: then only the reward is the item's too.
+    """
+    if isinstance(outcome, HttpError) or isinstance(encoded, HttpError):
+        return outcome
+    same_prompt = encoded.num_prompt_tokens == computed.num_prompt_tokens
+    return outcome if same_prompt else Score(outcome.reward)
