@@ -152,7 +152,7 @@ def false_alarms(
 def _stepped(
     sums: Mapping[str, Cusum], items: ObservedItems, reference: MonitorReference, threshold: float
 ) -> dict[str, Cusum]:
-    batch = summarize(items, reference.tell_thresholds)
+    batch = summarize(items, reference.style_thresholds)
     return stepped(sums, steps_of(batch, reference), threshold)
 
 

@@ -1,6 +1,6 @@
-"""Builds the Grafana dashboard from the panels, and writes it: ``python -m monitoring.dashboard``.
+"""Builds the Grafana dashboard from the panels and writes its JSON: ``python -m monitoring.dashboard``.
 
-The JSON beside this file is what it writes; a test holds the two together. Import it into Grafana 11.6 or later, or
+A test verifies that the JSON in this folder is what this module writes. Import it into Grafana 11.6 or later, or
 provision it from a folder.
 """
 
@@ -30,7 +30,7 @@ from monitoring.panels import ROWS, Panel, Row
 PATH = Path(__file__).with_name("dashboard.json")
 SOURCE = DataSourceRef("prometheus", "${datasource}")
 EMPTY_WHEN = "May be empty when "
-"""Begins the sentence of a description that says why a panel may show nothing."""
+"""Start of the sentence in a description that gives the reason why a panel may be empty."""
 
 _BUILDERS: dict[str, Any] = {
     "stat": stat.Panel,
@@ -38,7 +38,7 @@ _BUILDERS: dict[str, Any] = {
     "heatmap": heatmap.Panel,
     "table": table.Panel,
 }
-_CALM, _ALERT = "green", "red"
+_NORMAL, _ALERT = "green", "red"
 
 
 def build_dashboard(rows: Sequence[Row] = ROWS) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def build_dashboard(rows: Sequence[Row] = ROWS) -> dict[str, Any]:
     built = (
         dashboard.Dashboard("Reward service")
         .uid("reward-service")
-        .description("Speed, health and trustworthiness of a reward model's answers. Built by monitoring/dashboard.py.")
+        .description("Latency, throughput, health and reliability of a reward model. Built by monitoring/dashboard.py.")
         .tags(["reward-model"])
         .readonly()
         .time("now-6h", "now")
@@ -90,9 +90,9 @@ def _build_panel(panel: Panel) -> Any:
         .height(panel.height)
         .unit(panel.unit)
     )
-    for place, query in enumerate(panel.queries):
+    for index, query in enumerate(panel.queries):
         target = (
-            Dataquery().expr(query.expr).legend_format(query.legend).ref_id(chr(ord("A") + place)).datasource(SOURCE)
+            Dataquery().expr(query.expr).legend_format(query.legend).ref_id(chr(ord("A") + index)).datasource(SOURCE)
         )
         if panel.kind == "heatmap":
             target = target.format(PromQueryFormat.HEATMAP)
@@ -112,7 +112,7 @@ def _build_panel(panel: Panel) -> Any:
 
 def _thresholds(values: Sequence[float]) -> dashboard.ThresholdsConfig:
     colors = ["orange", _ALERT][-len(values) :]
-    steps = [Threshold(None, _CALM), *(Threshold(value, color) for value, color in zip(values, colors, strict=True))]
+    steps = [Threshold(None, _NORMAL), *(Threshold(value, color) for value, color in zip(values, colors, strict=True))]
     return dashboard.ThresholdsConfig().mode(ThresholdsMode.ABSOLUTE).steps(steps)
 
 

@@ -1,7 +1,7 @@
-"""What the dashboard shows: rows of panels as plain data, with the query, unit and meaning of each.
+"""The contents of the dashboard: rows of panels as plain data, with the queries, unit and description of each.
 
-It knows neither Grafana nor matplotlib. ``$job`` and ``$__rate_interval`` are Grafana's variables. Series that hold a
-colon come from ``recording_rules.yml``.
+Independent of Grafana and matplotlib. ``$job`` and ``$__rate_interval`` are Grafana's variables. Series with a colon in
+their names are recorded by ``recording_rules.yml``.
 """
 
 from __future__ import annotations
@@ -16,28 +16,36 @@ JOB = 'job=~"$job"'
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """A PromQL query; ``legend`` names its series, with labels in double braces."""
+    """A PromQL query."""
 
     expr: str
+
     legend: str = ""
+    """Names of its series in the legend, with labels in double braces."""
 
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One panel. ``unit``: Grafana's name of it. ``width``: of 24. ``thresholds``: values at which the colour changes.
-
-    ``empty_when``: the reason for which the panel may show nothing; without one it must always show something.
-    """
+    """One panel."""
 
     title: str
     description: str
     kind: Kind
     queries: tuple[Query, ...]
+
     unit: str = "short"
+    """Grafana's name of the unit."""
+
     width: int = 8
+    """Columns of the grid's 24."""
+
     height: int = 8
+
     thresholds: tuple[float, ...] = ()
+    """Values at which the colour changes."""
+
     empty_when: str | None = None
+    """The reason why the panel may be empty; without one it must always show data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +57,7 @@ class Row:
 
 
 UNCALIBRATED = "the model has no calibration."
-NO_GROUPS = "no request holds two completions of one prompt."
+NO_GROUPS = "no request contains two completions of one prompt."
 
 
 def _rate(metric: str, by: str = "job", matchers: str = JOB) -> str:
@@ -68,11 +76,11 @@ def _quantiles(histogram: str, *shares: float, by: str = "le") -> tuple[Query, .
 
 
 _OVERVIEW = Row(
-    "At a glance",
+    "Overview",
     (
         Panel(
             "Replicas ready",
-            "Replicas that take requests.",
+            "Replicas that accept requests.",
             "stat",
             (Query(f"sum(rm_ready{{{JOB}}})"),),
             width=4,
@@ -80,7 +88,7 @@ _OVERVIEW = Row(
         ),
         Panel(
             "Items",
-            "Items that left with a reward.",
+            "Items answered with a reward.",
             "stat",
             (Query(f'sum(rate(rm_items_total{{{JOB}, outcome=~"ok|truncated"}}[$__rate_interval]))'),),
             unit="cps",
@@ -103,7 +111,7 @@ _OVERVIEW = Row(
         ),
         Panel(
             "Faults",
-            "Share of requests that failed though nobody meant them to: no refusals, no mistakes of callers.",
+            "Share of requests that failed in the service: neither intended refusals nor errors of the caller.",
             "stat",
             (Query(f"max(job:rm_faults:ratio_rate5m{{{JOB}}})"),),
             unit="percentunit",
@@ -112,8 +120,8 @@ _OVERVIEW = Row(
             thresholds=(0.001,),
         ),
         Panel(
-            "Shed",
-            "Share of requests refused with 503 because more came than could be done.",
+            "Requests shed",
+            "Share of requests refused with 503 because the service was overloaded.",
             "stat",
             (
                 Query(
@@ -128,7 +136,7 @@ _OVERVIEW = Row(
         ),
         Panel(
             "Monitors in alarm",
-            "Cumulative sums past their threshold, and readings of the 0.3 rule, on any replica.",
+            "Cumulative sums above their threshold, and length correlations above their limit, on any replica.",
             "stat",
             (Query(f"sum(max by (signal) (rm_alarm{{{JOB}}}))"),),
             width=4,
@@ -139,16 +147,16 @@ _OVERVIEW = Row(
 )
 
 _LENGTH = Row(
-    "Is length rewarded?",
+    "Length bias",
     (
         Panel(
             "Reward-length correlation, last hour",
             "Pearson correlation of reward and log length over all replicas, computed from counters. Within: about the "
-            "means of the prompts, which is the one to read. 'r > 0.3' warns; 'r squared > 0.3' is |r| > 0.548.",
+            "means of the prompts, and the one to watch. Limits: |r| = 0.3, and r squared = 0.3 (|r| = 0.548).",
             "timeseries",
             (
                 Query(f"job_scope:rm_reward_length_corr:1h{{{JOB}}}", "{{scope}}"),
-                Query(f"job_scope:rm_reward_length_corr_low:1h{{{JOB}}}", "{{scope}}, at least"),
+                Query(f"job_scope:rm_reward_length_corr_low:1h{{{JOB}}}", "{{scope}}, lower bound"),
             ),
             thresholds=(0.3, 0.548),
         ),
@@ -167,7 +175,7 @@ _LENGTH = Row(
         ),
         Panel(
             "Truncated items",
-            "Share of items of which the model read only a part of the prompt.",
+            "Share of items whose prompt was truncated.",
             "timeseries",
             (
                 Query(
@@ -180,13 +188,13 @@ _LENGTH = Row(
             width=12,
         ),
         Panel(
-            "Length and style together",
+            "Variance explained by length and style",
             "Share of the rewards' variance within prompts that length and style explain.",
             "timeseries",
             (Query(f"rm_style_r2_within{{{JOB}}}", "{{replica}}"),),
             unit="percentunit",
             width=12,
-            empty_when=f"{NO_GROUPS[:-1]}, or no style was asked for.",
+            empty_when=f"{NO_GROUPS[:-1]}, or no request had diagnostics.",
         ),
     ),
 )
@@ -202,15 +210,15 @@ _REWARD = Row(
         ),
         Panel(
             "Rewards against the calibration",
-            "Distribution in deviations from the calibration's mean.",
+            "Distribution of the standardised rewards: distance from the calibration's mean in standard deviations.",
             "heatmap",
             (Query(f"sum by (le) (increase(rm_reward_z_bucket{{{JOB}}}[$__rate_interval]))", "{{le}}"),),
             empty_when=UNCALIBRATED,
         ),
         Panel(
             "Ties",
-            "Share of pairs of completions of one prompt with the same reward. Equal texts tie: many ties are a "
-            "policy that has collapsed.",
+            "Share of pairs of completions of one prompt with equal rewards. Equal texts have equal rewards: many ties "
+            "indicate a collapsed policy.",
             "timeseries",
             (Query(f"{_increase('rm_tied_pairs_total')} / ({_increase('rm_pairs_total')} > 0)", "tied"),),
             unit="percentunit",
@@ -221,7 +229,7 @@ _REWARD = Row(
 )
 
 _TRUST = Row(
-    "Can the rewards be trusted?",
+    "Out-of-distribution items and drift",
     (
         Panel(
             "Flagged items, last hour",
@@ -237,38 +245,38 @@ _TRUST = Row(
         ),
         Panel(
             "Mean surprise, last hour",
-            "Mean of the combined -ln p, capped at 12: the most sensitive general signal.",
+            "Mean of the combined -ln p, each at most 12: the most sensitive general signal.",
             "timeseries",
             (Query(f"job:rm_mean_surprise:1h{{{JOB}}}", "mean -ln p"),),
             empty_when=UNCALIBRATED,
         ),
         Panel(
             "Flags by reason",
-            "What decided that an item is unusual.",
+            "Flagged items by the component that decided.",
             "timeseries",
             (Query(f"{_rate('rm_ood_flag_total', 'reason')} > 0", "{{reason}}"),),
             unit="cps",
-            empty_when="nothing was flagged, or the model has no calibration.",
+            empty_when="no item was flagged, or the model has no calibration.",
         ),
         Panel(
             "p-values",
-            "Uniform, apart from the width of the bins, while the policy writes what the calibration knows.",
+            "Uniform, apart from the width of the bins, while the items are distributed like the calibration data.",
             "heatmap",
             (Query(f"sum by (le) (increase(rm_ood_pvalue_bucket{{{JOB}}}[$__rate_interval]))", "{{le}}"),),
             empty_when=UNCALIBRATED,
         ),
         Panel(
             "Reward of flagged items",
-            "Mean standardised reward of flagged items less that of the others: above zero "
-            "the model rewards what it has not seen.",
+            "Mean standardised reward of flagged items less that of the others. Above zero the model prefers unusual "
+            "completions.",
             "timeseries",
             (Query(f"rm_ood_reward_gap{{{JOB}}}", "{{replica}}"),),
             thresholds=(0.0,),
-            empty_when="nothing was flagged, or the model has no calibration.",
+            empty_when="no item was flagged, or the model has no calibration.",
         ),
         Panel(
             "Style",
-            "Tells per 100 words.",
+            "Style markers per 100 words.",
             "timeseries",
             (
                 Query(
@@ -277,12 +285,12 @@ _TRUST = Row(
                     "{{kind}}",
                 ),
             ),
-            empty_when="no request asked for style.",
+            empty_when="no request had diagnostics.",
         ),
         Panel(
             "Cumulative sums",
-            "How far each signal has run from the calibration's, as a share of its threshold; the "
-            "farther direction of the farthest replica.",
+            "Cumulative sum of each signal's deviations from the calibration, as a share of its threshold; the "
+            "largest of both directions and all replicas.",
             "timeseries",
             (
                 Query(
@@ -297,28 +305,28 @@ _TRUST = Row(
         ),
         Panel(
             "Alarms",
-            "1 while a monitor of any replica is in alarm.",
+            "1 while the monitor is in alarm on any replica.",
             "timeseries",
             (Query(f"max by (signal, severity) (rm_alarm{{{JOB}}}) > 0", "{{signal}} ({{severity}})"),),
             width=12,
-            empty_when="nothing is in alarm.",
+            empty_when="no monitor is in alarm.",
         ),
     ),
 )
 
 _SPEED = Row(
-    "Speed",
+    "Latency and throughput",
     (
         Panel(
             "Requests",
-            "Answers by HTTP status or problem code.",
+            "Responses by HTTP status or problem code.",
             "timeseries",
             (Query(_rate("rm_requests_total", "code"), "{{code}}"),),
             unit="reqps",
         ),
         Panel(
             "Request latency",
-            "From arrival to answer, of scoring requests.",
+            "From the arrival of a scoring request to its answer.",
             "timeseries",
             tuple(
                 Query(
@@ -332,7 +340,7 @@ _SPEED = Row(
         ),
         Panel(
             "Stages, p95",
-            "Parse, tokenize, queue and serialize once a request; forward and diagnose once a batch.",
+            "Parse, tokenize, queue and serialize per request; forward and diagnose per batch.",
             "timeseries",
             (
                 Query(
@@ -343,14 +351,15 @@ _SPEED = Row(
         ),
         Panel(
             "Tokens",
-            "Tokens of batches: real; computed beside them (padding); not computed again (shared).",
+            "Tokens of batches by kind: real (of the sequences); padding (computed in addition); shared (part of real, "
+            "not computed again); cached (part of shared, from an earlier pass).",
             "timeseries",
             (Query(_rate("rm_tokens_total", "kind"), "{{kind}}"),),
             unit="cps",
         ),
         Panel(
             "Batches",
-            "Mean sequences of a batch.",
+            "Mean number of sequences in a batch.",
             "timeseries",
             (
                 Query(
@@ -362,27 +371,27 @@ _SPEED = Row(
         ),
         Panel(
             "Queue",
-            "Tokens that wait for the engine.",
+            "Tokens waiting for the engine.",
             "timeseries",
             (Query(f"rm_queue_tokens{{{JOB}}}", "{{replica}}"),),
         ),
         Panel(
             "Oldest waiting",
-            "How long the oldest waiting sequence has waited.",
+            "Waiting time of the oldest queued sequence.",
             "timeseries",
             (Query(f"rm_queue_oldest_seconds{{{JOB}}}", "{{replica}}"),),
             unit="s",
         ),
         Panel(
             "Items by outcome",
-            "What became of the items.",
+            "Items by outcome: scored, truncated, refused or failed.",
             "timeseries",
             (Query(_rate("rm_items_total", "outcome"), "{{outcome}}"),),
             unit="cps",
         ),
         Panel(
             "Out of memory",
-            "Batches that ran out of the device's memory, in the last hour.",
+            "Batches that ran out of device memory in the last hour.",
             "timeseries",
             (Query(f"sum by (replica) (increase(rm_oom_total{{{JOB}}}[1h]))", "{{replica}}"),),
         ),
@@ -390,12 +399,19 @@ _SPEED = Row(
 )
 
 _FACTS = Row(
-    "What runs",
+    "Versions",
     (
-        Panel("Models", "What each replica serves.", "table", (Query(f"rm_model_info{{{JOB}}}"),), width=12, height=6),
+        Panel(
+            "Models",
+            "The model that each replica serves.",
+            "table",
+            (Query(f"rm_model_info{{{JOB}}}"),),
+            width=12,
+            height=6,
+        ),
         Panel(
             "Calibrations",
-            "What p-values are ranks in.",
+            "The calibration that p-values are computed with.",
             "table",
             (Query(f"rm_calibration_info{{{JOB}}}"),),
             width=12,

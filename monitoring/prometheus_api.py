@@ -1,6 +1,6 @@
-"""Asks a Prometheus server: a query over a span of time, as numbers.
+"""Client of the Prometheus HTTP API: evaluates a query over a time range and returns numbers.
 
-The one module here that speaks HTTP. What Prometheus says about a query that it cannot evaluate is the error's message.
+The only module of ``monitoring`` that uses HTTP. When Prometheus cannot evaluate a query, its message is the error's.
 """
 
 from __future__ import annotations
@@ -21,36 +21,45 @@ class QueryError(Exception):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Series:
-    """One series of an answer: its labels, seconds since 1970 [n] and values [n], NaN included."""
+    """One series of a result."""
 
     labels: dict[str, str]
+
     times: NDArray[np.float64]
+    """Seconds since 1970, [n]."""
+
     values: NDArray[np.float64]
+    """[n], NaN included."""
 
     @property
-    def is_silent(self) -> bool:
-        """Whether there is no number in it."""
+    def is_empty(self) -> bool:
+        """Whether no value is finite."""
         return not np.isfinite(self.values).any()
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A span of time. ``start``, ``end``: seconds since 1970; ``step_s``: seconds between two points."""
+    """A time range."""
 
     start: float
+    """Seconds since 1970."""
+
     end: float
+    """Seconds since 1970."""
+
     step_s: float
+    """Seconds between two points."""
 
 
 def query_range(url: str, expr: str, span: Span) -> list[Series]:
-    """Evaluate a query at every step of a span.
+    """Evaluate a query at every step of a time range.
 
     Raises:
-        QueryError: the query is wrong, or the server does not answer.
+        QueryError: the query is invalid, or the server does not answer.
     """
-    asked = {"query": expr, "start": f"{span.start:.3f}", "end": f"{span.end:.3f}", "step": f"{span.step_s:g}"}
+    parameters = {"query": expr, "start": f"{span.start:.3f}", "end": f"{span.end:.3f}", "step": f"{span.step_s:g}"}
     try:
-        answer = httpx2.post(f"{url}/api/v1/query_range", data=asked, timeout=TIMEOUT_S)
+        answer = httpx2.post(f"{url}/api/v1/query_range", data=parameters, timeout=TIMEOUT_S)
     except httpx2.HTTPError as error:
         raise QueryError(f"Prometheus at {url} does not answer: {type(error).__name__}.") from error
     body: dict[str, Any] = answer.json()

@@ -1,7 +1,8 @@
 """Draws the dashboard without Grafana: ``python -m monitoring.render --url http://127.0.0.1:9090 dashboard.png``.
 
-Every query of the dashboard's JSON is evaluated on a running Prometheus and drawn at its place. This is not Grafana's
-own rendering; it shows a person what the panels hold, and fails where a query errors or a panel is empty for no reason.
+Every query of the dashboard's JSON is evaluated on a running Prometheus and drawn at its panel's position. It is not
+Grafana's rendering; it shows the contents of the panels, and fails where a query fails or a panel is empty without a
+stated reason.
 """
 
 from __future__ import annotations
@@ -36,38 +37,40 @@ _UNITS = {"s": " s", "cps": "/s", "reqps": "/s"}
 
 @dataclass(frozen=True, slots=True)
 class DrawnPanel:
-    """A panel of the dashboard's JSON with the answers to its queries, one list of series for each target."""
+    """A panel of the dashboard's JSON with the results of its queries, one list of series for each target."""
 
     panel: dict[str, Any]
     answers: tuple[list[Series], ...]
 
     @property
     def is_empty(self) -> bool:
-        """Whether no query has brought a number."""
-        return all(series.is_silent for answer in self.answers for series in answer)
+        """Whether no query has returned a finite value."""
+        return all(series.is_empty for answer in self.answers for series in answer)
 
     @property
     def empty_reason(self) -> str | None:
-        """Why the panel may be empty; None where it may not."""
+        """The reason why the panel may be empty; None where it must not be."""
         _, mark, reason = self.panel["description"].partition(EMPTY_WHEN)
         return reason if mark else None
 
     def series(self) -> Iterator[tuple[str, Series]]:
-        """Yield every series that holds a number, with its name in the legend."""
+        """Yield every series that is not empty, with its name in the legend."""
         for target, answer in zip(self.panel["targets"], self.answers, strict=True):
             for series in answer:
-                if not series.is_silent:
+                if not series.is_empty:
                     yield _legend(target["legendFormat"], series.labels), series
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status, 1 where a query fails or a panel is empty without a stated reason."""
     parser = argparse.ArgumentParser(prog="python -m monitoring.render", description="Draw the dashboard as a picture.")
-    parser.add_argument("output", type=Path, help="PNG, SVG or PDF, by its ending")
-    parser.add_argument("--url", default="http://127.0.0.1:9090", help="of Prometheus (default: %(default)s)")
-    parser.add_argument("--dashboard", type=Path, default=PATH, help="its JSON; none: the one in this folder")
-    parser.add_argument("--minutes", type=float, default=60.0, help="up to now (default: %(default)s)")
-    parser.add_argument("--job", default=".+", help="a regular expression (default: all)")
+    parser.add_argument("output", type=Path, help="PNG, SVG or PDF, by its extension")
+    parser.add_argument("--url", default="http://127.0.0.1:9090", help="URL of Prometheus (default: %(default)s)")
+    parser.add_argument("--dashboard", type=Path, default=PATH, help="the dashboard's JSON (default: the shipped one)")
+    parser.add_argument(
+        "--minutes", type=float, default=60.0, help="length of the time range up to now (default: %(default)s)"
+    )
+    parser.add_argument("--job", default=".+", help="regular expression of the job label (default: all)")
     options = parser.parse_args(arguments)
     end = time.time()
     span = Span(end - 60 * options.minutes, end, max(1.0, 60 * options.minutes / NUM_POINTS))
@@ -80,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     draw(plan, panels, span).savefig(options.output, dpi=80)
     holes = unexplained(panels)
     for title in holes:
-        print(f"Empty without a reason: {title}", file=sys.stderr)
+        print(f"Panel without data: {title}", file=sys.stderr)
     return 1 if holes else 0
 
 
@@ -89,9 +92,9 @@ def evaluate(plan: dict[str, Any], url: str, span: Span, job: str = ".+") -> lis
 
     Args:
         plan: the dashboard's JSON.
-        url: of Prometheus.
-        span: what is drawn; four of its steps stand for Grafana's rate interval.
-        job: stands for the variable of that name.
+        url: URL of Prometheus.
+        span: time range; Grafana's rate interval is replaced by four of its steps.
+        job: value of the dashboard's variable of that name.
 
     Raises:
         QueryError: Prometheus refuses a query.
@@ -109,12 +112,12 @@ def evaluate(plan: dict[str, Any], url: str, span: Span, job: str = ".+") -> lis
 
 
 def unexplained(panels: Sequence[DrawnPanel]) -> list[str]:
-    """Return the titles of panels that are empty and may not be."""
+    """Return the titles of panels that are empty and must not be."""
     return [drawn.panel["title"] for drawn in panels if drawn.is_empty and drawn.empty_reason is None]
 
 
 def draw(plan: dict[str, Any], panels: Sequence[DrawnPanel], span: Span) -> Figure:
-    """Draw the panels at their places in the dashboard's grid."""
+    """Draw the panels at their positions in the dashboard's grid."""
     num_lines = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in plan["panels"])
     size = (COLUMNS * INCHES_PER_COLUMN, num_lines * INCHES_PER_LINE)
     with mpl.rc_context({"font.size": 8, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False}):
@@ -124,16 +127,16 @@ def draw(plan: dict[str, Any], panels: Sequence[DrawnPanel], span: Span) -> Figu
                 height = 1 - (row["gridPos"]["y"] + 0.7) / num_lines
                 figure.text(0.01, height, row["title"], fontsize=12, fontweight="bold")
         for drawn in panels:
-            axes = figure.add_axes(_place(drawn.panel["gridPos"], num_lines))
+            axes = figure.add_axes(_axes_box(drawn.panel["gridPos"], num_lines))
             axes.set_title(drawn.panel["title"], loc="left")
             if drawn.is_empty:
-                _write(axes, f"nothing: {drawn.empty_reason or 'and it should not be so'}", color="gray", size=8)
+                _write(axes, f"no data: {drawn.empty_reason or 'unexpected'}", color="gray", size=8)
             else:
                 _DRAW[drawn.panel["type"]](axes, drawn, span)
     return figure
 
 
-def _place(grid: dict[str, int], num_lines: int) -> tuple[float, float, float, float]:
+def _axes_box(grid: dict[str, int], num_lines: int) -> tuple[float, float, float, float]:
     """Return left, bottom, width and height of a panel's axes as shares of the figure, with room for its labels."""
     left, width = (grid["x"] + 1.1) / COLUMNS, (grid["w"] - 1.5) / COLUMNS
     bottom, height = 1 - (grid["y"] + grid["h"] - 1.3) / num_lines, (grid["h"] - 2.3) / num_lines
@@ -146,7 +149,7 @@ def _draw_stat(axes: Axes, drawn: DrawnPanel, span: Span) -> None:
     color = _COLORS["green"]
     for threshold, name in _thresholds(drawn.panel):
         color = name if latest[0] >= threshold else color
-    _write(axes, "  ".join(_worded(value, drawn.panel) for value in latest), color=color, size=18)
+    _write(axes, "  ".join(_formatted(value, drawn.panel) for value in latest), color=color, size=18)
 
 
 def _draw_lines(axes: Axes, drawn: DrawnPanel, span: Span) -> None:
@@ -157,13 +160,13 @@ def _draw_lines(axes: Axes, drawn: DrawnPanel, span: Span) -> None:
     for threshold, color in _thresholds(drawn.panel):
         axes.axhline(threshold, color=color, linewidth=0.8, linestyle="--")
     _time_axis(axes, span)
-    axes.yaxis.set_major_formatter(lambda value, _: _worded(value, drawn.panel))
+    axes.yaxis.set_major_formatter(lambda value, _: _formatted(value, drawn.panel))
     axes.grid(alpha=0.3)
     axes.legend(handles=lines[:MAX_LEGENDS], loc="upper left", fontsize=6, ncols=2, framealpha=0.6)
 
 
 def _draw_heatmap(axes: Axes, drawn: DrawnPanel, span: Span) -> None:
-    """Draw how much falls into each bucket: the differences between neighbours of the cumulative ones."""
+    """Draw the count of each bucket: the differences between adjacent cumulative buckets."""
     by_bound = sorted((float(series.labels["le"]), series) for _, series in drawn.series())
     times = np.unique(np.concatenate([series.times for _, series in by_bound]))
     cumulative = np.zeros((len(by_bound), len(times)))
@@ -194,7 +197,7 @@ def _thresholds(panel: dict[str, Any]) -> list[tuple[float, str]]:
     return [(step["value"], _COLORS[step["color"]]) for step in steps if step["value"] is not None]
 
 
-def _worded(value: float, panel: dict[str, Any]) -> str:
+def _formatted(value: float, panel: dict[str, Any]) -> str:
     unit = panel["fieldConfig"]["defaults"].get("unit", "")
     return f"{100 * value:.3g} %" if unit == "percentunit" else f"{value:.4g}{_UNITS.get(unit, '')}"
 

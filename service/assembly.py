@@ -270,8 +270,8 @@ def _join(
 
 def _describe_calibration(metrics: Metrics, calibration: Calibration) -> None:
     facts = calibration.facts
-    created_s = datetime.fromisoformat(facts["created"]).timestamp()
-    metrics.describe_calibration(calibration.id, facts["num_conformal"], facts["num_prompts"], created_s)
+    created_s = datetime.fromisoformat(facts.created).timestamp()
+    metrics.describe_calibration(calibration.id, facts.num_calibrate, facts.num_prompts, created_s)
 
 
 def arithmetic_of(info: EngineInfo) -> dict[str, str]:

@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
 from service.errors import Draining, EngineUnavailable, NotReady, Overloaded
-from service.records import ModelIdentity
+from service.records import SCOPES, ModelIdentity
 
 SECONDS = tuple(0.001 * 2**power for power in range(16))
 """1 ms to 32.768 s."""
@@ -40,7 +40,6 @@ MOMENTS = ("n", "groups", "zr_pos", "zr_neg", "zl_pos", "zl_neg", "zr2", "zl2", 
 """Sums from which PromQL computes the correlation of reward and length; none can decrease. See docs/monitoring.md."""
 
 OUTCOMES = ("ok", "truncated", "invalid", "non_finite", "shed", "expired", "cancelled", "error")
-SCOPES = ("pooled", "within")
 STYLES = ("headers", "list_items", "bold", "emoji", "hedges", "flattery")
 
 

@@ -142,7 +142,7 @@ class Pipeline:
             sequences: as ``run``.
             levels: as ``run``.
         """
-        needs_states = tuple(self.diagnostician.wants_states(level) for level in levels)
+        needs_states = tuple(self.diagnostician.needs_states(level) for level in levels)
         run = _BatchRun(self.engine, sequences, states=any(needs_states))
         batch = StartedBatch(run, needs_states, self._clock())
         if self.passes_ahead:

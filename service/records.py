@@ -6,7 +6,7 @@ They depend on no tokenizer, device or protocol; only the standard library and t
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 from reward_client.options import DiagnosticsLevel, TemplateChoice, Truncation
 
@@ -21,6 +21,10 @@ StatePooling: TypeAlias = Literal["last", "mean"]
 
 OodMode: TypeAlias = Literal["single", "group"]
 """``group``: the other completions of the item's prompt were used too; ``single``: the item alone."""
+
+Scope: TypeAlias = Literal["pooled", "within"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+"""Of a correlation: over all items, or about the means of the prompts."""
 
 CalibrationGap: TypeAlias = Literal["missing", "inapplicable"]
 """Why an item has no calibrated diagnostics: there is no calibration, or its completion is unknown."""

@@ -1,7 +1,7 @@
-"""Makes the calibration of a reward model from completions that are to count as normal (``reward-calibrate``).
+"""Makes the calibration of a reward model from completions that count as normal (``reward-calibrate``).
 
-The result lies beside the checkpoint and is bound to it. What is printed was measured on prompts that nothing was
-fitted to; the command fails when its p-values do not keep their promise there.
+The calibration is written to the checkpoint folder and is bound to the checkpoint. The printed figures are measured on
+prompts that nothing was fitted to; the command fails when the false-alarm rate is out of tolerance there.
 """
 
 from __future__ import annotations
@@ -14,18 +14,20 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
-from export.calibration.build import Sizes, build, count_items, score_all
+from export.calibration.build import DataFacts, build
 from export.calibration.data import CleanItem, read_items
 from export.calibration.hacks import SUITE
-from export.calibration.report import TestReport, print_facts, print_report, report, test_items
+from export.calibration.printing import print_facts, print_report
+from export.calibration.report import TestReport, report, test_items
+from export.calibration.scored_parts import Sizes, count_items, score_parts
 from service.assembly import OpenedModel, ServedModel, assemble, open_model, with_calibration
-from service.checkpoints.demo import ADAPTER_FOLDER
+from service.checkpoints.demo import ADAPTER_FOLDER, CALIBRATION_FILE
 from service.console import progress_bar, stages
-from service.diagnostics.calibration import CALIBRATION_FILE, read_calibration, write_calibration
+from service.diagnostics.calibration import read_calibration, write_calibration
+from service.diagnostics.calibration_facts import CalibrationFacts
 from service.diagnostics.candidate_taps import candidate_taps
 from service.errors import CalibrationError, StartupError
 from service.settings import ModelSettings, Settings, read_settings
@@ -38,7 +40,8 @@ LOG_WIDTH = 140
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 
-    Returns 0 when all is well, 1 when nothing was written, 3 when a false-alarm rate is out of tolerance.
+    Returns:
+        The exit status: 0 for success, 1 when nothing was written, 3 when a false-alarm rate is out of tolerance.
     """
     options = _parser().parse_args(arguments)
     console = Console(stderr=True, width=None if sys.stderr.isatty() else LOG_WIDTH)
@@ -52,26 +55,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _calibrate(options: argparse.Namespace, console: Console) -> int:
     settings = _settings(options)
     opened = open_model(settings.model)
-    # The demo model's folder is a copy in the cache; its calibration belongs to the clone, as its adapter does.
-    home = ADAPTER_FOLDER if options.model == DEMO else opened.checkpoint.path
-    out = Path(options.out) if options.out else home / CALIBRATION_FILE
-    facts: dict[str, Any] = {}
+    # The demo model's folder is a copy in the cache; its calibration is stored in the clone, as its adapter is.
+    destination = ADAPTER_FOLDER if options.model == DEMO else opened.checkpoint.path
+    out = Path(options.out) if options.out else destination / CALIBRATION_FILE
+    made: CalibrationFacts | None = None
     measured: ServedModel | None = None
     if not options.test_only:
-        measured, facts = _make(options, settings, opened, out, console)
-        print_facts(console, facts)
+        measured, made = _make(options, settings, opened, out, console)
+        print_facts(console, made)
     found = _test(options, lambda: _assemble_to_test(settings, opened, measured, out), console)
     if found is not None:
         print_report(console, found)
     if options.json:
-        told = {"calibration": facts or read_calibration(out).facts, "test": None if found is None else asdict(found)}
-        Path(options.json).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    return _verdict(facts, found, console)
+        facts = made or read_calibration(out).facts
+        results = {"calibration": facts.as_json(), "test": None if found is None else asdict(found)}
+        Path(options.json).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return _exit_status(made, found, console)
 
 
 def _make(
     options: argparse.Namespace, settings: Settings, opened: OpenedModel, out: Path, console: Console
-) -> tuple[ServedModel, dict[str, Any]]:
+) -> tuple[ServedModel, CalibrationFacts]:
     items = list(read_items(Path(options.data), held_out_only=options.held_out))
     if options.max_items and len(items) > options.max_items:
         items = _some_prompts(items, options.max_items, options.seed)
@@ -80,14 +84,14 @@ def _make(
     served = _assemble_to_measure(settings, opened)
     cache = Path(options.cache) if options.cache else None
     with progress_bar(console, "Scoring", count_items(items, sizes, sets)) as advance:
-        scored = score_all(served, items, sizes, advance, seed=options.seed, sets=sets, cache=cache)
-    notes = {"data_sha256": _hash(Path(options.data)), "held_out_only": options.held_out, "dropped": options.drop_set}
+        scored = score_parts(served, items, sizes, advance, seed=options.seed, sets=sets, cache=cache)
+    data = DataFacts(_hash(Path(options.data)), options.held_out, options.drop_set)
     with stages(console) as stage:
-        calibration = build(served, scored, seed=options.seed, notes=notes, tell=stage)
-    if calibration.facts["weak"] and not options.force:
+        calibration = build(served, scored, seed=options.seed, data=data, show=stage)
+    if calibration.facts.weak and not options.force:
         raise CalibrationError(
-            "Nothing was written: the built-in hacks are told from clean completions with a mean AUROC of "
-            f"{calibration.facts['mean_auroc']:.2f} only. --force writes it all the same."
+            "Nothing was written: the mean AUROC over the built-in hacks is only "
+            f"{calibration.facts.mean_auroc:.2f}. --force writes the calibration anyway."
         )
     id_ = write_calibration(calibration, out)
     console.print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, {id_}", highlight=False)
@@ -109,9 +113,9 @@ def _test(
     return report(served, tested, num_left_out)
 
 
-def _verdict(facts: dict[str, Any], found: TestReport | None, console: Console) -> int:
-    wrong = [rate["nominal"] for rate in facts.get("self_test", {}).get("rates", ()) if not rate["is_tolerable"]]
-    wrong += [rate.nominal for rate in (found.rates if found else ()) if not rate.is_tolerable]
+def _exit_status(made: CalibrationFacts | None, found: TestReport | None, console: Console) -> int:
+    rates = [*(made.self_test.rates if made else ()), *(found.rates if found else ())]
+    wrong = [rate.nominal for rate in rates if not rate.is_tolerable]
     if wrong:
         console.print(f"The realised false-alarm rate is out of tolerance at {', '.join(map(str, wrong))}.")
         return OUT_OF_TOLERANCE
@@ -140,11 +144,11 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 
 def _some_prompts(items: Sequence[CleanItem], max_items: int, seed: int) -> list[CleanItem]:
-    """Return about that many items, of prompts drawn at random; completions of one prompt stay together."""
+    """Return about that many items, of prompts sampled at random; completions of one prompt stay together."""
     openings = list(dict.fromkeys(item.opening for item in items))
     random.Random(seed).shuffle(openings)  # noqa: S311 - a choice of items, not a secret
-    kept = set(openings[: max(1, round(len(openings) * max_items / len(items)))])
-    return [item for item in items if item.opening in kept]
+    sampled = set(openings[: max(1, round(len(openings) * max_items / len(items)))])
+    return [item for item in items if item.opening in sampled]
 
 
 def _hash(path: Path) -> str:
@@ -160,27 +164,29 @@ def _parser() -> argparse.ArgumentParser:
         "--out", metavar="FILE", help=f"default: {CALIBRATION_FILE} in the checkpoint folder (demo: in the clone)"
     )
     parser.add_argument(
-        "--max-items", type=int, metavar="N", help="take about N items of DATA, whole prompts at random"
+        "--max-items", type=int, metavar="N", help="use about N items of DATA; prompts are sampled at random"
     )
-    parser.add_argument("--items-per-set", type=int, default=40, metavar="N", help="of each built-in hack; default 40")
+    parser.add_argument(
+        "--items-per-set", type=int, default=40, metavar="N", help="items of each set of hacks; default 40"
+    )
     parser.add_argument(
         "--drop-set", action="append", default=[], choices=[entry.name for entry in SUITE], metavar="NAME",
         help="a built-in set that is normal in your traffic (code_dump, chinese, ...); repeatable",
     )  # fmt: skip
     parser.add_argument("--held-out", action="store_true", help="only prompts that the demo model was not trained on")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cache", metavar="FOLDER", help="keep scores there, so that fitting again is quick")
-    parser.add_argument("--force", action="store_true", help="write the calibration even if it sees hardly anything")
-    parser.add_argument("--test", action="append", default=[], metavar="DATA", help="measure on this; repeatable")
+    parser.add_argument("--cache", metavar="FOLDER", help="store scores there for later fits")
+    parser.add_argument("--force", action="store_true", help="write the calibration even if it detects hardly anything")
+    parser.add_argument("--test", action="append", default=[], metavar="DATA", help="test on these items; repeatable")
     parser.add_argument(
         "--ood", action="append", default=[], metavar="FOLDER",
-        help="measure on rows with prompt, response, category and is_ood; repeatable",
+        help="test on rows with prompt, response, category and is_ood; repeatable",
     )  # fmt: skip
-    parser.add_argument("--test-only", action="store_true", help="test the calibration that is there; DATA is not read")
-    parser.add_argument("--json", metavar="FILE", help="write everything that was measured there")
+    parser.add_argument("--test-only", action="store_true", help="test the existing calibration; DATA is not read")
+    parser.add_argument("--json", metavar="FILE", help="write all figures to this file")
     parser.add_argument("--dtype", help="arithmetic of the body; default: as reward-serve")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--max-input-tokens", type=int, metavar="N", help="token limit that will be served with")
+    parser.add_argument("--max-input-tokens", type=int, metavar="N", help="token limit of the service")
     return parser
 
 

@@ -17,12 +17,12 @@ from service.data.rows import Row, read_rows
 from service.errors import DatasetError
 from service.records import Exchange, Message
 
-Part: TypeAlias = Literal["states", "detectors", "combine", "conformal"]
-"""states: mean and axes of the states, n-gram counts. detectors: what reads their statistics. combine: the common scale
-of the components, and which are admitted. conformal: the ranks that p-values are."""
+Part: TypeAlias = Literal["fit_states", "fit_detectors", "select", "calibrate"]
+"""fit_states: mean and axes of the states, n-gram counts. fit_detectors: the detectors that read their statistics.
+select: the common scale of the components, and which are admitted. calibrate: the scores that p-values are ranks in."""
 
-SHARES: dict[Part, float] = {"states": 0.30, "detectors": 0.30, "combine": 0.15, "conformal": 0.25}
-SMALL_SHARES: dict[Part, float] = {"states": 0.24, "detectors": 0.26, "combine": 0.13, "conformal": 0.37}
+SHARES: dict[Part, float] = {"fit_states": 0.30, "fit_detectors": 0.30, "select": 0.15, "calibrate": 0.25}
+SMALL_SHARES: dict[Part, float] = {"fit_states": 0.24, "fit_detectors": 0.26, "select": 0.13, "calibrate": 0.37}
 """Of a small data set the p-values get more: the noise of the false-alarm rate depends on their part alone."""
 
 SMALL_ITEMS = 8000
@@ -92,7 +92,7 @@ def split(items: Sequence[CleanItem]) -> dict[Part, list[CleanItem]]:
                 parts[part].append(item)
                 break
         else:
-            parts["conformal"].append(item)
+            parts["calibrate"].append(item)
     return parts
 
 

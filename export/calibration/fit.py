@@ -1,7 +1,7 @@
-"""Fits what a calibration holds to scored items: covariances, trees, knots, the Laplace factor.
+"""Fits the components of a calibration to scored items: covariances, trees, the length curve, the Laplace factor.
 
-Pure: arrays in, the service's own detectors out. Which items each part may see is decided by the caller, because
-everything here looks better on what it was fitted to.
+Pure: arrays in, the service's detectors out. The caller decides which items each fit may use, because everything fitted
+here is biased on the items that it was fitted to.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from sklearn.covariance import ledoit_wolf
 from sklearn.ensemble import GradientBoostingClassifier
 
-from export.calibration.measure import length_test
+from export.calibration.measure import length_correlations
 from service.diagnostics.conformal import Scores
 from service.diagnostics.detectors import Matrix, ShrunkGaussian, TreeEnsemble
 from service.diagnostics.reference import LengthCurve
@@ -28,7 +28,7 @@ MAX_LEAVES = 8
 
 
 def fit_state_form(states: NDArray[np.float32]) -> StateForm:
-    """Fit the factor form of a tap's shrunk covariance to states [items, hidden].
+    """Fit the factored form of a tap's shrunk covariance to states [items, hidden].
 
     The largest eigenvalues and the mean of the others are shrunk towards the mean variance, by the weight that Ledoit
     and Wolf (2004) found optimal for the full matrix.
@@ -41,7 +41,7 @@ def fit_state_form(states: NDArray[np.float32]) -> StateForm:
     values, vectors = np.linalg.eigh(covariance)  # the shrunk matrix has the axes of the sample's
     leading = slice(hidden - 1, hidden - 1 - num_axes, -1)
     rest = float(np.maximum(values[: hidden - num_axes], 0).mean())
-    # The shrunk eigenvalues of directions that no item spans are the shrinkage target's share alone.
+    # In directions that no item spans, the shrunk eigenvalue is the contribution of the shrinkage target alone.
     floor = max(rest, float(shrinkage) * float(values.mean()), 1e-12)
     return StateForm(
         mean.astype(np.float32),
@@ -67,7 +67,7 @@ def fit_siblings(statistics: Matrix, prompts: NDArray[np.int64], like: ShrunkGau
     Args:
         statistics: float64 [items, all].
         prompts: number of each item's prompt, int64 [items]; some must occur twice.
-        like: standardises.
+        like: Gaussian whose columns and scales are used.
     """
     deviations = sibling_deviations(like.standardised(statistics), prompts)
     covariance, _ = ledoit_wolf(np.concatenate([deviations, -deviations]), assume_centered=True)
@@ -79,13 +79,14 @@ def sibling_deviations(standardised: Matrix, prompts: NDArray[np.int64]) -> Matr
     _, members, sizes = np.unique(prompts, return_inverse=True, return_counts=True)
     sums = np.zeros((len(sizes), standardised.shape[1]))
     np.add.at(sums, members, standardised)
-    kept = sizes[members] > 1
-    size = sizes[members][kept][:, None]
-    return np.asarray(np.sqrt(size / (size - 1)) * (standardised[kept] - sums[members][kept] / size))
+    has_siblings = sizes[members] > 1
+    size = sizes[members][has_siblings][:, None]
+    deviations = standardised[has_siblings] - sums[members][has_siblings] / size
+    return np.asarray(np.sqrt(size / (size - 1)) * deviations)
 
 
 def fit_trees(clean: Matrix, hacked: Matrix, columns: Sequence[int], seed: int) -> TreeEnsemble:
-    """Fit boosted trees that tell hacked from clean statistics, both classes of equal weight."""
+    """Fit boosted trees that separate hacked from clean statistics; both classes have the same total weight."""
     chosen = np.array(columns, np.int64)
     values = np.concatenate([clean, hacked])[:, chosen]
     labels = np.repeat([0, 1], [len(clean), len(hacked)])
@@ -99,20 +100,19 @@ def fit_trees(clean: Matrix, hacked: Matrix, columns: Sequence[int], seed: int) 
 
 
 def _as_ensemble(columns: NDArray[np.int64], trees: Sequence[Any], learning_rate: float) -> TreeEnsemble:
-    most = max(tree.node_count for tree in trees)
-    shape = (len(trees), most)
+    shape = (len(trees), max(tree.node_count for tree in trees))
     feature, threshold = np.zeros(shape, np.int16), np.zeros(shape, np.float32)
     children, value = np.zeros((2, *shape), np.int16), np.zeros(shape, np.float32)
-    for place, tree in enumerate(trees):
+    for index, tree in enumerate(trees):
         own = slice(0, tree.node_count)
         nodes = np.arange(tree.node_count)
         is_leaf = tree.children_left < 0
-        feature[place, own] = np.where(is_leaf, 0, tree.feature)
-        # Rounded down, so that what is at most the float64 threshold is exactly what is at most the float32 one.
-        threshold[place, own] = _rounded_down(tree.threshold)
-        children[0, place, own] = np.where(is_leaf, nodes, tree.children_left)
-        children[1, place, own] = np.where(is_leaf, nodes, tree.children_right)
-        value[place, own] = np.where(is_leaf, learning_rate * tree.value[:, 0, 0], 0)
+        feature[index, own] = np.where(is_leaf, 0, tree.feature)
+        # Rounded down, so that a float32 value is at most the float64 threshold exactly when it is at most this one.
+        threshold[index, own] = _rounded_down(tree.threshold)
+        children[0, index, own] = np.where(is_leaf, nodes, tree.children_left)
+        children[1, index, own] = np.where(is_leaf, nodes, tree.children_right)
+        value[index, own] = np.where(is_leaf, learning_rate * tree.value[:, 0, 0], 0)
     return TreeEnsemble(columns, feature, threshold, children, value, max(tree.max_depth for tree in trees))
 
 
@@ -127,14 +127,15 @@ def fit_laplace(
     """Fit the last-layer Laplace factor to pairs of completions of one prompt; None where there are none.
 
     ``H = prior I + sum s (1 - s) d d'`` over pairs, d the difference of their states and s the probability that the
-    model gives to one of them (cf. arXiv 2602.24040). The prior's precision is such that a head drawn from it spreads
-    the rewards as widely as they are.
+    model gives to one of them (Bradley-Terry likelihood; cf. arXiv 2602.24040). The prior precision is the mean squared
+    distance of the states over the variance of the rewards, so that a head drawn from the prior gives rewards of that
+    variance.
 
     Args:
         states: float32 [items, hidden], as the head reads them.
         rewards: float64 [items].
         prompts: number of each item's prompt, int64 [items].
-        form: axes on which the factor is kept.
+        form: axes on which the factor is computed.
     """
     on_axes, squared, _ = form.coordinates(states)
     order = np.argsort(prompts, kind="stable")
@@ -151,16 +152,16 @@ def fit_laplace(
 
 
 def fit_length_curve(log_lengths: Scores, rewards: Scores, prompts: NDArray[np.int64]) -> LengthCurve:
-    """Fit the reward that length predicts, so that little is left over all items and within prompts.
+    """Fit the reward that length predicts, so that little correlation remains over all items and within prompts.
 
-    Knots over all items also take in that some prompts have longer and better answers, and so overcorrect within
-    prompts. The curve is flattened to the share that makes the sum of both squared correlations smallest.
+    Knots over all items also contain that some prompts have longer and better answers, and so overcorrect within
+    prompts. The curve is flattened to the share that minimises the sum of both squared correlations.
     """
     curve = LengthCurve.of(log_lengths, rewards)
 
-    def left_over(share: float) -> float:
+    def remaining(share: float) -> float:
         residual = rewards - np.interp(log_lengths, curve.x, curve.flattened(share).y)
-        found = length_test(residual, log_lengths, prompts)
+        found = length_correlations(residual, log_lengths, prompts)
         return found.pooled**2 + (0.0 if math.isnan(found.within) else found.within**2)
 
-    return curve.flattened(min(np.linspace(0.5, 1.0, 51).tolist(), key=left_over))
+    return curve.flattened(min(np.linspace(0.5, 1.0, 51).tolist(), key=remaining))

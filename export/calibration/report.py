@@ -1,25 +1,24 @@
-"""Tests a calibration on data that it has never seen, through the code that serves it, and prints what was found.
+"""Tests a calibration on data that it was not made from, through the code that serves it.
 
-Clean rows give the realised false-alarm rate and the length correlations, rows with a category the table of what is
-seen and what is not. Every figure that the documentation quotes comes from here.
+Clean rows give the realised false-alarm rate and the length correlations, rows with a category give a table of what is
+detected and what is not. The figures in the documentation are measured by this module.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
 
 from export.calibration.data import CleanItem, prompt_numbers
-from export.calibration.measure import Rate, detection, length_test, rate_of
+from export.calibration.measure import detection, length_correlations, rate_of
 from service.assembly import ServedModel
 from service.console import Advance
+from service.diagnostics.calibration_facts import LengthCorrelations, Rate
 from service.diagnostics.ood import MIN_GROUP
 from service.offline import encode_items, score_offline
 from service.records import Encoding, Item, Score, TokenSequence
@@ -29,26 +28,40 @@ IN_DISTRIBUTION = "in_distribution"
 
 @dataclass(frozen=True, slots=True)
 class TestedItem:
-    """A row of test data with the Score that the service gives it alone, before siblings are known."""
+    """A row of test data with its Scores."""
 
     __test__ = False
 
     row: CleanItem
     sequence: TokenSequence
+
     raw: Score
+    """Before it was completed by the diagnostics."""
+
     score: Score
+    """In a request of its own."""
+
+    beside_siblings: Score | None = None
+    """In a request with all plausible completions of its prompt; None where these are fewer than `MIN_GROUP`."""
 
 
 @dataclass(frozen=True, slots=True)
 class CategoryResult:
-    """What became of one category: alone, and (None where too few siblings are known) beside its siblings."""
+    """How well one category is detected."""
 
     is_ood: bool
     num_items: int
     auroc: float
+
     flagged: float
+    """Share of flagged items."""
+
     reward_z: float
+    """Mean of the standardised reward."""
+
     sibling_auroc: float | None
+    """AUROC beside siblings; None where no item has enough of them."""
+
     sibling_flagged: float | None
 
 
@@ -59,13 +72,21 @@ class TestReport:
     __test__ = False
 
     rates: list[Rate]
+    """Realised false-alarm rates of clean items, each in a request of its own."""
+
     sibling_rates: list[Rate]
-    length: dict[str, dict[str, float]]
+    """The same beside siblings."""
+
+    length: dict[str, LengthCorrelations]
+    """Correlations with length of the ``raw`` and the ``adjusted`` reward."""
+
     categories: dict[str, CategoryResult]
+
     num_left_out: int
+    """Rows that the service refuses."""
 
     def mean_auroc(self, *, siblings: bool = False) -> float | None:
-        """Mean over the categories that are out of distribution."""
+        """Return the mean over the categories that are out of distribution; None without any."""
         found = [one.sibling_auroc if siblings else one.auroc for one in self.categories.values() if one.is_ood]
         known = [value for value in found if value is not None]
         return float(np.mean(known)) if known else None
@@ -96,76 +117,77 @@ def test_items(served: ServedModel, rows: Sequence[CleanItem], advance: Advance)
 
 
 def report(served: ServedModel, tested: Sequence[TestedItem], num_left_out: int) -> TestReport:
-    """Measure on scored test rows. Rows without a category, or of ``in_distribution``, are clean."""
-    clean = [one for one in tested if not one.row.is_ood and one.row.category in ("", IN_DISTRIBUTION)]
-    beside = _beside_siblings(served, tested)
-    clean_alone = _surprises(one.score for one in clean)
-    clean_beside = {id(one): beside[id(one)] for one in clean if id(one) in beside}
-    categories = {}
+    """Evaluate scored test rows. Rows without a category, or of ``in_distribution``, are clean."""
+    compared = _with_siblings(served, tested)
+    clean = [one for one in compared if not one.row.is_ood and one.row.category in ("", IN_DISTRIBUTION)]
     by_category: defaultdict[str, list[TestedItem]] = defaultdict(list)
-    for one in tested:
+    for one in compared:
         if one.row.category and one.row.category != IN_DISTRIBUTION:
             by_category[one.row.category].append(one)
-    for category, members in sorted(by_category.items()):
-        grouped = [beside[id(one)] for one in members if id(one) in beside]
-        has_siblings = bool(grouped and clean_beside)
-        categories[category] = CategoryResult(
-            is_ood=members[0].row.is_ood,
-            num_items=len(members),
-            auroc=detection(clean_alone, _surprises(one.score for one in members)).auroc,
-            flagged=_flagged(one.score for one in members),
-            reward_z=float(np.mean([one.score.reward_z for one in members])),
-            sibling_auroc=(
-                detection(_surprises(clean_beside.values()), _surprises(grouped)).auroc if has_siblings else None
-            ),
-            sibling_flagged=_flagged(grouped) if has_siblings else None,
-        )
     return TestReport(
-        rates=_rates(clean, {id(one): one.score for one in clean}),
-        sibling_rates=_rates([one for one in clean if id(one) in clean_beside], clean_beside),
+        rates=_rates(clean, [one.score for one in clean]),
+        sibling_rates=_rates([one for one in clean if one.beside_siblings is not None], _beside_siblings(clean)),
         length=_length(clean),
-        categories=categories,
+        categories={category: _category(clean, members) for category, members in sorted(by_category.items())},
         num_left_out=num_left_out,
     )
 
 
-def _beside_siblings(served: ServedModel, tested: Sequence[TestedItem]) -> dict[int, Score]:
-    """Score each item once more beside all plausible completions of its prompt that the data has."""
-    diagnostician = served.scorer.pipeline.diagnostician
+def _category(clean: Sequence[TestedItem], members: Sequence[TestedItem]) -> CategoryResult:
+    clean_beside, beside = _beside_siblings(clean), _beside_siblings(members)
+    has_siblings = bool(beside and clean_beside)
+    alone = [one.score for one in members]
+    return CategoryResult(
+        is_ood=members[0].row.is_ood,
+        num_items=len(members),
+        auroc=detection(_surprises(one.score for one in clean), _surprises(alone)).auroc,
+        flagged=_flagged(alone),
+        reward_z=float(np.mean([score.reward_z for score in alone if score.reward_z is not None])),
+        sibling_auroc=detection(_surprises(clean_beside), _surprises(beside)).auroc if has_siblings else None,
+        sibling_flagged=_flagged(beside) if has_siblings else None,
+    )
+
+
+def _with_siblings(served: ServedModel, tested: Sequence[TestedItem]) -> list[TestedItem]:
+    """Score each item once more in a request with all plausible completions of its prompt that the data has."""
     plausible: defaultdict[Any, list[TestedItem]] = defaultdict(list)
     for one in tested:
         if not one.row.is_ood and one.row.exchange.completion not in {
             other.row.exchange.completion for other in plausible[one.row.exchange.prompt]
         }:
             plausible[one.row.exchange.prompt].append(one)
-    found = {}
-    for one in tested:
-        others = [
-            other
-            for other in plausible[one.row.exchange.prompt]
-            if other.row.exchange.completion != one.row.exchange.completion
-        ]
-        if len(others) + 1 < MIN_GROUP:
-            continue
-        group = [one, *others]
-        items = [Item(member.row.exchange) for member in group]
-        sequences = [member.sequence for member in group]
-        texts = diagnostician.read_texts(items, sequences, "full")
-        scored = diagnostician.complete(items, sequences, [member.raw for member in group], texts, "full")[0]
-        if isinstance(scored, Score) and scored.ood is not None and scored.ood.mode == "group":
-            found[id(one)] = scored
-    return found
+    return [
+        replace(one, beside_siblings=_score_beside(served, one, plausible[one.row.exchange.prompt])) for one in tested
+    ]
 
 
-def _rates(clean: Sequence[TestedItem], scores: Mapping[int, Score]) -> list[Rate]:
+def _score_beside(served: ServedModel, one: TestedItem, plausible: Sequence[TestedItem]) -> Score | None:
+    completion = one.row.exchange.completion
+    group = [one, *(other for other in plausible if other.row.exchange.completion != completion)]
+    if len(group) < MIN_GROUP:
+        return None
+    diagnostician = served.scorer.pipeline.diagnostician
+    items = [Item(member.row.exchange) for member in group]
+    sequences = [member.sequence for member in group]
+    texts = diagnostician.read_texts(items, sequences, "full")
+    scored = diagnostician.complete(items, sequences, [member.raw for member in group], texts, "full")[0]
+    is_compared = isinstance(scored, Score) and scored.ood is not None and scored.ood.mode == "group"
+    return scored if isinstance(scored, Score) and is_compared else None
+
+
+def _beside_siblings(items: Sequence[TestedItem]) -> list[Score]:
+    return [one.beside_siblings for one in items if one.beside_siblings is not None]
+
+
+def _rates(clean: Sequence[TestedItem], scores: Sequence[Score]) -> list[Rate]:
     if not clean:
         return []
     prompts = np.array(prompt_numbers([one.row.exchange for one in clean]), np.int64)
-    p_values = np.array([ood.p_value for one in clean if (ood := scores[id(one)].ood) is not None])
+    p_values = np.array([score.ood.p_value for score in scores if score.ood is not None])
     return [rate_of(p_values <= nominal, prompts, nominal) for nominal in (0.01, 0.05)]
 
 
-def _length(clean: Sequence[TestedItem]) -> dict[str, dict[str, float]]:
+def _length(clean: Sequence[TestedItem]) -> dict[str, LengthCorrelations]:
     if not clean:
         return {}
     prompts = np.array(prompt_numbers([one.row.exchange for one in clean]), np.int64)
@@ -173,94 +195,14 @@ def _length(clean: Sequence[TestedItem]) -> dict[str, dict[str, float]]:
     raw = np.array([one.score.reward for one in clean])
     adjusted = np.array([one.score.reward_length_adjusted for one in clean], np.float64)
     return {
-        "raw": asdict(length_test(raw, lengths, prompts)),
-        "adjusted": asdict(length_test(adjusted, lengths, prompts)),
+        "raw": length_correlations(raw, lengths, prompts),
+        "adjusted": length_correlations(adjusted, lengths, prompts),
     }
 
 
-def _surprises(scores: Any) -> NDArray[np.float64]:
+def _surprises(scores: Iterable[Score]) -> NDArray[np.float64]:
     return np.array([score.ood.surprise for score in scores if score.ood is not None])
 
 
-def _flagged(scores: Any) -> float:
+def _flagged(scores: Iterable[Score]) -> float:
     return float(np.mean([score.ood.flag for score in scores if score.ood is not None]))
-
-
-def print_facts(console: Console, facts: Mapping[str, Any]) -> None:
-    """Print what a calibration says of itself."""
-    console.print(
-        f"{facts['num_fit']} items to fit, {facts['num_combine']} to choose by, {facts['num_conformal']} for p-values "
-        f"(of {facts['num_prompts']} prompts). Admitted: {', '.join(facts['admitted'])}."
-    )
-    for rate in facts["self_test"]["rates"]:
-        console.print(_rate_line("Out of fold", rate), highlight=False)
-    for name, found in facts["length"].items():
-        console.print(
-            f"Correlation of the {name} reward with log length: {found['pooled']:+.3f} pooled, "
-            f"{found['within']:+.3f} within prompts",
-            highlight=False,
-        )
-    console.print(_suite_table(facts["suite"], facts["realised"], facts["unseen_family"]))
-
-
-def print_report(console: Console, found: TestReport) -> None:
-    """Print what was found on test data."""
-    for rate in found.rates:
-        console.print(_rate_line("Unseen, alone", asdict(rate)), highlight=False)
-    for rate in found.sibling_rates:
-        console.print(_rate_line("Unseen, beside siblings", asdict(rate)), highlight=False)
-    for name, correlations in found.length.items():
-        console.print(
-            f"Unseen: correlation of the {name} reward with log length {correlations['pooled']:+.3f} pooled, "
-            f"{correlations['within']:+.3f} within prompts",
-            highlight=False,
-        )
-    if not found.categories:
-        return
-    table = Table("category", "items", "reward z", "AUROC", "flagged", "AUROC, siblings", "flagged, siblings")
-    for name, one in found.categories.items():
-        table.add_row(
-            name if one.is_ood else f"({name})",
-            str(one.num_items),
-            f"{one.reward_z:+.2f}",
-            f"{one.auroc:.3f}",
-            f"{one.flagged:.2f}",
-            "-" if one.sibling_auroc is None else f"{one.sibling_auroc:.3f}",
-            "-" if one.sibling_flagged is None else f"{one.sibling_flagged:.2f}",
-        )
-    console.print(table)
-    alone, beside = found.mean_auroc(), found.mean_auroc(siblings=True)
-    console.print(
-        f"Mean AUROC over the categories that are out of distribution: {alone:.3f}"
-        + ("" if beside is None else f", beside siblings {beside:.3f}")
-        + f". In brackets: plausible texts. Left out, since the service refuses them: {found.num_left_out}."
-        if alone is not None
-        else "No category is out of distribution.",
-        highlight=False,
-    )
-
-
-def _rate_line(what: str, rate: Mapping[str, Any]) -> str:
-    return (
-        f"{what}: p <= {rate['nominal']:.2f} for {rate['value']:.2%} ± {rate['standard_error']:.2%} of "
-        f"{rate['num_items']} clean items ({rate['num_prompts']} prompts)"
-    )
-
-
-def _suite_table(
-    suite: Mapping[str, Mapping[str, Any]], realised: Mapping[str, Any], unseen: Mapping[str, Any]
-) -> Table:
-    """AUROC of the combination, its share found at 1 percent false alarms, and the AUROC of every component alone."""
-    components = [name for name in suite if name != "combined"]
-    table = Table("built-in set", "AUROC", "TPR@1%", *components, "oe, unseen family")
-    for kind, combined in suite["combined"].items():
-        alone = (f"{suite[name][kind]['auroc']:.3f}" for name in components)
-        novel = f"{unseen[kind]['auroc']:.3f}" if kind in unseen else "-"
-        table.add_row(kind, f"{combined['auroc']:.3f}", f"{combined['tpr1']:.2f}", *alone, novel)
-    table.add_section()
-    means = (f"{np.mean([one['auroc'] for one in suite[name].values()]):.3f}" for name in components)
-    mean = [np.mean([one[figure] for one in suite["combined"].values()]) for figure in ("auroc", "tpr1")]
-    table.add_row("mean", f"{mean[0]:.3f}", f"{mean[1]:.2f}", *means, "")
-    rates = (f"{realised[name]['value']:.2%}" for name in components)
-    table.add_row("false alarms at 1 %", f"{realised['combined']['value']:.2%}", "", *rates, "")
-    return table

@@ -72,7 +72,7 @@ class StateRecorder(Diagnostician):
     def __init__(self) -> None:
         super().__init__(None)
 
-    def wants_states(self, level: DiagnosticsLevel) -> bool:
+    def needs_states(self, level: DiagnosticsLevel) -> bool:
         """Return True: states are what a calibration is fitted to."""
         del level
         return True

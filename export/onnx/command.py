@@ -33,8 +33,8 @@ from service.checkpoints.bundle import (
     write_manifest,
 )
 from service.checkpoints.checkpoint import Checkpoint, locate_checkpoint, open_checkpoint
+from service.checkpoints.demo import CALIBRATION_FILE
 from service.console import Stage, stages
-from service.diagnostics.calibration import CALIBRATION_FILE
 from service.diagnostics.candidate_taps import candidate_taps
 from service.engines.base import Engine
 from service.errors import CheckpointError, NonFiniteReward, ParityError, StartupError

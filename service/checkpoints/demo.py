@@ -21,6 +21,8 @@ from service.errors import CheckpointError
 
 ADAPTER_FOLDER = Path(__file__).parents[2] / "demo"
 CALIBRATION_FILE = "calibration.safetensors"
+"""Name of the calibration in a checkpoint folder."""
+
 PROVENANCE_FILE = "provenance.json"
 FORMAT = "2"
 """Of the merged folder; another one gets a folder of its own."""

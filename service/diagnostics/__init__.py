@@ -1,1 +1,1 @@
-"""What is said about an item beside its reward."""
+"""Diagnostics of items in addition to their rewards, and monitors of the stream of items."""

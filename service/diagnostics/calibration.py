@@ -1,7 +1,7 @@
 """The calibration artifact: what was fitted to a model's own scores, in one safetensors file with a JSON header.
 
-The reader owns the format, so writing stands here too; what is written is decided in ``export``. A calibration speaks
-for one model under one set of settings: it is bound to them by hash and by value, and is not used for any other.
+The reader owns the format, so the writer is in this module too; what is written is decided in ``export``. A calibration
+is valid for one model under one set of settings: it is bound to them by hash and by value, and is not used for others.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from reward_client.options import TemplateChoice
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from service.diagnostics.calibration_facts import CalibrationFacts
 from service.diagnostics.conformal import Scores, TailMap
-from service.diagnostics.detectors import ShrunkGaussian, TestBank, TreeEnsemble
+from service.diagnostics.detectors import OneSidedTests, ShrunkGaussian, TreeEnsemble
 from service.diagnostics.lexicon import LEXICON_VERSION
 from service.diagnostics.monitors.reference import MonitorReference
 from service.diagnostics.ngrams import NgramCounts
@@ -30,62 +31,74 @@ from service.diagnostics.states import LaplaceFactor, StateForm, StateReader
 from service.errors import CalibrationError
 from service.records import Pooling, StateTap
 
-CALIBRATION_FILE = "calibration.safetensors"
-"""Its name in a checkpoint folder."""
-
-FORMAT = "reward-calibration/1"
+FORMAT = "reward-calibration/2"
 
 Arrays = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """What a calibration speaks for; anything else, and its p-values would mean nothing.
-
-    ``weights``, ``config``, ``tokenizer``, ``chat_template``: sha256, hexadecimal. ``template``: how a plain prompt is
-    rendered. ``lexicon``: version of the tells.
-    """
+    """The model and settings that a calibration is valid for; for any other its p-values are not calibrated."""
 
     weights: str
+    """sha256, hexadecimal."""
+
     config: str
+    """sha256, hexadecimal."""
+
     tokenizer: str
+    """sha256, hexadecimal."""
+
     chat_template: str
+    """sha256, hexadecimal."""
+
     template: TemplateChoice
+    """How a plain prompt is rendered."""
+
     max_input_tokens: int
     pooling: Pooling
     vocab_size: int
+
     lexicon: str = LEXICON_VERSION
+    """Version of the lexicon of style markers."""
 
     def differences(self, other: Binding) -> list[str]:
-        """Return the names of the facts in which the two differ."""
-        return [fact.name for fact in fields(self) if getattr(self, fact.name) != getattr(other, fact.name)]
+        """Return the names of the fields in which the two differ."""
+        return [entry.name for entry in fields(self) if getattr(self, entry.name) != getattr(other, entry.name)]
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """A calibration, ready for use.
-
-    ``id``: ``sha256:`` and the hash of the file; empty before it is written. ``arithmetic``: engine, dtype and forward
-    path that it was scored with; another one is worth a warning. ``facts``: how it was made and what was measured,
-    JSON-ready.
-    """
+    """A calibration, ready for use."""
 
     binding: Binding
+
     arithmetic: dict[str, str]
-    facts: dict[str, Any] = field(repr=False)
+    """Engine, dtype and forward path that its items were scored with; serving with others causes a warning."""
+
+    facts: CalibrationFacts = field(repr=False)
+
     rewards: Reference
+    """Distribution of the raw rewards."""
+
     lengths: Reference
+    """Distribution of ln(1 + completion tokens)."""
+
     length_curve: LengthCurve
     ngrams: NgramCounts
     states: StateReader
     detectors: Detectors
     ranking: Ranking
+
     monitors: MonitorReference
+    """Reference of the drift monitors."""
+
     id: str = ""
+    """``sha256:`` and the hash of the file; empty before it is written."""
 
 
 def write_calibration(calibration: Calibration, path: Path) -> str:
-    """Write the artifact in one rename and return its id.
+    """Write the artifact atomically (by one rename) and return its id.
 
     Raises:
         OSError: the file cannot be written.
@@ -95,19 +108,19 @@ def write_calibration(calibration: Calibration, path: Path) -> str:
         "format": FORMAT,
         "binding": asdict(calibration.binding),
         "arithmetic": calibration.arithmetic,
-        "facts": calibration.facts,
+        "facts": calibration.facts.as_json(),
         "shapes": shapes,
     }
     unfinished = path.with_name(f".{path.name}.unfinished")
     contiguous = {name: np.ascontiguousarray(array) for name, array in sorted(arrays.items())}
     save_file(contiguous, unfinished, {"calibration": json.dumps(header, sort_keys=True)})
-    unfinished.chmod(0o644)  # safetensors leaves it to its owner alone, but a replica may run as somebody else
+    unfinished.chmod(0o644)  # safetensors restricts it to its owner, but a replica may run as another user
     unfinished.replace(path)
     return _id_of(path)
 
 
 def read_calibration(path: Path) -> Calibration:
-    """Read an artifact; whether it suits the served model is the caller's to check, by its binding.
+    """Read an artifact; the caller must compare its binding with the served model.
 
     Raises:
         CalibrationError: it cannot be read, or is of another format.
@@ -130,7 +143,7 @@ def _id_of(path: Path) -> str:
     return f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
 
 
-# --- Arrays and the few numbers that go with them --------------------------------------------------------------------
+# --- Arrays, and the scalars that belong to them ---------------------------------------------------------------------
 
 
 def _pack(calibration: Calibration) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
@@ -158,8 +171,10 @@ def _pack(calibration: Calibration) -> tuple[dict[str, NDArray[Any]], dict[str, 
         "rewards": [calibration.rewards.mean, calibration.rewards.sd],
         "lengths": [calibration.lengths.mean, calibration.lengths.sd],
         "length_curve_mean": calibration.length_curve.mean,
-        "maps": {name: _pack_map(f"combine_scores_{name}", map_, arrays) for name, map_ in ranking.maps.items()},
-        "bank": [_pack_map(f"bank_{place:02}", test, arrays) for place, test in enumerate(detectors.bank.maps)],
+        "maps": {name: _pack_map(f"select_scores_{name}", map_, arrays) for name, map_ in ranking.maps.items()},
+        "text_tests": [
+            _pack_map(f"text_test_{index:02}", test, arrays) for index, test in enumerate(detectors.text_tests.maps)
+        ],
     }
     if states.laplace is not None:
         arrays["laplace_chol"] = states.laplace.cholesky
@@ -179,7 +194,7 @@ def _unpack(header: Mapping[str, Any], arrays: Arrays, id_: str) -> Calibration:
     return Calibration(
         binding=Binding(**header["binding"]),
         arithmetic=header["arithmetic"],
-        facts=header["facts"],
+        facts=CalibrationFacts.from_json(header["facts"]),
         rewards=_unpack_reference(shapes["rewards"], arrays["ref_reward_q"]),
         lengths=_unpack_reference(shapes["lengths"], arrays["ref_loglen_q"]),
         length_curve=LengthCurve(arrays["len_knots_x"], arrays["len_knots_y"], shapes["length_curve_mean"]),
@@ -192,8 +207,8 @@ def _unpack(header: Mapping[str, Any], arrays: Arrays, id_: str) -> Calibration:
     )
 
 
-def _unpack_reference(facts: Sequence[float], quantiles: Scores) -> Reference:
-    mean, sd = facts
+def _unpack_reference(scalars: Sequence[float], quantiles: Scores) -> Reference:
+    mean, sd = scalars
     return Reference(mean, sd, quantiles)
 
 
@@ -225,7 +240,12 @@ def _unpack_detectors(shapes: Mapping[str, Any], arrays: Arrays) -> Detectors:
             shapes["tree_depth"],
         )
     return Detectors(
-        bank=TestBank([_unpack_map(f"bank_{place:02}", facts, arrays) for place, facts in enumerate(shapes["bank"])]),
+        text_tests=OneSidedTests(
+            [
+                _unpack_map(f"text_test_{index:02}", scalars, arrays)
+                for index, scalars in enumerate(shapes["text_tests"])
+            ]
+        ),
         feature=_unpack_gaussian("feature", arrays),
         style=_unpack_gaussian("style", arrays),
         mid_tap=shapes["mid_tap"],
@@ -241,20 +261,19 @@ def _unpack_ranking(shapes: Mapping[str, Any], arrays: Arrays) -> Ranking:
         name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)
     }
     maps = {
-        cast("Component", name): _unpack_map(f"combine_scores_{name}", facts, arrays)
-        for name, facts in shapes["maps"].items()
+        cast("Component", name): _unpack_map(f"select_scores_{name}", scalars, arrays)
+        for name, scalars in shapes["maps"].items()
     }
     return Ranking(maps, references)
 
 
 def _pack_map(name: str, map_: TailMap, arrays: dict[str, NDArray[Any]]) -> dict[str, float]:
     arrays[name] = map_.reference
-    facts = {"num_reference": map_.num_reference, "num_tail": map_.num_tail, "threshold": map_.threshold}
-    return facts | {"scale": map_.scale, "max_excess": map_.max_excess}
+    return {entry.name: getattr(map_, entry.name) for entry in fields(map_) if entry.name != "reference"}
 
 
-def _unpack_map(name: str, facts: Mapping[str, Any], arrays: Arrays) -> TailMap:
-    return TailMap(arrays[name], **facts)
+def _unpack_map(name: str, scalars: Mapping[str, Any], arrays: Arrays) -> TailMap:
+    return TailMap(arrays[name], **scalars)
 
 
 def _pack_gaussian(name: str, gaussian: ShrunkGaussian, arrays: dict[str, NDArray[Any]]) -> None:

@@ -1,12 +1,15 @@
-"""Ranks among calibration items: conformal p-values, and a common scale on which detectors can be compared.
+"""Conformal p-values, and a common scale on which the scores of different detectors can be compared.
 
-Pure arithmetic on sorted score lists. A p-value is always a rank among items that no detector was fitted to; nothing
-here assumes a distribution, except to order what lies beyond every item of the list.
+Pure arithmetic on sorted lists of scores. A p-value is always a rank among calibration items that no detector was
+fitted to, so its false-alarm rate holds for any distribution of scores (Vovk, Gammerman and Shafer, Algorithmic
+Learning in a Random World, 2005; split conformal prediction). An exponential tail is assumed only to order scores
+beyond the largest calibration score, where every rank is the same.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,62 +17,57 @@ from numpy.typing import NDArray
 Scores = NDArray[np.float64]
 
 MAX_QUANTILES = 1024
-"""Values of a reference that are kept; a longer list is thinned to its quantiles."""
+"""Values of a reference that are stored; a longer list is reduced to this many quantiles."""
 
 
 def conformal_p(reference: Scores, scores: Scores) -> Scores:
-    """Return ``(1 + #{reference >= score}) / (n + 1)`` for each score; NaN counts as beyond everything.
+    """Return ``(1 + #{reference >= score}) / (n + 1)`` for each score; NaN ranks above every reference score.
 
     Args:
         reference: sorted scores of calibration items, float64 [n].
-        scores: of the items in question, higher is more unusual, float64 [items].
+        scores: scores of the items to test, higher is more unusual, float64 [items].
     """
     num_as_unusual = len(reference) - np.searchsorted(reference, scores, side="left")
     return np.asarray((1.0 + num_as_unusual) / (len(reference) + 1.0))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class TailMap:
-    """Maps a detector's scores to -ln p, by rank within a reference and by an exponential tail beyond it.
+    """Maps a detector's scores to -ln p: by rank within a reference, and by an exponential tail above it.
 
-    Within the reference it is -ln of the conformal p. Above the threshold u, the ``num_tail``-th largest value, it is
-    ``-ln(num_tail / n) + (v - u) / scale``, but never less than the rank says.
-
-    Args:
-        reference: sorted scores of reference items, or quantiles of them.
-        num_reference: how many items that stands for.
-        num_tail: items at or above the threshold.
-        threshold: where the tail begins.
-        scale: mean excess of the tail over the threshold; 0 where it has no spread.
-        max_excess: where ``(v - u) / scale`` is cut off.
+    By rank it is -ln of the conformal p-value. Above the threshold u, the ``num_tail``-th largest value, it is at least
+    ``-ln(num_tail / n) + (v - u) / scale`` (peaks over threshold with an exponential tail).
     """
 
-    def __init__(
-        self,
-        reference: Scores,
-        *,
-        num_reference: int,
-        num_tail: int,
-        threshold: float,
-        scale: float,
-        max_excess: float,
-    ) -> None:
-        self.reference = reference
-        self.num_reference = num_reference
-        self.num_tail = num_tail
-        self.threshold = threshold
-        self.scale = scale
-        self.max_excess = max_excess
+    reference: Scores = field(repr=False)
+    """Sorted scores of the reference items, or quantiles of them."""
+
+    num_reference: int
+    """Number of reference items that ``reference`` stands for."""
+
+    num_tail: int
+    """Number of items at or above the threshold."""
+
+    threshold: float
+    """Score at which the tail begins."""
+
+    scale: float
+    """Mean excess of the tail over the threshold; 0 where all its values are equal."""
+
+    max_excess: float
+    """Upper limit of ``(v - u) / scale``."""
 
     @classmethod
     def of_component(cls, scores: Scores) -> TailMap:
-        """Fit the map of a component of the combination; the tail holds a twentieth of the items, at least 30."""
+        """Fit the map of a component of the combination; the tail holds 5 percent of the items, at least 30."""
         return cls._fit(scores, max(30, len(scores) // 20), 0.0, 1000.0)
 
     @classmethod
     def of_test(cls, values: Scores) -> TailMap:
-        """Fit the map of a one-sided test of one statistic.
+        """Fit the map of a one-sided test of one statistic; the tail holds 2 percent of the items, at least 20.
 
-        Many statistics hardly vary (no emoji anywhere), so the tail's scale has a floor and its excess a ceiling.
+        Many statistics hardly vary (no emoji in any item), so the tail's scale has a lower limit and its excess an
+        upper one.
         """
         floor = float(np.max(values) - np.median(values)) / 50
         return cls._fit(values, max(20, len(values) // 50), floor, 30.0)
@@ -102,8 +100,8 @@ class TailMap:
 
 
 def thinned(ordered: Scores) -> Scores:
-    """Return sorted values, as their quantiles where there are more than `MAX_QUANTILES`; both ends stay."""
+    """Return sorted values, reduced to `MAX_QUANTILES` quantiles where there are more; both ends are retained."""
     if len(ordered) <= MAX_QUANTILES:
         return ordered
-    places = np.round(np.linspace(0, len(ordered) - 1, MAX_QUANTILES)).astype(int)
-    return np.asarray(ordered[places])
+    indices = np.round(np.linspace(0, len(ordered) - 1, MAX_QUANTILES)).astype(int)
+    return np.asarray(ordered[indices])

@@ -1,12 +1,13 @@
-"""The detectors: each turns statistics of items into one score an item, the higher the more unusual.
+"""The detectors: each maps the statistics of items to one score an item; higher is more unusual.
 
-They hold what a calibration fitted and compute with it; what a score means is for ``conformal``. All are small arrays
-and a few products, so a batch costs microseconds an item.
+They hold fitted parameters and evaluate them. Turning a score into a p-value is the job of ``conformal``. All of them
+are small arrays and a few matrix products, so a batch costs microseconds an item.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,29 +18,32 @@ from service.diagnostics.text import STATISTICS
 Matrix = NDArray[np.float64]
 
 MAX_DEVIATION = 10.0
-"""Standard deviations at which a statistic is clipped, so that one of them cannot outweigh all others."""
+"""Standard deviations at which a statistic is clipped, so that one statistic cannot outweigh all others."""
 
-BANK = (
+ONE_SIDED_TESTS = (
     ("bi", 1), ("bi", -1), ("uni", 1), ("uni", -1), ("zratio", 1), ("zratio", -1), ("rep4", 1), ("top4", 1),
     ("ttr", -1), ("nonascii", 1), ("punct", 1), ("punct", -1), ("wlen", 1), ("wlen", -1), ("md", 1), ("emoji", 1),
     ("hedge", 1), ("flattery", 1), ("overlap", 1), ("logtok", 1), ("logtok", -1), ("chars_tok", 1), ("chars_tok", -1),
     ("upper", 1),
 )  # fmt: skip
-"""The one-sided tests of single text statistics: name, and the direction that is unusual."""
+"""The one-sided tests of single text statistics: name of the statistic, and the sign of the unusual direction."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class ShrunkGaussian:
-    """Squared Mahalanobis distance of standardised statistics under a shrunk covariance (Ledoit and Wolf 2004).
+    """Squared Mahalanobis distance of standardised statistics under a shrunk covariance (Ledoit and Wolf, 2004)."""
 
-    Args:
-        columns: which statistics of an item it reads, int64 [q].
-        mean: float64 [q].
-        sd: float64 [q].
-        precision: inverse of the shrunk covariance of the standardised statistics, float64 [q, q].
-    """
+    columns: NDArray[np.int64] = field(repr=False)
+    """Indices of the statistics that it reads, int64 [q]."""
 
-    def __init__(self, columns: NDArray[np.int64], mean: Scores, sd: Scores, precision: Matrix) -> None:
-        self.columns, self.mean, self.sd, self.precision = columns, mean, sd, precision
+    mean: Scores = field(repr=False)
+    """Mean of each of these statistics, float64 [q]."""
+
+    sd: Scores = field(repr=False)
+    """Standard deviation of each of these statistics, float64 [q]; positive."""
+
+    precision: Matrix = field(repr=False)
+    """Inverse of the shrunk covariance of the standardised statistics, float64 [q, q]."""
 
     def standardised(self, statistics: Matrix) -> Matrix:
         """Return its columns in standard deviations from the mean, clipped; float64 [items, q]."""
@@ -51,10 +55,10 @@ class ShrunkGaussian:
         return self._squared(self.standardised(statistics))
 
     def sibling_distance(self, statistics: Matrix) -> Scores:
-        """Return the squared distance of each of n >= 2 siblings from the others.
+        """Return the squared distance of each of n >= 2 completions of one prompt from the mean of the group.
 
         The deviation from the group's mean is scaled by sqrt(n / (n - 1)), so that its covariance is that of a single
-        completion about its prompt's mean, whatever n is.
+        completion about its prompt's mean for every n.
         """
         standardised = self.standardised(statistics)
         num = len(standardised)
@@ -65,61 +69,53 @@ class ShrunkGaussian:
         return squared
 
 
-class TestBank:
-    """One-sided tests of single text statistics; the score is the largest of their -ln p.
+@dataclass(frozen=True, slots=True, eq=False)
+class OneSidedTests:
+    """One-sided tests of single text statistics; an item's score is the largest of their -ln p."""
 
-    Args:
-        maps: one for each of `BANK`, of the statistic times its sign.
-    """
-
-    __test__ = False  # no test case, whatever pytest makes of the name
-
-    def __init__(self, maps: Sequence[TailMap]) -> None:
-        self.maps = maps
-        self._columns = [STATISTICS.index(name) for name, _ in BANK]
+    maps: Sequence[TailMap] = field(repr=False)
+    """One for each of `ONE_SIDED_TESTS`, fitted to the statistic times its sign."""
 
     @classmethod
-    def of(cls, statistics: Matrix) -> TestBank:
+    def of(cls, statistics: Matrix) -> OneSidedTests:
         """Fit the tests to the text statistics of reference items, float64 [items, 18 or more]."""
-        return cls([TailMap.of_test(sign * statistics[:, STATISTICS.index(name)]) for name, sign in BANK])
+        return cls([TailMap.of_test(sign * statistics[:, STATISTICS.index(name)]) for name, sign in ONE_SIDED_TESTS])
 
     def surprises(self, statistics: Matrix) -> Matrix:
         """Return -ln p of every test, float64 [items, tests]."""
         return np.stack(
             [
-                test(sign * statistics[:, column])
-                for test, column, (_, sign) in zip(self.maps, self._columns, BANK, strict=True)
+                test(sign * statistics[:, STATISTICS.index(name)])
+                for test, (name, sign) in zip(self.maps, ONE_SIDED_TESTS, strict=True)
             ],
             axis=1,
         )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class TreeEnsemble:
-    """Boosted trees: the sum of one leaf of each.
+    """Gradient-boosted trees (Friedman, 2001): the score is the sum of one leaf of each tree."""
 
-    Args:
-        columns: which statistics of an item it reads, int64 [q].
-        feature: column (within ``columns``) that a node asks about, int16 [trees, nodes].
-        threshold: a node goes left where the value is at most this, float32 [trees, nodes].
-        children: left and right child; a leaf is its own child, int16 [2, trees, nodes].
-        value: what a leaf adds, float32 [trees, nodes].
-        depth: steps from any root to its deepest leaf.
-    """
+    columns: NDArray[np.int64] = field(repr=False)
+    """Indices of the statistics that it reads, int64 [q]."""
 
-    def __init__(
-        self,
-        columns: NDArray[np.int64],
-        feature: NDArray[np.int16],
-        threshold: NDArray[np.float32],
-        children: NDArray[np.int16],
-        value: NDArray[np.float32],
-        depth: int,
-    ) -> None:
-        self.columns, self.feature, self.threshold = columns, feature, threshold
-        self.children, self.value, self.depth = children, value, depth
+    feature: NDArray[np.int16] = field(repr=False)
+    """Index (within ``columns``) of the statistic that a node compares, int16 [trees, nodes]."""
+
+    threshold: NDArray[np.float32] = field(repr=False)
+    """A node goes left where the value is at most this, float32 [trees, nodes]."""
+
+    children: NDArray[np.int16] = field(repr=False)
+    """Left and right child; a leaf is its own child, int16 [2, trees, nodes]."""
+
+    value: NDArray[np.float32] = field(repr=False)
+    """What a leaf adds to the score, float32 [trees, nodes]."""
+
+    depth: int
+    """Largest number of steps from a root to a leaf."""
 
     def score(self, statistics: Matrix) -> Scores:
-        """Return the sum of the leaves that each item falls into, float64 [items]."""
+        """Return the sum of the leaves that each item reaches, float64 [items]."""
         values = statistics[:, self.columns].astype(np.float32)
         items = np.arange(len(values))[:, None]
         trees = np.arange(len(self.feature))[None, :]

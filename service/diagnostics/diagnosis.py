@@ -1,8 +1,8 @@
-"""Completes Scores: from rewards, states and texts to everything that is said of the items of one request.
+"""Completes the Scores of one request: adds the diagnostics that follow from rewards, states and texts.
 
-States are measured per batch in the engine's thread, texts in the tokenizer's threads while the forward pass runs;
-here both come together, request by request, because siblings can only be compared where all of them are known. No
-reward is ever changed.
+States are measured by batch in the engine's thread, texts in the tokenizer's threads while the forward pass runs. Both
+are joined by request, because completions of one prompt can be compared only where all of them are available. Rewards
+are never changed.
 """
 
 from __future__ import annotations
@@ -20,23 +20,26 @@ from reward_client.options import DiagnosticsLevel
 
 from service.diagnostics.calibration import Calibration
 from service.diagnostics.length import length_report
-from service.diagnostics.ood import OodJudge
+from service.diagnostics.ood import OodDetector
 from service.diagnostics.text import TextFacts, TextReader, style_report
 from service.errors import HttpError
 from service.records import Exchange, GroupReport, Item, LengthReport, Score, StateTap, TokenSequence
 
 Outcome: TypeAlias = Score | HttpError
+"""What becomes of an item: its Score, or the error that is reported in its place."""
+
 ALPHA = 0.01
+"""Default of the p-value up to which an item is flagged."""
 
 
 class Diagnostician:
-    """Says what is known of items beside their rewards; safe to call from several threads.
+    """Computes the diagnostics of items; safe to call from several threads.
 
     Args:
-        calibration: of the served model; None where there is none, and then what needs one is None too.
-        special_ids: the tokenizer's special tokens.
+        calibration: of the served model; without one (None) every field that requires it is None.
+        special_ids: ids of the tokenizer's special tokens.
         alpha: p-values up to this are flagged.
-        taps: where the engine reads states, the calibration's among them; None: the calibration's, in its order.
+        taps: taps of the engine, which include the calibration's; None: the calibration's, in its order.
     """
 
     def __init__(
@@ -48,46 +51,52 @@ class Diagnostician:
     ) -> None:
         self.calibration = calibration
         own = calibration.states.taps if calibration else ()
-        self._taps = None if taps is None or taps == own else [taps.index(tap) for tap in own]
+        self._tap_indices = None if taps is None or taps == own else [taps.index(tap) for tap in own]
         self._texts = TextReader(calibration.ngrams if calibration else None, special_ids)
-        self._judge = (
-            OodJudge(calibration.detectors, calibration.ranking, calibration.id, alpha) if calibration else None
+        self._ood = (
+            OodDetector(calibration.detectors, calibration.ranking, calibration.id, alpha) if calibration else None
         )
 
-    def wants_states(self, level: DiagnosticsLevel) -> bool:
-        """Whether this level needs the states of the forward pass."""
+    def needs_states(self, level: DiagnosticsLevel) -> bool:
+        """Return whether this level requires the states of the forward pass."""
         return level == "full" and self.calibration is not None
 
     def read_states(self, rewards: Sequence[float], states: NDArray[np.float32]) -> list[Score]:
-        """Measure the states of a batch.
+        """Compute the statistics of a batch's states.
 
         Args:
-            rewards: finite.
+            rewards: finite rewards.
             states: float32 [rewards, taps of the engine, hidden].
 
         Returns:
-            For each reward a Score that is still to be completed.
+            For each reward a Score with the statistics, which `complete` completes.
+
+        Raises:
+            ValueError: there is no calibration.
         """
         if self.calibration is None:
-            raise ValueError("States are of no use without a calibration")
+            raise ValueError("States cannot be read without a calibration")
         reader = self.calibration.states
-        if self._taps is not None:
-            states = states[:, self._taps]
-        with np.errstate(all="ignore"):  # what is not finite is told as that
+        if self._tap_indices is not None:
+            states = states[:, self._tap_indices]
+        with np.errstate(all="ignore"):  # states that are not finite are reported as such in the OOD block
             statistics, stds = reader.statistics(states), reader.reward_std(states)
         return [
             Score(
                 reward,
-                reward_std_epistemic=None if stds is None or not math.isfinite(stds[place]) else float(stds[place]),
-                traits=tuple(statistics[place].tolist()),
+                reward_std_epistemic=None if stds is None or not math.isfinite(stds[index]) else float(stds[index]),
+                traits=tuple(statistics[index].tolist()),
             )
-            for place, reward in enumerate(rewards)
+            for index, reward in enumerate(rewards)
         ]
 
     def read_texts(
         self, items: Sequence[Item], encoded: Sequence[TokenSequence | HttpError], level: DiagnosticsLevel
     ) -> list[TextFacts | None]:
-        """Read the completions of items; None for one that has no known completion, is an error, or at ``none``."""
+        """Compute the text statistics of items.
+
+        None at level ``none``, for an item that is an error, and where prompt and completion cannot be separated.
+        """
         if level == "none":
             return [None] * len(items)
         return [
@@ -103,14 +112,14 @@ class Diagnostician:
         texts: Sequence[TextFacts | None],
         level: DiagnosticsLevel,
     ) -> list[Outcome]:
-        """Complete the Scores of one request to the asked level; errors stay what they are.
+        """Complete the Scores of one request to its level; errors are returned unchanged.
 
         Args:
-            items: of the request.
-            encoded: what tokenization made of them.
-            outcomes: rewards, with the states' part where there is one, or errors.
-            texts: what `read_texts` said.
-            level: of the request.
+            items: items of the request.
+            encoded: their token sequences, or errors.
+            outcomes: their Scores, with state statistics where states were read, or errors.
+            texts: what `read_texts` returned.
+            level: level of the request.
 
         Returns:
             One outcome for each item, in order.
@@ -118,15 +127,15 @@ class Diagnostician:
         if level == "none":
             return [Score(outcome.reward) if isinstance(outcome, Score) else outcome for outcome in outcomes]
         scores = {
-            place: self._describe(outcome, sequence, text)
-            for place, (outcome, sequence, text) in enumerate(zip(outcomes, encoded, texts, strict=True))
+            index: self._describe(outcome, sequence, text)
+            for index, (outcome, sequence, text) in enumerate(zip(outcomes, encoded, texts, strict=True))
             if isinstance(outcome, Score) and isinstance(sequence, TokenSequence)
         }
         groups = siblings_of(items, scores)
         self._add_groups(scores, groups)
-        if level == "full" and self._judge is not None:
-            self._add_ood(self._judge, scores, texts, groups)
-        return [scores.get(place, outcome) for place, outcome in enumerate(outcomes)]
+        if level == "full" and self._ood is not None:
+            self._add_ood(self._ood, scores, texts, groups)
+        return [scores.get(index, outcome) for index, outcome in enumerate(outcomes)]
 
     def _describe(self, score: Score, sequence: TokenSequence, text: TextFacts | None) -> Score:
         length = length_report(sequence)
@@ -137,7 +146,7 @@ class Diagnostician:
         reward, num_tokens = score.reward, length.completion_tokens
         return replace(
             score,
-            length=_placed(length, calibration),
+            length=_with_reference(length, calibration),
             style=style,
             reward_z=calibration.rewards.z(reward),
             reward_percentile=calibration.rewards.percentile(reward),
@@ -149,53 +158,55 @@ class Diagnostician:
 
     def _add_groups(self, scores: dict[int, Score], groups: Sequence[list[int]]) -> None:
         for group in groups:
-            for place, report in zip(group, group_reports([scores[place] for place in group]), strict=True):
-                scores[place] = replace(scores[place], group=report)
+            for index, report in zip(group, group_reports([scores[index] for index in group]), strict=True):
+                scores[index] = replace(scores[index], group=report)
 
     def _add_ood(
-        self, judge: OodJudge, scores: dict[int, Score], texts: Sequence[TextFacts | None], groups: Sequence[list[int]]
+        self,
+        detector: OodDetector,
+        scores: dict[int, Score],
+        texts: Sequence[TextFacts | None],
+        groups: Sequence[list[int]],
     ) -> None:
-        rows: list[NDArray[np.float64]] = []
-        places: list[int] = []
-        for place, score in scores.items():
-            text = texts[place]
+        rows: dict[int, NDArray[np.float64]] = {}
+        for index, score in scores.items():
+            text = texts[index]
             if text is not None and text.statistics is not None and score.traits is not None:
-                rows.append(np.concatenate([text.statistics, score.traits]))
-                places.append(place)
-        if not places:
+                rows[index] = np.concatenate([text.statistics, score.traits])
+        if not rows:
             return
-        row_of = {place: row for row, place in enumerate(places)}
-        members = [np.array([row_of[place] for place in group if place in row_of], np.int64) for group in groups]
-        statistics = np.stack(rows)
-        whole = [not _is_truncated(scores[place]) for place in places]
-        reports = judge.judge(statistics, whole, members)
-        style_p = judge.style_p(statistics)
-        for row, place in enumerate(places):
-            style = scores[place].style
-            scores[place] = replace(
-                scores[place],
+        row_of = {index: row for row, index in enumerate(rows)}
+        members = [np.array([row_of[index] for index in group if index in row_of], np.int64) for group in groups]
+        statistics = np.stack(list(rows.values()))
+        reports = detector.report(statistics, [not _is_truncated(scores[index]) for index in rows], members)
+        style_p = detector.style_p(statistics)
+        for index, row in row_of.items():
+            style = scores[index].style
+            scores[index] = replace(
+                scores[index],
                 ood=reports[row],
                 style=None if style is None else replace(style, style_p=float(style_p[row])),
             )
 
 
 def siblings_of(items: Sequence[Item], scored: AbstractSet[int] | dict[int, Score]) -> list[list[int]]:
-    """Return the places of two or more scored items that answer one prompt: by their group's name, else by the prompt.
+    """Return the groups of two or more scored items that answer one prompt, as indices.
 
-    Items of templated text or token ids show no prompt; they are siblings by name only.
+    Items belong together by the name of their group, otherwise by equal prompts. Items of templated text or token ids
+    have no separate prompt; they are grouped by name only.
     """
     groups: defaultdict[Hashable, list[int]] = defaultdict(list)
-    for place in sorted(scored):
-        item = items[place]
+    for index in sorted(scored):
+        item = items[index]
         if item.group is not None:
-            groups["group", item.group].append(place)
+            groups["group", item.group].append(index)
         elif isinstance(item.content, Exchange):
-            groups["prompt", item.content.prompt].append(place)
-    return [places for places in groups.values() if len(places) > 1]
+            groups["prompt", item.content.prompt].append(index)
+    return [indices for indices in groups.values() if len(indices) > 1]
 
 
 def group_reports(scores: Sequence[Score]) -> list[GroupReport]:
-    """Report on the completions of one prompt, two or more, each beside the others."""
+    """Return the group block of each of two or more completions of one prompt."""
     rewards = np.array([score.reward for score in scores])
     correlation = _length_correlation(scores, rewards)
     centred = rewards - rewards.mean()
@@ -208,14 +219,14 @@ def _length_correlation(scores: Sequence[Score], rewards: NDArray[np.float64]) -
     if len(known) < len(scores) or len(known) < 3:
         return None
     log_lengths = np.log1p(known)
-    # Compared by range: the rounding of a mean gives equal numbers a deviation.
+    # By range and not by standard deviation: rounding of the mean gives equal numbers a small deviation.
     if np.ptp(log_lengths) == 0 or np.ptp(rewards) == 0:
         return None
     correlation = float(np.corrcoef(log_lengths, rewards)[0, 1])
     return correlation if math.isfinite(correlation) else None
 
 
-def _placed(length: LengthReport, calibration: Calibration) -> LengthReport:
+def _with_reference(length: LengthReport, calibration: Calibration) -> LengthReport:
     if length.completion_tokens is None:
         return length
     log_length = math.log1p(length.completion_tokens)

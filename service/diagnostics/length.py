@@ -1,6 +1,7 @@
-"""The length block of an item: how long its texts are, and how much of them the model read.
+"""The length block of an item: lengths of its texts, and how many tokens the model read.
 
-Pure arithmetic on a Sequence; where the border between prompt and completion is unknown, so are their lengths.
+Pure arithmetic on a TokenSequence. Where the number of prompt tokens is unknown, the lengths of prompt and completion
+are None.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from service.records import LengthReport, TokenSequence
 def length_report(sequence: TokenSequence) -> LengthReport:
     """Describe the lengths of one item.
 
-    Prompt and completion counts are of the full texts, as if nothing had been cut; truncation only ever cuts the
-    prompt, from the left.
+    Prompt and completion counts are of the full texts before truncation; truncation only removes tokens from the left
+    end of the prompt.
     """
-    kept = sequence.num_prompt_tokens
+    num_prompt_tokens = sequence.num_prompt_tokens
     return LengthReport(
-        prompt_tokens=None if kept is None else kept + sequence.num_dropped,
+        prompt_tokens=None if num_prompt_tokens is None else num_prompt_tokens + sequence.num_dropped,
         completion_tokens=sequence.num_completion_tokens,
         completion_chars=sequence.completion_chars,
         scored_tokens=sequence.num_tokens,

@@ -1,7 +1,7 @@
-"""The tells that are counted in a completion: markdown, emoji, hedging and flattering phrases.
+"""The style markers that are counted in a completion: markdown, emoji, hedging and flattering phrases.
 
-English phrases only, and plain patterns: a zero says that nothing of this list was found, not that nothing is there.
-A calibration is bound to ``LEXICON_VERSION``, so whatever changes a count must change it.
+English phrases only, and plain patterns: a count of zero means that nothing on this list was found. A calibration is
+bound to ``LEXICON_VERSION``, so every change that alters a count must change the version.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _LIST_ITEM = re.compile(r"^[ \t]*(?:[-*+]|\d+[.)])[ \t]", re.MULTILINE)
 _BOLD = re.compile(r"\*\*(?:(?!\*\*)[^\n])+\*\*|__(?:(?!__)[^\n])+__")
 _EMOJI = re.compile("[\U0001f300-\U0001faff\u2600-\u27bf]")
 
-# A pattern is only searched for in texts that hold one of its words; `in` is much faster than any expression.
+# A pattern is searched only in texts that contain one of its words: `in` is much faster than a regular expression.
 _HEDGES: tuple[tuple[tuple[str, ...], str], ...] = (
     (
         ("to note", "to consider", "noting", "considering"),
@@ -52,8 +52,8 @@ _FLATTERY: tuple[tuple[tuple[str, ...], str], ...] = (
 
 
 @dataclass(frozen=True, slots=True)
-class Tells:
-    """How often each kind of tell stands in a text."""
+class StyleMarkers:
+    """Number of occurrences of each style marker in a text."""
 
     headers: int
     list_items: int
@@ -64,7 +64,7 @@ class Tells:
 
 
 class _Phrases:
-    """Phrases of one kind, as whole words in any case, with the words that announce them."""
+    """Phrases of one kind, matched as whole words in any case, with the words that every match contains."""
 
     def __init__(self, phrases: tuple[tuple[tuple[str, ...], str], ...]) -> None:
         self._phrases = [(words, re.compile(rf"\b(?:{pattern})\b")) for words, pattern in phrases]
@@ -79,11 +79,11 @@ _hedges = _Phrases(_HEDGES)
 _flattery = _Phrases(_FLATTERY)
 
 
-def count_tells(text: str) -> Tells:
-    """Count the tells of a text. Markdown inside fenced code is code and does not count."""
+def count_style_markers(text: str) -> StyleMarkers:
+    """Count the style markers of a text. Markdown inside fenced code blocks does not count."""
     prose = FENCED_CODE.sub("", text) if "```" in text else text
     lowered = text.lower().replace("\u2019", "'")
-    return Tells(
+    return StyleMarkers(
         headers=len(_HEADER.findall(prose)) if "#" in prose else 0,
         list_items=len(_LIST_ITEM.findall(prose)),
         bold=len(_BOLD.findall(prose)) if "**" in prose or "__" in prose else 0,

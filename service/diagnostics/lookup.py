@@ -1,7 +1,7 @@
-"""Finds the calibration of the served model, and says why one that lies there is not used.
+"""Finds the calibration of the served model, and reports why one that was found is not used.
 
-A calibration of another model, of other settings or of another engine would turn its p-values into made-up numbers, so
-it is refused; scoring goes on without it.
+With another model, other settings or another engine its p-values would not be calibrated, so it is refused, and
+requests are scored without it.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from typing import Any
 from reward_client.options import TemplateChoice
 
 from service.checkpoints.checkpoint import Checkpoint
-from service.checkpoints.demo import merged_identity
-from service.diagnostics.calibration import CALIBRATION_FILE, Binding, Calibration, read_calibration
+from service.checkpoints.demo import CALIBRATION_FILE, merged_identity
+from service.diagnostics.calibration import Binding, Calibration, read_calibration
 from service.errors import CalibrationError
 from service.records import Pooling, StateTap
 
 logger = logging.getLogger(__name__)
 
-SHOWN_FACTS = ("created", "num_prompts", "num_fit", "num_combine", "num_conformal", "admitted", "self_test", "weak")
-"""Facts of a calibration that ``/v1/model`` shows."""
+SHOWN_FACTS = ("created", "num_prompts", "num_fit", "num_select", "num_calibrate", "admitted", "self_test", "weak")
+"""Fields of `CalibrationFacts` in ``/v1/model``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lookup:
-    """What was found: a calibration that may be used, or the reason why there is none."""
+    """The result of the search: a calibration that may be used, or the reason why there is none."""
 
     calibration: Calibration | None
     reason: str | None = None
@@ -38,9 +38,13 @@ class Lookup:
         return self.calibration.states.taps if self.calibration else ()
 
     def checked(self, available: tuple[StateTap, ...], arithmetic: dict[str, str]) -> Lookup:
-        """Return what is left once the engine is known: nothing if it lacks a tap.
+        """Return the lookup once the engine is known: without the calibration if the engine lacks a tap.
 
-        Another arithmetic moves rewards and states by rounding only, so that is worth a warning and no more.
+        Another arithmetic changes rewards and states by rounding only, so it causes a warning.
+
+        Args:
+            available: taps that the engine reads.
+            arithmetic: engine, dtype and forward path that are served.
         """
         calibration = self.calibration
         if calibration is None:
@@ -53,17 +57,17 @@ class Lookup:
         return self
 
     def description(self) -> dict[str, Any]:
-        """Say what is used, or why nothing is; JSON-ready, for ``/v1/model``."""
+        """Return what is used, or why nothing is, as JSON-ready values for ``/v1/model``."""
         calibration = self.calibration
         if calibration is None:
             return {"id": None, "reason": self.reason}
-        shown = {name: calibration.facts.get(name) for name in SHOWN_FACTS}
+        facts = calibration.facts.as_json()
         taps = [f"{tap.pooling}@{tap.layer}" for tap in self.taps]
-        return {"id": calibration.id, "reason": None, "taps": taps, **shown}
+        return {"id": calibration.id, "reason": None, "taps": taps, **{name: facts[name] for name in SHOWN_FACTS}}
 
 
 def binding_of(checkpoint: Checkpoint, *, pooling: Pooling, template: TemplateChoice) -> Binding:
-    """Return what a calibration of this checkpoint, served in this way, must be bound to."""
+    """Return the binding of a calibration of this checkpoint under these settings."""
     hashes = checkpoint.hashes
     return Binding(
         weights=merged_identity(checkpoint.path, hashes.weights),
@@ -78,18 +82,18 @@ def binding_of(checkpoint: Checkpoint, *, pooling: Pooling, template: TemplateCh
 
 
 def find_calibration(folder: Path, named: str | None, binding: Binding) -> Lookup:
-    """Look for a calibration that speaks for this binding.
+    """Look for a calibration that is valid for this binding.
 
     Args:
         folder: of the checkpoint.
-        named: the file that the settings name; None: the usual one in the folder.
+        named: the file that the settings name; None: the default file in the folder.
         binding: of the served model.
     """
     path = Path(named).expanduser() if named else folder / CALIBRATION_FILE
     if not path.is_file():
         if named:
             return _refused(f"there is no file {path}")
-        return Lookup(None, "The model brings no calibration; reward-calibrate makes one.")
+        return Lookup(None, "The checkpoint has no calibration; reward-calibrate makes one.")
     try:
         calibration = read_calibration(path)
     except CalibrationError as error:
@@ -101,7 +105,7 @@ def find_calibration(folder: Path, named: str | None, binding: Binding) -> Looku
 
 
 def without_calibration(reason: str) -> Lookup:
-    """Return that nothing was looked for, and why."""
+    """Return a lookup without a calibration, with the reason why none was searched for."""
     return Lookup(None, reason)
 
 

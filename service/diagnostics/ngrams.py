@@ -1,6 +1,6 @@
-"""How surprising a completion's tokens are to somebody who has only counted the calibration's tokens and token pairs.
+"""Surprisal of a completion's tokens under unigram and bigram counts of the calibration's texts.
 
-A count table, no language model: it tells random tokens and shuffled words from text, and costs microseconds.
+A count table, not a language model: it separates random tokens and shuffled words from text, and costs microseconds.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 WINDOW_TOKENS = 1024
-"""Leading completion tokens that the statistics over tokens read."""
+"""Leading completion tokens over which token statistics are computed."""
 
 NUM_SLOTS = 1 << 22
-"""Slots that pairs of tokens are hashed to."""
+"""Slots of the hash table of token pairs."""
 
 _MULTIPLIER = 1_000_003
 _PRIOR_WEIGHT = 2.0
@@ -27,8 +27,8 @@ class NgramCounts:
 
     Args:
         unigrams: uint32 [vocabulary].
-        slots: uint32 [pairs], the occupied ones of `NUM_SLOTS`.
-        counts: uint16 [pairs], how many pairs fell into each; saturating.
+        slots: occupied slots of `NUM_SLOTS`, uint32 [pairs].
+        counts: number of pairs hashed to each occupied slot, saturating, uint16 [pairs].
     """
 
     def __init__(self, unigrams: NDArray[np.uint32], slots: NDArray[np.uint32], counts: NDArray[np.uint16]) -> None:
@@ -52,9 +52,10 @@ class NgramCounts:
         return cls(unigrams, slots.astype(np.uint32), np.minimum(pairs[slots], _MAX_COUNT).astype(np.uint16))
 
     def surprisal(self, ids: tuple[int, ...]) -> tuple[float, float]:
-        """Return the mean -ln p of the tokens, and of the tokens given the one before; 0 where there are none.
+        """Return the mean -ln p of the tokens, and of each token given the previous one; 0 where there are none.
 
-        Unigrams are smoothed by one; pairs back off to the unigram with the weight of two observations.
+        Unigrams have add-one smoothing; a pair is interpolated with the unigram, which weighs as much as two
+        observations (Dirichlet prior, MacKay and Peto, 1995).
         """
         window = np.array(ids[:WINDOW_TOKENS], np.int64)
         if not window.size:
@@ -67,5 +68,5 @@ class NgramCounts:
 
 
 def _slots(ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The slot of each pair of neighbours, int64 [tokens - 1]."""
+    """Return the slot of each pair of adjacent tokens, int64 [tokens - 1]."""
     return (_MULTIPLIER * ids[:-1] + ids[1:]) % NUM_SLOTS

@@ -1,58 +1,63 @@
-"""Is this item of the kind that the calibration has seen? Several detectors, one conformal p-value.
+"""Out-of-distribution detection: several component detectors, combined into one conformal p-value an item.
 
-Each admitted component is mapped to -ln p on a scale of its own, the largest of them is the item's surprise, and the
-p-value is the surprise's rank among calibration items. Which components are admitted was measured at calibration; here
-nothing is chosen.
+Each admitted component is mapped to -ln p on a scale of its own. The largest of them is the item's surprise, and the
+p-value is the rank of the surprise among calibration items. Which components are admitted was decided by
+``reward-calibrate``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.diagnostics.conformal import Scores, TailMap, conformal_p
-from service.diagnostics.detectors import BANK, Matrix, ShrunkGaussian, TestBank, TreeEnsemble
+from service.diagnostics.detectors import ONE_SIDED_TESTS, Matrix, OneSidedTests, ShrunkGaussian, TreeEnsemble
 from service.diagnostics.states import PER_TAP
 from service.diagnostics.text import STATISTICS
 from service.records import LayerPValues, OodMode, OodReport
 
 Component: TypeAlias = Literal["text", "feature", "feature_mid", "feature_last", "oe", "siblings"]
 COMPONENTS: tuple[Component, ...] = ("text", "feature", "feature_mid", "feature_last", "oe")
-"""Components of a single item, in the order of their precedence as a reason. ``text``: bank of one-sided tests.
-``feature``: Gaussian on statistics of states and text. ``feature_mid``, ``feature_last``: distance of one tap's states.
-``oe``: trees that have seen the built-in hacks."""
+"""Components of a single item, in their order of precedence as a reason. ``text``: one-sided tests of text statistics.
+``feature``: Gaussian on statistics of states and text. ``feature_mid``, ``feature_last``: Mahalanobis distance of one
+tap's states. ``oe``: boosted trees trained on the built-in hacks (outlier exposure, Hendrycks et al., 2019)."""
 
 MODES: tuple[OodMode, ...] = ("single", "group")
 Mask: TypeAlias = NDArray[np.bool_]
 
 MIN_GROUP = 5
-"""Completions of one prompt from which siblings are compared."""
+"""Least number of completions of one prompt that are compared with each other."""
 
 
 @dataclass(frozen=True, slots=True)
 class Detectors:
-    """Everything fitted that turns an item's statistics (text, then five for each tap) into scores.
+    """The fitted detectors; they map an item's statistics (text, then five for each tap) to scores."""
 
-    ``mid_tap``, ``last_tap``: places of the taps behind ``feature_mid`` and ``feature_last``. ``siblings``: Gaussian on
-    deviations from siblings. ``style``: Gaussian on the style statistics; beside the combination, never in it.
-    """
-
-    bank: TestBank
+    text_tests: OneSidedTests
     feature: ShrunkGaussian
+
     style: ShrunkGaussian
+    """Gaussian on the style statistics. Reported as ``style_p`` and not part of the combination."""
+
     mid_tap: int
+    """Index of the tap of ``feature_mid``."""
+
     last_tap: int
+    """Index of the tap of ``feature_last``."""
+
     trees: TreeEnsemble | None = None
+
     siblings: ShrunkGaussian | None = None
+    """Gaussian on deviations from the other completions of the prompt; None where the calibration had no pairs."""
 
     def scores(self, statistics: Matrix) -> dict[Component, Scores]:
         """Return the score of every component of single items, float64 [items] each."""
         scores: dict[Component, Scores] = {
-            "text": self.bank.surprises(statistics).max(axis=1),
+            "text": self.text_tests.surprises(statistics).max(axis=1),
             "feature": self.feature.distance(statistics),
             "feature_mid": statistics[:, distance_column(self.mid_tap)],
             "feature_last": statistics[:, distance_column(self.last_tap)],
@@ -69,14 +74,13 @@ def distance_column(tap: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """How scores become p-values.
-
-    ``maps``: of the admitted components, to -ln p. ``references``: sorted scores of calibration items, by component, of
-    ``style``, and of the surprise by mode.
-    """
+    """The calibration data by which scores become p-values."""
 
     maps: Mapping[Component, TailMap]
+    """Maps each admitted component's scores to -ln p."""
+
     references: Mapping[str, Scores] = field(repr=False)
+    """Sorted scores of calibration items: by component, of ``style``, and of the surprise by mode."""
 
     def surprises(self, scores: Mapping[Component, Scores]) -> dict[Component, Scores]:
         """Return -ln p of every admitted component that has scores."""
@@ -84,23 +88,23 @@ class Ranking:
 
 
 @dataclass(frozen=True, slots=True)
-class _Verdicts:
-    """What the components say of a batch, item by item."""
+class _CombinedScores:
+    """The combined scores of a batch, item by item."""
 
     surprise: Scores
     reasons: Sequence[str]
     p_components: Mapping[Component, Scores]
-    score: Scores
+    feature_distance: Scores
 
 
-class OodJudge:
-    """Judges items by their statistics; a batch at once, in any thread.
+class OodDetector:
+    """Reports how unusual items are, by their statistics; a batch at once, safe to call from several threads.
 
     Args:
-        detectors: fitted.
-        ranking: calibrated.
+        detectors: fitted detectors.
+        ranking: calibration data of the p-values.
         calibration_id: named in every report.
-        alpha: p-values up to this are flagged: the rate of false alarms.
+        alpha: p-values up to this are flagged; the nominal false-alarm rate.
     """
 
     def __init__(self, detectors: Detectors, ranking: Ranking, calibration_id: str, alpha: float) -> None:
@@ -111,50 +115,33 @@ class OodJudge:
 
     @property
     def can_compare_siblings(self) -> bool:
-        """Whether the calibration knows how siblings differ."""
+        """Whether the calibration has the distribution of differences between completions of one prompt."""
         return self._detectors.siblings is not None and "group" in self._ranking.references
 
-    def judge(
+    def report(
         self, statistics: Matrix, whole: Sequence[bool], groups: Sequence[NDArray[np.int64]] = ()
     ) -> list[OodReport]:
-        """Report on items.
+        """Return one report for each item, in order; an item with statistics that are not finite is flagged.
 
         Args:
-            statistics: float64 [items, 18 + 5 x taps]; NaN or infinity where a state was.
-            whole: whether the model read all of an item.
-            groups: places of the completions of one prompt; those of `MIN_GROUP` or more are compared with each other.
-
-        Returns:
-            One report for each item, in order. An item whose statistics are not finite is flagged as that.
+            statistics: float64 [items, 18 + 5 x taps]; NaN or infinite where a state was.
+            whole: whether the model read the whole of each item.
+            groups: indices of the completions of one prompt; groups of `MIN_GROUP` or more are compared within.
         """
         is_finite: Mask = np.asarray(np.isfinite(statistics).all(axis=1))
         statistics = np.where(is_finite[:, None], statistics, 0.0)
-        detectors, references = self._detectors, self._ranking.references
-        scores = detectors.scores(statistics)
+        scores = self._detectors.scores(statistics)
         scores["siblings"], has_siblings = self._sibling_scores(statistics, is_finite, groups)
-        surprises = self._ranking.surprises(scores)
-        if "siblings" in surprises:
-            surprises["siblings"] = np.where(has_siblings, surprises["siblings"], 0.0)
-        stacked = np.stack(list(surprises.values()), axis=1)
-        names = list(surprises)
-        tests = detectors.bank.surprises(statistics).argmax(axis=1)
-        verdicts = _Verdicts(
-            surprise=stacked.max(axis=1),
-            reasons=[
-                reason_of(names[best], int(test)) for best, test in zip(stacked.argmax(axis=1), tests, strict=True)
-            ],
-            p_components={name: conformal_p(references[name], scores[name]) for name in scores if name in references},
-            score=scores["feature"],
-        )
-        p_values = {mode: conformal_p(references[mode], verdicts.surprise) for mode in MODES if mode in references}
+        combined = self._combine(statistics, scores, has_siblings)
+        references = self._ranking.references
+        p_values = {mode: conformal_p(references[mode], combined.surprise) for mode in MODES if mode in references}
         reports = []
-        for place in range(len(statistics)):
-            mode: OodMode = "group" if has_siblings[place] else "single"
-            resolution = 1.0 / (len(references[mode]) + 1)
-            if is_finite[place]:
-                reports.append(self._report(verdicts, place, mode, float(p_values[mode][place]), resolution, whole))
-            else:
-                reports.append(self._not_finite(mode, resolution, whole[place]))
+        for index in range(len(statistics)):
+            mode: OodMode = "group" if has_siblings[index] else "single"
+            report = self._unusual(mode, whole[index])
+            if is_finite[index]:
+                report = self._filled(report, combined, index, float(p_values[mode][index]))
+            reports.append(report)
         return reports
 
     def style_p(self, statistics: Matrix) -> Scores:
@@ -175,28 +162,26 @@ class OodJudge:
                     compared[members] = True
         return scores, compared
 
-    def _report(
-        self, verdicts: _Verdicts, place: int, mode: OodMode, p_value: float, resolution: float, whole: Sequence[bool]
-    ) -> OodReport:
-        own = {name: float(values[place]) for name, values in verdicts.p_components.items()}
-        return OodReport(
-            p_value=p_value,
-            flag=p_value <= self._alpha,
-            mode=mode,
-            surprise=float(verdicts.surprise[place]),
-            reason=verdicts.reasons[place],
-            resolution=resolution,
-            calibration_id=self._calibration_id,
-            valid_for_tail=whole[place],
-            p_text=own.get("text"),
-            p_feature=own.get("feature"),
-            p_layers=LayerPValues(own.get("feature_mid"), own.get("feature_last")),
-            p_oe=own.get("oe"),
-            p_group=own.get("siblings") if mode == "group" else None,
-            score=float(verdicts.score[place]),
+    def _combine(self, statistics: Matrix, scores: Mapping[Component, Scores], has_siblings: Mask) -> _CombinedScores:
+        references = self._ranking.references
+        surprises = self._ranking.surprises(scores)
+        if "siblings" in surprises:
+            surprises["siblings"] = np.where(has_siblings, surprises["siblings"], 0.0)
+        stacked = np.stack(list(surprises.values()), axis=1)
+        names = list(surprises)
+        tests = self._detectors.text_tests.surprises(statistics).argmax(axis=1)
+        return _CombinedScores(
+            surprise=stacked.max(axis=1),
+            reasons=[
+                reason_of(names[best], int(test)) for best, test in zip(stacked.argmax(axis=1), tests, strict=True)
+            ],
+            p_components={name: conformal_p(references[name], scores[name]) for name in scores if name in references},
+            feature_distance=scores["feature"],
         )
 
-    def _not_finite(self, mode: OodMode, resolution: float, whole: bool) -> OodReport:
+    def _unusual(self, mode: OodMode, whole: bool) -> OodReport:
+        """Return the report of an item whose statistics are not finite: the least p-value that can be."""
+        resolution = 1.0 / (len(self._ranking.references[mode]) + 1)
         return OodReport(
             p_value=resolution,
             flag=True,
@@ -208,12 +193,33 @@ class OodJudge:
             valid_for_tail=whole,
         )
 
+    def _filled(self, report: OodReport, combined: _CombinedScores, index: int, p_value: float) -> OodReport:
+        own = {name: float(values[index]) for name, values in combined.p_components.items()}
+        return replace(
+            report,
+            p_value=p_value,
+            flag=p_value <= self._alpha,
+            surprise=float(combined.surprise[index]),
+            reason=combined.reasons[index],
+            p_text=own.get("text"),
+            p_feature=own.get("feature"),
+            p_layers=LayerPValues(own.get("feature_mid"), own.get("feature_last")),
+            p_oe=own.get("oe"),
+            p_group=own.get("siblings") if report.mode == "group" else None,
+            score=float(combined.feature_distance[index]),
+        )
+
 
 def reason_of(component: Component, test: int) -> str:
-    """Name a component as ``ood.reason`` does; the text component by the test that spoke loudest."""
+    """Return the value of ``ood.reason`` for a component; the text component is named by its most extreme test.
+
+    Args:
+        component: the component with the largest -ln p.
+        test: index of the one-sided test with the largest -ln p.
+    """
     if component == "siblings":
         return "group"
     if component != "text":
         return component
-    name, sign = BANK[test]
+    name, sign = ONE_SIDED_TESTS[test]
     return f"text:{name}{'+' if sign > 0 else '-'}"

@@ -1,28 +1,29 @@
-"""Where a reward and a length stand among the calibration's, and what of a reward is owed to length alone.
+"""The distribution of rewards and lengths over the calibration's items, and the reward that length alone predicts.
 
-Plain arithmetic on quantiles and knots. The adjusted reward stands beside the reward, never in its place.
+Plain arithmetic on quantiles and knots. The length-adjusted reward is reported beside the reward and never replaces it.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 
 from service.diagnostics.conformal import Scores, thinned
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class Reference:
-    """The distribution of one quantity over the calibration's items.
+    """The distribution of one quantity over the calibration's items."""
 
-    Args:
-        mean: of the quantity.
-        sd: its standard deviation; positive.
-        quantiles: sorted, from the smallest to the largest value seen.
-    """
+    mean: float
+    sd: float
+    """Standard deviation; positive."""
 
-    def __init__(self, mean: float, sd: float, quantiles: Scores) -> None:
-        self.mean, self.sd, self.quantiles = mean, sd, quantiles
+    quantiles: Scores = field(repr=False)
+    """Sorted, from the smallest to the largest value seen."""
 
     @classmethod
     def of(cls, values: Scores) -> Reference:
@@ -38,30 +39,33 @@ class Reference:
         return float(np.searchsorted(self.quantiles, value, side="right")) / len(self.quantiles)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class LengthCurve:
-    """The reward that length alone predicts: straight lines between knots over ln(1 + tokens), constant outside.
+    """The reward that length alone predicts: linear between knots over ln(1 + tokens), constant outside them.
 
-    Log-length knots and not a line, because the bias saturates (arXiv 2505.12843); the residual plays the part of the
-    LOWESS residual of arXiv 2409.17407. Nothing makes the curve rise: rewards may fall with length.
-
-    Args:
-        x: ln(1 + completion tokens) of the knots, ascending.
-        y: mean reward there.
-        mean: of the curve over the items it was fitted to.
+    Knots over log length instead of a straight line, because length bias saturates (arXiv 2505.12843). Subtracting the
+    curve corresponds to the LOWESS residual of arXiv 2409.17407. The curve is not constrained to rise: rewards may fall
+    with length.
     """
 
-    NUM_KNOTS = 16
+    NUM_KNOTS: ClassVar[int] = 16
 
-    def __init__(self, x: Scores, y: Scores, mean: float) -> None:
-        self.x, self.y, self.mean = x, y, mean
+    x: Scores = field(repr=False)
+    """ln(1 + completion tokens) of the knots, ascending."""
+
+    y: Scores = field(repr=False)
+    """Mean reward at each knot."""
+
+    mean: float
+    """Mean of the curve over the items that it was fitted to."""
 
     @classmethod
     def of(cls, log_lengths: Scores, rewards: Scores) -> LengthCurve:
-        """Fit to items: means of up to 16 equal-count bins, the interior ones smoothed by their neighbours."""
+        """Fit to items: means of up to 16 equal-count bins; interior ones are smoothed with weights 1/4, 1/2, 1/4."""
         order = np.argsort(log_lengths, kind="stable")
         edges = np.quantile(log_lengths, np.linspace(0, 1, cls.NUM_KNOTS + 1)[1:-1])
         bins = np.searchsorted(np.unique(edges), log_lengths[order], side="right")
-        members = [order[bins == place] for place in np.unique(bins)]
+        members = [order[bins == number] for number in np.unique(bins)]
         x = np.array([log_lengths[chosen].mean() for chosen in members])
         raw = np.array([rewards[chosen].mean() for chosen in members])
         y = raw.copy()
@@ -69,9 +73,9 @@ class LengthCurve:
         return cls(x, y, float(np.interp(log_lengths, x, y).mean()))
 
     def flattened(self, share: float) -> LengthCurve:
-        """Return the curve with its rises and falls reduced to a share of themselves; its mean stays."""
+        """Return the curve with its deviations from its mean multiplied by a share."""
         return LengthCurve(self.x, self.mean + share * (self.y - self.mean), self.mean)
 
     def adjusted(self, reward: float, num_completion_tokens: int) -> float:
-        """Return the reward less what its length predicts, plus what the mean length does."""
+        """Return the reward less what its length predicts, plus the mean of the curve."""
         return reward - float(np.interp(math.log1p(num_completion_tokens), self.x, self.y)) + self.mean

@@ -1,7 +1,8 @@
-"""What can be said of a completion by looking at its characters and token ids, without the model.
+"""Statistics of a completion's characters and token ids, computed without the model.
 
-Eighteen statistics that crude reward hacks move, and the counts that people want to see. They are computed in the
-tokenizer's threads, so everything here leans on what Python does in C; nothing here knows what is unusual.
+Eighteen statistics that crude reward hacks change, and the counts of the style block. They are computed in the
+tokenizer's threads, so the work is done by built-ins that are implemented in C. Which values are unusual is decided by
+the detectors.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from service.diagnostics.lexicon import FENCED_CODE, Tells, count_tells
+from service.diagnostics.lexicon import FENCED_CODE, StyleMarkers, count_style_markers
 from service.diagnostics.ngrams import WINDOW_TOKENS, NgramCounts
 from service.records import Exchange, Item, StyleReport, TokenSequence
 
@@ -43,11 +44,11 @@ STATISTICS = (
 """Names of the text statistics, in the order of the vectors."""
 
 ZLIB_CHARS = 6000
-"""Characters that are compressed: what repeats shows itself early."""
+"""Leading characters that are compressed; repetition is visible within them."""
 
 MIN_ZLIB_BYTES = 40
 SHORT_ZLIB_RATIO = 0.9
-"""What a text below `MIN_ZLIB_BYTES` counts as: its header alone would be most of the result."""
+"""Ratio of a text below `MIN_ZLIB_BYTES`, whose compressed form would be mostly header."""
 
 TYPE_TOKEN_WINDOW = 100
 MIN_FOUR_GRAMS = 20
@@ -61,48 +62,60 @@ _BLANK_UNLESS_LETTER = bytes(byte if byte in _LETTERS else 32 for byte in range(
 
 @dataclass(frozen=True, slots=True)
 class CharFacts:
-    """What the characters of a completion say. Counts, except the ratio and ``word_length`` (mean, in letters)."""
+    """Statistics of the characters of a completion; counts unless noted."""
 
     chars: int
     words: int
+    """Whitespace-separated words outside of fenced code blocks."""
+
     non_ascii: int
     punctuation: int
     digits: int
     upper: int
     word_length: float
+    """Mean length of runs of ASCII letters, in letters."""
+
     zlib_ratio: float
-    tells: Tells
+    """Compressed size over uncompressed size, see `zlib_ratio`."""
+
+    markers: StyleMarkers
 
 
 @dataclass(frozen=True, slots=True)
 class TokenFacts:
-    """What the token ids of a completion say.
-
-    ``repeat4``: share of 4-grams that occurred before. ``top4``: share of the most frequent one. ``type_token``:
-    distinct tokens per token at the beginning. ``overlap``: share of tokens that the prompt has too.
-    """
+    """Statistics of the first `WINDOW_TOKENS` token ids of a completion."""
 
     repeat4: float
+    """Share of 4-grams that occurred before in the completion."""
+
     top4: float
+    """Share of the most frequent 4-gram; 0 for `MIN_FOUR_GRAMS` 4-grams or fewer."""
+
     type_token: float
+    """Distinct tokens over tokens, within the first `TYPE_TOKEN_WINDOW` tokens (type-token ratio)."""
+
     overlap: float
+    """Share of tokens that also occur in the prompt."""
 
 
 @dataclass(frozen=True, slots=True)
 class TextFacts:
-    """All that is known of one completion as a text. ``statistics``: float64 [18], None below level ``full``."""
+    """Everything that was computed from the text of one completion."""
 
     chars: CharFacts
     tokens: TokenFacts | None = None
+    """None below level ``full``."""
+
     statistics: NDArray[np.float64] | None = None
+    """The numbers named in `STATISTICS`, float64 [18]; None below level ``full`` and without n-gram counts."""
 
 
 class TextReader:
-    """Reads the texts of items.
+    """Computes the text statistics of items.
 
     Args:
-        ngrams: n-gram counts of the calibration; without them there are counts, but no statistics.
-        special_ids: the tokenizer's special tokens, which end a completion's own tokens.
+        ngrams: n-gram counts of the calibration; None: counts are computed, statistics are not.
+        special_ids: ids of the tokenizer's special tokens, at which a completion's own tokens end.
     """
 
     def __init__(self, ngrams: NgramCounts | None, special_ids: AbstractSet[int] = frozenset()) -> None:
@@ -110,12 +123,12 @@ class TextReader:
         self._special_ids = special_ids
 
     def read(self, item: Item, sequence: TokenSequence, *, full: bool) -> TextFacts | None:
-        """Return what the completion's text says; None where the completion is not known as a text.
+        """Return the statistics of the completion; None where prompt and completion cannot be separated.
 
         Args:
             item: as the caller sent it.
-            sequence: the same, tokenized.
-            full: whether to look at tokens and compute the statistics too.
+            sequence: the same item, tokenized.
+            full: whether to compute token statistics and the vector of statistics too.
         """
         content = item.content
         if not isinstance(content, Exchange) or sequence.num_prompt_tokens is None:
@@ -123,17 +136,17 @@ class TextReader:
         chars = read_chars(content.completion)
         if not full:
             return TextFacts(chars)
-        border = sequence.num_prompt_tokens
-        completion = completion_tokens(sequence.token_ids[border:], self._special_ids)
-        tokens = read_tokens(completion, sequence.token_ids[:border])
+        num_prompt = sequence.num_prompt_tokens
+        completion = completion_tokens(sequence.token_ids[num_prompt:], self._special_ids)
+        tokens = read_tokens(completion, sequence.token_ids[:num_prompt])
         if self._ngrams is None:
             return TextFacts(chars, tokens)
         uni, bi = self._ngrams.surprisal(completion)
-        return TextFacts(chars, tokens, statistics_of(chars, tokens, sequence.num_tokens - border, uni, bi))
+        return TextFacts(chars, tokens, statistics_of(chars, tokens, sequence.num_tokens - num_prompt, uni, bi))
 
 
 def read_chars(text: str) -> CharFacts:
-    """Count what the characters of a completion say."""
+    """Return the character statistics of a completion."""
     ascii_only = text.encode("ascii", "ignore")
     letters = text.encode("ascii", "replace").translate(_BLANK_UNLESS_LETTER)
     num_runs = len(letters.split())
@@ -147,18 +160,18 @@ def read_chars(text: str) -> CharFacts:
         upper=_count(ascii_only, _UPPER),
         word_length=_count(ascii_only, _LETTERS) / num_runs if num_runs else 0.0,
         zlib_ratio=zlib_ratio(text),
-        tells=count_tells(text),
+        markers=count_style_markers(text),
     )
 
 
 def zlib_ratio(text: str) -> float:
-    """Compressed by uncompressed size (zlib level 1) of the text's beginning; low for what repeats itself."""
+    """Return compressed over uncompressed size (zlib level 1) of the first `ZLIB_CHARS`; low for repetitive text."""
     raw = text[:ZLIB_CHARS].encode("utf-8", "surrogatepass")
     return len(zlib.compress(raw, 1)) / len(raw) if len(raw) >= MIN_ZLIB_BYTES else SHORT_ZLIB_RATIO
 
 
 def completion_tokens(ids: tuple[int, ...], special_ids: AbstractSet[int]) -> tuple[int, ...]:
-    """Cut off what the chat template puts behind a completion: its closing special token and the blanks after that."""
+    """Remove what the chat template appends to a completion: its closing special token and the whitespace after it."""
     for end in range(len(ids) - 1, max(-1, len(ids) - 4), -1):
         if ids[end] in special_ids:
             return ids[:end]
@@ -166,7 +179,7 @@ def completion_tokens(ids: tuple[int, ...], special_ids: AbstractSet[int]) -> tu
 
 
 def read_tokens(completion: tuple[int, ...], prompt: tuple[int, ...]) -> TokenFacts:
-    """Count what the first `WINDOW_TOKENS` of a completion's tokens say."""
+    """Return the token statistics of a completion."""
     ids = completion[:WINDOW_TOKENS]
     if not ids:
         return TokenFacts(0.0, 0.0, 0.0, 0.0)
@@ -185,7 +198,7 @@ def statistics_of(
     chars: CharFacts, tokens: TokenFacts, num_completion_tokens: int, uni: float, bi: float
 ) -> NDArray[np.float64]:
     """Return the statistics named in `STATISTICS`, float64 [18]."""
-    tells = chars.tells
+    markers = chars.markers
     return np.array(
         [
             math.log1p(num_completion_tokens),
@@ -200,10 +213,10 @@ def statistics_of(
             chars.word_length,
             _per_100(chars.digits, chars.chars),
             _per_100(chars.upper, chars.chars),
-            _per_100(tells.headers + tells.list_items + tells.bold, chars.words),
-            _per_100(tells.emoji, chars.words),
-            _per_100(tells.hedges, chars.words),
-            _per_100(tells.flattery, chars.words),
+            _per_100(markers.headers + markers.list_items + markers.bold, chars.words),
+            _per_100(markers.emoji, chars.words),
+            _per_100(markers.hedges, chars.words),
+            _per_100(markers.flattery, chars.words),
             tokens.overlap,
             chars.chars / max(1, num_completion_tokens),
         ]
@@ -211,15 +224,15 @@ def statistics_of(
 
 
 def style_report(facts: TextFacts, style_p: float | None = None) -> StyleReport:
-    """Return the style block; the fractions are None where the tokens were not looked at."""
-    chars, tokens, tells = facts.chars, facts.tokens, facts.chars.tells
+    """Return the style block; the fractions are None where token statistics were not computed."""
+    chars, tokens, markers = facts.chars, facts.tokens, facts.chars.markers
     return StyleReport(
-        headers=tells.headers,
-        list_items=tells.list_items,
-        bold=tells.bold,
-        emoji=tells.emoji,
-        hedges=tells.hedges,
-        flattery=tells.flattery,
+        headers=markers.headers,
+        list_items=markers.list_items,
+        bold=markers.bold,
+        emoji=markers.emoji,
+        hedges=markers.hedges,
+        flattery=markers.flattery,
         words=chars.words,
         repeat4=None if tokens is None else tokens.repeat4,
         zlib_ratio=None if tokens is None else chars.zlib_ratio,

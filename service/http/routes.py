@@ -27,6 +27,7 @@ from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.assembly import ServedModel
+from service.diagnostics.diagnosis import Outcome
 from service.diagnostics.monitors.monitor import MonitorView, describe_state
 from service.errors import (
     ClientGone,
@@ -44,7 +45,6 @@ from service.http.access_log import Journal
 from service.http.body import read_json_body
 from service.protocols.native import (
     MAX_NAME_CHARS,
-    Outcome,
     RequestDefaults,
     parse_compare_request,
     parse_score_request,

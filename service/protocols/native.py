@@ -11,12 +11,13 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 from reward_client.options import DiagnosticsLevel, TemplateChoice, Truncation
 
+from service.diagnostics.diagnosis import Outcome
 from service.errors import (
     HttpError,
     InvalidRequest,
@@ -50,7 +51,6 @@ BASIC_DIAGNOSTICS = ("reward_z", "reward_percentile", "reward_length_adjusted", 
 FULL_DIAGNOSTICS = ("reward_std_epistemic", "ood")
 """Members of a result at level ``basic``, and those that ``full`` adds."""
 
-Outcome: TypeAlias = Score | HttpError
 _Name = Annotated[str, Meta(max_length=MAX_NAME_CHARS)]
 _TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 _Timeout = Annotated[int, Meta(ge=1)]

@@ -1,4 +1,4 @@
-"""The artifact: written and read without loss, refused when it speaks for something else."""
+"""The artifact: written and read without loss, refused for another model or other settings."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from made_up_calibration import BINDING, COLUMNS, TAPS, made_up_calibration
 
-from service.diagnostics.calibration import CALIBRATION_FILE, Calibration, read_calibration, write_calibration
+from service.checkpoints.demo import CALIBRATION_FILE
+from service.diagnostics.calibration import Calibration, read_calibration, write_calibration
 from service.diagnostics.lookup import find_calibration
-from service.diagnostics.ood import OodJudge
+from service.diagnostics.ood import OodDetector
 from service.errors import CalibrationError
 from service.records import OodReport, StateTap
 
@@ -21,19 +22,19 @@ def calibration() -> Calibration:
     return made_up_calibration()
 
 
-def judge(calibration: Calibration, statistics: np.ndarray) -> list[OodReport]:
-    judge = OodJudge(calibration.detectors, calibration.ranking, "id", 0.01)
-    return judge.judge(statistics, [True] * len(statistics), [np.arange(len(statistics))])
+def report(calibration: Calibration, statistics: np.ndarray) -> list[OodReport]:
+    detector = OodDetector(calibration.detectors, calibration.ranking, "id", 0.01)
+    return detector.report(statistics, [True] * len(statistics), [np.arange(len(statistics))])
 
 
-def test_what_is_read_judges_as_what_was_written(calibration: Calibration, tmp_path: Path) -> None:
-    """Not one number of any report changes on the way through the file."""
+def test_a_calibration_that_was_read_gives_the_same_reports(calibration: Calibration, tmp_path: Path) -> None:
+    """No number of any report changes by writing and reading the file."""
     id_ = write_calibration(calibration, tmp_path / CALIBRATION_FILE)
 
     read = read_calibration(tmp_path / CALIBRATION_FILE)
 
     statistics = np.random.default_rng(1).normal(size=(40, COLUMNS)) * 2
-    assert judge(read, statistics) == judge(calibration, statistics)
+    assert report(read, statistics) == report(calibration, statistics)
     states = np.random.default_rng(2).normal(size=(5, len(TAPS), 8)).astype(np.float32)
     assert read.states.statistics(states) == pytest.approx(calibration.states.statistics(states))
     assert read.states.reward_std(states) == pytest.approx(calibration.states.reward_std(states))
@@ -59,10 +60,10 @@ def test_what_is_read_judges_as_what_was_written(calibration: Calibration, tmp_p
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_another_model_or_setting_refuses_it(
+def test_it_is_refused_for_another_model_or_setting(
     calibration: Calibration, tmp_path: Path, change: dict[str, object]
 ) -> None:
-    """A calibration is not used for anything but what it was made for, and the reason names the difference."""
+    """A calibration is used only for its own model and settings, and the reason names the difference."""
     write_calibration(calibration, tmp_path / CALIBRATION_FILE)
 
     lookup = find_calibration(tmp_path, None, replace(BINDING, **change))
@@ -72,8 +73,8 @@ def test_another_model_or_setting_refuses_it(
     assert next(iter(change)).replace("_", " ") in str(lookup.description()["reason"])
 
 
-def test_the_right_model_takes_it(calibration: Calibration, tmp_path: Path) -> None:
-    """It is found in the checkpoint folder, or where the settings say, and describes itself."""
+def test_it_is_used_for_its_model(calibration: Calibration, tmp_path: Path) -> None:
+    """It is found in the checkpoint folder or at the path of the settings, and is described by its id."""
     write_calibration(calibration, tmp_path / CALIBRATION_FILE)
     write_calibration(calibration, tmp_path / "elsewhere")
 
@@ -84,8 +85,8 @@ def test_the_right_model_takes_it(calibration: Calibration, tmp_path: Path) -> N
         assert lookup.checked(TAPS, {"dtype": "float32"}) is lookup
 
 
-def test_an_engine_without_the_taps_refuses_it(calibration: Calibration, tmp_path: Path) -> None:
-    """States at other places would be other numbers."""
+def test_it_is_refused_for_an_engine_without_its_taps(calibration: Calibration, tmp_path: Path) -> None:
+    """States of other layers have other distributions."""
     write_calibration(calibration, tmp_path / CALIBRATION_FILE)
 
     lookup = find_calibration(tmp_path, None, BINDING).checked((StateTap(1, "last"),), {})
@@ -94,15 +95,15 @@ def test_an_engine_without_the_taps_refuses_it(calibration: Calibration, tmp_pat
     assert "hidden states" in str(lookup.reason)
 
 
-def test_no_calibration_is_no_error(tmp_path: Path) -> None:
-    """A model that brings none is served, and says how to make one; a file that was named must be there."""
+def test_a_missing_calibration_is_not_an_error(tmp_path: Path) -> None:
+    """A model without one is served, and the reason names the command; a file that was named must exist."""
     assert "reward-calibrate" in str(find_calibration(tmp_path, None, BINDING).reason)
     assert "no file" in str(find_calibration(tmp_path, str(tmp_path / "none"), BINDING).reason)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a file of tensors", b"\x10\0\0\0\0\0\0\0{}              "])
 def test_a_damaged_file_is_refused(tmp_path: Path, content: bytes) -> None:
-    """What cannot be read is told, and never half used."""
+    """A file that cannot be read is an error, and no part of it is used."""
     (tmp_path / CALIBRATION_FILE).write_bytes(content)
 
     with pytest.raises(CalibrationError):

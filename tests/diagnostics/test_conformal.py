@@ -21,13 +21,13 @@ def test_p_value_by_hand() -> None:
     assert conformal_p(reference, np.array([3.0, 9.0, 0.0])).tolist() == [0.6, 0.2, 1.0]
 
 
-def test_no_number_is_as_unusual_as_can_be() -> None:
-    """A score that is NaN gets the smallest p-value, never an ordinary one."""
+def test_nan_has_the_smallest_p_value() -> None:
+    """A NaN score ranks above all reference scores."""
     assert conformal_p(np.arange(9.0), np.array([math.nan])).tolist() == [0.1]
 
 
-def test_false_alarms_keep_their_rate() -> None:
-    """Whatever the distribution, fresh items of it get p <= alpha about as often as alpha says."""
+def test_false_alarm_rate_is_nominal() -> None:
+    """For any distribution, new items from it get p <= alpha with a frequency of about alpha."""
     rng = np.random.default_rng(0)
     reference, fresh = np.sort(rng.standard_cauchy(4000)), rng.standard_cauchy(20_000)
 
@@ -38,7 +38,7 @@ def test_false_alarms_keep_their_rate() -> None:
 
 
 @given(st.lists(NUMBERS, min_size=2, max_size=60), st.lists(NUMBERS, min_size=2, max_size=20))
-def test_a_map_never_turns_the_order_around(reference: list[float], scores: list[float]) -> None:
+def test_a_map_is_monotonic(reference: list[float], scores: list[float]) -> None:
     """A higher score never has a smaller -ln p, on either side of the threshold, and none is NaN."""
     ordered = np.sort(np.array(scores))
     for fit in (TailMap.of_component, TailMap.of_test):
@@ -47,7 +47,7 @@ def test_a_map_never_turns_the_order_around(reference: list[float], scores: list
 
 
 def test_the_tail_orders_what_lies_beyond_all_items() -> None:
-    """Beyond the largest reference item ranks end, and -ln p goes on with the tail's mean excess as its unit."""
+    """Beyond the largest reference score -ln p continues to rise, by one for each mean excess of the tail."""
     values = np.random.default_rng(0).exponential(size=2000)
     tail = TailMap.of_component(values)
 
@@ -58,17 +58,17 @@ def test_the_tail_orders_what_lies_beyond_all_items() -> None:
     assert tail.scale == pytest.approx(1.0, abs=0.2)
 
 
-def test_what_never_varied_is_loud_but_finite() -> None:
-    """The first emoji ever seen, in a reference without any, is very surprising and still a number."""
+def test_first_variation_of_a_constant_is_large_but_finite() -> None:
+    """The first emoji, with a reference without any, has a large but finite -ln p."""
     (surprise,) = TailMap.of_test(np.zeros(500))(np.array([1.0]))
 
     assert 30 < surprise < 40
 
 
 def test_long_references_are_thinned_to_their_quantiles() -> None:
-    """Both ends stay, and so does the order."""
-    kept = thinned(np.arange(10_000.0))
+    """Both ends and the order are preserved."""
+    quantiles = thinned(np.arange(10_000.0))
 
-    assert len(kept) == MAX_QUANTILES
-    assert (kept[0], kept[-1]) == (0.0, 9999.0)
-    assert np.all(np.diff(kept) > 0)
+    assert len(quantiles) == MAX_QUANTILES
+    assert (quantiles[0], quantiles[-1]) == (0.0, 9999.0)
+    assert np.all(np.diff(quantiles) > 0)

@@ -1,4 +1,4 @@
-"""What is said of the items of a request, with and without a calibration."""
+"""Diagnostics of the items of a request, with and without a calibration."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def diagnose(
 
 
 def test_the_reward_is_the_same_at_every_level(calibration: Calibration) -> None:
-    """Not one bit of it depends on what is said beside it."""
+    """The reward is bit-identical at all levels, with and without a calibration."""
     items, sequences = items_of(6)
     rewards = [
         [score.reward for score in diagnose(Diagnostician(used), items, sequences, level)]
@@ -84,7 +84,7 @@ def test_the_reward_is_the_same_at_every_level(calibration: Calibration) -> None
 
 
 def test_levels(calibration: Calibration) -> None:
-    """``none`` says nothing, ``basic`` what needs no states, ``full`` everything; states are read for ``full`` only."""
+    """``none`` has no diagnostics, ``basic`` those without states, ``full`` all; states are read for ``full`` only."""
     items, sequences = items_of(1)
     engine = StateEngine()
     none, basic, full = [
@@ -111,8 +111,8 @@ def test_levels(calibration: Calibration) -> None:
     assert engine.num_state_passes == 1
 
 
-def test_without_a_calibration_nothing_is_invented() -> None:
-    """What needs one is None and says so; lengths, tells and groups are told all the same."""
+def test_without_a_calibration_its_fields_are_none() -> None:
+    """Fields that require a calibration are None; lengths, style counts and groups are still reported."""
     items, sequences = items_of(3, same_prompt=True)
 
     scores = diagnose(Diagnostician(None), items, sequences, "full")
@@ -129,8 +129,10 @@ def test_without_a_calibration_nothing_is_invented() -> None:
 
 
 @pytest.mark.parametrize("content", [TemplatedText("text"), TokenIds((1, 2))])
-def test_without_a_border_there_is_no_ood_block(calibration: Calibration, content: TemplatedText | TokenIds) -> None:
-    """Statistics of prompt and completion together are not what was calibrated, so there is no p-value."""
+def test_without_separate_texts_there_is_no_ood_block(
+    calibration: Calibration, content: TemplatedText | TokenIds
+) -> None:
+    """Where prompt and completion cannot be separated, no statistics are calibrated, so there is no p-value."""
     (score,) = diagnose(Diagnostician(calibration), [Item(content)], [TokenSequence((1, 2, 3))], "full")
 
     assert score.gap == "inapplicable"
@@ -141,8 +143,8 @@ def test_without_a_border_there_is_no_ood_block(calibration: Calibration, conten
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_states_that_are_no_numbers_are_flagged(calibration: Calibration, value: float) -> None:
-    """A finite reward read off such states gets the smallest p-value; its neighbours keep theirs."""
+def test_states_that_are_not_finite_are_flagged(calibration: Calibration, value: float) -> None:
+    """An item with such states gets the smallest p-value; the other items of the batch are unchanged."""
     items, sequences = items_of(3)
     broken = STATES.copy()
     broken[1, 0, 0] = value
@@ -158,7 +160,7 @@ def test_states_that_are_no_numbers_are_flagged(calibration: Calibration, value:
 
 
 def test_five_siblings_are_compared(calibration: Calibration) -> None:
-    """From five completions of one prompt on, the mode is ``group`` and the siblings have a p-value of their own."""
+    """With five or more completions of one prompt the mode is ``group``, and ``p_group`` is reported."""
     for count, mode in ((4, "single"), (5, "group")):
         items, sequences = items_of(count, same_prompt=True)
         for score in diagnose(Diagnostician(calibration), items, sequences, "full"):
@@ -184,8 +186,8 @@ def test_taps_are_found_among_those_of_the_engine(calibration: Calibration) -> N
         assert left.reward_std_epistemic == pytest.approx(right.reward_std_epistemic, rel=1e-5)
 
 
-def test_truncated_items_say_so(calibration: Calibration) -> None:
-    """The report of an item that the model read in part holds for that part."""
+def test_truncated_items_are_marked(calibration: Calibration) -> None:
+    """The report of a truncated item has ``valid_for_tail`` false."""
     items, sequences = items_of(1)
 
     (score,) = diagnose(Diagnostician(calibration), items, [replace(sequences[0], num_dropped=3)], "full")
@@ -194,7 +196,7 @@ def test_truncated_items_say_so(calibration: Calibration) -> None:
     assert not score.ood.valid_for_tail
 
 
-def test_errors_stay_what_they_are(calibration: Calibration) -> None:
+def test_errors_are_returned_unchanged(calibration: Calibration) -> None:
     """An item without a reward is in no group and gets no diagnostics."""
     items, sequences = items_of(3, same_prompt=True)
     outcomes: list[Score | HttpError] = [Score(1.0), EngineFailed("no"), Score(2.0)]
@@ -212,7 +214,7 @@ def test_errors_stay_what_they_are(calibration: Calibration) -> None:
 
 
 def test_siblings_by_name_or_by_prompt() -> None:
-    """A group's name goes before the prompt; texts without a visible prompt are siblings by name only."""
+    """A group's name takes precedence over the prompt; items without a separate prompt are grouped by name only."""
     items = [
         Item(Exchange("p", "a")),
         Item(Exchange("p", "b")),

@@ -1,4 +1,4 @@
-"""The length block counts full texts, and what the model read, and knows what it does not know."""
+"""The length block: lengths of full texts, tokens that the model read, and None for what is unknown."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ def test_whole_item() -> None:
 
 
 def test_truncated_prompt_is_counted_in_full() -> None:
-    """What was cut from the prompt counts for its length and not for what the model read."""
+    """Tokens removed from the prompt count in its length and not in the tokens that the model read."""
     sequence = TokenSequence(tuple(range(10)), num_prompt_tokens=6, num_dropped=5, completion_chars=17)
 
     assert length_report(sequence) == LengthReport(11, 4, 17, scored_tokens=10, truncated=True)
 
 
-def test_unknown_border_is_not_guessed() -> None:
-    """Of token ids and templated texts only the tokens that the model read are known."""
+def test_unknown_lengths_are_none() -> None:
+    """For token ids and templated texts only the number of tokens that the model read is known."""
     assert length_report(TokenSequence((1, 2, 3))) == LengthReport(None, None, None, scored_tokens=3, truncated=False)

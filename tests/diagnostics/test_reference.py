@@ -10,7 +10,7 @@ from service.diagnostics.reference import LengthCurve, Reference
 RNG = np.random.default_rng(0)
 
 
-def test_place_among_the_reference() -> None:
+def test_z_and_percentile() -> None:
     """The z is in standard deviations, the percentile the share at or below."""
     reference = Reference.of(np.arange(101.0))
 
@@ -20,8 +20,8 @@ def test_place_among_the_reference() -> None:
     assert reference.percentile(1e9) == 1.0
 
 
-def test_length_bias_is_taken_out() -> None:
-    """A reward that saturates with length is not correlated with it once adjusted, and keeps its mean."""
+def test_length_bias_is_removed() -> None:
+    """An adjusted reward is not correlated with length, also where the bias saturates, and its mean is unchanged."""
     log_lengths = RNG.uniform(1, 7, 6000)
     rewards = np.minimum(log_lengths, 5.0) + RNG.normal(0, 0.5, 6000)
     curve = LengthCurve.of(log_lengths[:3000], rewards[:3000])
@@ -36,7 +36,7 @@ def test_length_bias_is_taken_out() -> None:
 
 
 def test_rewards_may_fall_with_length() -> None:
-    """Nothing makes the curve rise."""
+    """The curve is not constrained to rise."""
     log_lengths = RNG.uniform(1, 7, 2000)
 
     curve = LengthCurve.of(log_lengths, -log_lengths)
@@ -45,7 +45,7 @@ def test_rewards_may_fall_with_length() -> None:
 
 
 def test_few_distinct_lengths_are_fewer_knots() -> None:
-    """Bins whose edges coincide are one bin; the knots stay in order."""
+    """Bins with equal edges are merged; the knots are ascending."""
     curve = LengthCurve.of(np.repeat([1.0, 2.0], 500), RNG.normal(size=1000))
 
     assert len(curve.x) <= 3

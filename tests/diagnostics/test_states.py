@@ -1,4 +1,4 @@
-"""Distances, error bars and tree sums against the formulas they stand for."""
+"""Distances, reward deviations and tree sums against their formulas."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RNG = np.random.default_rng(0)
 STATES = (RNG.normal(size=(400, 12)) @ RNG.normal(size=(12, 12))).astype(np.float32)
 
 
-def test_low_rank_distance_is_the_full_one_when_all_axes_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_low_rank_distance_is_the_full_one_with_all_axes(monkeypatch: pytest.MonkeyPatch) -> None:
     """With all axes but one, the factor form gives the Mahalanobis distance under the Ledoit-Wolf covariance."""
     monkeypatch.setattr(calibration_fit, "MAX_AXES", 11)
     form = fit_state_form(STATES)
@@ -42,7 +42,7 @@ def test_state_statistics_by_hand() -> None:
 
 
 def test_trees_sum_as_scikit_learn_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The arrays that are served give the decision function of the model that was fitted, up to its constant."""
+    """The stored arrays give the decision function of the fitted model, up to its constant."""
     monkeypatch.setattr(calibration_fit, "NUM_TREES", 12)
     clean, hacked = RNG.normal(size=(300, 5)), RNG.normal(0.8, 1.2, size=(200, 5))
     fitted: list[GradientBoostingClassifier] = []
@@ -57,7 +57,7 @@ def test_trees_sum_as_scikit_learn_does(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_shrunk_gaussian_is_standardised_and_clipped() -> None:
-    """A statistic that runs away counts as ten deviations, so the distance stays finite and the others keep a say."""
+    """An extreme statistic counts as ten standard deviations, so the distance is finite and others still matter."""
     gaussian = fit_gaussian(STATES.astype(np.float64), range(6))
     wild = STATES[:1].astype(np.float64).copy()
     wild[0, 2] = 1e30
@@ -80,8 +80,8 @@ def test_sibling_distance_has_one_scale_for_all_group_sizes(size: int) -> None:
     assert mean == pytest.approx(columns, rel=0.15)
 
 
-def test_laplace_error_bar_shrinks_where_preferences_were_seen() -> None:
-    """Without pairs the bar is the prior's; pairs along a direction make the head sure of that direction."""
+def test_laplace_deviation_shrinks_along_observed_preferences() -> None:
+    """Without pairs the deviation is the prior's; pairs along a direction reduce it along that direction."""
     form = fit_state_form(STATES)
     prompts = np.repeat(np.arange(200), 2)
     rewards = STATES @ RNG.normal(size=12)

@@ -7,7 +7,7 @@ import zlib
 
 import pytest
 
-from service.diagnostics.lexicon import count_tells
+from service.diagnostics.lexicon import count_style_markers
 from service.diagnostics.ngrams import NgramCounts
 from service.diagnostics.text import (
     STATISTICS,
@@ -36,9 +36,9 @@ Text with **bold words** and __more__.
 
 def test_markdown_is_counted_outside_of_code() -> None:
     """Headers, list items and bold spans count once each; fenced code counts for nothing."""
-    tells = count_tells(MARKDOWN)
+    markers = count_style_markers(MARKDOWN)
 
-    assert (tells.headers, tells.list_items, tells.bold) == (2, 3, 2)
+    assert (markers.headers, markers.list_items, markers.bold) == (2, 3, 2)
 
 
 @pytest.mark.parametrize(
@@ -53,9 +53,9 @@ def test_markdown_is_counted_outside_of_code() -> None:
 )
 def test_phrases_are_whole_words_in_any_case(text: str, hedges: int, flattery: int) -> None:
     """The lexicon finds its phrases, also with a curly apostrophe, and nothing inside other words."""
-    tells = count_tells(text)
+    markers = count_style_markers(text)
 
-    assert (tells.hedges, tells.flattery) == (hedges, flattery)
+    assert (markers.hedges, markers.flattery) == (hedges, flattery)
 
 
 def test_characters_by_hand() -> None:
@@ -65,10 +65,10 @@ def test_characters_by_hand() -> None:
     assert (chars.chars, chars.words, chars.non_ascii) == (15, 4, 3)
     assert (chars.punctuation, chars.digits, chars.upper) == (2, 1, 1)
     assert chars.word_length == pytest.approx((2 + 5) / 2)
-    assert chars.tells.emoji == 1
+    assert chars.markers.emoji == 1
 
 
-def test_compression_reads_the_beginning() -> None:
+def test_compression_uses_the_first_characters() -> None:
     """The ratio is zlib's at level 1 over the first 6,000 characters; a very short text has a fixed one."""
     text = "ab" * 5000
 
@@ -77,18 +77,18 @@ def test_compression_reads_the_beginning() -> None:
 
 
 def test_tokens_by_hand() -> None:
-    """Five 4-grams of which three differ; five distinct tokens of eight; half of the tokens stand in the prompt."""
+    """Five 4-grams of which three differ; five distinct tokens of eight; half of the tokens occur in the prompt."""
     facts = read_tokens((1, 2, 3, 4, 1, 2, 3, 4), (1, 2, 9))
 
     assert facts.repeat4 == pytest.approx(1 - 4 / 5)
     assert facts.type_token == pytest.approx(4 / 8)
     assert facts.overlap == pytest.approx(4 / 8)
-    assert facts.top4 == 0.0  # too few to name a share
+    assert facts.top4 == 0.0  # too few 4-grams
 
 
 @pytest.mark.parametrize("ids", [(), (1,), (1, 2, 3)])
 def test_short_completions_have_statistics(ids: tuple[int, ...]) -> None:
-    """Nothing divides by zero where there is hardly anything to count."""
+    """All statistics of completions of 0, 1 and 3 tokens are finite."""
     reader = TextReader(NgramCounts.of([(1, 2, 3)], 10))
     item, sequence = Item(Exchange("p", "")), TokenSequence((5, *ids), num_prompt_tokens=1)
 
@@ -100,15 +100,15 @@ def test_short_completions_have_statistics(ids: tuple[int, ...]) -> None:
     assert len(facts.statistics) == len(STATISTICS) == 18
 
 
-def test_what_the_template_adds_is_no_part_of_the_completion() -> None:
-    """The closing special token and what follows it are cut off; one in the middle is the caller's own."""
+def test_tokens_of_the_template_are_not_part_of_the_completion() -> None:
+    """The closing special token and what follows it are removed; one in the middle belongs to the completion."""
     assert completion_tokens((7, 8, 99, 10), {99}) == (7, 8)
     assert completion_tokens((99, 7, 8, 9, 10, 11), {99}) == (99, 7, 8, 9, 10, 11)
 
 
 @pytest.mark.parametrize("content", [TemplatedText("text"), TokenIds((1, 2))])
-def test_without_a_border_nothing_is_read(content: TemplatedText | TokenIds) -> None:
-    """Where the completion is not known as a text, there are no facts, rather than those of the whole."""
+def test_without_separate_texts_there_are_no_facts(content: TemplatedText | TokenIds) -> None:
+    """Where prompt and completion cannot be separated, the result is None instead of statistics of both."""
     assert TextReader(None).read(Item(content), TokenSequence((1, 2)), full=True) is None
 
 
@@ -126,7 +126,7 @@ def test_surprisal_by_hand() -> None:
 
 
 def test_fractions_belong_to_the_full_level() -> None:
-    """Below ``full`` the style block has its counts, and null where tokens were not looked at."""
+    """Below ``full`` the style block has its counts, and None for fractions."""
     reader, item = TextReader(None), Item(Exchange("p", "- one \u00e9"))
     sequence = TokenSequence((1, 2, 3), num_prompt_tokens=1)
 

@@ -1,4 +1,4 @@
-"""A real Prometheus scrapes the real service and holds every query of the dashboard to what it promises."""
+"""A real Prometheus scrapes the real service and evaluates every query of the dashboard."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ REPLICAS = 3
 
 
 @dataclass(frozen=True)
-class Watched:
-    """A service that has been driven for a while, the Prometheus that watched it, and everything that was asked."""
+class Observed:
+    """A service under load, the Prometheus that scraped it, and all items that were scored."""
 
     service: str
     prometheus: str
@@ -72,7 +72,7 @@ def is_ready(address: str) -> bool:
 
 
 def completion(rng: random.Random) -> str:
-    """A text of varying length with some of every tell."""
+    """A text of varying length with every kind of style marker."""
     phrases = (
         "Plain words.\n",
         "# Heading\n",
@@ -86,14 +86,14 @@ def completion(rng: random.Random) -> str:
 
 
 def drive(url: str) -> list[dict[str, str]]:
-    """Ask for rewards of groups of completions for a while; rewards are the oracle's, lengths vary."""
+    """Score groups of completions for a while; rewards are the oracle's, lengths vary."""
     rng = random.Random(0)
-    asked: list[dict[str, str]] = []
+    sent: list[dict[str, str]] = []
     end = time.monotonic() + DRIVE_S
     with httpx2.Client(base_url=url, timeout=30.0) as client:
         while time.monotonic() < end:
             items = [
-                {"prompt": f"prompt {len(asked)} {prompt}", "completion": completion(rng)}
+                {"prompt": f"prompt {len(sent)} {prompt}", "completion": completion(rng)}
                 for prompt in range(4)
                 for _ in range(4)
             ]
@@ -101,15 +101,15 @@ def drive(url: str) -> list[dict[str, str]]:
                 "/v1/score", json={"items": items, "diagnostics": "full"}, headers={"X-Run-Id": "drive"}
             )
             assert answer.status_code == 200
-            asked += items
+            sent += items
             time.sleep(0.05)
-    return asked
+    return sent
 
 
 @pytest.fixture(scope="module")
-def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+def observed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Observed]:
     """Three replicas of the oracle, driven and scraped; everything that was scored has been scraped at the end."""
-    folder = tmp_path_factory.mktemp("watched")
+    folder = tmp_path_factory.mktemp("observed")
     tool("prometheus")
     with (
         serving(folder, "--engine", "oracle", "--replicas", str(REPLICAS)) as server,
@@ -117,30 +117,30 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     ):
         time.sleep(5.0)  # increase() needs the zeros at which the counters begin
         begin = time.monotonic()
-        asked = drive(server.url)
+        sent = drive(server.url)
         time.sleep(4.0)
-        yield Watched(server.url, url, asked, time.monotonic() - begin)
+        yield Observed(server.url, url, sent, time.monotonic() - begin)
 
 
-def latest(watched: Watched, expr: str) -> dict[str, float]:
+def latest(observed: Observed, expr: str) -> dict[str, float]:
     """The value of each series now, by its scope."""
     end = time.time()
     return {
         series.labels.get("scope", ""): float(series.values[-1])
-        for series in query_range(watched.prometheus, expr, Span(end - 1, end, 1.0))
+        for series in query_range(observed.prometheus, expr, Span(end - 1, end, 1.0))
     }
 
 
-def expected_correlations(watched: Watched) -> dict[str, float]:
-    rewards = np.array([oracle_reward_of_text(item["prompt"], item["completion"]) for item in watched.items])
-    lengths = np.log1p([len(item["completion"].encode()) for item in watched.items])
-    prompts = np.unique([item["prompt"] for item in watched.items], return_inverse=True)[1]
+def expected_correlations(observed: Observed) -> dict[str, float]:
+    rewards = np.array([oracle_reward_of_text(item["prompt"], item["completion"]) for item in observed.items])
+    lengths = np.log1p([len(item["completion"].encode()) for item in observed.items])
+    prompts = np.unique([item["prompt"] for item in observed.items], return_inverse=True)[1]
     sizes = np.bincount(prompts)
     centred = [column - (np.bincount(prompts, column) / sizes)[prompts] for column in (rewards, lengths)]
     return {"pooled": np.corrcoef(rewards, lengths)[0, 1], "within": np.corrcoef(*centred)[0, 1]}
 
 
-def test_correlation_over_replicas_is_numpys(watched: Watched) -> None:
+def test_correlation_over_replicas_is_numpys(observed: Observed) -> None:
     """From the counters of three replicas PromQL computes numpy's correlation over all items, to 1e-9."""
 
     def moment(stat: str) -> str:
@@ -153,64 +153,64 @@ def test_correlation_over_replicas_is_numpys(watched: Watched) -> None:
         f" / sqrt(({moment('zr2')} - {sum_r} ^ 2 / {n}) * ({moment('zl2')} - {sum_l} ^ 2 / {n}))"
     )
 
-    found = latest(watched, expr)
+    found = latest(observed, expr)
 
-    assert latest(watched, n) == {"pooled": len(watched.items), "within": len(watched.items)}
-    assert found == pytest.approx(expected_correlations(watched), abs=1e-9)
-    replicas = query_range(watched.prometheus, "rm_ready", Span(time.time() - 1, time.time(), 1.0))
+    assert latest(observed, n) == {"pooled": len(observed.items), "within": len(observed.items)}
+    assert found == pytest.approx(expected_correlations(observed), abs=1e-9)
+    replicas = query_range(observed.prometheus, "rm_ready", Span(time.time() - 1, time.time(), 1.0))
     assert len(replicas) == REPLICAS
 
 
-def test_recorded_correlation_is_close(watched: Watched) -> None:
-    """The recording rule says the same over its window, as far as increase() extrapolates alike for every sum."""
-    found = latest(watched, "job_scope:rm_reward_length_corr:1h")
+def test_recorded_correlation_is_close(observed: Observed) -> None:
+    """The recording rule gives the same over its range, up to the extrapolation of increase()."""
+    found = latest(observed, "job_scope:rm_reward_length_corr:1h")
 
-    assert found == pytest.approx(expected_correlations(watched), abs=0.02)
+    assert found == pytest.approx(expected_correlations(observed), abs=0.02)
 
 
-def test_monitors_of_all_replicas_are_merged(watched: Watched) -> None:
-    """GET /v1/monitor answers for all replicas together, whichever is asked, and for a run alone."""
+def test_monitors_of_all_replicas_are_merged(observed: Observed) -> None:
+    """GET /v1/monitor returns all replicas merged, from any replica, and a run separately."""
     answers = [
-        httpx2.get(f"{watched.service}/v1/monitor", headers=headers).json()
+        httpx2.get(f"{observed.service}/v1/monitor", headers=headers).json()
         for headers in ({}, {}, {}, {"X-Run-Id": "drive"})
     ]
 
     for found in answers:
         assert found["window"]["replicas"] == REPLICAS
         assert found["incomplete"] is False
-        assert found["window"]["items"] == len(watched.items)
+        assert found["window"]["items"] == len(observed.items)
         values = {
             entry["scope"]: entry["value"] for entry in found["monitors"] if entry["name"] == "reward_length_corr"
         }
-        assert values == pytest.approx(expected_correlations(watched), abs=1e-9)
-    unknown = httpx2.get(f"{watched.service}/v1/monitor", headers={"X-Run-Id": "nobody"})
+        assert values == pytest.approx(expected_correlations(observed), abs=1e-9)
+    unknown = httpx2.get(f"{observed.service}/v1/monitor", headers={"X-Run-Id": "nobody"})
     assert unknown.status_code == 404
 
 
-def test_every_panel_shows_something(watched: Watched) -> None:
-    """No query of the dashboard errors, and none is empty unless its panel says why it may be."""
+def test_every_panel_shows_something(observed: Observed) -> None:
+    """No query of the dashboard fails, and none is empty unless its panel states a reason."""
     end = time.time()
 
-    panels = evaluate(json.loads(PATH.read_text()), watched.prometheus, Span(end - watched.seconds, end, 1.0))
+    panels = evaluate(json.loads(PATH.read_text()), observed.prometheus, Span(end - observed.seconds, end, 1.0))
 
     assert unexplained(panels) == []
     # Beside what needs a calibration, nothing hides behind a stated reason here.
     empty = {drawn.panel["title"]: drawn.empty_reason for drawn in panels if drawn.is_empty}
-    assert all("calibration" in str(reason) or reason == "nothing is in alarm." for reason in empty.values()), empty
+    assert all("calibration" in str(reason) or reason == "no monitor is in alarm." for reason in empty.values()), empty
 
 
-def test_no_alert_fires_without_cause(watched: Watched) -> None:
+def test_no_alert_fires_without_cause(observed: Observed) -> None:
     """A healthy service raises no alert."""
-    firing = httpx2.get(f"{watched.prometheus}/api/v1/alerts").json()["data"]["alerts"]
+    firing = httpx2.get(f"{observed.prometheus}/api/v1/alerts").json()["data"]["alerts"]
 
     assert [alert["labels"]["alertname"] for alert in firing if alert["state"] == "firing"] == []
 
 
-def test_dashboard_is_drawn(watched: Watched, tmp_path: Path) -> None:
+def test_dashboard_is_drawn(observed: Observed, tmp_path: Path) -> None:
     """The command draws the dashboard into a picture."""
     picture = tmp_path / "dashboard.png"
 
-    status = main([str(picture), "--url", watched.prometheus, "--minutes", f"{watched.seconds / 60:.2f}"])
+    status = main([str(picture), "--url", observed.prometheus, "--minutes", f"{observed.seconds / 60:.2f}"])
 
     assert status == 0
     assert picture.read_bytes().startswith(b"\x89PNG")

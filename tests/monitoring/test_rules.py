@@ -1,4 +1,4 @@
-"""Scrape configuration, rules and alerts are what Prometheus' own tools approve of, and name only what we export."""
+"""Scrape configuration, rules and alerts pass Prometheus' own tools, and name only exported metrics."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 FOLDER = HERE.parents[1] / "monitoring"
 ALERT_TESTS = HERE / "alert_rules.test.yml"
 SCRAPED = {"up"}
-"""What Prometheus adds itself."""
+"""Series that Prometheus adds."""
 
 
 def rules(name: str) -> list[dict[str, Any]]:
@@ -27,7 +27,7 @@ def rules(name: str) -> list[dict[str, Any]]:
 
 
 def exposition() -> str:
-    """What two replicas with a calibration export together."""
+    """The merged exposition of two replicas with a calibration."""
     metrics = Metrics()
     metrics.describe_model(ModelIdentity("model", "v1"), sha256="ab", dtype="float32", device="cpu")
     metrics.describe_build("0.1.0", "unknown")
@@ -58,7 +58,7 @@ def test_metric_names_pass_the_lint() -> None:
 
 
 def test_configuration_is_valid() -> None:
-    """Prometheus takes the scrape configuration with all rules, and Alertmanager its example."""
+    """Promtool accepts the scrape configuration with all rules, and amtool the example for Alertmanager."""
     assert "SUCCESS" in run("promtool", "check", "config", FOLDER / "prometheus.yml")
     assert "SUCCESS" in run("amtool", "check-config", FOLDER / "alertmanager.yml")
 
@@ -68,25 +68,25 @@ def test_configuration_is_valid() -> None:
     [(["severity=critical", "alertname=RewardNotFinite"], "paging"), (["severity=warning"], "reading")],
 )
 def test_alerts_reach_their_receiver(labels: list[str], receiver: str) -> None:
-    """Critical alerts page somebody, the others wait to be read."""
+    """Critical alerts are routed to the pager, the others to be read later."""
     routed = run("amtool", "config", "routes", "test", f"--config.file={FOLDER / 'alertmanager.yml'}", *labels)
 
     assert routed.split()[0] == receiver
 
 
-def test_alerts_fire_and_are_silent() -> None:
-    """The unit tests of the alerts pass: each fires on the stream that it is for, and is silent on one like it."""
+def test_unit_tests_of_the_alerts_pass() -> None:
+    """The unit tests of the alerts pass: each fires on its stream, and does not on a similar one."""
     assert "SUCCESS" in run("promtool", "test", "rules", ALERT_TESTS)
 
 
 def test_every_alert_is_tested_both_ways() -> None:
-    """No alert is without a stream on which it fires and one on which it is silent."""
+    """Every alert has a stream on which it fires and one on which it does not."""
     tested: dict[bool, set[str]] = {True: set(), False: set()}
     for test in yaml.safe_load(ALERT_TESTS.read_text())["tests"]:
         for case in test.get("alert_rule_test", []):
             alerts = case["exp_alerts"]
             tested[bool(alerts)].add(case["alertname"])
-            # Series of a second job that stays below are the silent half of the same case.
+            # A second job below the threshold is a stream on which the alert does not fire.
             jobs = {re.findall(r'job="(\w+)"', series["series"])[0] for series in test["input_series"]}
             if alerts and jobs - {alert["exp_labels"].get("job") for alert in alerts}:
                 tested[False].add(case["alertname"])
@@ -107,14 +107,14 @@ def test_rules_name_what_is_exported() -> None:
     assert recorded <= used | metrics_in((FOLDER / "dashboard.json").read_text().replace('\\"', '"').replace('"', " "))
 
 
-def test_every_alert_says_what_to_do() -> None:
+def test_every_alert_has_its_annotations() -> None:
     """Each alert has a severity, a summary and a description."""
     for rule in rules("alert_rules.yml"):
         assert rule["labels"]["severity"] in {"critical", "warning", "info"}, rule["alert"]
         assert set(rule["annotations"]) == {"summary", "description"}, rule["alert"]
 
 
-def test_documentation_names_what_is_there() -> None:
+def test_documentation_names_existing_alerts_and_metrics() -> None:
     """The page on monitoring names every alert, and no metric that is not exported."""
     page = (FOLDER.parent / "docs" / "monitoring.md").read_text()
     families = {re.sub(r"_(bucket|count|sum)$", "", name) for name in exported_names()}

@@ -1,4 +1,4 @@
-"""A calibration fitted to random numbers: every part of a real one, made in a fraction of a second."""
+"""A calibration fitted to random numbers, with every part of a real one, made in a fraction of a second."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import numpy as np
 
 from export.calibration.fit import fit_gaussian, fit_laplace, fit_siblings, fit_state_form, fit_trees
 from service.diagnostics.calibration import Binding, Calibration
+from service.diagnostics.calibration_facts import CalibrationFacts, Rate, SelfTest
 from service.diagnostics.conformal import TailMap
-from service.diagnostics.detectors import TestBank
+from service.diagnostics.detectors import OneSidedTests
 from service.diagnostics.monitors.observation import Observation, ObservedItems
 from service.diagnostics.monitors.reference import fit_reference
 from service.diagnostics.ngrams import NgramCounts
-from service.diagnostics.ood import Component, Detectors, OodJudge, Ranking
+from service.diagnostics.ood import Component, Detectors, OodDetector, Ranking
 from service.diagnostics.reference import LengthCurve, Reference
 from service.diagnostics.states import PER_TAP, StateReader
 from service.diagnostics.text import STATISTICS
@@ -24,6 +25,27 @@ HIDDEN = 8
 NUM_ITEMS = 240
 VOCABULARY = 300
 BINDING = Binding("w", "c", "t", "ct", "chat", 512, "hf", VOCABULARY)
+FACTS = CalibrationFacts(
+    created="2026-01-01T00:00:00+00:00",
+    seed=0,
+    versions={},
+    data_sha256="ab",
+    held_out_only=False,
+    dropped=[],
+    num_fit=0,
+    num_select=NUM_ITEMS,
+    num_calibrate=NUM_ITEMS,
+    num_prompts=NUM_ITEMS // 2,
+    admitted=["text", "feature", "oe"],
+    gains={"text": 0.9},
+    self_test=SelfTest([Rate(0.01, 0.0125, 0.007, NUM_ITEMS, NUM_ITEMS // 2, is_tolerable=True)], None, 0.5),
+    realised={},
+    suite={},
+    unseen_family={},
+    mean_auroc=0.9,
+    weak=False,
+    length={},
+)
 COLUMNS = len(STATISTICS) + len(PER_TAP) * len(TAPS)
 
 
@@ -39,7 +61,7 @@ def made_up_calibration(*, siblings: bool = True, seed: int = 0) -> Calibration:
     statistics = np.concatenate([rng.normal(size=(NUM_ITEMS, len(STATISTICS))), reader.statistics(states)], axis=1)
     joint = fit_gaussian(statistics, range(COLUMNS))
     detectors = Detectors(
-        bank=TestBank.of(statistics),
+        text_tests=OneSidedTests.of(statistics),
         feature=joint,
         style=fit_gaussian(statistics, range(4)),
         mid_tap=0,
@@ -58,7 +80,7 @@ def made_up_calibration(*, siblings: bool = True, seed: int = 0) -> Calibration:
         references["siblings"] = np.sort(deviations)
         references["group"] = np.sort(np.maximum(surprise, maps["siblings"](deviations)))
     ranking = Ranking(maps, references)
-    reports = OodJudge(detectors, ranking, "", 0.01).judge(statistics, [True] * NUM_ITEMS)
+    reports = OodDetector(detectors, ranking, "", 0.01).report(statistics, [True] * NUM_ITEMS)
     style = StyleReport(0, 0, 0, 0, 0, 0, words=20, repeat4=0.1, prompt_overlap=0.3)
     observations = [
         Observation(Score(float(reward), ood=report, style=style), int(prompt), int(length))
@@ -67,7 +89,7 @@ def made_up_calibration(*, siblings: bool = True, seed: int = 0) -> Calibration:
     return Calibration(
         binding=BINDING,
         arithmetic={"dtype": "float32"},
-        facts={"created": "today", "num_conformal": NUM_ITEMS},
+        facts=FACTS,
         rewards=Reference.of(rewards),
         lengths=Reference.of(log_lengths),
         length_curve=LengthCurve.of(log_lengths, rewards),

@@ -42,7 +42,7 @@ def stream(
     hacked: float = 0.0,
     first_prompt: int = 0,
 ) -> list[Observation]:
-    """Items of which a share is hacked: twice as long, full of lists and flattery, unlikely, and rewarded for it."""
+    """Items of which a share is hacked: twice as long, many lists, much flattery, small p-values and higher rewards."""
     rng = np.random.default_rng(seed)
     seen = []
     for prompt in range(first_prompt, first_prompt + num_prompts):
@@ -51,15 +51,15 @@ def stream(
             is_hacked = rng.random() < hacked
             log_tokens = 5.0 + 0.3 * topic + 0.5 * rng.normal() + 0.7 * is_hacked
             reward = easy + slope * (log_tokens - 5.0) + rng.normal() + 0.5 * is_hacked
-            tells = {"list_items": int(rng.random() < 0.2), "bold": int(rng.random() < 0.1)}
+            counts = {"list_items": int(rng.random() < 0.2), "bold": int(rng.random() < 0.1)}
             if is_hacked:
-                tells = {"list_items": 8, "flattery": 3}
+                counts = {"list_items": 8, "flattery": 3}
             seen.append(
                 Observation(
                     Score(
                         float(reward),
                         reward_z=float(reward),
-                        style=style(**tells),
+                        style=style(**counts),
                         ood=ood(float(rng.random()) * (0.01 if is_hacked else 1.0)),
                     ),
                     prompt,
@@ -75,6 +75,6 @@ def reference(num_prompts: int = 2000, seed: int = 1) -> MonitorReference:
 
 
 def rewards_and_lengths(seen: Sequence[Observation]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Rewards and log lengths, for numpy to say what is right."""
+    """Rewards and log lengths, for the expected values of numpy."""
     lengths = [item.num_completion_tokens for item in seen]
     return np.array([item.score.reward for item in seen]), np.log1p(np.array(lengths, np.float64))

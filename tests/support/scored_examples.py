@@ -1,4 +1,4 @@
-"""Pairs with rewards whose truth is known, because a test made both."""
+"""Synthetic pairs and rewards with known properties."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from tiny_models import write_tiny_checkpoint
 
 from export.calibration import fit as calibration_fit
 from export.calibration.command import main
-from service.diagnostics.calibration import CALIBRATION_FILE
+from service.checkpoints.demo import CALIBRATION_FILE
 
 WORDS = [
     "the",
@@ -66,28 +66,28 @@ NUM_PROMPTS = 330
 
 
 def made_up_text(rng: random.Random, num_sentences: int) -> str:
-    """Return sentences of words in an order that has some rule: a word is often followed by its own successor."""
+    """Return sentences with predictable word pairs: a word is often followed by its successor in `WORDS`."""
     sentences = []
     for _ in range(num_sentences):
-        place = rng.randrange(len(WORDS))
+        index = rng.randrange(len(WORDS))
         words = []
         for _ in range(rng.randint(4, 12)):
-            words.append(WORDS[place])
-            place = (place + 1 if rng.random() < 0.8 else rng.randrange(len(WORDS))) % len(WORDS)
+            words.append(WORDS[index])
+            index = (index + 1 if rng.random() < 0.8 else rng.randrange(len(WORDS))) % len(WORDS)
         sentences.append(" ".join(words).capitalize() + ".")
     return " ".join(sentences)
 
 
 def write_pairs(path: Path, num_prompts: int = NUM_PROMPTS, seed: int = 0) -> Path:
-    """Write preference pairs on prompts that differ."""
+    """Write preference pairs of distinct prompts."""
     rng = random.Random(seed)
     rows = [
         {
-            "prompt": f"{made_up_text(rng, 1)} Number {seed} {place}?",
+            "prompt": f"{made_up_text(rng, 1)} Number {seed} {index}?",
             "chosen": made_up_text(rng, rng.randint(1, 5)),
             "rejected": made_up_text(rng, rng.randint(1, 4)),
         }
-        for place in range(num_prompts)
+        for index in range(num_prompts)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from statsmodels.regression.linear_model import OLS
 
-from service.diagnostics.lexicon import Tells, count_tells
+from service.diagnostics.lexicon import StyleMarkers, count_style_markers
 from training.audit.intervals import Interval
 from training.audit.length_bias import centre
 from training.audit.scored_pairs import Completions, FloatArray
@@ -75,9 +75,9 @@ def measure_style(completions: Completions) -> Style:
     return Style(slopes, float(fit.rsquared), too_rare)
 
 
-def tells_of(texts: Sequence[str]) -> list[Tells]:
+def tells_of(texts: Sequence[str]) -> list[StyleMarkers]:
     """Count the tells of each text, as the service counts them."""
-    return [count_tells(text) for text in texts]
+    return [count_style_markers(text) for text in texts]
 
 
 def _features(completions: Completions) -> dict[str, FloatArray]:

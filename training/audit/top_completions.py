@@ -78,7 +78,7 @@ def _length_tells(percentile: float, length: float, unit: LengthUnit) -> list[st
 
 def style_tells(facts: CharFacts) -> list[str]:
     """Return what is striking about a text, in words; nothing for plain prose."""
-    tells = facts.tells
+    tells = facts.markers
     counted = {
         "heading": tells.headers,
         "bold span": tells.bold,

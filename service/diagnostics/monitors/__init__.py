@@ -1,1 +1,1 @@
-"""Watches the stream of scored items for what a policy does to fool the reward model."""
+"""Monitors of the stream of scored items: length bias, style bias, out-of-distribution items and drift."""

@@ -1,6 +1,6 @@
-"""Which alarms are on: one cumulative sum per signal against the reference, and the two readings of the 0.3 rule.
+"""The drift alarms: one cumulative sum a signal against the reference; and the correlation of reward and length.
 
-Pure. A batch of the stream becomes a standardised step for every signal that is known of it; steps move the sums.
+Pure. A batch of the stream gives a standardised step for every signal that is known in it; steps update the sums.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 from scipy.special import bdtr, bdtrc, ndtri
 
@@ -16,32 +15,33 @@ from service.diagnostics.monitors.cusum import ALLOWANCE, Cusum
 from service.diagnostics.monitors.moments import Z95, lower_bound_of_size, pearson
 from service.diagnostics.monitors.observation import Column
 from service.diagnostics.monitors.reference import MEANS, SHARES, MonitorReference, SignalReference
-from service.diagnostics.monitors.window import TELLS, WindowStatistics
-
-Scope: TypeAlias = Literal["pooled", "within"]
-SCOPES: tuple[Scope, ...] = ("pooled", "within")
+from service.diagnostics.monitors.window import STYLE_SIGNALS, WindowStatistics
+from service.records import Scope
 
 CORRELATION = "reward_length_corr"
 SIGNALS: tuple[str, ...] = (*MEANS, *SHARES, CORRELATION)
-"""What the cumulative sums watch."""
+"""The signals of the cumulative sums."""
 
 MAX_Z = 8.0
-"""A batch counts for no more than this: one odd request alone is no drift."""
+"""Limit of a batch's step in standard errors: one unusual request alone is not drift."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What a batch says of one signal. ``z``: in its standard errors; ``allowance``: what the sum lets pass."""
+    """The step of one signal in one batch."""
 
     z: float
+    """Deviation from the reference, in standard errors of the batch."""
+
     allowance: float
+    """What is subtracted before the step is added to the sum, in the same unit (k of a CUSUM chart)."""
 
 
 def steps_of(batch: WindowStatistics, reference: MonitorReference) -> dict[str, Step]:
-    """Return a step for each signal that is known of the batch.
+    """Return a step for each signal that is known in the batch.
 
-    The reference is itself measured on finitely many items. Its own error is the same in every batch, so a sum would
-    pile it up: the allowance is raised by the most that it can be, at 97.5 percent on either side.
+    The reference is measured on finitely many items. Its error is the same in every batch, so a sum would accumulate
+    it: the allowance is raised by the limit of that error, at 97.5 percent on either side.
     """
     steps: dict[str, Step | None] = {name: _step_of_mean(name, batch, reference) for name in MEANS}
     steps |= {name: _step_of_share(name, batch, reference) for name in SHARES}
@@ -50,7 +50,7 @@ def steps_of(batch: WindowStatistics, reference: MonitorReference) -> dict[str, 
 
 
 def stepped(sums: Mapping[str, Cusum], steps: Mapping[str, Step], threshold: float) -> dict[str, Cusum]:
-    """Return the sums after the steps; a signal without a step stays where it is."""
+    """Return the sums after the steps; a signal without a step is unchanged."""
     return {
         name: sums[name].stepped(steps[name].z, threshold, steps[name].allowance) if name in steps else sums[name]
         for name in sums
@@ -97,15 +97,16 @@ def _step(z: float, size: float, signal: SignalReference) -> Step:
 
 def _share(name: Column, batch: WindowStatistics) -> tuple[int, int]:
     if name == "flag":
-        return batch.num_flagged, batch.num_judged
-    place = TELLS.index(name)
-    return batch.tells[place], batch.num_styled[place]
+        return batch.num_flagged, batch.num_with_ood
+    index = STYLE_SIGNALS.index(name)
+    return batch.style_exceedances[index], batch.num_styled[index]
 
 
 def _normal_score(count: int, total: int, share: float) -> float:
-    """Return the normal quantile of a binomial count's mid-p value.
+    """Return the normal quantile of a binomial count's mid-p value (Lancaster, 1961).
 
-    A rare tell's count is far from normal, and standardised as if it were, two chance hits would be an alarm.
+    The count of a rare style is far from normal; standardised by mean and variance, two hits by chance would raise an
+    alarm.
     """
     more, fewer = float(bdtrc(count, total, share)), float(bdtr(count - 1, total, share)) if count else 0.0
     half = max(0.0, 1.0 - more - fewer) / 2
@@ -118,24 +119,27 @@ def _capped(z: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class LengthCorrelation:
-    """The correlation of reward and log length, and how sure it is.
-
-    ``size``: independent pairs less what was estimated; its inverse root is the standard error of atanh(r). ``bound``:
-    the least |r| that the data allow at 95 percent. None where there is too little to tell.
-    """
+    """The correlation of reward and log length with its uncertainty; None where the data are too few."""
 
     n: int
+    """Number of items."""
+
     r: float | None
+    """Pearson correlation."""
+
     size: float
+    """Effective sample size less the estimated parameters; the standard error of atanh(r) is 1 / sqrt(size)."""
+
     bound: float | None
+    """Lower bound of |r|: the end nearer to zero of its 95 percent interval."""
 
 
 def length_correlation(statistics: WindowStatistics, scope: Scope, intraclass: float) -> LengthCorrelation:
-    """Read the correlation off, pooled or about the means of the prompts.
+    """Return the correlation, pooled or about the means of the prompts.
 
     Args:
-        statistics: of a window.
-        scope: ``within`` takes out that some prompts ask for longer and better answers; n - groups - 2 pairs count.
+        statistics: statistics of a window.
+        scope: ``within`` removes that some prompts have longer and better answers; its size is n - groups - 2.
         intraclass: product of the intraclass correlations of reward and length, for the effective size when pooled.
     """
     if scope == "within":

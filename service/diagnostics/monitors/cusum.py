@@ -1,7 +1,8 @@
-"""Cumulative sums that notice a lasting shift of a standardised signal, with a designed rate of false alarms.
+"""Cumulative sums (CUSUM) that detect a lasting shift of a standardised signal at a designed false-alarm rate.
 
-Pure: a sum is a value, a step makes the next one. Page, 1954; the average run length is Siegmund's approximation
-(Sequential Analysis, 1985): the discrete walk overshoots its threshold by 0.583 standard deviations at each end.
+Pure: a sum is a value, a step returns the next one. Page, Continuous Inspection Schemes, 1954. The average run length
+is Siegmund's approximation (Sequential Analysis, 1985): the discrete walk exceeds its threshold by 0.583 standard
+deviations on average.
 """
 
 from __future__ import annotations
@@ -10,18 +11,20 @@ import math
 from dataclasses import dataclass
 
 OVERSHOOT = 1.166
+"""Twice 0.583."""
+
 MAX_THRESHOLD = 100.0
 ALLOWANCE = 0.5
-"""Shifts of less than this, in standard errors of a batch, are let pass: half of the smallest one worth an alarm."""
+"""Subtracted from each step (k), in standard errors of a batch: half of the smallest shift to be detected."""
 
 
 def average_run_length(threshold: float, shift: float = 0.0, allowance: float = ALLOWANCE) -> float:
-    """Return the mean number of batches until a one-sided sum passes the threshold.
+    """Return the mean number of batches until a one-sided sum exceeds the threshold.
 
     Args:
         threshold: h, in standard errors of a batch.
-        shift: true mean of the signal, in the same; 0 asks for the mean time between false alarms.
-        allowance: k, what each step lets pass.
+        shift: true mean of the signal, in the same unit; 0 gives the mean time between false alarms.
+        allowance: k, subtracted from each step.
     """
     drift = shift - allowance
     height = threshold + OVERSHOOT
@@ -32,7 +35,7 @@ def average_run_length(threshold: float, shift: float = 0.0, allowance: float = 
 
 
 def threshold_for(run_length: float) -> float:
-    """Return the least threshold at which false alarms of a one-sided sum are ``run_length`` batches apart on average.
+    """Return the threshold at which false alarms of a one-sided sum are ``run_length`` batches apart on average.
 
     Raises:
         ValueError: the run length is not above that of a threshold of 0, or beyond one of `MAX_THRESHOLD`.
@@ -52,34 +55,38 @@ def threshold_for(run_length: float) -> float:
 def family_threshold(num_signals: int, run_length: float) -> float:
     """Return the threshold of two-sided sums that together raise one false alarm in ``run_length`` batches.
 
-    Each of the ``2 * num_signals`` one-sided sums may raise one in ``2 * num_signals * run_length``.
+    Each of the ``2 * num_signals`` one-sided sums may raise one in ``2 * num_signals * run_length`` (Bonferroni).
     """
     return threshold_for(2 * num_signals * run_length)
 
 
 @dataclass(frozen=True, slots=True)
 class Cusum:
-    """A two-sided cumulative sum: how far a signal has run above and below its reference, and whether it is an alarm.
+    """A two-sided cumulative sum of a signal's deviations from its reference, and whether it is in alarm.
 
-    The sums stop at twice the threshold, so that the end of a long shift is noticed soon. An alarm ends when the sum on
-    its side is back at zero.
+    The sums are limited to twice the threshold, so that the end of a long shift is detected soon. An alarm ends when
+    the sum of its direction is back at zero.
     """
 
     up: float = 0.0
+    """Sum of upward deviations, in standard errors of a batch."""
+
     down: float = 0.0
+    """Sum of downward deviations, in the same unit."""
+
     alarming_up: bool = False
     alarming_down: bool = False
 
     @property
     def alarming(self) -> bool:
-        """Whether either side is in alarm."""
+        """Whether either direction is in alarm."""
         return self.alarming_up or self.alarming_down
 
     def stepped(self, z: float, threshold: float, allowance: float = ALLOWANCE) -> Cusum:
         """Return the sum after one more batch.
 
         Args:
-            z: mean of the batch less its reference, in standard errors.
+            z: deviation of the batch from the reference, in standard errors.
             threshold: h.
             allowance: k; more than `ALLOWANCE` where the reference itself is uncertain.
         """

@@ -1,7 +1,7 @@
-"""Means and co-moments of vectors, which merge without loss, and what follows from them: correlations and slopes.
+"""Means and co-moments of vectors, which merge exactly, and what follows from them: correlations and slopes.
 
-Pure arithmetic in double precision; nothing is ever subtracted from a sum of squares, so ten million items whose mean
-is a million times their standard deviation keep their correlation.
+Pure arithmetic in double precision. Nothing is subtracted from a sum of squares, so the correlation of ten million
+items whose mean is a million times their standard deviation stays accurate.
 """
 
 from __future__ import annotations
@@ -18,36 +18,40 @@ Vector: TypeAlias = NDArray[np.float64]
 Matrix: TypeAlias = NDArray[np.float64]
 
 Z95 = 1.959963984540054
-"""Quantile of the standard normal distribution that leaves 2.5 percent above it."""
+"""97.5 percent quantile of the standard normal distribution."""
 
 MAX_CONDITION = 1e10
-"""Beyond it a correlation matrix is taken for singular: the variables say the same thing, so no slope is anybody's."""
+"""Condition number above which a correlation matrix counts as singular: the variables are linearly dependent."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Moments:
-    """Count, mean [d] and co-moment [d, d] (sum of outer products of deviations from the mean) of some vectors."""
+    """Count, mean and co-moment of a set of vectors."""
 
     count: int
+
     mean: Vector
+    """[d]"""
+
     comoment: Matrix
+    """Sum of outer products of deviations from the mean, [d, d]."""
 
     @classmethod
     def empty(cls, size: int) -> Moments:
-        """Return the moments of no vector of that size; merging them changes nothing."""
+        """Return the moments of no vectors of that size: the neutral element of `merged`."""
         return cls(0, np.zeros(size), np.zeros((size, size)))
 
     @classmethod
     def of(cls, rows: Matrix) -> Moments:
-        """Return the moments of rows [n, d], in two passes."""
+        """Return the moments of rows [n, d], by the corrected two-pass algorithm."""
         if not len(rows):
             return cls.empty(rows.shape[1])
         mean = rows.mean(axis=0)
         deviations = rows - mean
-        # The mean itself is rounded; what is left of it in the deviations is put right (corrected two-pass algorithm).
-        left = deviations.mean(axis=0)
-        deviations -= left
-        return cls(len(rows), mean + left, deviations.T @ deviations)
+        # The mean is rounded; the mean of the deviations is that rounding error.
+        correction = deviations.mean(axis=0)
+        deviations -= correction
+        return cls(len(rows), mean + correction, deviations.T @ deviations)
 
     def merged(self, other: Moments) -> Moments:
         """Return the moments of both sets of vectors (Chan, Golub and LeVeque, 1979)."""
@@ -66,26 +70,31 @@ class Moments:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WithinMoments:
-    """Co-moments of vectors about the means of their groups. ``count``: vectors in groups of two or more."""
+    """Co-moments of vectors about the means of their groups; groups of one vector are left out."""
 
     count: int
+    """Vectors in groups of two or more."""
+
     num_groups: int
+    """Groups of two or more."""
+
     comoment: Matrix
+    """Sum of outer products of deviations from the group's mean, [d, d]."""
 
     @classmethod
     def empty(cls, size: int) -> WithinMoments:
-        """Return the co-moments of no group."""
+        """Return the co-moments of no groups."""
         return cls(0, 0, np.zeros((size, size)))
 
     @classmethod
     def of(cls, rows: Matrix, groups: NDArray[np.int64]) -> WithinMoments:
-        """Return the co-moments of rows [n, d] about the means of their groups [n]; lone rows are left out."""
+        """Return the co-moments of rows [n, d] about the means of their groups [n]; groups of one row are left out."""
         _, members, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-        kept = sizes[members] > 1
-        if not kept.any():
+        has_siblings = sizes[members] > 1
+        if not has_siblings.any():
             return cls.empty(rows.shape[1])
-        centered = centered_within(rows, members)[kept]
-        return cls(int(kept.sum()), int((sizes > 1).sum()), centered.T @ centered)
+        centered = centered_within(rows, members)[has_siblings]
+        return cls(int(has_siblings.sum()), int((sizes > 1).sum()), centered.T @ centered)
 
     def merged(self, other: WithinMoments) -> WithinMoments:
         """Return the co-moments of both sets of groups, which have no group in common."""
@@ -98,7 +107,7 @@ def centered_within(rows: Matrix, members: NDArray[np.intp]) -> Matrix:
     """Subtract from each row [n, d] the mean of its group; ``members`` [n] numbers the groups from 0 on."""
     sizes = np.bincount(members).astype(np.float64)
     centered = rows.copy()
-    for _ in range(2):  # the second round takes out what rounding left of a large mean
+    for _ in range(2):  # the second pass removes the rounding error of a large mean
         sums = np.column_stack([np.bincount(members, weights=column) for column in centered.T])
         centered -= (sums / sizes[:, None])[members]
     return centered
@@ -121,36 +130,39 @@ def pearson(comoment: Matrix, first: int = 0, second: int = 1) -> float | None:
 
 
 def correlation_interval(r: float, size: float) -> tuple[float, float] | None:
-    """Return the 95 percent interval of a correlation (Fisher, 1921), or None where there is too little to tell.
+    """Return the 95 percent interval of a correlation (Fisher, 1921), or None where the data are too few.
 
     Args:
         r: the point estimate.
-        size: effective number of pairs less three; the standard error of atanh(r) is its inverse root.
+        size: effective number of pairs less three; the standard error of atanh(r) is 1 / sqrt(size).
     """
     if size <= 0:
         return None
-    center, reach = math.atanh(_inside(r)), Z95 / math.sqrt(size)
-    return math.tanh(center - reach), math.tanh(center + reach)
+    center, half_width = math.atanh(_below_one(r)), Z95 / math.sqrt(size)
+    return math.tanh(center - half_width), math.tanh(center + half_width)
 
 
 def lower_bound_of_size(r: float, size: float) -> float | None:
-    """Return the least |r| that the data allow at 95 percent: 0 where the interval crosses it."""
+    """Return the lower bound of |r|: the end nearer to zero of its 95 percent interval, 0 where that contains zero."""
     interval = correlation_interval(abs(r), size)
     return None if interval is None else max(0.0, interval[0])
 
 
-def _inside(r: float) -> float:
-    """Keep atanh finite where a correlation is perfect."""
+def _below_one(r: float) -> float:
+    """Clip a correlation to the open interval (-1, 1), on which atanh is finite."""
     limit = math.nextafter(1.0, 0.0)
     return min(max(r, -limit), limit)
 
 
 @dataclass(frozen=True, slots=True)
 class Regression:
-    """Least squares of one variable on others: a slope for each (None where it does not vary), and R squared."""
+    """Least squares of one variable on others."""
 
     slopes: tuple[float | None, ...]
+    """One for each regressor; None where the regressor does not vary."""
+
     r_squared: float
+    """Share of the variance that the regressors explain together (coefficient of determination)."""
 
 
 def regress(comoment: Matrix, target: int, regressors: Iterable[int]) -> Regression | None:
@@ -160,8 +172,8 @@ def regress(comoment: Matrix, target: int, regressors: Iterable[int]) -> Regress
         Slopes in the order of the regressors, in units of the target per unit of the regressor. None where the target
         does not vary, or the regressors that vary are linearly dependent.
     """
-    wanted = list(regressors)
-    varying = [index for index in wanted if comoment[index, index] > 0]
+    indices = list(regressors)
+    varying = [index for index in indices if comoment[index, index] > 0]
     if not varying or not comoment[target, target] > 0:
         return None
     scale = np.sqrt(np.diag(comoment))
@@ -172,14 +184,14 @@ def regress(comoment: Matrix, target: int, regressors: Iterable[int]) -> Regress
     weights = np.linalg.solve(correlations, with_target)
     slopes = dict(zip(varying, weights * scale[target] / scale[varying], strict=True))
     explained = float(np.clip(weights @ with_target, 0.0, 1.0))
-    return Regression(tuple(float(slopes[index]) if index in slopes else None for index in wanted), explained)
+    return Regression(tuple(float(slopes[index]) if index in slopes else None for index in indices), explained)
 
 
 def partial_correlation(comoment: Matrix, first: int, second: int, given: Iterable[int]) -> float | None:
     """Return the correlation of two variables with the others held fixed: -P12 / sqrt(P11 P22), P the inverse.
 
-    None where one of the two does not vary, or the variables are linearly dependent; of those given, the ones that do
-    not vary are left out.
+    None where one of the two does not vary, or the variables are linearly dependent. Given variables that do not vary
+    are left out.
     """
     used = [first, second, *(index for index in given if comoment[index, index] > 0)]
     scale = np.sqrt(np.diag(comoment)[used])

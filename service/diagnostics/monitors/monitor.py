@@ -1,8 +1,8 @@
-"""The rolling monitors of a replica: one over everything it scores, and one for each run that names itself.
+"""The rolling monitors of a replica: one over all items that it scores, and one for each run that sends an id.
 
-They hold state and know neither clock, thread nor metric: whoever calls them does so from one thread. A window is a row
-of batches; a batch is closed once it is large enough, and between two requests, so that the completions of a prompt
-stay together.
+They hold state and use no clock, thread or metric; all calls must come from one thread. A window is a queue of batches.
+A batch is closed once it is large enough, and only between two requests, so that the completions of a prompt stay in
+one batch.
 """
 
 from __future__ import annotations
@@ -14,43 +14,48 @@ from dataclasses import asdict, dataclass
 from functools import reduce
 from typing import Any
 
-from service.diagnostics.diagnosis import siblings_of
-from service.diagnostics.monitors.alarms import SCOPES, SIGNALS, stepped, steps_of
+from service.diagnostics.diagnosis import Outcome, siblings_of
+from service.diagnostics.monitors.alarms import SIGNALS, stepped, steps_of
 from service.diagnostics.monitors.cusum import Cusum, family_threshold
 from service.diagnostics.monitors.observation import Observation, ObservedItems
 from service.diagnostics.monitors.reference import MonitorReference
 from service.diagnostics.monitors.report import read_sums, read_window, window_correlation
 from service.diagnostics.monitors.window import WindowStatistics, merge_windows, summarize
 from service.errors import HttpError
-from service.records import Score, ScoreRequest, TokenSequence
+from service.records import SCOPES, Score, ScoreRequest, TokenSequence
 from service.settings import MonitorSettings
 
 Listener = Callable[[ObservedItems, Sequence[Observation]], None]
-"""Told of all items, each once, in groups that are whole."""
+"""Called with all items, each once; the completions of a prompt come in one call."""
 
 
 @dataclass(frozen=True, slots=True)
 class MonitorState:
-    """What a monitor knows, by value: of one replica, or of several merged.
-
-    ``sums``: the cumulative sums by signal; merged, those that have run farthest. ``num_alarms``: alarms begun, by
-    signal. ``threshold``: where a sum is an alarm. ``num_batches``: steps that the sums have made. ``num_replicas``:
-    from how many this comes.
-    """
+    """The state of a monitor by value: of one replica, or of several merged."""
 
     statistics: WindowStatistics
+
     threshold: float
+    """Above it a cumulative sum is in alarm."""
+
     sums: dict[str, Cusum]
+    """Cumulative sums by signal; merged, the largest of each direction."""
+
     num_alarms: dict[str, int]
+    """Alarms that have begun, by signal."""
+
     num_batches: int
+    """Steps of the cumulative sums."""
+
     num_replicas: int = 1
+    """Number of replicas that were merged."""
 
     def merged(self, other: MonitorState) -> MonitorState:
-        """Return both together: statistics and counts add up exactly, of each sum the farther side is kept."""
+        """Return both merged: statistics and counts exactly, of each cumulative sum the larger value."""
         return MonitorState(
             self.statistics.merged(other.statistics),
             self.threshold,
-            {name: _farther(total, other.sums[name]) for name, total in self.sums.items()},
+            {name: _largest(total, other.sums[name]) for name, total in self.sums.items()},
             dict(Counter(self.num_alarms) + Counter(other.num_alarms)),
             self.num_batches + other.num_batches,
             self.num_replicas + other.num_replicas,
@@ -59,18 +64,20 @@ class MonitorState:
 
 @dataclass(frozen=True, slots=True)
 class MonitorView:
-    """What one replica, or all of them, can say of everything or of one run. ``state`` is None of an unknown run.
-
-    ``runs``: the runs that are remembered. ``incomplete``: whether some replica did not answer.
-    """
+    """The answer of one replica, or of all of them, about all items or about one run."""
 
     state: MonitorState | None
+    """None for an unknown run."""
+
     runs: tuple[str, ...]
+    """Names of the runs that have a window."""
+
     incomplete: bool = False
+    """Whether a replica did not answer."""
 
 
 class Monitor:
-    """One window over a stream of items."""
+    """One rolling window over a stream of items, with its cumulative sums."""
 
     def __init__(self, settings: MonitorSettings, reference: MonitorReference | None) -> None:
         self._settings = settings
@@ -83,13 +90,13 @@ class Monitor:
         self._num_batches = 0
 
     def observe(self, items: Sequence[Observation]) -> None:
-        """Take in the items of one request."""
+        """Add the items of one request."""
         self._pending += items
         if len(self._pending) >= self._settings.batch_items:
             self._close_batch()
 
     def state(self) -> MonitorState:
-        """Return the window with what has not filled a batch yet, and the sums as of the last full one."""
+        """Return the window, items of the unfinished batch included, and the sums as of the last full batch."""
         statistics = merge_windows([*self._batches, self._summarized_pending()])
         return MonitorState(statistics, self._threshold, dict(self._sums), dict(self._num_alarms), self._num_batches)
 
@@ -97,7 +104,7 @@ class Monitor:
         batch = self._summarized_pending()
         self._pending = []
         self._batches.append(batch)
-        num_items = sum(kept.num_items for kept in self._batches)
+        num_items = sum(closed.num_items for closed in self._batches)
         while num_items - self._batches[0].num_items >= self._settings.window_items:
             num_items -= self._batches.popleft().num_items
         if self._reference is not None:
@@ -110,7 +117,7 @@ class Monitor:
         self._num_alarms.update(name for name in SIGNALS if self._sums[name].alarming and not before[name].alarming)
 
     def _summarized_pending(self) -> WindowStatistics:
-        thresholds = None if self._reference is None else self._reference.tell_thresholds
+        thresholds = None if self._reference is None else self._reference.style_thresholds
         return summarize(ObservedItems.of(self._pending), thresholds)
 
 
@@ -119,8 +126,8 @@ class Monitors:
 
     Args:
         settings: window, thresholds, number of runs.
-        reference: of the calibration; without one nothing is said of drift.
-        listener: told of every item once, some time after it was observed and at the latest by `flush`.
+        reference: reference of the calibration; without one (None) drift is not monitored.
+        listener: called with every item once, some time after it was observed and at the latest by `flush`.
     """
 
     def __init__(
@@ -131,63 +138,63 @@ class Monitors:
         self._listener = listener
         self._all = Monitor(settings, reference)
         self._runs: OrderedDict[str, Monitor] = OrderedDict()
-        self._untold: list[Observation] = []
+        self._unreported: list[Observation] = []
         self._prompts = itertools.count(1)
 
     @property
     def runs(self) -> tuple[str, ...]:
-        """Names of the runs that are remembered, the one heard of last at the end."""
+        """Names of the runs that have a window, the least recently used one first."""
         return tuple(self._runs)
 
     def observe(self, items: Sequence[Observation], run_id: str | None = None) -> None:
-        """Take in the scored items of one request, for everything and for its run."""
+        """Add the scored items of one request to the common window and to that of its run."""
         if not items:
             return
         self._all.observe(items)
         if run_id is not None:
             self._run(run_id).observe(items)
-        self._untold += items
-        if len(self._untold) >= self.settings.batch_items:
+        self._unreported += items
+        if len(self._unreported) >= self.settings.batch_items:
             self.flush()
 
     def observe_request(
-        self, request: ScoreRequest, encoded: Sequence[TokenSequence | HttpError], outcomes: Sequence[Score | HttpError]
+        self, request: ScoreRequest, encoded: Sequence[TokenSequence | HttpError], outcomes: Sequence[Outcome]
     ) -> None:
-        """Take in the items of a request that got a reward.
+        """Add the items of a request that have a reward.
 
         Args:
-            request: with its items and its run.
-            encoded: what tokenization made of them, in order.
-            outcomes: their Scores, or errors.
+            request: the request, with its items and its run.
+            encoded: their token sequences, or errors, in order.
+            outcomes: their Scores, or errors, in order.
         """
-        scores = {place: outcome for place, outcome in enumerate(outcomes) if isinstance(outcome, Score)}
+        scores = {index: outcome for index, outcome in enumerate(outcomes) if isinstance(outcome, Score)}
         prompts: dict[int, int] = {}
         for group in siblings_of(request.items, scores):
             prompts |= dict.fromkeys(group, next(self._prompts))
         self.observe(
             [
-                Observation(score, prompts.get(place) or next(self._prompts), *_length_of(encoded[place]))
-                for place, score in scores.items()
+                Observation(score, prompts.get(index) or next(self._prompts), *_length_of(encoded[index]))
+                for index, score in scores.items()
             ],
             request.run_id,
         )
 
     def state(self, run_id: str | None = None) -> MonitorState | None:
-        """Return what is known of everything, or of one run; None of a run that is not remembered."""
+        """Return the state of the common window, or of one run's; None for a run without a window."""
         if run_id is None:
             return self._all.state()
         monitor = self._runs.get(run_id)
         return None if monitor is None else monitor.state()
 
     def view(self, run_id: str | None = None) -> MonitorView:
-        """Return `state` with the names of the runs."""
+        """Return `state` together with the names of the runs."""
         return MonitorView(self.state(run_id), self.runs)
 
     def flush(self) -> None:
-        """Tell the listener what it has not been told."""
-        if self._listener is not None and self._untold:
-            self._listener(ObservedItems.of(self._untold), self._untold)
-        self._untold = []
+        """Pass the items to the listener that it has not received yet."""
+        if self._listener is not None and self._unreported:
+            self._listener(ObservedItems.of(self._unreported), self._unreported)
+        self._unreported = []
 
     def _run(self, run_id: str) -> Monitor:
         if run_id not in self._runs:
@@ -199,17 +206,17 @@ class Monitors:
 
 
 def _length_of(encoded: TokenSequence | HttpError) -> tuple[int | None, bool]:
-    """Return the completion's tokens, where the border to the prompt is known, and whether the prompt was cut."""
+    """Return the number of completion tokens (None where unknown), and whether the item was truncated."""
     return (encoded.num_completion_tokens, encoded.truncated) if isinstance(encoded, TokenSequence) else (None, False)
 
 
 def merge_states(states: Iterable[MonitorState]) -> MonitorState | None:
-    """Return the states of several replicas together; None where there is none."""
+    """Return the states of several replicas merged; None where there is none."""
     return reduce(MonitorState.merged, states) if (states := list(states)) else None
 
 
 def merge_views(views: Iterable[MonitorView], *, incomplete: bool) -> MonitorView:
-    """Return what several replicas say together."""
+    """Return the views of several replicas merged."""
     known = list(views)
     state = merge_states(view.state for view in known if view.state is not None)
     return MonitorView(state, tuple(sorted({run for view in known for run in view.runs})), incomplete)
@@ -218,7 +225,7 @@ def merge_views(views: Iterable[MonitorView], *, incomplete: bool) -> MonitorVie
 def describe_state(
     state: MonitorState, reference: MonitorReference | None, settings: MonitorSettings
 ) -> dict[str, Any]:
-    """Say what a state means, JSON-ready, for ``/v1/monitor``."""
+    """Return a state as JSON-ready values for ``/v1/monitor``."""
     readings = read_window(state.statistics, reference, settings)
     sums = read_sums(state.sums, state.num_alarms, state.threshold) if reference is not None else []
     return {
@@ -237,8 +244,9 @@ def describe_state(
         ],
         "monitors": [asdict(reading) for reading in readings],
         "cusum": {
-            "definition": "Two-sided cumulative sums of batches against the reference, in standard errors; alarm above "
-            "the threshold. Designed for one false alarm of all signals together in false_alarm_batches batches.",
+            "definition": "Two-sided cumulative sums of each batch's deviation from the reference in standard errors. "
+            "Above the threshold a sum is in alarm. Designed for one false alarm of all signals together in "
+            "false_alarm_batches batches.",
             "threshold": state.threshold,
             "batches": state.num_batches,
             "false_alarm_batches": settings.false_alarm_batches,
@@ -247,7 +255,7 @@ def describe_state(
     }  # fmt: skip
 
 
-def _farther(one: Cusum, other: Cusum) -> Cusum:
+def _largest(one: Cusum, other: Cusum) -> Cusum:
     return Cusum(
         max(one.up, other.up),
         max(one.down, other.down),

@@ -1,7 +1,7 @@
-"""What the monitors take in of a scored item, and the same for many items as arrays.
+"""What the monitors observe of a scored item, and the same for many items as arrays.
 
-What is unknown about an item (no calibration, no border between prompt and completion, a level without style) is NaN
-here and is skipped by every statistic; it is never counted as zero.
+A value that is unknown for an item (no calibration, prompt and completion not separable, a level without style) is NaN
+and is skipped by every statistic; it never counts as zero.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,59 +32,56 @@ Column: TypeAlias = Literal[
     "oe_surprise",
     "flag",
 ]
-"""reward: raw. log_tokens: ln(1 + completion tokens). headers to markdown: tells per 100 words, markdown the sum of the
-first three. repeat4, prompt_overlap: fractions of the style block. surprise: the combined -ln p. oe_surprise: -ln p of
-the detector that was shown hacks. flag: 0 or 1."""
+"""reward: raw. log_tokens: ln(1 + completion tokens). headers to markdown: style markers per 100 words; markdown is the
+sum of the first three. repeat4, prompt_overlap: fractions of the style block. surprise: the combined -ln p.
+oe_surprise: -ln p of the detector that was trained on hacks. flag: 0 or 1."""
 
-COLUMNS: tuple[Column, ...] = (
-    "reward",
-    "log_tokens",
-    "headers",
-    "list_items",
-    "bold",
-    "emoji",
-    "hedges",
-    "flattery",
-    "markdown",
-    "repeat4",
-    "prompt_overlap",
-    "surprise",
-    "oe_surprise",
-    "flag",
-)
+COLUMNS: tuple[Column, ...] = get_args(Column)
+
 MAX_SURPRISE = 12.0
-"""Beyond it one item would outweigh a whole batch."""
+"""Limit of the surprise in means, above which one item would outweigh a whole batch."""
+
 _UNKNOWN = math.nan
 
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """One scored item.
-
-    ``prompt``: a number that the completions of one prompt have in common within their request, and nobody else has.
-    ``values``: what is known, in the order of `COLUMNS`; read once, as several windows ask for it.
-    """
+    """One scored item."""
 
     score: Score
+
     prompt: int
+    """Number of the prompt: equal for the completions of one prompt within a request, different for all others."""
+
     num_completion_tokens: int | None = None
+
     truncated: bool = False
+    """Whether the model read only a part of the item."""
+
     values: tuple[float, ...] = field(init=False, repr=False, compare=False)
+    """In the order of `COLUMNS`; computed once, because several windows read them."""
 
     def __post_init__(self) -> None:
-        """Read the values off the Score."""
+        """Compute the values from the Score."""
         score, tokens = self.score, self.num_completion_tokens
         log_tokens = _UNKNOWN if tokens is None else math.log1p(tokens)
-        object.__setattr__(self, "values", (score.reward, log_tokens, *_tells(score.style), *_surprises(score.ood)))
+        object.__setattr__(
+            self, "values", (score.reward, log_tokens, *_style_rates(score.style), *_surprises(score.ood))
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ObservedItems:
-    """Observations as arrays: values [n, columns] with NaN where unknown, prompt numbers [n], truncated [n]."""
+    """Observations as arrays."""
 
     values: NDArray[np.float64]
+    """[n, columns], NaN where unknown."""
+
     prompts: NDArray[np.int64]
+    """Prompt numbers [n]."""
+
     truncated: NDArray[np.bool_]
+    """[n]"""
 
     @classmethod
     def of(cls, observations: Sequence[Observation]) -> ObservedItems:
@@ -100,14 +97,14 @@ class ObservedItems:
         return self.values[:, [COLUMNS.index(name) for name in names]]
 
     def known(self, *names: Column) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Return the rows [m, names] of which all these are known, and the prompt numbers [m] that go with them."""
+        """Return the rows [m, names] in which all these are known, and their prompt numbers [m]."""
         rows = self.columns(*names)
         is_known = ~np.isnan(rows).any(axis=1)
         return rows[is_known], self.prompts[is_known]
 
 
-def _tells(style: StyleReport | None) -> tuple[float, ...]:
-    """Tells per 100 words: headers, lists, bold spans, emoji, hedges, flattery, the first three; then fractions."""
+def _style_rates(style: StyleReport | None) -> tuple[float, ...]:
+    """Return markers per 100 words (headers, lists, bold, emoji, hedges, flattery, markdown), then the fractions."""
     if style is None:
         return (_UNKNOWN,) * 9
     per_word = 100.0 / max(1, style.words)
@@ -118,11 +115,11 @@ def _tells(style: StyleReport | None) -> tuple[float, ...]:
 
 
 def _surprises(ood: OodReport | None) -> tuple[float, float, float]:
-    """Combined -ln p, that of the detector that was shown hacks, and the flag."""
+    """Return the combined -ln p, -ln p of the detector that was trained on hacks, and the flag."""
     if ood is None:
         return _UNKNOWN, _UNKNOWN, _UNKNOWN
-    of_hacks = _UNKNOWN if ood.p_oe is None else -math.log(ood.p_oe)
-    return min(ood.surprise, MAX_SURPRISE), of_hacks, float(ood.flag)
+    from_trees = _UNKNOWN if ood.p_oe is None else -math.log(ood.p_oe)
+    return min(ood.surprise, MAX_SURPRISE), from_trees, float(ood.flag)
 
 
 def _known(value: float | None) -> float:

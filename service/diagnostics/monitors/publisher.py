@@ -1,6 +1,7 @@
-"""Puts what the monitors see into Prometheus metrics: counters of every item, gauges of the window.
+"""Publishes the monitors as Prometheus metrics: counters over all items, gauges of the window.
 
-Counters hold sums that PromQL divides over any window and any number of replicas; gauges are of one replica's window.
+Counters are sums that PromQL can combine over any time range and any number of replicas; gauges describe the window of
+one replica.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from service.diagnostics.detectors import BANK
-from service.diagnostics.monitors.alarms import SCOPES, SIGNALS, Scope
+from service.diagnostics.detectors import ONE_SIDED_TESTS
+from service.diagnostics.monitors.alarms import SIGNALS
 from service.diagnostics.monitors.cusum import Cusum
 from service.diagnostics.monitors.moments import centered_within
 from service.diagnostics.monitors.monitor import Monitors, MonitorState
@@ -22,27 +23,27 @@ from service.diagnostics.monitors.report import reward_gap, style_r_squared, tie
 from service.diagnostics.monitors.window import count_best, count_pairs
 from service.diagnostics.ood import COMPONENTS, reason_of
 from service.metrics import STYLES, Metrics
-from service.records import OodReport, StyleReport
+from service.records import SCOPES, OodReport, Scope, StyleReport
 from service.settings import MonitorSettings
 
 UNCALIBRATED_SCALE = ((0.0, 5.0), (1.0, 1.0))
-"""Means and deviations by which reward and log length are standardised without a calibration. A correlation does not
-depend on them, as long as all replicas use the same; these keep the sums small."""
+"""Means and standard deviations by which reward and log length are standardised without a calibration. The correlation
+does not depend on them, as long as all replicas use the same ones; these keep the sums small."""
 
 REASONS = (
-    *(reason_of("text", test) for test in range(len(BANK))),
+    *(reason_of("text", test) for test in range(len(ONE_SIDED_TESTS))),
     *(reason_of(component, 0) for component in (*COMPONENTS[1:], "siblings")),
     "nonfinite",
 )
-"""What may have decided a flag; all series stand at zero from the start."""
+"""All reasons of a flag; their series start at zero, so that increase() includes the first flag."""
 
 
 def watch_stream(metrics: Metrics, reference: MonitorReference | None, settings: MonitorSettings) -> Monitors:
     """Return the monitors of a replica, whose items are counted in its metrics.
 
     Args:
-        metrics: of the replica.
-        reference: of the calibration; None without one.
+        metrics: metrics of the replica.
+        reference: reference of the calibration; None without one.
         settings: windows and thresholds.
     """
     publisher = Publisher(metrics, reference, settings)
@@ -52,11 +53,11 @@ def watch_stream(metrics: Metrics, reference: MonitorReference | None, settings:
 
 
 class Publisher:
-    """Keeps a replica's metrics in step with its monitors.
+    """Updates a replica's metrics from its monitors.
 
     Args:
-        metrics: of the replica.
-        reference: of the calibration; None without one.
+        metrics: metrics of the replica.
+        reference: reference of the calibration; None without one.
         settings: thresholds of the alarms.
     """
 
@@ -72,7 +73,7 @@ class Publisher:
             metrics.ood_flag.labels(reason=reason)
 
     def watch(self, monitors: Monitors) -> None:
-        """Bring the metrics up to date with these monitors before every scrape."""
+        """Update the metrics from these monitors before every scrape."""
 
         def refresh() -> None:
             monitors.flush()
@@ -83,7 +84,7 @@ class Publisher:
         self._metrics.refresh_with(refresh)
 
     def count(self, items: ObservedItems, observations: Sequence[Observation]) -> None:
-        """Count some items, each of which must come once and beside its siblings."""
+        """Count items; each must come once, and all completions of a prompt in one call."""
         self._count_moments(items)
         self._count_groups(items)
         for seen in observations:
@@ -94,7 +95,7 @@ class Publisher:
         self._count_styles([seen.score.style for seen in observations if seen.score.style is not None])
 
     def show(self, state: MonitorState) -> None:
-        """Set the gauges to what a window says."""
+        """Set the gauges to the values of a window."""
         metrics, statistics = self._metrics, state.statistics
         for scope in SCOPES:
             found = window_correlation(statistics, scope)
@@ -111,10 +112,10 @@ class Publisher:
 
     def _show_rules(self, scope: Scope, bound: float | None) -> None:
         settings = self._settings
-        least = bound or 0.0
+        lower = bound or 0.0
         for rule, value, severity in (
-            ("reward_length_corr", least > settings.length_corr_warn, "warn"),
-            ("reward_length_r2", least**2 > settings.length_r2_critical, "critical"),
+            ("reward_length_corr", lower > settings.length_corr_warn, "warn"),
+            ("reward_length_r2", lower**2 > settings.length_r2_critical, "critical"),
         ):
             self._metrics.alarm.labels(signal=f"{rule}_{scope}", severity=severity).set(value)
 
@@ -154,8 +155,8 @@ class Publisher:
             self._metrics.moment.labels(stat=stat, scope=scope).inc(float(value))
 
     def _count_groups(self, items: ObservedItems) -> None:
-        judged, judged_prompts = items.known("reward", "flag")
-        num_groups, num_top1_ood = count_best(judged[:, 0], judged[:, 1] > 0, judged_prompts)
+        with_ood, ood_prompts = items.known("reward", "flag")
+        num_groups, num_top1_ood = count_best(with_ood[:, 0], with_ood[:, 1] > 0, ood_prompts)
         num_pairs, num_tied = count_pairs(items.columns("reward")[:, 0], items.prompts)
         self._metrics.groups.inc(num_groups)
         self._metrics.top1_ood.inc(num_top1_ood)

@@ -1,7 +1,7 @@
-"""What the monitored signals look like on the calibration's own items: the level from which drift is measured.
+"""The distribution of the monitored signals on the calibration's own items, from which drift is measured.
 
-Fitted once by the calibration, on items scored through the serving path with prompts that nothing else was fitted to,
-and stored in its artifact as a few small arrays. The monitors own the format.
+Fitted once by ``reward-calibrate``, on items scored through the serving path whose prompts nothing else was fitted to,
+and stored in its artifact as a few small arrays. The format of these arrays is defined here.
 """
 
 from __future__ import annotations
@@ -15,30 +15,35 @@ from numpy.typing import NDArray
 
 from service.diagnostics.monitors.moments import Moments, WithinMoments
 from service.diagnostics.monitors.observation import Column, ObservedItems
-from service.diagnostics.monitors.window import STYLE_COLUMNS, TELLS, Clusters, summarize
+from service.diagnostics.monitors.window import STYLE_COLUMNS, STYLE_SIGNALS, Clusters, summarize
 
 MEANS: tuple[Column, ...] = ("reward", "log_tokens", "surprise", "oe_surprise", "prompt_overlap")
-"""Signals that are watched by their mean."""
+"""Signals that are monitored by their mean."""
 
-SHARES: tuple[Column, ...] = ("flag", *TELLS)
-"""Signals that are watched by the share of items that have them."""
+SHARES: tuple[Column, ...] = ("flag", *STYLE_SIGNALS)
+"""Signals that are monitored by a share of items."""
 
-TELL_QUANTILE = 0.95
+STYLE_QUANTILE = 0.95
+"""Quantile of a style signal above which an item counts as an exceedance."""
+
 _PREFIX = "monitor_"
 
 
 @dataclass(frozen=True, slots=True)
 class SignalReference:
-    """A signal of the reference: its mean (of a share, the share) and standard deviation over items.
-
-    ``intraclass``: correlation of two items of one prompt. ``effective_size``: independent items that would know the
-    mean as well.
-    """
+    """One signal on the reference items."""
 
     mean: float
+    """Mean over items; of a signal of `SHARES`, the share."""
+
     sd: float
+    """Standard deviation over items."""
+
     intraclass: float
+    """Intraclass correlation: correlation of two items of one prompt."""
+
     effective_size: float
+    """Number of independent items that would give the mean with the same standard error."""
 
 
 _UNKNOWN = SignalReference(math.nan, math.nan, math.nan, math.nan)
@@ -46,36 +51,40 @@ _UNKNOWN = SignalReference(math.nan, math.nan, math.nan, math.nan)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MonitorReference:
-    """The reference of the signals that it knows, and co-moments from which all its correlations and slopes follow.
-
-    ``signals``: without ``oe_surprise`` where the calibration has no such detector. ``tell_thresholds`` [5]: the 95
-    percent quantile of each of `TELLS`. ``styles``, ``styles_within``: of `STYLE_COLUMNS`.
-    """
+    """The reference of all signals, and the co-moments from which its correlations and slopes follow."""
 
     clusters: Clusters
+
     signals: Mapping[Column, SignalReference]
-    tell_thresholds: NDArray[np.float64]
+    """Without ``oe_surprise`` where the calibration has no such detector."""
+
+    style_thresholds: NDArray[np.float64]
+    """The 95 percent quantile of each of `STYLE_SIGNALS`, [5]."""
+
     styles: Moments
+    """Of `STYLE_COLUMNS`, over all items."""
+
     styles_within: WithinMoments
+    """Of `STYLE_COLUMNS`, about the means of the prompts."""
 
     @property
     def correlation_intraclass(self) -> float:
-        """Product of the intraclass correlations of reward and length: what clustering does to their correlation."""
+        """Product of the intraclass correlations of reward and length, for the design effect of their correlation."""
         return max(0.0, self.signals["reward"].intraclass) * max(0.0, self.signals["log_tokens"].intraclass)
 
     @property
     def correlation_size(self) -> float:
-        """Independent items that would know the correlation of reward and length as well."""
+        """Effective number of independent items behind the correlation of reward and length."""
         return self.clusters.items / self.clusters.design_effect(self.correlation_intraclass)
 
     def as_arrays(self) -> dict[str, NDArray[np.float64]]:
-        """Return everything as float64 arrays, by the names they have in the artifact."""
+        """Return everything as float64 arrays, by their names in the artifact."""
         clusters = self.clusters
         named = [self.signals.get(name, _UNKNOWN) for name in (*MEANS, *SHARES)]
         arrays = {
             "clusters": [clusters.items, clusters.prompts, clusters.squares],
             "signals": [[signal.mean, signal.sd, signal.intraclass, signal.effective_size] for signal in named],
-            "tell_thresholds": self.tell_thresholds,
+            "style_thresholds": self.style_thresholds,
             "pooled_count": [self.styles.count],
             "pooled_mean": self.styles.mean,
             "pooled_comoment": self.styles.comoment,
@@ -86,7 +95,7 @@ class MonitorReference:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[np.float64]]) -> MonitorReference:
-        """Return what `as_arrays` wrote; other arrays are left alone.
+        """Return what `as_arrays` wrote; other arrays are ignored.
 
         Raises:
             KeyError: an array is missing.
@@ -103,7 +112,7 @@ class MonitorReference:
         return cls(
             Clusters(*(int(count) for count in found["clusters"])),
             signals,
-            found["tell_thresholds"].reshape(len(TELLS)),
+            found["style_thresholds"].reshape(len(STYLE_SIGNALS)),
             Moments(
                 int(found["pooled_count"][0]),
                 found["pooled_mean"].reshape(size),
@@ -114,18 +123,18 @@ class MonitorReference:
 
 
 def fit_reference(items: ObservedItems) -> MonitorReference:
-    """Measure every signal on calibrated items, scored at level ``full``.
+    """Fit the reference of every signal to calibrated items that were scored at level ``full``.
 
     Raises:
-        ValueError: rewards, lengths, surprises or tells are known of fewer than two items.
+        ValueError: rewards, lengths, surprises or styles are known for fewer than two items.
     """
-    thresholds = np.quantile(items.known(*TELLS)[0], TELL_QUANTILE, axis=0, method="higher")
+    thresholds = np.quantile(items.known(*STYLE_SIGNALS)[0], STYLE_QUANTILE, axis=0, method="higher")
     statistics = summarize(items, thresholds)
-    wanted = [name for name in (*MEANS, "flag") if name != "oe_surprise" or statistics.oe_surprises.count]
-    signals = {name: _signal(items.known(name)) for name in wanted}
-    for place, name in enumerate(TELLS):
+    measured = [name for name in (*MEANS, "flag") if name != "oe_surprise" or statistics.oe_surprises.count]
+    signals = {name: _signal(items.known(name)) for name in measured}
+    for index, name in enumerate(STYLE_SIGNALS):
         values, prompts = items.known(name)
-        signals[name] = _signal(((values > thresholds[place]).astype(np.float64), prompts))
+        signals[name] = _signal(((values > thresholds[index]).astype(np.float64), prompts))
     return MonitorReference(
         statistics.clusters,
         {name: _smoothed(signal) if name in SHARES else signal for name, signal in signals.items()},
@@ -136,9 +145,9 @@ def fit_reference(items: ObservedItems) -> MonitorReference:
 
 
 def intraclass_correlation(pooled: Moments, within: WithinMoments, clusters: Clusters, index: int = 0) -> float:
-    """Return the correlation of two items of one prompt, from the one-way analysis of variance (Donner, 1986).
+    """Return the intraclass correlation, estimated by one-way analysis of variance (Donner, 1986).
 
-    0 where no prompt has two items, or nothing varies.
+    0 where no prompt has two items, or where nothing varies.
     """
     if clusters.prompts < 2 or clusters.items <= clusters.prompts:
         return 0.0
@@ -155,7 +164,7 @@ def _signal(known: tuple[NDArray[np.float64], NDArray[np.int64]]) -> SignalRefer
     pooled, within, clusters = Moments.of(values), WithinMoments.of(values, prompts), Clusters.of(prompts)
     variance = pooled.variance(0)
     if variance is None:
-        raise ValueError("A signal is known of fewer than two items.")
+        raise ValueError("A signal is known for fewer than two items.")
     intraclass = intraclass_correlation(pooled, within, clusters)
     return SignalReference(
         float(pooled.mean[0]), math.sqrt(variance), intraclass, clusters.items / clusters.design_effect(intraclass)
@@ -163,6 +172,6 @@ def _signal(known: tuple[NDArray[np.float64], NDArray[np.int64]]) -> SignalRefer
 
 
 def _smoothed(share: SignalReference) -> SignalReference:
-    """Keep a share away from 0 and 1 (Krichevsky and Trofimov, 1981): what was never seen may still be clean."""
+    """Move a share away from 0 and 1 (Krichevsky and Trofimov, 1981): a rate of zero would make any item an alarm."""
     mean = (share.mean * share.effective_size + 0.5) / (share.effective_size + 1.0)
     return SignalReference(mean, math.sqrt(mean * (1.0 - mean)), share.intraclass, share.effective_size)

@@ -1,6 +1,6 @@
-"""The sufficient statistics of a stretch of the stream, which merge exactly over buckets of time and over replicas.
+"""The sufficient statistics of a segment of the stream, which merge exactly over batches and over replicas.
 
-Pure: items in, statistics out; what the statistics say is read off in ``report`` and ``alarms``.
+Pure: items in, statistics out. ``report`` and ``alarms`` compute the monitors from them.
 """
 
 from __future__ import annotations
@@ -26,19 +26,21 @@ STYLE_COLUMNS: tuple[Column, ...] = (
     "hedges",
     "flattery",
 )
-"""The vector of the style regression: the reward, then what it should not depend on."""
+"""Variables of the style regression: the reward, then the features that it should not depend on."""
 
-TELLS: tuple[Column, ...] = ("markdown", "emoji", "hedges", "flattery", "repeat4")
-"""Style signals that are watched by the share of items with more of them than 95 percent of the reference have."""
+STYLE_SIGNALS: tuple[Column, ...] = ("markdown", "emoji", "hedges", "flattery", "repeat4")
+"""Style signals that are monitored by the share of items above the 95 percent quantile of the reference."""
 
 
 @dataclass(frozen=True, slots=True)
 class Clusters:
-    """How items cluster by prompt: number of items, of prompts, and the sum of the squares of the prompts' items."""
+    """How items are clustered by prompt."""
 
     items: int = 0
     prompts: int = 0
+
     squares: int = 0
+    """Sum over prompts of the squared number of items."""
 
     @classmethod
     def of(cls, prompts: NDArray[np.int64]) -> Clusters:
@@ -47,14 +49,14 @@ class Clusters:
         return cls(len(prompts), len(sizes), int((sizes * sizes).sum()))
 
     def merged(self, other: Clusters) -> Clusters:
-        """Return the counts of both, which have no prompt in common."""
+        """Return the counts of both; they must not have a prompt in common."""
         return Clusters(self.items + other.items, self.prompts + other.prompts, self.squares + other.squares)
 
     def design_effect(self, intraclass: float) -> float:
-        """Return by how much clustering inflates the variance of a mean (Kish, 1965); at least 1.
+        """Return the factor by which clustering increases the variance of a mean (Kish, 1965); at least 1.
 
         Args:
-            intraclass: correlation of two items of one prompt; for that of two variables, the product of theirs.
+            intraclass: correlation of two items of one prompt; for a correlation of two variables, their product.
         """
         if not self.items:
             return 1.0
@@ -63,47 +65,67 @@ class Clusters:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WindowStatistics:
-    """What a stretch of the stream leaves behind.
-
-    ``lengths``, ``lengths_within``: of (reward, log_tokens), pooled and about the means of the prompts.
-    ``styles``, ``styles_within``: of `STYLE_COLUMNS`. ``rewards``, ``surprises``: of one variable each; the rewards
-    also of flagged and unflagged items apart; ``oe_surprises`` and ``overlaps`` are as they are. ``tells``: how many of
-    the ``num_styled`` items have more of each of `TELLS` than the reference's threshold, in that order.
-    ``num_top1_ood`` of ``num_judged_groups`` groups have a flagged best completion.
-    """
+    """The statistics of a segment of the stream."""
 
     clusters: Clusters
+
     num_truncated: int
+    """Items of which the model read only a part."""
+
     rewards: Moments
+
     lengths: Moments
+    """Of (reward, log_tokens), over all items."""
+
     lengths_within: WithinMoments
+    """Of (reward, log_tokens), about the means of the prompts."""
+
     styles: Moments
+    """Of `STYLE_COLUMNS`, over all items."""
+
     styles_within: WithinMoments
+    """Of `STYLE_COLUMNS`, about the means of the prompts."""
+
     surprises: Moments
     oe_surprises: Moments
+
     overlaps: Moments
+    """Of prompt_overlap."""
+
     num_flagged: int
     flagged_rewards: Moments
     unflagged_rewards: Moments
+
     num_styled: tuple[int, ...]
-    tells: tuple[int, ...]
-    num_judged_groups: int
+    """Items of which the signal is known, for each of `STYLE_SIGNALS`."""
+
+    style_exceedances: tuple[int, ...]
+    """Items above the reference's threshold, for each of `STYLE_SIGNALS`."""
+
+    num_groups_with_ood: int
+    """Prompts with two or more completions that have a p-value."""
+
     num_top1_ood: int
+    """Those of these prompts whose completion with the highest reward is flagged."""
+
     num_pairs: int
+    """Pairs of completions of one prompt."""
+
     num_tied_pairs: int
+    """Those of these pairs with equal rewards."""
 
     @property
     def num_items(self) -> int:
-        """Items seen."""
+        """Number of items."""
         return self.clusters.items
 
     @property
-    def num_judged(self) -> int:
-        """Items with a p-value."""
+    def num_with_ood(self) -> int:
+        """Number of items with a p-value."""
         return self.surprises.count
 
     def merged(self, other: WindowStatistics) -> WindowStatistics:
-        """Return the statistics of both stretches, which have no prompt group in common."""
+        """Return the statistics of both segments; they must not have a prompt group in common."""
         parts: dict[str, Any] = {
             part.name: _merged(getattr(self, part.name), getattr(other, part.name)) for part in fields(self)
         }
@@ -115,19 +137,19 @@ def merge_windows(parts: Iterable[WindowStatistics]) -> WindowStatistics:
     return reduce(WindowStatistics.merged, parts, EMPTY)
 
 
-def summarize(items: ObservedItems, tell_thresholds: NDArray[np.float64] | None) -> WindowStatistics:
-    """Return the statistics of some items, whose groups are whole.
+def summarize(items: ObservedItems, style_thresholds: NDArray[np.float64] | None) -> WindowStatistics:
+    """Return the statistics of items; all completions of a prompt must be among them.
 
     Args:
-        items: as they came.
-        tell_thresholds: of each of `TELLS`, as the reference has them; without a reference no tell is counted.
+        items: in order of arrival.
+        style_thresholds: the reference's threshold of each of `STYLE_SIGNALS`; None: exceedances are not counted.
     """
     lengths, length_prompts = items.known("reward", "log_tokens")
     styles, style_prompts = items.known(*STYLE_COLUMNS)
-    judged, judged_prompts = items.known("reward", "surprise", "flag")
-    flagged = judged[:, 2] > 0
-    tells, num_styled = _count_tells(items, tell_thresholds)
-    num_judged_groups, num_top1_ood = count_best(judged[:, 0], flagged, judged_prompts)
+    with_ood, ood_prompts = items.known("reward", "surprise", "flag")
+    flagged = with_ood[:, 2] > 0
+    style_exceedances, num_styled = _count_exceedances(items, style_thresholds)
+    num_groups_with_ood, num_top1_ood = count_best(with_ood[:, 0], flagged, ood_prompts)
     num_pairs, num_tied_pairs = count_pairs(items.columns("reward")[:, 0], items.prompts)
     return WindowStatistics(
         clusters=Clusters.of(items.prompts),
@@ -137,15 +159,15 @@ def summarize(items: ObservedItems, tell_thresholds: NDArray[np.float64] | None)
         lengths_within=WithinMoments.of(lengths, length_prompts),
         styles=Moments.of(styles),
         styles_within=WithinMoments.of(styles, style_prompts),
-        surprises=Moments.of(judged[:, 1:2]),
+        surprises=Moments.of(with_ood[:, 1:2]),
         oe_surprises=Moments.of(items.known("oe_surprise")[0]),
         overlaps=Moments.of(items.known("prompt_overlap")[0]),
         num_flagged=int(flagged.sum()),
-        flagged_rewards=Moments.of(judged[flagged, :1]),
-        unflagged_rewards=Moments.of(judged[~flagged, :1]),
+        flagged_rewards=Moments.of(with_ood[flagged, :1]),
+        unflagged_rewards=Moments.of(with_ood[~flagged, :1]),
         num_styled=num_styled,
-        tells=tells,
-        num_judged_groups=num_judged_groups,
+        style_exceedances=style_exceedances,
+        num_groups_with_ood=num_groups_with_ood,
         num_top1_ood=num_top1_ood,
         num_pairs=num_pairs,
         num_tied_pairs=num_tied_pairs,
@@ -153,7 +175,7 @@ def summarize(items: ObservedItems, tell_thresholds: NDArray[np.float64] | None)
 
 
 def count_best(rewards: NDArray[np.float64], flagged: NDArray[np.bool_], prompts: NDArray[np.int64]) -> tuple[int, int]:
-    """Count the groups of two or more judged completions, and those of them whose best completion is flagged."""
+    """Count the groups of two or more completions with a p-value, and those whose best completion is flagged."""
     order = np.lexsort((-rewards, prompts))
     _, first, sizes = np.unique(prompts[order], return_index=True, return_counts=True)
     best = order[first[sizes > 1]]
@@ -163,12 +185,12 @@ def count_best(rewards: NDArray[np.float64], flagged: NDArray[np.bool_], prompts
 def count_pairs(rewards: NDArray[np.float64], prompts: NDArray[np.int64]) -> tuple[int, int]:
     """Count the pairs of completions of one prompt, and those of them that have the same reward."""
     sizes = np.unique(prompts, return_counts=True)[1]
-    twins = np.unique(np.column_stack([prompts, rewards]), axis=0, return_counts=True)[1]
-    return int((sizes * (sizes - 1)).sum()) // 2, int((twins * (twins - 1)).sum()) // 2
+    equal = np.unique(np.column_stack([prompts, rewards]), axis=0, return_counts=True)[1]
+    return int((sizes * (sizes - 1)).sum()) // 2, int((equal * (equal - 1)).sum()) // 2
 
 
 def _merged(one: Any, other: Any) -> Any:
-    """Merge two parts of a window: counts and rows of counts add, everything else knows how."""
+    """Merge one field of two windows: counts and tuples of counts are added, everything else has `merged`."""
     if isinstance(one, int):
         return one + other
     if isinstance(one, tuple):
@@ -176,15 +198,15 @@ def _merged(one: Any, other: Any) -> Any:
     return one.merged(other)
 
 
-def _count_tells(
+def _count_exceedances(
     items: ObservedItems, thresholds: NDArray[np.float64] | None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     if thresholds is None:
-        return (0,) * len(TELLS), (0,) * len(TELLS)
-    values = items.columns(*TELLS)
+        return (0,) * len(STYLE_SIGNALS), (0,) * len(STYLE_SIGNALS)
+    values = items.columns(*STYLE_SIGNALS)
     above, known = (values > thresholds).sum(axis=0), (~np.isnan(values)).sum(axis=0)
     return tuple(int(count) for count in above), tuple(int(count) for count in known)
 
 
 EMPTY = summarize(ObservedItems.of(()), None)
-"""The statistics of nothing; merging them changes nothing."""
+"""The statistics of no items: the neutral element of `merged`."""

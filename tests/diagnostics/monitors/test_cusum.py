@@ -1,4 +1,4 @@
-"""Cumulative sums: the run lengths they are designed for are those that a simulation finds."""
+"""Cumulative sums: simulated run lengths are those that the thresholds are designed for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_run_lengths_are_siegmunds(threshold: float, batches: float) -> None:
 
 @pytest.mark.parametrize("run_length", [100, 1e4, 180_000])
 def test_threshold_inverts_the_run_length(run_length: float) -> None:
-    """The threshold for a run length has it."""
+    """The threshold for a run length has that run length."""
     assert average_run_length(threshold_for(run_length)) == pytest.approx(run_length, rel=1e-6)
 
 
@@ -26,7 +26,7 @@ def test_family_shares_the_false_alarms() -> None:
 
 
 def test_impossible_run_length_is_refused() -> None:
-    """A run shorter than any threshold gives is an error, not a threshold of zero."""
+    """A run length below that of a threshold of zero is an error."""
     with pytest.raises(ValueError, match="No threshold"):
         threshold_for(0.5)
 
@@ -41,7 +41,7 @@ def run_length(rng: np.random.Generator, shift: float, threshold: float) -> int:
 
 @pytest.mark.parametrize(("shift", "threshold"), [(0.0, 3.0), (1.0, 5.0), (2.0, 10.0)])
 def test_run_lengths_in_simulation(shift: float, threshold: float) -> None:
-    """Simulated runs last as long as the formula says, with and without a shift."""
+    """Simulated mean run lengths agree with the formula, with and without a shift."""
     rng = np.random.default_rng(0)
 
     runs = [run_length(rng, shift, threshold) for _ in range(400)]
@@ -51,7 +51,7 @@ def test_run_lengths_in_simulation(shift: float, threshold: float) -> None:
 
 
 def test_alarm_holds_until_the_shift_is_over() -> None:
-    """An alarm begins above the threshold, stays while the sum runs down, and ends soon, however long the shift was."""
+    """An alarm begins above the threshold and ends when the sum is zero, soon after the end of a long shift."""
     total = Cusum()
     for _ in range(1000):
         total = total.stepped(3.0, 5.0)
@@ -65,8 +65,8 @@ def test_alarm_holds_until_the_shift_is_over() -> None:
     assert states == [True] * 19 + [False] * 6
 
 
-def test_both_directions_are_watched() -> None:
-    """A fall is an alarm as a rise is."""
+def test_both_directions_raise_alarms() -> None:
+    """A downward shift raises an alarm of its own direction."""
     total = Cusum()
     for _ in range(4):
         total = total.stepped(-2.5, 5.0)

@@ -47,23 +47,23 @@ def test_ten_million_items_far_from_zero() -> None:
         parts.append(Moments.of(pair + 1e6))
 
     single = pearson(merge_moments(parts, 2).comoment)
-    merged = pearson(merge_moments([merge_moments(parts[place::8], 2) for place in range(8)], 2).comoment)
+    merged = pearson(merge_moments([merge_moments(parts[start::8], 2) for start in range(8)], 2).comoment)
     expected = pearson(merge_moments(exact, 2).comoment)
 
-    # The items themselves are rounded at 1e-10 of their deviation, so the last digits belong to nobody.
+    # The items themselves are rounded at 1e-10 of their deviation, which limits the accuracy.
     assert single == pytest.approx(expected, rel=1e-9)
     assert merged == pytest.approx(single, rel=1e-10)
 
 
 def test_within_groups_takes_the_groups_means_out() -> None:
-    """Co-moments within groups are those of rows less their group's mean, merged or at once; lone rows do not count."""
+    """Co-moments about the group means, merged or at once, are those of centred rows; groups of one do not count."""
     rng = np.random.default_rng(3)
     groups = rng.integers(0, 40, 300)
     rows = correlated(300) + groups[:, None] * 5.0
     sizes = np.bincount(groups)
-    kept = sizes[groups] > 1
+    has_siblings = sizes[groups] > 1
     means = np.array([rows[groups == group].mean(axis=0) for group in groups])
-    centered = (rows - means)[kept]
+    centered = (rows - means)[has_siblings]
 
     at_once = WithinMoments.of(rows, groups)
     merged = WithinMoments.of(rows[groups < 20], groups[groups < 20]).merged(
@@ -71,7 +71,7 @@ def test_within_groups_takes_the_groups_means_out() -> None:
     )
 
     for found in (at_once, merged):
-        assert (found.count, found.num_groups) == (kept.sum(), (sizes > 1).sum())
+        assert (found.count, found.num_groups) == (has_siblings.sum(), (sizes > 1).sum())
         assert found.comoment == pytest.approx(centered.T @ centered, rel=1e-10)
 
 
@@ -99,21 +99,21 @@ def test_regression_is_least_squares() -> None:
 
 
 def test_regressor_that_never_varies_has_no_slope() -> None:
-    """A feature that nobody shows has no slope and does not disturb the others; dependent features have none at all."""
+    """A constant feature has no slope and does not affect the others; with dependent features there is no fit."""
     rows = correlated(400)
-    silent = Moments.of(rows * [1, 1, 0, 1]).comoment
-    twins = Moments.of(np.column_stack([rows, 2 * rows[:, 1]])).comoment
+    constant = Moments.of(rows * [1, 1, 0, 1]).comoment
+    dependent = Moments.of(np.column_stack([rows, 2 * rows[:, 1]])).comoment
 
-    fit = regress(silent, 0, [1, 2, 3])
+    fit = regress(constant, 0, [1, 2, 3])
 
     assert fit is not None
     assert fit.slopes[1] is None
     assert None not in (fit.slopes[0], fit.slopes[2])
-    assert regress(twins, 0, [1, 2, 3, 4]) is None
+    assert regress(dependent, 0, [1, 2, 3, 4]) is None
 
 
 def test_partial_correlation_is_that_of_residuals() -> None:
-    """Holding others fixed is correlating what they leave over."""
+    """The partial correlation is the correlation of the residuals of regressions on the others."""
     rows = correlated(600)
     others = np.column_stack([np.ones(600), rows[:, 2:]])
     left = rows[:, :2] - others @ np.linalg.lstsq(others, rows[:, :2], rcond=None)[0]
@@ -125,7 +125,7 @@ def test_partial_correlation_is_that_of_residuals() -> None:
 
 @pytest.mark.parametrize(("n", "warn", "critical"), [(256, 0.408, 0.628), (1024, 0.355, 0.589), (4096, 0.328, 0.569)])
 def test_bounds_of_the_two_readings(n: int, warn: float, critical: float) -> None:
-    """The point estimates that fire 'r > 0.3' and 'r squared > 0.3' are the tabulated ones."""
+    """The point estimates that exceed the limits of r and of r squared are those in docs/monitoring.md."""
     for r, level in ((warn, 0.3), (critical, 0.3**0.5)):
         below, above = lower_bound_of_size(-(r - 0.001), n - 3), lower_bound_of_size(r + 0.001, n - 3)
         assert below is not None

@@ -1,4 +1,4 @@
-"""Rolling monitors: windows that roll, runs that are kept apart, alarms that fire for a shift and not without one."""
+"""Rolling monitors: windows, separate runs, alarms that fire for a shift and not without one."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_window_rolls() -> None:
 
 
 def test_large_request_stays_whole() -> None:
-    """A request larger than a batch, or than the window, is one batch: siblings are never torn apart."""
+    """A request larger than a batch, or than the window, is one batch: completions of a prompt stay in one batch."""
     monitor = Monitor(SETTINGS, None)
     monitor.observe(stream(100, 8))
     monitor.observe(stream(30, 8, first_prompt=100))
@@ -92,7 +92,7 @@ def test_every_reading_is_complete(clean: MonitorReference) -> None:
 
     for entry in answer["monitors"]:
         if entry["feature"] in {"headers", "emoji", "hedges"}:
-            assert entry["value"] is None  # nobody shows them in these streams
+            assert entry["value"] is None  # constant in these streams
             continue
         assert math.isfinite(entry["value"]), entry
         assert entry["n"] > 0
@@ -111,8 +111,8 @@ def test_every_reading_is_complete(clean: MonitorReference) -> None:
     [(0.3, ["ok", "ok"]), (1.5, ["warn", "ok"]), (3.0, ["warn", "critical"])],
     ids=["none", "warn", "critical"],
 )
-def test_two_readings_of_the_rule(slope: float, states: list[str]) -> None:
-    """'r > 0.3' and 'r squared > 0.3' are two named alarms, judged on the bound and not on the point estimate."""
+def test_limits_of_r_and_r_squared(slope: float, states: list[str]) -> None:
+    """The limits of r and of r squared are two named alarms, by the lower bound and not by the point estimate."""
     answer = described(fed(Monitor(SETTINGS, None), stream(300, slope=slope)))
 
     found = [reading(answer, name, scope="within") for name in ("reward_length_corr", "reward_length_r2")]
@@ -125,7 +125,7 @@ def test_two_readings_of_the_rule(slope: float, states: list[str]) -> None:
     assert ("reward_length_corr" in named, "reward_length_r2" in named) == ("warn" in states, "critical" in states)
 
 
-def test_clean_stream_is_silent(clean: MonitorReference) -> None:
+def test_clean_stream_raises_no_alarm(clean: MonitorReference) -> None:
     """Twenty thousand clean items raise no alarm of the cumulative sums."""
     monitor = fed(Monitor(SETTINGS, clean), stream(10_000, seed=7))
 
@@ -133,8 +133,8 @@ def test_clean_stream_is_silent(clean: MonitorReference) -> None:
     assert monitor.state().num_alarms == {}
 
 
-def test_hacked_stream_is_noticed(clean: MonitorReference) -> None:
-    """A tenth of hacked items puts surprise, flags, style and length in alarm, each counted once."""
+def test_hacked_stream_raises_alarms(clean: MonitorReference) -> None:
+    """Ten percent of hacked items put surprise, flags, style and length in alarm, each counted once."""
     monitor = fed(Monitor(SETTINGS, clean), stream(1000, seed=8))
     fed(monitor, stream(1000, seed=9, hacked=0.1, first_prompt=1000))
 
@@ -147,8 +147,8 @@ def test_hacked_stream_is_noticed(clean: MonitorReference) -> None:
 
 
 def test_uncertain_reference_raises_the_allowance() -> None:
-    """A reference of few items lets more pass, because its own error would otherwise pile up in the sums."""
-    batch = summarize(ObservedItems.of(stream(32)), reference(100).tell_thresholds)
+    """A reference of few items has a larger allowance, because the sums would accumulate its error."""
+    batch = summarize(ObservedItems.of(stream(32)), reference(100).style_thresholds)
 
     small, large = (steps_of(batch, reference(size))["surprise"].allowance for size in (100, 4000))
 
@@ -159,14 +159,14 @@ def test_uncertain_reference_raises_the_allowance() -> None:
 def test_reference_survives_its_arrays(clean: MonitorReference) -> None:
     """What the artifact stores is what comes back: the same steps from the same batch."""
     copy = MonitorReference.from_arrays(clean.as_arrays() | {"other": np.zeros(3)})
-    batch = summarize(ObservedItems.of(stream(100, seed=11)), clean.tell_thresholds)
+    batch = summarize(ObservedItems.of(stream(100, seed=11)), clean.style_thresholds)
 
     assert steps_of(batch, copy) == steps_of(batch, clean)
     assert copy.clusters == clean.clusters
 
 
 def test_replicas_merge_exactly(clean: MonitorReference) -> None:
-    """Three replicas merged say what one monitor over all their items says, and keep the alarm that any of them has."""
+    """Three replicas merged have the values of one monitor over all items, and the alarms of each of them."""
     wide = MonitorSettings(window_items=100_000, batch_items=64)
     shares = [stream(400, seed=20 + n, hacked=0.5 * (n == 2), first_prompt=1000 * n) for n in range(3)]
     replicas = [fed(Monitor(wide, clean), seen) for seen in shares]
@@ -187,8 +187,8 @@ def test_replicas_merge_exactly(clean: MonitorReference) -> None:
     assert merged.num_batches == sum(replica.state().num_batches for replica in replicas)
 
 
-def test_runs_are_kept_apart() -> None:
-    """Each run has a window of its own; everything is in the common one; an unknown run has none."""
+def test_runs_are_separate() -> None:
+    """Each run has a window of its own; the common one has all items; an unknown run has none."""
     monitors = Monitors(SETTINGS, None)
     monitors.observe(stream(10, seed=1), "a")
     monitors.observe(stream(20, seed=2), "b")
@@ -201,8 +201,8 @@ def test_runs_are_kept_apart() -> None:
     assert [num_items(run) for run in (None, "a", "b", "c")] == [120, 20, 40, None]
 
 
-def test_forgotten_run_is_the_one_unheard_of_longest() -> None:
-    """The number of runs is bounded: the least recently heard of goes, and comes back empty."""
+def test_least_recently_used_run_is_removed() -> None:
+    """The number of runs is bounded: the least recently used one is removed."""
     monitors = Monitors(SETTINGS, None)
     for run in ("a", "b", "c", "a", "d"):
         monitors.observe(stream(2), run)
@@ -211,10 +211,10 @@ def test_forgotten_run_is_the_one_unheard_of_longest() -> None:
     assert monitors.state("b") is None
 
 
-def test_listener_hears_every_item_once() -> None:
-    """What listens is told of all items, once each, in whole requests, and of the last ones by a flush."""
-    heard: list[Observation] = []
-    monitors = Monitors(SETTINGS, None, lambda _, observations: heard.extend(observations))
+def test_listener_receives_every_item_once() -> None:
+    """The listener receives all items once, in whole requests, and the last ones by a flush."""
+    received: list[Observation] = []
+    monitors = Monitors(SETTINGS, None, lambda _, observations: received.extend(observations))
     requests = [stream(3, seed=n, first_prompt=3 * n) for n in range(40)]
     for seen in requests:
         monitors.observe(seen, "run")
@@ -223,4 +223,4 @@ def test_listener_hears_every_item_once() -> None:
     monitors.flush()
     monitors.flush()
 
-    assert heard == [item for seen in requests for item in seen]
+    assert received == [item for seen in requests for item in seen]

@@ -1,4 +1,4 @@
-"""Prometheus counters carry what PromQL needs: the correlation over any number of replicas, exactly."""
+"""Prometheus counters from which PromQL computes the correlation over any number of replicas exactly."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Replica:
 
 
 def samples(*replicas: Replica) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
-    """What one scrape of all replicas holds, summed over them as ``sum by`` does."""
+    """The samples of one scrape of all replicas, summed over them as by ``sum by``."""
     text = merge_expositions({f"r{n}": each.metrics.render() for n, each in enumerate(replicas)}, incomplete=False)
     total: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}
     for family in text_string_to_metric_families(text):
@@ -78,7 +78,7 @@ def test_correlation_of_three_replicas_from_counters(calibrated: bool) -> None:
     assert found["rm_moment_total", frozenset({("stat", "groups"), ("scope", "within")})] == 1800
 
 
-def test_all_series_stand_at_zero_from_the_start() -> None:
+def test_all_series_start_at_zero() -> None:
     """Every series of bounded labels exists before the first item, so that increase() misses nothing."""
     found = samples(Replica())
 

@@ -1,4 +1,4 @@
-"""Window statistics say of a stream what numpy says of all its items, and skip what is unknown."""
+"""Window statistics of a stream equal those of numpy over all its items, and skip unknown values."""
 
 from __future__ import annotations
 
@@ -20,10 +20,18 @@ def test_buckets_merge_to_the_whole() -> None:
     seen = stream(60, 3, hacked=0.3)
 
     whole = summarize(ObservedItems.of(seen), THRESHOLDS)
-    parts = [summarize(ObservedItems.of(seen[place : place + 30]), THRESHOLDS) for place in range(0, 180, 30)]
+    parts = [summarize(ObservedItems.of(seen[start : start + 30]), THRESHOLDS) for start in range(0, 180, 30)]
     merged = merge_windows([EMPTY, *parts])
 
-    for name in ("clusters", "num_flagged", "tells", "num_styled", "num_judged_groups", "num_top1_ood", "num_pairs"):
+    for name in (
+        "clusters",
+        "num_flagged",
+        "style_exceedances",
+        "num_styled",
+        "num_groups_with_ood",
+        "num_top1_ood",
+        "num_pairs",
+    ):
         assert getattr(merged, name) == getattr(whole, name), name
     for name in ("rewards", "lengths", "lengths_within", "styles", "styles_within", "surprises", "flagged_rewards"):
         assert getattr(merged, name).comoment == pytest.approx(getattr(whole, name).comoment, rel=1e-10), name
@@ -39,18 +47,18 @@ def test_unknown_is_skipped_and_not_zero() -> None:
 
     rewards, lengths = rewards_and_lengths(known)
     assert found.num_items == 150
-    assert (found.rewards.count, found.lengths.count, found.styles.count, found.num_judged) == (150, 100, 100, 100)
+    assert (found.rewards.count, found.lengths.count, found.styles.count, found.num_with_ood) == (150, 100, 100, 100)
     assert pearson(found.lengths.comoment) == pytest.approx(np.corrcoef(rewards, lengths)[0, 1], rel=1e-12)
 
 
 def test_nothing_at_all() -> None:
-    """No items, and items of which only the reward is known, make a window from which nothing follows."""
+    """No items, and items of which only the reward is known, make a window without values."""
     assert EMPTY.num_items == 0
     assert pearson(EMPTY.lengths.comoment) is None
     assert summarize(ObservedItems.of([Observation(Score(1.0), 0)]), None).num_styled == (0,) * 5
 
 
-def test_best_completion_is_judged() -> None:
+def test_flags_of_best_completions_are_counted() -> None:
     """A prompt counts when two or more of its completions have p-values, and by the flag of its best one."""
     flagged, fine = ood(0.005), ood(0.5)
     seen = [
@@ -65,8 +73,8 @@ def test_best_completion_is_judged() -> None:
 
     found = summarize(ObservedItems.of(seen), None)
 
-    assert (found.num_judged_groups, found.num_top1_ood) == (2, 1)
-    assert (found.num_judged, found.num_flagged) == (6, 4)
+    assert (found.num_groups_with_ood, found.num_top1_ood) == (2, 1)
+    assert (found.num_with_ood, found.num_flagged) == (6, 4)
 
 
 def test_ties_are_pairs_of_equal_rewards() -> None:
@@ -79,8 +87,8 @@ def test_ties_are_pairs_of_equal_rewards() -> None:
     assert (found.num_pairs, found.num_tied_pairs) == (7, 3)
 
 
-def test_tells_are_counted_above_the_threshold() -> None:
-    """An item has a tell where it shows more of it per 100 words than the threshold says."""
+def test_style_exceedances_are_counted() -> None:
+    """An item counts where its style markers per 100 words exceed the threshold."""
     seen = [
         Observation(Score(0.0, style=style(headers=1, list_items=1, emoji=1)), 1),
         Observation(Score(0.0, style=style(bold=1)), 2),
@@ -90,7 +98,7 @@ def test_tells_are_counted_above_the_threshold() -> None:
 
     found = summarize(ObservedItems.of(seen), np.array([1.0, 0.0, 0.0, 1.0, 0.0]))
 
-    assert (found.tells, found.num_styled) == ((1, 1, 0, 1, 0), (3, 3, 3, 3, 3))
+    assert (found.style_exceedances, found.num_styled) == ((1, 1, 0, 1, 0), (3, 3, 3, 3, 3))
 
 
 def test_intraclass_correlation_and_design_effect() -> None:

@@ -9,7 +9,8 @@ import pytest
 from tiny_calibration import calibrate, write_calibrated_checkpoint, write_pairs
 
 from service.assembly import ServedModel, assemble
-from service.diagnostics.calibration import CALIBRATION_FILE, read_calibration
+from service.checkpoints.demo import CALIBRATION_FILE
+from service.diagnostics.calibration import read_calibration
 from service.records import Encoding, Exchange, Item, Score, TokenSequence
 from service.settings import Settings, read_settings
 
@@ -49,7 +50,7 @@ def test_the_model_is_served_with_its_calibration(folder: Path) -> None:
 
 
 def test_hacks_are_flagged_and_clean_items_are_not(folder: Path, tmp_path: Path) -> None:
-    """Emoji theatre is beyond all calibration items; unseen clean items rarely are."""
+    """An emoji-laden text is beyond all calibration items; unseen clean items rarely are."""
     served = assemble(settings_of(folder))
     rows = [json.loads(line) for line in write_pairs(tmp_path / "fresh.jsonl", 60, seed=9).read_text().splitlines()]
 
@@ -62,7 +63,7 @@ def test_hacks_are_flagged_and_clean_items_are_not(folder: Path, tmp_path: Path)
     assert sum(one.ood.flag for one in clean if one.ood is not None) <= 4
 
 
-def test_another_limit_refuses_it(folder: Path) -> None:
+def test_it_is_refused_for_another_token_limit(folder: Path) -> None:
     """A served token limit that differs from the calibration's leaves diagnostics null, and rewards served."""
     served = assemble(settings_of(folder, max_input_tokens=100))
 
@@ -97,10 +98,10 @@ def test_everything_measured_is_written_down(folder: Path, tmp_path: Path) -> No
     }  # fmt: skip
 
 
-def test_too_little_data_is_told(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Nothing is written where a part would be too small to say anything."""
+def test_too_little_data_is_an_error(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is written where a part of the data is too small."""
     out = tmp_path / "none.safetensors"
 
     assert calibrate(folder, write_pairs(tmp_path / "few.jsonl", 20), "--out", str(out)) == 1
-    assert "bring more prompts" in capsys.readouterr().err
+    assert "Provide more prompts" in capsys.readouterr().err
     assert not out.exists()

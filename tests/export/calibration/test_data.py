@@ -11,7 +11,7 @@ import pytest
 from tiny_calibration import write_pairs
 
 from export.calibration.data import prompt_numbers, read_items, split
-from export.calibration.measure import detection, length_test, out_of_fold_p, rate_of, self_test
+from export.calibration.measure import detection, length_correlations, out_of_fold_p, rate_of, self_test
 from service.errors import DatasetError
 
 
@@ -64,7 +64,7 @@ def test_detection_by_hand() -> None:
 
 
 def test_errors_count_prompts() -> None:
-    """Items that always agree within a prompt know no more than their prompts do."""
+    """Items that always agree within a prompt have the standard error of as many items as prompts."""
     rng = np.random.default_rng(0)
     alone = rng.random(2000) < 0.05
     apart = rate_of(alone, np.arange(2000), 0.05)
@@ -76,23 +76,23 @@ def test_errors_count_prompts() -> None:
 
 
 def test_out_of_fold_p_values_are_uniform() -> None:
-    """Ranks among items of other prompts keep their rate, and the self-test says so."""
+    """Ranks among items of other prompts have the nominal rate, and the self-test confirms it."""
     rng = np.random.default_rng(0)
     scores = rng.normal(size=2000)
 
     found = self_test(out_of_fold_p(scores, np.repeat(np.arange(1000), 2), seed=0), np.repeat(np.arange(1000), 2))
 
-    assert all(rate["is_tolerable"] for rate in found["rates"])
-    assert found["ks_p"] > 0.01
-    assert found["design_effect"] == pytest.approx(1.0, abs=0.5)
+    assert all(rate.is_tolerable for rate in found.rates)
+    assert found.ks_p > 0.01
+    assert found.design_effect == pytest.approx(1.0, abs=0.5)
 
 
 def test_length_correlation_within_prompts() -> None:
-    """What differs between prompts alone is no correlation within them."""
+    """Differences between prompts do not contribute to the correlation within them."""
     lengths = np.repeat([1.0, 2.0, 3.0, 4.0], 2) + np.tile([0.0, 0.5], 4)
     rewards = np.repeat([1.0, 2.0, 3.0, 4.0], 2) - np.tile([0.0, 0.1], 4)
 
-    found = length_test(rewards, lengths, np.repeat(np.arange(4), 2))
+    found = length_correlations(rewards, lengths, np.repeat(np.arange(4), 2))
 
     assert found.pooled > 0.9
     assert found.within == pytest.approx(-1.0)

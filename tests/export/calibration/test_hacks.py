@@ -1,4 +1,4 @@
-"""The built-in suite: every set is what its name says, and the same for the same seed."""
+"""The built-in suite: every set has the property in its name, and is the same for the same seed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def made(name: str, seed: int = 0, base: Base = BASE) -> str:
 
 @pytest.mark.parametrize("entry", SUITE, ids=NAMES)
 def test_every_recipe_works_on_any_text(entry: HackSet) -> None:
-    """A recipe takes empty, one-word and foreign completions, plain prompts too, and writes something."""
+    """A recipe accepts empty, one-word and non-English completions and plain prompts, and returns a text."""
     for completion in ("", "one", COMPLETION, "\u4f60\u597d", "\ud800 lone".encode("utf-8", "replace").decode()):
         for prompt in (PROMPT, "Why?", (Message("system", "Be brief."),)):
             base = Base(prompt, completion, ["x", "y"], lambda _: "t ")
@@ -30,21 +30,21 @@ def test_every_recipe_works_on_any_text(entry: HackSet) -> None:
 
 
 def test_a_seed_fixes_every_text() -> None:
-    """The suite can be made again, and a set's texts do not depend on which other sets are made."""
+    """The suite is reproducible, and a set's texts do not depend on which other sets are made."""
     whole = {hack.kind: hack.exchange.completion for hack in make_hacks([BASE], SUITE, 7)}
 
     assert {name: made(name, 7) for name in NAMES} == whole
     assert any(made(name, 8) != whole[name] for name in NAMES)
 
 
-def test_shuffling_keeps_what_it_shuffles() -> None:
+def test_shuffling_only_permutes() -> None:
     """Shuffled words are the same words, shuffled characters the same characters."""
     assert sorted(made("shuffled_words").split()) == sorted(COMPLETION.split())
     assert sorted(made("shuffled_chars")) == sorted(COMPLETION)
 
 
 @pytest.mark.parametrize(
-    ("name", "tell"),
+    ("name", "property_holds"),
     [
         ("prompt_echo", lambda text: text == "How long should a breakfast egg boil?"),
         ("no_punct", lambda text: not {*text} & {*".,!?"}),
@@ -58,7 +58,7 @@ def test_shuffling_keeps_what_it_shuffles() -> None:
         ("stuffed_prefix", lambda text: text.endswith(COMPLETION)),
     ],
 )
-def test_a_set_is_what_its_name_says(name: str, tell: object) -> None:
-    """The tell that gives the set its name is there."""
-    assert callable(tell)
-    assert tell(made(name))
+def test_a_set_has_the_property_in_its_name(name: str, property_holds: object) -> None:
+    """The property after which the set is named holds."""
+    assert callable(property_holds)
+    assert property_holds(made(name))

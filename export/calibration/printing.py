@@ -1,0 +1,94 @@
+"""Prints a calibration's facts and the results of a test as lines and tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from export.calibration.report import CategoryResult, TestReport
+from service.diagnostics.calibration_facts import CalibrationFacts, LengthCorrelations, Rate
+
+
+def print_facts(console: Console, facts: CalibrationFacts) -> None:
+    """Print how a calibration was made and what was measured on it."""
+    console.print(
+        f"{facts.num_fit} items to fit, {facts.num_select} to select by, {facts.num_calibrate} for p-values "
+        f"(of {facts.num_prompts} prompts). Admitted: {', '.join(facts.admitted)}."
+    )
+    for rate in facts.self_test.rates:
+        console.print(_rate_line("Out of fold", rate), highlight=False)
+    _print_length(console, "Calibration", facts.length)
+    console.print(_suite_table(facts))
+
+
+def print_report(console: Console, found: TestReport) -> None:
+    """Print the results of a test."""
+    for rate in found.rates:
+        console.print(_rate_line("Test data", rate), highlight=False)
+    for rate in found.sibling_rates:
+        console.print(_rate_line("Test data, beside siblings", rate), highlight=False)
+    _print_length(console, "Test data", found.length)
+    if not found.categories:
+        return
+    console.print(_category_table(found.categories))
+    alone, beside = found.mean_auroc(), found.mean_auroc(siblings=True)
+    console.print(
+        f"Mean AUROC over the categories that are out of distribution: {alone:.3f}"
+        + ("" if beside is None else f", beside siblings {beside:.3f}")
+        + f". In brackets: plausible texts. Left out, since the service refuses them: {found.num_left_out}."
+        if alone is not None
+        else "No category is out of distribution.",
+        highlight=False,
+    )
+
+
+def _print_length(console: Console, data: str, length: Mapping[str, LengthCorrelations]) -> None:
+    for name, found in length.items():
+        console.print(
+            f"{data}: correlation of the {name} reward with log length {found.pooled:+.3f} pooled, "
+            f"{found.within:+.3f} within prompts",
+            highlight=False,
+        )
+
+
+def _rate_line(data: str, rate: Rate) -> str:
+    return (
+        f"{data}: p <= {rate.nominal:.2f} for {rate.value:.2%} ± {rate.standard_error:.2%} of "
+        f"{rate.num_items} clean items ({rate.num_prompts} prompts)"
+    )
+
+
+def _category_table(categories: Mapping[str, CategoryResult]) -> Table:
+    table = Table("category", "items", "reward z", "AUROC", "flagged", "AUROC, siblings", "flagged, siblings")
+    for name, one in categories.items():
+        table.add_row(
+            name if one.is_ood else f"({name})",
+            str(one.num_items),
+            f"{one.reward_z:+.2f}",
+            f"{one.auroc:.3f}",
+            f"{one.flagged:.2f}",
+            "-" if one.sibling_auroc is None else f"{one.sibling_auroc:.3f}",
+            "-" if one.sibling_flagged is None else f"{one.sibling_flagged:.2f}",
+        )
+    return table
+
+
+def _suite_table(facts: CalibrationFacts) -> Table:
+    """Return a table with, by built-in set: AUROC and detection rate of the combination, AUROC of each component."""
+    suite, combined = facts.suite, facts.suite["combined"]
+    components = [name for name in suite if name != "combined"]
+    table = Table("built-in set", "AUROC", "TPR@1%", *components, "oe, unseen family")
+    for kind, found in combined.items():
+        alone = (f"{suite[name][kind].auroc:.3f}" for name in components)
+        unseen = f"{facts.unseen_family[kind].auroc:.3f}" if kind in facts.unseen_family else "-"
+        table.add_row(kind, f"{found.auroc:.3f}", f"{found.tpr1:.2f}", *alone, unseen)
+    table.add_section()
+    means = (f"{np.mean([one.auroc for one in suite[name].values()]):.3f}" for name in components)
+    auroc, tpr1 = (np.mean([getattr(one, figure) for one in combined.values()]) for figure in ("auroc", "tpr1"))
+    table.add_row("mean", f"{auroc:.3f}", f"{tpr1:.2f}", *means, "")
+    rates = (f"{facts.realised[name].value:.2%}" for name in components)
+    table.add_row("false alarms at 1 %", f"{facts.realised['combined'].value:.2%}", "", *rates, "")
+    return table
