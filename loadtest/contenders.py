@@ -7,11 +7,9 @@ What is measured, how often and in which order is decided elsewhere.
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from math import inf
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -20,10 +18,11 @@ import torch
 from loadtest.device_busy import busy_share
 from loadtest.engine_work import Work
 from loadtest.matmul_limit import layer_shapes, measure_limit
-from service.engines.base import Engine, EngineOutput, LaunchingEngine, Pending
+from service.engines.base import Engine
 from service.engines.torch import load_torch_engine
-from service.scheduling.budget import BatchBudget
-from service.scheduling.queue import Queue
+from service.errors import HttpError
+from service.offline import score_batches
+from service.pipeline import Pipeline
 from service.settings import BatchingSettings, ModelSettings
 from service.transformers_logging import transformers_silenced
 
@@ -37,9 +36,6 @@ Clock: TypeAlias = Literal["wall", "cpu"]
 
 CLOCKS: Mapping[Clock, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 """``cpu``: the processor seconds of one process, which neighbours disturb far less; sensible with one thread."""
-
-MAX_BATCH_SEQUENCES = 512
-"""As the service's settings have it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,33 +209,27 @@ def exported(setup: Setup, bundle: Path) -> Mapping[str, Way]:
 
 
 def score_in_batches(engine: Engine, work: Work, now: Callable[[], float], *, ahead: bool = True) -> Outcome:
-    """Score the work as a busy service would that got each group as a request, all at once.
+    """Score the work as the service's pipeline does, in batches that its queue forms.
 
-    Where the engine launches ahead, one pass is launched before the one before it is awaited, unless told otherwise.
+    Args:
+        engine: to measure.
+        work: to score; equal sequences are computed once.
+        now: the clock, in seconds.
+        ahead: whether the next pass is launched before the previous one is complete, where the engine can do that.
+
+    Raises:
+        HttpError: a sequence could not be scored; a measurement without it would be of other work.
     """
     started = now()
     rewards = [0.0] * len(work.sequences)
     num_shared = 0
-    for places, output in _outputs(engine, work, ahead=ahead):
-        num_shared += sum(output.shared_tokens)
-        for place, reward in zip(places, output.rewards, strict=True):
-            rewards[place] = reward
+    for batch in score_batches(Pipeline(engine), work.sequences, launch_ahead=ahead):
+        num_shared += batch.shared_tokens
+        for index, outcome in batch.results:
+            if isinstance(outcome, HttpError):
+                raise outcome
+            rewards[index] = outcome.reward
     return Outcome(now() - started, tuple(rewards), num_shared)
-
-
-def _outputs(engine: Engine, work: Work, *, ahead: bool) -> Iterator[tuple[list[int], EngineOutput]]:
-    in_flight: deque[tuple[list[int], Pending[EngineOutput]]] = deque()
-    for places in budget_batches(work, engine):
-        sequences = [work.sequences[place] for place in places]
-        if not (ahead and engine.info.async_launch and isinstance(engine, LaunchingEngine)):
-            yield places, engine.forward(sequences)
-            continue
-        in_flight.append((places, engine.launch(sequences)))
-        if len(in_flight) > 1:
-            landed, pending = in_flight.popleft()
-            yield landed, pending.result()
-    for landed, pending in in_flight:
-        yield landed, pending.result()
 
 
 def with_busy_share(way: Way, device: str) -> Way:
@@ -258,21 +248,6 @@ def with_busy_share(way: Way, device: str) -> Way:
         return replace(outcome, busy_share=busy_share(lambda: way(work)))
 
     return score
-
-
-def budget_batches(work: Work, engine: Engine) -> Iterator[list[int]]:
-    """Yield the places of the batches that the service's queue forms within the engine's budget."""
-    queue = Queue(work.num_tokens, engine.info.min_shared_prefix_tokens)
-    requests: dict[int, list[int]] = {}
-    for place, group in enumerate(work.groups):
-        requests.setdefault(group, []).append(place)
-    for group, places in requests.items():
-        sequences = [work.sequences[place] for place in places]
-        queue.put(group, sequences, [group] * len(places), now=0.0, deadline=inf)
-    budget = BatchBudget(engine.info.cost, engine.info.max_batch_tokens, MAX_BATCH_SEQUENCES)
-    while len(queue):
-        entries = queue.take_batch(0.0, budget).entries
-        yield [requests[entry.request][entry.index] for entry in entries]  # type: ignore[index]
 
 
 # --- The limit -------------------------------------------------------------------------------------------------------

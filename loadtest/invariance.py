@@ -20,8 +20,7 @@ from pathlib import Path
 from rich.table import Table
 
 from loadtest.console import report_console
-from loadtest.contenders import budget_batches
-from loadtest.engine_work import Work, tokenize
+from loadtest.engine_work import Work, batches_in_order, tokenize
 from loadtest.random_checkpoint import SHAPES, write_random_checkpoint
 from loadtest.workload import WORKLOADS
 from service.checkpoints.bundle import open_bundle
@@ -52,13 +51,10 @@ def movement(engine: Engine, work: Work, seed: int) -> Movement:
     moved: set[int] = set()
     largest = 0.0
     for order in _orders(len(alone), seed):
-        shuffled = Work(
-            tuple(work.sequences[place] for place in order),
-            tuple(range(len(order))),  # each its own request, so that batches mix them
-        )
-        for places in budget_batches(shuffled, engine):
-            rewards = engine.forward([shuffled.sequences[place] for place in places]).rewards
-            for place, reward in zip((order[place] for place in places), rewards, strict=True):
+        shuffled = [work.sequences[place] for place in order]
+        for batch in batches_in_order(shuffled, engine.info):
+            rewards = engine.forward(shuffled[batch.start : batch.stop]).rewards
+            for place, reward in zip(order[batch.start : batch.stop], rewards, strict=True):
                 if reward != alone[place]:
                     moved.add(place)
                     largest = max(largest, abs(reward - alone[place]))

@@ -1,7 +1,7 @@
 """Builds what one replica serves from its settings: checkpoint, tokenization, engine, pipeline, scorer.
 
-The one place that knows how the parts fit together; it starts nothing and answers nobody. Torch is imported only on the
-way to an engine.
+The only module that joins these parts; it starts no thread that outlives it. Torch is imported only where an engine
+needs it.
 """
 
 from __future__ import annotations
@@ -36,26 +36,41 @@ ORACLE_BATCH_TOKENS = 65_536
 
 
 @dataclass(frozen=True, slots=True)
+class OpenedModel:
+    """A validated checkpoint folder, whose weights are not loaded yet."""
+
+    checkpoint: Checkpoint
+
+    bundle: Bundle | None = None
+    """The ONNX bundle in the folder; None: it holds a checkpoint for the torch engine."""
+
+
+@dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A model with everything that answers for it. The scorer is started and stopped by whoever holds this."""
+    """A model with all parts that serve it. The caller starts and stops the scorer."""
 
     settings: Settings
     identity: ModelIdentity
     info: EngineInfo
+
     checkpoint: Checkpoint | None
+    """None for the oracle."""
+
     tokenization: Tokenization
     scorer: Scorer
     metrics: Metrics
     monitors: Monitors
+
     lookup: Lookup
+    """The calibration, or why there is none."""
 
     @property
     def origin(self) -> Origin | None:
-        """What the model was initialised from, as its manifest says; None where it brings none."""
+        """What the model was initialised from, according to its manifest; None where it has none."""
         return read_origin(self.checkpoint.path) if self.checkpoint else None
 
     def description(self) -> dict[str, Any]:
-        """Say what is served and how, JSON-ready, for ``/v1/model``."""
+        """Return what is served and how, as JSON-ready values for ``/v1/model``."""
         settings = self.settings
         return {
             "model": {"name": self.identity.name, "version": self.identity.version},
@@ -76,12 +91,37 @@ class ServedModel:
         }
 
 
-def assemble(settings: Settings, *, taps: tuple[StateTap, ...] | None = None) -> ServedModel:
+def open_model(settings: ModelSettings) -> OpenedModel:
+    """Find the checkpoint that the settings name and validate it, without loading the model.
+
+    All its files are hashed and its weights are scanned once; `assemble` takes the result and does not repeat that.
+
+    Raises:
+        CheckpointError: it does not exist, or is refused.
+        SettingsError: the chosen engine does not run it.
+    """
+    folder = locate_checkpoint(settings)
+    if is_bundle(folder):
+        _refuse_settings_of_torch(settings, folder)
+        bundle = open_bundle(folder, settings)
+        return OpenedModel(bundle.checkpoint, bundle)
+    if settings.engine == "onnx":
+        raise SettingsError(
+            f"model.engine is onnx, but {folder} is not an ONNX bundle: run `reward-export {settings.path or 'demo'} "
+            "OUT` and serve OUT."
+        )
+    return OpenedModel(open_checkpoint(folder, settings))
+
+
+def assemble(
+    settings: Settings, *, taps: tuple[StateTap, ...] | None = None, opened: OpenedModel | None = None
+) -> ServedModel:
     """Load the model that the settings name and put its parts together; nothing runs yet.
 
     Args:
         settings: of everything.
-        taps: where to read states for a calibration that is being made; None: where the model's own calibration does.
+        taps: where to read states, without a calibration; None: where the model's own calibration does.
+        opened: the result of `open_model` for the same settings; None: the checkpoint is opened here.
 
     Raises:
         StartupError: the checkpoint is refused, no forward path agrees with plain transformers, or a setting does not
@@ -89,29 +129,33 @@ def assemble(settings: Settings, *, taps: tuple[StateTap, ...] | None = None) ->
     """
     if settings.model.engine == "oracle":
         return _assemble_oracle(settings)
-    with ThreadPoolExecutor(1, thread_name_prefix="assemble") as apart:
+    with ThreadPoolExecutor(1, thread_name_prefix="assemble") as loader:
         # OpenMP keeps a team of threads for each thread that has ever computed, for as long as that one lives. With the
         # loader's beside the engine's there are more of them than cores, and both sleep between kernels instead of
         # spinning: a third of the throughput of a small model, measured on two cores.
-        return apart.submit(_assemble_model, settings, taps).result()
+        return loader.submit(_assemble_model, settings, taps, opened).result()
 
 
-def judge(settings: ModelSettings) -> Checkpoint:
-    """Find the checkpoint that the settings name and judge it without loading the model.
+def with_calibration(served: ServedModel, file: Path) -> ServedModel:
+    """Return the model with the calibration in a file, on the same engine; use only one of the two at a time.
 
-    Raises:
-        CheckpointError: it is not there, or cannot be trusted.
-        SettingsError: the chosen engine does not run it.
+    Where the calibration cannot be used (for example because the engine does not read its taps), ``lookup`` has the
+    reason.
     """
-    opened = _open(settings)
-    return opened.checkpoint if isinstance(opened, Bundle) else opened
+    diagnostics = served.settings.diagnostics.model_copy(update={"calibration": str(file)})
+    settings = served.settings.model_copy(update={"diagnostics": diagnostics})
+    engine = served.scorer.pipeline.engine
+    if served.checkpoint is None:
+        return _join(settings, served.identity, None, served.tokenization, engine, served.lookup)
+    lookup = _find_calibration(settings, served.checkpoint, served.tokenization)
+    return _join(settings, served.identity, served.checkpoint, served.tokenization, engine, lookup)
 
 
 def needs_gpu(settings: ModelSettings, folder: Path) -> bool:
-    """Tell whether the judged folder will be run on a GPU.
+    """Return whether a validated folder will be run on a GPU.
 
     Raises:
-        SettingsError: the device that the settings name is not there, or cannot run it.
+        SettingsError: the device that the settings name does not exist, or cannot run it.
     """
     from service.engines.devices.device import resolve_device
     from service.engines.onnx import resolve_bundle_device
@@ -121,23 +165,14 @@ def needs_gpu(settings: ModelSettings, folder: Path) -> bool:
     return resolve_device(settings.device).type == "cuda"
 
 
-def _open(settings: ModelSettings) -> Checkpoint | Bundle:
-    folder = locate_checkpoint(settings)
-    if is_bundle(folder):
-        if settings.engine == "torch":
-            raise SettingsError(f"{folder} is an ONNX bundle: leave model.engine out, or serve the checkpoint itself.")
-        if settings.quantization != "none":
-            raise SettingsError(
-                f"model.quantization is {settings.quantization}, but {folder} is an ONNX bundle, whose precision was "
-                "chosen when it was exported: leave it out, or serve the checkpoint itself."
-            )
-        return open_bundle(folder, settings)
-    if settings.engine == "onnx":
+def _refuse_settings_of_torch(settings: ModelSettings, folder: Path) -> None:
+    if settings.engine == "torch":
+        raise SettingsError(f"{folder} is an ONNX bundle: leave model.engine out, or serve the checkpoint itself.")
+    if settings.quantization != "none":
         raise SettingsError(
-            f"model.engine is onnx, but {folder} is no ONNX bundle: run `reward-export {settings.path or 'demo'} OUT` "
-            "and serve OUT."
+            f"model.quantization is {settings.quantization}, but {folder} is an ONNX bundle, whose precision was "
+            "chosen when it was exported: leave it out, or serve the checkpoint itself."
         )
-    return open_checkpoint(folder, settings)
 
 
 def _assemble_oracle(settings: Settings) -> ServedModel:
@@ -156,42 +191,53 @@ def _assemble_oracle(settings: Settings) -> ServedModel:
     return _join(settings, identity, None, tokenization, engine, without_calibration("The oracle has no states."))
 
 
-def _assemble_model(settings: Settings, taps: tuple[StateTap, ...] | None) -> ServedModel:
+def _assemble_model(settings: Settings, taps: tuple[StateTap, ...] | None, opened: OpenedModel | None) -> ServedModel:
     from service.engines.devices.device import enable_huge_pages
 
     enable_huge_pages()
-    opened = _open(settings.model)
-    checkpoint = opened.checkpoint if isinstance(opened, Bundle) else opened
+    opened = opened or open_model(settings.model)
+    checkpoint = opened.checkpoint
     tokenization = Tokenization(
         checkpoint.tokenizer,
         settings.tokenization,
         max_input_tokens=checkpoint.max_input_tokens,
         vocab_size=checkpoint.embedding_size,
     )
-    template = tokenization.template_for(Encoding())
     if taps is None:
-        binding = binding_of(checkpoint, pooling=settings.model.pooling, template=template)
-        lookup = find_calibration(checkpoint.path, settings.diagnostics.calibration, binding)
+        lookup = _find_calibration(settings, checkpoint, tokenization)
     else:
-        lookup = without_calibration("A calibration is being made.")
-    if isinstance(opened, Bundle):
+        lookup = without_calibration("No calibration was searched for, because states are read at other taps.")
+    engine = _load_engine(settings, opened, taps, lookup)
+    identity = model_version(
+        checkpoint,
+        dtype=engine.info.arithmetic if opened.bundle is None else opened.bundle.arithmetic,
+        pooling=settings.model.pooling,
+        template=tokenization.template_for(Encoding()),
+    )
+    return _join(settings, identity, checkpoint, tokenization, engine, lookup)
+
+
+def _load_engine(settings: Settings, opened: OpenedModel, taps: tuple[StateTap, ...] | None, lookup: Lookup) -> Engine:
+    if opened.bundle is not None:
         from service.engines.onnx import load_onnx_engine
 
-        engine: Engine = load_onnx_engine(opened, settings.model, settings.batching, taps=taps)
-    else:
-        from service.engines.torch import load_torch_engine
+        return load_onnx_engine(opened.bundle, settings.model, settings.batching, taps=taps)
+    from service.engines.torch import load_torch_engine
 
-        engine = load_torch_engine(
-            checkpoint.path,
-            settings.model,
-            settings.batching,
-            pad_token_id=checkpoint.pad_token_id,
-            max_input_tokens=checkpoint.max_input_tokens,
-            taps=lookup.taps if taps is None else taps,
-        )
-    arithmetic = opened.arithmetic if isinstance(opened, Bundle) else engine.info.arithmetic
-    identity = model_version(checkpoint, dtype=arithmetic, pooling=settings.model.pooling, template=template)
-    return _join(settings, identity, checkpoint, tokenization, engine, lookup)
+    return load_torch_engine(
+        opened.checkpoint.path,
+        settings.model,
+        settings.batching,
+        pad_token_id=opened.checkpoint.pad_token_id,
+        max_input_tokens=opened.checkpoint.max_input_tokens,
+        taps=lookup.taps if taps is None else taps,
+    )
+
+
+def _find_calibration(settings: Settings, checkpoint: Checkpoint, tokenization: Tokenization) -> Lookup:
+    template = tokenization.template_for(Encoding())
+    binding = binding_of(checkpoint, pooling=settings.model.pooling, template=template)
+    return find_calibration(checkpoint.path, settings.diagnostics.calibration, binding)
 
 
 def _join(
@@ -232,5 +278,5 @@ def _describe_calibration(metrics: Metrics, calibration: Calibration) -> None:
 
 
 def arithmetic_of(info: EngineInfo) -> dict[str, str]:
-    """Return what of the engine moves rewards and states by rounding only; a calibration remembers it."""
+    """Return what of the engine changes rewards and states by rounding only; a calibration stores it."""
     return {"engine": info.engine, "dtype": info.arithmetic, "forward": info.forward}

@@ -1,4 +1,4 @@
-"""How often a reward model agrees with people, read beside what length alone would have got on the same rows.
+"""How often a reward model agrees with human preferences, beside the accuracy of length alone on the same rows.
 
 Accuracy is the share of pairs in which the chosen completion has the higher reward, which is where the Bradley-Terry
 model (Bradley and Terry 1952) puts the more probable preference; a tie counts one half.
@@ -20,11 +20,14 @@ from numpy.typing import NDArray
 from rich.console import Console
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
+from service.offline import MAX_BATCH_SEQUENCES, plan_batches
+from service.records import TokenSequence
+from service.scheduling.budget import BatchBudget
 from training.pairs import TokenizedPair, tokenize_pairs
 from training.preferences import PreferencePair, read_pairs
 
 MAX_BATCH_TOKENS = 8192
-"""Padded tokens of one forward pass; enough to keep two cores busy, small enough for a laptop."""
+"""Padded tokens of one forward pass; enough for the throughput of two cores, and fits the memory of a laptop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,21 +47,23 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Agreement with people on one data file.
-
-    ``longer_wins``: the accuracy of preferring the longer completion (characters), on the same pairs.
-    ``log_length_correlation``: Pearson, between reward and the logarithm of the completion's characters.
-    """
+    """Agreement with human preferences on one data file."""
 
     num_pairs: int
     accuracy: Share
+
     longer_wins: Share
+    """Accuracy of preferring the longer completion (in characters) on the same pairs."""
+
     mean_margin: float
+    """Mean of chosen minus rejected reward; NaN for no pairs."""
+
     log_length_correlation: float
+    """Pearson's correlation of the reward with the logarithm of the completion's characters."""
 
 
 def evaluate(model: PreTrainedModel, pairs: Sequence[TokenizedPair]) -> Evaluation:
-    """Score both completions of each pair and compare with what people chose."""
+    """Score both completions of each pair and compare the rewards with the human choice."""
     chosen = rewards(model, [pair.chosen_ids for pair in pairs])
     rejected = rewards(model, [pair.rejected_ids for pair in pairs])
     margins = chosen - rejected
@@ -73,7 +78,7 @@ def evaluate(model: PreTrainedModel, pairs: Sequence[TokenizedPair]) -> Evaluati
 
 
 def describe(name: str, evaluation: Evaluation) -> str:
-    """Return one line for people: accuracy and its standard error, beside what length alone gets."""
+    """Return one line of text: accuracy with its standard error, beside the accuracy of length alone."""
     accuracy, longer_wins = evaluation.accuracy, evaluation.longer_wins
     return (
         f"{name}: accuracy {accuracy.value:.1%} ± {accuracy.standard_error:.1%} on {evaluation.num_pairs} pairs; "
@@ -85,31 +90,23 @@ def describe(name: str, evaluation: Evaluation) -> str:
 def rewards(model: PreTrainedModel, sequences: Sequence[tuple[int, ...]]) -> NDArray[np.float32]:
     """Return the raw rewards, float32 [sequence], in input order.
 
-    Sequences of like length share a right-padded batch. Pooling is transformers' own: the rightmost token that is
-    not the pad token.
+    The forward pass is the model's own, not that of an engine: the model is the object that the trainer holds, with its
+    adapter and in its dtype, and an engine loads a checkpoint from files. The batches are those that the service forms
+    for padded passes. Pooling is transformers' own: the rightmost token that is not the pad token.
     """
     answers = np.empty(len(sequences), dtype=np.float32)
     pad_id = model.config.get_text_config().pad_token_id
+    budget = BatchBudget("padded", MAX_BATCH_TOKENS, MAX_BATCH_SEQUENCES)
     was_training = model.training
     model.eval()
     with torch.inference_mode():
-        for indices in _batches_of_like_length([len(sequence) for sequence in sequences]):
-            ids, mask = _pad([sequences[index] for index in indices], pad_id)
+        for batch in plan_batches(map(TokenSequence, sequences), budget):
+            ids, mask = _pad([sequence.token_ids for sequence in batch.sequences], pad_id)
             logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
-            answers[indices] = logits.squeeze(-1).float().cpu().numpy()
+            for indices, reward in zip(batch.indices, logits.squeeze(-1).float().cpu().numpy(), strict=True):
+                answers[list(indices)] = reward
     model.train(was_training)
     return answers
-
-
-def _batches_of_like_length(lengths: Sequence[int]) -> Iterator[list[int]]:
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batch and lengths[index] * (len(batch) + 1) > MAX_BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
 
 
 def _pad(sequences: Sequence[tuple[int, ...]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,14 +11,11 @@ import hashlib
 import json
 import random
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from export.calibration.build import DataFacts, build
 from export.calibration.data import CleanItem, read_items
@@ -26,8 +23,9 @@ from export.calibration.hacks import SUITE
 from export.calibration.printing import print_facts, print_report
 from export.calibration.report import TestReport, report, test_items
 from export.calibration.scored_parts import Sizes, count_items, score_parts
-from service.assembly import ServedModel, assemble, judge
+from service.assembly import OpenedModel, ServedModel, assemble, open_model, with_calibration
 from service.checkpoints.demo import ADAPTER_FOLDER, CALIBRATION_FILE
+from service.console import progress_bar, stages
 from service.diagnostics.calibration import read_calibration, write_calibration
 from service.diagnostics.calibration_facts import CalibrationFacts
 from service.diagnostics.candidate_taps import candidate_taps
@@ -56,15 +54,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _calibrate(options: argparse.Namespace, console: Console) -> int:
     settings = _settings(options)
-    folder = judge(settings.model).path
+    opened = open_model(settings.model)
     # The demo model's folder is a copy in the cache; its calibration is stored in the clone, as its adapter is.
-    destination = ADAPTER_FOLDER if options.model == DEMO else folder
+    destination = ADAPTER_FOLDER if options.model == DEMO else opened.checkpoint.path
     out = Path(options.out) if options.out else destination / CALIBRATION_FILE
     made: CalibrationFacts | None = None
+    measured: ServedModel | None = None
     if not options.test_only:
-        made = _make(options, settings, out, console)
+        measured, made = _make(options, settings, opened, out, console)
         print_facts(console, made)
-    found = _test(options, settings, out, console)
+    found = _test(options, lambda: _assemble_to_test(settings, opened, measured, out), console)
     if found is not None:
         print_report(console, found)
     if options.json:
@@ -74,19 +73,21 @@ def _calibrate(options: argparse.Namespace, console: Console) -> int:
     return _exit_status(made, found, console)
 
 
-def _make(options: argparse.Namespace, settings: Settings, out: Path, console: Console) -> CalibrationFacts:
+def _make(
+    options: argparse.Namespace, settings: Settings, opened: OpenedModel, out: Path, console: Console
+) -> tuple[ServedModel, CalibrationFacts]:
     items = list(read_items(Path(options.data), held_out_only=options.held_out))
     if options.max_items and len(items) > options.max_items:
         items = _some_prompts(items, options.max_items, options.seed)
     sets = [entry for entry in SUITE if entry.name not in options.drop_set]
     sizes = Sizes(options.items_per_set, max(1, options.items_per_set // 2), options.items_per_set)
-    served = _assemble_to_measure(settings)
+    served = _assemble_to_measure(settings, opened)
     cache = Path(options.cache) if options.cache else None
-    with _progress(console, "Scoring", count_items(items, sizes, sets)) as advance:
+    with progress_bar(console, "Scoring", count_items(items, sizes, sets)) as advance:
         scored = score_parts(served, items, sizes, advance, seed=options.seed, sets=sets, cache=cache)
     data = DataFacts(_hash(Path(options.data)), options.held_out, options.drop_set)
-    with console.status("Fitting") as status:
-        calibration = build(served, scored, seed=options.seed, data=data, show=status.update)
+    with stages(console) as stage:
+        calibration = build(served, scored, seed=options.seed, data=data, show=stage)
     if calibration.facts.weak and not options.force:
         raise CalibrationError(
             "Nothing was written: the mean AUROC over the built-in hacks is only "
@@ -94,21 +95,20 @@ def _make(options: argparse.Namespace, settings: Settings, out: Path, console: C
         )
     id_ = write_calibration(calibration, out)
     console.print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, {id_}", highlight=False)
-    return calibration.facts
+    return served, calibration.facts
 
 
-def _test(options: argparse.Namespace, settings: Settings, out: Path, console: Console) -> TestReport | None:
+def _test(
+    options: argparse.Namespace, assemble_model: Callable[[], ServedModel], console: Console
+) -> TestReport | None:
     paths = [Path(path) for path in (*options.test, *options.ood)]
     if not paths:
         return None
     rows = [row for path in paths for row in read_items(path)]
-    named = settings.model_copy(
-        update={"diagnostics": settings.diagnostics.model_copy(update={"calibration": str(out)})}
-    )
-    served = assemble(named)
+    served = assemble_model()
     if served.lookup.calibration is None:
         raise CalibrationError(str(served.lookup.reason))
-    with _progress(console, "Testing", len(rows)) as advance:
+    with progress_bar(console, "Testing", len(rows)) as advance:
         tested, num_left_out = test_items(served, rows, advance)
     return report(served, tested, num_left_out)
 
@@ -122,10 +122,17 @@ def _exit_status(made: CalibrationFacts | None, found: TestReport | None, consol
     return 0
 
 
-def _assemble_to_measure(settings: Settings) -> ServedModel:
-    checkpoint = judge(settings.model)
-    num_layers = int(checkpoint.config.get_text_config().num_hidden_layers)
-    return assemble(settings, taps=candidate_taps(num_layers))
+def _assemble_to_measure(settings: Settings, opened: OpenedModel) -> ServedModel:
+    num_layers = int(opened.checkpoint.config.get_text_config().num_hidden_layers)
+    return assemble(settings, taps=candidate_taps(num_layers), opened=opened)
+
+
+def _assemble_to_test(settings: Settings, opened: OpenedModel, measured: ServedModel | None, out: Path) -> ServedModel:
+    """Return the model with the calibration in ``out``, on the engine that was loaded to make it, if any."""
+    if measured is not None:
+        return with_calibration(measured, out)
+    diagnostics = settings.diagnostics.model_copy(update={"calibration": str(out)})
+    return assemble(settings.model_copy(update={"diagnostics": diagnostics}), opened=opened)
 
 
 def _settings(options: argparse.Namespace) -> Settings:
@@ -142,14 +149,6 @@ def _some_prompts(items: Sequence[CleanItem], max_items: int, seed: int) -> list
     random.Random(seed).shuffle(openings)  # noqa: S311 - a choice of items, not a secret
     sampled = set(openings[: max(1, round(len(openings) * max_items / len(items)))])
     return [item for item in items if item.opening in sampled]
-
-
-@contextmanager
-def _progress(console: Console, what: str, total: int) -> Iterator[Any]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda num_items: progress.advance(task, num_items)
 
 
 def _hash(path: Path) -> str:

@@ -16,16 +16,12 @@ from numpy.typing import NDArray
 
 from export.calibration.data import CleanItem, prompt_numbers
 from export.calibration.measure import detection, length_correlations, rate_of
-from export.calibration.scored_parts import Advance
-from export.calibration.scoring import NO_TEXT
 from service.assembly import ServedModel
+from service.console import Advance
 from service.diagnostics.calibration_facts import LengthCorrelations, Rate
 from service.diagnostics.ood import MIN_GROUP
-from service.errors import HttpError
+from service.offline import encode_items, score_offline
 from service.records import Encoding, Item, Score, TokenSequence
-from service.scheduling.budget import BatchBudget
-from service.scheduling.queue import Queue
-from service.scheduling.work import plan_work
 
 IN_DISTRIBUTION = "in_distribution"
 
@@ -99,40 +95,25 @@ class TestReport:
 def test_items(served: ServedModel, rows: Sequence[CleanItem], advance: Advance) -> tuple[list[TestedItem], int]:
     """Score rows at level ``full``, each alone; return them, and how many the service refuses."""
     items = [Item(row.exchange) for row in rows]
-    encoded = served.tokenization.encode(items, Encoding())
-    raw = _raw_scores(served, encoded, advance)
+    encoded = list(encode_items(served.tokenization, items, Encoding()))
     diagnostician = served.scorer.pipeline.diagnostician
+    raw = dict(
+        score_offline(
+            served.scorer.pipeline,
+            encoded,
+            level="full",
+            max_batch_sequences=served.settings.batching.max_batch_sequences,
+            advance=advance,
+        )
+    )
     tested = []
-    for place, (row, item, sequence) in enumerate(zip(rows, items, encoded, strict=True)):
-        if isinstance(sequence, HttpError) or place not in raw:
-            continue
+    for index, (row, item, sequence) in enumerate(zip(rows, items, encoded, strict=True)):
+        outcome = raw[index]
         texts = diagnostician.read_texts([item], [sequence], "full")
-        (score,) = diagnostician.complete([item], [sequence], [raw[place]], texts, "full")
-        if isinstance(score, Score):
-            tested.append(TestedItem(row, sequence, raw[place], score))
+        (score,) = diagnostician.complete([item], [sequence], [outcome], texts, "full")
+        if isinstance(sequence, TokenSequence) and isinstance(outcome, Score) and isinstance(score, Score):
+            tested.append(TestedItem(row, sequence, outcome, score))
     return tested, len(rows) - len(tested)
-
-
-def _raw_scores(
-    served: ServedModel, encoded: Sequence[TokenSequence | HttpError], advance: Advance
-) -> dict[int, Score]:
-    pipeline, info = served.scorer.pipeline, served.info
-    budget = BatchBudget(info.cost, info.max_batch_tokens, served.settings.batching.max_batch_sequences)
-    places = [place for place, sequence in enumerate(encoded) if not isinstance(sequence, HttpError)]
-    kept = [sequence for sequence in encoded if not isinstance(sequence, HttpError)]
-    work = plan_work([Item(NO_TEXT)] * len(kept), kept)
-    queue = Queue(sum(sequence.num_tokens for sequence in kept) + 1, info.min_shared_prefix_tokens)
-    queue.put("test", work.sequences, work.prefixes, now=0.0, deadline=float("inf"))
-    advance(len(encoded) - len(kept))
-    scores: dict[int, Score] = {}
-    while taken := queue.take_batch(0.0, budget).entries:
-        outcomes = pipeline.run([entry.sequence for entry in taken], ["full"] * len(taken)).outcomes
-        for entry, outcome in zip(taken, outcomes, strict=True):
-            own = work.item_indices[entry.index]
-            if isinstance(outcome, Score):
-                scores |= {places[place]: outcome for place in own}
-            advance(len(own))
-    return scores
 
 
 def report(served: ServedModel, tested: Sequence[TestedItem], num_left_out: int) -> TestReport:

@@ -6,13 +6,13 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
 
 from export.calibration.data import CleanItem, Part, split
 from export.calibration.hacks import SUITE, Base, HackSet, make_hacks
 from export.calibration.scoring import ScoredItems, score_items
 from service.assembly import ServedModel
 from service.checkpoints.checkpoint import Checkpoint
+from service.console import Advance
 from service.errors import CalibrationError
 
 MIN_PART_ITEMS = 60
@@ -20,9 +20,6 @@ MIN_PART_ITEMS = 60
 HACK_SEEDS: Mapping[Part, str] = {"fit_detectors": "detectors", "select": "combine", "calibrate": "conformal"}
 """Seeds of the choice of base items in the parts of which hacks are made. A change would give another calibration from
 the same data and seed."""
-
-Advance: TypeAlias = Callable[[int], None]
-"""Called with the number of items that have been processed since the last call."""
 
 
 @dataclass(frozen=True, slots=True)

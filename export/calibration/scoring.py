@@ -1,54 +1,54 @@
-"""Scores items for a calibration as the service would: its tokenization, its queue's batches, its engine.
+"""Scores items for a calibration as the service would: its tokenization, its batches, its engine.
 
-What is kept of an item is its reward, its token ids and one pooled state a tap. A cache file makes it cheap to fit
-again; whatever changes a score changes the cache's key.
+The reward, the token ids and one pooled state a tap are stored of each item. A cache file makes repeated fits cheap;
+its key contains everything that changes a score.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from reward_client.options import DiagnosticsLevel
 
 from service.assembly import ServedModel
+from service.console import Advance
+from service.diagnostics.diagnosis import Diagnostician
 from service.diagnostics.text import TextFacts, TextReader
-from service.errors import CalibrationError, HttpError
-from service.records import Encoding, Exchange, Item, TokenSequence
-from service.scheduling.budget import BatchBudget
-from service.scheduling.queue import Queue
-from service.scheduling.work import plan_work
-
-NO_DEADLINE = math.inf
-NO_TEXT = Exchange("", "")
-"""Stands for an item whose prefix is known from its tokens."""
-
-ITEMS_PER_ENCODING = 256
+from service.errors import CalibrationError, HttpError, NonFiniteReward
+from service.offline import encode_items, score_offline
+from service.pipeline import Pipeline
+from service.records import Encoding, Exchange, Item, Score, TokenSequence
 
 
 @dataclass(frozen=True, slots=True)
 class ScoredItems:
-    """Items with what the model says of them, row by row.
-
-    ``rewards``: float64 [items]. ``states``: float32 [items, taps, hidden].
-    """
+    """Items with their rewards and states, all in the same order."""
 
     exchanges: Sequence[Exchange] = field(repr=False)
     sequences: Sequence[TokenSequence] = field(repr=False)
+
     rewards: NDArray[np.float64] = field(repr=False)
+    """float64 [items]."""
+
     states: NDArray[np.float32] = field(repr=False)
+    """float32 [items, taps, hidden]."""
 
     def __len__(self) -> int:
         return len(self.exchanges)
 
     def read_texts(self, reader: TextReader) -> list[TextFacts]:
-        """Read the completions, all statistics included."""
+        """Compute all text statistics of the completions.
+
+        Raises:
+            CalibrationError: the tokenizer does not show where a completion begins.
+        """
         found = [
             reader.read(Item(exchange), sequence, full=True)
             for exchange, sequence in zip(self.exchanges, self.sequences, strict=True)
@@ -58,75 +58,100 @@ class ScoredItems:
         return [text for text in found if text is not None]
 
 
+@dataclass(frozen=True, slots=True)
+class ScoreWithStates(Score):
+    """A Score that retains the states which it was computed from."""
+
+    states: NDArray[np.float32] | None = field(default=None, repr=False, compare=False)
+    """float32 [taps, hidden]."""
+
+
+class StateRecorder(Diagnostician):
+    """Reads the states of every sequence and retains them, in place of the statistics of a calibration."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+
+    def needs_states(self, level: DiagnosticsLevel) -> bool:
+        """Return True: states are what a calibration is fitted to."""
+        del level
+        return True
+
+    def read_states(self, rewards: Sequence[float], states: NDArray[np.float32]) -> list[Score]:
+        """Return a Score with its states, float32 [taps of the engine, hidden], for each reward."""
+        return [ScoreWithStates(reward, states=own) for reward, own in zip(rewards, states, strict=True)]
+
+
 def score_items(
-    served: ServedModel, exchanges: Sequence[Exchange], advance: Callable[[int], None], cache: Path | None = None
+    served: ServedModel, exchanges: Sequence[Exchange], advance: Advance, cache: Path | None = None
 ) -> tuple[ScoredItems, list[int]]:
-    """Score items with their states; what the service would refuse is left out.
+    """Score items with their states; items that the service would refuse are left out.
 
     Args:
         served: assembled with taps; its scorer is not started.
         exchanges: to score.
-        advance: is told how many more items are done.
+        advance: called with the number of further items that are complete.
         cache: folder of earlier scores; what is found there is not computed again.
 
     Returns:
-        The scored items, and the places that they had among the exchanges.
+        The scored items, and their indices in ``exchanges``.
 
     Raises:
-        CalibrationError: a reward is not finite, or the engine reads no states.
+        CalibrationError: a reward is not finite, a forward pass fails, or the engine reads no states.
     """
     file = None if cache is None else cache / f"{_key(served, exchanges)}.pickle"
     if file is not None and file.exists():
         advance(len(exchanges))
-        found, places = pickle.loads(file.read_bytes())  # noqa: S301 - written by us, in the user's own folder
-        return found, places
-    sequences, places = _encode(served, exchanges)
-    advance(len(exchanges) - len(places))
-    rewards, states = _forward(served, sequences, advance)
-    scored = ScoredItems([exchanges[place] for place in places], sequences, rewards, states)
+        found, indices = pickle.loads(file.read_bytes())  # noqa: S301 - written by us, in the user's own folder
+        return found, indices
+    scored, indices = _score(served, exchanges, advance)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(pickle.dumps((scored, places)))
-    return scored, places
+        file.write_bytes(pickle.dumps((scored, indices)))
+    return scored, indices
 
 
-def _encode(served: ServedModel, exchanges: Sequence[Exchange]) -> tuple[list[TokenSequence], list[int]]:
-    sequences, places = [], []
-    for begin in range(0, len(exchanges), ITEMS_PER_ENCODING):
-        items = [Item(exchange) for exchange in exchanges[begin : begin + ITEMS_PER_ENCODING]]
-        for offset, sequence in enumerate(served.tokenization.encode(items, Encoding())):
-            if not isinstance(sequence, HttpError):
-                sequences.append(sequence)
-                places.append(begin + offset)
-    return sequences, places
-
-
-def _forward(
-    served: ServedModel, sequences: Sequence[TokenSequence], advance: Callable[[int], None]
-) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
-    engine, info = served.scorer.pipeline.engine, served.info
-    budget = BatchBudget(info.cost, info.max_batch_tokens, served.settings.batching.max_batch_sequences)
-    work = plan_work([Item(NO_TEXT)] * len(sequences), sequences)
-    num_tokens = sum(sequence.num_tokens for sequence in work.sequences)
-    queue = Queue(num_tokens + 1, info.min_shared_prefix_tokens)
-    queue.put("calibration", work.sequences, work.prefixes, now=0.0, deadline=NO_DEADLINE)
-    rewards = np.full(len(sequences), np.nan)
-    states: NDArray[np.float32] | None = None
-    while taken := queue.take_batch(0.0, budget).entries:
-        output = engine.forward([entry.sequence for entry in taken], states=True)
-        if output.states is None:
-            raise CalibrationError(f"The {info.engine} engine reads no hidden states, so there is nothing to fit.")
-        if states is None:
-            states = np.empty((len(sequences), *output.states.shape[1:]), np.float32)
-        for entry, reward, state in zip(taken, output.rewards, output.states, strict=True):
-            places = list(work.item_indices[entry.index])
-            rewards[places], states[places] = reward, state
-            advance(len(places))
-    if states is None:
+def _score(served: ServedModel, exchanges: Sequence[Exchange], advance: Advance) -> tuple[ScoredItems, list[int]]:
+    encoded = list(encode_items(served.tokenization, map(Item, exchanges), Encoding()))
+    sequences = {index: entry for index, entry in enumerate(encoded) if isinstance(entry, TokenSequence)}
+    if not sequences:
         raise CalibrationError("No item can be scored.")
-    if not np.isfinite(rewards).all():
-        raise CalibrationError(f"{int((~np.isfinite(rewards)).sum())} rewards are not finite.")
-    return rewards, states
+    row_of = {index: row for row, index in enumerate(sequences)}
+    rewards = np.empty(len(sequences))
+    states: NDArray[np.float32] | None = None
+    failures: list[HttpError] = []
+    results = score_offline(
+        Pipeline(served.scorer.pipeline.engine, StateRecorder()),
+        encoded,
+        max_batch_sequences=served.settings.batching.max_batch_sequences,
+        advance=advance,
+    )
+    for index, outcome in results:
+        if index not in row_of:
+            continue
+        if isinstance(outcome, HttpError):
+            failures.append(outcome)
+            continue
+        own = _states_of(outcome, served)
+        if states is None:
+            states = np.empty((len(sequences), *own.shape), np.float32)
+        rewards[row_of[index]], states[row_of[index]] = outcome.reward, own
+    if states is None or failures:
+        raise _failed(failures)
+    chosen = [exchanges[index] for index in sequences]
+    return ScoredItems(chosen, list(sequences.values()), rewards, states), list(sequences)
+
+
+def _states_of(score: Score, served: ServedModel) -> NDArray[np.float32]:
+    if not isinstance(score, ScoreWithStates) or score.states is None:
+        raise CalibrationError(f"The {served.info.engine} engine reads no hidden states, so there is nothing to fit.")
+    return score.states
+
+
+def _failed(failures: Sequence[HttpError]) -> CalibrationError:
+    if all(isinstance(failure, NonFiniteReward) for failure in failures):
+        return CalibrationError(f"{len(failures)} rewards are not finite.")
+    return CalibrationError(f"{len(failures)} items could not be scored; the first error: {failures[0]}")
 
 
 def _key(served: ServedModel, exchanges: Sequence[Exchange]) -> str:

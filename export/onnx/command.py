@@ -7,20 +7,18 @@ package trace, quantize and compare the graph.
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from reward_client.provenance import TRAINING_MANIFEST_FILE
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from export.onnx.agreement import BOUNDS, Bounds, compare_rewards, validate_parity
 from export.onnx.probe_texts import MAX_TOKENS, built_in_items, encode_items, read_items
@@ -36,10 +34,13 @@ from service.checkpoints.bundle import (
 )
 from service.checkpoints.checkpoint import Checkpoint, locate_checkpoint, open_checkpoint
 from service.checkpoints.demo import CALIBRATION_FILE, PROVENANCE_FILE
+from service.console import Stage, stages
 from service.diagnostics.candidate_taps import candidate_taps
 from service.engines.base import Engine
-from service.errors import CheckpointError, StartupError
-from service.records import StateTap, TokenSequence
+from service.errors import CheckpointError, NonFiniteReward, ParityError, StartupError
+from service.offline import score_offline
+from service.pipeline import Pipeline
+from service.records import Score, StateTap, TokenSequence
 from service.settings import BatchingSettings, ModelSettings, TokenizationSettings
 from service.tokenization import Tokenization
 
@@ -60,9 +61,6 @@ LONGEST_PROBE = 256
 
 MEASURING_STEP = 4
 """Of the built-in texts each so manyth shows how large an activation's channels get."""
-
-Stage: TypeAlias = Callable[[str], None]
-"""Told the name of each stage as it begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,22 +231,18 @@ def _library_versions() -> dict[str, str]:
 
 
 def score(engine: Engine, sequences: Sequence[TokenSequence]) -> list[float]:
-    """Return the rewards of the sequences, in order, in batches as the queue would make them: neighbours in length."""
-    rewards = [0.0] * len(sequences)
-    budget = engine.info.max_batch_tokens
-    batch: list[int] = []
-    for place in sorted(range(len(sequences)), key=lambda place: sequences[place].num_tokens):
-        if batch and sequences[place].num_tokens * (len(batch) + 1) > budget:
-            _score_batch(engine, sequences, batch, rewards)
-            batch = []
-        batch.append(place)
-    _score_batch(engine, sequences, batch, rewards)
+    """Return the rewards of the sequences, in order; NaN where a reward is not finite.
+
+    Raises:
+        ParityError: the graph does not run on a sequence.
+    """
+    rewards = [math.nan] * len(sequences)
+    for index, outcome in score_offline(Pipeline(engine), sequences):
+        if isinstance(outcome, Score):
+            rewards[index] = outcome.reward
+        elif not isinstance(outcome, NonFiniteReward):
+            raise ParityError(f"The graph does not run on a text of {sequences[index].num_tokens} tokens: {outcome}")
     return rewards
-
-
-def _score_batch(engine: Engine, sequences: Sequence[TokenSequence], batch: list[int], rewards: list[float]) -> None:
-    for place, reward in zip(batch, engine.forward([sequences[place] for place in batch]).rewards, strict=True):
-        rewards[place] = reward
 
 
 def choose_probes(sequences: Sequence[TokenSequence], rewards: Sequence[float], count: int = 8) -> tuple[Probe, ...]:
@@ -271,7 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     console = Console(stderr=True, soft_wrap=True)
     try:
-        with _stages(console) as stage:
+        with stages(console) as stage:
             manifest = export_bundle(options.source, options.out, _plan(options), stage)
     except StartupError as error:
         console.print(f"reward-export: {error}", style="red", markup=False, highlight=False)
@@ -305,24 +299,6 @@ def report(manifest: Manifest, out: Path) -> list[str]:
         f"  pairs alike       {parity.pair_agreement:.2%}",
         f"Serve it with: reward-serve --model {out}",
     ]
-
-
-@contextmanager
-def _stages(console: Console) -> Iterator[Stage]:
-    """Show each stage: as a moving line with its time on a terminal, as a plain line elsewhere."""
-    if not console.is_terminal:
-        yield partial(console.print, markup=False, highlight=False)
-        return
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        running: list[TaskID] = []
-
-        def begin(name: str) -> None:
-            for task in running:
-                progress.update(task, total=1, completed=1)
-            running.append(progress.add_task(name, total=None))
-
-        yield begin
 
 
 def tap(text: str) -> StateTap:

@@ -152,12 +152,13 @@ def _tree(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check(settings: Settings, console: Console) -> None:
-    from service.assembly import assemble, judge
+    from service.assembly import assemble, open_model
     from service.checkpoints.checkpoint import describe
 
-    for line in describe(judge(settings.model)):
+    opened = open_model(settings.model)
+    for line in describe(opened.checkpoint):
         console.print(line, markup=False)
-    served = assemble(settings)
+    served = assemble(settings, opened=opened)
     info = served.info
     console.print(f"  served as         {served.identity.name}, version {served.identity.version}", markup=False)
     console.print(f"  forward           {info.forward}, {info.arithmetic} on {info.device}", markup=False)
@@ -218,11 +219,11 @@ def print_verdict(model: str) -> None:
     Args:
         model: ModelSettings as JSON.
     """
-    from service.assembly import judge, needs_gpu
+    from service.assembly import needs_gpu, open_model
 
     settings = ModelSettings.model_validate_json(model)
     try:
-        checkpoint = judge(settings)
+        checkpoint = open_model(settings).checkpoint
         gpu = needs_gpu(settings, checkpoint.path)
         answer = asdict(Verdict(str(checkpoint.path.resolve()), checkpoint.name, gpu))
     except StartupError as error:

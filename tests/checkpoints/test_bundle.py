@@ -8,7 +8,7 @@ import pytest
 from tiny_bundles import change_manifest, write_tiny_bundle
 from tiny_models import write_tiny_checkpoint
 
-from service.assembly import judge, needs_gpu
+from service.assembly import needs_gpu, open_model
 from service.checkpoints.bundle import (
     BUNDLE_MANIFEST_FILE,
     FORMAT_VERSION,
@@ -38,7 +38,7 @@ def test_a_complete_bundle_is_opened(bundle: Path) -> None:
     assert is_bundle(bundle)
     assert (checkpoint.name, checkpoint.max_input_tokens, checkpoint.has_chat_template) == ("bundle", 512, True)
     assert checkpoint.hashes.weights == "d" * 64
-    assert judge(ModelSettings(path=str(bundle), engine="onnx")).hashes == checkpoint.hashes
+    assert open_model(ModelSettings(path=str(bundle), engine="onnx")).checkpoint.hashes == checkpoint.hashes
 
 
 @pytest.mark.parametrize("name", [GRAPH_FILE, "config.json", "tokenizer.json", "tokenizer_config.json"])
@@ -116,13 +116,13 @@ def test_the_version_depends_on_the_graph_below_fp32(bundle: Path) -> None:
 def test_the_torch_engine_takes_no_bundle(bundle: Path) -> None:
     """The engine setting must support the folder."""
     with pytest.raises(SettingsError, match="ONNX bundle"):
-        judge(ModelSettings(path=str(bundle), engine="torch"))
+        open_model(ModelSettings(path=str(bundle), engine="torch"))
 
 
 def test_a_bundle_is_not_quantized_again(bundle: Path) -> None:
     """A graph's precision was chosen at its export, so a setting for another one is an error."""
     with pytest.raises(SettingsError, match=r"quantization is int8, but .* is an ONNX bundle"):
-        judge(ModelSettings(path=str(bundle), quantization="int8"))
+        open_model(ModelSettings(path=str(bundle), quantization="int8"))
 
 
 def test_the_onnx_engine_takes_no_checkpoint(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_the_onnx_engine_takes_no_checkpoint(tmp_path: Path) -> None:
     folder = write_tiny_checkpoint(tmp_path / "model")
 
     with pytest.raises(SettingsError, match=f"reward-export {folder} OUT"):
-        judge(ModelSettings(path=str(folder), engine="onnx"))
+        open_model(ModelSettings(path=str(folder), engine="onnx"))
 
 
 def test_int8_needs_no_gpu(bundle: Path) -> None:

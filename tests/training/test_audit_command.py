@@ -15,10 +15,9 @@ from tiny_models import write_tiny_causal_lm, write_tiny_checkpoint
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from service.checkpoints.adapter import merge_adapter
-from service.records import Exchange, Message, TokenSequence
-from service.scheduling.budget import BatchBudget
+from service.records import Message
 from training.audit.command import audit, main
-from training.audit.scoring import ServiceScorer, _batches, load_checkpoint_scorer, score_pairs
+from training.audit.scoring import ServiceScorer, load_checkpoint_scorer, score_pairs
 from training.evaluation import evaluate
 from training.pairs import tokenize_pairs
 from training.preferences import PreferencePair, read_pairs
@@ -193,19 +192,3 @@ def test_a_model_that_really_learned_shuffled_labels_is_at_chance(tmp_path: Path
     found = audit(load_checkpoint_scorer(checkpoint, truncation="error"), [pairs], tmp_path / "out")
 
     assert found.accuracy.accuracy.low < 0.5 < found.accuracy.accuracy.high
-
-
-def test_equal_prompts_share_their_batch() -> None:
-    """Completions of one prompt stand side by side, however far apart their pairs are in the file."""
-    exchanges = [Exchange(prompt, "c") for prompt in ("long", "short", "long", "short", "failed")]
-    sequences = [
-        TokenSequence((1,) * 6),
-        TokenSequence((1,) * 2),
-        TokenSequence((1,) * 5),
-        TokenSequence((1,) * 2),
-        None,
-    ]
-
-    batches = [places for places, _ in _batches(exchanges, sequences, BatchBudget("packed", 11, 10))]
-
-    assert batches == [[1, 3], [0, 2]]

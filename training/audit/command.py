@@ -13,8 +13,8 @@ from typing import Any
 from reward_client import RewardClient
 from reward_client.errors import ClientError
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from service.console import progress_bar
 from service.errors import SettingsError, StartupError
 from training.audit.findings import Findings, investigate
 from training.audit.report import write_report
@@ -100,13 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _score(
     scorer: Scorer, pairs: Sequence[PreferencePair], train_pairs: Sequence[PreferencePair], console: Console
 ) -> tuple[ScoredPairs, ScoredPairs]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("Scoring", total=2 * (len(pairs) + len(train_pairs)))
-
-        def advance(num_completions: int) -> None:
-            progress.advance(task, num_completions)
-
+    with progress_bar(console, "Scoring", 2 * (len(pairs) + len(train_pairs))) as advance:
         return score_pairs(pairs, scorer, advance), score_pairs(train_pairs, scorer, advance)
 
 

@@ -1,88 +1,91 @@
-"""Where the rewards of an audit come from: a checkpoint, through the service's own pipeline, or a running service.
+"""Computes the rewards of an audit: with a checkpoint, through the service's own pipeline, or with a running service.
 
-Completions of one prompt stay together, so that whatever shares prefixes can. It counts as it goes, for a progress bar.
+Both report progress by the number of completions that are done.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import numpy as np
 from reward_client import RewardClient
 from reward_client.errors import ItemsFailed
 from reward_client.options import Truncation
 
-from service.assembly import judge
-from service.checkpoints.checkpoint import model_version
-from service.errors import HttpError
-from service.pipeline import Pipeline
-from service.records import Encoding, Exchange, Item, Message, TokenSequence
-from service.scheduling.budget import BatchBudget, batch_cost
+from service.assembly import assemble
+from service.console import Advance
+from service.offline import encode_items, score_offline
+from service.records import Encoding, Exchange, Item, Message, Score, TokenSequence
 from service.settings import Settings
-from service.tokenization import Tokenization
 from training.audit.scored_pairs import ScoredPairs
 from training.preferences import PreferencePair
 
-Advance: TypeAlias = Callable[[int], None]
-"""Told how many more completions have been dealt with."""
-
 ITEMS_PER_CALL = 256
-ITEMS_PER_ENCODING = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class ScoredCompletion:
-    """``num_tokens``: of the completion, template suffix included; None where the service does not say."""
+    """A completion that has a reward."""
 
     reward: float
+
     num_tokens: int | None
+    """Tokens of the completion, template suffix included; None where the service does not report them."""
 
 
 class Scorer(Protocol):
-    """Something that has a reward for an exchange."""
+    """Something that computes rewards of exchanges."""
 
     def description(self) -> Mapping[str, Any]:
-        """Return what scores: at least the model's ``name`` and ``version``."""
+        """Return a description of the model: at least its ``name`` and ``version``."""
         ...
 
     def score(self, exchanges: Sequence[Exchange], advance: Advance) -> list[ScoredCompletion | None]:
-        """Return a reward for each exchange, in order; None for one that cannot be scored."""
+        """Score exchanges.
+
+        Args:
+            exchanges: prompts with completions.
+            advance: called with the number of further completions that are done, with or without a reward.
+
+        Returns:
+            One entry for each exchange, in order; None for one that cannot be scored.
+        """
         ...
 
 
 def score_pairs(pairs: Sequence[PreferencePair], scorer: Scorer, advance: Advance) -> ScoredPairs:
-    """Score both completions of each pair; a pair of which one has no reward is left out and counted.
+    """Score both completions of each pair; a pair in which one has no reward is left out and counted.
 
     Lengths are tokens, or characters for all if the tokens of any are unknown.
     """
     exchanges = [Exchange(pair.prompt, text) for pair in pairs for text in (pair.chosen, pair.rejected)]
     scores = scorer.score(exchanges, advance)
-    whole = [
+    complete = [
         (pair, chosen, rejected)
         for pair, chosen, rejected in zip(pairs, scores[::2], scores[1::2], strict=True)
         if chosen is not None and rejected is not None
     ]
-    knows_tokens = all(score.num_tokens is not None for _, *both in whole for score in both)
+    has_token_counts = all(score.num_tokens is not None for _, *both in complete for score in both)
     return ScoredPairs(
-        pairs=[pair for pair, _, _ in whole],
-        chosen=np.array([chosen.reward for _, chosen, _ in whole], dtype=np.float64),
-        rejected=np.array([rejected.reward for _, _, rejected in whole], dtype=np.float64),
+        pairs=[pair for pair, _, _ in complete],
+        chosen=np.array([chosen.reward for _, chosen, _ in complete], dtype=np.float64),
+        rejected=np.array([rejected.reward for _, _, rejected in complete], dtype=np.float64),
         chosen_lengths=np.array(
-            [c.num_tokens if knows_tokens else len(pair.chosen) for pair, c, _ in whole], np.float64
+            [c.num_tokens if has_token_counts else len(pair.chosen) for pair, c, _ in complete], np.float64
         ),
         rejected_lengths=np.array(
-            [r.num_tokens if knows_tokens else len(pair.rejected) for pair, _, r in whole], np.float64
+            [r.num_tokens if has_token_counts else len(pair.rejected) for pair, _, r in complete], np.float64
         ),
-        unit="tokens" if knows_tokens else "characters",
-        num_failed=len(pairs) - len(whole),
+        unit="tokens" if has_token_counts else "characters",
+        num_failed=len(pairs) - len(complete),
     )
 
 
 class CheckpointScorer:
-    """Scores with a checkpoint on this machine, through the code that serves it.
+    """Scores with a checkpoint or an ONNX bundle on this machine, through the code that serves it.
 
     Args:
         settings: ``model`` names the checkpoint; limits of the service do not apply.
@@ -92,65 +95,36 @@ class CheckpointScorer:
     """
 
     def __init__(self, settings: Settings) -> None:
-        from service.engines.torch import load_torch_engine
-
-        self._settings = settings
-        self._checkpoint = judge(settings.model)
-        self._tokenization = Tokenization(
-            self._checkpoint.tokenizer,
-            settings.tokenization,
-            max_input_tokens=self._checkpoint.max_input_tokens,
-            vocab_size=self._checkpoint.embedding_size,
-        )
-        engine = load_torch_engine(
-            self._checkpoint.path,
-            settings.model,
-            settings.batching,
-            pad_token_id=self._checkpoint.pad_token_id,
-            max_input_tokens=self._checkpoint.max_input_tokens,
-        )
-        self._pipeline = Pipeline(engine)
-        info = engine.info
-        self._budget = BatchBudget(info.cost, info.max_batch_tokens, settings.batching.max_batch_sequences)
+        self._served = assemble(settings, taps=())  # an audit reads rewards alone
 
     def description(self) -> Mapping[str, Any]:
-        """Return name, version, architecture and arithmetic."""
-        info = self._pipeline.engine.info
-        identity = model_version(
-            self._checkpoint,
-            dtype=info.dtype,
-            pooling=self._settings.model.pooling,
-            template=self._tokenization.template_for(Encoding()),
-        )
-        return {
-            "name": identity.name,
-            "version": identity.version,
-            "architecture": info.architecture,
-            "dtype": info.dtype,
-            "parameters": self._checkpoint.num_parameters,
+        """Return name, version, architecture, dtype and number of parameters."""
+        served = self._served
+        description = {
+            "name": served.identity.name,
+            "version": served.identity.version,
+            "architecture": served.info.architecture,
+            "dtype": served.info.dtype,
         }
+        return description | ({"parameters": served.checkpoint.num_parameters} if served.checkpoint else {})
 
     def score(self, exchanges: Sequence[Exchange], advance: Advance) -> list[ScoredCompletion | None]:
-        """Score batches of neighbours in prompt and length; see ``Scorer.score``."""
-        sequences = self._encode(exchanges)
-        advance(sum(sequence is None for sequence in sequences))
+        """Score in batches as the service would; see ``Scorer.score``."""
+        settings = self._served.settings
+        encoding = Encoding(truncation=settings.tokenization.truncation)
+        encoded = list(encode_items(self._served.tokenization, map(Item, exchanges), encoding))
+        results = score_offline(
+            self._served.scorer.pipeline,
+            encoded,
+            max_batch_sequences=settings.batching.max_batch_sequences,
+            advance=advance,
+        )
         scores: list[ScoredCompletion | None] = [None] * len(exchanges)
-        for places, batch in _batches(exchanges, sequences, self._budget):
-            outcomes = self._pipeline.run(batch, ["none"] * len(batch)).outcomes
-            for place, sequence, outcome in zip(places, batch, outcomes, strict=True):
-                if not isinstance(outcome, HttpError):
-                    scores[place] = ScoredCompletion(outcome.reward, sequence.num_completion_tokens)
-            advance(len(places))
+        for index, outcome in results:
+            sequence = encoded[index]
+            if isinstance(outcome, Score) and isinstance(sequence, TokenSequence):
+                scores[index] = ScoredCompletion(outcome.reward, sequence.num_completion_tokens)
         return scores
-
-    def _encode(self, exchanges: Sequence[Exchange]) -> list[TokenSequence | None]:
-        encoding = Encoding(truncation=self._settings.tokenization.truncation)
-        sequences: list[TokenSequence | None] = []
-        for start in range(0, len(exchanges), ITEMS_PER_ENCODING):
-            items = [Item(exchange) for exchange in exchanges[start : start + ITEMS_PER_ENCODING]]
-            outcomes = self._tokenization.encode(items, encoding)
-            sequences += [None if isinstance(outcome, HttpError) else outcome for outcome in outcomes]
-        return sequences
 
 
 class ServiceScorer:
@@ -161,10 +135,10 @@ class ServiceScorer:
         self._truncation = truncation
 
     def description(self) -> Mapping[str, Any]:
-        """Return name, version, architecture and arithmetic, as the service tells them."""
-        told = self._client.model()
-        engine = told.get("engine", {})
-        return dict(told["model"]) | {name: engine[name] for name in ("architecture", "dtype") if name in engine}
+        """Return name, version, architecture and arithmetic, as the service reports them."""
+        description = self._client.model()
+        engine = description.get("engine", {})
+        return dict(description["model"]) | {name: engine[name] for name in ("architecture", "dtype") if name in engine}
 
     def score(self, exchanges: Sequence[Exchange], advance: Advance) -> list[ScoredCompletion | None]:
         """Score in calls of ``ITEMS_PER_CALL``; see ``Scorer.score``.
@@ -183,10 +157,10 @@ class ServiceScorer:
         try:
             scored = self._client.score_items(map(_wire_item, exchanges), truncation=self._truncation)
         except ItemsFailed as error:
-            kept = [place for place, reward in enumerate(error.rewards) if reward is not None]
+            scorable = [index for index, reward in enumerate(error.rewards) if reward is not None]
             scores: list[ScoredCompletion | None] = [None] * len(exchanges)
-            for place, score in zip(kept, self._score_call([exchanges[place] for place in kept]), strict=True):
-                scores[place] = score
+            for index, score in zip(scorable, self._score_call([exchanges[i] for i in scorable]), strict=True):
+                scores[index] = score
             return scores
         return [ScoredCompletion(item.reward, _completion_tokens(item.diagnostics)) for item in scored]
 
@@ -201,37 +175,6 @@ def load_checkpoint_scorer(model: Path, *, truncation: Truncation, **options: An
 
     tree = {"model": {"path": str(model), **options}, "tokenization": {"truncation": truncation}}
     return CheckpointScorer(read_settings(tree))
-
-
-def _batches(
-    exchanges: Sequence[Exchange], sequences: Sequence[TokenSequence | None], budget: BatchBudget
-) -> Iterator[tuple[list[int], list[TokenSequence]]]:
-    """Places and sequences of each pass: prompts in order of length, completions of one together if they fit."""
-    by_prompt: dict[object, list[tuple[int, TokenSequence]]] = {}
-    for place, (exchange, sequence) in enumerate(zip(exchanges, sequences, strict=True)):
-        if sequence is not None:
-            by_prompt.setdefault(exchange.prompt, []).append((place, sequence))
-    batch: list[tuple[int, TokenSequence]] = []
-    for group in sorted(by_prompt.values(), key=lambda group: max(sequence.num_tokens for _, sequence in group)):
-        if batch and not _fit([*batch, *group], budget):
-            yield _unzip(batch)
-            batch = []
-        for entry in group:
-            if batch and not _fit([*batch, entry], budget):
-                yield _unzip(batch)
-                batch = []
-            batch.append(entry)
-    if batch:
-        yield _unzip(batch)
-
-
-def _fit(batch: Sequence[tuple[int, TokenSequence]], budget: BatchBudget) -> bool:
-    lengths = [sequence.num_tokens for _, sequence in batch]
-    return len(batch) <= budget.max_sequences and batch_cost(lengths, budget.cost) <= budget.max_tokens
-
-
-def _unzip(batch: Sequence[tuple[int, TokenSequence]]) -> tuple[list[int], list[TokenSequence]]:
-    return [place for place, _ in batch], [sequence for _, sequence in batch]
 
 
 def _wire_item(exchange: Exchange) -> dict[str, Any]:
