@@ -7,10 +7,9 @@ It decides how a batch becomes the graph's inputs and where the graph runs. What
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from math import inf, isnan
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -20,6 +19,7 @@ from service.checkpoints.bundle import DTYPES, Bundle, Manifest, Precision
 from service.engines.base import EngineInfo, EngineOutput
 from service.engines.deduplication import Reading, UniquePass, scatter, unique_readings
 from service.engines.model.classifier import pooled_position
+from service.engines.onnx_session import is_out_of_memory, open_session
 from service.errors import EngineOutOfMemory, ParityError, SettingsError
 from service.records import Pooling, StateTap, TokenSequence
 from service.settings import BatchingSettings, ModelSettings
@@ -224,14 +224,30 @@ def load_onnx_engine(
     refuse_missing_taps(manifest, taps or ())
     device = resolve_bundle_device(manifest.precision, model.device)
     session = open_session(bundle.graph, device, model.num_threads)
-    is_on_cpu = device == "cpu"
     padding = Padding(
         pooling=model.pooling,
         pad_token_id=manifest.pad_token_id,
         reads_first=not manifest.has_linear_head,
-        length_step=1 if is_on_cpu else CUDA_LENGTH_STEP,
+        length_step=1 if device == "cpu" else CUDA_LENGTH_STEP,
     )
-    info = EngineInfo(
+    info = _describe(bundle, batching, device, session.get_providers(), taps)
+    tap_indices = [manifest.taps.index(tap) for tap in info.taps]
+    engine = OnnxEngine(session, padding, info, tap_indices, deterministic=batching.deterministic)
+    # The recorded rewards were pooled by transformers' rule; for another one there is nothing to compare with.
+    if check and model.pooling == "hf":
+        check_probes(engine, manifest)
+    return engine
+
+
+def _describe(
+    bundle: Bundle,
+    batching: BatchingSettings,
+    device: str,
+    providers: Sequence[str],
+    taps: tuple[StateTap, ...] | None,
+) -> EngineInfo:
+    manifest = bundle.manifest
+    return EngineInfo(
         engine="onnx",
         architecture=manifest.architecture,
         forward="padded",
@@ -239,17 +255,11 @@ def load_onnx_engine(
         dtype=DTYPES[manifest.precision],
         cost="padded",
         max_input_tokens=bundle.checkpoint.max_input_tokens,
-        max_batch_tokens=batching.max_batch_tokens or BATCH_TOKENS["cpu" if is_on_cpu else "cuda"],
+        max_batch_tokens=batching.max_batch_tokens or BATCH_TOKENS["cpu" if device == "cpu" else "cuda"],
         parity={**asdict(manifest.parity), "compared_to": "plain transformers in float32, at export"},
         taps=manifest.taps if taps is None else taps,
-        providers=tuple(session.get_providers()),
+        providers=tuple(providers),
     )
-    tap_indices = [manifest.taps.index(tap) for tap in info.taps]
-    engine = OnnxEngine(session, padding, info, tap_indices, deterministic=batching.deterministic)
-    # The recorded rewards were pooled by transformers' rule; for another one there is nothing to compare with.
-    if check and model.pooling == "hf":
-        check_probes(engine, manifest)
-    return engine
 
 
 def check_probes(engine: OnnxEngine, manifest: Manifest) -> None:
@@ -325,85 +335,3 @@ def resolve_bundle_device(precision: Precision, choice: str) -> str:
 
     device = resolve_device(choice)
     return "cpu" if device.type == "cpu" else f"cuda:{device.index or 0}"
-
-
-def open_session(graph: Path, device: str, num_threads: int | None) -> Any:
-    """Return ONNX Runtime's session on the device, and on no other.
-
-    Raises:
-        SettingsError: ONNX Runtime cannot run there, or cannot read the graph.
-    """
-    import onnxruntime
-
-    providers = requested_providers(device)
-    missing = [name for name, _ in providers if name not in onnxruntime.get_available_providers()]
-    if missing:
-        raise SettingsError(
-            f"model.device is {device}, but the installed ONNX Runtime has no {missing[0]}: install onnxruntime-gpu "
-            "instead of onnxruntime, or set model.device to cpu."
-        )
-    if device != "cpu":
-        onnxruntime.preload_dlls()  # CUDA and cuDNN as torch brings them; otherwise the provider would not load
-    try:
-        session = onnxruntime.InferenceSession(graph, session_options(num_threads), providers=providers)
-    except Exception as error:  # ONNX Runtime's exceptions have no common class of their own
-        if is_out_of_memory(error):
-            raise
-        raise SettingsError(
-            f"ONNX Runtime cannot load {graph} on {device} ({type(error).__name__}: {error})"
-        ) from error
-    refuse_missing_provider(device, session.get_providers())
-    return session
-
-
-def refuse_missing_provider(device: str, active: Sequence[str]) -> None:
-    """Verify that the session runs on the requested device.
-
-    Raises:
-        SettingsError: ONNX Runtime fell back to the CPU, which it reports in its log only.
-    """
-    requested = requested_providers(device)[0][0]
-    if requested not in active:
-        raise SettingsError(
-            f"model.device is {device}, but ONNX Runtime could not start its {requested} and would run on "
-            f"{', '.join(active) or 'nothing'}: install the CUDA and cuDNN that it was built for, or set model.device "
-            "to cpu."
-        )
-
-
-def requested_providers(device: str) -> list[tuple[str, Mapping[str, Any]]]:
-    """Return ONNX Runtime's providers for a device, with their options; the CPU's runs small shape operations."""
-    cpu: tuple[str, Mapping[str, Any]] = ("CPUExecutionProvider", {})
-    if device == "cpu":
-        return [cpu]
-    # Memory is allocated as it is needed, not in powers of two: the largest batch is tried at start.
-    options = {"device_id": int(device.partition(":")[2] or 0), "arena_extend_strategy": "kSameAsRequested"}
-    return [("CUDAExecutionProvider", options), cpu]
-
-
-def session_options(num_threads: int | None) -> Any:
-    """Return ONNX Runtime's options for one engine thread, batches of changing shapes, and a busy Python process."""
-    import onnxruntime
-
-    from service.engines.devices.device import resolve_threads
-
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.intra_op_num_threads = resolve_threads(num_threads)
-    # The graph is a chain: it has no branches worth running in parallel.
-    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-    options.inter_op_num_threads = 1
-    # Spinning threads would take cores from tokenization and the event loop of the same process.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # Memory plans are made per shape, and shapes hardly repeat. The arena stays: fresh pages cost more than they save.
-    options.enable_mem_pattern = False
-    options.log_severity_level = 3
-    return options
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the error means that the device is out of memory; ONNX Runtime has no exception class for it."""
-    if isinstance(error, MemoryError):
-        return True
-    signs = ("Failed to allocate memory", "bad allocation", "bad_alloc", "CUDA out of memory", "out of memory")
-    return any(sign in str(error) for sign in signs)

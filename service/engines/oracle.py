@@ -126,7 +126,7 @@ class OracleEngine:
 
     @property
     def info(self) -> EngineInfo:
-        """The description of the oracle in the place of a model's."""
+        """The description of the oracle, as of a model."""
         return self._info
 
     def forward(self, sequences: Sequence[TokenSequence], *, states: bool = False) -> EngineOutput:

@@ -152,7 +152,6 @@ def plan_engine(
     if model.cascade_attention and device.type != "cuda":
         raise SettingsError(f"model.cascade_attention needs a CUDA device and model.device is {device}: leave it out")
     dtype_choice = "bfloat16" if model.quantization == "int8" and model.dtype == "auto" else model.dtype
-    share_prefixes = batching.share_prefixes and not batching.deterministic
     return EnginePlan(
         device=device,
         num_threads=machine.num_threads,
@@ -161,13 +160,7 @@ def plan_engine(
         pad_token_id=pad_token_id,
         quantization=model.quantization,
         forward=model.forward,
-        fastest_path=PathSpec(
-            "packed",
-            share_prefixes=share_prefixes,
-            cache_bytes=_cache_mib(batching, device) * 2**20 if share_prefixes else 0,
-            compiled=model.compile,
-            cascade=model.cascade_attention and share_prefixes,
-        ),
+        fastest_path=fastest_path(model, batching, device),
         kernels=kernel_choice(model),
         cuda_graphs=model.cuda_graphs,
         deterministic=batching.deterministic,
@@ -175,6 +168,22 @@ def plan_engine(
         max_input_tokens=max_input_tokens,
         max_batch_tokens=batching.max_batch_tokens,
         taps=tuple(taps),
+    )
+
+
+def fastest_path(model: ModelSettings, batching: BatchingSettings, device: torch.device) -> PathSpec:
+    """Return the packed path with all optimisations that the settings allow, without the CPU kernels.
+
+    Determinism excludes shared prefixes, and without shared prefixes there is no prefix cache and no cascade attention.
+    """
+    share_prefixes = batching.share_prefixes and not batching.deterministic
+    cache_mib = PREFIX_CACHE_MIB[device.type] if batching.prefix_cache_mib is None else batching.prefix_cache_mib
+    return PathSpec(
+        "packed",
+        share_prefixes=share_prefixes,
+        cache_bytes=cache_mib * 2**20 if share_prefixes else 0,
+        compiled=model.compile,
+        cascade=model.cascade_attention and share_prefixes,
     )
 
 
@@ -200,7 +209,3 @@ def kernel_choice(model: ModelSettings) -> KernelChoice:
 def default_batch_tokens(device: torch.device, kernels: Kernels | None) -> int:
     """Return the default batch budget in tokens of a path on this device and these kernels."""
     return AMX_BATCH_TOKENS if kernels is not None and kernels.has_tiles else BATCH_TOKENS[device.type]
-
-
-def _cache_mib(batching: BatchingSettings, device: torch.device) -> int:
-    return PREFIX_CACHE_MIB[device.type] if batching.prefix_cache_mib is None else batching.prefix_cache_mib

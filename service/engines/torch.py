@@ -110,8 +110,8 @@ class TorchEngine:
         if self._path is None or not self._may_use_cache(sequence.token_ids):
             return 0
         reads_mean = any(tap.pooling == "mean" for tap in self._info.taps)
-        first_wanted = Reading.of(sequence).mean_start if reads_mean else None
-        return self._path.num_cached_tokens(sequence.token_ids, first_wanted)
+        mean_start = Reading.of(sequence).mean_start if reads_mean else None
+        return self._path.num_cached_tokens(sequence.token_ids, mean_start)
 
     def close(self) -> None:
         """Free the device's memory. The engine is not used afterwards."""

@@ -1,8 +1,8 @@
 """Copies a pass's inputs to the device and its results to the host, without the host waiting for either.
 
 On CUDA all inputs are packed into one pinned buffer, which is copied once on a separate stream while the previous pass
-still computes. Results are copied into pinned memory after their pass, and whoever reads them waits for that copy
-alone. On a CPU nothing is copied.
+still computes. Results are copied into pinned memory after their pass, and reading them waits for that copy alone. On a
+CPU nothing is copied.
 """
 
 from __future__ import annotations

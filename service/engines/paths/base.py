@@ -99,12 +99,12 @@ class ForwardPath(Protocol):
         """Drop all cached prefixes."""
         ...
 
-    def num_cached_tokens(self, row: tuple[int, ...], first_wanted: int | None) -> int:
+    def num_cached_tokens(self, row: tuple[int, ...], mean_start: int | None) -> int:
         """Return how many leading tokens of a sequence the next pass takes from the prefix cache, whatever the batch.
 
         Args:
             row: token ids.
-            first_wanted: the first token whose state may be read besides the pooled one's; None: none is.
+            mean_start: the first token that ``mean`` pooling may read; None: only the pooled token's state is read.
         """
         ...
 

@@ -61,9 +61,9 @@ class PaddedForward:
     def clear_cache(self) -> None:
         """Do nothing: nothing is cached."""
 
-    def num_cached_tokens(self, row: tuple[int, ...], first_wanted: int | None) -> int:
+    def num_cached_tokens(self, row: tuple[int, ...], mean_start: int | None) -> int:
         """Return zero: nothing is cached."""
-        del row, first_wanted
+        del row, mean_start
         return 0
 
     def _run_padded(

@@ -37,6 +37,6 @@ def test_the_limit_is_where_frequencies_change(parameters: Any, max_tokens: int,
 
 
 def test_stateful_scaling_is_refused() -> None:
-    """Frequencies that grow with each longer sequence carry state from call to call; the message gives the limit."""
+    """Frequencies that grow with each longer sequence keep state between calls; the error contains the limit."""
     with pytest.raises(SettingsError, match="max_input_tokens to 2048"):
         rope_length_limit(config_with(DYNAMIC), 4096)
