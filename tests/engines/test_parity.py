@@ -46,8 +46,8 @@ def leaking_attention():
     """Attention with a bug: it attends across sequence boundaries, and ignores windows."""
 
     def attend(module, query, key, value, mask, *, packed_layout=None, **kwargs):
-        whole_batch = PackedLayout.of([tuple(range(query.shape[2]))], packed_layout.device, block=BLOCK)
-        return packed_attention(module, query, key, value, mask, packed_layout=whole_batch, **kwargs)
+        one_sequence = PackedLayout.of([tuple(range(query.shape[2]))], packed_layout.device, block=BLOCK)
+        return packed_attention(module, query, key, value, mask, packed_layout=one_sequence, **kwargs)
 
     register_packed_attention()  # so that no path registers it over this one
     AttentionInterface.register(ATTENTION, attend)

@@ -140,7 +140,7 @@ class PackedForward:
         prompts: Sequence[int | None],
     ) -> EngineOutput:
         """Run a pass that reads the prefix cache, and adds to it if all that it computed is finite."""
-        limits = [self._max_cached(row, first) for row, first in zip(rows, _first_read(rows, query), strict=True)]
+        limits = [self._max_cached(row, start) for row, start in zip(rows, _mean_starts(rows, query), strict=True)]
         cached = cache.lookup(rows, limits)
         layout = self._layout_of(rows, cached.spans)
         with cache.begin(cached, rows, layout.sequences, prompts, self._classifier.device) as transaction:
@@ -215,10 +215,10 @@ class PackedForward:
 
     # --- Which states are read ---------------------------------------------------------------------------------------
 
-    def _max_cached(self, row: TokenIds, first_read: int | None) -> int:
+    def _max_cached(self, row: TokenIds, mean_start: int | None) -> int:
         """Return how many leading tokens a pass may take from the cache: none whose state is read."""
         pooled = self._classifier.pooled_position(row)
-        return pooled if first_read is None else min(pooled, _first_counted(row, first_read))
+        return pooled if mean_start is None else min(pooled, _first_counted(row, mean_start))
 
     # --- Results that are not finite ---------------------------------------------------------------------------------
 
@@ -266,14 +266,14 @@ def _output_of(copies: Pending[list[torch.Tensor]], shared_tokens: list[int]) ->
     return Deferred(complete)
 
 
-def _first_read(rows: Sequence[TokenIds], query: StateQuery | None) -> list[int | None]:
-    """Return of each sequence the first token whose state is read beside the pooled one; None where none is."""
-    first_read: list[int | None] = [None] * len(rows)
+def _mean_starts(rows: Sequence[TokenIds], query: StateQuery | None) -> list[int | None]:
+    """Return of each sequence the first token that ``mean`` pooling reads; None where only the pooled one is read."""
+    starts: list[int | None] = [None] * len(rows)
     if query is not None and any(tap.pooling == "mean" for tap in query.taps):
         for index, requested in query.readings:
-            counted, known = _first_counted(rows[index], requested), first_read[index]
-            first_read[index] = counted if known is None else min(known, counted)
-    return first_read
+            counted, known = _first_counted(rows[index], requested), starts[index]
+            starts[index] = counted if known is None else min(known, counted)
+    return starts
 
 
 def _first_counted(row: TokenIds, requested: int) -> int:
