@@ -17,18 +17,19 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from service.engines.attention.interface import ATTENTION, attend, is_causal_layer, no_mask
+from service.engines.attention.call import AttentionCall, transformers_attention
+from service.engines.attention.interface import ATTENTION, attend, no_mask
 from service.errors import SettingsError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from service.engines.attention.layout import Packing
+    from service.engines.attention.layout import PackedLayout
 
 COMPILED_ATTENTION = f"{ATTENTION}_compiled"
 """The name under which transformers knows our attention within compiled blocks."""
 
-_row: ContextVar[Packing | None] = ContextVar("_row", default=None)
+_row: ContextVar[PackedLayout | None] = ContextVar("_row", default=None)
 """The layout of the row that passes through; an operator takes tensors and numbers only."""
 
 
@@ -67,15 +68,15 @@ class CompiledBlock:
     def __init__(self, forward: Callable[..., Any]) -> None:
         self._compiled = torch.compile(forward, dynamic=True, fullgraph=True)
 
-    def __call__(self, *inputs: Any, packing: Packing | None = None, **named: Any) -> Any:
+    def __call__(self, *inputs: Any, packed_layout: PackedLayout | None = None, **named: Any) -> Any:
         """Return what the block returns, with the row's layout laid aside for attention."""
-        with _passing(packing):
+        with _passing(packed_layout):
             return self._compiled(*inputs, **named)
 
 
 @contextmanager
-def _passing(packing: Packing | None) -> Iterator[None]:
-    token = _row.set(packing)
+def _passing(packed_layout: PackedLayout | None) -> Iterator[None]:
+    token = _row.set(packed_layout)
     try:
         yield
     finally:
@@ -92,7 +93,7 @@ def _attend(
     window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    return attend(query, key, value, _row.get(), is_causal=is_causal, scaling=scaling, window=window, softcap=softcap)
+    return attend(AttentionCall(query, key, value, _row.get(), is_causal, scaling, window, softcap))
 
 
 @_attend.register_fake
@@ -100,22 +101,13 @@ def _shape_of_attended(query: torch.Tensor, _key: torch.Tensor, value: torch.Ten
     return query.new_empty((1, query.shape[2], query.shape[1], value.shape[3]))
 
 
-def compiled_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    _mask: torch.Tensor | None,
-    *,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    is_causal: bool | None = None,
-    **_kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Do what ``attention.packed_attention`` does, within a compiled block; the same shapes."""
-    causal = is_causal_layer(module, is_causal)
-    return _attend(query, key, value, causal, scaling, sliding_window, softcap), None
+@transformers_attention
+def compiled_attention(call: AttentionCall) -> torch.Tensor:
+    """Compute attention within a compiled block, whose layout is not an argument of the call."""
+    attended: torch.Tensor = _attend(
+        call.query, call.key, call.value, call.is_causal, call.scaling, call.window, call.softcap
+    )
+    return attended
 
 
 AttentionInterface.register(COMPILED_ATTENTION, compiled_attention)

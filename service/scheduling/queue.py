@@ -24,7 +24,7 @@ from typing import TypeAlias
 
 from service.errors import Overloaded
 from service.records import BatchCost, TokenSequence
-from service.scheduling.prefix_tree import num_common, worth_sharing
+from service.scheduling.prefix_tree import common_prefix_length, shareable_tokens
 
 PATIENCE_BATCHES = 8
 """Batches that may pass a request over; then it heads one, so a stream of newcomers cannot starve it."""
@@ -363,8 +363,8 @@ class Queue:
             return 0
         ids, prompt = sequence.token_ids, sequence.num_prompt_tokens
         if prompt is not None and ids[:prompt] == before.token_ids[:prompt]:  # by far the most common, and quickly seen
-            return worth_sharing(prompt, self._shared_from)
-        return worth_sharing(num_common(before.token_ids, ids), self._shared_from)
+            return shareable_tokens(prompt, self._shared_from)
+        return shareable_tokens(common_prefix_length(before.token_ids, ids), self._shared_from)
 
     def cancel(self, request: Hashable) -> int:
         """Drop what a request has reserved or waiting; return the number of entries dropped. Unknown keys drop none."""

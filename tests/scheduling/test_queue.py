@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from service.errors import Overloaded
 from service.records import TokenSequence
-from service.scheduling.prefix_tree import grow_branches, num_common, worth_sharing
+from service.scheduling.prefix_tree import common_prefix_length, plan_prefix_sharing, shareable_tokens
 from service.scheduling.queue import (
     OVERTAKING_RATIO,
     PATIENCE_BATCHES,
@@ -367,8 +367,8 @@ def put_answers(queue: Queue, request: str, sequences: Sequence[TokenSequence]) 
 
 def computed_tokens(batch: Sequence[Entry]) -> int:
     """What the tree of shared prefixes leaves to compute."""
-    branches = grow_branches([entry.sequence.token_ids for entry in batch], SHARED_FROM)
-    return sum(branch.num_own for branch in branches)
+    layouts = plan_prefix_sharing([entry.sequence.token_ids for entry in batch], SHARED_FROM)
+    return sum(layout.num_own for layout in layouts)
 
 
 def test_a_prompt_is_priced_once() -> None:
@@ -466,14 +466,16 @@ class Memory:
     def num_cached_tokens(self, sequence: TokenSequence) -> int:
         """Of a sequence by itself."""
         ids = sequence.token_ids
-        found = max((num_common(beginning, ids) for beginning in self.beginnings), default=0)
-        return worth_sharing(min(found, self.limits.get(ids, len(ids) - 1)), SHARED_FROM)
+        found = max((common_prefix_length(beginning, ids) for beginning in self.beginnings), default=0)
+        return shareable_tokens(min(found, self.limits.get(ids, len(ids) - 1)), SHARED_FROM)
 
     def computed_tokens(self, batch: Sequence[Entry]) -> int:
         """What a pass over these computes."""
         rows = list({entry.sequence.token_ids: None for entry in batch})
-        branches = grow_branches(rows, SHARED_FROM, [(0, self.num_cached_tokens(TokenSequence(row))) for row in rows])
-        return sum(branch.num_own for branch in branches)
+        layouts = plan_prefix_sharing(
+            rows, SHARED_FROM, [(0, self.num_cached_tokens(TokenSequence(row))) for row in rows]
+        )
+        return sum(layout.num_own for layout in layouts)
 
 
 def test_answers_to_kept_prompts_fill_a_batch() -> None:

@@ -15,7 +15,7 @@ from tiny_models import DECODER_FAMILIES
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from service.engines.attention import interface as attention
-from service.engines.attention.layout import Packing
+from service.engines.attention.layout import PackedLayout
 from service.engines.base import EngineInfo, Ready, StateTap
 from service.engines.devices.staging import ALIGNMENT, PlainStaging, buffer_offsets, buffer_views, staging_for
 from service.engines.model.scalar_head import batch_invariant_head
@@ -115,7 +115,8 @@ def like_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
         "service.engines.model.taps.copy_to_device", lambda tensor, _: torch.empty_like(tensor, device="meta")
     )
     monkeypatch.setattr(
-        "service.engines.attention.interface.copy_to_device", lambda tensor, _: torch.empty_like(tensor, device="meta")
+        "service.engines.attention.per_sequence.copy_to_device",
+        lambda tensor, _: torch.empty_like(tensor, device="meta"),
     )
     return torch.device("meta")
 
@@ -127,7 +128,7 @@ def test_a_launch_does_not_synchronize(tiny_checkpoint, like_cuda: torch.device,
     rows = rows_that_share(on_cpu)
     path = PackedForward(load_tiny(tiny_checkpoint(family), torch.bfloat16, device=like_cuda))
     taps = (StateTap(1, "mean"), StateTap(2, "last"))
-    path._settle_masks()  # the first pass asks transformers for masks, and meta tensors have no values to answer with
+    path._skip_mask_inference()  # in the first pass transformers would read values, which meta tensors do not have
 
     with RefusesToSynchronize():
         pending = path.launch(rows, StateQuery(taps, ((0, 0), (3, 5))))
@@ -174,9 +175,9 @@ def test_attention_inputs_are_copied_with_the_other_inputs() -> None:
             return [tensor.clone() for tensor in tensors]
 
     rows = [tuple(range(40)) + (place,) * 9 for place in range(6)]
-    cut = Packing.of(rows, torch.device("meta"), shortest_shared=8)
+    cut = PackedLayout.of(rows, torch.device("meta"), min_shared_tokens=8)
 
-    staged, (ids,) = cut.staged(Counting(CPU), [torch.arange(5)])
+    staged, (ids,) = cut.to_device(Counting(CPU), [torch.arange(5)])
 
     assert calls == [1 + 4 * len(cut.chunks)]
     assert ids.tolist() == list(range(5))

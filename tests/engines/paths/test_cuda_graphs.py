@@ -11,7 +11,7 @@ from tiny_classifiers import load_tiny, random_rows, rows_that_share, rows_with_
 from tiny_models import DECODER_FAMILIES
 
 from service.engines.attention import interface as attention
-from service.engines.attention.interface import PackingUnsupportedError
+from service.engines.attention.call import PackingUnsupportedError
 from service.engines.base import StateTap
 from service.engines.model.taps import StateQuery
 from service.engines.paths.cuda_graphs import (
