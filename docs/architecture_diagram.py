@@ -58,9 +58,7 @@ def draw(layers: Sequence[Sequence[str]]) -> str:
         lines += [f"    {module}" for module in layer]
         lines.append("  end")
     lines += [f"  layer{number} ~~~ layer{number + 1}" for number in range(len(layers) - 1)]
-    lines += [
-        f'  {begin} -->|"{number}. {what}"| {end}' for number, (begin, end, what) in enumerate(PATH, start=1)
-    ]
+    lines += [f'  {begin} -->|"{number}. {what}"| {end}' for number, (begin, end, what) in enumerate(PATH, start=1)]
     return "\n".join(["```mermaid", *lines, "```"])
 
 

@@ -20,7 +20,7 @@ import torch
 from loadtest.device_busy import busy_share
 from loadtest.engine_work import Work
 from loadtest.matmul_limit import layer_shapes, measure_limit
-from service.engines.base import Engine, EngineOutput, LaunchingEngine, PendingPass
+from service.engines.base import Engine, EngineOutput, LaunchingEngine, Pending
 from service.engines.torch import load_torch_engine
 from service.scheduling.budget import BatchBudget
 from service.scheduling.queue import Queue
@@ -173,10 +173,10 @@ def _ways(setup: Setup, engines: Sequence[Engine]) -> dict[str, Way]:
 def _way_of(engine: Engine) -> str:
     info = engine.info
     extras = {
-        "shared prefixes": info.shared_from is not None,
+        "shared prefixes": info.min_shared_prefix_tokens is not None,
         "compiled": info.compiled,
-        "graphs": info.graph_tokens > 0,
-        "graphs failed": bool(info.graph_failure),
+        "graphs": info.cuda_graph_max_tokens > 0,
+        "graphs failed": bool(info.cuda_graph_failure),
         "merged": info.cascade_attention,
         info.quantization: info.quantization != "none",
     }
@@ -228,10 +228,10 @@ def score_in_batches(engine: Engine, work: Work, now: Callable[[], float], *, ah
 
 
 def _outputs(engine: Engine, work: Work, *, ahead: bool) -> Iterator[tuple[list[int], EngineOutput]]:
-    in_flight: deque[tuple[list[int], PendingPass]] = deque()
+    in_flight: deque[tuple[list[int], Pending[EngineOutput]]] = deque()
     for places in budget_batches(work, engine):
         sequences = [work.sequences[place] for place in places]
-        if not (ahead and engine.info.launches_ahead and isinstance(engine, LaunchingEngine)):
+        if not (ahead and engine.info.async_launch and isinstance(engine, LaunchingEngine)):
             yield places, engine.forward(sequences)
             continue
         in_flight.append((places, engine.launch(sequences)))
@@ -262,7 +262,7 @@ def with_busy_share(way: Way, device: str) -> Way:
 
 def budget_batches(work: Work, engine: Engine) -> Iterator[list[int]]:
     """Yield the places of the batches that the service's queue forms within the engine's budget."""
-    queue = Queue(work.num_tokens, engine.info.shared_from)
+    queue = Queue(work.num_tokens, engine.info.min_shared_prefix_tokens)
     requests: dict[int, list[int]] = {}
     for place, group in enumerate(work.groups):
         requests.setdefault(group, []).append(place)

@@ -157,6 +157,9 @@ def _assemble_oracle(settings: Settings) -> ServedModel:
 
 
 def _assemble_model(settings: Settings, taps: tuple[StateTap, ...] | None) -> ServedModel:
+    from service.engines.devices.device import enable_huge_pages
+
+    enable_huge_pages()
     opened = _open(settings.model)
     checkpoint = opened.checkpoint if isinstance(opened, Bundle) else opened
     tokenization = Tokenization(

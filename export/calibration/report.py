@@ -121,7 +121,7 @@ def _raw_scores(
     places = [place for place, sequence in enumerate(encoded) if not isinstance(sequence, HttpError)]
     kept = [sequence for sequence in encoded if not isinstance(sequence, HttpError)]
     work = plan_work([Item(NO_TEXT)] * len(kept), kept)
-    queue = Queue(sum(sequence.num_tokens for sequence in kept) + 1, info.shared_from)
+    queue = Queue(sum(sequence.num_tokens for sequence in kept) + 1, info.min_shared_prefix_tokens)
     queue.put("test", work.sequences, work.prefixes, now=0.0, deadline=float("inf"))
     advance(len(encoded) - len(kept))
     scores: dict[int, Score] = {}

@@ -108,7 +108,7 @@ def _forward(
     budget = BatchBudget(info.cost, info.max_batch_tokens, served.settings.batching.max_batch_sequences)
     work = plan_work([Item(NO_TEXT)] * len(sequences), sequences)
     num_tokens = sum(sequence.num_tokens for sequence in work.sequences)
-    queue = Queue(num_tokens + 1, info.shared_from)
+    queue = Queue(num_tokens + 1, info.min_shared_prefix_tokens)
     queue.put("calibration", work.sequences, work.prefixes, now=0.0, deadline=NO_DEADLINE)
     rewards = np.full(len(sequences), np.nan)
     states: NDArray[np.float32] | None = None
