@@ -293,7 +293,7 @@ def _quantizing(model: ModelSettings, classifier: Classifier) -> Callable[[], ob
 
 def default_batch_tokens(device: torch.device, kernels: Kernels | None) -> int:
     """Return how many tokens a pass on this device holds where the settings do not say."""
-    return TILES_BATCH_TOKENS if kernels is not None and kernels.has_tiles else DEFAULT_BATCH_TOKENS[device.type]
+    return TILES_BATCH_TOKENS if kernels is not None and kernels.has_amx else DEFAULT_BATCH_TOKENS[device.type]
 
 
 def _kernels_of(model: ModelSettings, device: torch.device, dtype: torch.dtype) -> Kernels | None:
