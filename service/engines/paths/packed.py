@@ -18,11 +18,11 @@ from service.engines.attention.interface import register_packed_attention
 from service.engines.attention.kv_cache import KVCache
 from service.engines.attention.layout import BLOCK, PackedLayout
 from service.engines.base import BatchCost, Deferred, EngineOutput, Pending, StateTap
-from service.engines.compilation import COMPILED_ATTENTION
+from service.engines.compilation import register_compiled_attention
 from service.engines.devices.staging import staging_for
-from service.engines.kernels.attention import register_attention
+from service.engines.kernels.attention import register_kernel_attention
 from service.engines.kernels.bindings import Kernels
-from service.engines.kernels.patching import multiplies_on_kernels
+from service.engines.kernels.patching import packs_all_linear_layers
 from service.engines.model.classifier import Classifier
 from service.engines.model.taps import Readout, StateQuery
 from service.engines.paths.cuda_graphs import Bucket, PassLibrary, StaticPass, fill_bucket
@@ -78,7 +78,7 @@ class PackedForward:
             kernels=kernels,
         )
         self._classifier = classifier
-        self._batch_invariant_linear = batch_invariant_linear and not multiplies_on_kernels(classifier.body)
+        self._batch_invariant_linear = batch_invariant_linear and not packs_all_linear_layers(classifier.body)
         self.kernels = kernels
         self._cascade = cascade
         self._staging = staging_for(classifier.device)
@@ -250,10 +250,9 @@ class PackedForward:
 
 def _register_attention(*, compiled: bool, kernels: Kernels | None) -> str:
     """Register the attention of a path with transformers, and return its name."""
-    name = register_packed_attention()
     if kernels is not None:
-        return register_attention(kernels)
-    return COMPILED_ATTENTION if compiled else name
+        return register_kernel_attention(kernels)
+    return register_compiled_attention() if compiled else register_packed_attention()
 
 
 def _output_of(copies: Pending[list[torch.Tensor]], shared_tokens: list[int]) -> Pending[EngineOutput]:
