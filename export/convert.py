@@ -1,8 +1,8 @@
-"""Turns what reward-model training leaves behind into a plain scalar-head checkpoint (``reward-convert``).
+"""Converts the output of reward-model training into a plain scalar-head checkpoint (``reward-convert``).
 
-TRL, OpenRLHF and LLaMA-Factory store a value head under names of their own or beside the model; PEFT stores an
-adapter. The body is copied as it is, and the head goes where transformers' classifier looks for it. Whatever does not
-fit there is told, never dropped in silence, and the result has to pass the judge before it appears.
+TRL, OpenRLHF and LLaMA-Factory store a value head under other names or in a separate file; PEFT stores an adapter. The
+body is copied unchanged, and the head is renamed to what transformers' classifier loads. Everything that the classifier
+cannot hold is reported, and the result must pass validation before its folder appears.
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ from typing import Any
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from service.checkpoints.adapter import CONFIG_FILE as ADAPTER_CONFIG_FILE
-from service.checkpoints.adapter import WEIGHTS_FILE as ADAPTER_WEIGHTS_FILE
-from service.checkpoints.adapter import is_adapter, merge_adapter
+from service.checkpoints.adapter import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, is_adapter, merge_adapter
 from service.checkpoints.architecture import Fit, fit_classifier, has_classifier
 from service.checkpoints.checkpoint import open_checkpoint
 from service.checkpoints.weights import (
@@ -39,7 +37,7 @@ from service.errors import CheckpointError, StartupError
 from service.settings import ModelSettings
 from service.transformers_logging import transformers_silenced
 
-MANIFEST_FILE = "conversion.json"
+CONVERSION_FILE = "conversion.json"
 PICKLED_VALUE_HEAD_FILE = "value_head.bin"
 TOKENIZER_FILES = (
     "tokenizer*.json",
@@ -51,58 +49,62 @@ TOKENIZER_FILES = (
     "merges.txt",
 )
 WRAPPER_PREFIX = "pretrained_model."
-"""What TRL's value-head wrapper puts before the names of the body when a trainer saves the wrapper itself."""
+"""Prefix of the body's tensor names where a trainer saved TRL's value-head wrapper itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """What was done, kept beside the result as ``conversion.json``.
-
-    ``head``: the tensor that became the classifier's head; None where the head already was in its place.
-    ``dropped_bias``: the constant by which served rewards lie below those of training. ``notes``: sentences on what
-    differs between training and serving.
-    """
+    """What a conversion did; written beside the result as ``conversion.json``."""
 
     source: str
+    """The folder that was converted."""
+
     origin: str
+    """The library that wrote it."""
+
     head: str | None
+    """The tensor that became the classifier's head; None where the head had the classifier's name already."""
+
     dropped_bias: float
+    """The constant by which served rewards are lower than those of training."""
+
     notes: tuple[str, ...]
+    """Sentences on differences between training and serving."""
 
 
 def convert(
     source: Path, out: Path, *, base: Path | None = None, drop_bias: bool = False, allow_pickle: bool = False
 ) -> Conversion:
-    """Write a plain scalar-head checkpoint made from ``source`` to ``out``, whole and judged, or not at all.
+    """Write a plain scalar-head checkpoint made from ``source`` to ``out``; nothing is written unless it is valid.
 
     Args:
         source: a checkpoint with a value head, or a PEFT adapter with a scalar or value head.
         out: a folder that does not exist or is empty.
-        base: the adapter's base model; needed where the adapter names none that can be found.
-        drop_bias: leave out a bias that the classifier has no place for. It shifts all rewards by one constant.
+        base: the adapter's base model; required where the adapter names none that can be found.
+        drop_bias: leave out a bias, which the classifier cannot hold. That shifts all rewards by one constant.
         allow_pickle: also read pickled weights, with torch's restricted unpickler, which allows tensors only.
 
     Raises:
-        CheckpointError: there is nothing to convert, or the result would be refused; says what to do.
+        CheckpointError: there is nothing to convert, or the result would be refused; names the remedy.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out} exists and is not empty: name another folder, so that nothing is overwritten.")
+        raise CheckpointError(f"{out} exists and is not empty: choose another folder, so that nothing is overwritten.")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as workplace:
-        unfinished = Path(workplace) / "checkpoint"
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as work_dir:
+        unfinished = Path(work_dir) / "checkpoint"
         unfinished.mkdir()
         if is_adapter(source):
             conversion = _convert_adapter(source, unfinished, base, drop_bias=drop_bias)
         else:
             conversion = _convert_model(source, unfinished, drop_bias=drop_bias, allow_pickle=allow_pickle)
-        _judge(unfinished, out)
+        _validate(unfinished, out)
         manifest = json.dumps(dataclasses.asdict(conversion), indent=2)
-        (unfinished / MANIFEST_FILE).write_text(manifest + "\n", encoding="utf-8")
+        (unfinished / CONVERSION_FILE).write_text(manifest + "\n", encoding="utf-8")
         unfinished.rename(out)
     return conversion
 
 
-def _judge(unfinished: Path, out: Path) -> None:
+def _validate(unfinished: Path, out: Path) -> None:
     try:
         open_checkpoint(unfinished, ModelSettings(path=str(unfinished)))
     except CheckpointError as error:
@@ -118,24 +120,24 @@ def _convert_adapter(source: Path, unfinished: Path, base: Path | None, *, drop_
     weights = [name for name in tensors if name.endswith("weight")]
     if len(weights) != 1:
         raise CheckpointError(
-            f"{source / VALUE_HEAD_FILE} holds no single head: one tensor ending in weight is expected."
+            f"{source / VALUE_HEAD_FILE} does not hold one head: exactly one tensor name must end in weight."
         )
     bias = tensors.get(weights[0].removesuffix("weight") + "bias")
-    dropped = _settle_bias(source, bias, drop_bias=drop_bias)
-    with tempfile.TemporaryDirectory() as workplace:
-        merge_adapter(_put_head_into_adapter(source, Path(workplace), tensors[weights[0]]), unfinished, base)
+    dropped = _dropped_bias(source, bias, drop_bias=drop_bias)
+    with tempfile.TemporaryDirectory() as work_dir:
+        merge_adapter(_put_head_into_adapter(source, Path(work_dir), tensors[weights[0]]), unfinished, base)
     return Conversion(str(source), "LLaMA-Factory", weights[0], dropped, _pooling_notes(unfinished))
 
 
-def _put_head_into_adapter(source: Path, workplace: Path, head: Any) -> Path:
-    """Write a copy of the adapter that carries the head as PEFT would have saved it with the task type SEQ_CLS."""
-    shutil.copytree(source, workplace, dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoint-*", "*.bin"))
+def _put_head_into_adapter(source: Path, work_dir: Path, head: Any) -> Path:
+    """Write a copy of the adapter that holds the head as PEFT would have saved it with the task type SEQ_CLS."""
+    shutil.copytree(source, work_dir, dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoint-*", "*.bin"))
     config = json.loads((source / ADAPTER_CONFIG_FILE).read_bytes())
     config |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
-    (workplace / ADAPTER_CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
+    (work_dir / ADAPTER_CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
     weights = load_file(source / ADAPTER_WEIGHTS_FILE) | {"base_model.model.score.weight": head}
-    save_file(weights, workplace / ADAPTER_WEIGHTS_FILE, {"format": "pt"})
-    return workplace
+    save_file(weights, work_dir / ADAPTER_WEIGHTS_FILE, {"format": "pt"})
+    return work_dir
 
 
 def _convert_model(source: Path, unfinished: Path, *, drop_bias: bool, allow_pickle: bool) -> Conversion:
@@ -145,13 +147,15 @@ def _convert_model(source: Path, unfinished: Path, *, drop_bias: bool, allow_pic
     tensors, infos = _read_tensors(source, allow_pickle=allow_pickle)
     fit = fit_classifier(config, {name: info.shape for name, info in infos.items()})
     if not fit.missing_head and was_scalar and not _is_pickled(infos):
-        raise CheckpointError(f"{source} is a plain scalar-head checkpoint already: serve it as it is.")
+        raise CheckpointError(f"{source} is already a plain scalar-head checkpoint: serve it as it is.")
     value_head, dropped = None, 0.0
     if fit.missing_head:
         value_head = _find_head(source, config, infos, fit)
-        dropped = _put_head_in_place(source, tensors, value_head, fit, drop_bias=drop_bias)
+        dropped = _rename_head(source, tensors, value_head, fit, drop_bias=drop_bias)
     _copy_tokenizer(source, unfinished)
-    notes = (*_leftover_notes(fit, value_head), *_normalisation_notes(config), *_settle_pad_token(config, unfinished))
+    pad_token_id, pad_notes = _fallback_pad_token(config, unfinished)
+    config.get_text_config().pad_token_id = pad_token_id
+    notes = (*_unused_notes(fit, value_head), *_normalisation_notes(config), *pad_notes)
     _save(source, unfinished, config, tensors, fit.head)
     return Conversion(
         source=str(source),
@@ -169,8 +173,8 @@ def _read_config(source: Path) -> Any:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{source} is no checkpoint of an architecture that transformers knows ({type(error).__name__}): "
-            "name the folder that holds its config.json."
+            f"{source} is not a checkpoint of an architecture that transformers supports ({type(error).__name__}): "
+            "pass the folder that holds its config.json."
         ) from error
     if not has_classifier(config):
         raise CheckpointError(f"{source} is a {config.model_type} model, for which transformers has no scalar head.")
@@ -178,7 +182,7 @@ def _read_config(source: Path) -> Any:
 
 
 def _read_tensors(source: Path, *, allow_pickle: bool) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
-    """Return all tensors by name and what is known of them; safetensors are mapped, not copied, into memory."""
+    """Return all tensors and their descriptions, by name; safetensors files are mapped, not copied, into memory."""
     tensors: dict[str, Any] = {}
     infos: dict[str, TensorInfo] = {}
     pickles = pickled_weights(source) if allow_pickle else []
@@ -197,14 +201,14 @@ def _read_tensors(source: Path, *, allow_pickle: bool) -> tuple[dict[str, Any], 
 def _open_file(file: Path) -> Mapping[str, Any]:
     if file.suffix == ".safetensors":
         with open_weights(file) as weights:
-            return {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118 - the handle is no mapping
+            return {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118 - the handle is not a mapping
     import torch
 
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the bytes make the unpickler do
+    except Exception as error:  # the unpickler raises anything, depending on the bytes
         raise CheckpointError(
-            f"{file} is no plain pickle of tensors ({type(error).__name__}), and nothing else is opened: "
+            f"{file} is not a plain pickle of tensors ({type(error).__name__}), and no other pickle is opened: "
             "save the model as safetensors where it was trained."
         ) from error
     return {name: tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
@@ -216,10 +220,10 @@ def _is_pickled(infos: Mapping[str, TensorInfo]) -> bool:
 
 def _find_head(source: Path, config: Any, infos: Mapping[str, TensorInfo], fit: Fit) -> ValueHead:
     hidden_size = config.get_text_config().hidden_size
-    value_head = find_value_head(source, {name: infos[name] for name in sorted(fit.unplaced)}, hidden_size)
+    value_head = find_value_head(source, {name: infos[name] for name in sorted(fit.unused)}, hidden_size)
     if value_head is None:
         raise CheckpointError(
-            f"{source} holds no value head, that is no single tensor of shape [1, {hidden_size}] beside the body: "
+            f"{source} has no value head, which is one tensor of shape [1, {hidden_size}] outside the body: "
             f"put it into the folder as {VALUE_HEAD_FILE}, or train a reward model with `reward-train`."
         )
     if sum(name.endswith("weight") for name in fit.head) != 1:
@@ -230,66 +234,62 @@ def _find_head(source: Path, config: Any, infos: Mapping[str, TensorInfo], fit: 
     return value_head
 
 
-def _put_head_in_place(
-    source: Path, tensors: dict[str, Any], value_head: ValueHead, fit: Fit, *, drop_bias: bool
-) -> float:
-    """Rename the value head to what the classifier calls it; return the bias that was dropped, 0.0 if none."""
+def _rename_head(source: Path, tensors: dict[str, Any], value_head: ValueHead, fit: Fit, *, drop_bias: bool) -> float:
+    """Move the value head in ``tensors`` to the classifier's name; return the bias that was dropped, 0.0 if none."""
     stored = tensors if value_head.weight in tensors else load_file(value_head.file)
     (weight_name,) = (name for name in fit.head if name.endswith("weight"))
     tensors[weight_name] = stored.pop(value_head.weight)
     bias = stored.pop(value_head.bias) if value_head.bias else None
-    return _settle_bias(source, bias, drop_bias=drop_bias)
+    return _dropped_bias(source, bias, drop_bias=drop_bias)
 
 
-def _settle_bias(source: Path, bias: Any | None, *, drop_bias: bool) -> float:
+def _dropped_bias(source: Path, bias: Any | None, *, drop_bias: bool) -> float:
     constant = 0.0 if bias is None else float(bias.flatten()[0])
     if constant and not drop_bias:
         raise CheckpointError(
-            f"The value head of {source} has a bias of {constant:.6g}, and transformers' classifier has no place for "
-            "it: pass --drop-bias if all rewards may shift by this constant (comparisons stay the same)."
+            f"The value head of {source} has a bias of {constant:.6g}, and transformers' classifier has none: "
+            "pass --drop-bias if all rewards may shift by this constant (comparisons stay the same)."
         )
     return constant
 
 
 def _copy_tokenizer(source: Path, unfinished: Path) -> None:
-    """Copy the tokenizer's files byte for byte: saving it again could change what it does."""
+    """Copy the tokenizer's files byte for byte, because saving it again could change its token ids."""
     for pattern in TOKENIZER_FILES:
         for file in source.glob(pattern):
             shutil.copy(file, unfinished)
 
 
-def _settle_pad_token(config: Any, folder: Path) -> Sequence[str]:
-    """Set the pad token that trainers fall back on where the config has none; tell it."""
+def _fallback_pad_token(config: Any, folder: Path) -> tuple[int | None, Sequence[str]]:
+    """Return the pad token that trainers use where the config has none, and the note that reports it."""
     from transformers import AutoTokenizer
 
-    text_config = config.get_text_config()
-    if text_config.pad_token_id is not None or not (folder / "tokenizer.json").is_file():
-        return ()
+    stored = config.get_text_config().pad_token_id
+    if stored is not None or not (folder / "tokenizer.json").is_file():
+        return stored, ()
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     fallback = "tokenizer's pad token" if tokenizer.pad_token_id is not None else "EOS token, as TRL does"
-    text_config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return (f"The config named no pad token; it is now {text_config.pad_token_id}, the {fallback}.",)
+    pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return pad_token_id, (f"The config had no pad token; it is now {pad_token_id}, the {fallback}.",)
 
 
-def _leftover_notes(fit: Fit, value_head: ValueHead | None) -> Sequence[str]:
+def _unused_notes(fit: Fit, value_head: ValueHead | None) -> Sequence[str]:
     used = {value_head.weight, value_head.bias} if value_head else set()
-    leftover = sorted(name for name in fit.unplaced - used if not name.startswith("lm_head."))
-    if not leftover:
+    unused = sorted(name for name in fit.unused - used if not name.startswith("lm_head."))
+    if not unused:
         return ()
-    return (
-        f"{len(leftover)} tensors have no place in {fit.architecture} and were left out; the first is {leftover[0]}.",
-    )
+    return (f"{len(unused)} tensors are not used by {fit.architecture} and were left out; the first is {unused[0]}.",)
 
 
 def _normalisation_notes(config: Any) -> Sequence[str]:
-    """OpenRLHF can subtract a mean and divide by a deviation, both kept in the config; raw rewards are served here."""
+    """Report OpenRLHF's normalisation by a mean and standard deviation of the config, which the service leaves out."""
     if not getattr(config, "normalize_reward", False) or not hasattr(config, "mean"):
         return ()
-    return (f"OpenRLHF answered (reward - {config.mean}) / {config.std}; the service answers the raw reward.",)
+    return (f"OpenRLHF returned (reward - {config.mean}) / {config.std}; the service returns the raw reward.",)
 
 
 def _pooling_notes(folder: Path) -> tuple[str, ...]:
-    """Value heads are read at the last token, whatever it is; transformers skips pad tokens at the end."""
+    """Value heads pool the last token, whichever it is; transformers skips pad tokens at the end."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
@@ -297,8 +297,8 @@ def _pooling_notes(folder: Path) -> tuple[str, ...]:
     if config.pad_token_id not in end_tokens:
         return ()
     note = (
-        "Training read the reward at the last token, be it EOS, but EOS is also the pad token, which pooling skips: "
-        "serve with model.pooling set to last."
+        "Training read the reward at the last token, even if that is EOS, but EOS is also the pad token, which pooling "
+        "skips: serve with model.pooling set to last."
     )
     return (note,)
 
@@ -307,11 +307,11 @@ def _save(source: Path, unfinished: Path, config: Any, tensors: Mapping[str, Any
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
     fit = fit_classifier(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    lacking = [*fit.missing_head, *fit.missing_body, *fit.mismatched_head, *fit.mismatched_body]
-    if lacking:
+    incomplete = [*fit.missing_head, *fit.missing_body, *fit.mismatched_head, *fit.mismatched_body]
+    if incomplete:
         raise CheckpointError(
-            f"{source} does not hold the whole body: {len(lacking)} weights are missing or of another shape (the first "
-            f"is {lacking[0]}); save or copy the whole model."
+            f"The body in {source} is incomplete: {len(incomplete)} weights are missing or of another shape (the first "
+            f"is {incomplete[0]}); save or copy the whole model."
         )
     dtype = Counter(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()).most_common(1)[0][0]
     with transformers_silenced():
@@ -319,7 +319,7 @@ def _save(source: Path, unfinished: Path, config: Any, tensors: Mapping[str, Any
             None, config=config, state_dict=dict(tensors), dtype=dtype
         )
         for name in head:
-            # The head is small and often kept in fp32 beside a bf16 body; it stays as exact as it was.
+            # The head is small and often stored in fp32 beside a bf16 body; its dtype is preserved.
             model.get_parameter(name).data = tensors[name].contiguous()
         model.save_pretrained(unfinished)
 
@@ -358,14 +358,14 @@ def _report(conversion: Conversion, out: Path) -> list[str]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="reward-convert",
-        description="Turn a value-head checkpoint (TRL, OpenRLHF, LLaMA-Factory) or a PEFT adapter into a plain "
+        description="Convert a value-head checkpoint (TRL, OpenRLHF, LLaMA-Factory) or a PEFT adapter into a plain "
         "scalar-head checkpoint.",
     )
     add = parser.add_argument
     add("source", type=Path, metavar="DIR", help="the checkpoint or adapter")
     add("out", type=Path, metavar="OUT", help="the folder to write; must not exist or be empty")
-    add("--base", type=Path, metavar="DIR", help="the adapter's base model; none: the one that the adapter names")
-    add("--drop-bias", action="store_true", help="leave out the head's bias, which shifts all rewards alike")
+    add("--base", type=Path, metavar="DIR", help="the adapter's base model (default: the one that the adapter names)")
+    add("--drop-bias", action="store_true", help="leave out the head's bias, which shifts all rewards by one constant")
     add(
         "--allow-pickle",
         action="store_true",

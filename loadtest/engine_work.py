@@ -11,9 +11,9 @@ from pathlib import Path
 
 from loadtest.workload import Group
 from service.checkpoints.checkpoint import Checkpoint
+from service.data.prompts import parse_completions
 from service.data.rows import read_rows
 from service.engines.base import EngineInfo
-from service.errors import DatasetError
 from service.offline import encode_items
 from service.records import Encoding, Exchange, Item, TokenSequence
 from service.scheduling.budget import batch_cost
@@ -84,10 +84,7 @@ def read_groups(path: Path) -> Iterator[Group]:
         DatasetError: a row is neither.
     """
     for row in read_rows(path):
-        prompt = row.values.get("prompt")
-        if isinstance(prompt, list):
-            prompt = "\n\n".join(str(turn.get("content", "")) for turn in prompt)
-        completions = tuple(row.values[key] for key in ("completion", "chosen", "rejected") if key in row.values)
-        if not isinstance(prompt, str) or not completions or not all(isinstance(one, str) for one in completions):
-            raise DatasetError(f"{row.place} is neither an item nor a pair.")
-        yield Group(prompt, completions)
+        parsed = parse_completions(row)
+        prompt = parsed.prompt
+        text = prompt if isinstance(prompt, str) else "\n\n".join(message.content for message in prompt)
+        yield Group(text, parsed.completions)

@@ -139,7 +139,7 @@ def krippendorff_alpha(tallies: Sequence[Mapping[str, int]]) -> float:
 
 
 def _sides_by_reviewer(pair: PreferencePair) -> dict[str, str]:
-    """Each reviewer's verdict as a side that does not depend on the label.
+    """Each reviewer's vote as a side that does not depend on the label.
 
     In terms of chosen and rejected nearly all reviews are "chosen", since the label was made from them; agreement by
     chance would then look high and every chance-corrected measure low. So the sides are named by a hash of the texts.
@@ -147,7 +147,7 @@ def _sides_by_reviewer(pair: PreferencePair) -> dict[str, str]:
     digest = [hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest() for text in (pair.chosen, pair.rejected)]
     chosen, rejected = ("first", "second") if digest[0] <= digest[1] else ("second", "first")
     names = {"chosen": chosen, "rejected": rejected, "tie": "tie"}
-    return {review.reviewer: names[review.verdict] for review in pair.reviews}
+    return {review.reviewer: names[review.vote] for review in pair.reviews}
 
 
 def _without_ties(tally: Counter[str]) -> Counter[str]:

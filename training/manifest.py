@@ -1,7 +1,6 @@
-"""The record that a training run leaves beside its model: from what, how, and with what result.
+"""The manifest that a training run writes beside its model: base, data, recipe and results.
 
-``base`` and ``base_hash`` are what the service answers from when a client asks about its KL reference
-(reward_client.provenance).
+The service compares ``base`` and ``base_hash`` with a client's KL reference (see reward_client.provenance).
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from reward_client.provenance import MANIFEST_FILE
+from reward_client.provenance import TRAINING_MANIFEST_FILE
 
 from training.agreement import Agreement
 from training.evaluation import Evaluation
@@ -25,27 +24,35 @@ _LIBRARIES = ("torch", "transformers", "trl", "peft")
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """One training run.
-
-    ``base``: the SFT checkpoint that the model was initialised from. ``base_hash``: SHA-256 over its weights, None if
-    they are in no local folder. ``data_hashes``: SHA-256 by source. ``num_steps``: optimizer steps that were made;
-    ``kept_step``: the one whose weights were kept, less only where early stopping found a better one. ``evaluations``:
-    by source. ``agreement``: of the reviewers of the training data, None where no pair has two.
-    """
+    """One training run."""
 
     base: str
+    """The SFT checkpoint that the model was initialised from."""
+
     base_hash: str | None
+    """Hash over the base's weights (see reward_client.provenance.base_hash); None if they are in no local folder."""
+
     data_hashes: Mapping[str, str]
+    """SHA-256 of the training data, by source."""
+
     pairs: PairCounts
     recipe: Recipe
+
     num_steps: int
-    kept_step: int
+    """Optimizer steps of the run."""
+
+    selected_step: int
+    """The step whose weights are saved; less than ``num_steps`` only where early stopping selected it."""
+
     evaluations: Mapping[str, Evaluation]
+    """Results on the evaluation data, by source."""
+
     agreement: Agreement | None = None
+    """Agreement of the reviewers of the training data; None where no pair has two reviews."""
 
     def write(self, folder: Path) -> Path:
-        """Write ``training.json`` into the model's folder, with the versions of the libraries that trained it."""
+        """Write ``training.json`` into the model's folder, with the versions of the training libraries; return it."""
         content = dataclasses.asdict(self) | {"libraries": {name: version(name) for name in _LIBRARIES}}
-        path = folder / MANIFEST_FILE
+        path = folder / TRAINING_MANIFEST_FILE
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         return path

@@ -1,6 +1,6 @@
 """Preference pairs as the model reads them: rendered, tokenized and, where they are too long, shortened.
 
-Rendering and tokenizing are the service's own: a reward learned on one rendering says little about another.
+Rendering and tokenization are those of the service, because a reward learned on one rendering is not valid for another.
 """
 
 from __future__ import annotations
@@ -20,28 +20,29 @@ from training.preferences import PreferencePair
 
 @dataclass(frozen=True, slots=True)
 class TokenizedPair:
-    """A PreferencePair as the model reads it: the token ids of prompt and completion together, for each completion.
-
-    ``num_dropped_turns``: oldest turns of the prompt that the ids leave out; the pair itself is always whole.
-    """
+    """A PreferencePair with the token ids of prompt and completion, for each of its completions."""
 
     pair: PreferencePair
+    """The texts, always whole."""
+
     chosen_ids: tuple[int, ...] = field(repr=False)
     rejected_ids: tuple[int, ...] = field(repr=False)
+
     num_dropped_turns: int = 0
+    """Messages at the start of the prompt that the token ids leave out."""
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the longer of the two; what a padded batch pays for either."""
+        """Tokens of the longer sequence; both have this length in a padded batch."""
         return max(len(self.chosen_ids), len(self.rejected_ids))
 
 
 def tokenize_pairs(pairs: Iterable[PreferencePair], tokenizer: PreTrainedTokenizerBase) -> list[TokenizedPair]:
-    """Tokenize both completions of each pair, in order, with the service's own tokenization. Nothing is cut.
+    """Tokenize both completions of each pair, in order, with the service's tokenization. Nothing is truncated.
 
     Raises:
-        CheckpointError: the tokenizer's chat template renders nothing at all.
-        DatasetError: a prompt does not suit the tokenizer (a conversation, but no chat template); names the pair.
+        CheckpointError: the tokenizer's chat template renders an empty text.
+        DatasetError: the tokenizer cannot render a prompt (a conversation without a chat template); names the pair.
     """
     pairs = list(pairs)
     tokenization = Tokenization(
@@ -49,7 +50,7 @@ def tokenize_pairs(pairs: Iterable[PreferencePair], tokenizer: PreTrainedTokeniz
     )
     items = [Item(Exchange(pair.prompt, text)) for pair in pairs for text in (pair.chosen, pair.rejected)]
     token_ids = [
-        _token_ids(outcome, place // 2) for place, outcome in enumerate(tokenization.encode(items, Encoding()))
+        _token_ids(outcome, index // 2) for index, outcome in enumerate(tokenization.encode(items, Encoding()))
     ]
     return [
         TokenizedPair(pair, chosen_ids, rejected_ids)
@@ -60,19 +61,19 @@ def tokenize_pairs(pairs: Iterable[PreferencePair], tokenizer: PreTrainedTokeniz
 def shorten_prompts(
     pairs: Iterable[TokenizedPair], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[TokenizedPair]:
-    """Leave out the oldest exchanges (two turns each) of the prompts of long pairs until the pairs fit, in order.
+    """Leave out the oldest exchanges (two messages each) of long pairs' prompts until the pairs fit; keep the order.
 
-    The last turn always stays, so a pair may stay too long. Completions are never touched.
+    The last message is never left out, so a pair may still be too long. Completions are never changed.
 
     Raises:
         CheckpointError, DatasetError: see `tokenize_pairs`.
     """
     shortened = list(pairs)
     num_turns = 2
-    while places := [n for n, pair in enumerate(shortened) if _may_lose_turns(pair, num_turns, max_length)]:
-        rest = tokenize_pairs([_without_oldest(shortened[place].pair, num_turns) for place in places], tokenizer)
-        for place, short in zip(places, rest, strict=True):
-            shortened[place] = replace(short, pair=shortened[place].pair, num_dropped_turns=num_turns)
+    while indices := [n for n, pair in enumerate(shortened) if _may_lose_turns(pair, num_turns, max_length)]:
+        rest = tokenize_pairs([_without_oldest(shortened[index].pair, num_turns) for index in indices], tokenizer)
+        for index, short in zip(indices, rest, strict=True):
+            shortened[index] = replace(short, pair=shortened[index].pair, num_dropped_turns=num_turns)
         num_turns += 2
     return shortened
 

@@ -1,6 +1,6 @@
-"""Which pairs a run trains on, and what became of the others: held out, disputed, too long, a surplus of long winners.
+"""Selects the pairs that a run trains on, and counts the others by the reason why they are left out.
 
-Pure: pairs and a recipe in, pairs and counts out.
+Pure: it takes pairs and a recipe and returns pairs and counts.
 """
 
 from __future__ import annotations
@@ -17,33 +17,39 @@ from training.recipe import Recipe
 
 @dataclass(frozen=True, slots=True)
 class PairCounts:
-    """What became of the pairs that were read; all but the last add up to them.
-
-    ``disputed``: left out because too few reviewers chose the chosen one. ``shortened``: of the trained pairs those
-    whose prompt lost its oldest turns.
-    """
+    """Numbers of pairs; all but ``shortened`` add up to the pairs that were read."""
 
     held_out: int
+    """Left out by the hold-out rule (see service.data.holdout)."""
+
     too_long: int
+    """Left out because a side has more tokens than the recipe's ``max_length``."""
+
     unbalanced: int
+    """Left out so that the longer completion is chosen as often as the shorter one."""
+
     trained: int
+
     disputed: int = 0
+    """Left out because too few reviewers preferred the chosen completion."""
+
     shortened: int = 0
+    """Of the trained pairs, those whose prompt lost its oldest messages."""
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The pairs that training may see, in the order in which they came, and the counts of all."""
+    """The pairs to train on, in the order of the data, and the counts of all pairs."""
 
     pairs: list[TokenizedPair]
     counts: PairCounts
 
 
 def select_pairs(pairs: Sequence[TokenizedPair], recipe: Recipe) -> Selection:
-    """Leave out the pairs that the recipe leaves out.
+    """Return the pairs that the recipe includes.
 
     Raises:
-        DatasetError: no pair is left.
+        DatasetError: the recipe includes no pair.
     """
     allowed = [pair for pair in pairs if not is_held_out(pair.pair.prompt, recipe.hold_out_percent)]
     undisputed = [pair for pair in allowed if _has_support(pair, recipe.min_support)]
@@ -65,15 +71,15 @@ def select_pairs(pairs: Sequence[TokenizedPair], recipe: Recipe) -> Selection:
     return Selection(selected, counts)
 
 
-def _has_support(pair: TokenizedPair, least: float | None) -> bool:
-    return least is None or pair.pair.support is None or pair.pair.support >= least
+def _has_support(pair: TokenizedPair, min_support: float | None) -> bool:
+    return min_support is None or pair.pair.support is None or pair.pair.support >= min_support
 
 
 def balance_lengths(pairs: Sequence[TokenizedPair], seed: int) -> list[TokenizedPair]:
-    """Leave pairs out at random until the longer completion wins as often as the shorter one; the order is kept.
+    """Leave out pairs at random until the longer completion is chosen as often as the shorter one; order is preserved.
 
-    Length is the easiest thing to learn from preferences (Singhal et al. 2023, "A Long Way to Go"). In balanced pairs
-    it does not tell which completion was chosen. Completions of equal length all stay.
+    Length is the easiest feature to learn from preferences (Singhal et al. 2023, "A Long Way to Go"). In balanced pairs
+    it does not predict the chosen completion. Pairs of completions with equal length are all included.
     """
     longer_wins = [index for index, pair in enumerate(pairs) if pair.pair.excess_chars > 0]
     shorter_wins = [index for index, pair in enumerate(pairs) if pair.pair.excess_chars < 0]
@@ -83,7 +89,7 @@ def balance_lengths(pairs: Sequence[TokenizedPair], seed: int) -> list[Tokenized
 
 
 def watched_pairs(pairs: Sequence[TokenizedPair], recipe: Recipe) -> list[TokenizedPair]:
-    """Return the pairs to watch while training: a fixed draw of at most ``eval_pairs`` within the length limit."""
+    """Return the pairs to evaluate during training: a fixed sample of ``eval_pairs`` pairs within the length limit."""
     short_enough = [pair for pair in pairs if pair.num_tokens <= recipe.max_length]
     num_drawn = min(recipe.eval_pairs, len(short_enough))
     return random.Random(recipe.seed).sample(short_enough, num_drawn)  # noqa: S311 - no secret

@@ -1,7 +1,4 @@
-"""Where rows come from: data files, folders of them, or a data set on the hub; read alike and hashed alike.
-
-It knows places, not what a row means.
-"""
+"""Sources of rows: data files, folders of them, or data sets on the Hugging Face hub, and their hashes."""
 
 from __future__ import annotations
 
@@ -11,6 +8,8 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
+
+from reward_client.hashing import file_sha256
 
 from service.data.rows import SUFFIXES, Row, dataset_files, read_rows
 from service.errors import DatasetError
@@ -26,7 +25,7 @@ def read_source(source: Source) -> Iterator[Row]:
     """Yield the rows of a source, in its order.
 
     Raises:
-        DatasetError: it does not exist, cannot be read, or cannot be fetched; names the place, never the text.
+        DatasetError: it does not exist, cannot be read, or cannot be downloaded; names file and row, never the text.
     """
     if not _is_on_hub(source):
         yield from read_rows(Path(source))
@@ -36,7 +35,7 @@ def read_source(source: Source) -> Iterator[Row]:
 
 
 def source_name(source: Source) -> str:
-    """Return what the source is called in reports: a file's name without folders, a data set's id."""
+    """Return the source's name in reports: a file's name without folder and ending, or a data set's id."""
     if _is_on_hub(source):
         return str(source)
     name = Path(source).name
@@ -44,24 +43,18 @@ def source_name(source: Source) -> str:
 
 
 def source_hashes(sources: Iterable[Source]) -> dict[str, str]:
-    """Return SHA-256 by name: of the bytes of each data file, of the rows (as JSON, in order) of a hub's data set."""
+    """Return SHA-256 by name: of a data file its bytes, of a data set on the hub its rows (as JSON, in order)."""
     hashes: dict[str, str] = {}
     for source in sources:
         if _is_on_hub(source):
             hashes[str(source)] = _rows_hash(read_source(source))
         else:
-            hashes.update({file.name: file_hash(file) for file in dataset_files(Path(source))})
+            hashes.update({file.name: file_sha256(file) for file in dataset_files(Path(source))})
     return hashes
 
 
-def file_hash(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes as hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _is_on_hub(source: Source) -> bool:
-    # A path that does not exist but looks like a data file is a typing error, not somebody's data set.
+    # A path that does not exist but ends like a data file is a mistyped path, not a data set on the hub.
     return (
         isinstance(source, str)
         and not Path(source).exists()
@@ -79,8 +72,8 @@ def _load_from_hub(source: str) -> Iterable[dict[str, Any]]:
         rows: Iterable[dict[str, Any]] = load_dataset(name, split=split or DEFAULT_SPLIT)
     except (OSError, ValueError, RuntimeError) as error:
         raise DatasetError(
-            f"{source} is no file here, and could not be fetched from the hub ({type(error).__name__}): check the "
-            "name, the split and the network, or download it and pass its files."
+            f"{source} is not a local file, and could not be downloaded from the hub ({type(error).__name__}): check "
+            "the name, the split and the network, or download it and pass its files."
         ) from error
     return rows
 

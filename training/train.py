@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from peft import PeftModel
-from reward_client.provenance import weights_hash
+from reward_client.provenance import base_hash
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -74,12 +74,12 @@ def train(
 
     manifest = Manifest(
         base=base_name,
-        base_hash=weights_hash(local_folder(base_path)),
+        base_hash=base_hash(local_folder(base_path)),
         data_hashes=source_hashes(data),
         pairs=selection.counts,
         recipe=recipe,
         num_steps=run.num_steps,
-        kept_step=run.kept_step,
+        selected_step=run.selected_step,
         evaluations={name: evaluate(run.model, tokenized) for name, tokenized in evaluated.items()},
         agreement=measure_agreement(pairs),
     )
@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _finish_checkpoint(out_dir: Path, merged_dir: Path | None, base: Path, *, full: bool) -> Path:
-    """Merge where that is wanted, and have the service judge a whole checkpoint: what it refuses is no result."""
+    """Merge if requested, and validate a whole checkpoint as the service does; one that it refuses is an error."""
     if merged_dir is not None:
         merge_adapter(out_dir, merged_dir, base if base.is_dir() else None)
     if full or merged_dir is not None:
@@ -145,7 +145,7 @@ def _report(manifest: Manifest) -> list[str]:
     )
     lines = [what_became]
     if recipe.patience is not None:
-        lines.append(f"Made {manifest.num_steps} steps and kept the weights of step {manifest.kept_step}.")
+        lines.append(f"Made {manifest.num_steps} steps and kept the weights of step {manifest.selected_step}.")
     if manifest.agreement is not None:
         lines.append(describe_agreement(manifest.agreement))
     return lines + [describe(name, evaluation) for name, evaluation in manifest.evaluations.items()]

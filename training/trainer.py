@@ -56,12 +56,12 @@ class TrainingRun:
     """What a run ended with.
 
     ``model``: a PEFT model unless the recipe trains all weights. ``num_steps``: optimizer steps that were made;
-    ``kept_step``: the one whose weights the model has.
+    ``selected_step``: the one whose weights the model has.
     """
 
     model: PreTrainedModel
     num_steps: int
-    kept_step: int
+    selected_step: int
 
 
 def run_training(
@@ -95,7 +95,7 @@ def run_training(
     return TrainingRun(
         model=trainer.accelerator.unwrap_model(trainer.model).to(TORCH_DTYPES[recipe.dtype]),
         num_steps=trainer.state.global_step,
-        kept_step=trainer.state.global_step if recipe.patience is None else trainer.state.best_global_step,
+        selected_step=trainer.state.global_step if recipe.patience is None else trainer.state.best_global_step,
     )
 
 

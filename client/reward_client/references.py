@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from reward_client.answers import read_object
 from reward_client.errors import BadAnswer, ReferenceMismatch, RequestRejected
-from reward_client.provenance import ReferenceCheck, weights_hash
+from reward_client.provenance import ReferenceCheck, base_hash
 
 Reference: TypeAlias = str | os.PathLike[str]
 """A checkpoint folder here, the hash over one's weights, or a name."""
@@ -32,7 +32,7 @@ def reference_name(reference: Reference) -> str:
     folder = Path(reference)
     if not folder.is_dir():
         return str(reference)
-    name = weights_hash(folder)
+    name = base_hash(folder)
     if name is None:
         raise ValueError(f"{folder} holds no safetensors files, so it cannot be compared by its weights")
     return name

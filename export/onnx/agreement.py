@@ -1,6 +1,6 @@
-"""Says how well a graph's rewards agree with those of plain transformers, and whether well enough to be served.
+"""Compares a graph's rewards with those of plain transformers, and decides whether the difference is acceptable.
 
-Pure: two rows of numbers in, a report out.
+Pure: it takes two lists of rewards and returns a report.
 """
 
 from __future__ import annotations
@@ -17,10 +17,14 @@ from service.errors import ParityError
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What a report has to meet. ``max_difference`` grows with rewards beyond one; None: no bound."""
+    """The limits that a report must be within."""
 
     max_difference: float | None = None
+    """Largest absolute difference, multiplied by the largest magnitude of the reference where that exceeds 1; None: no
+    limit."""
+
     min_spearman: float | None = None
+    """Smallest rank correlation; None: no limit."""
 
 
 BOUNDS: dict[Precision, Bounds] = {
@@ -28,64 +32,75 @@ BOUNDS: dict[Precision, Bounds] = {
     "fp16": Bounds(min_spearman=0.999),
     "int8": Bounds(min_spearman=0.98),
 }
-"""Rounding moves fp32 in the sixth digit; what fewer bits move is judged by the order of the rewards.
+"""The limits by precision. Rounding changes fp32 in the sixth digit; for lower precisions the order of rewards counts.
 
-For int8 the built-in texts are the hard case, with their scripts, lengths and answers that lie close together: the demo
-model keeps 0.984 there where it keeps 0.995 on people's texts. A quantization that went wrong keeps 0.96 and less."""
+For int8 the built-in texts are the hard case, because of their scripts, their lengths and answers with close rewards:
+the demo model has a rank correlation of 0.984 there and of 0.995 on human-written texts. A faulty quantization has 0.96
+or less."""
 
 
-def compare_rewards(rewards: Sequence[float], reference: Sequence[float], items: str) -> ExportParity:
-    """Compare rewards with their reference, item by item; at least two items.
+def compare_rewards(rewards: Sequence[float], reference: Sequence[float], text_source: str) -> ExportParity:
+    """Compare rewards with reference rewards of the same texts.
 
-    Spearman is Pearson's correlation of the ranks, ties sharing their mean rank; 1 where the reference has no order.
-    ``items`` names the source of the texts.
+    Spearman's rank correlation is Pearson's correlation of the ranks, where ties share their mean rank. It is 1 where
+    all reference rewards are equal, 0 where only the graph's rewards are, and NaN where one of these is not finite.
+
+    Args:
+        rewards: of the graph, at least two.
+        reference: of plain transformers, in the same order.
+        text_source: the origin of the texts, for the report.
     """
-    ours, plain = np.asarray(rewards, dtype=np.float64), np.asarray(reference, dtype=np.float64)
-    gaps = np.abs(ours - plain)
+    graph, plain = np.asarray(rewards, dtype=np.float64), np.asarray(reference, dtype=np.float64)
+    differences = np.abs(graph - plain)
     return ExportParity(
-        max_difference=float(gaps.max()),
-        mean_difference=float(gaps.mean()),
-        spearman=_spearman(ours, plain),
-        pair_agreement=_pair_agreement(ours, plain),
-        num_items=len(plain),
-        items=items,
+        max_difference=float(differences.max()),
+        mean_difference=float(differences.mean()),
+        spearman=_spearman(graph, plain),
+        pair_agreement=_pair_agreement(graph, plain),
+        num_texts=len(plain),
+        text_source=text_source,
     )
 
 
-def refuse_disagreement(parity: ExportParity, bounds: Bounds, reference: Sequence[float]) -> None:
-    """Return where the report meets the bounds; NaN meets none.
+def validate_parity(parity: ExportParity, bounds: Bounds, reference: Sequence[float]) -> None:
+    """Check that a report is within the bounds; NaN is outside of every bound.
+
+    Args:
+        parity: the report.
+        bounds: of the precision, or as given by the user.
+        reference: the rewards of plain transformers, whose magnitude scales ``max_difference``.
 
     Raises:
-        ParityError: it does not; names the figure and the bound.
+        ParityError: it is not; names the value and the bound.
     """
     magnitude = max(1.0, *(abs(reward) for reward in reference))
     limit = None if bounds.max_difference is None else bounds.max_difference * magnitude
     if limit is not None and not parity.max_difference <= limit:
         raise ParityError(
             f"Nothing was written: the graph's rewards differ by up to {parity.max_difference:.3g} from plain "
-            f"transformers, more than {limit:.3g}, on {parity.num_items} items ({parity.items})."
+            f"transformers, more than {limit:.3g}, on {parity.num_texts} texts ({parity.text_source})."
         )
     if bounds.min_spearman is not None and not parity.spearman >= bounds.min_spearman:
         raise ParityError(
-            f"Nothing was written: the graph orders {parity.num_items} items ({parity.items}) with a rank correlation "
-            f"of {parity.spearman:.5f} to plain transformers, below {bounds.min_spearman}; take a higher precision, or "
-            "set --min-spearman if these ranks will do."
+            f"Nothing was written: the rank correlation with plain transformers is {parity.spearman:.5f} on "
+            f"{parity.num_texts} texts ({parity.text_source}), below {bounds.min_spearman}; choose a higher precision, "
+            "or set --min-spearman if this order is good enough."
         )
 
 
-def _spearman(ours: np.ndarray, plain: np.ndarray) -> float:
-    if not np.isfinite(ours).all():
+def _spearman(graph: np.ndarray, plain: np.ndarray) -> float:
+    if not np.isfinite(graph).all():
         return float("nan")
-    a, b = rankdata(ours), rankdata(plain)
+    a, b = rankdata(graph), rankdata(plain)
     if b.std() == 0:
         return 1.0
     return 0.0 if a.std() == 0 else float(np.corrcoef(a, b)[0, 1])
 
 
-def _pair_agreement(ours: np.ndarray, plain: np.ndarray) -> float:
+def _pair_agreement(graph: np.ndarray, plain: np.ndarray) -> float:
     first, second = np.triu_indices(len(plain), k=1)
-    wanted = np.sign(plain[first] - plain[second])
-    differs = wanted != 0
+    expected = np.sign(plain[first] - plain[second])
+    differs = expected != 0
     if not differs.any():
         return 1.0
-    return float((np.sign(ours[first] - ours[second]) == wanted)[differs].mean())
+    return float((np.sign(graph[first] - graph[second]) == expected)[differs].mean())

@@ -1,7 +1,7 @@
-"""The command ``reward-export``: a judged checkpoint becomes an ONNX bundle, compared with plain transformers first.
+"""The command ``reward-export``: exports a valid checkpoint to an ONNX bundle and compares it with plain transformers.
 
-The folder appears whole, with its report inside, or not at all. How a graph is traced, quantized and judged is told in
-the files beside this one.
+The bundle's folder appears complete, with the comparison in its manifest, or not at all. The other modules of this
+package trace, quantize and compare the graph.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from reward_client.provenance import MANIFEST_FILE as TRAINING_FILE
+from reward_client.provenance import TRAINING_MANIFEST_FILE
 from rich.console import Console
 
-from export.onnx.agreement import BOUNDS, Bounds, compare_rewards, refuse_disagreement
-from export.onnx.probe_texts import LONGEST, encode_items, made_up_items, read_items
+from export.onnx.agreement import BOUNDS, Bounds, compare_rewards, validate_parity
+from export.onnx.probe_texts import MAX_TOKENS, built_in_items, encode_items, read_items
 from service.checkpoints.bundle import (
-    FORMAT,
+    FORMAT_VERSION,
     ExportParity,
     Manifest,
     Precision,
@@ -33,7 +33,7 @@ from service.checkpoints.bundle import (
     write_manifest,
 )
 from service.checkpoints.checkpoint import Checkpoint, locate_checkpoint, open_checkpoint
-from service.checkpoints.demo import CALIBRATION_FILE
+from service.checkpoints.demo import CALIBRATION_FILE, PROVENANCE_FILE
 from service.console import Stage, stages
 from service.diagnostics.candidate_taps import candidate_taps
 from service.engines.base import Engine
@@ -51,8 +51,8 @@ COPIED = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.*",
-    TRAINING_FILE,
-    "provenance.json",
+    TRAINING_MANIFEST_FILE,
+    PROVENANCE_FILE,
 )
 """What goes along byte for byte: saving a tokenizer again could change what it does."""
 LIBRARIES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")
@@ -96,7 +96,7 @@ def export_bundle(source: str, out: Path, plan: ExportPlan, stage: Stage = lambd
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists and is not empty: name another folder, so that nothing is overwritten.")
     settings = ModelSettings(path=None if source == DEMO else source, max_input_tokens=plan.max_input_tokens)
-    stage("Judging the checkpoint")
+    stage("Validating the checkpoint")
     checkpoint = open_checkpoint(locate_checkpoint(settings), settings)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as workplace:
@@ -120,19 +120,19 @@ def _fill(folder: Path, checkpoint: Checkpoint, plan: ExportPlan, stage: Stage) 
     _copy_companions(checkpoint.path, folder)
     items = plan.items.name if plan.items else "built-in"
     draft = Manifest(
-        format=FORMAT,
+        format_version=FORMAT_VERSION,
         name=checkpoint.name,
         precision=plan.precision,
         architecture=checkpoint.architecture,
-        source=checkpoint.hashes,
+        checkpoint_sha256=checkpoint.hashes,
         num_parameters=checkpoint.num_parameters,
         stored_dtype=checkpoint.dtype,
         has_linear_head=has_linear_head,
         embedding_size=checkpoint.embedding_size,
         pad_token_id=checkpoint.pad_token_id,
         max_input_tokens=checkpoint.max_input_tokens,
-        opset=OPSET,
-        libraries=_library_versions(),
+        opset_version=OPSET,
+        library_versions=_library_versions(),
         taps=taps,
         parity=ExportParity(0.0, 0.0, 0.0, 0.0, 0, items),
         probes=(),
@@ -147,7 +147,7 @@ def _fill(folder: Path, checkpoint: Checkpoint, plan: ExportPlan, stage: Stage) 
     engine = load_onnx_engine(open_bundle(folder, settings), settings, BatchingSettings(), check=False)
     rewards = score(engine, sequences)
     parity = compare_rewards(rewards, reference, items)
-    refuse_disagreement(parity, plan.bounds or BOUNDS[plan.precision], reference)
+    validate_parity(parity, plan.bounds or BOUNDS[plan.precision], reference)
     manifest = replace(
         draft,
         parity=parity,
@@ -163,10 +163,10 @@ def _sequences(checkpoint: Checkpoint, plan: ExportPlan) -> list[TokenSequence]:
     tokenization = Tokenization(
         checkpoint.tokenizer,
         TokenizationSettings(),
-        max_input_tokens=min(checkpoint.max_input_tokens, LONGEST),
+        max_input_tokens=min(checkpoint.max_input_tokens, MAX_TOKENS),
         vocab_size=checkpoint.embedding_size,
     )
-    return encode_items(read_items(plan.items) if plan.items else made_up_items(), tokenization)
+    return encode_items(read_items(plan.items) if plan.items else built_in_items(), tokenization)
 
 
 def _reference(checkpoint: Checkpoint, sequences: Sequence[TokenSequence]) -> tuple[bool, list[float]]:
@@ -192,7 +192,7 @@ def _write_graph(folder: Path, checkpoint: Checkpoint, plan: ExportPlan, taps: t
 
 
 def _measuring_texts(checkpoint: Checkpoint) -> list[TokenSequence]:
-    """Return built-in texts to measure channels on, whatever is compared later: not fitted on what it is judged by."""
+    """Return built-in texts to measure channels on, also where other texts are compared, so that the two differ."""
     short = [tokens for tokens in _sequences(checkpoint, ExportPlan()) if tokens.num_tokens <= LONGEST_PROBE]
     return short[::MEASURING_STEP]
 
@@ -292,7 +292,7 @@ def report(manifest: Manifest, out: Path) -> list[str]:
     parity = manifest.parity
     return [
         f"{out} is an ONNX bundle of {manifest.architecture} in {manifest.precision}.",
-        f"  compared with     plain transformers in float32, {parity.num_items} texts ({parity.items})",
+        f"  compared with     plain transformers in float32, {parity.num_texts} texts ({parity.text_source})",
         f"  difference        {parity.max_difference:.3g} at most, {parity.mean_difference:.3g} on average",
         f"  rank correlation  {parity.spearman:.5f}",
         f"  pairs alike       {parity.pair_agreement:.2%}",

@@ -1,7 +1,7 @@
-"""Writes a classifier as an ONNX graph: token ids in, rewards and pooled hidden states out, batch and length dynamic.
+"""Exports a classifier as an ONNX graph from token ids to rewards and pooled hidden states, for any batch and length.
 
-It is the model's own transformers code, traced. Numbers are not touched here; how a graph is made smaller or judged is
-told elsewhere.
+The graph is traced from the model's transformers code, and its numbers are unchanged. Quantization and comparison are
+in the other modules of this package.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ from service.records import StateTap
 from service.transformers_logging import transformers_silenced
 
 OPSET = 23
-"""The first with Attention, RMSNormalization and RotaryEmbedding as operators, which ONNX Runtime runs whole."""
+"""The first opset with Attention, RMSNormalization and RotaryEmbedding, which ONNX Runtime runs as single operators."""
 
 INLINE_LIMIT_BYTES = 1_500_000_000
-"""Beyond it weights go into a file of their own: a protocol buffer ends at 2 GB."""
+"""Larger weights are stored in a separate file, because a protocol buffer holds at most 2 GB."""
 
 
 class RewardGraph(nn.Module):
-    """What is exported: the classifier with the pooled position as an input, and states read at the taps.
+    """The exported module: the classifier with the pooled position as an input and the tapped states as an output.
 
     Args:
-        classifier: in inference; its head stays in fp32.
-        taps: where states are read; the order is that of the output.
+        classifier: in inference mode; its head remains in fp32.
+        taps: where states are read, in the order of the output.
     """
 
     def __init__(self, classifier: Classifier, taps: Sequence[StateTap]) -> None:
         super().__init__()
         self.model = classifier.model
         self._has_linear_head = classifier.linear_head is not None
-        # Rotary positions are wanted row by row; models that learnt theirs may count from another number than zero.
-        turns = bool(getattr(classifier.config, "rope_parameters", None))
-        self._takes_positions = turns and "position_ids" in classifier.body.forward.__annotations__
+        # Rotary embeddings need positions per sequence. Learned position embeddings may start at another number than 0.
+        has_rope = bool(getattr(classifier.config, "rope_parameters", None))
+        self._takes_positions = has_rope and "position_ids" in classifier.body.forward.__annotations__
         self._taps = tuple(taps)
 
     def forward(
@@ -59,23 +59,23 @@ class RewardGraph(nn.Module):
         """Return rewards fp32 [batch] and states fp32 [batch, taps, hidden].
 
         Args:
-            input_ids: int64 [batch, length], filled up on the right.
-            attention_mask: int64 [batch, length], 1 for tokens and 0 for filling.
+            input_ids: int64 [batch, length], padded on the right.
+            attention_mask: int64 [batch, length], 1 for tokens and 0 for padding.
             position_ids: int64 [batch, length], counted from 0.
-            pooled_position: int64 [batch], whose state a linear head reads and ``last`` taps.
-            mean_weights: fp32 [batch, length], what each token weighs in ``mean``.
+            pooled_position: int64 [batch], the position that a linear head and ``last`` taps read.
+            mean_weights: fp32 [batch, length], the weight of each token in ``mean`` taps.
         """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         if self._takes_positions:
             inputs["position_ids"] = position_ids
         rows = torch.arange(input_ids.shape[0], device=input_ids.device)
-        wants_states = {"output_hidden_states": bool(self._taps)}
+        output_options = {"output_hidden_states": bool(self._taps)}
         if self._has_linear_head:
-            output = self.model.base_model(**inputs, **wants_states, use_cache=False)
+            output = self.model.base_model(**inputs, **output_options, use_cache=False)
             pooled = output.last_hidden_state[rows, pooled_position]
             reward = self.model.score(pooled)[:, 0].float()
         else:
-            output = self.model(**inputs, **wants_states)
+            output = self.model(**inputs, **output_options)
             reward = output.logits[:, 0].float()
         return reward, self._read_states(output.hidden_states, rows, pooled_position, mean_weights)
 
@@ -113,7 +113,7 @@ def write_graph(classifier: Classifier, taps: Sequence[StateTap], folder: Path) 
                 dynamic_shapes=_dynamic_shapes(),
                 verbose=False,
             )
-    except Exception as error:  # whatever the tracer meets in foreign code
+    except Exception as error:  # the tracer raises anything, depending on the model's code
         raise CheckpointError(
             f"torch cannot export {classifier.architecture} to ONNX ({type(error).__name__}): "
             "serve the checkpoint with the torch engine."
@@ -125,7 +125,7 @@ def write_graph(classifier: Classifier, taps: Sequence[StateTap], folder: Path) 
 
 
 def _example(classifier: Classifier) -> tuple[torch.Tensor, ...]:
-    """Three rows of different lengths: sizes of one would be taken for constants."""
+    """Return inputs of three sequences with different lengths; dimensions of 1 would become constants."""
     lengths, longest = torch.tensor([12, 9, 5]), 12
     columns = torch.arange(longest)
     mask = (columns < lengths[:, None]).long()
@@ -144,7 +144,7 @@ def _num_bytes(classifier: Classifier) -> int:
 
 
 def _clear_shapes(program: Any) -> None:
-    """Forget intermediate shapes: the exporter folds transposed weights without mending what it noted of them."""
+    """Remove intermediate shapes, because the exporter folds transposed weights without updating their shapes."""
     for node in program.model.graph:
         for output in node.outputs:
             if output.name not in {REWARD, STATES}:
@@ -153,7 +153,7 @@ def _clear_shapes(program: Any) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's notes about missing optional packages and merged axis names off the terminal."""
+    """Suppress the exporter's messages about missing optional packages and merged axis names."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

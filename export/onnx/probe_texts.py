@@ -1,26 +1,26 @@
-"""The texts on which an exported graph is compared with plain transformers: made-up ones, or rows of a file.
+"""The texts on which an exported graph is compared with plain transformers: built-in ones, or rows of a data file.
 
-They try what graphs get wrong: lengths from a word to the limit, scripts and emoji, code, many turns, near-equal
-answers. It knows texts and tokens, not models.
+The built-in texts cover what a graph may get wrong: lengths from a word to the limit, scripts and emoji, code, many
+messages, nearly equal answers. This module does not depend on a model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
-from service.data.rows import Row, read_rows
+from service.data.prompts import parse_completions
+from service.data.rows import read_rows
 from service.errors import DatasetError, HttpError
 from service.records import Encoding, Exchange, Item, Message, TokenSequence
 from service.tokenization import Tokenization
 
-LONGEST = 2048
-"""Tokens of the longest text: attention's memory grows with the square, and a graph that is right here is right."""
+MAX_TOKENS = 2048
+"""Longest text, in tokens. The memory of attention grows with the square of the length, and longer texts would test
+nothing else."""
 
 MAX_ITEMS = 400
-"""Texts of a file that are compared; plain transformers takes them one by one, in fp32."""
+"""Most texts of a data file; plain transformers scores them one by one, in fp32."""
 
 _QUESTIONS = (
     "How do I boil an egg?",
@@ -45,8 +45,8 @@ _ANSWERS = (
 _SENTENCE = "The committee met on Tuesday, weighed both proposals with care, and postponed its decision once more. "
 
 
-def made_up_items() -> list[Item]:
-    """Return the built-in texts: each question with each answer, conversations, and ever longer texts."""
+def built_in_items() -> list[Item]:
+    """Return the built-in texts: each question with each answer, conversations, and texts of increasing length."""
     items = [Item(Exchange(question, answer)) for question in _QUESTIONS for answer in _ANSWERS]
     for turns in (2, 4, 6):
         history = tuple(
@@ -62,42 +62,25 @@ def made_up_items() -> list[Item]:
 
 
 def read_items(path: Path) -> list[Item]:
-    """Return the texts of a data file, at most `MAX_ITEMS`: rows of items, or of pairs, which are two each.
+    """Return the items of a data file, at most `MAX_ITEMS`; a pair gives two.
 
     Raises:
-        DatasetError: the file cannot be read, or a row is neither; names the row, never the text.
+        DatasetError: the file cannot be read, or a row is not valid; names the row, never the text.
     """
-    return list(islice((item for row in read_rows(path) for item in _items_of(row)), MAX_ITEMS))
-
-
-def _items_of(row: Row) -> Iterator[Item]:
-    prompt = _prompt_of(row)
-    completions = [row.values.get(key) for key in ("completion", "chosen", "rejected") if key in row.values]
-    if not completions or not all(isinstance(completion, str) for completion in completions):
-        raise DatasetError(f"{row.place} has neither a completion nor chosen and rejected ones as texts.")
-    for completion in completions:
-        yield Item(Exchange(prompt, str(completion)))
-
-
-def _prompt_of(row: Row) -> str | tuple[Message, ...]:
-    prompt: Any = row.values.get("prompt")
-    if isinstance(prompt, str):
-        return prompt
-    try:
-        return tuple(Message(str(turn["role"]), str(turn["content"])) for turn in prompt)
-    except (TypeError, KeyError):
-        raise DatasetError(f"{row.place} has no prompt that is a text or a list of messages.") from None
+    parsed_rows = (parse_completions(row) for row in read_rows(path))
+    items = (Item(Exchange(parsed.prompt, completion)) for parsed in parsed_rows for completion in parsed.completions)
+    return list(islice(items, MAX_ITEMS))
 
 
 def encode_items(items: list[Item], tokenization: Tokenization) -> list[TokenSequence]:
-    """Tokenize the texts, cutting prompts from the left; what the model's template refuses is left out.
+    """Tokenize the items, with prompts truncated on the left; items that the chat template refuses are left out.
 
     Raises:
-        DatasetError: fewer than two different texts are left, so that there is no order to compare.
+        DatasetError: fewer than two different sequences remain, which have no order to compare.
     """
     outcomes = tokenization.encode(items, Encoding(truncation="prompt_left"))
     sequences = [outcome for outcome in outcomes if not isinstance(outcome, HttpError)]
     different = {sequence.token_ids: sequence for sequence in sequences}
     if len(different) < 2:
-        raise DatasetError(f"Of {len(items)} texts, {len(different)} can be compared: name a file with more.")
+        raise DatasetError(f"Of {len(items)} texts, {len(different)} can be compared: pass a file with more.")
     return list(different.values())

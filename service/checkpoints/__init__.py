@@ -1,1 +1,1 @@
-"""Checkpoints: found, validated, merged and described; the ONNX bundle beside them."""
+"""Checkpoint folders: locating, validating, merging and opening them; and the ONNX bundles exported from them."""

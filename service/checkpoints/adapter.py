@@ -1,7 +1,7 @@
-"""A PEFT adapter with a scalar head, merged into its base: out comes an ordinary checkpoint folder.
+"""Merges a PEFT adapter with a scalar head into its base model, which gives an ordinary checkpoint folder.
 
-The engine serves plain checkpoints only. Merging once, before serving, keeps adapters out of the forward pass, and what
-is judged, hashed and probed for parity is then the very model that answers.
+The engine serves plain checkpoints only. With one merge before serving, the forward pass has no adapters, and the model
+that is validated, hashed and checked for parity is the model that is served.
 """
 
 from __future__ import annotations
@@ -12,84 +12,85 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from reward_client.provenance import MANIFEST_FILE
+from reward_client.provenance import TRAINING_MANIFEST_FILE
 from safetensors import SafetensorError, safe_open
 
 from service.checkpoints.demo_base import DEMO_BASE, obtain_demo_base
 from service.errors import CheckpointError
 from service.transformers_logging import transformers_silenced
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLED_WEIGHTS_FILE = "adapter_model.bin"
 PEFT_PREFIX = "base_model.model."
-"""What PEFT puts before the base's own names in the adapter's file."""
+"""Prefix of the base's parameter names in the adapter's file."""
 
 HEAD_NAMES = ("score", "classifier")
-"""What transformers and PEFT call the head of a sequence classifier."""
+"""Names of a sequence classifier's head in transformers and PEFT."""
 
 
 def is_adapter(folder: Path) -> bool:
-    """Tell whether a folder holds a PEFT adapter rather than a whole checkpoint."""
-    return (folder / CONFIG_FILE).is_file()
+    """Whether a folder holds a PEFT adapter rather than a whole checkpoint."""
+    return (folder / ADAPTER_CONFIG_FILE).is_file()
 
 
 def merge_adapter(adapter_dir: Path, out_dir: Path, base_dir: Path | None = None) -> Path:
     """Merge a PEFT adapter into its base, write the plain scalar-head checkpoint to ``out_dir`` and return it.
 
     W' = W + scale * B A for each adapted weight (Hu et al. 2021, equation 3; PEFT's own code does it, so its variants
-    of LoRA work too), computed in fp32 and stored in the base's dtype. The head is the adapter's, kept in fp32 as it
-    will be served. The tokenizer is the adapter's where it brings one, else the base's. The manifest of the training
-    run goes along, so that the merged model still knows where it comes from.
+    of LoRA work too), computed in fp32 and stored in the base's dtype. The head is the adapter's, stored in fp32 as it
+    will be served. The tokenizer is the adapter's if it has one, else the base's. The training manifest is copied, so
+    that the merged model still names its base.
 
     Args:
         adapter_dir: ``adapter_config.json`` and ``adapter_model.safetensors``.
-        out_dir: made if it does not exist.
-        base_dir: the base's checkpoint folder. When None, the base is what the adapter's configuration names: a local
-            folder, the base of the demo model, or a hub id.
+        out_dir: created if it does not exist.
+        base_dir: the base's checkpoint folder. When None, the adapter's configuration names the base: a local folder,
+            the base of the demo model, or a hub id.
 
     Raises:
         CheckpointError: the adapter is incomplete, pickled or without a scalar head, or its base cannot be found or
-            does not fit. The message says what to do.
+            does not match. The message names the remedy.
     """
     config = _read_config(adapter_dir)
     shapes = _tensor_shapes(adapter_dir)
-    _refuse_without_scalar_head(shapes, adapter_dir)
+    _validate_scalar_head(shapes, adapter_dir)
     base = _locate_base(config, base_dir)
     with transformers_silenced():
-        model, tokenizer = _load_base(base, adapter_dir, brought=shapes.keys())
+        model, tokenizer = _load_base(base, adapter_dir, adapter_tensors=shapes.keys())
         _merge(model, adapter_dir, base)
         model.config.get_text_config().pad_token_id = _pad_token_id(model.config, tokenizer)
         model.save_pretrained(out_dir)
         tokenizer.save_pretrained(out_dir)
-    if (adapter_dir / MANIFEST_FILE).is_file():
-        shutil.copyfile(adapter_dir / MANIFEST_FILE, out_dir / MANIFEST_FILE)
+    if (adapter_dir / TRAINING_MANIFEST_FILE).is_file():
+        shutil.copyfile(adapter_dir / TRAINING_MANIFEST_FILE, out_dir / TRAINING_MANIFEST_FILE)
     return out_dir
 
 
 def _read_config(adapter_dir: Path) -> Mapping[str, Any]:
+    file = adapter_dir / ADAPTER_CONFIG_FILE
     try:
-        config = json.loads((adapter_dir / CONFIG_FILE).read_bytes())
+        config = json.loads(file.read_bytes())
     except FileNotFoundError:
-        raise CheckpointError(f"{adapter_dir} is not a PEFT adapter: it has no {CONFIG_FILE}.") from None
+        raise CheckpointError(f"{adapter_dir} is not a PEFT adapter: it has no {ADAPTER_CONFIG_FILE}.") from None
     except ValueError as error:
-        raise CheckpointError(f"{adapter_dir / CONFIG_FILE} is not JSON; save the adapter again with PEFT.") from error
+        raise CheckpointError(f"{file} is not JSON; save the adapter again with PEFT.") from error
     if not isinstance(config, dict):
-        raise CheckpointError(f"{adapter_dir / CONFIG_FILE} is not a JSON object; save the adapter again with PEFT.")
+        raise CheckpointError(f"{file} is not a JSON object; save the adapter again with PEFT.")
     return config
 
 
-def _refuse_without_scalar_head(shapes: Mapping[str, Sequence[int]], adapter_dir: Path) -> None:
+def _validate_scalar_head(shapes: Mapping[str, Sequence[int]], adapter_dir: Path) -> None:
     heads = {name: shape for name, shape in shapes.items() if _is_head(name)}
     if not heads:
         raise CheckpointError(
-            f"{adapter_dir / WEIGHTS_FILE} holds no classification head ({' or '.join(HEAD_NAMES)}), and a new one "
-            "would be random. Train with PEFT's task type SEQ_CLS, or name the head in modules_to_save, and save again."
+            f"{adapter_dir / ADAPTER_WEIGHTS_FILE} has no classification head ({' or '.join(HEAD_NAMES)}), and a new "
+            "one would be random. Train with PEFT's task type SEQ_CLS, or list the head in modules_to_save."
         )
     for name, shape in heads.items():
         if shape[0] != 1:
             raise CheckpointError(
-                f"{name} of {adapter_dir / WEIGHTS_FILE} has {shape[0]} outputs; a reward model has one. "
+                f"{name} of {adapter_dir / ADAPTER_WEIGHTS_FILE} has {shape[0]} outputs; a reward model has one. "
                 "Train with num_labels=1."
             )
 
@@ -100,17 +101,17 @@ def _is_head(tensor_name: str) -> bool:
 
 
 def _tensor_shapes(adapter_dir: Path) -> dict[str, list[int]]:
-    weights = adapter_dir / WEIGHTS_FILE
+    weights = adapter_dir / ADAPTER_WEIGHTS_FILE
     if not weights.is_file():
         if (adapter_dir / PICKLED_WEIGHTS_FILE).is_file():
             raise CheckpointError(
                 f"{adapter_dir / PICKLED_WEIGHTS_FILE} is a pickle file, which can run any code when it is opened; "
                 "save the adapter again as safetensors (save_pretrained of a current PEFT does)."
             )
-        raise CheckpointError(f"{adapter_dir} has no {WEIGHTS_FILE}; copy the whole adapter folder.")
+        raise CheckpointError(f"{adapter_dir} has no {ADAPTER_WEIGHTS_FILE}; copy the whole adapter folder.")
     try:
         with safe_open(weights, framework="pt") as tensors:
-            return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118 - no mapping
+            return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118 - not a mapping
     except SafetensorError as error:
         raise CheckpointError(f"{weights} cannot be read ({error}); copy the adapter folder again.") from error
 
@@ -122,13 +123,13 @@ def _locate_base(config: Mapping[str, Any], base_dir: Path | None) -> Path | str
         return base_dir
     name = config.get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
-        raise CheckpointError(f"{CONFIG_FILE} names no base model; give its folder as the base of the adapter.")
+        raise CheckpointError(f"{ADAPTER_CONFIG_FILE} names no base model; give its folder as the base of the adapter.")
     if name == DEMO_BASE:
         return obtain_demo_base()
     return Path(name) if Path(name).is_dir() else name
 
 
-def _load_base(base: Path | str, adapter_dir: Path, brought: Collection[str]) -> tuple[Any, Any]:
+def _load_base(base: Path | str, adapter_dir: Path, adapter_tensors: Collection[str]) -> tuple[Any, Any]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     try:
@@ -138,19 +139,19 @@ def _load_base(base: Path | str, adapter_dir: Path, brought: Collection[str]) ->
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"The adapter's base model {base} cannot be loaded ({type(error).__name__}); "
-            "give a folder that holds it, or make the hub reachable."
+            "give the folder that holds it, or make the hub reachable."
         ) from error
-    absent = {name for name in report["missing_keys"] if PEFT_PREFIX + name not in brought}
+    absent = {name for name in report["missing_keys"] if PEFT_PREFIX + name not in adapter_tensors}
     if absent:
         raise CheckpointError(
-            f"Neither the base model {base} nor the adapter holds {min(absent)}, and it would be random. "
+            f"Neither the base model {base} nor the adapter has {min(absent)}, so it would be random. "
             "Name its module in modules_to_save, train and save again."
         )
     return model, tokenizer
 
 
 def _merge(model: Any, adapter_dir: Path, base: Path | str) -> None:
-    """Merge in place, so that ``model`` is afterwards the plain model with the adapted weights and an fp32 head."""
+    """Merge in place: afterwards ``model`` is the plain model with the adapted weights and a head in fp32."""
     import torch
     from peft import PeftModel
 
@@ -159,16 +160,16 @@ def _merge(model: Any, adapter_dir: Path, base: Path | str) -> None:
         PeftModel.from_pretrained(model.to(torch.float32), adapter_dir).merge_and_unload()
     except (RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(
-            f"The adapter {adapter_dir} does not fit the base model {base} ({type(error).__name__}); "
+            f"The adapter {adapter_dir} does not match the base model {base} ({type(error).__name__}); "
             "give the base that it was trained on."
         ) from error
     model.base_model.to(stored_dtype)
 
 
 def _pad_token_id(config: Any, tokenizer: Any) -> int | None:
-    """The pad token that trainers settle on where a base has none: the tokenizer's, else its end of sequence.
+    """Return the pad token that training used: the tokenizer's, else the config's, else the EOS token, as in TRL.
 
-    It decides which position is pooled, so it must be what training had.
+    It determines which position is pooled, so it must be the one of training.
     """
     for pad_id in (tokenizer.pad_token_id, config.get_text_config().pad_token_id, tokenizer.eos_token_id):
         if pad_id is not None:

@@ -1,7 +1,7 @@
-"""What the classifier of an architecture needs, beside what a checkpoint stores: which tensors fit, lack or remain.
+"""How stored tensors fit the classifier of an architecture: which are missing, of another shape, or not used.
 
-It is transformers' own loading, run on the meta device: renames, fused and tied weights are respected as they will be
-in earnest, and not one weight is read.
+The comparison is transformers' own loading code, run on the meta device. So renamed, fused and tied weights are treated
+as they will be when the model is loaded, and no weight is read.
 """
 
 from __future__ import annotations
@@ -15,33 +15,50 @@ from service.transformers_logging import transformers_silenced
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """The outcome of laying stored tensors into a classifier of one label.
-
-    ``missing_head`` and ``missing_body`` name parameters that no stored tensor fills. ``mismatched_head`` and
-    ``mismatched_body`` give (stored shape, needed shape). ``unplaced`` names stored tensors that nothing needs.
-    ``head`` names the parameters outside the body. ``max_positions`` is None where the architecture has no limit.
-    """
+    """The result of assigning stored tensors to the parameters of a classifier with one label."""
 
     architecture: str
+    """Name of transformers' classifier class."""
+
     embedding_size: int
+    """Rows of the input embedding."""
+
     max_positions: int | None
+    """Longest input in tokens; None where the architecture has no limit."""
+
     head: tuple[str, ...]
+    """Names of the parameters outside the body."""
+
     missing_head: tuple[str, ...] = ()
+    """Parameters of the head that no stored tensor provides."""
+
     missing_body: tuple[str, ...] = ()
+    """Parameters of the body that no stored tensor provides."""
+
     mismatched_head: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    """Parameters of the head whose stored tensor has another shape: (stored shape, required shape) by name."""
+
     mismatched_body: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
-    unplaced: frozenset[str] = frozenset()
+    """The same for the body."""
+
+    unused: frozenset[str] = frozenset()
+    """Names of the stored tensors that the classifier has no parameter for."""
 
 
 def has_classifier(config: Any) -> bool:
-    """Tell whether transformers has a sequence classifier for this configuration, and one that writes no text."""
+    """Whether transformers has a sequence classifier for this configuration, and it is not an encoder-decoder."""
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
     return type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and not config.is_encoder_decoder
 
 
 def fit_classifier(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> Fit:
-    """Lay tensors of these shapes into the classifier of the configuration, which must say ``num_labels`` 1."""
+    """Assign tensors of these shapes to the parameters of the configuration's classifier.
+
+    Args:
+        config: transformers' configuration, with ``num_labels`` 1; it is not changed.
+        shapes: of the stored tensors, by name.
+    """
     import torch
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
@@ -60,7 +77,7 @@ def fit_classifier(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> Fit:
         return name.startswith(f"{model.base_model_prefix}.")
 
     missing = sorted(report["missing_keys"])
-    mismatched = {name: (tuple(stored), tuple(needed)) for name, stored, needed in report["mismatched_keys"]}
+    mismatched = {name: (tuple(stored), tuple(required)) for name, stored, required in report["mismatched_keys"]}
     return Fit(
         architecture=architecture.__name__,
         embedding_size=model.get_input_embeddings().weight.shape[0],
@@ -70,7 +87,7 @@ def fit_classifier(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> Fit:
         missing_body=tuple(name for name in missing if in_body(name)),
         mismatched_head={name: shapes for name, shapes in mismatched.items() if not in_body(name)},
         mismatched_body={name: shapes for name, shapes in mismatched.items() if in_body(name)},
-        unplaced=frozenset(report["unexpected_keys"]),
+        unused=frozenset(report["unexpected_keys"]),
     )
 
 
@@ -81,7 +98,7 @@ def _max_positions(model: Any) -> int | None:
     if positions is None or positions <= 0:
         return None
     for name, module in model.named_modules():
-        # RoBERTa's family counts positions from behind the padding index, so its table has as many rows to spare.
+        # RoBERTa's family numbers positions from padding_idx + 1, so that many rows of its table are never used.
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
             return int(positions) - module.padding_idx - 1
     return int(positions)

@@ -1,12 +1,12 @@
-"""The ONNX bundle: a folder with a graph, what its texts are tokenized with, and a manifest that vouches for both.
+"""The ONNX bundle: a folder with a graph, its tokenizer, and a manifest with the sha256 of every file.
 
-Defined here, because the reader owns the format, and written by ``reward-export``. It judges files and runs nothing.
+``reward-export`` writes bundles. The format is defined here because the service, which reads it, decides what it needs.
+This module verifies files and runs nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -22,122 +22,155 @@ from service.checkpoints.checkpoint import (
     hash_tokenizer,
 )
 from service.checkpoints.validation import (
-    read_config,
-    read_tokenizer,
-    refuse_oversized_tokenizer,
-    settle_limit,
-    unusual_facts,
+    load_config,
+    load_tokenizer,
+    notes_on,
+    resolve_max_input_tokens,
+    validate_vocabulary,
+    with_pad_token_id,
 )
+from service.checkpoints.weights import files_sha256
 from service.errors import CheckpointError
 from service.records import StateTap
 from service.settings import ModelSettings
 from service.transformers_logging import transformers_silenced
 
-MANIFEST_FILE = "manifest.json"
+BUNDLE_MANIFEST_FILE = "manifest.json"
 GRAPH_FILE = "model.onnx"
 GRAPH_DATA_FILE = "model.onnx.data"
-"""Where the weights lie when the graph's file could not hold them (more than 2 GB)."""
-FORMAT = 1
+"""Holds the weights where the graph's file cannot (more than 2 GB)."""
+
+FORMAT_VERSION = 2
 
 Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
 DTYPES: dict[Precision, str] = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
-"""How a precision is called where the arithmetic of a body is named."""
+"""The dtype of the body's arithmetic by precision, as ``/v1/model`` names it."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExportParity:
-    """How far a graph's rewards are from those of plain transformers in fp32.
-
-    Differences are absolute. ``spearman``: rank correlation. ``pair_agreement``: the share of all pairs of texts with
-    different rewards that both rank alike. ``items``: where the texts came from.
-    """
+    """The difference between a graph's rewards and those of plain transformers in fp32, on the same texts."""
 
     max_difference: float
+    """Largest absolute difference of a reward."""
+
     mean_difference: float
+    """Mean absolute difference."""
+
     spearman: float
+    """Rank correlation of the two lists of rewards."""
+
     pair_agreement: float
-    num_items: int
-    items: str
+    """Of all pairs of texts with different reference rewards, the share that both order alike."""
+
+    num_texts: int
+
+    text_source: str
+    """``built-in``, or the name of the data file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Token ids and the reward that the graph gave them when it was exported."""
+    """A recorded reward: the service computes it again at every start and compares."""
 
     token_ids: tuple[int, ...]
+
     reward: float
+    """The graph's reward of these token ids at export."""
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a bundle says of itself, in ``manifest.json``.
+    """The content of ``manifest.json``."""
 
-    ``source``: sha256 of the checkpoint that was exported. ``weights``: numbers in it. ``has_linear_head``: False where
-    the head pools by itself. ``max_input_tokens``: the longest text that may be scored. ``opset``: of the standard
-    operators. ``probes`` must give their rewards again within ``probe_tolerance`` before the bundle is served.
-    ``files``: sha256 of each file that decides a reward; a calibration does not, and may be fitted again in its place.
-    """
-
-    format: int
+    format_version: int
     name: str
+
     precision: Precision
+    """Of the graph's weights and arithmetic; ``int8`` is weights and activations in int8."""
+
     architecture: str
-    source: Hashes
+    """Name of transformers' class that was exported."""
+
+    checkpoint_sha256: Hashes
+    """Of the checkpoint that was exported."""
+
     num_parameters: int
+
     stored_dtype: str
+    """The dtype in which most tensors of the checkpoint are stored, in the notation of safetensors."""
+
     has_linear_head: bool
+    """False where the head does its own pooling."""
+
     embedding_size: int
+    """Rows of the embedding; every token id is smaller."""
+
     pad_token_id: int
+
     max_input_tokens: int
-    opset: int
-    libraries: dict[str, str]
+    """The longest input that may be scored; a setting can only lower it."""
+
+    opset_version: int
+    """Of the standard ONNX operators."""
+
+    library_versions: dict[str, str]
+    """Versions of the libraries that exported the graph."""
+
     taps: tuple[StateTap, ...]
+    """Where the graph outputs hidden states."""
+
     parity: ExportParity
+
     probes: tuple[Probe, ...] = field(repr=False)
+    """The graph must reproduce these rewards within ``probe_tolerance`` before the bundle is served."""
+
     probe_tolerance: float
+    """Largest absolute difference."""
+
     files: dict[str, str] = field(repr=False)
+    """sha256 of each file that determines a reward. A calibration does not, so it may be fitted again and replaced."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A bundle whose files are those of its manifest, with all that the service shows of it.
-
-    The hashes of ``checkpoint`` are those of the one that was exported, so that a calibration of it speaks for both.
-    """
+    """A bundle whose files have the sha256 values of its manifest."""
 
     manifest: Manifest
+
     checkpoint: Checkpoint
+    """Its weights hash is that of the exported checkpoint, so that a calibration of one is valid for the other."""
 
     @property
     def arithmetic(self) -> str:
-        """What of the bundle changes rewards beyond rounding: nothing in fp32, else how this graph was made smaller."""
+        """What changes rewards beyond rounding: the dtype, and below fp32 the hash of this very graph."""
         dtype = DTYPES[self.manifest.precision]
         return dtype if self.manifest.precision == "fp32" else f"{dtype} {hash_graph(self.manifest.files)}"
 
     @property
     def graph(self) -> Path:
-        """The file of the graph."""
+        """Path of the graph's file."""
         return self.checkpoint.path / GRAPH_FILE
 
 
 def is_bundle(folder: Path) -> bool:
-    """Whether the folder says that it is a bundle."""
-    return (folder / MANIFEST_FILE).is_file() and (folder / GRAPH_FILE).is_file()
+    """Whether the folder has a bundle's manifest and graph."""
+    return (folder / BUNDLE_MANIFEST_FILE).is_file() and (folder / GRAPH_FILE).is_file()
 
 
 def open_bundle(path: Path, settings: ModelSettings) -> Bundle:
-    """Judge a bundle folder and return what the service needs to know of it.
+    """Verify a bundle folder and return its record.
 
     Raises:
-        CheckpointError: a file is missing or not the one that was exported, or the parts do not fit each other.
+        CheckpointError: a file is missing or is not the one that was exported, or its parts do not match.
     """
     manifest = read_manifest(path)
     verify_files(path, manifest.files)
     with transformers_silenced():
-        config = read_config(path)
-        tokenizer = read_tokenizer(path)
-    refuse_oversized_tokenizer(path, tokenizer, manifest.embedding_size)
-    config.get_text_config().pad_token_id = manifest.pad_token_id
+        config = with_pad_token_id(load_config(path), manifest.pad_token_id)
+        tokenizer = load_tokenizer(path)
+    validate_vocabulary(path, tokenizer, manifest.embedding_size)
+    limit = resolve_max_input_tokens(path, manifest.max_input_tokens, tokenizer, settings.max_input_tokens)
     checkpoint = Checkpoint(
         path=path,
         name=checkpoint_name(settings),
@@ -147,15 +180,15 @@ def open_bundle(path: Path, settings: ModelSettings) -> Bundle:
         num_parameters=manifest.num_parameters,
         dtype=manifest.stored_dtype,
         embedding_size=manifest.embedding_size,
-        max_input_tokens=settle_limit(path, manifest.max_input_tokens, tokenizer, settings.max_input_tokens),
+        max_input_tokens=limit,
         pad_token_id=manifest.pad_token_id,
         hashes=Hashes(
             config=hash_config(path),
-            weights=manifest.source.weights,
+            weights=manifest.checkpoint_sha256.weights,
             tokenizer=hash_tokenizer(tokenizer),
             template=hash_template(tokenizer),
         ),
-        notes=tuple(unusual_facts(config, tokenizer)),
+        notes=tuple(notes_on(config, tokenizer)),
     )
     return Bundle(manifest, checkpoint)
 
@@ -164,45 +197,46 @@ def read_manifest(path: Path) -> Manifest:
     """Return the manifest of a bundle folder.
 
     Raises:
-        CheckpointError: it is missing, broken, or of a format that this version does not read.
+        CheckpointError: it is missing, invalid, or of a format version that this service does not read.
     """
-    file = path / MANIFEST_FILE
+    file = path / BUNDLE_MANIFEST_FILE
     try:
         content = file.read_bytes()
-        version = msgspec.json.decode(content, type=dict[str, object]).get("format")
-        if version != FORMAT:
-            raise CheckpointError(f"{file} has format {version}, but this version reads {FORMAT}: run `reward-export`.")
+        version = msgspec.json.decode(content, type=dict[str, object]).get("format_version")
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{file} has format version {version}, but this service reads {FORMAT_VERSION}: run `reward-export`."
+            )
         return msgspec.json.decode(content, type=Manifest)
     except (OSError, msgspec.DecodeError) as error:
         raise CheckpointError(
-            f"{file} is no manifest of an ONNX bundle ({error}): run `reward-export` again."
+            f"{file} is not a valid manifest of an ONNX bundle ({error}): run `reward-export` again."
         ) from error
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Write the manifest into a bundle folder."""
-    (path / MANIFEST_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
+    (path / BUNDLE_MANIFEST_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
 
 
 def hash_bundle_files(path: Path, names: list[str]) -> dict[str, str]:
-    """Return sha256 (hexadecimal) of the named files; they are read side by side."""
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        return dict(zip(names, pool.map(lambda name: _hash_file(path / name), names), strict=True))
+    """Return the sha256 (hexadecimal) of files of the folder, by name; they are read in parallel."""
+    return {file.name: digest for file, digest in files_sha256([path / name for name in names]).items()}
 
 
 def verify_files(path: Path, files: dict[str, str]) -> None:
-    """Return where every file of the manifest is there, bit for bit.
+    """Check that every file of the manifest is in the folder and has its sha256.
 
     Raises:
-        CheckpointError: one is missing, differs, or lies outside the folder, or the graph is not among them.
+        CheckpointError: one is missing, differs, or is outside the folder, or the graph is not among them.
     """
     if GRAPH_FILE not in files:
-        raise CheckpointError(f"{path / MANIFEST_FILE} does not vouch for {GRAPH_FILE}: run `reward-export` again.")
+        raise CheckpointError(f"{path / BUNDLE_MANIFEST_FILE} has no sha256 of {GRAPH_FILE}: run `reward-export`.")
     for name in files:
         if Path(name).name != name or not (path / name).is_file():
-            raise CheckpointError(f"{path} lacks the file {name} that its manifest names: copy the bundle again.")
+            raise CheckpointError(f"{path} lacks the file {name} that its manifest lists: copy the bundle again.")
     if (path / GRAPH_DATA_FILE).is_file() and GRAPH_DATA_FILE not in files:
-        raise CheckpointError(f"{path} holds {GRAPH_DATA_FILE}, which its manifest does not name: copy it again.")
+        raise CheckpointError(f"{path} holds {GRAPH_DATA_FILE}, which its manifest does not list: copy it again.")
     found = hash_bundle_files(path, sorted(files))
     changed = [name for name, digest in found.items() if digest != files[name]]
     if changed:
@@ -213,11 +247,6 @@ def verify_files(path: Path, files: dict[str, str]) -> None:
 
 
 def hash_graph(files: dict[str, str]) -> str:
-    """Return one sha256 over the files that hold the graph and its weights."""
+    """Return one sha256 over the graph's files, from their own sha256 values."""
     parts = [f"{name} {files[name]}\n" for name in (GRAPH_FILE, GRAPH_DATA_FILE) if name in files]
     return hashlib.sha256("".join(parts).encode()).hexdigest()
-
-
-def _hash_file(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,7 +1,8 @@
-"""Finds a checkpoint, opens it once the judge has let it pass, and names what is in it.
+"""Locates a checkpoint, validates it, and returns one record with everything that the service needs of it.
 
-No path, a folder, an adapter or a hub id: out comes a plain folder with everything known of it that the service shows.
-Loading the weights for real is the engine's part.
+The settings name a folder, an adapter, a hub id, or nothing (the demo model); each becomes a plain checkpoint folder.
+Opening a folder reads all of its weights once, to hash them and to search them for NaN. The resulting `Checkpoint` is
+meant to be passed along, so that a process reads them only once. The engine loads the weights for inference.
 """
 
 from __future__ import annotations
@@ -18,21 +19,22 @@ from typing import Any
 from reward_client.options import TemplateChoice
 
 from service.cache import build_once, cache_directory
-from service.checkpoints.adapter import is_adapter, merge_adapter
+from service.checkpoints.adapter import ADAPTER_CONFIG_FILE, is_adapter, merge_adapter
 from service.checkpoints.demo import obtain_demo_model
 from service.checkpoints.validation import (
     CONFIG_FILE,
-    fit_to_architecture,
-    read_config,
+    load_config,
+    load_tokenizer,
+    notes_on,
     read_json,
-    read_tokenizer,
-    refuse_non_finite,
-    refuse_oversized_tokenizer,
-    settle_limit,
-    settle_pad_token,
-    unusual_facts,
+    resolve_max_input_tokens,
+    resolve_pad_token_id,
+    validate_finite,
+    validate_vocabulary,
+    validate_weights,
+    with_pad_token_id,
 )
-from service.checkpoints.weights import hash_files, read_tensor_infos, weight_files
+from service.checkpoints.weights import read_tensor_infos, weight_files, weights_sha256
 from service.errors import CheckpointError
 from service.records import ModelIdentity, Pooling
 from service.settings import ModelSettings
@@ -41,59 +43,79 @@ from service.transformers_logging import transformers_silenced
 DEMO_NAME = "demo"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja")
-"""What is fetched from a hub: weights and plain data, nothing that could run."""
+"""Patterns of the files that are downloaded from a hub: weights and plain data, no code."""
 
-PASSING_CONFIG_KEYS = frozenset({"transformers_version", "_name_or_path", "architectures"})
+UNHASHED_CONFIG_KEYS = frozenset({"transformers_version", "_name_or_path", "architectures"})
 """Entries of ``config.json`` that do not change a reward."""
 
 
 @dataclass(frozen=True, slots=True)
 class Hashes:
-    """sha256 (hexadecimal) of everything in the folder that decides a reward; ``template`` is empty without one."""
+    """The sha256 values (hexadecimal) of everything in a checkpoint folder that determines a reward."""
 
     config: str
+    """Of ``config.json`` without the entries that do not change a reward (see `hash_config`)."""
+
     weights: str
+    """Over the files that the classifier is loaded from (see `service.checkpoints.weights.weights_sha256`)."""
+
     tokenizer: str
+    """Of the fast tokenizer's serialisation."""
+
     template: str
+    """Of the chat template; empty without one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint that passed the judge.
-
-    ``config`` and ``tokenizer`` are transformers' own objects; the config's pad token is always set. ``architecture``
-    is the class that loads it. ``dtype`` is the one most weights are stored in, in safetensors' words.
-    ``embedding_size`` bounds the token ids. ``max_input_tokens`` is the limit to serve with. ``notes`` are sentences on
-    what is unusual, though no reason to refuse.
-    """
+    """A checkpoint that passed validation, with the hashes of its content."""
 
     path: Path
+    """The plain checkpoint folder; of an adapter the merged one."""
+
     name: str
+    """The model's name in answers and metrics."""
+
     config: Any = field(repr=False)
+    """transformers' configuration; its pad token is always set."""
+
     tokenizer: Any = field(repr=False)
+    """transformers' fast tokenizer."""
+
     architecture: str
+    """Name of transformers' class that loads the folder."""
+
     num_parameters: int
+
     dtype: str
+    """The dtype in which most tensors are stored, in the notation of safetensors: ``F32``, ``BF16``."""
+
     embedding_size: int
+    """Rows of the embedding; every token id is smaller."""
+
     max_input_tokens: int
+    """The longest input that may be scored."""
+
     pad_token_id: int
     hashes: Hashes
+
     notes: tuple[str, ...] = ()
+    """Sentences on unusual properties that are not a reason to refuse."""
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether the tokenizer brings a chat template."""
+        """Whether the tokenizer has a chat template."""
         return bool(self.tokenizer.chat_template)
 
 
 def locate_checkpoint(settings: ModelSettings) -> Path:
-    """Return the folder of the checkpoint that the settings name, fetching or merging it first where needed.
+    """Return the folder of the checkpoint that the settings name, after downloading or merging it where needed.
 
-    No path is the demo model. A PEFT adapter is merged into its base once and kept in the user's cache. What is no
-    folder is taken for a hub id.
+    Without a path it is the demo model. A PEFT adapter is merged into its base once, into the user's cache. A path that
+    is not a folder is treated as a hub id.
 
     Raises:
-        CheckpointError: there is neither such a folder nor such a model on a reachable hub, or a merge fails.
+        CheckpointError: there is neither such a folder nor such a model on a reachable hub, or merging fails.
     """
     if settings.path is None:
         return obtain_demo_model()
@@ -108,20 +130,20 @@ def _download(hub_id: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RevisionResolutionError
 
     if not HUB_ID.fullmatch(hub_id):
-        raise CheckpointError(f"There is no folder {hub_id}, and it is no hub id (owner/name) either: check the path.")
+        raise CheckpointError(f"There is no folder {hub_id}, nor is it a hub id (owner/name): check the path.")
     try:
         return Path(
             snapshot_download(hub_id, revision=revision, allow_patterns=list(HUB_FILES), ignore_patterns=["*/*"])
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, RevisionResolutionError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"{hub_id} is no folder here, and it could not be fetched from the hub ({type(error).__name__}): check the "
-            "name and the network (HF_TOKEN for a gated model), or download it elsewhere and pass its folder."
+            f"{hub_id} is not a local folder, and could not be downloaded from the hub ({type(error).__name__}): check "
+            "the name and the network (HF_TOKEN for a gated model), or download it elsewhere and pass its folder."
         ) from error
 
 
 def _merge_once(adapter: Path) -> Path:
-    """Merge an adapter into the cache; another adapter, or another base under the same name, gets another folder."""
+    """Merge an adapter into the cache; a changed adapter, or a changed base under the same name, gets a new folder."""
     parts = [*sorted(adapter.glob("adapter_*")), *_base_files(adapter)]
     version = hashlib.sha256("\n".join(_file_state(part) for part in parts).encode()).hexdigest()
 
@@ -132,7 +154,7 @@ def _merge_once(adapter: Path) -> Path:
 
 
 def _base_files(adapter: Path) -> list[Path]:
-    base = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+    base = read_json(adapter / ADAPTER_CONFIG_FILE).get("base_model_name_or_path")
     folder = Path(str(base))
     return sorted(folder.glob("*.safetensors")) if base and folder.is_dir() else []
 
@@ -143,20 +165,27 @@ def _file_state(file: Path) -> str:
 
 
 def open_checkpoint(path: Path, settings: ModelSettings) -> Checkpoint:
-    """Judge the checkpoint folder and return what the service needs to know of it.
+    """Validate a checkpoint folder, hash it, and return its record.
+
+    All weights are read once, so pass the record along instead of opening a folder again.
+
+    Args:
+        path: a plain checkpoint folder, as `locate_checkpoint` returns it.
+        settings: its name and token limit.
 
     Raises:
-        CheckpointError: there is a reason not to trust its rewards; the message names it and what to do.
+        CheckpointError: its rewards could be wrong; the message names the reason and the remedy.
     """
     with transformers_silenced():
-        config = read_config(path)
+        config = load_config(path)
         files = weight_files(path)
         tensors = read_tensor_infos(files)
-        fit = fit_to_architecture(path, config, tensors)
-        tokenizer = read_tokenizer(path)
-    refuse_oversized_tokenizer(path, tokenizer, fit.embedding_size)
-    pad_token_id = settle_pad_token(path, config, tokenizer, fit.embedding_size)
-    max_input_tokens = settle_limit(path, fit.max_positions, tokenizer, settings.max_input_tokens)
+        fit = validate_weights(path, config, tensors)
+        tokenizer = load_tokenizer(path)
+    validate_vocabulary(path, tokenizer, fit.embedding_size)
+    pad_token_id = resolve_pad_token_id(path, config, tokenizer, fit.embedding_size)
+    config = with_pad_token_id(config, pad_token_id)
+    max_input_tokens = resolve_max_input_tokens(path, fit.max_positions, tokenizer, settings.max_input_tokens)
     return Checkpoint(
         path=path,
         name=checkpoint_name(settings),
@@ -168,22 +197,22 @@ def open_checkpoint(path: Path, settings: ModelSettings) -> Checkpoint:
         embedding_size=fit.embedding_size,
         max_input_tokens=max_input_tokens,
         pad_token_id=pad_token_id,
-        hashes=_examine_weights(path, files, tokenizer),
-        notes=tuple(unusual_facts(config, tokenizer)),
+        hashes=_hash_and_scan(path, files, tokenizer),
+        notes=tuple(notes_on(config, tokenizer)),
     )
 
 
 def model_version(checkpoint: Checkpoint, *, dtype: str, pooling: Pooling, template: TemplateChoice) -> ModelIdentity:
-    """Name the model by everything that can change a reward: the folder's content and the settings in force.
+    """Return the model's name and a version that depends on everything that can change a reward.
 
-    Forward path, device and batching are left out on purpose: by the rule of invariance they change no reward beyond
-    rounding. The token limit is in, because it decides what ``prompt_left`` cuts.
+    Forward path, device and batching are not part of the version: they change no reward beyond rounding. The token
+    limit is, because it determines what ``prompt_left`` cuts.
 
     Args:
-        checkpoint: the judged checkpoint.
-        dtype: arithmetic of the body as resolved, never "auto".
-        pooling: the pooling rule in force.
-        template: how a plain-string prompt is rendered unless a request says otherwise.
+        checkpoint: the opened checkpoint.
+        dtype: resolved dtype of the body's arithmetic, never "auto".
+        pooling: the resolved pooling rule.
+        template: how a plain-string prompt is rendered unless a request chooses otherwise.
     """
     hashes = checkpoint.hashes
     facts = {
@@ -201,7 +230,7 @@ def model_version(checkpoint: Checkpoint, *, dtype: str, pooling: Pooling, templ
 
 
 def describe(checkpoint: Checkpoint) -> list[str]:
-    """Return the judgement as lines for people: what was found, then a line for each note."""
+    """Return the properties of a valid checkpoint as lines for a terminal, then a line for each note."""
     return [
         f"{checkpoint.path} can be served as {checkpoint.name}.",
         f"  architecture      {checkpoint.architecture}",
@@ -215,11 +244,12 @@ def describe(checkpoint: Checkpoint) -> list[str]:
     ]
 
 
-def _examine_weights(path: Path, files: list[Path], tokenizer: Any) -> Hashes:
-    # Hashing is bound by one core a file, the search for NaN by memory; they read the same pages side by side.
+def _hash_and_scan(path: Path, files: list[Path], tokenizer: Any) -> Hashes:
+    # Hashing is limited by one core per file and the search for NaN by memory bandwidth. Running both at the same time
+    # reads the same pages of the file cache.
     with ThreadPoolExecutor(max_workers=1) as pool:
-        weights = pool.submit(hash_files, files)
-        refuse_non_finite(path, files)
+        weights = pool.submit(weights_sha256, files)
+        validate_finite(path, files)
         return Hashes(
             config=hash_config(path),
             weights=weights.result(),
@@ -229,18 +259,18 @@ def _examine_weights(path: Path, files: list[Path], tokenizer: Any) -> Hashes:
 
 
 def hash_config(path: Path) -> str:
-    """Return the sha256 of a folder's configuration, without what changes no reward."""
-    config = {key: value for key, value in read_json(path / CONFIG_FILE).items() if key not in PASSING_CONFIG_KEYS}
+    """Return the sha256 of a folder's ``config.json``, without the entries that do not change a reward."""
+    config = {key: value for key, value in read_json(path / CONFIG_FILE).items() if key not in UNHASHED_CONFIG_KEYS}
     return _hash_text(json.dumps(config, sort_keys=True))
 
 
 def hash_tokenizer(tokenizer: Any) -> str:
-    """Return the sha256 of what a fast tokenizer does."""
+    """Return the sha256 of a fast tokenizer's serialisation, which determines its token ids."""
     return _hash_text(tokenizer.backend_tokenizer.to_str())
 
 
 def hash_template(tokenizer: Any) -> str:
-    """Return the sha256 of a tokenizer's chat template; empty without one."""
+    """Return the sha256 of a tokenizer's chat template; empty without a template."""
     return _hash_text(tokenizer.get_chat_template()) if tokenizer.chat_template else ""
 
 
@@ -249,7 +279,7 @@ def _hash_text(text: str) -> str:
 
 
 def checkpoint_name(settings: ModelSettings) -> str:
-    """Return the name of the model in answers and metrics: the setting, else that of its folder or hub id."""
+    """Return the model's name in answers and metrics: the setting, else the name of its folder, or its hub id."""
     if settings.name is not None:
         return settings.name
     if settings.path is None:

@@ -1,12 +1,14 @@
-"""The safetensors files of a checkpoint folder: which ones count, what they hold, whether every number is finite.
+"""The safetensors files of a checkpoint folder: which ones are loaded, what they hold, whether all is finite.
 
-It reads files and knows no architecture. Pickled weights are never opened: unpickling runs whatever code a file holds.
+This module reads files and does not depend on the architecture. Pickled weights are never opened, because unpickling
+can run any code that a file contains.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,49 +16,52 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reward_client.hashing import file_sha256
+
 from service.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 VALUE_HEAD_FILE = "value_head.safetensors"
-"""Where LLaMA-Factory and others keep a value head apart from the model."""
+"""Where LLaMA-Factory and others store a value head separately from the model."""
 
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 TRAINER_STATE = ("training_args.bin", "optimizer.", "scheduler.", "scaler.", "rng_state")
-"""Pickles that trainers leave beside the weights: how their names begin."""
+"""Prefixes of the names of pickles that trainers write beside the weights, and that hold no weights."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """A stored tensor, as its file's header describes it. ``dtype`` in the words of safetensors: ``F32``, ``BF16``."""
+    """A stored tensor, as the header of its file describes it."""
 
     file: Path
     shape: tuple[int, ...]
+
     dtype: str
+    """In the notation of safetensors: ``F32``, ``BF16``."""
 
     @property
     def num_elements(self) -> int:
-        """Numbers in the tensor."""
-        product = 1
-        for length in self.shape:
-            product *= length
-        return product
+        """Numbers in the tensor; 1 for a scalar, whose shape is empty."""
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
 class ValueHead:
-    """A scalar head under a name that is not the classifier's: one linear layer from the last hidden state to a number.
-
-    ``weight`` and ``bias`` are the names of its tensors in ``file``; ``bias`` is None where the head has none.
-    """
+    """A scalar head under another name than the classifier's: a linear layer from the last hidden state to a number."""
 
     file: Path
+    """Holds both tensors."""
+
     weight: str
+    """Name of the weight tensor."""
+
     bias: str | None
+    """Name of the bias tensor; None where the head has no bias."""
 
     @property
     def origin(self) -> str:
-        """The training code that writes heads in this way."""
+        """The training library that stores heads under this name."""
         if self.file.stem == "value_head":
             return "LLaMA-Factory"
         return "TRL" if "v_head." in self.weight else "OpenRLHF"
@@ -66,7 +71,7 @@ def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files that transformers loads from the folder: the single one, or all shards of the index.
 
     Raises:
-        CheckpointError: there are none, a shard is missing, the index is broken, or only pickled weights are there.
+        CheckpointError: there are none, a shard is missing, the index is invalid, or all weights are pickled.
     """
     single, index = folder / SINGLE_FILE, folder / INDEX_FILE
     if single.is_file():
@@ -76,10 +81,10 @@ def weight_files(folder: Path) -> list[Path]:
     pickles = pickled_weights(folder)
     if pickles:
         raise CheckpointError(
-            f"{folder} holds its weights as pickles only ({pickles[0].name}), which can run code when they are opened: "
+            f"{folder} has pickled weights only ({pickles[0].name}), and a pickle can run code when it is opened: "
             "save them as safetensors (save_pretrained does), or run `reward-convert --allow-pickle` if you trust them."
         )
-    raise CheckpointError(f"{folder} holds no weights: put {SINGLE_FILE}, or {INDEX_FILE} with its shards, into it.")
+    raise CheckpointError(f"{folder} has no weights: put {SINGLE_FILE}, or {INDEX_FILE} with its shards, into it.")
 
 
 def _shards(folder: Path, index: Path) -> list[Path]:
@@ -93,28 +98,28 @@ def _shards(folder: Path, index: Path) -> list[Path]:
     missing = [name for name in names if not (folder / name).is_file()]
     if missing or len(shards) != len(names) or not shards:
         raise CheckpointError(
-            f"{folder} lacks {len(missing)} of the {len(names)} weight files that {index.name} names"
+            f"{folder} lacks {len(missing)} of the {len(names)} weight files that {index.name} lists"
             f"{f' (the first is {missing[0]})' if missing else ''}: copy or download the checkpoint again."
         )
     return shards
 
 
 def pickled_weights(folder: Path) -> list[Path]:
-    """Return the pickled weight files of a folder, in the order of their names; a trainer's own state is left out."""
+    """Return the pickled weight files of a folder, sorted by name, without the state files of trainers."""
     pickles = {path for pattern in PICKLE_PATTERNS for path in folder.glob(pattern)}
     return sorted(path for path in pickles if not path.name.startswith(TRAINER_STATE))
 
 
 def read_tensor_infos(files: Iterable[Path]) -> dict[str, TensorInfo]:
-    """Return what the files hold by tensor name, from their headers alone.
+    """Return the tensors of the files by name; only the headers are read.
 
     Raises:
-        CheckpointError: a file is truncated or is not safetensors.
+        CheckpointError: a file is truncated or is not a safetensors file.
     """
     infos: dict[str, TensorInfo] = {}
     for file in files:
         with open_weights(file) as weights:
-            for name in weights.keys():  # noqa: SIM118 - the handle is no mapping
+            for name in weights.keys():  # noqa: SIM118 - the handle is not a mapping
                 tensor = weights.get_slice(name)
                 infos[name] = TensorInfo(file, tuple(tensor.get_shape()), tensor.get_dtype())
     return infos
@@ -125,7 +130,7 @@ def open_weights(file: Path) -> Iterator[Any]:
     """Open a safetensors file for reading tensor by tensor, on the CPU, mapped into memory.
 
     Raises:
-        CheckpointError: the file is truncated or is not safetensors.
+        CheckpointError: the file is truncated or is not a safetensors file.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -139,38 +144,52 @@ def open_weights(file: Path) -> Iterator[Any]:
 
 
 def find_non_finite(files: Iterable[Path]) -> str | None:
-    """Return the name of the first tensor that holds NaN or infinity, or None; one tensor is in memory at a time."""
+    """Return the name of the first tensor with NaN or infinity, or None; one tensor is in memory at a time."""
     import torch
 
     for file in files:
         with open_weights(file) as weights:
-            for name in weights.keys():  # noqa: SIM118 - the handle is no mapping
+            for name in weights.keys():  # noqa: SIM118 - the handle is not a mapping
                 tensor = weights.get_tensor(name)
-                # Minimum and maximum carry NaN along, and finding them takes one pass and no memory.
+                # Minimum and maximum propagate NaN, and computing them takes one pass and no additional memory.
                 if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
                     return str(name)
     return None
 
 
-def hash_files(files: Sequence[Path]) -> str:
-    """Return one sha256 over the names and bytes of the files, in the given order; they are read side by side."""
+def weights_sha256(files: Sequence[Path]) -> str:
+    """Return one sha256 over the names and bytes of the weight files that a classifier is loaded from.
+
+    It is the sha256 of one line per file, in the given order: name, space, sha256 of the bytes. Calibrations and
+    bundles are bound to this value. ``base_hash`` of `reward_client.provenance`, which training manifests record, is
+    another value over the same files.
+
+    Args:
+        files: as `weight_files` returns them; they are read in parallel.
+    """
+    digests = files_sha256(files)
+    return hashlib.sha256("".join(f"{file.name} {digest}\n" for file, digest in digests.items()).encode()).hexdigest()
+
+
+def files_sha256(files: Sequence[Path]) -> dict[Path, str]:
+    """Return the sha256 of each file, in the given order; they are read in parallel."""
     with ThreadPoolExecutor(max_workers=4) as pool:
-        digests = list(pool.map(_hash_file, files))
-    return hashlib.sha256(
-        "".join(f"{file.name} {digest}\n" for file, digest in zip(files, digests, strict=True)).encode()
-    ).hexdigest()
-
-
-def _hash_file(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return dict(zip(files, pool.map(file_sha256, files), strict=True))
 
 
 def find_value_head(folder: Path, tensors: Mapping[str, TensorInfo], hidden_size: int) -> ValueHead | None:
-    """Return the value head that training code left in the folder under a name of its own, or None.
+    """Return the value head that a training library stored in the folder under another name, or None.
 
-    A tensor of shape [1, hidden_size] among ``tensors`` (those that the classifier has no place for) is one; so is the
-    only such tensor of a ``value_head.safetensors`` beside the model.
+    It is the only tensor of shape [1, hidden_size] among ``tensors``, or else the only such tensor of a
+    ``value_head.safetensors`` beside the model.
+
+    Args:
+        folder: of the checkpoint.
+        tensors: the stored tensors that the classifier does not use.
+        hidden_size: width of the last hidden state.
+
+    Raises:
+        CheckpointError: ``value_head.safetensors`` is truncated or is not a safetensors file.
     """
     head = _value_head_among(tensors, hidden_size)
     separate = folder / VALUE_HEAD_FILE

@@ -1,1 +1,1 @@
-"""Data files and what their rows mean."""
+"""Data files: reading rows, parsing them into prompts and completions, and the hold-out rule."""

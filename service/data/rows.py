@@ -1,7 +1,7 @@
 """Rows of data files: JSON lines (plain or gzipped), Parquet, or a folder of them, as one stream of dictionaries.
 
-It knows files and lines, not what a row means; that is for the command that reads it. Rows are read one at a time, so
-a dataset may be larger than memory.
+This module reads files and lines; `service.data.prompts` defines what a row means. Rows are read one at a time, so
+a data set may be larger than memory.
 """
 
 from __future__ import annotations
@@ -17,43 +17,42 @@ from typing import Any, BinaryIO
 from service.errors import DatasetError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
-"""The file names that a folder is searched for."""
+"""Endings of the files that are read from a folder."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row and where it stands, so that a complaint about it can name the place instead of showing the text.
-
-    ``number`` counts from 1: lines of a JSON-lines file (empty ones included), rows of a Parquet file.
-    """
+    """One row and its location, so that an error message can name the location instead of showing the text."""
 
     values: dict[str, Any] = field(repr=False)
     path: Path
+
     number: int
+    """Counted from 1: the line of a JSON-lines file (empty lines included), or the row of a Parquet file."""
 
     @property
-    def place(self) -> str:
-        """The place in words, for error messages: ``pairs.jsonl.gz, row 17``."""
+    def location(self) -> str:
+        """File and number for error messages: ``pairs.jsonl.gz, row 17``."""
         return f"{self.path}, row {self.number}"
 
 
 def dataset_files(path: Path) -> list[Path]:
-    """Return the data files that a path stands for: itself, or a folder's files in the order of their names.
+    """Return the data files of a path: the file itself, or a folder's files in the order of their names.
 
-    A folder is not searched below its first level.
+    Subfolders are not searched.
 
     Raises:
-        DatasetError: there is no such path, the file is of no kind that we read, or the folder holds none.
+        DatasetError: the path does not exist, the file has another ending, or the folder has no data file.
     """
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.is_file() and file.name.endswith(SUFFIXES))
         if not files:
-            raise DatasetError(f"{path} holds no data file; expected are names that end in {', '.join(SUFFIXES)}.")
+            raise DatasetError(f"{path} has no data file; the names of data files end in {', '.join(SUFFIXES)}.")
         return files
     if not path.exists():
         raise DatasetError(f"{path} does not exist.")
     if not path.name.endswith(SUFFIXES):
-        raise DatasetError(f"{path} is of no kind that we read; expected are names that end in {', '.join(SUFFIXES)}.")
+        raise DatasetError(f"{path} is not a data file; the names of data files end in {', '.join(SUFFIXES)}.")
     return [path]
 
 
@@ -62,7 +61,7 @@ def read_rows(path: Path) -> Iterator[Row]:
 
     Raises:
         DatasetError: a file cannot be read, or a line is not one JSON object; names file and line, never the text.
-            Raised when the reading reaches it, so the rows before it have been yielded.
+            It is raised when that line is reached, after the rows before it were yielded.
     """
     for file in dataset_files(path):
         if file.suffix == ".parquet":
@@ -90,7 +89,7 @@ def _parse_object(line: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
         values = json.loads(line)
     except (ValueError, RecursionError):
-        # The decoder's own exception carries the line, so it is not chained.
+        # The decoder's exception contains the line, so it is not chained.
         raise DatasetError(f"{path}, line {number} is not JSON in UTF-8.") from None
     if not isinstance(values, dict):
         raise DatasetError(f"{path}, line {number} is not a JSON object, but a {type(values).__name__}.")

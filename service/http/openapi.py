@@ -111,7 +111,7 @@ _MODEL = {
         "initialised_from": {
             "type": ["object", "null"],
             "description": "The checkpoint at which the model's training started; null without a manifest.",
-            "properties": {"name": {"type": "string"}, "weights_sha256": {"type": ["string", "null"]}},
+            "properties": {"name": {"type": "string"}, "base_hash": {"type": ["string", "null"]}},
         },
         "reference": {
             "type": "object",

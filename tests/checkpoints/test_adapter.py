@@ -1,4 +1,4 @@
-"""Merging an adapter gives the model that was trained, or a sentence that says why not."""
+"""Merging an adapter gives the model that was trained, or an error with the reason."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tiny_adapters import HEAD, write_adapter
 from tiny_models import SENTENCES, write_tiny_causal_lm, write_tiny_checkpoint
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from service.checkpoints.adapter import CONFIG_FILE, WEIGHTS_FILE, is_adapter, merge_adapter
+from service.checkpoints.adapter import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, is_adapter, merge_adapter
 from service.errors import CheckpointError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*will be removed in v6:FutureWarning")
@@ -38,8 +38,8 @@ def adapter(tmp_path: Path, base: Path) -> Path:
     return write_adapter(tmp_path / "adapter", base)
 
 
-def test_merged_rewards_are_the_adapted_models(tmp_path: Path, base: Path, adapter: Path) -> None:
-    """The plain checkpoint gives the rewards of base plus adapter, which differ from each other and from the base's."""
+def test_merged_rewards_are_those_of_the_adapted_model(tmp_path: Path, base: Path, adapter: Path) -> None:
+    """The plain checkpoint gives the rewards of base plus adapter, which differ between texts."""
     plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
     expected = rewards(PeftModel.from_pretrained(plain, adapter), base)
 
@@ -52,7 +52,7 @@ def test_merged_rewards_are_the_adapted_models(tmp_path: Path, base: Path, adapt
 
 
 def test_a_merged_folder_is_an_ordinary_checkpoint(tmp_path: Path, adapter: Path) -> None:
-    """It has a stored head, one label, a pad token, tokenizer and template, and nothing of PEFT."""
+    """It has a stored head, one label, a pad token, tokenizer and chat template, and no file of PEFT."""
     merged_dir = merge_adapter(adapter, tmp_path / "merged")
 
     config = json.loads((merged_dir / "config.json").read_text())
@@ -65,8 +65,8 @@ def test_a_merged_folder_is_an_ordinary_checkpoint(tmp_path: Path, adapter: Path
     assert not is_adapter(merged_dir)
 
 
-def test_the_dtype_is_the_bases(tmp_path: Path) -> None:
-    """A bf16 base gives a bf16 checkpoint, without a hidden doubling of memory; only the head is fp32."""
+def test_the_merged_dtype_is_that_of_the_base(tmp_path: Path) -> None:
+    """A bf16 base gives a bf16 checkpoint, which needs no more memory; only the head is fp32."""
     base = write_tiny_checkpoint(tmp_path / "base", dtype=torch.bfloat16)
     adapter = write_adapter(tmp_path / "adapter", base)
 
@@ -77,8 +77,8 @@ def test_the_dtype_is_the_bases(tmp_path: Path) -> None:
     assert set(dtypes.values()) == {torch.bfloat16}
 
 
-def test_a_given_base_wins_over_the_named_one(tmp_path: Path, base: Path, adapter: Path) -> None:
-    """Adapters travel: the path in their configuration is the trainer's, so the caller may say where the base is."""
+def test_a_given_base_overrides_the_one_in_the_config(tmp_path: Path, base: Path, adapter: Path) -> None:
+    """The path in an adapter's configuration is one of the training machine, so the caller may pass another one."""
     rename_base(adapter, "/gone/with/the/training/machine")
 
     merged_dir = merge_adapter(adapter, tmp_path / "merged", base_dir=base)
@@ -87,93 +87,93 @@ def test_a_given_base_wins_over_the_named_one(tmp_path: Path, base: Path, adapte
 
 
 def rename_base(adapter: Path, name: str | None) -> None:
-    config = json.loads((adapter / CONFIG_FILE).read_text())
-    (adapter / CONFIG_FILE).write_text(json.dumps(config | {"base_model_name_or_path": name}))
+    config = json.loads((adapter / ADAPTER_CONFIG_FILE).read_text())
+    (adapter / ADAPTER_CONFIG_FILE).write_text(json.dumps(config | {"base_model_name_or_path": name}))
 
 
-def drop_config(adapter: Path) -> None:
-    (adapter / CONFIG_FILE).unlink()
+def remove_config(adapter: Path) -> None:
+    (adapter / ADAPTER_CONFIG_FILE).unlink()
 
 
-def garble_config(adapter: Path) -> None:
-    (adapter / CONFIG_FILE).write_text("{")
+def damage_config(adapter: Path) -> None:
+    (adapter / ADAPTER_CONFIG_FILE).write_text("{")
 
 
 def pickle_weights(adapter: Path) -> None:
-    (adapter / WEIGHTS_FILE).rename(adapter / "adapter_model.bin")
+    (adapter / ADAPTER_WEIGHTS_FILE).rename(adapter / "adapter_model.bin")
 
 
-def drop_weights(adapter: Path) -> None:
-    (adapter / WEIGHTS_FILE).unlink()
+def remove_weights(adapter: Path) -> None:
+    (adapter / ADAPTER_WEIGHTS_FILE).unlink()
 
 
-def garble_weights(adapter: Path) -> None:
-    (adapter / WEIGHTS_FILE).write_bytes(b"no tensors")
+def damage_weights(adapter: Path) -> None:
+    (adapter / ADAPTER_WEIGHTS_FILE).write_bytes(b"no tensors")
 
 
-def drop_head(adapter: Path) -> None:
-    tensors = load_file(adapter / WEIGHTS_FILE)
+def remove_head(adapter: Path) -> None:
+    tensors = load_file(adapter / ADAPTER_WEIGHTS_FILE)
     del tensors[HEAD]
-    save_file(tensors, adapter / WEIGHTS_FILE)
+    save_file(tensors, adapter / ADAPTER_WEIGHTS_FILE)
 
 
 def widen_head(adapter: Path) -> None:
-    tensors = load_file(adapter / WEIGHTS_FILE)
+    tensors = load_file(adapter / ADAPTER_WEIGHTS_FILE)
     tensors[HEAD] = tensors[HEAD].repeat(2, 1)
-    save_file(tensors, adapter / WEIGHTS_FILE)
+    save_file(tensors, adapter / ADAPTER_WEIGHTS_FILE)
 
 
-def forget_base(adapter: Path) -> None:
+def remove_base_name(adapter: Path) -> None:
     rename_base(adapter, None)
 
 
-def lose_base(adapter: Path) -> None:
+def name_missing_base(adapter: Path) -> None:
     rename_base(adapter, "/no/such/folder")
 
 
 def shrink_weights(adapter: Path) -> None:
-    tensors = load_file(adapter / WEIGHTS_FILE)
-    save_file({name: tensor[:, :8].contiguous() for name, tensor in tensors.items()}, adapter / WEIGHTS_FILE)
+    tensors = load_file(adapter / ADAPTER_WEIGHTS_FILE)
+    save_file({name: tensor[:, :8].contiguous() for name, tensor in tensors.items()}, adapter / ADAPTER_WEIGHTS_FILE)
 
 
 @pytest.mark.parametrize(
-    ("damage", "complaint"),
+    ("damage", "message"),
     [
-        (drop_config, "is not a PEFT adapter"),
-        (garble_config, "is not JSON"),
+        (remove_config, "is not a PEFT adapter"),
+        (damage_config, "is not JSON"),
         (pickle_weights, "is a pickle file"),
-        (drop_weights, "copy the whole adapter folder"),
-        (garble_weights, "cannot be read"),
-        (drop_head, "holds no classification head"),
+        (remove_weights, "copy the whole adapter folder"),
+        (damage_weights, "cannot be read"),
+        (remove_head, "has no classification head"),
         (widen_head, "has 2 outputs"),
-        (forget_base, "names no base model"),
-        (lose_base, "cannot be loaded"),
-        (shrink_weights, "does not fit the base model"),
+        (remove_base_name, "names no base model"),
+        (name_missing_base, "cannot be loaded"),
+        (shrink_weights, "does not match the base model"),
     ],
 )
-def test_a_bad_adapter_is_refused(
-    tmp_path: Path, adapter: Path, damage: Callable[[Path], None], complaint: str
-) -> None:
-    """Each way of being wrong gets one sentence, and no checkpoint is written."""
+def test_a_bad_adapter_is_refused(tmp_path: Path, adapter: Path, damage: Callable[[Path], None], message: str) -> None:
+    """Each kind of damage has its own message, and no checkpoint is written."""
     damage(adapter)
 
-    with pytest.raises(CheckpointError, match=complaint):
+    with pytest.raises(CheckpointError, match=message):
         merge_adapter(adapter, tmp_path / "merged")
 
     assert not (tmp_path / "merged").exists()
 
 
-def test_weights_that_nobody_holds_are_not_made_up(tmp_path: Path, base: Path, adapter: Path) -> None:
-    """A base that lacks more than the head would be filled in at random; it is refused by the tensor's name."""
+def test_a_weight_that_is_in_neither_file_is_not_initialised_at_random(
+    tmp_path: Path, base: Path, adapter: Path
+) -> None:
+    """A base that lacks more than the head is refused, with the tensor's name."""
     tensors = load_file(base / "model.safetensors")
     del tensors["model.norm.weight"]
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
 
-    with pytest.raises(CheckpointError, match=r"holds model\.norm\.weight"):
+    with pytest.raises(CheckpointError, match=r"has model\.norm\.weight"):
         merge_adapter(adapter, tmp_path / "merged")
 
 
 def test_a_missing_base_folder_is_refused(tmp_path: Path, adapter: Path) -> None:
-    """A mistyped base is named as such, and is not taken for a hub id."""
+    """A mistyped folder of the base is reported, and not treated as a hub id."""
     with pytest.raises(CheckpointError, match="does not exist"):
         merge_adapter(adapter, tmp_path / "merged", base_dir=tmp_path / "typo")

@@ -1,4 +1,4 @@
-"""A bundle is served only as it was exported: every file is vouched for, and the engine has to suit it."""
+"""A bundle is served only as it was exported: every file has its recorded sha256, and the engine must support it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ from tiny_bundles import change_manifest, write_tiny_bundle
 from tiny_models import write_tiny_checkpoint
 
 from service.assembly import needs_gpu, open_model
-from service.checkpoints.bundle import GRAPH_DATA_FILE, GRAPH_FILE, MANIFEST_FILE, is_bundle, open_bundle, read_manifest
+from service.checkpoints.bundle import (
+    BUNDLE_MANIFEST_FILE,
+    FORMAT_VERSION,
+    GRAPH_DATA_FILE,
+    GRAPH_FILE,
+    is_bundle,
+    open_bundle,
+    read_manifest,
+)
 from service.errors import CheckpointError, SettingsError
 from service.settings import ModelSettings
 
@@ -23,8 +31,8 @@ def opened(folder: Path, **settings: object):
     return open_bundle(folder, ModelSettings.model_validate({"path": str(folder), **settings}))
 
 
-def test_a_whole_bundle_is_opened_with_what_the_service_shows(bundle: Path) -> None:
-    """Name, limit, template and the hashes of the exported checkpoint are there, so that its calibration fits."""
+def test_a_complete_bundle_is_opened(bundle: Path) -> None:
+    """The record has name, limit, template and the hashes of the exported checkpoint, which its calibration needs."""
     checkpoint = opened(bundle).checkpoint
 
     assert is_bundle(bundle)
@@ -35,7 +43,7 @@ def test_a_whole_bundle_is_opened_with_what_the_service_shows(bundle: Path) -> N
 
 @pytest.mark.parametrize("name", [GRAPH_FILE, "config.json", "tokenizer.json", "tokenizer_config.json"])
 def test_one_changed_byte_refuses_the_bundle(bundle: Path, name: str) -> None:
-    """Whatever file decides a reward, a flipped bit in it is found and named."""
+    """A flipped bit in any file that determines a reward is found, and the file is named."""
     content = bytearray((bundle / name).read_bytes())
     content[len(content) // 2] ^= 1
     (bundle / name).write_bytes(content)
@@ -45,40 +53,43 @@ def test_one_changed_byte_refuses_the_bundle(bundle: Path, name: str) -> None:
 
 
 def test_a_missing_file_is_named(bundle: Path) -> None:
-    """A half-copied bundle says what it lacks."""
+    """The message of an incomplete bundle names the missing file."""
     (bundle / "tokenizer.json").unlink()
 
     with pytest.raises(CheckpointError, match=r"lacks the file tokenizer\.json"):
         opened(bundle)
 
 
-def test_weights_beside_the_graph_must_be_vouched_for(bundle: Path) -> None:
-    """A data file that the manifest does not name could hold any weights."""
+def test_a_data_file_must_be_in_the_manifest(bundle: Path) -> None:
+    """A data file that the manifest does not list could hold any weights."""
     (bundle / GRAPH_DATA_FILE).write_bytes(b"weights")
 
-    with pytest.raises(CheckpointError, match="does not name"):
+    with pytest.raises(CheckpointError, match="does not list"):
         opened(bundle)
 
 
 def test_no_file_outside_of_the_folder_is_read(bundle: Path) -> None:
-    """A manifest cannot name its way out of the folder."""
+    """A file name in the manifest cannot lead out of the folder."""
     change_manifest(bundle, files={**read_manifest(bundle).files, "../other": "0" * 64})
 
     with pytest.raises(CheckpointError, match=r"\.\./other"):
         opened(bundle)
 
 
-def test_a_calibration_may_be_fitted_again_in_its_place(bundle: Path) -> None:
-    """The calibration decides no reward, so it is not among the files that may not change."""
+def test_a_calibration_may_be_replaced(bundle: Path) -> None:
+    """The calibration determines no reward, so it is not among the verified files."""
     (bundle / "calibration.safetensors").write_bytes(b"any")
 
     assert opened(bundle).manifest.name == "tiny"
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"format": 2}', '{"format": 1}', "{"])
-def test_a_broken_manifest_is_refused_in_one_sentence(bundle: Path, content: str) -> None:
-    """No JSON, another format or missing entries: refused, and the way out is named."""
-    (bundle / MANIFEST_FILE).write_text(content)
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", '{"format": 1}', '{"format_version": 1}', f'{{"format_version": {FORMAT_VERSION}}}', "{"],
+)
+def test_an_invalid_manifest_is_refused_with_a_remedy(bundle: Path, content: str) -> None:
+    """Content that is not JSON, another format version, or missing entries."""
+    (bundle / BUNDLE_MANIFEST_FILE).write_text(content)
 
     with pytest.raises(CheckpointError, match="reward-export"):
         opened(bundle)
@@ -91,8 +102,8 @@ def test_the_token_limit_is_that_of_the_export(bundle: Path) -> None:
         opened(bundle, max_input_tokens=513)
 
 
-def test_other_graphs_in_fewer_bits_are_other_models(bundle: Path) -> None:
-    """In fp32 the model's version does not depend on the graph; in fewer bits it does."""
+def test_the_version_depends_on_the_graph_below_fp32(bundle: Path) -> None:
+    """In fp32 the model's version does not depend on the graph's bytes; in int8 it does."""
     fp32 = opened(bundle).arithmetic
     change_manifest(bundle, precision="int8")
     int8 = opened(bundle).arithmetic
@@ -103,19 +114,19 @@ def test_other_graphs_in_fewer_bits_are_other_models(bundle: Path) -> None:
 
 
 def test_the_torch_engine_takes_no_bundle(bundle: Path) -> None:
-    """The engine that was chosen must suit the folder; auto always does."""
+    """The engine setting must support the folder."""
     with pytest.raises(SettingsError, match="ONNX bundle"):
         open_model(ModelSettings(path=str(bundle), engine="torch"))
 
 
 def test_a_bundle_is_not_quantized_again(bundle: Path) -> None:
-    """A graph's precision was chosen at its export; asking for another one is an error, not ignored."""
+    """A graph's precision was chosen at its export, so a setting for another one is an error."""
     with pytest.raises(SettingsError, match=r"quantization is int8, but .* is an ONNX bundle"):
         open_model(ModelSettings(path=str(bundle), quantization="int8"))
 
 
 def test_the_onnx_engine_takes_no_checkpoint(tmp_path: Path) -> None:
-    """Whoever asks for ONNX on a plain checkpoint is told how to export it."""
+    """The error for the onnx engine on a plain checkpoint names the export command."""
     folder = write_tiny_checkpoint(tmp_path / "model")
 
     with pytest.raises(SettingsError, match=f"reward-export {folder} OUT"):
@@ -123,7 +134,7 @@ def test_the_onnx_engine_takes_no_checkpoint(tmp_path: Path) -> None:
 
 
 def test_int8_needs_no_gpu(bundle: Path) -> None:
-    """An int8 bundle stays on the CPU whatever the machine has, and cannot be sent to a GPU."""
+    """An int8 bundle runs on the CPU of any machine, and refuses a GPU."""
     change_manifest(bundle, precision="int8")
 
     assert needs_gpu(ModelSettings(path=str(bundle)), bundle) is False

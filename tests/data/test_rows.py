@@ -1,4 +1,4 @@
-"""What data files may look like, and how a broken one is named."""
+"""Which data files are read, and how the message of an invalid one names it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def values(path: Path) -> list[dict[str, object]]:
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
-def test_json_lines_come_back_in_order(tmp_path: Path, name: str) -> None:
+def test_json_lines_are_read_in_order(tmp_path: Path, name: str) -> None:
     """Plain and gzipped files give the same rows, in file order."""
     path = write_lines(tmp_path / name, ROWS)
 
@@ -51,17 +51,17 @@ def test_parquet_rows_are_dictionaries(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_its_data_files_in_name_order(tmp_path: Path) -> None:
-    """Files of all kinds are read in the order of their names; other files are passed over."""
+    """Files of all formats are read in the order of their names; other files are ignored."""
     write_lines(tmp_path / "b.jsonl", [{"n": 2}])
     write_lines(tmp_path / "a.jsonl.gz", [{"n": 1}])
     parquet.write_table(pa.Table.from_pylist([{"n": 3}]), tmp_path / "c.parquet")
-    (tmp_path / "README.md").write_text("no data")
+    (tmp_path / "README.md").write_text("not a data file")
 
     assert values(tmp_path) == [{"n": 1}, {"n": 2}, {"n": 3}]
 
 
-def test_an_empty_line_is_no_row_but_counts(tmp_path: Path) -> None:
-    """Row numbers are line numbers, so that an editor finds the place."""
+def test_an_empty_line_is_counted_but_not_a_row(tmp_path: Path) -> None:
+    """Row numbers are line numbers, so that a row can be found in an editor."""
     path = tmp_path / "rows.jsonl"
     path.write_text('{"n": 1}\n\n{"n": 2}\n')
 
@@ -69,17 +69,17 @@ def test_an_empty_line_is_no_row_but_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "complaint"),
+    ("line", "message"),
     [
         (f'{{"prompt": "{USER_TEXT}"'.encode(), "line 2 is not JSON"),
         (b'["a"]', "line 2 is not a JSON object, but a list"),
         (b'{"prompt": "\xff"}', "line 2 is not JSON in UTF-8"),
         (b"[" * 100_000, "line 2 is not JSON"),
     ],
-    ids=["cut-short", "no-object", "no-utf-8", "nested-without-end"],
+    ids=["truncated", "not-an-object", "not-utf-8", "nested-too-deep"],
 )
-def test_a_broken_line_is_named_and_not_shown(tmp_path: Path, line: bytes, complaint: str) -> None:
-    """The error names file and line, and neither it nor what it chains carries the text; rows before it are given."""
+def test_an_invalid_line_is_named_and_not_shown(tmp_path: Path, line: bytes, message: str) -> None:
+    """The error names file and line, and neither it nor its cause contains the text; earlier rows are yielded."""
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"n": 1}\n' + line + b"\n")
     rows = read_rows(path)
@@ -88,7 +88,7 @@ def test_a_broken_line_is_named_and_not_shown(tmp_path: Path, line: bytes, compl
     with pytest.raises(DatasetError) as caught:
         next(rows)
 
-    assert complaint in str(caught.value)
+    assert message in str(caught.value)
     assert str(path) in str(caught.value)
     assert USER_TEXT not in str(caught.value)
     assert caught.value.__cause__ is None
@@ -98,14 +98,14 @@ def test_a_broken_line_is_named_and_not_shown(tmp_path: Path, line: bytes, compl
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("rows.jsonl.gz", b"this is no gzip file"),
+        ("rows.jsonl.gz", b"not a gzip file"),
         ("rows.jsonl.gz", gzip.compress(b'{"n": 1}\n' * 1000)[:-12]),
-        ("rows.parquet", b"this is no Parquet file"),
+        ("rows.parquet", b"not a Parquet file"),
     ],
-    ids=["no-gzip", "gzip-cut-short", "no-parquet"],
+    ids=["not-gzip", "truncated-gzip", "not-parquet"],
 )
 def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes) -> None:
-    """What the libraries raise about a damaged file becomes one DatasetError that names the file."""
+    """The libraries' exceptions about a damaged file become one DatasetError that names the file."""
     path = tmp_path / name
     path.write_bytes(content)
 
@@ -115,24 +115,24 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes) -> N
     assert str(path) in str(caught.value)
 
 
-def test_what_is_no_dataset_is_refused(tmp_path: Path) -> None:
-    """A missing path, a file of another kind and a folder without data each get a sentence of their own."""
+def test_a_path_without_data_is_refused(tmp_path: Path) -> None:
+    """A missing path, a file with another ending and a folder without data files have different messages."""
     (tmp_path / "rows.csv").write_text("a,b\n")
     (tmp_path / "empty").mkdir()
 
     with pytest.raises(DatasetError, match="does not exist"):
         list(read_rows(tmp_path / "missing.jsonl"))
-    with pytest.raises(DatasetError, match="no kind that we read"):
+    with pytest.raises(DatasetError, match="is not a data file"):
         list(read_rows(tmp_path / "rows.csv"))
-    with pytest.raises(DatasetError, match="holds no data file"):
+    with pytest.raises(DatasetError, match="has no data file"):
         list(read_rows(tmp_path / "empty"))
 
 
 def test_a_row_does_not_print_its_text(tmp_path: Path) -> None:
-    """A row in a traceback or a log shows its place only."""
+    """A row in a traceback or a log shows its location only."""
     path = write_lines(tmp_path / "rows.jsonl", [{"prompt": USER_TEXT}])
 
     (row,) = read_rows(path)
 
     assert USER_TEXT not in repr(row)
-    assert row.place == f"{path}, row 1"
+    assert row.location == f"{path}, row 1"

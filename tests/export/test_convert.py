@@ -1,4 +1,4 @@
-"""What the conversion promises: the same rewards from a plain checkpoint, or a refusal and no folder."""
+"""A conversion gives a plain checkpoint with the same rewards, or an error and no folder."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tiny_adapters import write_adapter
 from tiny_models import DECODER_FAMILIES, SENTENCES, write_tiny_causal_lm, write_tiny_checkpoint
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from export.convert import MANIFEST_FILE, convert, main
+from export.convert import CONVERSION_FILE, convert, main
 from service.checkpoints.checkpoint import open_checkpoint
 from service.errors import CheckpointError
 from service.settings import ModelSettings
 
-# PEFT 0.21 asks for a property that transformers 5.23 has renamed.
+# PEFT 0.21 reads a property that transformers 5.23 has renamed.
 PEFT_WARNS = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 HIDDEN_SIZE = 64
@@ -33,15 +33,15 @@ def token_ids(folder: Path) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def rewards_by_hand(source: Path, head: torch.Tensor = HEAD) -> torch.Tensor:
-    """The head applied to the last hidden state of the body: what training read."""
+def expected_rewards(source: Path, head: torch.Tensor = HEAD) -> torch.Tensor:
+    """The head applied to the last hidden state of the body, as in training."""
     body = AutoModel.from_pretrained(source)
     return torch.stack([body(ids).last_hidden_state[0, -1] @ head[0] for ids in token_ids(source)])
 
 
 @torch.no_grad()
 def rewards_of(folder: Path) -> torch.Tensor:
-    """What plain transformers says of the converted checkpoint."""
+    """The rewards of plain transformers for a converted checkpoint."""
     model, report = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
     assert not report["missing_keys"]
     return torch.stack([model(ids).logits[0, 0] for ids in token_ids(folder)])
@@ -54,7 +54,7 @@ def edit_weights(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]
 
 
 def trl_checkpoint(folder: Path, family: str = "llama", bias: float = 0.0) -> Path:
-    """As TRL's AutoModelForCausalLMWithValueHead saves itself: the causal language model and ``v_head``."""
+    """As TRL's AutoModelForCausalLMWithValueHead is saved: the causal language model and ``v_head``."""
     write_tiny_causal_lm(folder, family)
     head = {"v_head.summary.weight": HEAD, "v_head.summary.bias": torch.tensor([bias])}
     edit_weights(folder, lambda weights: weights.update(head))
@@ -62,7 +62,7 @@ def trl_checkpoint(folder: Path, family: str = "llama", bias: float = 0.0) -> Pa
 
 
 def wrapped_trl_checkpoint(folder: Path) -> Path:
-    """As a trainer saves TRL's wrapper itself: the body's names begin with ``pretrained_model``."""
+    """As a trainer saves TRL's wrapper itself: the body's names start with ``pretrained_model``."""
     trl_checkpoint(folder)
 
     def wrap(weights: dict[str, torch.Tensor]) -> None:
@@ -84,12 +84,12 @@ def openrlhf_checkpoint(folder: Path, prefix: str = "value_head") -> Path:
 
 
 def openrlhf_score_checkpoint(folder: Path) -> Path:
-    """OpenRLHF with the prefix ``score``: the right name, in a config of two labels."""
+    """OpenRLHF with the prefix ``score``: the classifier's name, in a config of two labels."""
     return openrlhf_checkpoint(folder, "score")
 
 
 def llamafactory_checkpoint(folder: Path) -> Path:
-    """As LLaMA-Factory saves a reward model: a causal language model, and the head in a file of its own."""
+    """As LLaMA-Factory saves a reward model: a causal language model, and the head in a separate file."""
     write_tiny_causal_lm(folder)
     save_file({"v_head.summary.weight": HEAD, "v_head.summary.bias": torch.zeros(1)}, folder / "value_head.safetensors")
     return folder
@@ -113,31 +113,33 @@ LAYOUTS: dict[Callable[[Path], Path], str] = {
 
 
 @pytest.mark.parametrize(("layout", "origin"), LAYOUTS.items(), ids=[layout.__name__ for layout in LAYOUTS])
-def test_each_layout_keeps_its_rewards(layout: Callable[[Path], Path], origin: str, tmp_path: Path) -> None:
-    """Plain transformers gives on the result what the head gives on the last hidden state of the source."""
+def test_each_layout_has_the_same_rewards_after_conversion(
+    layout: Callable[[Path], Path], origin: str, tmp_path: Path
+) -> None:
+    """Plain transformers gives the rewards of the source's head on its last hidden state."""
     source = layout(tmp_path / "source")
     plain = write_tiny_causal_lm(tmp_path / "plain", "qwen2" if layout is tied_checkpoint else "llama")
 
     conversion = convert(source, tmp_path / "out")
 
-    torch.testing.assert_close(rewards_of(tmp_path / "out"), rewards_by_hand(plain))
+    torch.testing.assert_close(rewards_of(tmp_path / "out"), expected_rewards(plain))
     assert rewards_of(tmp_path / "out").std() > 0.1
     assert conversion.origin == origin
-    assert json.loads((tmp_path / "out" / MANIFEST_FILE).read_bytes())["source"] == str(source)
+    assert json.loads((tmp_path / "out" / CONVERSION_FILE).read_bytes())["source"] == str(source)
 
 
 @pytest.mark.parametrize("family", DECODER_FAMILIES)
 def test_each_family_can_be_converted(family: str, tmp_path: Path) -> None:
-    """The head finds its place in every family of decoders, and the result passes the judge."""
+    """The head gets the classifier's name in every decoder family, and the result is valid."""
     source = trl_checkpoint(tmp_path / "source", family)
 
     convert(source, tmp_path / "out")
 
-    torch.testing.assert_close(rewards_of(tmp_path / "out"), rewards_by_hand(source))
+    torch.testing.assert_close(rewards_of(tmp_path / "out"), expected_rewards(source))
 
 
-def test_a_fp32_head_stays_exact_beside_a_bf16_body(tmp_path: Path) -> None:
-    """The body keeps the dtype it was stored in, and the head is not rounded to it."""
+def test_a_fp32_head_is_not_rounded_to_a_bf16_body(tmp_path: Path) -> None:
+    """Body and head are stored in their own dtypes."""
     source = trl_checkpoint(tmp_path / "source")
     edit_weights(
         source, lambda weights: weights.update({k: v.bfloat16() for k, v in weights.items() if "v_head" not in k})
@@ -150,8 +152,8 @@ def test_a_fp32_head_stays_exact_beside_a_bf16_body(tmp_path: Path) -> None:
     assert weights["model.norm.weight"].dtype == torch.bfloat16
 
 
-def test_a_bias_needs_leave_and_is_told(tmp_path: Path) -> None:
-    """A bias is never dropped in silence; with leave, rewards shift by exactly what the manifest says."""
+def test_dropping_a_bias_needs_the_option_and_is_recorded(tmp_path: Path) -> None:
+    """Without --drop-bias a bias is an error; with it the record has the dropped value."""
     source = trl_checkpoint(tmp_path / "source", bias=0.75)
 
     with pytest.raises(CheckpointError, match=r"bias of 0\.75.* pass --drop-bias"):
@@ -159,13 +161,13 @@ def test_a_bias_needs_leave_and_is_told(tmp_path: Path) -> None:
     conversion = convert(source, tmp_path / "out", drop_bias=True)
 
     assert conversion.dropped_bias == 0.75
-    assert json.loads((tmp_path / "out" / MANIFEST_FILE).read_bytes())["dropped_bias"] == 0.75
+    assert json.loads((tmp_path / "out" / CONVERSION_FILE).read_bytes())["dropped_bias"] == 0.75
 
 
-def test_pickles_need_leave(tmp_path: Path) -> None:
-    """A pickled checkpoint is opened on request only, and then gives the same rewards."""
+def test_pickles_need_the_option(tmp_path: Path) -> None:
+    """A pickled checkpoint is opened with --allow-pickle only, and then gives the same rewards."""
     source = trl_checkpoint(tmp_path / "source")
-    expected = rewards_by_hand(source)
+    expected = expected_rewards(source)
     torch.save(load_file(source / "model.safetensors"), source / "pytorch_model.bin")
     (source / "model.safetensors").unlink()
 
@@ -177,7 +179,7 @@ def test_pickles_need_leave(tmp_path: Path) -> None:
 
 
 def test_a_pickled_classifier_becomes_safetensors(tmp_path: Path) -> None:
-    """A plain classifier that is only pickled needs no new head, but new files."""
+    """A pickled plain classifier needs no new head, only new files."""
     source = write_tiny_checkpoint(tmp_path / "source")
     expected = rewards_of(source)
     torch.save(load_file(source / "model.safetensors"), source / "pytorch_model.bin")
@@ -195,7 +197,7 @@ def test_a_pickled_value_head_beside_safetensors(tmp_path: Path) -> None:
 
     conversion = convert(source, tmp_path / "out", allow_pickle=True)
 
-    torch.testing.assert_close(rewards_of(tmp_path / "out"), rewards_by_hand(source))
+    torch.testing.assert_close(rewards_of(tmp_path / "out"), expected_rewards(source))
     assert conversion.origin == "LLaMA-Factory"
 
 
@@ -210,19 +212,19 @@ class Bomb:
 
 
 def test_a_pickle_that_runs_code_is_not_opened(tmp_path: Path) -> None:
-    """Even with leave, a pickle of anything but tensors is refused before its code can run."""
+    """Even with --allow-pickle, a pickle of anything but tensors is refused before its code can run."""
     source = trl_checkpoint(tmp_path / "source")
     (source / "model.safetensors").unlink()
     torch.save({"score.weight": Bomb(tmp_path / "ran")}, source / "pytorch_model.bin")
 
-    with pytest.raises(CheckpointError, match="no plain pickle of tensors"):
+    with pytest.raises(CheckpointError, match="not a plain pickle of tensors"):
         convert(source, tmp_path / "out", allow_pickle=True)
 
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_pad_token_is_settled_and_told(tmp_path: Path) -> None:
-    """Without a pad token EOS is taken, as TRL takes it, and the pooling that then fits training is named."""
+def test_a_fallback_pad_token_is_set_and_reported(tmp_path: Path) -> None:
+    """Without a pad token EOS is used, as in TRL, and the notes name the pooling that matches training."""
     source = trl_checkpoint(tmp_path / "source")
     for name, missing in {"config.json": "pad_token_id", "tokenizer_config.json": "pad_token"}.items():
         content = json.loads((source / name).read_bytes()) | {missing: None}
@@ -236,8 +238,8 @@ def test_a_pad_token_is_settled_and_told(tmp_path: Path) -> None:
     assert any("model.pooling set to last" in note for note in conversion.notes)
 
 
-def test_a_normalised_reward_is_told(tmp_path: Path) -> None:
-    """OpenRLHF may have answered a normalised reward; the raw one is served, and the difference is told."""
+def test_a_normalised_reward_is_reported(tmp_path: Path) -> None:
+    """OpenRLHF may normalise rewards; the raw reward is served, and the notes name the difference."""
     source = openrlhf_checkpoint(tmp_path / "source")
     config = json.loads((source / "config.json").read_bytes()) | {"normalize_reward": True, "mean": 0.5, "std": 2.0}
     (source / "config.json").write_text(json.dumps(config))
@@ -247,7 +249,7 @@ def test_a_normalised_reward_is_told(tmp_path: Path) -> None:
 
 @PEFT_WARNS
 def test_a_peft_adapter_is_merged(tmp_path: Path) -> None:
-    """An adapter with a scalar head and the base that it names become one plain checkpoint."""
+    """An adapter with a scalar head and its named base become one plain checkpoint."""
     base = write_tiny_causal_lm(tmp_path / "base")
     adapter = write_adapter(tmp_path / "adapter", base)
 
@@ -258,7 +260,7 @@ def test_a_peft_adapter_is_merged(tmp_path: Path) -> None:
 
 
 @PEFT_WARNS
-def test_an_adapter_with_a_value_head_beside_it(tmp_path: Path) -> None:
+def test_an_adapter_with_a_separate_value_head(tmp_path: Path) -> None:
     """LLaMA-Factory's LoRA reward models: a causal-LM adapter and a value head give the rewards of both together."""
     base = write_tiny_causal_lm(tmp_path / "base")
     adapted = get_peft_model(
@@ -272,7 +274,9 @@ def test_an_adapter_with_a_value_head_beside_it(tmp_path: Path) -> None:
 
     conversion = convert(tmp_path / "adapter", tmp_path / "out", base=base)
 
-    torch.testing.assert_close(rewards_of(tmp_path / "out"), rewards_by_hand(tmp_path / "merged"), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        rewards_of(tmp_path / "out"), expected_rewards(tmp_path / "merged"), atol=1e-5, rtol=1e-5
+    )
     assert conversion.origin == "LLaMA-Factory"
 
 
@@ -292,7 +296,7 @@ def empty_folder(folder: Path) -> None:
 
 
 def value_head_on_an_encoder(folder: Path) -> None:
-    """The classifier's own head has layers that a value head does not have."""
+    """The classifier's head has layers that a value head does not have."""
     write_tiny_checkpoint(folder, "deberta-v2")
 
     def replace_head(weights: dict[str, torch.Tensor]) -> None:
@@ -303,14 +307,14 @@ def value_head_on_an_encoder(folder: Path) -> None:
     edit_weights(folder, replace_head)
 
 
-def lost_layer(folder: Path) -> None:
-    """A weight of the body is gone."""
+def missing_layer(folder: Path) -> None:
+    """A weight of the body is missing."""
     trl_checkpoint(folder)
     edit_weights(folder, lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"))
 
 
 def nan_head(folder: Path) -> None:
-    """The head diverged: the judge of the result sees it."""
+    """The head diverged, which the validation of the result finds."""
     trl_checkpoint(folder)
     edit_weights(folder, lambda weights: weights["v_head.summary.weight"].fill_(torch.nan))
 
@@ -325,18 +329,18 @@ def no_tokenizer(folder: Path) -> None:
 REFUSALS: dict[Callable[[Path], None], str] = {
     plain_causal_lm: "train a reward model with `reward-train`",
     plain_checkpoint: "serve it as it is",
-    empty_folder: "name the folder that holds its config.json",
+    empty_folder: "pass the folder that holds its config.json",
     value_head_on_an_encoder: "only decoders",
-    lost_layer: "save or copy the whole model",
-    nan_head: "holds NaN or infinity in score.weight",
+    missing_layer: "save or copy the whole model",
+    nan_head: "has NaN or infinity in score.weight",
     no_tokenizer: "has no tokenizer",
 }
 
 
-@pytest.mark.parametrize(("spoil", "remedy"), REFUSALS.items(), ids=[spoil.__name__ for spoil in REFUSALS])
-def test_what_cannot_be_converted_leaves_nothing(spoil: Callable[[Path], None], remedy: str, tmp_path: Path) -> None:
-    """Each refusal says what to do, and no half-written folder stays behind."""
-    spoil(tmp_path / "source")
+@pytest.mark.parametrize(("damage", "remedy"), REFUSALS.items(), ids=[damage.__name__ for damage in REFUSALS])
+def test_a_refused_conversion_leaves_no_folder(damage: Callable[[Path], None], remedy: str, tmp_path: Path) -> None:
+    """Each refusal names the remedy, and no incomplete folder remains."""
+    damage(tmp_path / "source")
 
     with pytest.raises(CheckpointError, match=remedy):
         convert(tmp_path / "source", tmp_path / "out")
@@ -345,24 +349,24 @@ def test_what_cannot_be_converted_leaves_nothing(spoil: Callable[[Path], None], 
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
-    """A folder that holds something is not touched."""
+    """A folder that is not empty is not changed."""
     source = trl_checkpoint(tmp_path / "source")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").touch()
 
-    with pytest.raises(CheckpointError, match="name another folder"):
+    with pytest.raises(CheckpointError, match="choose another folder"):
         convert(source, tmp_path / "out")
 
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
 
 
-def test_the_command_says_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The command ends with 0 and the way on, or with 1 and one sentence."""
+def test_the_command_reports_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command ends with 0 and the command to serve, or with 1 and one sentence."""
     source = trl_checkpoint(tmp_path / "source", bias=0.5)
 
     assert main([str(source), str(tmp_path / "out")]) == 1
     assert "pass --drop-bias" in capsys.readouterr().err
     assert main([str(source), str(tmp_path / "out"), "--drop-bias"]) == 0
-    answer = capsys.readouterr().err
-    assert f"reward-serve --model {tmp_path / 'out'}" in answer
-    assert "0.5 was left out" in answer
+    report = capsys.readouterr().err
+    assert f"reward-serve --model {tmp_path / 'out'}" in report
+    assert "0.5 was left out" in report

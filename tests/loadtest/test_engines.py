@@ -142,7 +142,7 @@ def test_row_that_is_neither_item_nor_pair_is_refused_by_its_place(tmp_path: Pat
     file = tmp_path / "rows.jsonl"
     file.write_text('{"question": "secret"}\n')
 
-    with pytest.raises(DatasetError, match="row 1 is neither") as refused:
+    with pytest.raises(DatasetError, match="row 1 has neither") as refused:
         list(read_groups(file))
 
     assert "secret" not in str(refused.value)

@@ -1,4 +1,4 @@
-"""Checkpoints behind the real HTTP application, in this process: without Ray, and without a port."""
+"""Checkpoints served by the real HTTP application in this process, without Ray and without a port."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from service.settings import read_settings
 
 @asynccontextmanager
 async def application(checkpoint: Path, *, dtype: str = "float32") -> AsyncIterator[httpx2.AsyncClient]:
-    """Serve the checkpoint folder and give a client that calls the application."""
+    """Serve the checkpoint folder and yield a client that calls the application."""
     served = assemble(read_settings({"model": {"path": str(checkpoint), "dtype": dtype}}))
     journal = Journal(str(checkpoint.parent / "requests.log"))
 

@@ -9,11 +9,11 @@ from peft import LoraConfig, TaskType, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
 HEAD = "base_model.model.score.weight"
-"""The name of the head's tensor in the adapter's file."""
+"""Name of the head's tensor in the adapter's file."""
 
 
 def write_adapter(folder: Path, base: Path, *, seed: int = 1) -> Path:
-    """Write a LoRA adapter for the base, with random weights: PEFT's own start would change nothing."""
+    """Write a LoRA adapter for the base with random weights; PEFT's initial weights would change nothing."""
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
     adapted = get_peft_model(model, LoraConfig(task_type=TaskType.SEQ_CLS, r=4, target_modules=["q_proj", "down_proj"]))
     with torch.random.fork_rng():

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tiny_models import MAX_POSITIONS, tiny_config, tiny_tokenizer
 
 from service.checkpoints.bundle import (
-    FORMAT,
+    FORMAT_VERSION,
     GRAPH_FILE,
     ExportParity,
     Manifest,
@@ -55,19 +55,19 @@ def write_tiny_bundle(folder: Path, **changes: Any) -> Path:
     names = sorted(file.name for file in folder.iterdir())
     probes = ((7, 8, 9), (30,), tuple(range(20, 60)))
     manifest = Manifest(
-        format=FORMAT,
+        format_version=FORMAT_VERSION,
         name="tiny",
         precision="fp32",
         architecture="LlamaForSequenceClassification",
-        source=Hashes(config="c" * 64, weights="d" * 64, tokenizer="e" * 64, template="f" * 64),
+        checkpoint_sha256=Hashes(config="c" * 64, weights="d" * 64, tokenizer="e" * 64, template="f" * 64),
         num_parameters=VOCABULARY * HIDDEN,
         stored_dtype="F32",
         has_linear_head=True,
         embedding_size=VOCABULARY,
         pad_token_id=tokenizer.pad_token_id,
         max_input_tokens=MAX_POSITIONS,
-        opset=23,
-        libraries={},
+        opset_version=23,
+        library_versions={},
         taps=TAPS,
         parity=ExportParity(1e-6, 1e-7, 1.0, 1.0, 64, "built-in"),
         probes=tuple(Probe(ids, reward_by_hand(ids)) for ids in probes),

@@ -15,14 +15,14 @@ from training.agreement import (
     measure_agreement,
     single_review_ceiling,
 )
-from training.preferences import PreferencePair, Review, Verdict
+from training.preferences import PreferencePair, Review, Vote
 
 KRIPPENDORFF_2011_E = ("111", "2232", "3333", "3333", "2222", "1234", "4444", "1121", "2222", "555", "11", "3")
 """The reliability data of section E: what each of twelve units got from at most four observers."""
 
 
-def reviewed(number: int, *verdicts: Verdict) -> PreferencePair:
-    reviews = tuple(Review(str(place), verdict) for place, verdict in enumerate(verdicts))
+def reviewed(number: int, *votes: Vote) -> PreferencePair:
+    reviews = tuple(Review(str(place), vote) for place, vote in enumerate(votes))
     return PreferencePair(f"prompt {number}", f"chosen {number}", f"rejected {number}", reviews=reviews)
 
 
@@ -33,9 +33,9 @@ def simulated_reviews(
     rng = np.random.default_rng(seed)
     share = rng.choice(shares, num_pairs)
     prefers_first = rng.random((num_pairs, num_reviewers)) < share[:, None]
-    verdicts: list[list[Verdict]] = [["chosen" if said else "rejected" for said in row] for row in prefers_first]
+    votes: list[list[Vote]] = [["chosen" if said else "rejected" for said in row] for row in prefers_first]
     agrees = np.where(share >= 0.5, prefers_first[:, 0], ~prefers_first[:, 0])
-    return [reviewed(number, *row) for number, row in enumerate(verdicts)], float(agrees.mean())
+    return [reviewed(number, *row) for number, row in enumerate(votes)], float(agrees.mean())
 
 
 def test_krippendorffs_own_example() -> None:
@@ -98,9 +98,9 @@ def test_a_majority_is_wiser_than_one() -> None:
 
 def test_labels_made_of_the_reviews_do_not_hide_agreement() -> None:
     """Nearly all reviews say "chosen", since the label came from them; alpha is as high as the reviewers deserve."""
-    verdicts: list[tuple[Verdict, Verdict]] = [("chosen", "chosen")] * 95 + [("chosen", "rejected")] * 5
+    votes: list[tuple[Vote, Vote]] = [("chosen", "chosen")] * 95 + [("chosen", "rejected")] * 5
 
-    agreement = measure_agreement(reviewed(number, *both) for number, both in enumerate(verdicts))
+    agreement = measure_agreement(reviewed(number, *both) for number, both in enumerate(votes))
 
     assert agreement is not None
     assert agreement.observed == 0.95

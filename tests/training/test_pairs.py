@@ -1,4 +1,4 @@
-"""Rows become pairs, and pairs become exactly the tokens that the service would score."""
+"""Rows become pairs, and pairs become exactly the token ids that the service would score."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def write_row(tmp_path: Path, row: Any) -> Path:
 
 
 def test_a_prompt_is_a_string_or_a_conversation(tmp_path: Path) -> None:
-    """Both forms are read; further keys are passed over."""
+    """Both forms are read; further keys are ignored."""
     turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "How so?"}]
     plain = write_row(tmp_path, PAIR | {"source": "somewhere"})
     (pair,) = read_pairs([plain])
@@ -37,7 +37,7 @@ def test_a_prompt_is_a_string_or_a_conversation(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "complaint"),
+    ("row", "message"),
     [
         ({"prompt": USER_TEXT, "chosen": USER_TEXT}, '"rejected" must be a string'),
         (PAIR | {"chosen": [USER_TEXT]}, '"chosen" must be a string'),
@@ -45,21 +45,21 @@ def test_a_prompt_is_a_string_or_a_conversation(tmp_path: Path) -> None:
         (PAIR | {"prompt": [USER_TEXT]}, '"prompt" must be a string or a list of messages'),
         (PAIR | {"prompt": [{"role": "user", "text": USER_TEXT}]}, '"content" must be a string'),
     ],
-    ids=["no-rejected", "chosen-a-list", "no-turns", "turn-a-string", "turn-without-content"],
+    ids=["no-rejected", "chosen-a-list", "no-messages", "message-a-string", "message-without-content"],
 )
-def test_a_row_that_is_no_pair_is_named_and_not_shown(tmp_path: Path, row: dict[str, Any], complaint: str) -> None:
+def test_an_invalid_pair_is_named_and_not_shown(tmp_path: Path, row: dict[str, Any], message: str) -> None:
     """The error names file, row and key, never the text."""
     path = write_row(tmp_path, row)
 
-    with pytest.raises(DatasetError, match=complaint) as caught:
+    with pytest.raises(DatasetError, match=message) as caught:
         list(read_pairs([path]))
 
     assert f"{path}, row 1" in str(caught.value)
     assert USER_TEXT not in str(caught.value)
 
 
-def test_completions_are_rendered_by_the_models_own_template() -> None:
-    """A completion is the assistant's turn after the prompt; a plain prompt is one user turn."""
+def test_completions_are_rendered_by_the_chat_template() -> None:
+    """A completion is the assistant message after the prompt; a plain prompt is one user message."""
     tokenizer = tiny_tokenizer("llama")
     conversation = PreferencePair((Message("user", "Why?"),), "Because.", "No.")
     plain = PreferencePair("Why?", "Because.", "No.")
@@ -73,7 +73,7 @@ def test_completions_are_rendered_by_the_models_own_template() -> None:
 
 
 def test_without_a_template_plain_text_is_joined() -> None:
-    """Prompt and completion are joined behind the BOS; a conversation cannot be rendered, and its pair is named."""
+    """Prompt and completion are joined after the BOS; a conversation cannot be rendered, and its pair is named."""
     tokenizer = tiny_tokenizer("llama")
     tokenizer.chat_template = None
     plain = PreferencePair("Why? ", "Because.", "No.")
@@ -86,7 +86,7 @@ def test_without_a_template_plain_text_is_joined() -> None:
 
 
 def test_long_conversations_lose_their_oldest_exchanges() -> None:
-    """Only pairs over the limit are shortened, by whole exchanges and no further than needed; the pair stays whole."""
+    """Only pairs over the limit are shortened, by as few exchanges as possible; the pair's texts are unchanged."""
     tokenizer = tiny_tokenizer("llama")
     turns = tuple(Message("user" if n % 2 == 0 else "assistant", f"turn {n}") for n in range(7))
     long, short = PreferencePair(turns, "Because.", "No."), PreferencePair(turns[-3:], "Because.", "No.")
@@ -102,8 +102,8 @@ def test_long_conversations_lose_their_oldest_exchanges() -> None:
     assert shortened[1:] == tokenized[1:]
 
 
-def test_the_last_turn_is_never_dropped() -> None:
-    """A conversation that does not fit even without its history stays too long, and is left to the selection."""
+def test_the_last_message_is_never_dropped() -> None:
+    """A conversation that is too long even without its history stays too long; the selection leaves it out."""
     tokenizer = tiny_tokenizer("llama")
     turns = (Message("user", "Why?"), Message("assistant", "How so?"), Message("user", "Why not?"))
     (tokenized,) = tokenize_pairs([PreferencePair(turns, "Because.", "No.")], tokenizer)

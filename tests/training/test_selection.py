@@ -1,4 +1,4 @@
-"""Which pairs a run trains on."""
+"""The selection of the pairs that a run trains on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def pair(prompt: str = "?", *, chosen_chars: int = 1, rejected_chars: int = 1, n
 
 
 def test_held_out_prompts_are_never_selected() -> None:
-    """No pair of a held-out prompt is trained on, and no other pair is lost; the counts say so."""
+    """No pair of a held-out prompt is selected and no other pair is left out; the counts agree."""
     pairs = [pair(f"prompt {n}") for n in range(100)]
     expected = [pair for pair in pairs if not is_held_out(pair.pair.prompt, 25)]
 
@@ -30,7 +30,7 @@ def test_held_out_prompts_are_never_selected() -> None:
 
 
 def test_long_pairs_are_left_out_and_counted() -> None:
-    """A pair is measured by its longer side, and is left out whole rather than cut."""
+    """A pair's length is that of its longer side, and a long pair is left out, not truncated."""
     pairs = [pair(num_tokens=10), pair(num_tokens=11)]
 
     selection = select_pairs(pairs, Recipe(max_length=10, hold_out_percent=0))
@@ -39,8 +39,8 @@ def test_long_pairs_are_left_out_and_counted() -> None:
     assert selection.counts.too_long == 1
 
 
-def test_shortened_pairs_are_counted_where_they_are_trained_on() -> None:
-    """The count names only pairs that training sees."""
+def test_only_selected_shortened_pairs_are_counted() -> None:
+    """A shortened pair that is still too long does not count."""
     shortened = replace(pair(num_tokens=10), num_dropped_turns=2)
     still_long = replace(pair(num_tokens=11), num_dropped_turns=2)
 
@@ -49,15 +49,15 @@ def test_shortened_pairs_are_counted_where_they_are_trained_on() -> None:
     assert (selection.counts.trained, selection.counts.shortened) == (2, 1)
 
 
-def test_an_empty_selection_says_where_the_pairs_went() -> None:
-    """Training on nothing is refused with the counts."""
+def test_an_empty_selection_is_an_error_with_the_counts() -> None:
+    """The message names the number of pairs by reason."""
     with pytest.raises(DatasetError, match="of 2 pairs 0 are held out, 0 are disputed and 2 are longer than 5 tokens"):
         select_pairs([pair(num_tokens=9)] * 2, Recipe(max_length=5, hold_out_percent=0))
 
 
 @pytest.mark.parametrize(("num_longer", "num_shorter"), [(7, 3), (3, 7), (4, 4), (5, 0)])
 def test_balanced_pairs_do_not_favour_a_length(num_longer: int, num_shorter: int) -> None:
-    """Only the surplus goes; equally long completions and the order stay, and the same seed leaves out the same."""
+    """Only the surplus is left out; ties and the order are preserved, and a seed always leaves out the same pairs."""
     longer = [pair(f"l{n}", chosen_chars=2) for n in range(num_longer)]
     shorter = [pair(f"s{n}", rejected_chars=2) for n in range(num_shorter)]
     even = [pair("even")]
@@ -65,13 +65,13 @@ def test_balanced_pairs_do_not_favour_a_length(num_longer: int, num_shorter: int
 
     balanced = balance_lengths(pairs, seed=1)
 
-    kept = min(num_longer, num_shorter)
-    assert sorted(pair.pair.excess_chars for pair in balanced) == [-1] * kept + [0] + [1] * kept
+    num_each = min(num_longer, num_shorter)
+    assert sorted(pair.pair.excess_chars for pair in balanced) == [-1] * num_each + [0] + [1] * num_each
     assert balanced == [pair for pair in pairs if pair in balanced] == balance_lengths(pairs, seed=1)
 
 
-def test_the_watched_pairs_are_a_fixed_draw() -> None:
-    """The same pairs are watched in each run, and none that the trainer would drop for its length."""
+def test_the_watched_pairs_are_a_fixed_sample() -> None:
+    """Each run evaluates the same pairs, and none that is too long for training."""
     pairs = [pair(f"p{n}", num_tokens=1 + n) for n in range(20)]
     recipe = Recipe(eval_pairs=5, max_length=10)
 
@@ -84,15 +84,15 @@ def test_the_watched_pairs_are_a_fixed_draw() -> None:
 
 
 def test_disputed_pairs_are_left_out() -> None:
-    """Pairs on which too few reviewers agree with the label go; pairs without reviews stay."""
-    verdicts = {"clear": ("chosen", "chosen", "chosen"), "split": ("chosen", "chosen", "rejected"), "unknown": ()}
+    """Pairs on which too few reviewers agree with the label are left out; pairs without reviews are not."""
+    votes = {"clear": ("chosen", "chosen", "chosen"), "split": ("chosen", "chosen", "rejected"), "unknown": ()}
     pairs = {
         name: TokenizedPair(
-            PreferencePair(name, "c", "r", reviews=tuple(Review(str(n), verdict) for n, verdict in enumerate(said))),
+            PreferencePair(name, "c", "r", reviews=tuple(Review(str(n), vote) for n, vote in enumerate(given))),
             (0,),
             (0,),
         )
-        for name, said in verdicts.items()
+        for name, given in votes.items()
     }
 
     selection = select_pairs(list(pairs.values()), Recipe(hold_out_percent=0, min_support=0.75))

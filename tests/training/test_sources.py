@@ -1,4 +1,4 @@
-"""Files, folders and data sets of the hub are read and hashed alike; nothing is taken for the hub's by mistake."""
+"""Files, folders and data sets on the hub are read and hashed; a mistyped path is not requested from the hub."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from typing import Any
 import datasets
 import pytest
 from preference_rows import polite_pairs, write_pairs
+from reward_client.hashing import file_sha256
 
 from service.errors import DatasetError
-from training.sources import file_hash, read_source, source_hashes, source_name
+from training.sources import read_source, source_hashes, source_name
 
 ROWS = polite_pairs(3)
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """What the hub is asked for; it has ROWS under any name but one."""
+def requested(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """The requests to the hub, which has ROWS under every name but one."""
     calls: list[tuple[str, str]] = []
 
     def load_dataset(name: str, *, split: str) -> Any:
@@ -30,43 +31,43 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     return calls
 
 
-def test_a_data_set_of_the_hub_is_read_by_its_name(asked: list[tuple[str, str]]) -> None:
-    """Owner and name, with the training split unless another is named."""
+def test_a_data_set_on_the_hub_is_read_by_its_name(requested: list[tuple[str, str]]) -> None:
+    """Owner and name, with the training split unless another one is given."""
     rows = [row.values for row in read_source("owner/name")]
 
     assert rows == ROWS
-    assert next(iter(read_source("owner/name:test"))).place == "owner/name:test, row 1"
-    assert asked == [("owner/name", "train"), ("owner/name", "test")]
+    assert next(iter(read_source("owner/name:test"))).location == "owner/name:test, row 1"
+    assert requested == [("owner/name", "train"), ("owner/name", "test")]
 
 
 @pytest.mark.parametrize("source", ["some/where.jsonl", "just-a-name", "/no/such/folder"])
-def test_a_missing_file_is_no_data_set(asked: list[tuple[str, str]], source: str) -> None:
-    """A path with a typing error is named as such, and nobody is asked over the network."""
+def test_a_missing_file_is_not_requested_from_the_hub(requested: list[tuple[str, str]], source: str) -> None:
+    """A mistyped path is an error without network access."""
     with pytest.raises(DatasetError):
         list(read_source(source))
 
-    assert asked == []
+    assert requested == []
 
 
-def test_a_data_set_that_cannot_be_fetched_is_one_sentence(asked: list[tuple[str, str]]) -> None:
-    """A dead network is no traceback."""
-    with pytest.raises(DatasetError, match=r"nobody/knows .* could not be fetched from the hub \(ConnectionError\)"):
+def test_a_failed_download_is_one_error(requested: list[tuple[str, str]]) -> None:
+    """A network error becomes a DatasetError with the data set's name."""
+    with pytest.raises(DatasetError, match=r"nobody/knows .* could not be downloaded from the hub \(ConnectionError\)"):
         list(read_source("nobody/knows"))
 
 
-def test_hashes_name_what_was_read(asked: list[tuple[str, str]], tmp_path: Path) -> None:
-    """A file has the hash of its bytes, a data set one of its rows, which stays the same from call to call."""
+def test_hashes_identify_the_content(requested: list[tuple[str, str]], tmp_path: Path) -> None:
+    """A file has the hash of its bytes, a data set the hash of its rows, which is the same in every call."""
     file = write_pairs(tmp_path / "pairs.jsonl", ROWS)
 
     hashes = source_hashes([str(file), "owner/name"])
 
-    assert hashes["pairs.jsonl"] == file_hash(file)
+    assert hashes["pairs.jsonl"] == file_sha256(file)
     assert hashes == source_hashes([file, "owner/name"])
     assert len(hashes["owner/name"]) == 64
 
 
-def test_names_are_without_folders_and_endings() -> None:
-    """What a report calls its sources."""
+def test_names_have_no_folder_and_no_ending() -> None:
+    """Reports name sources in this way."""
     names = [source_name(source) for source in (Path("a/b/pairs.jsonl.gz"), "a/b/pairs.parquet", "owner/name:test")]
 
     assert names == ["pairs", "pairs", "owner/name:test"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from preference_rows import polite_pairs, with_slips, write_pairs
-from reward_client.provenance import MANIFEST_FILE, Origin, read_origin, weights_hash
+from reward_client.provenance import TRAINING_MANIFEST_FILE, Origin, base_hash, read_origin
 from safetensors.torch import load_file, save_file
 from served_checkpoints import application
 from tiny_models import write_tiny_causal_lm, write_tiny_checkpoint
@@ -148,14 +148,14 @@ def latest_checkpoint(run: Run) -> str:
 
 def test_the_manifest_tells_what_was_done(run: Run) -> None:
     """Base, data and libraries are named with hashes or versions, and the recipe is complete."""
-    written = json.loads((run.out / MANIFEST_FILE).read_text())
+    written = json.loads((run.out / TRAINING_MANIFEST_FILE).read_text())
 
     assert written["recipe"]["learning_rate"] == RECIPE.learning_rate
     assert len(written["base_hash"]) == 64
     assert list(written["data_hashes"]) == ["train.jsonl"]
     assert written["libraries"]["trl"]
     assert written["evaluations"]["dev.jsonl"]["num_pairs"] == 40
-    assert read_origin(run.out) == Origin(run.base.name, weights_hash(run.base))
+    assert read_origin(run.out) == Origin(run.base.name, base_hash(run.base))
 
 
 def test_the_log_has_the_loss_of_every_tenth_step(run: Run) -> None:
@@ -184,8 +184,8 @@ def test_training_stops_on_a_plateau(tmp_path: Path) -> None:
         if "eval_loss" in line
     }
     assert manifest.num_steps < 64
-    assert manifest.kept_step == min(losses, key=losses.__getitem__)
-    kept = load_file(tmp_path / "out" / "checkpoints" / f"checkpoint-{manifest.kept_step}" / "model.safetensors")
+    assert manifest.selected_step == min(losses, key=losses.__getitem__)
+    kept = load_file(tmp_path / "out" / "checkpoints" / f"checkpoint-{manifest.selected_step}" / "model.safetensors")
     assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["score.weight"], kept["score.weight"])
 
 

@@ -21,7 +21,7 @@ def write(path: Path, *rows: object) -> Path:
 
 
 def test_rows_are_items_or_pairs(tmp_path: Path) -> None:
-    """A pair is two items of one prompt; test rows bring their category."""
+    """A pair gives two items of one prompt; test rows have a category."""
     data = write(
         tmp_path / "a.jsonl",
         {"prompt": "p", "chosen": "c", "rejected": "r"},
@@ -37,14 +37,14 @@ def test_rows_are_items_or_pairs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("row", [{"prompt": "p"}, {"prompt": [], "completion": "c"}, {"prompt": "p", "completion": 1}])
-def test_other_rows_are_refused_by_place(tmp_path: Path, row: object) -> None:
+def test_other_rows_are_refused_by_location(tmp_path: Path, row: object) -> None:
     """The message names the row and never its text."""
     with pytest.raises(DatasetError, match="row 1"):
         list(read_items(write(tmp_path / "a.jsonl", row)))
 
 
 def test_no_prompt_is_in_two_parts(tmp_path: Path) -> None:
-    """Parts are disjoint by how a prompt opens, together they are everything, and all are of use."""
+    """Parts are disjoint by the prompts' openings, together they contain every item, and none is too small."""
     items = list(read_items(write_pairs(tmp_path / "pairs.jsonl", 400)))
 
     parts = split(items)
@@ -56,7 +56,7 @@ def test_no_prompt_is_in_two_parts(tmp_path: Path) -> None:
 
 
 def test_detection_by_hand() -> None:
-    """Of nine pairs of a clean and a hacked item eight are in order; ties count one half."""
+    """The share of pairs of a clean and a hacked item in the right order; ties count one half."""
     found = detection(np.array([1.0, 2.0, 3.0]), np.array([3.0, 4.0, 2.5]))
 
     assert found.auroc == pytest.approx((3 + 2.5 + 2) / 9 + 0.0, abs=1 / 9)
@@ -64,7 +64,7 @@ def test_detection_by_hand() -> None:
 
 
 def test_errors_count_prompts() -> None:
-    """Items that always agree within a prompt have the standard error of as many items as prompts."""
+    """Items that always agree within a prompt have no more information than one item per prompt."""
     rng = np.random.default_rng(0)
     alone = rng.random(2000) < 0.05
     apart = rate_of(alone, np.arange(2000), 0.05)
@@ -88,7 +88,7 @@ def test_out_of_fold_p_values_are_uniform() -> None:
 
 
 def test_length_correlation_within_prompts() -> None:
-    """Differences between prompts do not contribute to the correlation within them."""
+    """A correlation between prompts only does not appear within them."""
     lengths = np.repeat([1.0, 2.0, 3.0, 4.0], 2) + np.tile([0.0, 0.5], 4)
     rewards = np.repeat([1.0, 2.0, 3.0, 4.0], 2) - np.tile([0.0, 0.1], 4)
 

@@ -19,7 +19,7 @@ from export.onnx import command as bundle_command
 from export.onnx.agreement import Bounds
 from export.onnx.command import ExportPlan, choose_probes, export_bundle, main, probe_tolerance, tap
 from service.assembly import assemble
-from service.checkpoints.bundle import GRAPH_FILE, MANIFEST_FILE, open_bundle, read_manifest
+from service.checkpoints.bundle import BUNDLE_MANIFEST_FILE, GRAPH_FILE, open_bundle, read_manifest
 from service.engines.onnx import OnnxEngine, load_onnx_engine
 from service.engines.torch import load_torch_engine
 from service.errors import CheckpointError, ParityError
@@ -89,12 +89,12 @@ def test_the_manifest_vouches_for_every_file_but_itself(llama: Path, llama_bundl
     """Graph, tokenizer, template and configuration are hashed; parity, opset and versions stand beside."""
     manifest = read_manifest(llama_bundle)
 
-    assert set(manifest.files) == {file.name for file in llama_bundle.iterdir()} - {MANIFEST_FILE}
+    assert set(manifest.files) == {file.name for file in llama_bundle.iterdir()} - {BUNDLE_MANIFEST_FILE}
     assert {GRAPH_FILE, "config.json", "tokenizer.json", "chat_template.jinja"} <= set(manifest.files)
     assert manifest.parity.max_difference <= 1e-4
-    assert (manifest.parity.num_items, manifest.parity.items) == (len(ITEMS), "items.jsonl")
-    assert (manifest.opset, manifest.precision, manifest.has_linear_head) == (23, "fp32", True)
-    assert {"torch", "transformers", "onnxruntime"} <= set(manifest.libraries)
+    assert (manifest.parity.num_texts, manifest.parity.text_source) == (len(ITEMS), "items.jsonl")
+    assert (manifest.opset_version, manifest.precision, manifest.has_linear_head) == (23, "fp32", True)
+    assert {"torch", "transformers", "onnxruntime"} <= set(manifest.library_versions)
     assert manifest.probes
 
 

@@ -1,4 +1,4 @@
-"""The texts of a comparison come from the built-in set or from rows, and complaints name rows, never texts."""
+"""The texts of a comparison are built in or come from rows; errors name rows, never texts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_models import tiny_tokenizer
 
-from export.onnx.probe_texts import MAX_ITEMS, encode_items, made_up_items, read_items
+from export.onnx.probe_texts import MAX_ITEMS, built_in_items, encode_items, read_items
 from service.errors import DatasetError
 from service.records import Exchange, Item, Message
 from service.settings import TokenizationSettings
@@ -26,9 +26,9 @@ def write(path: Path, *rows: object) -> Path:
     return path
 
 
-def test_made_up_texts_reach_from_a_few_tokens_to_the_limit() -> None:
-    """Short ones, long ones cut to the very limit, conversations of many turns, and scripts beyond Latin."""
-    items = made_up_items()
+def test_built_in_texts_have_lengths_up_to_the_limit() -> None:
+    """Short texts, long ones truncated to the limit, and conversations of many messages."""
+    items = built_in_items()
 
     lengths = [sequence.num_tokens for sequence in encode_items(items, tokenization())]
 
@@ -39,7 +39,7 @@ def test_made_up_texts_reach_from_a_few_tokens_to_the_limit() -> None:
 
 
 def test_pairs_are_two_items_and_items_one(tmp_path: Path) -> None:
-    """Both kinds of rows may stand in a file, prompts as texts or as messages."""
+    """A file may contain both kinds of rows, with prompts as strings or as messages."""
     file = write(
         tmp_path / "rows.jsonl",
         {"prompt": "a", "chosen": "b", "rejected": "c"},
@@ -53,8 +53,8 @@ def test_pairs_are_two_items_and_items_one(tmp_path: Path) -> None:
     ]
 
 
-def test_a_large_file_is_read_as_far_as_needed(tmp_path: Path) -> None:
-    """Plain transformers takes texts one by one, so there is a limit to how many."""
+def test_a_large_file_is_read_up_to_a_limit(tmp_path: Path) -> None:
+    """Plain transformers scores texts one by one, so their number is limited."""
     rows = ({"prompt": "a", "chosen": str(number), "rejected": "c"} for number in range(MAX_ITEMS))
 
     assert len(read_items(write(tmp_path / "rows.jsonl", *rows))) == MAX_ITEMS
@@ -68,17 +68,17 @@ def test_a_large_file_is_read_as_far_as_needed(tmp_path: Path) -> None:
         {"prompt": ["secret"], "completion": "x"},
         {"text": "secret"},
     ],
-    ids=["no-completion", "no-text", "no-messages", "no-prompt"],
+    ids=["no-completion", "not-a-string", "no-messages", "no-prompt"],
 )
-def test_a_row_that_is_neither_is_named_by_its_number(tmp_path: Path, row: dict[str, object]) -> None:
-    """The message tells file and row and shows no text."""
+def test_an_invalid_row_is_named_by_its_number(tmp_path: Path, row: dict[str, object]) -> None:
+    """The message names file and row and shows no text."""
     with pytest.raises(DatasetError, match="row 2") as caught:
         read_items(write(tmp_path / "rows.jsonl", {"prompt": "a", "completion": "b"}, row))
 
     assert "secret" not in str(caught.value)
 
 
-def test_one_text_has_no_order() -> None:
-    """Equal texts count once, and with fewer than two there is nothing to compare."""
+def test_a_single_text_is_refused() -> None:
+    """Equal texts count once, and fewer than two have no order to compare."""
     with pytest.raises(DatasetError, match="1 can be compared"):
         encode_items([Item(Exchange("a", "b"))] * 3, tokenization())
