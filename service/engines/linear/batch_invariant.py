@@ -1,7 +1,7 @@
 """Linear layers on a CPU whose result for a token does not depend on the number of tokens in the product.
 
 CPU libraries choose their kernel, and with it the order of additions, by the number of rows. In half precision this one
-rounding grows through the layers to some hundredths of the rewards' standard deviation, far above the accepted effect
+rounding grows through the layers to some hundredths of the rewards' spread, far above the accepted effect
 of the batch composition. Most numbers of rows share a kernel, though: those that give the same bits are determined once
 for each shape, and products are computed in blocks of these sizes only.
 """

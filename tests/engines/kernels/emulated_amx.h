@@ -1,7 +1,7 @@
 // AMX in plain C++, so that the kernels for AMX can be tested on any CPU with AVX-512.
 //
-// The compiler includes this file before each source (-include); it replaces the compiler's AMX intrinsics. Tiles have 16
-// rows of 64 bytes, as the kernels configure them. Products follow the definition of the instruction, except that
+// The compiler includes this file before each source (-include); it replaces the compiler's AMX intrinsics. Tiles have
+// 16 rows of 64 bytes, as the kernels configure them. Products follow the definition of the instruction, except that
 // denormal numbers are not flushed to zero.
 #pragma once
 

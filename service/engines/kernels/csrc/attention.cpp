@@ -127,9 +127,10 @@ void apply_softcap(float* products, int num_keys, const AttentionArgs& args) {
     }
 }
 
-// Writes the unnormalized softmax weights exp(scale * (product - largest product)) of one query's keys and returns their
-// sum. The weights of keys outside of [first, end) are zero.
-float exp_weights(const float* products, int first, int end, int num_keys, const AttentionArgs& args, operand* weights) {
+// Writes the unnormalized softmax weights exp(scale * (product - largest product)) of one query's keys and returns
+// their sum. The weights of keys outside of [first, end) are zero.
+float exp_weights(
+    const float* products, int first, int end, int num_keys, const AttentionArgs& args, operand* weights) {
     __m512 maxima = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
     auto visible = [&](int key) { return __mmask16(first_lanes(end - key) & ~first_lanes(first - key)); };
     const int begin = first / LANES * LANES;

@@ -1,8 +1,8 @@
 // Linear layers, gated feed-forward layers, and the two halves of a decoder block around attention, on packed weights.
 //
-// Each thread takes blocks of rows that stay in its core's cache while all weights are read. Consecutive operations that
-// need no other rows (norms, products, gates, residuals) run completely for one block, so that intermediate states never
-// leave that cache.
+// Each thread takes blocks of rows that stay in its core's cache while all weights are read. Consecutive operations
+// that need no other rows (norms, products, gates, residuals) run completely for one block, so that intermediate states
+// never leave that cache.
 
 #include <algorithm>
 

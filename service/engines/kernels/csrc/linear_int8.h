@@ -1,10 +1,10 @@
 // The operands of linear layers in int8: quantized panels, quantized input rows and the product of both.
 //
-// Each group of 32 consecutive elements of an input row or of a weight row shares a scale: the group's largest magnitude
-// over 127 (block-wise quantization, Dettmers et al., arXiv 2110.02861). An outlier channel therefore reduces the
-// precision of its own group alone. Input rows are stored as uint8 with ZERO_POINT added, since VNNI multiplies unsigned
-// by signed integers; what the zero point adds to a sum is precomputed for each column and subtracted. Sums of 32
-// products are exact integers; their scaled sum is fp32.
+// Each group of 32 consecutive elements of an input row or of a weight row shares a scale: the group's largest
+// magnitude over 127 (block-wise quantization, Dettmers et al., arXiv 2110.02861). An outlier channel therefore reduces
+// the precision of its own group alone. Input rows are stored as uint8 with ZERO_POINT added, since VNNI multiplies
+// unsigned by signed integers; what the zero point adds to a sum is precomputed for each column and subtracted. Sums of
+// 32 products are exact integers; their scaled sum is fp32.
 #pragma once
 
 #include "gemm.h"

@@ -1,8 +1,9 @@
 // The memory layout of the right-hand matrix of a product.
 //
-// The matrix is packed into panels of BLOCK = 32 columns. In a panel, each step of 32 elements of the inner dimension is
-// two tiles of TILE = 16 columns, one after the other. A tile has 16 rows of 16 pairs, [pair of inner elements][column][2],
-// as AMX and AVX-512 BF16 read them. With fp32 operands the two rows of a pair follow each other, [32 rows][column].
+// The matrix is packed into panels of BLOCK = 32 columns. In a panel, each step of 32 elements of the inner dimension
+// is two tiles of TILE = 16 columns, one after the other. A tile has 16 rows of 16 pairs, [pair of inner
+// elements][column][2], as AMX and AVX-512 BF16 read them. With fp32 operands the two rows of a pair follow each other,
+// [32 rows][column].
 #pragma once
 
 #include <immintrin.h>
