@@ -185,10 +185,10 @@ def _ways(setup: Setup, engines: Sequence[Engine]) -> dict[str, Way]:
 def _way_of(engine: Engine) -> str:
     info = engine.info
     extras = {
-        "shared prefixes": info.shared_from is not None,
+        "shared prefixes": info.min_shared_prefix_tokens is not None,
         "compiled": info.compiled,
-        "graphs": info.graph_tokens > 0,
-        "graphs failed": bool(info.graph_failure),
+        "graphs": info.cuda_graph_max_tokens > 0,
+        "graphs failed": bool(info.cuda_graph_failure),
         "merged": info.cascade_attention,
         info.quantization: info.quantization != "none",
     }
