@@ -23,7 +23,7 @@ from service.assembly import ServedModel, assemble
 from service.diagnostics.monitors.monitor import MonitorView, merge_views
 from service.http.access_log import Journal
 from service.http.routes import OpenRequests, create_routes
-from service.launch.ray_environment import Launch
+from service.launch.launch import Launch
 from service.metrics import merge_expositions
 from service.settings import read_settings
 
