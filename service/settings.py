@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from reward_client.options import DiagnosticsLevel, TemplateChoice, Truncation
 
 from service.errors import SettingsError
@@ -87,6 +87,12 @@ class ModelSettings(Section):
         "and merge it with the attention to each one's suffix; otherwise the prefix keys are gathered for each "
         "sequence. Not measured yet.",
     )
+
+    @field_validator("kernels", mode="before")
+    @classmethod
+    def _accept_yaml_booleans(cls, value: object) -> object:
+        # YAML 1.1 reads a bare on or off as a boolean.
+        return ("on" if value else "off") if isinstance(value, bool) else value
 
 
 class TokenizationSettings(Section):
@@ -248,7 +254,7 @@ def describe_invalid(
     for name, found in reasons.items():
         source = source_of(name)
         sentences.append(f"{name}{f' ({source})' if source else ''}: {' or '.join(found)}")
-    return f"The settings are not valid: {'; '.join(sentences)}"
+    return f"The settings are not valid: {'; '.join(sentences)}."
 
 
 def _setting_at(location: tuple[int | str, ...], known: Sequence[str]) -> str:

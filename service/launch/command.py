@@ -5,7 +5,6 @@ It imports no more than the settings until they are valid, so ``--help`` and err
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     try:
-        settings, options = read_sources(arguments, os.environ)
+        settings, options = read_sources(arguments)
     except SettingsError as error:
         print(f"reward-serve: {error}", file=sys.stderr)
         return 1

@@ -7,7 +7,8 @@ reads and merges the sources; this module adds error messages, which name the so
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +25,19 @@ CONFIG_VARIABLE = "REWARD_CONFIG"
 """Names the configuration file if ``--config`` does not."""
 
 
-def read_sources(arguments: Sequence[str] | None, environment: Mapping[str, str]) -> tuple[StartSettings, Options]:
+def read_sources(arguments: Sequence[str] | None = None) -> tuple[StartSettings, Options]:
     """Return the settings that the sources give together, and the command line.
 
     Args:
         arguments: of the command; None: those of this process.
-        environment: the variables of this process.
 
     Raises:
         SystemExit: as ``parse_options``.
         SettingsError: a setting, a variable or a key is unknown, a value is malformed, or the file cannot be read.
     """
     options = parse_options(arguments)
-    refuse_unknown_variables(environment)
-    config = options.config or environment.get(CONFIG_VARIABLE)
+    refuse_unknown_variables(os.environ)
+    config = options.config or os.environ.get(CONFIG_VARIABLE)
     sources: tuple[PydanticBaseSettingsSource, ...] = (options.settings, EnvSettingsSource(StartSettings))
     if config is not None:
         sources = (*sources, _read_file(config))
@@ -50,8 +50,11 @@ def read_sources(arguments: Sequence[str] | None, environment: Mapping[str, str]
         ) from None
 
 
-def refuse_unknown_variables(environment: Mapping[str, str]) -> None:
+def refuse_unknown_variables(environment: Iterable[str]) -> None:
     """Check that every ``REWARD_*`` variable is the variable of a setting.
+
+    Args:
+        environment: names of variables.
 
     Raises:
         SettingsError: some are not; the message names each of them and the nearest variable that exists.

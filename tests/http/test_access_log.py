@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from service.http import access_log as journal
-from service.http.access_log import Journal
+from service.http import access_log
+from service.http.access_log import AccessLog
 
 CANARY = "canary-90be"
 
 
 def test_lines_are_whole(tmp_path: Path) -> None:
     """Each fact arrives as JSON on a line of its own; facts that are None stay out."""
-    log = Journal(str(tmp_path / "log"))
+    log = AccessLog(str(tmp_path / "log"))
 
     for number in range(100):
         log.write("scored", number=number, code=None)
@@ -30,7 +30,7 @@ def test_lines_are_whole(tmp_path: Path) -> None:
 def test_restart_appends(tmp_path: Path) -> None:
     """A log that is opened again goes on where it was."""
     for name in ("first", "second"):
-        log = Journal(str(tmp_path / "log"))
+        log = AccessLog(str(tmp_path / "log"))
         log.write(name)
         log.close()
         log.close()
@@ -40,15 +40,15 @@ def test_restart_appends(tmp_path: Path) -> None:
 
 def test_bug_without_its_message(tmp_path: Path) -> None:
     """Of an unexpected exception the log has class and place; its message may quote a user."""
-    log = Journal(str(tmp_path / "log"))
+    log = AccessLog(str(tmp_path / "log"))
     with pytest.raises(ValueError, match=CANARY) as caught:
         raise ValueError(CANARY)
-    log.write_bug(caught.value, request_id="r")
+    log.write_exception(caught.value, request_id="r")
     log.close()
 
     text = (tmp_path / "log").read_text()
     assert json.loads(text)["exception"] == "ValueError"
-    assert "test_journal.py" in text
+    assert "test_access_log.py" in text
     assert CANARY not in text
 
 
@@ -57,15 +57,15 @@ def test_reader_that_stands_still(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    log = Journal(str(pipe))
+    log = AccessLog(str(pipe))
 
     writing = threading.Thread(target=lambda: [log.write("scored", text="x" * 1000) for _ in range(30_000)])
     writing.start()
     writing.join(20.0)
 
     assert not writing.is_alive()
-    assert log.num_waiting == journal.MAX_WAITING_LINES
+    assert log.num_queued == access_log.MAX_QUEUED_LINES
     begin = time.monotonic()
     log.close()
-    assert time.monotonic() - begin < 3 * journal.CLOSE_S
+    assert time.monotonic() - begin < 3 * access_log.CLOSE_S
     os.close(reader)

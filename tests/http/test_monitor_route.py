@@ -13,26 +13,27 @@ import pytest
 from service.assembly import assemble
 from service.diagnostics.monitors.monitor import MonitorView
 from service.engines.oracle import oracle_reward_of_text
-from service.http.access_log import Journal
+from service.http.access_log import AccessLog
+from service.http.open_requests import OpenRequests
 from service.http.openapi import document
-from service.http.routes import OpenRequests, create_routes
+from service.http.routes import create_app
 from service.settings import read_settings
 
 
 @pytest.fixture
 async def client(tmp_path: Path) -> AsyncIterator[httpx2.AsyncClient]:
     served = assemble(read_settings({"model": {"engine": "oracle"}, "monitors": {"max_runs": 2}}))
-    journal = Journal(str(tmp_path / "log"))
+    access_log = AccessLog(str(tmp_path / "log"))
 
     async def exposition() -> str:
         return served.metrics.render().decode()
 
     await served.scorer.start()
-    routes = create_routes(served, exposition, journal, OpenRequests())
-    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(routes), base_url="http://app") as asking:
+    app = create_app(served, exposition, access_log, OpenRequests())
+    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://app") as asking:
         yield asking
     await served.scorer.stop(0.0)
-    journal.close()
+    access_log.close()
 
 
 def items(num_prompts: int, completions: int = 4) -> list[dict[str, str]]:
@@ -151,7 +152,7 @@ async def test_answer_is_documented(client: httpx2.AsyncClient) -> None:
 async def test_replicas_that_do_not_answer_are_said(tmp_path: Path) -> None:
     """What the gathering of all replicas says about its gaps is passed on."""
     served = assemble(read_settings({"model": {"engine": "oracle"}}))
-    journal = Journal(str(tmp_path / "log"))
+    access_log = AccessLog(str(tmp_path / "log"))
 
     async def exposition() -> str:
         return ""
@@ -160,10 +161,10 @@ async def test_replicas_that_do_not_answer_are_said(tmp_path: Path) -> None:
         view = served.monitors.view(run_id)
         return MonitorView(view.state, ("other",), incomplete=True)
 
-    routes = create_routes(served, exposition, journal, OpenRequests(), monitors=gathering)
-    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(routes), base_url="http://app") as client:
+    app = create_app(served, exposition, access_log, OpenRequests(), monitors=gathering)
+    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://app") as client:
         found = await monitor(client)
-    journal.close()
+    access_log.close()
 
     assert found["incomplete"] is True
     assert found["runs"] == ["other"]
