@@ -17,6 +17,9 @@ from reward_client.options import DiagnosticsLevel, TemplateChoice, Truncation
 from service.errors import SettingsError
 from service.records import Pooling
 
+DEMO_MODEL = "demo"
+"""``model.path`` of the demo model, in the settings and in the arguments of every command."""
+
 
 class Section(BaseModel):
     """Base of all sections: frozen, unknown names refused, values kept out of error messages."""
@@ -87,6 +90,11 @@ class ModelSettings(Section):
         "and merge it with the attention to each one's suffix; otherwise the prefix keys are gathered for each "
         "sequence. Not measured yet.",
     )
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether the model is the demo model."""
+        return self.path in {None, DEMO_MODEL}
 
     @field_validator("kernels", mode="before")
     @classmethod
@@ -243,12 +251,13 @@ def describe_invalid(
         known: the dotted names that exist, for suggestions.
         source_of: maps a dotted name to where its value comes from, or None.
     """
+    names = [*known, *dict.fromkeys(name.partition(".")[0] for name in known)]
     reasons: dict[str, list[str]] = {}
     for problem in error.errors(include_input=False, include_url=False):
         name = _setting_at(problem["loc"], known)
         unknown = problem["type"] == "extra_forbidden"
         reasons.setdefault(name, []).append(
-            f"is not a setting{did_you_mean(name, known)}" if unknown else problem["msg"]
+            f"is not a setting{did_you_mean(name, names)}" if unknown else problem["msg"]
         )
     sentences = []
     for name, found in reasons.items():

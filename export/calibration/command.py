@@ -29,9 +29,9 @@ from service.assembly import ServedModel, assemble, judge
 from service.checkpoints.demo import ADAPTER_FOLDER
 from service.diagnostics.calibration import CALIBRATION_FILE, read_calibration, write_calibration
 from service.errors import CalibrationError, StartupError
-from service.settings import ModelSettings, Settings, read_settings
+from service.settings import DEMO_MODEL, ModelSettings, Settings, read_settings
+from service.version import add_version_option
 
-DEMO = "demo"
 OUT_OF_TOLERANCE = 3
 LOG_WIDTH = 140
 
@@ -54,7 +54,7 @@ def _calibrate(options: argparse.Namespace, console: Console) -> int:
     settings = _settings(options)
     folder = judge(settings.model).path
     # The demo model's folder is a copy in the cache; its calibration belongs to the clone, as its adapter does.
-    home = ADAPTER_FOLDER if options.model == DEMO else folder
+    home = ADAPTER_FOLDER if settings.model.is_demo else folder
     out = Path(options.out) if options.out else home / CALIBRATION_FILE
     facts: dict[str, Any] = {}
     if not options.test_only:
@@ -124,7 +124,7 @@ def _assemble_to_measure(settings: Settings) -> ServedModel:
 
 
 def _settings(options: argparse.Namespace) -> Settings:
-    model = {"path": None if options.model == DEMO else options.model, "dtype": options.dtype, "device": options.device}
+    model = {"path": options.model, "dtype": options.dtype, "device": options.device}
     known = {name: value for name, value in model.items() if value is not None}
     if options.max_input_tokens:
         known["max_input_tokens"] = options.max_input_tokens
@@ -154,7 +154,8 @@ def _hash(path: Path) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="reward-calibrate", description=__doc__.splitlines()[0])
-    parser.add_argument("model", metavar="DIR", help=f"checkpoint folder or hub id; {DEMO}: the demo model")
+    add_version_option(parser)
+    parser.add_argument("model", metavar="DIR", help=f"checkpoint folder or hub id; {DEMO_MODEL}: the demo model")
     parser.add_argument("data", metavar="DATA", help="items (prompt, completion) or pairs (prompt, chosen, rejected)")
     parser.add_argument(
         "--out", metavar="FILE", help=f"default: {CALIBRATION_FILE} in the checkpoint folder (demo: in the clone)"

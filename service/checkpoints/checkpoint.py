@@ -35,10 +35,9 @@ from service.checkpoints.validation import (
 from service.checkpoints.weights import hash_files, read_tensor_infos, weight_files
 from service.errors import CheckpointError
 from service.records import ModelIdentity, Pooling
-from service.settings import ModelSettings
+from service.settings import DEMO_MODEL, ModelSettings
 from service.transformers_logging import transformers_silenced
 
-DEMO_NAME = "demo"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja")
 """What is fetched from a hub: weights and plain data, nothing that could run."""
@@ -89,13 +88,13 @@ class Checkpoint:
 def locate_checkpoint(settings: ModelSettings) -> Path:
     """Return the folder of the checkpoint that the settings name, fetching or merging it first where needed.
 
-    No path is the demo model. A PEFT adapter is merged into its base once and kept in the user's cache. What is no
-    folder is taken for a hub id.
+    ``demo``, or no path, is the demo model. A PEFT adapter is merged into its base once and kept in the user's cache.
+    What is no folder is taken for a hub id.
 
     Raises:
         CheckpointError: there is neither such a folder nor such a model on a reachable hub, or a merge fails.
     """
-    if settings.path is None:
+    if settings.path is None or settings.is_demo:
         return obtain_demo_model()
     folder = Path(settings.path).expanduser()
     if not folder.is_dir():
@@ -252,7 +251,7 @@ def checkpoint_name(settings: ModelSettings) -> str:
     """Return the name of the model in answers and metrics: the setting, else that of its folder or hub id."""
     if settings.name is not None:
         return settings.name
-    if settings.path is None:
-        return DEMO_NAME
+    if settings.path is None or settings.is_demo:
+        return DEMO_MODEL
     folder = Path(settings.path).expanduser()
     return folder.resolve().name if folder.is_dir() else settings.path

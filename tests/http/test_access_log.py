@@ -1,4 +1,4 @@
-"""The request log: whole lines, no texts, and never a reason to wait."""
+"""The access log: complete lines, no user text, and no waiting for the file."""
 
 import json
 import os
@@ -14,8 +14,8 @@ from service.http.access_log import AccessLog
 CANARY = "canary-90be"
 
 
-def test_lines_are_whole(tmp_path: Path) -> None:
-    """Each fact arrives as JSON on a line of its own; facts that are None stay out."""
+def test_lines_are_complete(tmp_path: Path) -> None:
+    """Each call writes one line of JSON; facts that are None are left out."""
     log = AccessLog(str(tmp_path / "log"))
 
     for number in range(100):
@@ -28,7 +28,7 @@ def test_lines_are_whole(tmp_path: Path) -> None:
 
 
 def test_restart_appends(tmp_path: Path) -> None:
-    """A log that is opened again goes on where it was."""
+    """A log that is opened again is appended to."""
     for name in ("first", "second"):
         log = AccessLog(str(tmp_path / "log"))
         log.write(name)
@@ -38,8 +38,8 @@ def test_restart_appends(tmp_path: Path) -> None:
     assert [json.loads(line)["event"] for line in (tmp_path / "log").read_text().splitlines()] == ["first", "second"]
 
 
-def test_bug_without_its_message(tmp_path: Path) -> None:
-    """Of an unexpected exception the log has class and place; its message may quote a user."""
+def test_exception_is_logged_without_its_message(tmp_path: Path) -> None:
+    """The log has the class and the frames of an unexpected exception, and not its message, which may quote a user."""
     log = AccessLog(str(tmp_path / "log"))
     with pytest.raises(ValueError, match=CANARY) as caught:
         raise ValueError(CANARY)
@@ -52,8 +52,8 @@ def test_bug_without_its_message(tmp_path: Path) -> None:
     assert CANARY not in text
 
 
-def test_reader_that_stands_still(tmp_path: Path) -> None:
-    """When nobody takes the lines, writing and closing do not wait, and what does not fit is dropped."""
+def test_blocked_reader(tmp_path: Path) -> None:
+    """When nothing reads the pipe, writing and closing do not wait, and lines that do not fit are dropped."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
