@@ -33,7 +33,7 @@ def inspect_checkpoint(settings: ModelSettings) -> Inspection:
     """
     if settings.engine == "oracle":
         return Inspection(None, None, needs_gpu=False)
-    child = subprocess.run(  # noqa: S603 - our own interpreter and our own module
+    child = subprocess.run(  # noqa: S603 - this interpreter and a module of this package
         [sys.executable, "-P", "-c", _CHILD],
         input=settings.model_dump_json(),
         stdout=subprocess.PIPE,

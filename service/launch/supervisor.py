@@ -114,7 +114,7 @@ class _Server:
         self._reports = os.fdopen(reports, "rb", buffering=0)
         self._unread = b""
         self._is_running = False
-        self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and our own module
+        self._process = subprocess.Popen(  # noqa: S603 - this interpreter and a module of this package
             [sys.executable, "-P", "-c", _CHILD, str(reports_child)],
             stdin=subprocess.PIPE,
             stdout=log,
@@ -205,7 +205,7 @@ def sweep() -> None:
 
 def _answers_ready(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=2.0) as answer:  # noqa: S310 - our own http URL
+        with urllib.request.urlopen(url, timeout=2.0) as answer:  # noqa: S310 - an http URL made here
             return bool(answer.status == 200)
     except (OSError, urllib.error.URLError):
         return False
