@@ -19,11 +19,17 @@ class Ports:
     """
 
     http: int
+    """HTTP of the service, through HAProxy."""
     proxy_metrics: int = 9101
+    """HAProxy's metrics."""
     proxy_stats: int = 8404
+    """HAProxy's statistics page."""
     fallback: int = 8500
+    """Serve's Python proxy, which HAProxy uses while no replica is reachable."""
     autoscaler_metrics: int = 44217
+    """Metrics of Ray's autoscaler."""
     dashboard_metrics: int = 44227
+    """Metrics of Ray's dashboard process."""
 
 
 def choose_ports(host: str, http: int) -> Ports:

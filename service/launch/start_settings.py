@@ -59,6 +59,7 @@ class StartSettings(Settings, BaseSettings):
         env_prefix=ENV_PREFIX,
         env_nested_delimiter=ENV_DELIMITER,
         env_parse_none_str=NULL,
+        env_ignore_empty=True,
         cli_parse_none_str=NULL,
         cli_hide_none_type=True,
         cli_avoid_json=True,

@@ -121,6 +121,11 @@ def test_null_on_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert read(monkeypatch, "--config", config, "--model", "null").model.path is None
 
 
+def test_empty_variable_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty variable leaves the default, as containers pass variables that their user did not set."""
+    assert read(monkeypatch, environment={"REWARD_LOG": "", "REWARD_SERVER__PORT": ""}).server.port == 8000
+
+
 def test_config_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """``REWARD_CONFIG`` names the file where ``--config`` does not."""
     config = write_config(tmp_path, {"server": {"port": 1}})
