@@ -25,7 +25,7 @@ class Ports:
     proxy_stats: int = 8404
     """HAProxy's statistics page."""
     fallback: int = 8500
-    """Serve's Python proxy, which HAProxy uses while no replica is reachable."""
+    """Serve's fallback proxy, in Python."""
     autoscaler_metrics: int = 44217
     """Metrics of Ray's autoscaler."""
     dashboard_metrics: int = 44227
