@@ -36,6 +36,7 @@ from service.checkpoints.weights import (
 from service.errors import CheckpointError, StartupError
 from service.settings import ModelSettings
 from service.transformers_logging import transformers_silenced
+from service.version import add_version_option
 
 CONVERSION_FILE = "conversion.json"
 PICKLED_VALUE_HEAD_FILE = "value_head.bin"
@@ -361,6 +362,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Convert a value-head checkpoint (TRL, OpenRLHF, LLaMA-Factory) or a PEFT adapter into a plain "
         "scalar-head checkpoint.",
     )
+    add_version_option(parser)
     add = parser.add_argument
     add("source", type=Path, metavar="DIR", help="the checkpoint or adapter")
     add("out", type=Path, metavar="OUT", help="the folder to write; must not exist or be empty")

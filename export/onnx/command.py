@@ -43,8 +43,8 @@ from service.pipeline import Pipeline
 from service.records import Score, StateTap, TokenSequence
 from service.settings import BatchingSettings, ModelSettings, TokenizationSettings
 from service.tokenization import Tokenization
+from service.version import add_version_option
 
-DEMO = "demo"
 COPIED = (
     "config.json",
     "tokenizer*.json",
@@ -95,7 +95,7 @@ def export_bundle(source: str, out: Path, plan: ExportPlan, stage: Stage = lambd
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists and is not empty: name another folder, so that nothing is overwritten.")
-    settings = ModelSettings(path=None if source == DEMO else source, max_input_tokens=plan.max_input_tokens)
+    settings = ModelSettings(path=source, max_input_tokens=plan.max_input_tokens)
     stage("Validating the checkpoint")
     checkpoint = open_checkpoint(locate_checkpoint(settings), settings)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -319,6 +319,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="reward-export", description="Export a scalar-head checkpoint to an ONNX bundle that reward-serve takes."
     )
+    add_version_option(parser)
     add = parser.add_argument
     add("source", metavar="DIR", help="checkpoint folder, PEFT adapter or hub id, or 'demo'")
     add("out", type=Path, metavar="OUT", help="the folder to write; must not exist or be empty")
