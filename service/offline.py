@@ -19,7 +19,7 @@ from typing import TypeAlias
 from reward_client.options import DiagnosticsLevel
 
 from service.console import Advance
-from service.diagnostics.diagnosis import Outcome
+from service.diagnostics.item_state import Outcome
 from service.errors import EngineUnavailable, HttpError
 from service.pipeline import Pipeline, StartedBatch
 from service.records import Encoding, Exchange, Item, TokenSequence

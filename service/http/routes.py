@@ -27,7 +27,7 @@ from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.assembly import ServedModel
-from service.diagnostics.diagnosis import Outcome
+from service.diagnostics.item_state import Outcome
 from service.diagnostics.monitors.monitor import MonitorView, describe_state
 from service.errors import (
     ClientGone,

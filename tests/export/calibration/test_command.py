@@ -11,6 +11,7 @@ from tiny_calibration import calibrate, write_calibrated_checkpoint, write_pairs
 from service.assembly import ServedModel, assemble
 from service.checkpoints.demo import CALIBRATION_FILE
 from service.diagnostics.calibration import read_calibration
+from service.diagnostics.item_state import ItemState
 from service.records import Encoding, Exchange, Item, Score, TokenSequence
 from service.settings import Settings, read_settings
 
@@ -29,8 +30,11 @@ def score(served: ServedModel, items: list[Item]) -> list[Score]:
     encoded = served.tokenization.encode(items, Encoding())
     sequences = [sequence for sequence in encoded if isinstance(sequence, TokenSequence)]
     outcomes = pipeline.run(sequences, ["full"] * len(sequences)).outcomes
-    texts = pipeline.diagnostician.read_texts(items, encoded, "full")
-    completed = pipeline.diagnostician.complete(items, encoded, outcomes, texts, "full")
+    states = [
+        ItemState(item, sequence, outcome=outcome)
+        for item, sequence, outcome in zip(items, encoded, outcomes, strict=True)
+    ]
+    completed = pipeline.diagnostician.diagnose(states, "full")
     return [outcome for outcome in completed if isinstance(outcome, Score)]
 
 
