@@ -17,7 +17,7 @@ from typing import Literal, Protocol, TypeAlias, TypeVar
 
 from service.diagnostics.monitors.monitor import Monitors
 from service.diagnostics.text import TextFacts
-from service.engine_loop import EngineLoop, WorkQueue, engine_died
+from service.engine_loop import EngineLoop, engine_died
 from service.errors import DeadlineExceeded, Draining, EngineUnavailable, HttpError, NotReady
 from service.metrics import Metrics
 from service.pipeline import Pipeline
@@ -28,6 +28,7 @@ from service.scheduling.queue import Queue
 from service.scheduling.work import SMALL_REQUEST_ITEMS, Work, chunks_of, is_small_chunk, plan_work
 from service.scoring_metrics import ScoringMetrics
 from service.settings import BatchingSettings, LimitSettings
+from service.work_queue import WorkQueue
 
 State: TypeAlias = Literal["starting", "ready", "draining", "failed"]
 _Result = TypeVar("_Result")
