@@ -9,7 +9,7 @@ import pytest
 from tiny_calibration import calibrate, write_calibrated_checkpoint, write_pairs
 
 from service.assembly import ServedModel, assemble
-from service.checkpoints.demo import CALIBRATION_FILE
+from service.checkpoints.files import CALIBRATION_FILE
 from service.diagnostics.calibration import read_calibration
 from service.diagnostics.item_state import ItemState
 from service.records import Encoding, Exchange, Item, Score, TokenSequence
