@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from service.checkpoints.adapter import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, is_adapter, merge_adapter
 from service.checkpoints.architecture import Fit, fit_classifier, has_classifier
 from service.checkpoints.checkpoint import open_checkpoint
+from service.checkpoints.files import TOKENIZER_FILE
 from service.checkpoints.weights import (
     VALUE_HEAD_FILE,
     TensorInfo,
@@ -266,7 +267,7 @@ def _fallback_pad_token(config: Any, folder: Path) -> tuple[int | None, Sequence
     from transformers import AutoTokenizer
 
     stored = config.get_text_config().pad_token_id
-    if stored is not None or not (folder / "tokenizer.json").is_file():
+    if stored is not None or not (folder / TOKENIZER_FILE).is_file():
         return stored, ()
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     fallback = "tokenizer's pad token" if tokenizer.pad_token_id is not None else "EOS token, as TRL does"

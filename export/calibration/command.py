@@ -24,7 +24,8 @@ from export.calibration.printing import print_facts, print_report
 from export.calibration.report import TestReport, report, test_items
 from export.calibration.scored_parts import Sizes, count_items, score_parts
 from service.assembly import OpenedModel, ServedModel, assemble, open_model, with_calibration
-from service.checkpoints.demo import ADAPTER_FOLDER, CALIBRATION_FILE
+from service.checkpoints.demo import ADAPTER_FOLDER
+from service.checkpoints.files import CALIBRATION_FILE
 from service.console import progress_bar, stages
 from service.diagnostics.calibration import read_calibration, write_calibration
 from service.diagnostics.calibration_facts import CalibrationFacts

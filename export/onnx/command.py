@@ -33,7 +33,8 @@ from service.checkpoints.bundle import (
     write_manifest,
 )
 from service.checkpoints.checkpoint import Checkpoint, locate_checkpoint, open_checkpoint
-from service.checkpoints.demo import CALIBRATION_FILE, PROVENANCE_FILE
+from service.checkpoints.demo import PROVENANCE_FILE
+from service.checkpoints.files import CALIBRATION_FILE, CONFIG_FILE
 from service.console import Stage, stages
 from service.diagnostics.candidate_taps import candidate_taps
 from service.engines.base import Engine
@@ -46,7 +47,7 @@ from service.tokenization import Tokenization
 from service.version import add_version_option
 
 COPIED = (
-    "config.json",
+    CONFIG_FILE,
     "tokenizer*.json",
     "special_tokens_map.json",
     "added_tokens.json",

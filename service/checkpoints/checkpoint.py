@@ -21,8 +21,8 @@ from reward_client.options import TemplateChoice
 from service.cache import build_once, cache_directory
 from service.checkpoints.adapter import ADAPTER_CONFIG_FILE, is_adapter, merge_adapter
 from service.checkpoints.demo import obtain_demo_model
+from service.checkpoints.files import CONFIG_FILE
 from service.checkpoints.validation import (
-    CONFIG_FILE,
     load_config,
     load_tokenizer,
     notes_on,

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from service.assembly import ServedModel
-from service.diagnostics.diagnosis import Outcome
+from service.diagnostics.item_state import Outcome
 from service.errors import HttpError
 from service.http.body import read_json_body
 from service.http.facts import RequestFacts, facts_of, run_id_of

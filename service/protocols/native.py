@@ -16,7 +16,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 from reward_client.options import DiagnosticsLevel, TemplateChoice, Truncation
 
-from service.diagnostics.diagnosis import Outcome
+from service.diagnostics.item_state import Outcome
 from service.errors import (
     HttpError,
     InvalidRequest,

@@ -6,12 +6,11 @@ import shutil
 
 import pytest
 import torch
-from tiny_classifiers import load_tiny, probe_and_choose, random_rows, rows_that_share, shuffled_batches
+from tiny_classifiers import load_tiny, packed_path, probe_and_choose, random_rows, rows_that_share, shuffled_batches
 from tiny_models import DECODER_FAMILIES
 
 from service.engines.compilation import CompiledBlock, check_compiler
 from service.engines.parity import plain_rewards
-from service.engines.paths.packed import PackedForward
 from service.engines.torch import load_torch_engine
 from service.errors import ParityError, SettingsError
 from service.settings import BatchingSettings, ModelSettings
@@ -36,7 +35,7 @@ def test_compiled_rewards_are_plain_transformers_rewards(tiny_checkpoint, family
     classifier = load_tiny(tiny_checkpoint(family))
     rows = [*random_rows(classifier), *rows_that_share(classifier)]
 
-    rewards = PackedForward(classifier, compiled=True).run(rows).rewards
+    rewards = packed_path(classifier, compiled=True).run(rows).rewards
 
     assert rewards == pytest.approx(plain_rewards(classifier, rows), abs=1e-5, rel=0)
 
@@ -46,7 +45,7 @@ def test_compiled_rewards_are_plain_transformers_rewards(tiny_checkpoint, family
 def test_batch_composition_changes_no_bit_of_a_compiled_reward(tiny_checkpoint) -> None:
     """A sequence's bf16 reward on a CPU is bit-identical alone and in any batch, compiled too."""
     classifier = load_tiny(tiny_checkpoint("llama", hidden_size=192, intermediate_size=576), torch.bfloat16)
-    path = PackedForward(classifier, compiled=True)
+    path = packed_path(classifier, compiled=True)
     rows = [*random_rows(classifier, lengths=(5, 1, 133, 200)), *rows_that_share(classifier)[:4]]
     alone = {row: path.run([row]).rewards[0] for row in rows}
 
@@ -71,10 +70,10 @@ def test_an_engine_compiles_its_blocks(tiny_checkpoint) -> None:
 def test_plain_blocks_are_restored(tiny_checkpoint) -> None:
     """A classifier that ran compiled runs plain transformers again, as the parity probe requires."""
     classifier = load_tiny(tiny_checkpoint("llama"))
-    PackedForward(classifier, compiled=True)
+    packed_path(classifier, compiled=True)
     assert all(isinstance(block.forward, CompiledBlock) for block in classifier.blocks)
 
-    PackedForward(classifier)
+    packed_path(classifier)
 
     assert not any(isinstance(block.forward, CompiledBlock) for block in classifier.blocks)
 

@@ -25,6 +25,7 @@ from service.engines.kernels.bindings import Kernels
 from service.engines.kernels.patching import packs_all_linear_layers
 from service.engines.model.classifier import Classifier
 from service.engines.model.taps import Readout, StateQuery
+from service.engines.paths.base import PathSpec
 from service.engines.paths.cuda_graphs import Bucket, PassLibrary, StaticPass, fill_bucket
 from service.engines.rewiring import rewire
 from service.scheduling.prefix_tree import TokenIds, TokenSpan, has_shared_prefix
@@ -44,27 +45,13 @@ class PackedForward:
 
     Args:
         classifier: its attention is replaced by that of this path.
-        share_prefixes: whether sequences with a common prefix compute it once.
-        compiled: whether the model's blocks run compiled.
-        kernels: the compiled CPU kernels on which its modules run where they can; None: transformers' own code runs.
-        cache_bytes: size of the prefix cache in bytes; 0: none. It requires shared prefixes.
-        cascade: whether the variable-length kernel computes attention to a shared prefix once for all its sequences
-            (cascade attention); else the keys of the prefix are gathered for each sequence.
+        spec: of a packed path.
     """
 
     name = "packed"
     cost: BatchCost = "packed"
 
-    def __init__(
-        self,
-        classifier: Classifier,
-        *,
-        share_prefixes: bool = True,
-        compiled: bool = False,
-        kernels: Kernels | None = None,
-        cache_bytes: int = 0,
-        cascade: bool = False,
-    ) -> None:
+    def __init__(self, classifier: Classifier, spec: PathSpec) -> None:
         if classifier.linear_head is None:
             raise PackingUnsupportedError(
                 f"{classifier.architecture} does not compute its reward from the state of one token"
@@ -72,21 +59,22 @@ class PackedForward:
         batch_invariant_linear = classifier.is_on_cpu and classifier.is_half_precision
         rewire(
             classifier,
-            _register_attention(compiled=compiled, kernels=kernels),
+            _register_attention(compiled=spec.compiled, kernels=spec.kernels),
             batch_invariant_linear=batch_invariant_linear,
-            compiled=compiled,
-            kernels=kernels,
+            compiled=spec.compiled,
+            kernels=spec.kernels,
         )
         self._classifier = classifier
         self._batch_invariant_linear = batch_invariant_linear and not packs_all_linear_layers(classifier.body)
-        self.kernels = kernels
-        self._cascade = cascade
+        self.kernels = spec.kernels
+        self._cascade = spec.cascade
         self._staging = staging_for(classifier.device)
         self._mask: torch.Tensor | None = None
         self.library = PassLibrary({})
         """Passes of fixed shapes, for batches that share no prefix and whose states are not read; set by the engine."""
-        self.min_shared_prefix_tokens = MIN_SHARED_TOKENS if share_prefixes else None
-        self.kv_cache = KVCache(cache_bytes, MIN_SHARED_TOKENS) if cache_bytes and share_prefixes else None
+        self.min_shared_prefix_tokens = MIN_SHARED_TOKENS if spec.share_prefixes else None
+        has_cache = spec.share_prefixes and spec.cache_bytes > 0
+        self.kv_cache = KVCache(spec.cache_bytes, MIN_SHARED_TOKENS) if has_cache else None
         self.caches_prefixes = self.kv_cache is not None
 
     @torch.inference_mode()

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from tiny_classifiers import load_tiny, probe_and_choose, rows_that_share
+from tiny_classifiers import load_tiny, packed_path, probe_and_choose, rows_that_share
 from tiny_models import DECODER_FAMILIES
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -16,7 +16,6 @@ from service.engines.attention.layout import PackedLayout
 from service.engines.attention.varlen import VarlenMetadata, attend_varlen
 from service.engines.parity import plain_rewards
 from service.engines.paths import packed
-from service.engines.paths.packed import PackedForward
 from service.engines.torch import load_torch_engine
 from service.errors import SettingsError
 from service.settings import BatchingSettings, ModelSettings
@@ -131,7 +130,7 @@ def test_cascade_rewards_are_plain_rewards(tiny_checkpoint, monkeypatch: pytest.
     monkeypatch.setattr(attention, "_has_varlen_kernel", lambda *_: True)
     monkeypatch.setattr(packed, "BLOCK", 1)  # as on CUDA
 
-    output = PackedForward(classifier, cascade=True).run(rows)
+    output = packed_path(classifier, cascade=True).run(rows)
 
     assert output.rewards == pytest.approx(plain, abs=1e-5, rel=0)
     assert sum(output.shared_tokens) > sum(map(len, rows)) / 2
@@ -164,7 +163,7 @@ def test_cascade_rewards_pass_the_probe_on_cuda(tiny_checkpoint, family: str, dt
     """On CUDA, merged by the kernel's log-sum-exp, rewards pass the parity probe and equal those of gathered keys."""
     classifier = load_tiny(tiny_checkpoint(family), dtype, device=torch.device("cuda"))
     rows = rows_that_share(classifier)
-    gathered = PackedForward(classifier).run(rows).rewards
+    gathered = packed_path(classifier).run(rows).rewards
 
     path, parity = probe_and_choose(classifier, "packed", 400, cascade=True)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_classifiers import load_tiny, random_rows, rows_that_share, rows_with_endings, shuffled_batches
+from tiny_classifiers import load_tiny, packed_path, random_rows, rows_that_share, rows_with_endings, shuffled_batches
 from tiny_models import DECODER_FAMILIES
 
 from service.engines.attention import prefix_index
@@ -36,7 +36,7 @@ Rows = list[tuple[int, ...]]
 
 def path_with_cache(classifier: Classifier, cache_bytes: int = LARGE_CACHE, *, compiled: bool = False) -> PackedForward:
     """Return a path whose pool is allocated and empty."""
-    path = PackedForward(classifier, cache_bytes=cache_bytes, compiled=compiled)
+    path = packed_path(classifier, cache_bytes=cache_bytes, compiled=compiled)
     path.run([(7, 8, 9)], prompts=[None])
     return path
 
@@ -75,7 +75,7 @@ def test_cached_prefixes_do_not_change_a_bit_in_bf16(tiny_checkpoint, family: st
     """
     classifier = load_tiny(tiny_checkpoint(family, hidden_size=192, intermediate_size=576), torch.bfloat16)
     rows = rows_that_share(classifier)
-    plain = PackedForward(classifier, share_prefixes=False)
+    plain = packed_path(classifier, share_prefixes=False)
     alone = {row: plain.run([row]).rewards[0] for row in rows}
 
     for cache_bytes in (LARGE_CACHE, LARGE_CACHE // 32):
@@ -114,7 +114,7 @@ def test_long_cached_prompts_do_not_change_a_bit_in_bf16(tiny_checkpoint, family
     classifier = load_tiny(tiny_checkpoint(family, max_position_embeddings=2048, sliding_window=300), torch.bfloat16)
     long, other = random_rows(classifier, lengths=(1150, 700))
     rows = [long, long[:1100] + other[:9], long[:610] + other, long[:33] + other[:5], long[:1100]]
-    plain = PackedForward(classifier, share_prefixes=False)
+    plain = packed_path(classifier, share_prefixes=False)
     path = path_with_cache(classifier, 2**25)
 
     for row in rows:
@@ -282,7 +282,7 @@ def test_a_failed_pass_caches_nothing(tiny_checkpoint) -> None:
     assert path.kv_cache is not None
     assert path.kv_cache.prefix_index.num_tokens == 0
     assert path.run([second], prompts=[40]).cached_tokens == 0
-    assert path.run([third], prompts=[40]).rewards == PackedForward(classifier).run([third]).rewards
+    assert path.run([third], prompts=[40]).rewards == packed_path(classifier).run([third]).rewards
 
 
 def test_an_uncommitted_transaction_is_rolled_back() -> None:
@@ -336,7 +336,7 @@ def test_states_that_are_not_finite_are_not_cached(tiny_checkpoint) -> None:
     sound = tuple(6 if token == poison else token for token in answers(classifier)[0].token_ids)
     bad = (*sound[:40], poison, 9)
     path = path_with_cache(classifier)
-    alone = PackedForward(classifier).run([sound]).rewards
+    alone = packed_path(classifier).run([sound]).rewards
 
     together = path.run([sound, bad], prompts=[40, 40])
 

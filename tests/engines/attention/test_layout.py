@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 from scipy.stats import spearmanr
-from tiny_classifiers import load_tiny, random_rows, rows_that_share, rows_with_endings, shuffled_batches
+from tiny_classifiers import load_tiny, packed_path, random_rows, rows_that_share, rows_with_endings, shuffled_batches
 from tiny_models import DECODER_FAMILIES, ENCODER_FAMILIES
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
@@ -20,7 +20,6 @@ from service.engines.attention.call import PackingUnsupportedError
 from service.engines.attention.interface import no_mask, register_packed_attention
 from service.engines.parity import plain_rewards
 from service.engines.paths import packed
-from service.engines.paths.packed import PackedForward
 
 
 @pytest.mark.parametrize("pad_is_eos", [False, True], ids=["own-pad", "pad-is-eos"])
@@ -31,7 +30,7 @@ def test_packed_rewards_are_plain_transformers_rewards(tiny_checkpoint, family: 
     rows = rows_with_endings(classifier)
     plain = plain_rewards(classifier, rows)
 
-    rewards = PackedForward(classifier).run(rows).rewards
+    rewards = packed_path(classifier).run(rows).rewards
 
     assert rewards == pytest.approx(plain, abs=1e-5, rel=0)
 
@@ -45,7 +44,7 @@ def test_half_precision_preserves_the_ranking(tiny_checkpoint, family: str, dtyp
     rows = random_rows(exact, lengths=tuple(range(3, 43)) * 5)
     plain = plain_rewards(exact, rows)
 
-    rewards = PackedForward(load_tiny(folder, dtype)).run(rows).rewards
+    rewards = packed_path(load_tiny(folder, dtype)).run(rows).rewards
 
     assert spearmanr(rewards, plain).statistic >= 0.999
 
@@ -54,7 +53,7 @@ def test_half_precision_preserves_the_ranking(tiny_checkpoint, family: str, dtyp
 def test_batch_and_order_do_not_change_a_reward_in_fp32(tiny_checkpoint, family: str) -> None:
     """A text's fp32 reward is the same within 1e-5 alone, in any batch and in any order."""
     classifier = load_tiny(tiny_checkpoint(family))
-    path = PackedForward(classifier)
+    path = packed_path(classifier)
     rows = random_rows(classifier)
     alone = {row: path.run([row]).rewards[0] for row in rows}
 
@@ -67,7 +66,7 @@ def test_batch_and_order_do_not_change_a_reward_in_fp32(tiny_checkpoint, family:
 def test_batch_and_order_do_not_change_a_bit_in_bf16(tiny_checkpoint, family: str) -> None:
     """A text's bf16 reward on a CPU is bit-identical alone, in any batch and in any order."""
     classifier = load_tiny(tiny_checkpoint(family, hidden_size=192, intermediate_size=576), torch.bfloat16)
-    path = PackedForward(classifier)
+    path = packed_path(classifier)
     rows = random_rows(classifier, lengths=(5, 1, 70, 133, 200, 2, 64))
     alone = {row: path.run([row]).rewards[0] for row in rows}
 
@@ -79,7 +78,7 @@ def test_batch_and_order_do_not_change_a_bit_in_bf16(tiny_checkpoint, family: st
 def test_another_sequence_of_the_batch_changes_nothing(tiny_checkpoint) -> None:
     """Replacing one sequence of a batch by another of the same length changes no bit of the other rewards."""
     classifier = load_tiny(tiny_checkpoint("llama"))
-    path = PackedForward(classifier)
+    path = packed_path(classifier)
     before, middle, other, after = random_rows(classifier, lengths=(20, 30, 30, 40))
 
     first = path.run([before, middle, after]).rewards
@@ -96,8 +95,8 @@ def test_the_sliding_window_is_applied(tiny_checkpoint, family: str) -> None:
     unbounded = load_tiny(tiny_checkpoint(family, sliding_window=400))
     rows = random_rows(windowed, lengths=(100, 15, 16, 17, 18))
 
-    rewards = PackedForward(windowed).run(rows).rewards
-    without_window = PackedForward(unbounded).run(rows).rewards
+    rewards = packed_path(windowed).run(rows).rewards
+    without_window = packed_path(unbounded).run(rows).rewards
 
     assert rewards == pytest.approx(plain_rewards(windowed, rows), abs=1e-5, rel=0)
     assert abs(rewards[0] - without_window[0]) > 0.01
@@ -110,11 +109,11 @@ def test_layers_have_windows_of_their_own(tiny_checkpoint) -> None:
     without = load_tiny(tiny_checkpoint("qwen2"))
     rows = random_rows(classifier, lengths=(60, 8, 9))
 
-    rewards = PackedForward(classifier).run(rows).rewards
+    rewards = packed_path(classifier).run(rows).rewards
 
     assert classifier.config.layer_types == ["full_attention", "full_attention", "sliding_attention"]
     assert rewards == pytest.approx(plain_rewards(classifier, rows), abs=1e-5, rel=0)
-    assert abs(rewards[0] - PackedForward(without).run(rows).rewards[0]) > 0.01
+    assert abs(rewards[0] - packed_path(without).run(rows).rewards[0]) > 0.01
 
 
 def test_the_soft_cap_is_applied(tiny_checkpoint) -> None:
@@ -123,10 +122,10 @@ def test_the_soft_cap_is_applied(tiny_checkpoint) -> None:
     loose = load_tiny(tiny_checkpoint("gemma2", attn_logit_softcapping=50.0))
     rows = random_rows(tight)
 
-    rewards = PackedForward(tight).run(rows).rewards
+    rewards = packed_path(tight).run(rows).rewards
 
     assert rewards == pytest.approx(plain_rewards(tight, rows), abs=1e-5, rel=0)
-    assert abs(rewards[2] - PackedForward(loose).run(rows).rewards[2]) > 0.01
+    assert abs(rewards[2] - packed_path(loose).run(rows).rewards[2]) > 0.01
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma2"])
@@ -136,7 +135,7 @@ def test_long_sequences_are_computed_in_query_blocks(tiny_checkpoint, monkeypatc
     classifier = load_tiny(tiny_checkpoint(family))
     rows = random_rows(classifier, lengths=(130, 32, 33, 48, 7))
 
-    rewards = PackedForward(classifier).run(rows).rewards
+    rewards = packed_path(classifier).run(rows).rewards
 
     assert rewards == pytest.approx(plain_rewards(classifier, rows), abs=1e-5, rel=0)
 
@@ -149,8 +148,8 @@ def test_last_pooling_reads_the_last_token(tiny_checkpoint, family: str) -> None
     (row,) = random_rows(last, lengths=(30,))
     ended = (*row, last.config.eos_token_id)
 
-    last_rewards = PackedForward(last).run([row, ended]).rewards
-    rule_rewards = PackedForward(rule).run([row, ended]).rewards
+    last_rewards = packed_path(last).run([row, ended]).rewards
+    rule_rewards = packed_path(rule).run([row, ended]).rewards
 
     assert last_rewards == pytest.approx(plain_rewards(last, [row, ended]), abs=1e-5, rel=0)
     assert last_rewards[0] == rule_rewards[0] == rule_rewards[1]
@@ -161,7 +160,7 @@ def test_last_pooling_reads_the_last_token(tiny_checkpoint, family: str) -> None
 def test_encoders_are_refused(tiny_checkpoint, family: str) -> None:
     """A model whose head is more than one linear layer is refused at construction, not scored wrongly."""
     with pytest.raises(PackingUnsupportedError):
-        PackedForward(load_tiny(tiny_checkpoint(family)))
+        packed_path(load_tiny(tiny_checkpoint(family)))
 
 
 def test_bidirectional_attention_is_refused(tiny_checkpoint) -> None:
@@ -169,7 +168,7 @@ def test_bidirectional_attention_is_refused(tiny_checkpoint) -> None:
     classifier = load_tiny(tiny_checkpoint("gemma3", use_bidirectional_attention=True))
 
     with pytest.raises(PackingUnsupportedError):
-        PackedForward(classifier).run(random_rows(classifier))
+        packed_path(classifier).run(random_rows(classifier))
 
 
 def test_registration_happens_once_and_on_request() -> None:
@@ -258,7 +257,7 @@ def test_the_varlen_kernel_is_called_as_documented(
     classifier = load_tiny(tiny_checkpoint(family))
     rows = [*random_rows(classifier), *rows_that_share(classifier)]
 
-    rewards = PackedForward(classifier, cascade=cascade).run(rows).rewards
+    rewards = packed_path(classifier, cascade=cascade).run(rows).rewards
 
     assert rewards == pytest.approx(plain_rewards(classifier, rows), abs=1e-5, rel=0)
 
@@ -272,6 +271,6 @@ def test_packed_rewards_are_plain_rewards_on_cuda(tiny_checkpoint, family: str, 
     rows = rows_with_endings(classifier)
     plain = plain_rewards(classifier, rows)
 
-    rewards = PackedForward(classifier).run(rows).rewards
+    rewards = packed_path(classifier).run(rows).rewards
 
     assert rewards == pytest.approx(plain, abs=1e-4 if dtype == torch.float32 else 0.1, rel=0)

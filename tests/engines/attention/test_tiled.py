@@ -6,14 +6,13 @@ import random
 
 import pytest
 import torch
-from tiny_classifiers import load_tiny, random_rows, rows_that_share
+from tiny_classifiers import load_tiny, packed_path, random_rows, rows_that_share
 from tiny_models import DECODER_FAMILIES
 
 from service.engines.attention import interface as attention
 from service.engines.attention import tiled as tiles
 from service.engines.attention.tiled import MIN_TILE_QUERIES, TILE_KEY_MULTIPLE, plan_tiles
 from service.engines.parity import plain_rewards
-from service.engines.paths.packed import PackedForward
 from service.scheduling.prefix_tree import SequenceLayout, plan_prefix_sharing
 
 
@@ -71,7 +70,7 @@ def test_tiled_rewards_are_plain_transformers_rewards(tiny_checkpoint, monkeypat
     classifier = load_tiny(tiny_checkpoint(family))
     rows = [*random_rows(classifier, lengths=(130, 64, 65, 1, 33)), *rows_that_share(classifier)]
 
-    rewards = PackedForward(classifier).run(rows).rewards
+    rewards = packed_path(classifier).run(rows).rewards
 
     assert rewards == pytest.approx(plain_rewards(classifier, rows), abs=1e-5, rel=0)
 

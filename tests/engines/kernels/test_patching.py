@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_classifiers import (
     load_tiny,
+    packed_path,
     probe_and_choose,
     random_rows,
     rows_that_share,
@@ -33,7 +34,6 @@ from service.engines.kernels.patching import attach_kernels, detach_kernels, dro
 from service.engines.linear.int8 import quantize_int8
 from service.engines.model.classifier import Classifier
 from service.engines.parity import plain_rewards
-from service.engines.paths.packed import PackedForward
 from service.engines.torch import load_torch_engine
 from service.errors import SettingsError
 from service.records import TokenSequence
@@ -97,7 +97,7 @@ def test_batch_composition_changes_no_bit_of_a_reward(
     """A sequence's reward is bit-identical alone, in any batch, and with a shared prefix."""
     torch.set_num_threads(num_threads)
     classifier = load_for(kernels, tiny_checkpoint(family, hidden_size=192, intermediate_size=576))
-    path = PackedForward(classifier, kernels=kernels)
+    path = packed_path(classifier, kernels=kernels)
     rows = [*random_rows(classifier, lengths=(5, 1, 133, 300)), *rows_that_share(classifier)]
     alone = {row: path.run([row]).rewards[0] for row in rows}
 
@@ -109,7 +109,7 @@ def test_batch_composition_changes_no_bit_of_a_reward(
 def test_a_cached_prompt_changes_no_bit_of_a_reward(tiny_checkpoint: Checkpoint, kernels: Kernels, family: str) -> None:
     """On kernels too a reward has the same bits whether its prompt is computed or taken from the prefix cache."""
     classifier = load_for(kernels, tiny_checkpoint(family, hidden_size=192, intermediate_size=576))
-    path = PackedForward(classifier, kernels=kernels, cache_bytes=2**24)
+    path = packed_path(classifier, kernels=kernels, cache_bytes=2**24)
     rows = [*random_rows(classifier, lengths=(90, 133, 300)), *rows_that_share(classifier)]
     alone = {row: path.run([row]).rewards[0] for row in rows}
     num_cached_tokens = 0
@@ -125,7 +125,7 @@ def test_a_cached_prompt_changes_no_bit_of_a_reward(tiny_checkpoint: Checkpoint,
 def test_a_nan_reward_does_not_spread(tiny_checkpoint: Checkpoint, kernels: Kernels) -> None:
     """A NaN embedding makes the rewards of its sequences NaN and changes no bit of others, shared prefixes or not."""
     classifier = load_for(kernels, tiny_checkpoint("llama"))
-    path = PackedForward(classifier, kernels=kernels)
+    path = packed_path(classifier, kernels=kernels)
     rows = rows_that_share(classifier)
     nan_token = rows[0][-1] if all(rows[0][-1] not in row[:-1] for row in rows) else classifier.config.vocab_size - 1
     healthy = [row for row in rows if nan_token not in row]
@@ -157,7 +157,7 @@ def test_detaching_restores_the_own_forwards(tiny_checkpoint: Checkpoint, kernel
     classifier = load_for(kernels, tiny_checkpoint("qwen3"))
     rows = rows_with_endings(classifier)
     before = plain_rewards(classifier, rows)
-    PackedForward(classifier, kernels=kernels)
+    packed_path(classifier, kernels=kernels)
 
     assert plain_rewards(classifier, rows) == before
     assert not any(isinstance(vars(module).get("forward"), KernelForward) for module in classifier.body.modules())
@@ -166,7 +166,7 @@ def test_detaching_restores_the_own_forwards(tiny_checkpoint: Checkpoint, kernel
 def test_unpacked_weights_are_dropped(tiny_checkpoint: Checkpoint, kernels: Kernels) -> None:
     """Once the path is chosen the unpacked weights are freed: the rewards do not change, and detaching is refused."""
     classifier = load_for(kernels, tiny_checkpoint("gemma2"))
-    path = PackedForward(classifier, kernels=kernels)
+    path = packed_path(classifier, kernels=kernels)
     rows = random_rows(classifier)
     before = path.run(rows).rewards
 

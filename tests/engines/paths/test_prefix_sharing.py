@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_classifiers import load_tiny, random_rows, rows_that_share, rows_with_endings, shuffled_batches
+from tiny_classifiers import load_tiny, packed_path, random_rows, rows_that_share, rows_with_endings, shuffled_batches
 from tiny_models import DECODER_FAMILIES
 
 from service.engines.attention.layout import PackedLayout
 from service.engines.parity import plain_rewards
 from service.engines.paths.cuda_graphs import Bucket, PassLibrary
-from service.engines.paths.packed import MIN_SHARED_TOKENS, PackedForward
+from service.engines.paths.packed import MIN_SHARED_TOKENS
 
 CPU = torch.device("cpu")
 
@@ -31,7 +31,7 @@ def test_shared_rewards_are_plain_transformers_rewards(tiny_checkpoint, family: 
     ended = [(*row, classifier.pad_token_id) for row in rows]
     rows = list(dict.fromkeys([*rows, *ended, *rows_with_endings(classifier)]))
 
-    output = PackedForward(classifier).run(rows)
+    output = packed_path(classifier).run(rows)
 
     assert output.rewards == pytest.approx(plain_rewards(classifier, rows), abs=1e-5, rel=0)
     assert sum(output.shared_tokens) > sum(map(len, rows)) / 2
@@ -42,9 +42,9 @@ def test_sharing_does_not_change_a_bit_in_bf16(tiny_checkpoint, family: str) -> 
     """A text's bf16 reward on a CPU is bit-identical alone, without sharing, and with it in any batch and order."""
     classifier = load_tiny(tiny_checkpoint(family, hidden_size=192, intermediate_size=576), torch.bfloat16)
     rows = rows_that_share(classifier)
-    unshared = PackedForward(classifier, share_prefixes=False)
+    unshared = packed_path(classifier, share_prefixes=False)
     alone = {row: unshared.run([row]).rewards[0] for row in rows}
-    path = PackedForward(classifier)
+    path = packed_path(classifier)
 
     assert unshared.run(rows).rewards == [alone[row] for row in rows]
     for seed in range(2):
@@ -59,9 +59,9 @@ def test_long_prefixes_do_not_change_a_bit_in_bf16(tiny_checkpoint, family: str)
     classifier = load_tiny(folder, torch.bfloat16)
     long, other = random_rows(classifier, lengths=(1150, 700))
     rows = [long[:1100], long, long[:610] + other, long[:33] + other[:5], long[:900] + other[:3]]
-    unshared = PackedForward(classifier, share_prefixes=False)
+    unshared = packed_path(classifier, share_prefixes=False)
 
-    output = PackedForward(classifier).run(rows)
+    output = packed_path(classifier).run(rows)
 
     assert output.rewards == [unshared.run([row]).rewards[0] for row in rows]
     assert max(output.shared_tokens) == 1100
@@ -73,11 +73,11 @@ def test_shared_tokens_are_counted(tiny_checkpoint) -> None:
     prompt, first, second, unrelated = random_rows(classifier, lengths=(40, 9, 12, 30))
     rows = [prompt + first, prompt + second, unrelated]
 
-    output = PackedForward(classifier).run(rows)
+    output = packed_path(classifier).run(rows)
 
     assert sorted(output.shared_tokens[:2]) == [0, 40]
     assert output.shared_tokens[2] == 0
-    assert PackedForward(classifier, share_prefixes=False).run(rows).shared_tokens == [0, 0, 0]
+    assert packed_path(classifier, share_prefixes=False).run(rows).shared_tokens == [0, 0, 0]
 
 
 def test_a_short_prefix_is_not_shared(tiny_checkpoint) -> None:
@@ -86,7 +86,7 @@ def test_a_short_prefix_is_not_shared(tiny_checkpoint) -> None:
     (stem,) = random_rows(classifier, lengths=(MIN_SHARED_TOKENS,))
     rows = [(*stem[:-1], 9, 9), (*stem[:-1], 8, 8), (*stem, 7), (*stem, 6)]
 
-    assert sorted(PackedForward(classifier).run(rows).shared_tokens) == [0, 0, 0, MIN_SHARED_TOKENS]
+    assert sorted(packed_path(classifier).run(rows).shared_tokens) == [0, 0, 0, MIN_SHARED_TOKENS]
 
 
 def test_a_poisoned_sequence_changes_no_other_reward(tiny_checkpoint) -> None:
@@ -98,7 +98,7 @@ def test_a_poisoned_sequence_changes_no_other_reward(tiny_checkpoint) -> None:
         classifier.model.get_input_embeddings().weight[poison] = torch.nan
     clean = [tuple(6 if token == poison else token for token in row) for row in (prompt + good, other)]
     bad = (*clean[0][:40], poison, 9)
-    path = PackedForward(classifier)
+    path = packed_path(classifier)
 
     rewards = path.run([clean[0], bad, clean[1]]).rewards
 
@@ -171,7 +171,7 @@ def test_a_recorded_pass_is_chosen_without_a_layout(tiny_checkpoint, monkeypatch
     """Where a CUDA graph fits, no layout and no prefix tree are built; a batch that shares a prefix gets a layout."""
     classifier = load_tiny(tiny_checkpoint("llama"))
     prompt, first, second, unrelated = random_rows(classifier, lengths=(12, 9, 10, 11))
-    path = PackedForward(classifier)
+    path = packed_path(classifier)
     path.library = OneBucket({})
     shared = path.run([prompt + first, prompt + second])
 
@@ -196,6 +196,6 @@ def test_shared_rewards_are_plain_rewards_on_cuda(tiny_checkpoint, family: str, 
     rows = rows_that_share(classifier)
     plain = plain_rewards(classifier, rows)
 
-    rewards = PackedForward(classifier).run(rows).rewards
+    rewards = packed_path(classifier).run(rows).rewards
 
     assert rewards == pytest.approx(plain, abs=1e-4 if dtype == torch.float32 else 0.1, rel=0)
