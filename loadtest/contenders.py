@@ -1,7 +1,7 @@
-"""The ways of scoring that are measured against each other: plain transformers, our engines, and bare matrix products.
+"""The ways of scoring that are compared: plain transformers, the service's engines, and matrix products alone.
 
-Each is made in a process of its own, so that nobody's threads, allocator or changed layers help or harm the others.
-What is measured, how often and in which order is decided elsewhere.
+Each contender runs in a process of its own, so that threads, allocators and replaced layers of one do not affect the
+others. The caller decides what is measured, how often and in which order.
 """
 
 from __future__ import annotations
@@ -27,69 +27,85 @@ from service.settings import BatchingSettings, ModelSettings
 from service.transformers_logging import transformers_silenced
 
 REFERENCE = "fp32"
-"""The way that says what the rewards are: plain transformers in fp32, one by one."""
+"""The way whose rewards are the reference: plain transformers in fp32, one sequence a pass."""
 
 LIMIT = "limit"
-"""The way that only multiplies matrices and scores nothing."""
+"""The way that only multiplies matrices and computes no reward."""
 
 Clock: TypeAlias = Literal["wall", "cpu"]
 
 CLOCKS: Mapping[Clock, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
-"""``cpu``: the processor seconds of one process, which neighbours disturb far less; sensible with one thread."""
+"""``cpu``: CPU seconds of one process, which other processes disturb far less; meaningful with one thread."""
 
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What all contenders score with.
-
-    ``device`` and ``dtype``: resolved. ``max_batch_tokens``: of our batches. ``padded_items``: of a padded batch of
-    plain transformers. ``num_threads``: of the CPU. ``clock``: whose seconds count.
-    """
+    """What all contenders have in common."""
 
     folder: Path
+    """The checkpoint."""
+
     device: str
+    """Resolved, never ``auto``."""
+
     dtype: str
+    """Of the model's body; resolved."""
+
     pad_token_id: int
     max_input_tokens: int
+
     max_batch_tokens: int
+    """Budget of a batch of the service's engines."""
+
     padded_items: int
+    """Items of a padded batch of plain transformers."""
+
     num_threads: int
+    """CPU threads."""
+
     clock: Clock = "wall"
+    """Whose seconds count."""
 
     @property
     def now(self) -> Callable[[], float]:
-        """The clock to read before and after, in seconds."""
+        """The clock that is read before and after a measurement, in seconds."""
         return CLOCKS[self.clock]
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a way made of some work in so many seconds of the setup's clock.
-
-    ``rewards``: in the order of the work; none from the limit. ``num_shared``: tokens that were computed once for
-    several sequences. ``busy_share``: of the time in which the device ran some kernel, where that was looked at.
-    ``limit_tokens_per_s`` and ``flops_per_token``: from the limit only.
-    """
+    """The result of scoring some work once."""
 
     seconds: float
+    """Of the setup's clock."""
+
     rewards: tuple[float, ...] = field(default=(), repr=False)
+    """In the order of the work; none from the limit."""
+
     num_shared: int = 0
+    """Tokens that were computed once for several sequences, counted for all but the first."""
+
     limit_tokens_per_s: float = 0.0
+    """From the limit only."""
+
     flops_per_token: int = 0
+    """From the limit only."""
+
     busy_share: float | None = None
+    """Share of the time in which the device ran some kernel, where that was measured."""
 
 
 Way: TypeAlias = Callable[[Work], Outcome]
 
 Contender: TypeAlias = Callable[[Setup], Mapping[str, Way]]
-"""Loads what it needs and returns its ways by name; run in the process where they will be called."""
+"""Loads what it needs and returns its ways by name; called in the process that will call them."""
 
 
 # --- Plain transformers ----------------------------------------------------------------------------------------------
 
 
 def plain(setup: Setup) -> Mapping[str, Way]:
-    """Transformers' own classifier, as everybody runs it."""
+    """Transformers' own classifier, as it is usually run."""
     forward = _PlainForward(setup, setup.dtype)
     size = setup.padded_items
     return {
@@ -101,7 +117,7 @@ def plain(setup: Setup) -> Mapping[str, Way]:
 
 
 class _PlainForward:
-    """A classifier with padded batches. Nothing of the service takes part."""
+    """A classifier with padded batches, without any code of the service."""
 
     def __init__(self, setup: Setup, dtype: str) -> None:
         from transformers import AutoModelForSequenceClassification
@@ -116,11 +132,11 @@ class _PlainForward:
 
     def score(self, work: Work, *, size: int, by_length: bool = False) -> Outcome:
         started = self._now()
-        rows = [sequence.token_ids for sequence in work.sequences]
-        rewards = [0.0] * len(rows)
-        for places in padded_batches([len(row) for row in rows], size, by_length=by_length):
-            for place, reward in zip(places, self._rewards([rows[place] for place in places]), strict=True):
-                rewards[place] = reward
+        token_ids = [sequence.token_ids for sequence in work.sequences]
+        rewards = [0.0] * len(token_ids)
+        for indices in padded_batches([len(ids) for ids in token_ids], size, by_length=by_length):
+            for index, reward in zip(indices, self._rewards([token_ids[index] for index in indices]), strict=True):
+                rewards[index] = reward
         return Outcome(self._now() - started, tuple(rewards))
 
     @torch.inference_mode()
@@ -134,26 +150,26 @@ class _PlainForward:
 
 
 def padded_batches(lengths: Sequence[int], size: int, *, by_length: bool) -> list[list[int]]:
-    """Return the places of batches of ``size`` sequences, in order of arrival or, longest first, of length."""
-    places = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True) if by_length else range(len(lengths))
-    return [list(places[first : first + size]) for first in range(0, len(lengths), size)]
+    """Return the indices in batches of ``size`` sequences, in order of arrival or by length, longest first."""
+    indices = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True) if by_length else range(len(lengths))
+    return [list(indices[first : first + size]) for first in range(0, len(lengths), size)]
 
 
-# --- Ours ------------------------------------------------------------------------------------------------------------
+# --- The service -----------------------------------------------------------------------------------------------------
 
 
 def ours(setup: Setup) -> Mapping[str, Way]:
-    """Our torch engine without and with shared prefixes, with batches formed by the service's own queue."""
+    """The service's torch engine without and with shared prefixes, in batches that the service's queue forms."""
     return _ways(setup, [_torch_engine(setup, share_prefixes=share) for share in (False, True)])
 
 
 def changed(setup: Setup, **changes: object) -> Mapping[str, Way]:
-    """Our torch engine with shared prefixes and some settings of the model changed."""
+    """The torch engine with shared prefixes and some settings of the model changed."""
     return _ways(setup, [_torch_engine(setup, share_prefixes=True, **changes)])
 
 
 def in_order(setup: Setup) -> Mapping[str, Way]:
-    """Our torch engine with shared prefixes, each pass awaited before the next one is prepared."""
+    """The torch engine with shared prefixes, each pass complete before the next one is prepared."""
     engine = _torch_engine(setup, share_prefixes=True)
     score = partial(score_in_batches, engine, now=setup.now, ahead=False)
     return {f"{_way_of(engine)}, in order": with_busy_share(score, setup.device)}
@@ -169,10 +185,10 @@ def _ways(setup: Setup, engines: Sequence[Engine]) -> dict[str, Way]:
 def _way_of(engine: Engine) -> str:
     info = engine.info
     extras = {
-        "shared prefixes": info.shared_from is not None,
+        "shared prefixes": info.min_shared_prefix_tokens is not None,
         "compiled": info.compiled,
-        "graphs": info.graph_tokens > 0,
-        "graphs failed": bool(info.graph_failure),
+        "graphs": info.cuda_graph_max_tokens > 0,
+        "graphs failed": bool(info.cuda_graph_failure),
         "merged": info.cascade_attention,
         info.quantization: info.quantization != "none",
     }
@@ -190,7 +206,7 @@ def _torch_engine(setup: Setup, *, share_prefixes: bool, **changes: object) -> E
     return load_torch_engine(
         setup.folder,
         ModelSettings.model_validate(computation),
-        # The same texts are scored in every round, and no round may find what an earlier one has left.
+        # The same texts are scored in every round, and no round may find prompts that an earlier one has cached.
         BatchingSettings(max_batch_tokens=setup.max_batch_tokens, share_prefixes=share_prefixes, prefix_cache_mib=0),
         pad_token_id=setup.pad_token_id,
         max_input_tokens=setup.max_input_tokens,
@@ -198,13 +214,13 @@ def _torch_engine(setup: Setup, *, share_prefixes: bool, **changes: object) -> E
 
 
 def exported(setup: Setup, bundle: Path) -> Mapping[str, Way]:
-    """Our ONNX engine on a bundle that was exported from the same checkpoint, with the same batches."""
+    """The ONNX engine on a bundle that was exported from the same checkpoint, with the same budget."""
     from service.checkpoints.bundle import open_bundle
     from service.engines.onnx import load_onnx_engine
 
     settings = ModelSettings(device=setup.device, num_threads=setup.num_threads)
-    judged = open_bundle(bundle, settings)
-    engine = load_onnx_engine(judged, settings, BatchingSettings(max_batch_tokens=setup.max_batch_tokens))
+    opened = open_bundle(bundle, settings)
+    engine = load_onnx_engine(opened, settings, BatchingSettings(max_batch_tokens=setup.max_batch_tokens))
     return {f"ONNX, {engine.info.dtype}": partial(score_in_batches, engine, now=setup.now)}
 
 
@@ -233,9 +249,9 @@ def score_in_batches(engine: Engine, work: Work, now: Callable[[], float], *, ah
 
 
 def with_busy_share(way: Way, device: str) -> Way:
-    """Return a way that, on CUDA, also says of each work's first scoring how long the device was at it.
+    """Return a way that, on CUDA, also measures the share of time in which the device is busy, once for each work.
 
-    That scoring is done twice, once under the profiler; it is the one that no round counts.
+    The first scoring of a work, which no round counts, is done twice for that: the second time under the profiler.
     """
     seen: set[tuple[int, int]] = set()
 
@@ -254,7 +270,7 @@ def with_busy_share(way: Way, device: str) -> Way:
 
 
 def limit(setup: Setup) -> Mapping[str, Way]:
-    """The matrix products of the model's layers, with as many rows as our batches have tokens."""
+    """The matrix products of the model's layers, with as many rows as a full batch has tokens."""
     torch.set_num_threads(setup.num_threads)
     shapes = layer_shapes(setup.folder)
 

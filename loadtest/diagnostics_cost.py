@@ -1,8 +1,8 @@
-"""What diagnostics cost: the same items scored at every level in one run, in turns, and the ratios of their times.
+"""The cost of diagnostics: the same items scored at every level in one run, alternately, and the ratios of their times.
 
-The scorer runs in this process, without HTTP, so that a percent can be seen. Turns are short and their order changes,
-so that whatever else the machine does falls on all levels alike. Processor time is told beside wall time: on a busy
-machine it is the steadier of the two, the more so with ``--threads 1``, where no thread spins while it waits.
+The scorer runs in this process, without HTTP, so that a difference of one percent is measurable. Turns are short and
+their order is random, so that other load on the machine affects all levels equally. CPU time is reported beside wall
+time: on a busy machine it varies less, in particular with ``--threads 1``, where no thread spins while it waits.
 """
 
 from __future__ import annotations
@@ -35,14 +35,16 @@ DIRECT_ITEMS = 24
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What one turn took: seconds on the wall clock, and of processor time over all threads."""
+    """The duration of one turn in seconds."""
 
     wall_s: float
+
     processor_s: float
+    """CPU time of all threads."""
 
 
 async def measure(served: ServedModel, items: Sequence[Item], num_turns: int) -> dict[DiagnosticsLevel, list[Turn]]:
-    """Return what each turn took; the n-th turns of all levels score the same items."""
+    """Return the durations of the turns by level; the n-th turns of all levels score the same items."""
     scorer = served.scorer
     await scorer.start()
     turns: dict[DiagnosticsLevel, list[Turn]] = {level: [] for level in LEVELS}
@@ -78,26 +80,26 @@ def describe(turns: dict[DiagnosticsLevel, list[Turn]]) -> list[str]:
 
 
 def direct_costs(served: ServedModel, items: Sequence[Item]) -> list[str]:
-    """Return a line for each level: what reading texts, states and siblings takes alone, beside the forward pass.
+    """Return a line for each level: the time for texts, states and siblings alone, relative to the forward pass.
 
-    Pure computation in one thread, so that a tenth of a percent can be told. What reading the states costs inside of
-    the forward pass is not in it; that shows in the turns.
+    It is measured in one thread, which resolves a tenth of a percent. The cost of reading the states within the forward
+    pass is not included; the turns include it.
     """
     pipeline = served.scorer.pipeline
     diagnostician = pipeline.diagnostician
     encoded = served.tokenization.encode(items, Encoding(truncation="prompt_left"))
-    kept = [(item, one) for item, one in zip(items, encoded, strict=True) if isinstance(one, TokenSequence)]
-    kept_items, sequences = [item for item, _ in kept], [one for _, one in kept]
+    accepted = [(item, one) for item, one in zip(items, encoded, strict=True) if isinstance(one, TokenSequence)]
+    accepted_items, sequences = [item for item, _ in accepted], [one for _, one in accepted]
     lines = []
     for level in LEVELS[1:]:
         batch = pipeline.run(sequences, [level] * len(sequences))
         begin = time.thread_time()
-        texts = diagnostician.read_texts(kept_items, sequences, level)
-        diagnostician.complete(kept_items, sequences, batch.outcomes, texts, level)
+        texts = diagnostician.read_texts(accepted_items, sequences, level)
+        diagnostician.complete(accepted_items, sequences, batch.outcomes, texts, level)
         own_s = time.thread_time() - begin + batch.diagnose_s
         lines.append(
-            f"{level}: {own_s / len(kept) * 1e6:.0f} microseconds an item, {own_s / batch.forward_s:.2%} of the "
-            f"{batch.forward_s / len(kept) * 1e3:.1f} milliseconds of its forward pass"
+            f"{level}: {own_s / len(accepted) * 1e6:.0f} microseconds an item, {own_s / batch.forward_s:.2%} of the "
+            f"{batch.forward_s / len(accepted) * 1e3:.1f} milliseconds of its forward pass"
         )
     return lines
 
@@ -119,7 +121,7 @@ def _read_items(path: Path) -> list[Item]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print what the levels of diagnostics cost: ``python -m loadtest.diagnostics_cost DATA``."""
+    """Print the cost of the levels of diagnostics: ``python -m loadtest.diagnostics_cost DATA``."""
     parser = argparse.ArgumentParser(prog="python -m loadtest.diagnostics_cost", description=main.__doc__)
     parser.add_argument("data", type=Path, help="items or pairs")
     parser.add_argument("--model", metavar="DIR", help="checkpoint folder; default: the demo model")
@@ -129,7 +131,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(soft_wrap=True)
     tree = {
         "model": {"path": options.model, "num_threads": options.threads},
-        "batching": {"prefix_cache_mib": 0},  # all levels score the same texts, and none may find another's prompts
+        "batching": {
+            "prefix_cache_mib": 0
+        },  # all levels score the same texts, and none may find cached prompts of another
     }
     try:
         served = assemble(read_settings(tree))

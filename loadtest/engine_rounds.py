@@ -1,6 +1,6 @@
-"""The run itself: every contender in its own process, all ways in turns, round by round.
+"""The run of an engine comparison: every contender in its own process, all ways alternately, round by round.
 
-It says who is measured when; what the numbers mean is the report's.
+It decides the order of the measurements; the report evaluates them.
 """
 
 from __future__ import annotations
@@ -17,34 +17,41 @@ from loadtest.measuring_process import running
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One way on one workload; ``round`` counts from 0 and is None while it warms up."""
+    """One way on one workload."""
 
     workload: str
+
     round: int | None
+    """From 0; None for the warm-up, which is not counted."""
+
     way: str
 
     @property
     def title(self) -> str:
-        """The step in a few words."""
+        """The step in a few words, for the progress display."""
         return f"{self.workload}, {'warming up' if self.round is None else f'round {self.round + 1}'}: {self.way}"
 
 
 @dataclass(slots=True)
 class Run:
-    """What was measured.
-
-    ``rewards``: by workload and way. ``limits``: tokens per second by workload and round. ``flops_per_token``: of the
-    model's linear layers. ``busy_shares``: by workload and way, on a GPU only.
-    """
+    """All results."""
 
     measurements: list[Measurement] = field(default_factory=list)
+
     rewards: dict[tuple[str, str], tuple[float, ...]] = field(default_factory=dict, repr=False)
+    """By workload and way."""
+
     limits: dict[tuple[str, int], float] = field(default_factory=dict)
+    """Tokens per second of the limit, by workload and round."""
+
     flops_per_token: int = 0
+    """Of the model's linear layers."""
+
     busy_shares: dict[tuple[str, str], float] = field(default_factory=dict)
+    """By workload and way, on a GPU only."""
 
     def record(self, step: Step, work: Work, outcome: Outcome) -> None:
-        """Take in what a step found; the limit of a round comes before its other ways."""
+        """Add the outcome of a step; the limit of a round is recorded before its other ways."""
         if step.round is None:
             self.rewards[step.workload, step.way] = outcome.rewards
             if outcome.busy_share is not None:
@@ -78,10 +85,10 @@ def run_rounds(
 
     Args:
         contenders: by name; one of them has the limit, one the reference.
-        setup: what they score with.
+        setup: of all contenders.
         works: by the workload's name.
-        num_rounds: of each workload, after one that is not counted.
-        tell: is told what is done next, how many steps are done and how many there are.
+        num_rounds: of each workload, after a warm-up that is not counted.
+        tell: called with the title of the next step, the number of completed steps and the number of all steps.
 
     Raises:
         ContenderFailedError: one could not be loaded, or raised.
@@ -101,11 +108,11 @@ def run_rounds(
 
 
 def plan_steps(workloads: Sequence[str], ways: Sequence[str], num_rounds: int) -> Iterator[Step]:
-    """Yield who scores what, when.
+    """Yield the steps in order.
 
-    Before the rounds of a workload every way scores it once, uncounted: whatever is compiled, cached or allocated once
-    belongs to no round. In a round the limit comes first, and the ways take turns in coming next, for noise comes in
-    waves.
+    Before the rounds of a workload every way scores it once, uncounted, so that compilation, caches and allocations
+    are in no round. In a round the limit is first; which way follows it changes with every round, because noise on a
+    machine is correlated in time.
     """
     for workload in workloads:
         for way in (REFERENCE, *ways):

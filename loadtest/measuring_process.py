@@ -1,6 +1,6 @@
-"""A process that holds one contender and scores when it is asked to; between the questions it sleeps.
+"""A process that holds one contender and scores on request; between requests it waits without using the CPU.
 
-It knows how to ask and to answer over a pipe, and nothing of what is measured.
+Requests and results go through a pipe. What is measured is decided by the caller.
 """
 
 from __future__ import annotations
@@ -19,45 +19,45 @@ STOP_WITHIN_S = 30.0
 
 
 class ContenderFailedError(StartupError):
-    """A contender could not be loaded or raised while it scored; the message is its own."""
+    """A contender could not be loaded or raised while it scored; the message is that of its exception."""
 
 
 class MeasuringProcess:
-    """The near end of the pipe. ``ways``: the names that ``score`` takes; known once the contender is loaded."""
+    """The caller's end of the pipe."""
 
     def __init__(self, name: str, pipe: Connection) -> None:
         self._name = name
         self._pipe = pipe
 
     def wait_until_loaded(self) -> list[str]:
-        """Return the names of the contender's ways."""
-        ways: list[str] = self._answer()
+        """Wait until the contender is loaded and return the names of its ways, which `score` takes."""
+        ways: list[str] = self._receive()
         return ways
 
     def score(self, way: str, work: Work) -> Outcome:
-        """Have the work done in this way.
+        """Score the work in this way and return the outcome.
 
         Raises:
             ContenderFailedError: it raised, or its process died.
         """
-        outcome: Outcome = self._answer((way, work))
+        outcome: Outcome = self._receive((way, work))
         return outcome
 
-    def _answer(self, question: tuple[str, Work] | None = None) -> Any:
+    def _receive(self, request: tuple[str, Work] | None = None) -> Any:
         try:
-            if question is not None:
-                self._pipe.send(question)
-            succeeded, answer = self._pipe.recv()
+            if request is not None:
+                self._pipe.send(request)
+            succeeded, result = self._pipe.recv()
         except (EOFError, OSError):
             raise ContenderFailedError(f"The process of {self._name} died") from None
         if not succeeded:
-            raise ContenderFailedError(f"{self._name}: {answer}")
-        return answer
+            raise ContenderFailedError(f"{self._name}: {result}")
+        return result
 
 
 @contextmanager
 def running(contender: Contender, setup: Setup, name: str) -> Iterator[MeasuringProcess]:
-    """Start the contender in a fresh process, which loads while the caller goes on; it ends with the block."""
+    """Start the contender in a new process, which loads while the caller continues; it ends with the block."""
     context = multiprocessing.get_context("spawn")
     near, far = context.Pipe()
     process = context.Process(target=_serve, args=(far, contender, setup), name=name, daemon=True)
@@ -74,10 +74,10 @@ def running(contender: Contender, setup: Setup, name: str) -> Iterator[Measuring
 
 
 def _serve(pipe: Connection, contender: Contender, setup: Setup) -> None:
-    """Load the contender, then answer until the other end is closed. What raises is told, not hidden."""
+    """Load the contender, then serve requests until the other end is closed. Exceptions are sent as messages."""
     try:
         ways = contender(setup)
-    except Exception as error:  # noqa: BLE001 - whatever it is, the other end is waiting for it
+    except Exception as error:  # noqa: BLE001 - the other end waits for a result, whatever was raised
         pipe.send((False, f"{type(error).__name__}: {error}"))
         return
     pipe.send((True, list(ways)))

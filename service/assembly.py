@@ -192,6 +192,9 @@ def _assemble_oracle(settings: Settings) -> ServedModel:
 
 
 def _assemble_model(settings: Settings, taps: tuple[StateTap, ...] | None, opened: OpenedModel | None) -> ServedModel:
+    from service.engines.devices.device import enable_huge_pages
+
+    enable_huge_pages()
     opened = opened or open_model(settings.model)
     checkpoint = opened.checkpoint
     tokenization = Tokenization(

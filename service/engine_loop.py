@@ -45,7 +45,7 @@ class TakenWork:
 
 
 class WorkQueue:
-    """The queue between the event loop and the engine thread; all methods are safe to call from both.
+    """The queue between the event loop and the engine thread; all methods but `fail_all` are safe to call from both.
 
     Args:
         queue: that nobody else uses.

@@ -233,7 +233,7 @@ def score_batches(
     """
     info = pipeline.engine.info
     budget = BatchBudget(info.cost, info.max_batch_tokens, max_batch_sequences)
-    planner = BatchPlanner(encoded, info.shared_from, look_ahead_tokens)
+    planner = BatchPlanner(encoded, info.min_shared_prefix_tokens, look_ahead_tokens)
     run = _Run(pipeline, planner, level, budget, pipeline.passes_ahead if launch_ahead else 0)
     try:
         while (batch := run.next_batch()) is not None:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from reward_client.options import DiagnosticsLevel
 
 from service.diagnostics.diagnosis import Diagnostician, Outcome
-from service.engines.base import Engine, EngineOutput, LaunchingEngine
+from service.engines.base import Deferred, Engine, EngineOutput, LaunchingEngine, Pending
 from service.errors import (
     EngineFailed,
     EngineOutOfMemory,
@@ -131,7 +131,7 @@ class Pipeline:
     @property
     def passes_ahead(self) -> int:
         """Batches that may be started before the oldest started one is finished; 0: each runs only in ``finish``."""
-        return int(self.engine.info.launches_ahead)
+        return int(self.engine.info.async_launch)
 
     def start(self, sequences: Sequence[TokenSequence], levels: Sequence[DiagnosticsLevel]) -> StartedBatch:
         """Launch a batch on an engine that launches ahead; elsewhere nothing runs before ``finish``.
@@ -235,7 +235,7 @@ class _BatchRun:
         self._engine = engine
         self.sequences = sequences
         self._needs_states = states
-        self._launched: Callable[[], EngineOutput] | None = None
+        self._launched: Pending[EngineOutput] | None = None
         self._found: dict[int, float | HttpError] = {}
         self._failure_logged = False
         self.num_forwards = 0
@@ -254,9 +254,9 @@ class _BatchRun:
         if not isinstance(self._engine, LaunchingEngine):
             return
         try:
-            self._launched = self._engine.launch(self.sequences, states=self._needs_states).result
+            self._launched = self._engine.launch(self.sequences, states=self._needs_states)
         except Exception as error:  # noqa: BLE001 - as in _try_pass
-            self._launched = partial(_raise, error)
+            self._launched = Deferred(partial(_raise, error))
 
     def run_all(self) -> None:
         """Run a pass over the batch, and over its halves where it raises."""
@@ -300,7 +300,7 @@ class _BatchRun:
     def _output_of(self, part: range) -> EngineOutput:
         if self._launched is not None:
             launched, self._launched = self._launched, None  # the first part is the whole batch
-            return launched()
+            return launched.result()
         return self._engine.forward(self.sequences[part.start : part.stop], states=self._needs_states)
 
     def _log_first(self, error: Exception, num_sequences: int) -> None:

@@ -24,7 +24,7 @@ OodMode: TypeAlias = Literal["single", "group"]
 
 Scope: TypeAlias = Literal["pooled", "within"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
-"""Of a correlation: over all items, or about the means of the prompts."""
+"""Of a correlation. ``pooled``: over all items; ``within``: of the deviations from the means of their prompts."""
 
 CalibrationGap: TypeAlias = Literal["missing", "inapplicable"]
 """Why an item has no calibrated diagnostics: there is no calibration, or its completion is unknown."""

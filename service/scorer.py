@@ -95,7 +95,7 @@ class Scorer:
         self._num_accepted = 0
         self._all_answered = asyncio.Event()
         self._all_answered.set()
-        queue = Queue(limits.max_queue_tokens, info.shared_from, batch_tokens=budget.max_tokens)
+        queue = Queue(limits.max_queue_tokens, info.min_shared_prefix_tokens, batch_tokens=budget.max_tokens)
         self._queue = WorkQueue(queue, clock)
         self._metrics = ScoringMetrics(metrics)
         self._metrics.read_queue(

@@ -180,13 +180,14 @@ def _reference(checkpoint: Checkpoint, sequences: Sequence[TokenSequence]) -> tu
 def _write_graph(folder: Path, checkpoint: Checkpoint, plan: ExportPlan, taps: tuple[StateTap, ...]) -> None:
     from export.onnx.graph import write_graph
     from export.onnx.quantization import quantize_graph
-    from service.engines.onnx import Filling
+    from service.engines.deduplication import Reading
+    from service.engines.onnx import Padding
 
     write_graph(_load(checkpoint, "float16" if plan.precision == "fp16" else "float32"), taps, folder)
     if plan.precision != "int8":
         return
-    filling = Filling(pooling="hf", pad_token_id=checkpoint.pad_token_id, reads_first=False)
-    feeds = (filling.feed([(tokens.token_ids, 0)]) for tokens in _measuring_texts(checkpoint))
+    padding = Padding(pooling="hf", pad_token_id=checkpoint.pad_token_id, reads_first=False)
+    feeds = (padding.feed([Reading(tokens.token_ids, 0)]) for tokens in _measuring_texts(checkpoint))
     if not quantize_graph(folder, feeds):
         raise CheckpointError(f"The graph of {checkpoint.architecture} holds no multiplication that int8 would serve.")
 
@@ -201,9 +202,9 @@ def _load(checkpoint: Checkpoint, dtype: str) -> Any:
     import torch
 
     from service.engines.model.classifier import load_classifier
-    from service.engines.model.rotary import length_border
+    from service.engines.model.rotary import rope_length_limit
 
-    if length_border(checkpoint.config.get_text_config(), checkpoint.max_input_tokens) is not None:
+    if rope_length_limit(checkpoint.config.get_text_config(), checkpoint.max_input_tokens) is not None:
         raise CheckpointError(
             f"{checkpoint.architecture} turns long texts by other frequencies than short ones, which a graph cannot: "
             "limit --max-input-tokens to the shorter ones, or serve the checkpoint with the torch engine."

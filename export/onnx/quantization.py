@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from service.checkpoints.bundle import GRAPH_DATA_FILE, GRAPH_FILE
-from service.engines.onnx import Feed, session_options
+from service.engines.onnx import Feed
+from service.engines.onnx_session import session_options
 
 MICROSOFT = "com.microsoft"
 SMALLEST_SCALE = 1e-12

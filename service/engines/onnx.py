@@ -1,16 +1,15 @@
-"""The ONNX engine: an exported graph run by ONNX Runtime, a batch as a rectangle filled up on the right.
+"""The ONNX engine: an exported graph run by ONNX Runtime, on batches padded on the right.
 
-It decides how a batch becomes the graph's inputs and where the graph runs. What the graph computes was settled by
-``reward-export``; whether this machine computes the same is tried once at start.
+It decides how a batch becomes the graph's inputs and where the graph runs. What the graph computes was decided by
+``reward-export``; whether this machine computes the same rewards is tested once at start.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from math import inf, isnan
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -18,51 +17,55 @@ from numpy.typing import NDArray
 
 from service.checkpoints.bundle import DTYPES, Bundle, Manifest, Precision
 from service.engines.base import EngineInfo, EngineOutput
+from service.engines.deduplication import Reading, UniquePass, scatter, unique_readings
 from service.engines.model.classifier import pooled_position
+from service.engines.onnx_session import is_out_of_memory, open_session
 from service.errors import EngineOutOfMemory, ParityError, SettingsError
 from service.records import Pooling, StateTap, TokenSequence
 from service.settings import BatchingSettings, ModelSettings
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_BATCH_TOKENS = {"cpu": 2048, "cuda": 65_536}
-"""As of the torch engine; here filling counts too."""
+BATCH_TOKENS = {"cpu": 2048, "cuda": 65_536}
+"""Default batch budget, as of the torch engine; here padding counts too."""
 
 CUDA_LENGTH_STEP = 8
-"""A GPU's matrix units take rows by eights, so rectangles there get a length that is a multiple of it."""
+"""Matrix units of GPUs work on multiples of eight, so batches there are padded to a length that is one."""
 
 INPUTS = ("input_ids", "attention_mask", "position_ids", "pooled_position", "mean_weights")
 REWARD, STATES = "reward", "states"
 
 Feed: TypeAlias = dict[str, NDArray[Any]]
-_Reading: TypeAlias = tuple[tuple[int, ...], int]
-"""Token ids, and the first of their tokens that ``mean`` counts in."""
+"""The graph's inputs by name."""
 
 
 @dataclass(frozen=True, slots=True)
-class Filling:
-    """How sequences become a rectangle.
-
-    ``reads_first``: whether the model's own head begins with the first token (encoders). ``length_step``: rectangles
-    are filled up to a multiple of it.
-    """
+class Padding:
+    """How sequences become a padded batch."""
 
     pooling: Pooling
-    pad_token_id: int
-    reads_first: bool
-    length_step: int = 1
+    """Which token's state a linear head reads."""
 
-    def feed(self, readings: Sequence[_Reading]) -> Feed:
+    pad_token_id: int
+    """The id of padding tokens, whose states are never read."""
+
+    reads_first: bool
+    """Whether the model's own head reads the first token, as encoders' heads do."""
+
+    length_step: int = 1
+    """Batches are padded to a multiple of it."""
+
+    def feed(self, readings: Sequence[Reading]) -> Feed:
         """Return the graph's inputs: int64 [batch, length], pooled positions int64 [batch], weights float32."""
         lengths = [len(ids) for ids, _ in readings]
         longest = -(-max(lengths) // self.length_step) * self.length_step
         shape = (len(readings), longest)
-        # What stands in the filling is never seen, but it must be a row of the embedding.
+        # States of padding are never read, but its id must be a row of the embedding.
         input_ids = np.full(shape, self.pad_token_id, dtype=np.int64)
         weights = np.zeros(shape, dtype=np.float32)
-        for row, (ids, border) in enumerate(readings):
+        for row, (ids, mean_start) in enumerate(readings):
             input_ids[row, : len(ids)] = ids
-            first = border if border < len(ids) else 0
+            first = mean_start if mean_start < len(ids) else 0
             weights[row, first : len(ids)] = 1.0 / (len(ids) - first)
         columns = np.arange(longest, dtype=np.int64)
         return {
@@ -80,24 +83,30 @@ class Filling:
 class OnnxEngine:
     """An Engine over ONNX Runtime.
 
-    Equal sequences of a batch are computed once, so their rewards are equal bit for bit. ``deterministic`` gives every
-    sequence a pass of its own: no neighbour can change a bit of its reward. ``tap_places``: which of the graph's taps
-    are those of ``info``.
+    Equal sequences of a batch are computed once, so their rewards are equal bit for bit.
+
+    Args:
+        session: ONNX Runtime's.
+        padding: makes the graph's inputs.
+        info: describes the engine.
+        tap_indices: for each tap of ``info``, its index among the graph's taps.
+        deterministic: whether every sequence runs in a pass of its own, so that the batch composition cannot change a
+            bit of its reward.
     """
 
     def __init__(
         self,
         session: Any,
-        filling: Filling,
+        padding: Padding,
         info: EngineInfo,
-        tap_places: Sequence[int],
+        tap_indices: Sequence[int],
         *,
         deterministic: bool = False,
     ) -> None:
         self._session = session
-        self._filling = filling
+        self._padding = padding
         self._info = info
-        self._tap_places = list(tap_places)
+        self._tap_indices = list(tap_indices)
         self._deterministic = deterministic
         self._graph_inputs = [graph_input.name for graph_input in session.get_inputs()]
 
@@ -110,35 +119,28 @@ class OnnxEngine:
         """Score the sequences; see ``Engine.forward``.
 
         Raises:
-            EngineOutOfMemory: the device had no room; the engine is usable again, a smaller batch may fit.
+            EngineOutOfMemory: the device ran out of memory; the engine is usable again, a smaller batch may fit.
             ValueError: a sequence has no tokens.
         """
-        wanted = list(dict.fromkeys((sequence.token_ids, sequence.num_prompt_tokens or 0) for sequence in sequences))
-        rewards: dict[tuple[int, ...], float] = {}
-        found: dict[_Reading, NDArray[np.float32]] = {}
-        for readings in passes_over(wanted, apart=self._deterministic, states=states):
-            feed = self._filling.feed(readings)
-            answers = self._run({name: feed[name] for name in self._graph_inputs})
-            for (ids, _), reward in zip(readings, answers[0].tolist(), strict=True):
-                rewards.setdefault(ids, reward)
-            if states:
-                found.update(zip(readings, answers[1][:, self._tap_places], strict=True))
-        return EngineOutput(
-            [rewards[sequence.token_ids] for sequence in sequences],
-            [0] * len(sequences),
-            np.stack([found[sequence.token_ids, sequence.num_prompt_tokens or 0] for sequence in sequences])
-            if states
-            else None,
-        )
+        passes = passes_over(unique_readings(sequences), one_by_one=self._deterministic, states=states)
+        outputs = (self._run_pass(readings, states=states) for readings in passes)
+        return scatter(sequences, outputs, states=states)
 
     def num_cached_tokens(self, sequence: TokenSequence) -> int:
-        """Return zero: nothing is kept."""
+        """Return zero: nothing is cached."""
         del sequence
         return 0
 
     def close(self) -> None:
         """Free the device's memory. The engine is not used afterwards."""
         self._session = None
+
+    def _run_pass(self, readings: list[Reading], *, states: bool) -> tuple[UniquePass, EngineOutput]:
+        feed = self._padding.feed(readings)
+        rewards, all_states = self._run({name: feed[name] for name in self._graph_inputs})
+        found = all_states[:, self._tap_indices] if states else None
+        computed = UniquePass([reading.token_ids for reading in readings], readings if states else [])
+        return computed, EngineOutput(rewards.tolist(), [0] * len(readings), found)
 
     def _run(self, feed: Feed) -> list[NDArray[np.float32]]:
         if self._session is None:
@@ -155,7 +157,7 @@ class OnnxEngine:
         raise EngineOutOfMemory(f"{rows} x {longest} tokens do not fit into the memory of {self._info.device}")
 
     def _run_bound(self, feed: Feed) -> list[NDArray[np.float32]]:
-        """Run on a GPU: inputs go up once, and outputs come down into memory that is there already."""
+        """Run on a GPU: inputs are copied to it once, and outputs into preallocated host memory."""
         import onnxruntime
 
         device, _, number = self._info.device.partition(":")
@@ -165,7 +167,7 @@ class OnnxEngine:
         rows = len(feed["input_ids"])
         results = []
         for output in self._session.get_outputs():
-            # Only the batch is dynamic in what comes out.
+            # Only the batch dimension of an output is dynamic.
             result = np.empty([rows, *output.shape[1:]], dtype=np.float32)
             binding.bind_ortvalue_output(output.name, onnxruntime.OrtValue.ortvalue_from_numpy(result))
             results.append(result)
@@ -174,18 +176,23 @@ class OnnxEngine:
         return results
 
 
-def passes_over(wanted: Sequence[_Reading], *, apart: bool, states: bool) -> Iterator[list[_Reading]]:
-    """Share the readings out over passes in which no token ids stand twice.
+def passes_over(readings: Sequence[Reading], *, one_by_one: bool, states: bool) -> Iterator[list[Reading]]:
+    """Distribute the readings over passes in which no token ids are repeated.
 
-    The first pass is the same whether states are wanted or not, so that asking for them changes no reward. The same
-    ids with other borders between prompt and completion follow in passes of their own, for their states alone.
+    The first pass is the same whether states are requested or not, so that requesting them changes no reward. The same
+    ids with another start of the mean follow in passes of their own, for their states alone.
+
+    Args:
+        readings: all different.
+        one_by_one: whether every reading gets a pass of its own.
+        states: whether states are requested.
     """
-    left = list(wanted)
+    left = list(readings)
     while left:
-        first_of = {ids: (ids, first) for ids, first in reversed(left)}
-        taken = [reading for reading in left if first_of[reading[0]] == reading]
-        left = [reading for reading in left if first_of[reading[0]] != reading] if states else []
-        if apart:
+        first_of = {reading.token_ids: reading for reading in reversed(left)}
+        taken = [reading for reading in left if first_of[reading.token_ids] == reading]
+        left = [reading for reading in left if first_of[reading.token_ids] != reading] if states else []
+        if one_by_one:
             yield from ([reading] for reading in taken)
         else:
             yield taken
@@ -199,32 +206,48 @@ def load_onnx_engine(
     taps: tuple[StateTap, ...] | None = None,
     check: bool = True,
 ) -> OnnxEngine:
-    """Load a judged bundle and return an engine that gives the rewards its export recorded.
+    """Load a validated bundle and return an engine that gives the rewards its export recorded.
 
     Args:
         bundle: graph and manifest.
-        model: device, pooling and threads; arithmetic and path only to refuse what the bundle is not.
+        model: device, pooling and threads; dtype and path only to refuse values that contradict the bundle.
         batching: budget and determinism.
-        taps: where states are to be read; None: wherever the graph reads them.
-        check: whether to compare with the recorded rewards; not while they are being recorded.
+        taps: where states are read; None: wherever the graph reads them.
+        check: whether to compare with the recorded rewards; not while the export records them.
 
     Raises:
         ParityError: this machine's ONNX Runtime computes other rewards.
         SettingsError: a setting does not fit this machine or this bundle.
     """
     manifest = bundle.manifest
-    refuse_other_arithmetic(manifest, model)
+    refuse_contradictions(manifest, model)
     refuse_missing_taps(manifest, taps or ())
     device = resolve_bundle_device(manifest.precision, model.device)
     session = open_session(bundle.graph, device, model.num_threads)
-    is_on_cpu = device == "cpu"
-    filling = Filling(
+    padding = Padding(
         pooling=model.pooling,
         pad_token_id=manifest.pad_token_id,
         reads_first=not manifest.has_linear_head,
-        length_step=1 if is_on_cpu else CUDA_LENGTH_STEP,
+        length_step=1 if device == "cpu" else CUDA_LENGTH_STEP,
     )
-    info = EngineInfo(
+    info = _describe(bundle, batching, device, session.get_providers(), taps)
+    tap_indices = [manifest.taps.index(tap) for tap in info.taps]
+    engine = OnnxEngine(session, padding, info, tap_indices, deterministic=batching.deterministic)
+    # The recorded rewards were pooled by transformers' rule; for another one there is nothing to compare with.
+    if check and model.pooling == "hf":
+        check_probes(engine, manifest)
+    return engine
+
+
+def _describe(
+    bundle: Bundle,
+    batching: BatchingSettings,
+    device: str,
+    providers: Sequence[str],
+    taps: tuple[StateTap, ...] | None,
+) -> EngineInfo:
+    manifest = bundle.manifest
+    return EngineInfo(
         engine="onnx",
         architecture=manifest.architecture,
         forward="padded",
@@ -232,24 +255,18 @@ def load_onnx_engine(
         dtype=DTYPES[manifest.precision],
         cost="padded",
         max_input_tokens=bundle.checkpoint.max_input_tokens,
-        max_batch_tokens=batching.max_batch_tokens or DEFAULT_BATCH_TOKENS["cpu" if is_on_cpu else "cuda"],
+        max_batch_tokens=batching.max_batch_tokens or BATCH_TOKENS["cpu" if device == "cpu" else "cuda"],
         parity={**asdict(manifest.parity), "compared_to": "plain transformers in float32, at export"},
         taps=manifest.taps if taps is None else taps,
-        providers=tuple(session.get_providers()),
+        providers=tuple(providers),
     )
-    places = [manifest.taps.index(tap) for tap in info.taps]
-    engine = OnnxEngine(session, filling, info, places, deterministic=batching.deterministic)
-    # The recorded rewards were pooled by transformers' rule; under another one there is nothing to compare with.
-    if check and model.pooling == "hf":
-        check_probes(engine, manifest)
-    return engine
 
 
 def check_probes(engine: OnnxEngine, manifest: Manifest) -> None:
-    """Return where the engine gives the probes of the manifest the rewards that were recorded with them.
+    """Verify that the engine gives the probes of the manifest the rewards that were recorded with them.
 
     Raises:
-        ParityError: it does not, as with another build of ONNX Runtime.
+        ParityError: it does not, for example with another build of ONNX Runtime.
     """
     limit = engine.info.max_input_tokens
     probes = [probe for probe in manifest.probes if len(probe.token_ids) <= limit]
@@ -265,7 +282,7 @@ def check_probes(engine: OnnxEngine, manifest: Manifest) -> None:
 
 
 def refuse_missing_taps(manifest: Manifest, taps: tuple[StateTap, ...]) -> None:
-    """Return where the graph reads states at all these taps.
+    """Verify that the graph reads states at all these taps.
 
     Raises:
         SettingsError: it does not.
@@ -278,8 +295,8 @@ def refuse_missing_taps(manifest: Manifest, taps: tuple[StateTap, ...]) -> None:
             )
 
 
-def refuse_other_arithmetic(manifest: Manifest, model: ModelSettings) -> None:
-    """Return where the settings ask for nothing that was settled otherwise at export.
+def refuse_contradictions(manifest: Manifest, model: ModelSettings) -> None:
+    """Verify that the settings request nothing that was decided otherwise at export.
 
     Raises:
         SettingsError: they do.
@@ -318,88 +335,3 @@ def resolve_bundle_device(precision: Precision, choice: str) -> str:
 
     device = resolve_device(choice)
     return "cpu" if device.type == "cpu" else f"cuda:{device.index or 0}"
-
-
-def open_session(graph: Path, device: str, num_threads: int | None) -> Any:
-    """Return ONNX Runtime's session on the device, and on no other.
-
-    Raises:
-        SettingsError: ONNX Runtime cannot run there, or cannot read the graph.
-    """
-    import onnxruntime
-
-    providers = wanted_providers(device)
-    missing = [name for name, _ in providers if name not in onnxruntime.get_available_providers()]
-    if missing:
-        raise SettingsError(
-            f"model.device is {device}, but the installed ONNX Runtime has no {missing[0]}: install onnxruntime-gpu in "
-            "the place of onnxruntime, or set model.device to cpu."
-        )
-    if device != "cpu":
-        onnxruntime.preload_dlls()  # CUDA and cuDNN as torch brings them; otherwise the provider would not load
-    try:
-        session = onnxruntime.InferenceSession(graph, session_options(num_threads), providers=providers)
-    except Exception as error:  # ONNX Runtime's exceptions have no common class of their own
-        if is_out_of_memory(error):
-            raise
-        raise SettingsError(
-            f"ONNX Runtime cannot load {graph} on {device} ({type(error).__name__}: {error})"
-        ) from error
-    refuse_missing_provider(device, session.get_providers())
-    return session
-
-
-def refuse_missing_provider(device: str, active: Sequence[str]) -> None:
-    """Return where the session runs on the device that was asked for.
-
-    Raises:
-        SettingsError: ONNX Runtime went on without it, which it tells in its log only.
-    """
-    wanted = wanted_providers(device)[0][0]
-    if wanted not in active:
-        raise SettingsError(
-            f"model.device is {device}, but ONNX Runtime could not start its {wanted} and would run on "
-            f"{', '.join(active) or 'nothing'}: install the CUDA and cuDNN that it was built for, or set model.device "
-            "to cpu."
-        )
-
-
-def wanted_providers(device: str) -> list[tuple[str, Mapping[str, Any]]]:
-    """Return ONNX Runtime's providers for a device, with their options; the CPU's carries small shape operations."""
-    cpu: tuple[str, Mapping[str, Any]] = ("CPUExecutionProvider", {})
-    if device == "cpu":
-        return [cpu]
-    # Memory is asked for as it is needed, not in powers of two: the largest batch is tried at start.
-    options = {"device_id": int(device.partition(":")[2] or 0), "arena_extend_strategy": "kSameAsRequested"}
-    return [("CUDAExecutionProvider", options), cpu]
-
-
-def session_options(num_threads: int | None) -> Any:
-    """Return ONNX Runtime's options for one engine thread, with batches of ever new shapes, beside a busy Python."""
-    import onnxruntime
-
-    from service.engines.devices.device import multiplies_int8_exactly, resolve_threads
-
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.intra_op_num_threads = resolve_threads(num_threads)
-    # The graph is a chain: branches worth running side by side there are none.
-    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-    options.inter_op_num_threads = 1
-    # Spinning threads take the cores from tokenization and the event loop, which live in the same process.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # A memory plan is made per shape; no shape comes twice. The arena stays: fresh pages cost more than they save.
-    options.enable_mem_pattern = False
-    if not multiplies_int8_exactly():
-        # ONNX Runtime then multiplies uint8 by uint8, which is slower and does not saturate.
-        options.add_session_config_entry("session.x64quantprecision", "1")
-    options.log_severity_level = 3
-    return options
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the error says that the device had no room; ONNX Runtime has no class of its own for it."""
-    if isinstance(error, MemoryError):
-        return True
-    signs = ("Failed to allocate memory", "bad allocation", "bad_alloc", "CUDA out of memory", "out of memory")
-    return any(sign in str(error) for sign in signs)

@@ -1,7 +1,8 @@
 """An engine without a model: its reward is a known function of the token ids.
 
-Whoever knows the text knows the reward, so a lost, swapped, duplicated, padded or silently cut answer is detectable in
-any test, bit for bit. Serving it needs no weights; computing the expected reward needs the standard library alone.
+The expected reward can be computed from the text alone, so a test detects a lost, swapped, duplicated, padded or
+silently truncated answer, bit for bit. Serving it requires no weights; computing an expected reward requires the
+standard library alone.
 
 The tokenizer is byte-level: token id = value of the UTF-8 byte (0 to 255), with one special token, the pad token (256).
 """
@@ -26,7 +27,7 @@ PAD_TOKEN = "<|pad|>"  # noqa: S105  a token of text, not a secret
 PAD_TOKEN_ID = 256
 
 RAISE_BYTE, NAN_BYTE, INFINITY_BYTE = 0x01, 0x02, 0x03
-"""Control characters that no honest text holds; an engine with faults switched on obeys them."""
+"""Control characters that do not occur in ordinary texts; they trigger faults where these are enabled."""
 
 
 def oracle_reward(token_ids: Sequence[int], salt: str = "") -> float:
@@ -69,17 +70,22 @@ def byte_tokenizer(max_input_tokens: int = 4096) -> PreTrainedTokenizerFast:
 
 @dataclass(frozen=True, slots=True)
 class OracleFaults:
-    """How an oracle misbehaves, for tests; each switch is off by default and no setting of the service reaches one.
-
-    ``raise_on``, ``nan_on``, ``infinity_on``: token ids that make the pass raise, or the reward of their sequence not
-    finite. ``memory_tokens``: a pass over more runs out of memory. ``seconds_per_token``: how slow a pass is.
-    """
+    """Faults of an oracle, for tests; each is off by default and no setting of the service enables one."""
 
     raise_on: int | None = None
+    """The token id that makes a pass raise."""
+
     nan_on: int | None = None
+    """The token id that makes the reward of its sequence NaN."""
+
     infinity_on: int | None = None
+    """The token id that makes the reward of its sequence infinite."""
+
     memory_tokens: int | None = None
+    """A pass over more tokens runs out of memory."""
+
     seconds_per_token: float = 0.0
+    """The duration of a pass per token."""
 
     @classmethod
     def by_control_bytes(cls) -> OracleFaults:
@@ -88,11 +94,11 @@ class OracleFaults:
 
 
 class OracleFaultError(Exception):
-    """What a pass raises that was asked to fail."""
+    """A pass raised because of ``OracleFaults.raise_on``."""
 
 
 class OracleEngine:
-    """Answers each sequence with `oracle_reward` of its ids."""
+    """Scores each sequence with `oracle_reward` of its ids."""
 
     def __init__(
         self,
@@ -120,26 +126,26 @@ class OracleEngine:
 
     @property
     def info(self) -> EngineInfo:
-        """What stands in for the description of a model."""
+        """The description of the oracle, as of a model."""
         return self._info
 
     def forward(self, sequences: Sequence[TokenSequence], *, states: bool = False) -> EngineOutput:
-        """Score the sequences, one known reward each; there are no taps, and so no states.
+        """Score the sequences, one known reward each; there are no taps, hence no states.
 
         Raises:
-            EngineOutOfMemory, OracleFaultError: the faults that were switched on.
+            EngineOutOfMemory, OracleFaultError: the faults that are enabled.
         """
         del states
-        self._misbehave(sequences)
+        self._apply_faults(sequences)
         return EngineOutput([self._reward(sequence.token_ids) for sequence in sequences])
 
     def num_cached_tokens(self, sequence: TokenSequence) -> int:
-        """Return zero: nothing is kept."""
+        """Return zero: nothing is cached."""
         del sequence
         return 0
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: the oracle holds no memory."""
 
     def _reward(self, token_ids: Sequence[int]) -> float:
         if self._faults.nan_on in token_ids:
@@ -148,15 +154,15 @@ class OracleEngine:
             return float("inf")
         return oracle_reward(token_ids, self._salt)
 
-    def _misbehave(self, sequences: Sequence[TokenSequence]) -> None:
+    def _apply_faults(self, sequences: Sequence[TokenSequence]) -> None:
         faults = self._faults
         num_tokens = sum(sequence.num_tokens for sequence in sequences)
         if faults.seconds_per_token:
             self._sleep(num_tokens * faults.seconds_per_token)
         if faults.memory_tokens is not None and num_tokens > faults.memory_tokens:
-            raise EngineOutOfMemory(f"{num_tokens} tokens; the oracle was told to hold {faults.memory_tokens}.")
+            raise EngineOutOfMemory(f"{num_tokens} tokens; the oracle is configured to hold {faults.memory_tokens}.")
         if any(faults.raise_on in sequence.token_ids for sequence in sequences):
-            raise OracleFaultError("The oracle was told to raise on this token.")
+            raise OracleFaultError("The oracle is configured to raise on this token.")
 
 
 def _visible_bytes() -> list[str]:
@@ -165,6 +171,6 @@ def _visible_bytes() -> list[str]:
     Printable Latin-1 bytes stand for themselves; the others take the code points from 256 on, in order (Radford et al.,
     2019, the GPT-2 encoder).
     """
-    themselves = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    unchanged = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     replacements = iter(range(0x100, 0x200))
-    return [chr(byte if byte in themselves else next(replacements)) for byte in range(0x100)]
+    return [chr(byte if byte in unchanged else next(replacements)) for byte in range(0x100)]

@@ -1,52 +1,43 @@
-"""The start-up probe: does a forward path of ours give the rewards of the plain transformers forward?
+"""The start-up probe: does a forward path give the rewards of the plain transformers forward?
 
-What to probe and how far two numbers may differ is decided in pure functions; ``choose_path`` runs the model. It looks
-at arithmetic only, not at whether the checkpoint's rewards make sense.
+What to probe and how far two numbers may differ is decided in pure functions; ``choose_path`` runs the model. The probe
+compares arithmetic only; it does not check whether the checkpoint's rewards make sense.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from math import inf, isfinite, isnan
 from statistics import median
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from scipy.stats import spearmanr
 
-from service.engines.kernels.bindings import Kernels
 from service.engines.model.classifier import Classifier
-from service.engines.paths.base import ForwardPath
+from service.engines.paths.base import ForwardPath, PathSpec
 from service.engines.paths.packed import PackedForward
 from service.engines.paths.padded import PaddedForward
 from service.engines.rewiring import rewire
-from service.errors import ParityError
+from service.errors import ParityError, SettingsError
 
 logger = logging.getLogger(__name__)
 
-PathChoice: TypeAlias = Literal["auto", "packed", "padded"]
-
-SHARING = "packed with shared prefixes"
-
-KEEPING = "packed with shared and kept prefixes"
-
-ON_KERNELS = " on kernels"
-
-KEPT_PASSES = 3
-"""Passes over the probes where prompts are kept: the first shows what states look like, the second keeps, the third
-uses what is kept."""
+CACHED_PASSES = 3
+"""Passes over the probes where prefixes are cached: the first determines the shapes of keys and values, the second
+fills the cache, the third reads it."""
 
 LENGTHS = (1, 2, 9, 40, 130)
-"""Tokens of the ordinary probes; a window that is small enough adds one beyond it."""
+"""Tokens of the ordinary probes; a sliding window that is small enough adds one longer than it."""
 
-OFFSHOOTS = ((3, 40), (4, 60), (4, 100), (5, -3))
-"""Probes that begin as an ordinary one does: its place among ``LENGTHS``, and how much of it they have in common."""
+SHARED_PREFIXES = ((3, 40), (4, 60), (4, 100), (5, -3))
+"""Probes that share a prefix with an ordinary one: its index in ``LENGTHS``, and the slice end of the prefix."""
 
-LONGEST_PROBE = 1280
-"""No probe is longer, so that the probe of a large model on a CPU takes seconds."""
+MAX_PROBE_TOKENS = 1280
+"""No probe is longer, so that probing a large model on a CPU takes seconds."""
 
 FP32_TOLERANCE = 1e-4
 """Largest difference in fp32, for rewards up to one in magnitude; in proportion above."""
@@ -54,52 +45,83 @@ FP32_TOLERANCE = 1e-4
 NOISE_FACTOR = 4.0
 """How many times the noise of half precision a path may differ from plain transformers."""
 
-NOISE_RUNS = (1, 2, 4)
-"""Neighbouring numbers of an embedding that move the same way, in each of the ways in which noise is tried. One way
-alone may happen to hardly move a row that others move far: one of two tokens, through the demo model, by 0.007, 0.063
-and 0.049."""
+NOISE_RUN_LENGTHS = (1, 2, 4)
+"""Adjacent elements of an embedding that are perturbed in the same direction, in each perturbation that is tried. A
+single perturbation may happen to barely move a sequence that others move far: one of two tokens, through the demo
+model, by 0.007, 0.063 and 0.049."""
 
-
-LEAST_SPEARMAN = 0.95
+MIN_SPEARMAN = 0.95
 """Rank correlation of probes before and after quantization below which the log warns."""
 
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    """What the probe found about the path that serves; rewards and differences in raw logits.
-
-    ``max_difference`` and ``tolerance`` are those of the probe that came nearest to its tolerance, or went beyond.
-    ``noise``: how far a plain reward typically moves when each embedding moves by its last bit; 0 in fp32, where it is
-    not measured. ``conclusive``: whether plain rewards differ enough from each other for a wrong path to show.
-    ``quantization_loss``: as of ``EngineInfo``.
-    """
+    """What the probe measured on the path that serves; rewards and differences in raw logits."""
 
     max_difference: float
+    """Largest difference to plain transformers, of the probe that is closest to its tolerance or exceeds it most."""
+
     tolerance: float
+    """The tolerance of that probe."""
+
     noise: float
+    """How far a plain reward typically moves when each embedding moves by its last bit; 0 in fp32, not measured there.
+    """
+
     conclusive: bool
+    """Whether plain rewards differ enough from each other for a wrong path to be detected."""
+
     num_probes: int
-    quantization_loss: Mapping[str, float | int] = field(default_factory=dict)
+    """Sequences that were compared."""
 
     @property
     def agrees(self) -> bool:
         """Whether every probe is within its tolerance; a reward that is not finite never is."""
         return isfinite(self.max_difference) and self.max_difference <= self.tolerance
 
+    @property
+    def relative_difference(self) -> float:
+        """The difference as a fraction of the tolerance."""
+        return self.max_difference / self.tolerance
 
-def probe_rows(
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """The plain transformers forward on the probes; all fields are in their order."""
+
+    probes: Sequence[tuple[int, ...]]
+    """Token ids."""
+
+    rewards: Sequence[float]
+    """Plain rewards."""
+
+    noise: Sequence[float]
+    """How far each reward moves when the embeddings move by their last bit; zeros in fp32."""
+
+    tolerances: Sequence[float]
+    """Largest difference to each reward that rounding alone explains."""
+
+    def compare(self, rewards: Sequence[float]) -> Parity:
+        """Compare a path's rewards of the probes with the plain ones."""
+        gaps = differences(rewards, self.rewards)
+        gap, tolerance = max(zip(gaps, self.tolerances, strict=True), key=lambda pair: pair[0] / pair[1])
+        conclusive = median(self.tolerances) < max(self.rewards) - min(self.rewards)
+        return Parity(gap, tolerance, median(self.noise), conclusive, len(self.rewards))
+
+
+def probe_sequences(
     *, vocab_size: int, pad_token_id: int | None, eos_token_id: int | None, window: int | None, max_tokens: int
 ) -> list[tuple[int, ...]]:
-    """Return token ids that try what paths get wrong: lengths, the pooled position, and a sliding window.
+    """Return token ids that cover what paths get wrong: lengths, the pooled position, windows and shared prefixes.
 
-    Besides ordinary rows: one that ends in EOS, in two EOS, in EOS and another token, in the pad token, and one of pads
-    only. A row beyond ``window`` is there when it is no longer than ``LONGEST_PROBE``; none is beyond ``max_tokens``.
-    Some begin as others do, some of those as each other, and one is the whole beginning of another.
+    Besides ordinary sequences: one that ends in EOS, in two EOS, in EOS and another token, in the pad token, and one of
+    pads only. One is longer than ``window`` if that stays within ``MAX_PROBE_TOKENS``; none is longer than
+    ``max_tokens``. Some share a prefix with others, some of those with each other, and one is a prefix of another.
     """
     special = {pad_token_id, eos_token_id}
     # Multiples of a large prime visit the whole vocabulary without a pattern, and are the same at every start.
     ordinary = [
-        token for token in ((7919 * k + 11) % vocab_size for k in range(2 * LONGEST_PROBE)) if token not in special
+        token for token in ((7919 * k + 11) % vocab_size for k in range(2 * MAX_PROBE_TOKENS)) if token not in special
     ]
     endings: list[tuple[int, ...]] = []
     if eos_token_id is not None:
@@ -107,22 +129,22 @@ def probe_rows(
     if pad_token_id is not None:
         endings += [(pad_token_id,)]
     lengths = [*LENGTHS, window + window // 4 + 2] if window is not None else list(LENGTHS)
-    rows = [tuple(ordinary[length : 2 * length]) for length in lengths if length <= LONGEST_PROBE]
-    stems = [(rows[place][:kept], 20 * place + kept) for place, kept in OFFSHOOTS if place < len(rows)]
-    rows += [(*stem, *ordinary[start : start + 21]) for stem, start in stems]
-    rows += [(*ordinary[30 * turn : 30 * turn + 23], *ending) for turn, ending in enumerate(endings)]
+    probes = [tuple(ordinary[length : 2 * length]) for length in lengths if length <= MAX_PROBE_TOKENS]
+    prefixes = [(probes[index][:end], 20 * index + end) for index, end in SHARED_PREFIXES if index < len(probes)]
+    probes += [(*prefix, *ordinary[start : start + 21]) for prefix, start in prefixes]
+    probes += [(*ordinary[30 * turn : 30 * turn + 23], *ending) for turn, ending in enumerate(endings)]
     if pad_token_id is not None:
-        rows.append((pad_token_id,) * 3)
-    return [row for row in rows if len(row) <= max_tokens]
+        probes.append((pad_token_id,) * 3)
+    return [probe for probe in probes if len(probe) <= max_tokens]
 
 
-def tolerances(dtype: torch.dtype, plain: Sequence[float], noise: Sequence[float]) -> list[float]:
+def tolerances_of(dtype: torch.dtype, plain: Sequence[float], noise: Sequence[float]) -> list[float]:
     """Return for each probe the largest difference to its plain reward that rounding alone explains.
 
     fp32: ``FP32_TOLERANCE``, in proportion to the largest reward above one. Half precision: ``NOISE_FACTOR`` times the
-    noise that the plain forward itself has on this probe, or on the median one if that is more, since its rounding
-    differs from ours only in where it falls; at least one unit in the last place of the largest reward. Noise goes by
-    the probe because some (very short ones) are far more sensitive than real texts and would blunt the rest.
+    noise of the plain forward on this probe, or on the median probe if that is more, since the path's rounding differs
+    from the plain forward's only in where it occurs; at least one unit in the last place of the largest reward. Noise
+    is taken per probe because some (very short ones) are far more sensitive than real texts and would loosen the rest.
     """
     magnitude = max(abs(reward) for reward in plain)
     if dtype == torch.float32:
@@ -137,162 +159,131 @@ def differences(rewards: Sequence[float], plain: Sequence[float]) -> list[float]
     return [inf if isnan(gap) else gap for gap in gaps]
 
 
-def compare(
-    rewards: Sequence[float], plain: Sequence[float], noise: Sequence[float], limits: Sequence[float]
-) -> Parity:
-    """Judge a path's rewards of the probes; all arguments are in the order of the probes."""
-    gaps = differences(rewards, plain)
-    gap, limit = max(zip(gaps, limits, strict=True), key=lambda found: found[0] / found[1])
-    conclusive = median(limits) < max(plain) - min(plain)
-    return Parity(gap, limit, median(noise), conclusive, len(plain))
+def quantization_error(unquantized: Sequence[float], quantized: Sequence[float]) -> dict[str, float | int]:
+    """Return how far quantization moved the rewards of the probes: rank correlation and largest difference.
 
-
-def loss_between(unchanged: Sequence[float], quantized: Sequence[float]) -> dict[str, float | int]:
-    """Return how far quantization moved the rewards of the probes: ranks first, since differences may be large.
-
-    It is shown and warned of, not refused: random probes lie close together and say little about texts.
+    A large error is reported and logged, not refused: rewards of random probes lie close together, so their order says
+    little about real texts.
     """
-    spearman = float(spearmanr(unchanged, quantized).statistic)
-    loss: dict[str, float | int] = {
+    spearman = float(spearmanr(unquantized, quantized).statistic)
+    error: dict[str, float | int] = {
         "spearman": spearman,
-        "max_difference": max(differences(quantized, unchanged)),
-        "num_probes": len(unchanged),
+        "max_difference": max(differences(quantized, unquantized)),
+        "num_probes": len(unquantized),
     }
-    if not spearman >= LEAST_SPEARMAN:
+    if not spearman >= MIN_SPEARMAN:
         logger.warning(
             "Quantization changes the order of probes: Spearman %.3f to the same model without; audit it on your texts",
             spearman,
         )
-    return loss
+    return error
 
 
-def paths_to_try(
-    choice: PathChoice, *, share_prefixes: bool, keep_prefixes: bool = False, kernels: bool = False
-) -> list[str]:
-    """Return the names of the paths that a choice allows, fastest first."""
-    packed = [*[KEEPING] * keep_prefixes, *[SHARING] * share_prefixes, "packed"]
-    if kernels:
-        packed = [*(f"{name}{ON_KERNELS}" for name in packed), *packed]
-    return {"auto": [*packed, "padded"], "packed": packed, "padded": ["padded"]}[choice]
-
-
-def _open_path(
-    name: str, classifier: Classifier, *, compiled: bool, kernels: Kernels | None, cache_bytes: int, cascade: bool
-) -> ForwardPath:
-    plain_name = name.removesuffix(ON_KERNELS)
-    if name == "padded":
-        return PaddedForward(classifier)
-    return PackedForward(
-        classifier,
-        share_prefixes=plain_name in (KEEPING, SHARING),
-        compiled=compiled,
-        kernels=kernels if name != plain_name else None,
-        cache_bytes=cache_bytes if plain_name == KEEPING else 0,
-        cascade=cascade and plain_name != "packed",
-    )
-
-
-def choose_path(
-    classifier: Classifier,
-    choice: PathChoice,
-    max_tokens: int,
-    *,
-    share_prefixes: bool = True,
-    compiled: bool = False,
-    kernels: Kernels | None = None,
-    cache_bytes: int = 0,
-    cascade: bool = False,
-    quantize: Callable[[], object] | None = None,
-) -> tuple[ForwardPath, Parity]:
-    """Return the fastest path that agrees with plain transformers on this classifier, ready to run, and the evidence.
-
-    Args:
-        classifier: left with the attention of the path that is returned.
-        choice: ``auto``, or the one path to try.
-        max_tokens: longest row that may share a pass with any other.
-        share_prefixes: whether a packed path may compute common beginnings once.
-        compiled: whether only paths with compiled blocks will do.
-        kernels: that packed paths may run on; they are tried before those without.
-        cache_bytes: what prompts kept between passes may take; 0: none are kept. The path that is returned has kept
-            none yet.
-        cascade: whether attention to shared beginnings is merged with that to own tokens.
-        quantize: changes the classifier's weights in place. A path is then held against the plain forward of the
-            changed model, whose noise is larger by itself; what it did is in ``Parity.quantization_loss``.
-
-    Raises:
-        ParityError: no path agrees, or the chosen one does not, or plain transformers itself gives NaN or infinity.
-    """
+def probes_for(classifier: Classifier, max_tokens: int) -> list[tuple[int, ...]]:
+    """Return the probes of a classifier, none longer than ``max_tokens``."""
     config = classifier.config
-    rows = probe_rows(
+    return probe_sequences(
         vocab_size=config.vocab_size,
         pad_token_id=classifier.pad_token_id,
         eos_token_id=_first(config.eos_token_id),
         window=_window(config),
         max_tokens=max_tokens,
     )
-    plain = plain_rewards(classifier, rows)
-    loss: dict[str, float | int] = {}
-    if quantize is not None:
-        quantize()
-        unchanged, plain = plain, plain_rewards(classifier, rows)
-        loss = loss_between(unchanged, plain)
+
+
+def reference_of(
+    classifier: Classifier, probes: Sequence[tuple[int, ...]], plain: Sequence[float] | None = None
+) -> Reference:
+    """Measure what a path is compared with: plain rewards of the probes, their noise and their tolerances.
+
+    Args:
+        classifier: left with the attention that transformers chose.
+        probes: token ids.
+        plain: plain rewards of the probes, where they are already computed.
+
+    Raises:
+        ParityError: plain transformers itself gives NaN or infinity.
+    """
+    plain = plain_rewards(classifier, probes) if plain is None else plain
     if not all(map(isfinite, plain)):
         raise ParityError(
             f"Plain transformers gives {classifier.architecture} no finite reward in {classifier.dtype}: "
             "choose another model.dtype"
         )
-    noise = [0.0] * len(rows)
-    if classifier.is_half_precision:
-        noise = _noise_of(classifier, rows, plain)
-    limits = tolerances(classifier.dtype, plain, noise)
+    noise = _noise_of(classifier, probes, plain) if classifier.is_half_precision else [0.0] * len(probes)
+    return Reference(probes, plain, noise, tolerances_of(classifier.dtype, plain, noise))
 
-    refusals = []
-    names = paths_to_try(
-        choice, share_prefixes=share_prefixes, keep_prefixes=cache_bytes > 0, kernels=kernels is not None
-    )
-    for name in names:
-        if compiled and name == "padded":
-            refusals.append("padded cannot be compiled: leave model.compile out")
-            continue
+
+def choose_path(
+    classifier: Classifier, candidates: Sequence[PathSpec], reference: Reference
+) -> tuple[ForwardPath, Parity]:
+    """Return the first candidate that agrees with plain transformers on this classifier, and the evidence.
+
+    Args:
+        classifier: left with the attention and the modules of the path that is returned.
+        candidates: fastest first. The path that is returned has an empty prefix cache.
+        reference: of the classifier as it is, quantized or not.
+
+    Raises:
+        ParityError: none agrees.
+    """
+    refusals: list[str] = []
+    for spec in candidates:
         try:
-            path = _open_path(
-                name, classifier, compiled=compiled, kernels=kernels, cache_bytes=cache_bytes, cascade=cascade
-            )
-            parity = max(
-                (compare(rewards, plain, noise, limits) for rewards in probed_rewards(path, rows)),
-                key=lambda found: found.max_difference / found.tolerance,
-            )
-            parity = replace(parity, quantization_loss=loss)
-        except Exception as error:  # noqa: BLE001 - whatever a foreign model raises here, this path does not carry it
-            refusals.append(f"{name} does not run ({type(error).__name__}: {error})")
+            path = open_path(classifier, spec)
+            rewards_of_passes = probed_rewards(path, reference.probes)
+            parity = max(map(reference.compare, rewards_of_passes), key=lambda found: found.relative_difference)
+        except Exception as error:  # noqa: BLE001 - whatever a foreign model raises here, it does not run on this path
+            refusals.append(f"{spec.description} does not run ({type(error).__name__}: {error})")
             continue
         if parity.agrees:
-            _report(classifier, name, parity, refusals)
+            _log_choice(classifier, spec, parity, refusals)
             return path, parity
-        refusals.append(f"{name} differs by {parity.max_difference:.3g}, more than {parity.tolerance:.3g}")
+        refusals.append(f"{spec.description} differs by {parity.max_difference:.3g}, more than {parity.tolerance:.3g}")
     raise ParityError(
         f"No forward path agrees with plain transformers on {classifier.architecture}: {'; '.join(refusals)}"
     )
 
 
-def probed_rewards(path: ForwardPath, rows: Sequence[tuple[int, ...]]) -> Iterator[list[float]]:
-    """Yield what a path says of the probes: once, or where prompts are kept cold and again warm.
+def open_path(classifier: Classifier, spec: PathSpec) -> ForwardPath:
+    """Return the forward path of a specification, after rewiring the classifier for it.
 
-    Their prompts are the first halves of the rows.
+    Raises:
+        PackingUnsupportedError: the architecture cannot run packed.
+        SettingsError: the path cannot run compiled.
     """
-    if not path.keeps:
-        yield path.run(rows).rewards
+    if spec.name == "packed":
+        return PackedForward(
+            classifier,
+            share_prefixes=spec.share_prefixes,
+            compiled=spec.compiled,
+            kernels=spec.kernels,
+            cache_bytes=spec.cache_bytes,
+            cascade=spec.cascade,
+        )
+    if spec.compiled:
+        raise SettingsError("padded batches cannot be compiled: leave model.compile out")
+    return PaddedForward(classifier)
+
+
+def probed_rewards(path: ForwardPath, probes: Sequence[tuple[int, ...]]) -> Iterator[Sequence[float]]:
+    """Yield a path's rewards of the probes: once, or with a prefix cache from a cold and a warm cache.
+
+    The first half of each probe is its prompt.
+    """
+    if not path.caches_prefixes:
+        yield path.run(probes).rewards
         return
-    for _ in range(KEPT_PASSES):
-        yield path.run(rows, prompts=[len(row) // 2 for row in rows]).rewards
-    path.forget()
+    for _ in range(CACHED_PASSES):
+        yield path.run(probes, prompts=[len(probe) // 2 for probe in probes]).rewards
+    path.clear_cache()
 
 
-def _report(classifier: Classifier, name: str, parity: Parity, refusals: Sequence[str]) -> None:
+def _log_choice(classifier: Classifier, spec: PathSpec, parity: Parity, refusals: Sequence[str]) -> None:
     logger.info(
         "%s runs %s in %s: largest difference to plain transformers %.3g, limit %.3g, on %d probes%s",
         classifier.architecture,
-        name,
+        spec.description,
         classifier.dtype,
         parity.max_difference,
         parity.tolerance,
@@ -301,22 +292,26 @@ def _report(classifier: Classifier, name: str, parity: Parity, refusals: Sequenc
     )
     if not parity.conclusive:
         logger.warning(
-            "The parity probe cannot tell right from wrong here: rounding moves rewards as far as they lie apart; "
-            "with model.dtype float32 it is sharper"
+            "The parity probe is inconclusive: rounding moves rewards as far as they differ from each other; "
+            "with model.dtype float32 it is more sensitive"
         )
 
 
 @torch.inference_mode()
-def plain_rewards(classifier: Classifier, rows: Sequence[Sequence[int]]) -> list[float]:
-    """Return the rewards of the plain transformers forward, row by row, with the attention transformers chose itself.
+def plain_rewards(classifier: Classifier, sequences: Sequence[Sequence[int]]) -> list[float]:
+    """Return the rewards of the plain transformers forward, one sequence at a time, with its default attention.
 
     The weights are the served ones, the head's in fp32. ``last`` pooling is not transformers' own, so there the state
-    of the last token is read off transformers' body.
+    of the last token is read from the output of transformers' body.
+
+    Args:
+        classifier: left with the attention that transformers chose.
+        sequences: token ids.
     """
     rewire(classifier, classifier.plain_attention)
     rewards = []
-    for row in rows:
-        ids = classifier.token_tensor([row])
+    for token_ids in sequences:
+        ids = classifier.token_tensor([token_ids])
         if classifier.pooling == "last":
             states = classifier.body(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
             rewards += classifier.read_rewards(states[:, -1])
@@ -325,22 +320,25 @@ def plain_rewards(classifier: Classifier, rows: Sequence[Sequence[int]]) -> list
     return rewards
 
 
-def _noise_of(classifier: Classifier, rows: Sequence[Sequence[int]], plain: Sequence[float]) -> list[float]:
-    """Return how far each plain reward moves when embeddings move by their last bit, in the worst of some ways."""
+def _noise_of(classifier: Classifier, probes: Sequence[Sequence[int]], plain: Sequence[float]) -> list[float]:
+    """Return how far each plain reward moves when embeddings move by their last bit: the most of some perturbations."""
     moved = []
-    for run in NOISE_RUNS:
-        with _last_bit_moved(classifier, run):
-            moved.append(differences(plain_rewards(classifier, rows), plain))
+    for run_length in NOISE_RUN_LENGTHS:
+        with _perturbed_embeddings(classifier, run_length):
+            moved.append(differences(plain_rewards(classifier, probes), plain))
     return [max(gaps) for gaps in zip(*moved, strict=True)]
 
 
 @contextmanager
-def _last_bit_moved(classifier: Classifier, run: int = 1) -> Iterator[None]:
-    """Move every embedding by one unit in its last place while the context is open: up and down by turns of ``run``."""
+def _perturbed_embeddings(classifier: Classifier, run_length: int) -> Iterator[None]:
+    """Move every embedding by one unit in its last place while the context is open, alternately up and down.
+
+    ``run_length`` adjacent elements move in the same direction.
+    """
 
     def move(_module: torch.nn.Module, _inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        ups_and_downs = 1 - 2 * (torch.arange(output.shape[-1], device=output.device) // run % 2)
-        return output * (1 + torch.finfo(output.dtype).eps * ups_and_downs).to(output.dtype)
+        signs = 1 - 2 * (torch.arange(output.shape[-1], device=output.device) // run_length % 2)
+        return output * (1 + torch.finfo(output.dtype).eps * signs).to(output.dtype)
 
     handle = classifier.model.get_input_embeddings().register_forward_hook(move)
     try:
@@ -354,6 +352,6 @@ def _first(token_ids: int | Sequence[int] | None) -> int | None:
 
 
 def _window(config: Any) -> int | None:
-    """Return the sliding window of a configuration, under the names that transformers' families give it."""
+    """Return the sliding window of a configuration, under the names that model families of transformers use."""
     window: int | None = getattr(config, "sliding_window", None) or getattr(config, "local_attention", None)
     return window

@@ -1,7 +1,7 @@
 """The torch engine: a transformers classifier on one device, run by the forward path that the parity probe chose.
 
-It decides what shares a pass and translates a lack of memory; how a pass runs is the path's, what a batch holds the
-queue's.
+It decides which sequences share a pass and translates out-of-memory errors. How a pass runs is the forward path's task,
+what a batch contains the queue's.
 """
 
 from __future__ import annotations
@@ -11,69 +11,69 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 
-from service.engines.base import EngineInfo, EngineOutput, PendingPass, StateTap
+from service.engines.base import Deferred, EngineInfo, EngineOutput, Pending, Ready, StateTap
 from service.engines.compilation import check_compiler
+from service.engines.deduplication import Reading, UniquePass, scatter, unique_readings, unique_token_ids
 from service.engines.devices.device import (
-    is_lost,
+    enable_huge_pages,
+    is_device_lost,
     is_out_of_memory,
-    keep_freed_memory,
     release_memory,
-    resolve_device,
-    resolve_dtype,
-    resolve_threads,
+    retain_freed_memory,
 )
 from service.engines.kernels import bindings
 from service.engines.kernels.bindings import Kernels
 from service.engines.kernels.patching import drop_plain_weights
 from service.engines.linear.float8 import check_float8, quantize_float8
 from service.engines.linear.int8 import quantize_int8
-from service.engines.model.classifier import Classifier, load_classifier, read_config, stored_dtype
-from service.engines.model.rotary import length_border
+from service.engines.model.classifier import Classifier, load_classifier, read_config
 from service.engines.model.taps import StateQuery, check_taps
-from service.engines.parity import Parity, choose_path
-from service.engines.paths.base import ForwardPath, LaunchingPath, PathOutput, PendingOutput
-from service.engines.paths.cuda_graphs import record_library, wants_graphs
+from service.engines.parity import (
+    Parity,
+    choose_path,
+    plain_rewards,
+    probes_for,
+    quantization_error,
+    reference_of,
+)
+from service.engines.paths.base import ForwardPath, LaunchingPath
+from service.engines.paths.cuda_graphs import record_library, resolve_graphs
 from service.engines.paths.packed import PackedForward
+from service.engines.plan import EnginePlan, Machine, plan_engine
 from service.errors import EngineOutOfMemory, EngineUnavailable, SettingsError
 from service.records import TokenSequence
 from service.settings import BatchingSettings, ModelSettings
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_BATCH_TOKENS = {"cpu": 2048, "cuda": 65_536}
-"""Enough to keep the device busy; more would only make the next request wait longer."""
-
-TILES_BATCH_TOKENS = 4096
-"""The same on kernels with matrix tiles: such a pass takes no longer than one over half as many without them."""
-
-DEFAULT_PREFIX_CACHE_MIB = {"cpu": 512, "cuda": 0}
-"""On a CPU a kept prompt cannot change a bit of a reward, and memory is taken as prompts come; on CUDA nothing was
-measured yet."""
-_Found = TypeVar("_Found")
-
-_Reading: TypeAlias = tuple[tuple[int, ...], int]
-"""Token ids, and the first of their tokens that belongs to the completion."""
+_T = TypeVar("_T")
 
 
 class TorchEngine:
     """An Engine over transformers.
 
-    Equal sequences of a batch are computed once, so their rewards are equal bit for bit. ``deterministic`` gives every
-    sequence a pass of its own: no neighbour can change a bit of its reward. ``border``: sequences up to that many
-    tokens and longer ones never share a pass, nor a beginning, and of the longer ones none is kept; None: all may.
+    Equal sequences of a batch are computed once, so their rewards are equal bit for bit.
+
+    Args:
+        path: runs the passes.
+        info: describes them.
+        deterministic: whether every sequence runs in a pass of its own, so that the batch composition cannot change a
+            bit of its reward.
+        rope_length_limit: sequences up to that many tokens and longer ones never share a pass, since they have other
+            rotary frequencies; the longer ones neither read the prefix cache nor add to it. None: all may share.
     """
 
     def __init__(
-        self, path: ForwardPath, info: EngineInfo, *, deterministic: bool = False, border: int | None = None
+        self, path: ForwardPath, info: EngineInfo, *, deterministic: bool = False, rope_length_limit: int | None = None
     ) -> None:
         self._path: ForwardPath | None = path
         self._info = info
         self._deterministic = deterministic
-        self._border = border
+        self._rope_length_limit = rope_length_limit
 
     @property
     def info(self) -> EngineInfo:
@@ -84,145 +84,110 @@ class TorchEngine:
         """Score the sequences; see ``Engine.forward``.
 
         Raises:
-            EngineOutOfMemory: the device had no room; the engine is usable again, a smaller batch may fit.
+            EngineOutOfMemory: the device ran out of memory; the engine is usable again, a smaller batch may fit.
             EngineUnavailable: the device is lost.
             ValueError: a sequence has no tokens.
         """
         return self.launch(sequences, states=states).result()
 
-    def launch(self, sequences: Sequence[TokenSequence], *, states: bool = False) -> PendingPass:
-        """Hand the sequences to the device; see ``LaunchingEngine.launch``. On a CPU they are computed at once.
+    def launch(self, sequences: Sequence[TokenSequence], *, states: bool = False) -> Pending[EngineOutput]:
+        """Launch the sequences on the device; see ``LaunchingEngine.launch``. On a CPU they are computed at once.
 
         Raises:
             EngineOutOfMemory, EngineUnavailable, ValueError: as ``forward``.
         """
         taps = self._info.taps if states else ()
-        parts = []
+        readings = unique_readings(sequences) if taps else []
         prompts = {sequence.token_ids: sequence.num_prompt_tokens for sequence in sequences}
-        for rows in self._passes(list(dict.fromkeys(sequence.token_ids for sequence in sequences))):
-            wanted = _readings_of(rows, sequences) if taps else []
-            places = {row: place for place, row in enumerate(rows)}
-            query = StateQuery(taps, tuple((places[ids], start) for ids, start in wanted))
-            keeping = [prompts[row] for row in rows] if self._keeps(rows[0]) else None
-            parts.append(_Part(rows, wanted, self._try(rows, partial(self._launch, rows, query, keeping))))
-        return _LaunchedBatch(self, sequences, parts, reads_states=bool(taps))
-
-    def wait_for(self, part: _Part) -> PathOutput:
-        """Return what a launched part of a batch found; errors as of ``PendingPass.result``."""
-        return self._try(part.rows, part.pending.result)
+        passes = [
+            self._launch_pass(token_ids, taps, readings, prompts)
+            for token_ids in self._passes_over(unique_token_ids(sequences))
+        ]
+        return Deferred(partial(self._complete, sequences, passes, states=bool(taps)))
 
     def num_cached_tokens(self, sequence: TokenSequence) -> int:
-        """Return how many leading tokens the next pass need not compute; see ``Engine.num_cached_tokens``."""
-        if self._path is None or not self._keeps(sequence.token_ids):
+        """Return how many leading tokens are cached for the next pass; see ``Engine.num_cached_tokens``."""
+        if self._path is None or not self._may_use_cache(sequence.token_ids):
             return 0
-        first_wanted = _reading_of(sequence)[1] if any(tap.pooling == "mean" for tap in self._info.taps) else None
-        return self._path.num_cached_tokens(sequence.token_ids, first_wanted)
+        reads_mean = any(tap.pooling == "mean" for tap in self._info.taps)
+        mean_start = Reading.of(sequence).mean_start if reads_mean else None
+        return self._path.num_cached_tokens(sequence.token_ids, mean_start)
 
     def close(self) -> None:
         """Free the device's memory. The engine is not used afterwards."""
         self._path = None
         release_memory(torch.device(self._info.device))
 
-    def _passes(self, rows: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
-        """Share the rows out over as few passes as keep them from changing each other."""
+    def _passes_over(self, token_ids: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
+        """Distribute different sequences over as few passes as prevent them from changing each other's rewards."""
         if self._deterministic:
-            return [[row] for row in rows]
-        if self._border is None:
-            return [rows]
-        short = [row for row in rows if len(row) <= self._border]
-        long = [row for row in rows if len(row) > self._border]
+            return [[one] for one in token_ids]
+        limit = self._rope_length_limit
+        if limit is None:
+            return [token_ids]
+        short = [one for one in token_ids if len(one) <= limit]
+        long = [one for one in token_ids if len(one) > limit]
         return [part for part in (short, long) if part]
 
-    def _keeps(self, row: tuple[int, ...]) -> bool:
-        """Whether the row's pass may use what is kept, which has the frequencies of sequences up to the border."""
-        return self._border is None or len(row) <= self._border
+    def _may_use_cache(self, token_ids: tuple[int, ...]) -> bool:
+        """Whether a sequence's pass may use the prefix cache, which has the rotary frequencies of short sequences."""
+        return self._rope_length_limit is None or len(token_ids) <= self._rope_length_limit
+
+    def _launch_pass(
+        self,
+        token_ids: list[tuple[int, ...]],
+        taps: tuple[StateTap, ...],
+        readings: list[Reading],
+        prompts: dict[tuple[int, ...], int | None],
+    ) -> _LaunchedPass:
+        index = {one: position for position, one in enumerate(token_ids)}
+        own = [reading for reading in readings if reading.token_ids in index]
+        query = StateQuery(taps, tuple((index[reading.token_ids], reading.mean_start) for reading in own))
+        cacheable = [prompts[one] for one in token_ids] if self._may_use_cache(token_ids[0]) else None
+        pending = self._translating(token_ids, partial(self._launch, token_ids, query, cacheable))
+        return _LaunchedPass(UniquePass(token_ids, own), pending)
 
     def _launch(
-        self, rows: list[tuple[int, ...]], query: StateQuery, prompts: list[int | None] | None
-    ) -> PendingOutput:
+        self, token_ids: list[tuple[int, ...]], query: StateQuery, prompts: list[int | None] | None
+    ) -> Pending[EngineOutput]:
         if self._path is None:
             raise RuntimeError("The engine is closed")
-        if isinstance(self._path, LaunchingPath) and not self._path.keeps:
-            return self._path.launch(rows, query)
-        return _Ready(self._path.run(rows, query, prompts))
+        if isinstance(self._path, LaunchingPath) and not self._path.caches_prefixes:
+            return self._path.launch(token_ids, query)
+        return Ready(self._path.run(token_ids, query, prompts))
 
-    def _try(self, rows: list[tuple[int, ...]], step: Callable[[], _Found]) -> _Found:
-        """Return what a step of a pass over the rows returns; say it in our words where the device fails."""
+    def _complete(
+        self, sequences: Sequence[TokenSequence], passes: list[_LaunchedPass], *, states: bool
+    ) -> EngineOutput:
+        outputs = ((one.computed, self._translating(one.computed.token_ids, one.pending.result)) for one in passes)
+        return scatter(sequences, outputs, states=states)
+
+    def _translating(self, token_ids: Sequence[tuple[int, ...]], step: Callable[[], _T]) -> _T:
+        """Return what a step of a pass over these sequences returns; a failure of the device gets its own error."""
         try:
             return step()
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
-                if is_lost(torch.device(self._info.device)):
+                if is_device_lost(torch.device(self._info.device)):
                     raise EngineUnavailable(f"{self._info.device} is lost: {error}") from error
                 raise
         # Outside of the except clause the traceback no longer holds the tensors of the failed pass.
         release_memory(torch.device(self._info.device))
         raise EngineOutOfMemory(
-            f"{len(rows)} sequences with {sum(map(len, rows))} tokens do not fit into the memory of {self._info.device}"
+            f"{len(token_ids)} sequences with {sum(map(len, token_ids))} tokens do not fit into the memory of "
+            f"{self._info.device}"
         )
 
 
 @dataclass(frozen=True, slots=True)
-class _Ready:
-    """The output of a path that computes in order."""
+class _LaunchedPass:
+    """A pass on the device."""
 
-    output: PathOutput
-
-    def result(self) -> PathOutput:
-        return self.output
+    computed: UniquePass
+    pending: Pending[EngineOutput]
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """Rows of a batch that share a pass, and whose states are read off it."""
-
-    rows: list[tuple[int, ...]]
-    wanted: list[_Reading]
-    pending: PendingOutput
-
-
-@dataclass(frozen=True, slots=True)
-class _LaunchedBatch:
-    """A batch on the device: the PendingPass of a TorchEngine."""
-
-    engine: TorchEngine
-    sequences: Sequence[TokenSequence]
-    parts: list[_Part]
-    reads_states: bool
-
-    def result(self) -> EngineOutput:
-        sequences = self.sequences
-        first = {sequence.token_ids: place for place, sequence in reversed(list(enumerate(sequences)))}
-        rewards: dict[tuple[int, ...], float] = {}
-        shared = [sequence.num_tokens for sequence in sequences]
-        num_cached_tokens = 0
-        found: dict[_Reading, torch.Tensor] = {}
-        for part in self.parts:
-            output = self.engine.wait_for(part)
-            num_cached_tokens += output.cached_tokens
-            rewards.update(zip(part.rows, output.rewards, strict=True))
-            for row, num_shared in zip(part.rows, output.shared_tokens, strict=True):
-                shared[first[row]] = num_shared
-            if output.states is not None:
-                found.update(zip(part.wanted, output.states.cpu(), strict=True))
-        return EngineOutput(
-            [rewards[sequence.token_ids] for sequence in sequences],
-            shared,
-            torch.stack([found[_reading_of(sequence)] for sequence in sequences]).numpy()
-            if self.reads_states
-            else None,
-            num_cached_tokens,
-        )
-
-
-def _reading_of(sequence: TokenSequence) -> _Reading:
-    return sequence.token_ids, sequence.num_prompt_tokens or 0
-
-
-def _readings_of(rows: list[tuple[int, ...]], sequences: Sequence[TokenSequence]) -> list[_Reading]:
-    """Return what must be read for these rows: of equal ids once for each border between prompt and completion."""
-    present = set(rows)
-    return list(dict.fromkeys(_reading_of(sequence) for sequence in sequences if sequence.token_ids in present))
+# --- Loading ---------------------------------------------------------------------------------------------------------
 
 
 def load_torch_engine(
@@ -234,154 +199,137 @@ def load_torch_engine(
     max_input_tokens: int,
     taps: Sequence[StateTap] = (),
 ) -> TorchEngine:
-    """Load a judged checkpoint folder and return an engine whose rewards were compared with plain transformers.
+    """Load a validated checkpoint folder and return an engine whose rewards were compared with plain transformers.
 
     Args:
         folder: weights (safetensors) and configuration.
         model: device, arithmetic, pooling, forward path and threads; the rest is not read.
         batching: budget and determinism.
-        pad_token_id: the checkpoint's own, which decides what the head reads.
+        pad_token_id: the checkpoint's own, which pooling depends on.
         max_input_tokens: longest sequence that will be scored.
         taps: where states can be read.
 
     Raises:
         ParityError: no forward path agrees with plain transformers.
-        SettingsError: a setting does not fit this machine or this model, or a tap is out of its depth.
+        SettingsError: a setting does not fit this machine or this model, or a tap is deeper than the model.
     """
-    device = resolve_device(model.device)
-    if device.type == "cpu":
-        keep_freed_memory()
-    torch.set_num_threads(resolve_threads(model.num_threads))
-    config = read_config(folder)
-    wanted = "bfloat16" if model.quantization == "int8" and model.dtype == "auto" else model.dtype
-    dtype = resolve_dtype(wanted, stored_dtype(config), device)
-    if model.compile:
-        check_compiler(device)
-    wants_graphs(model.cuda_graphs, device, num_parameters=0, deterministic=batching.deterministic)
-    if model.cascade_attention and device.type != "cuda":
-        raise SettingsError(f"model.cascade_attention needs a CUDA device and model.device is {device}: leave it out")
-    kernels = _kernels_of(model, device, dtype)
-    border = length_border(config.get_text_config(), max_input_tokens)
-    classifier = load_classifier(
-        folder,
-        dtype=dtype,
-        device=device,
-        pooling=model.pooling,
+    enable_huge_pages()
+    plan = plan_engine(
+        model,
+        batching,
+        Machine.detect(model),
+        read_config(folder),
         pad_token_id=pad_token_id,
+        max_input_tokens=max_input_tokens,
+        taps=taps,
     )
-    if model.quantization == "fp8":
-        check_float8(device, classifier.dtype)
-    check_taps(classifier.body, classifier.config.num_hidden_layers, taps)
-    shares = batching.share_prefixes and not batching.deterministic
-    prefix_cache_mib = batching.prefix_cache_mib
-    if prefix_cache_mib is None:
-        prefix_cache_mib = DEFAULT_PREFIX_CACHE_MIB[device.type]
-    path, parity = choose_path(
-        classifier,
-        model.forward,
-        border or max_input_tokens,
-        share_prefixes=shares,
-        compiled=model.compile,
-        kernels=kernels,
-        cache_bytes=prefix_cache_mib * 2**20 if shares else 0,
-        cascade=model.cascade_attention,
-        quantize=_quantizing(model, classifier),
+    _prepare_process(plan)
+    kernels = _find_kernels(plan)
+    classifier = load_classifier(
+        folder, dtype=plan.dtype, device=plan.device, pooling=plan.pooling, pad_token_id=pad_token_id
     )
+    check_taps(classifier.body, classifier.config.num_hidden_layers, plan.taps)
+    path, evidence = _probe(plan, classifier, kernels)
     if kernels is not None:
-        _settle_kernels(classifier, path, model)
-    max_batch_tokens = batching.max_batch_tokens or default_batch_tokens(device, path.kernels)
-    info = _describe(classifier, path, parity, max_input_tokens, max_batch_tokens, tuple(taps))
-    graph_failure = ""
-    num_parameters = sum(weight.numel() for weight in classifier.model.parameters())
-    if wants_graphs(model.cuda_graphs, device, num_parameters, deterministic=batching.deterministic):
-        graph_failure = _record_graphs(classifier, path, parity, max_batch_tokens, border)
-    info = replace(
-        info,
-        compiled=model.compile,
-        prefix_cache_mib=prefix_cache_mib if path.keeps else 0,
-        launches_ahead=device.type == "cuda" and isinstance(path, LaunchingPath) and not path.keeps,
-        graph_tokens=path.library.longest_row if isinstance(path, PackedForward) else 0,
-        graph_failure=graph_failure,
-        cascade_attention=model.cascade_attention and path.shared_from is not None,
-        quantization=model.quantization,
-        quantization_loss=dict(parity.quantization_loss),
-    )
-    return TorchEngine(path, info, deterministic=batching.deterministic, border=border)
+        _finish_kernels(plan, classifier, path)
+    evidence = replace(evidence, cuda_graph_failure=_record_graphs(plan, classifier, path, evidence.parity))
+    info = _describe(plan, classifier, path, evidence)
+    return TorchEngine(path, info, deterministic=plan.deterministic, rope_length_limit=plan.rope_length_limit)
 
 
-def _quantizing(model: ModelSettings, classifier: Classifier) -> Callable[[], object] | None:
-    """Return what changes the body's linear layers as the settings want it."""
-    functions = {"fp8": quantize_float8, "int8": quantize_int8}
-    chosen = functions.get(model.quantization)
-    return None if chosen is None else partial(chosen, classifier.body)
+@dataclass(frozen=True, slots=True)
+class _Evidence:
+    """What was measured while the engine was loaded; see ``EngineInfo``."""
+
+    parity: Parity
+    quantization_error: dict[str, float | int]
+    cuda_graph_failure: str = ""
 
 
-def default_batch_tokens(device: torch.device, kernels: Kernels | None) -> int:
-    """Return how many tokens a pass on this device holds where the settings do not say."""
-    return TILES_BATCH_TOKENS if kernels is not None and kernels.has_tiles else DEFAULT_BATCH_TOKENS[device.type]
-
-
-def _kernels_of(model: ModelSettings, device: torch.device, dtype: torch.dtype) -> Kernels | None:
-    """Return the kernels that the settings want and this machine has; says in the log why it has none.
+def _prepare_process(plan: EnginePlan) -> None:
+    """Set what torch and the allocator share in this process.
 
     Raises:
-        SettingsError: the settings want them, and this machine or another setting does not.
+        SettingsError: compiled blocks are requested, and there is no compiler.
     """
-    without = model.compile or model.forward == "padded"
-    if model.quantization == "int8":
-        if without or model.kernels == "off":
-            raise SettingsError(
-                "model.quantization is int8, which runs on our kernels alone: they run neither in compiled blocks nor "
-                "in padded batches, and must not be off"
-            )
-        return bindings.int8_kernels(device, dtype)
-    if without:
-        if model.kernels == "on":
-            raise SettingsError("model.kernels is on, but compiled blocks and padded batches do not run on them")
+    if plan.device.type == "cpu":
+        retain_freed_memory()
+    torch.set_num_threads(plan.num_threads)
+    if plan.fastest_path.compiled:
+        check_compiler(plan.device)
+
+
+def _find_kernels(plan: EnginePlan) -> Kernels | None:
+    """Return the CPU kernels that the plan allows and this machine has; logs why there are none.
+
+    Raises:
+        SettingsError: the plan requires them, and this machine has none.
+    """
+    if plan.kernels == "off":
         return None
-    kernels, reason = bindings.kernels_for(model.kernels, device, dtype)
-    if kernels is None and model.kernels == "auto" and device.type == "cpu" and dtype == torch.bfloat16:
-        logger.warning("Passes run without kernels of our own, which are much faster: %s.", reason)
+    if plan.kernels == "int8":
+        return bindings.int8_kernels(plan.device, plan.dtype)
+    kernels, reason = bindings.kernels_for(plan.kernels, plan.device, plan.dtype)
+    if kernels is None and plan.device.type == "cpu" and plan.dtype == torch.bfloat16:
+        logger.warning("Passes run without the CPU kernels, which are much faster: %s.", reason)
     return kernels
 
 
-def _settle_kernels(classifier: Classifier, path: ForwardPath, model: ModelSettings) -> None:
-    """Free what a path on kernels does not need; complain where the model does not run on them.
+def _probe(plan: EnginePlan, classifier: Classifier, kernels: Kernels | None) -> tuple[ForwardPath, _Evidence]:
+    """Quantize the classifier as planned, and return the path that serves it with what was measured.
 
     Raises:
-        SettingsError: the settings want them all the same.
+        ParityError: no path agrees with plain transformers.
+        SettingsError: the model or the machine cannot be quantized.
+    """
+    if plan.quantization == "fp8":
+        check_float8(plan.device, classifier.dtype)
+    probes = probes_for(classifier, plan.max_shared_pass_tokens)
+    plain = plain_rewards(classifier, probes)
+    error: dict[str, float | int] = {}
+    if plan.quantization != "none":
+        _quantize(classifier, plan.quantization)
+        unquantized, plain = plain, plain_rewards(classifier, probes)
+        error = quantization_error(unquantized, plain)
+    path, parity = choose_path(classifier, plan.candidates(kernels), reference_of(classifier, probes, plain))
+    return path, _Evidence(parity, error)
+
+
+def _quantize(classifier: Classifier, quantization: Literal["fp8", "int8"]) -> None:
+    {"fp8": quantize_float8, "int8": quantize_int8}[quantization](classifier.body)
+
+
+def _finish_kernels(plan: EnginePlan, classifier: Classifier, path: ForwardPath) -> None:
+    """Free the weights that a path on the CPU kernels has packed; log where the model does not run on them.
+
+    Raises:
+        SettingsError: the plan requires the kernels.
     """
     if path.kernels is not None:
         drop_plain_weights(classifier.body)
-    elif model.kernels == "on" or model.quantization == "int8":
-        wish = "quantization is int8" if model.quantization == "int8" else "kernels is on"
-        raise SettingsError(f"model.{wish}, but {classifier.architecture} does not run on our kernels")
+    elif plan.kernels == "auto":
+        logger.warning("%s does not run on the CPU kernels.", classifier.architecture)
     else:
-        logger.warning("%s does not run on kernels of our own.", classifier.architecture)
+        setting = "quantization is int8" if plan.kernels == "int8" else "kernels is on"
+        raise SettingsError(f"model.{setting}, but {classifier.architecture} does not run on the CPU kernels")
 
 
-def _record_graphs(
-    classifier: Classifier, path: ForwardPath, parity: Parity, max_batch_tokens: int, border: int | None
-) -> str:
-    """Let the path replay short rows; return why it does not, empty where it does."""
+def _record_graphs(plan: EnginePlan, classifier: Classifier, path: ForwardPath, parity: Parity) -> str:
+    """Let the path replay short batches from CUDA graphs, where planned; return why it does not, else nothing."""
+    num_parameters = sum(weight.numel() for weight in classifier.model.parameters())
+    if not resolve_graphs(plan.cuda_graphs, plan.device, num_parameters, deterministic=plan.deterministic):
+        return ""
     if not isinstance(path, PackedForward):
         return f"{path.name} batches have no fixed shapes"
-    if border is not None:
+    if plan.rope_length_limit is not None:
         return "the rotary frequencies depend on the longest sequence of a pass"
     path.library, failure = record_library(
-        classifier, lambda rows: path.run(rows).rewards, max_batch_tokens, parity.tolerance
+        classifier, lambda rows: path.run(rows).rewards, plan.batch_tokens_on(path.kernels), parity.tolerance
     )
     return failure
 
 
-def _describe(
-    classifier: Classifier,
-    path: ForwardPath,
-    parity: Parity,
-    max_input_tokens: int,
-    max_batch_tokens: int,
-    taps: tuple[StateTap, ...],
-) -> EngineInfo:
+def _describe(plan: EnginePlan, classifier: Classifier, path: ForwardPath, evidence: _Evidence) -> EngineInfo:
     return EngineInfo(
         engine="torch",
         architecture=classifier.architecture,
@@ -389,10 +337,18 @@ def _describe(
         device=str(classifier.device),
         dtype=str(classifier.dtype).removeprefix("torch."),
         cost=path.cost,
-        max_input_tokens=max_input_tokens,
-        max_batch_tokens=max_batch_tokens,
-        parity={name: value for name, value in asdict(parity).items() if name != "quantization_loss"},
-        taps=taps,
-        shared_from=path.shared_from,
+        max_input_tokens=plan.max_input_tokens,
+        max_batch_tokens=plan.batch_tokens_on(path.kernels),
+        parity=asdict(evidence.parity),
+        taps=plan.taps,
+        min_shared_prefix_tokens=path.min_shared_prefix_tokens,
+        compiled=plan.fastest_path.compiled,
         kernels=path.kernels.name if path.kernels else None,
+        prefix_cache_mib=plan.fastest_path.cache_bytes // 2**20 if path.caches_prefixes else 0,
+        async_launch=plan.device.type == "cuda" and isinstance(path, LaunchingPath) and not path.caches_prefixes,
+        cuda_graph_max_tokens=path.library.max_tokens if isinstance(path, PackedForward) else 0,
+        cuda_graph_failure=evidence.cuda_graph_failure,
+        cascade_attention=plan.fastest_path.cascade and path.min_shared_prefix_tokens is not None,
+        quantization=plan.quantization,
+        quantization_error=evidence.quantization_error,
     )

@@ -168,7 +168,7 @@ def _check(settings: Settings, console: Console) -> None:
         console.print(f"  providers         {', '.join(info.providers)}", markup=False)
     for name, value in info.parity.items():
         console.print(f"  parity            {name}: {value}", markup=False)
-    for name, value in info.quantization_loss.items():
+    for name, value in info.quantization_error.items():
         console.print(f"  quantization      {name}: {value}", markup=False)
 
 

@@ -17,33 +17,33 @@ PASS_OVERHEAD_TOKENS = 256
 
 def take_padded_batch(flows: FlowTable, budget: BatchBudget, now: float, expired: list[Entry]) -> list[Entry]:
     """Take a padded batch out of the flows and return it; entries that are too late go to ``expired``."""
-    window, visited = _window(flows, budget, now, expired)
+    window, candidates = _window(flows, budget, now, expired)
     if not window:
         return []
     chosen = [window[index] for index in select_similar_lengths([entry.num_tokens for entry, _ in window], budget)]
     for entry, flow in chosen:
         flows.serve(flow, (entry,), entry.num_tokens)
-    flows.requeue(visited)
+    flows.requeue(candidates)
     return [entry for entry, _ in chosen]
 
 
 def _window(
     flows: FlowTable, budget: BatchBudget, now: float, expired: list[Entry]
 ) -> tuple[list[tuple[Entry, Flow]], list[Flow]]:
-    """Return the entries that the batch is chosen from, each with its flow, and the flows that were visited."""
+    """Return the entries that the batch is chosen from, each with its flow, and the flows that they belong to."""
     window: list[tuple[Entry, Flow]] = []
-    visited: list[Flow] = []
+    candidates: list[Flow] = []
     num_tokens = 0
     max_tokens = LENGTH_WINDOW_BATCHES * budget.max_tokens
     max_sequences = LENGTH_WINDOW_BATCHES * budget.max_sequences
     for flow in flows.by_priority(now, expired):
-        visited.append(flow)
+        candidates.append(flow)
         for entry in islice(flow.entries, budget.max_sequences):
             window.append((entry, flow))
             num_tokens += entry.num_tokens
         if num_tokens >= max_tokens or len(window) >= max_sequences:
             break
-    return window, visited
+    return window, candidates
 
 
 def select_similar_lengths(lengths: Sequence[int], budget: BatchBudget) -> list[int]:

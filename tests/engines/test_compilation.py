@@ -6,11 +6,11 @@ import shutil
 
 import pytest
 import torch
-from tiny_classifiers import load_tiny, random_rows, rows_that_share, shuffled_batches
+from tiny_classifiers import load_tiny, probe_and_choose, random_rows, rows_that_share, shuffled_batches
 from tiny_models import DECODER_FAMILIES
 
 from service.engines.compilation import CompiledBlock, check_compiler
-from service.engines.parity import choose_path, plain_rewards
+from service.engines.parity import plain_rewards
 from service.engines.paths.packed import PackedForward
 from service.engines.torch import load_torch_engine
 from service.errors import ParityError, SettingsError
@@ -82,7 +82,7 @@ def test_plain_blocks_come_back(tiny_checkpoint) -> None:
 def test_what_cannot_be_compiled_is_refused(tiny_checkpoint) -> None:
     """Padded batches are not compiled: the start ends with what to do, and goes on with nothing slower in silence."""
     with pytest.raises(ParityError, match=r"leave model\.compile out"):
-        choose_path(load_tiny(tiny_checkpoint("bert")), "auto", 100, compiled=True)
+        probe_and_choose(load_tiny(tiny_checkpoint("bert")), "auto", 100, compiled=True)
 
 
 def test_a_missing_compiler_is_said(monkeypatch) -> None:

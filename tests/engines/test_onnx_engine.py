@@ -1,4 +1,4 @@
-"""The ONNX engine feeds graphs rightly, keeps neighbours apart, and never runs where it was not told to."""
+"""The ONNX engine gives the graph the right inputs, is batch-invariant, and runs on the requested device alone."""
 
 from __future__ import annotations
 
@@ -11,16 +11,9 @@ import torch
 from tiny_bundles import TAPS, change_manifest, embedding, reward_by_hand, write_tiny_bundle
 
 from service.checkpoints.bundle import open_bundle, read_manifest
-from service.engines.onnx import (
-    Filling,
-    OnnxEngine,
-    load_onnx_engine,
-    open_session,
-    passes_over,
-    refuse_missing_provider,
-    session_options,
-    wanted_providers,
-)
+from service.engines.deduplication import Reading
+from service.engines.onnx import OnnxEngine, Padding, load_onnx_engine, passes_over
+from service.engines.onnx_session import open_session, refuse_missing_provider, requested_providers, session_options
 from service.errors import EngineOutOfMemory, ParityError, SettingsError
 from service.records import StateTap, TokenSequence
 from service.settings import BatchingSettings, ModelSettings
@@ -45,7 +38,7 @@ def rewards_of(engine: OnnxEngine, rows: list[tuple[int, ...]]) -> list[float]:
 
 
 class _RecordingSession:
-    """A session that notes the shapes it is given, and fails as it is told to."""
+    """A session that records the shapes of its inputs, and raises a given error."""
 
     def __init__(self, session: Any, failure: Exception | None = None) -> None:
         self._session = session
@@ -68,15 +61,15 @@ def recorded(engine: OnnxEngine, failure: Exception | None = None) -> _Recording
     return session
 
 
-def test_rewards_are_those_worked_out_by_hand(folder: Path) -> None:
-    """Filling, mask and pooled position are right for rows of different lengths, and order is kept."""
+def test_rewards_equal_a_hand_calculation(folder: Path) -> None:
+    """Padding, mask and pooled position are right for sequences of different lengths, and the order is kept."""
     rewards = rewards_of(load(folder), ROWS)
 
     assert rewards == pytest.approx([reward_by_hand(row) for row in ROWS], abs=1e-5)
 
 
-def test_info_says_where_and_how_the_graph_runs(folder: Path) -> None:
-    """Engine, price, arithmetic, providers and the evidence of the export are there to be shown."""
+def test_info_describes_where_and_how_the_graph_runs(folder: Path) -> None:
+    """The info has the engine, batch cost, dtype, providers and the measurements of the export."""
     info = load(folder).info
 
     assert (info.engine, info.cost, info.device, info.dtype) == ("onnx", "padded", "cpu", "float32")
@@ -96,16 +89,16 @@ def test_pooling_decides_which_token_is_read(folder: Path, pooling: str, pooled:
     assert reward == pytest.approx(reward_by_hand(row, pooled), abs=1e-5)
 
 
-def test_a_head_of_its_own_begins_at_the_first_token() -> None:
+def test_an_encoder_head_reads_the_first_token() -> None:
     """For encoders that pool by themselves the state of ``last`` is the first token's, as in the torch engine."""
-    filling = Filling(pooling="hf", pad_token_id=0, reads_first=True)
+    padding = Padding(pooling="hf", pad_token_id=0, reads_first=True)
 
-    assert filling.feed([((5, 6, 7), 0)])["pooled_position"].tolist() == [0]
+    assert padding.feed([Reading((5, 6, 7), 0)])["pooled_position"].tolist() == [0]
 
 
-def test_rectangles_on_a_gpu_have_lengths_by_the_step() -> None:
-    """Filling up to a multiple changes neither mask nor weights of the real tokens."""
-    feed = Filling(pooling="hf", pad_token_id=0, reads_first=False, length_step=8).feed([((5, 6, 7), 1)])
+def test_batches_on_a_gpu_are_padded_to_the_length_step() -> None:
+    """Padding to a multiple changes neither the mask nor the weights of the real tokens."""
+    feed = Padding(pooling="hf", pad_token_id=0, reads_first=False, length_step=8).feed([Reading((5, 6, 7), 1)])
 
     assert feed["input_ids"].tolist() == [[5, 6, 7, 0, 0, 0, 0, 0]]
     assert feed["attention_mask"].tolist() == [[1, 1, 1, 0, 0, 0, 0, 0]]
@@ -114,7 +107,7 @@ def test_rectangles_on_a_gpu_have_lengths_by_the_step() -> None:
 
 
 def test_states_are_read_at_the_taps(folder: Path) -> None:
-    """``mean`` counts the completion's tokens, or all where the border is unknown; ``last`` is the pooled token."""
+    """``mean`` counts the completion's tokens, or all where the prompt is unknown; ``last`` is the pooled token."""
     rows = embedding()
     sequences = [TokenSequence((9, 4, 30, 31), 2), TokenSequence((9, 4, 30, 31)), TokenSequence((50, 51), 2)]
 
@@ -128,8 +121,8 @@ def test_states_are_read_at_the_taps(folder: Path) -> None:
     assert np.array_equal(states[:, 1], rows[[31, 31, 51]])
 
 
-def test_only_the_wanted_taps_are_handed_on(folder: Path) -> None:
-    """A calibration may want fewer taps than the graph reads, in an order of its own."""
+def test_only_the_requested_taps_are_returned(folder: Path) -> None:
+    """A calibration may use fewer taps than the graph reads, in another order."""
     engine = load(folder, taps=(StateTap(0, "last"),))
 
     states = engine.forward([TokenSequence((9, 4))], states=True).states
@@ -140,21 +133,21 @@ def test_only_the_wanted_taps_are_handed_on(folder: Path) -> None:
 
 
 def test_a_tap_that_the_graph_lacks_is_refused(folder: Path) -> None:
-    """States cannot be had from where the export did not read them, and the message says what to export."""
+    """States cannot be read where the export did not, and the message contains the export option."""
     with pytest.raises(SettingsError, match="--taps 3:mean"):
         load(folder, taps=(StateTap(3, "mean"),))
 
 
-def test_asking_for_states_changes_no_bit_of_a_reward(folder: Path) -> None:
-    """The pass that gives the rewards is the same with and without states, also where borders differ."""
+def test_requesting_states_changes_no_bit_of_a_reward(folder: Path) -> None:
+    """The pass that gives the rewards is the same with and without states, also for ids with several prompts."""
     engine = load(folder)
     sequences = [TokenSequence((9, 4, 30), 1), TokenSequence((9, 4, 30), 2), TokenSequence((77, 3))]
 
     assert engine.forward(sequences).rewards == engine.forward(sequences, states=True).rewards
 
 
-def test_equal_texts_are_computed_once(folder: Path) -> None:
-    """The same ids in a batch are one row, so their rewards are equal bit for bit."""
+def test_equal_sequences_are_computed_once(folder: Path) -> None:
+    """The same ids in a batch are computed once, so their rewards are equal bit for bit."""
     engine = load(folder)
     session = recorded(engine)
 
@@ -164,8 +157,8 @@ def test_equal_texts_are_computed_once(folder: Path) -> None:
     assert rewards[0] == rewards[2]
 
 
-def test_deterministic_gives_each_text_a_pass_of_its_own(folder: Path) -> None:
-    """No neighbour and no filling: every rectangle has one row of its own length."""
+def test_deterministic_runs_each_sequence_in_its_own_pass(folder: Path) -> None:
+    """No other sequences and no padding: every pass has one sequence of its own length."""
     engine = load(folder, deterministic=True)
     session = recorded(engine)
 
@@ -175,18 +168,18 @@ def test_deterministic_gives_each_text_a_pass_of_its_own(folder: Path) -> None:
 
 
 def test_the_first_pass_is_the_same_with_states() -> None:
-    """Ids with several borders take part once; the other borders follow for their states alone."""
-    wanted = [((1, 2), 0), ((1, 2), 1), ((3,), 0)]
+    """Equal ids with several prompts run once; the other prompts follow for their states alone."""
+    readings = [Reading((1, 2), 0), Reading((1, 2), 1), Reading((3,), 0)]
 
-    assert list(passes_over(wanted, apart=False, states=False)) == [[((1, 2), 0), ((3,), 0)]]
-    assert list(passes_over(wanted, apart=False, states=True)) == [[((1, 2), 0), ((3,), 0)], [((1, 2), 1)]]
+    assert list(passes_over(readings, one_by_one=False, states=False)) == [[((1, 2), 0), ((3,), 0)]]
+    assert list(passes_over(readings, one_by_one=False, states=True)) == [[((1, 2), 0), ((3,), 0)], [((1, 2), 1)]]
 
 
 @pytest.mark.parametrize(
     "failure", [MemoryError(), RuntimeError("Failed to allocate memory for requested buffer of size 9")]
 )
-def test_a_lack_of_memory_has_a_class_of_its_own(folder: Path, failure: Exception) -> None:
-    """ONNX Runtime's ways of saying that there is no room become ours, and the engine goes on."""
+def test_out_of_memory_is_translated(folder: Path, failure: Exception) -> None:
+    """ONNX Runtime's out-of-memory errors become EngineOutOfMemory, and the engine is usable again."""
     engine = load(folder)
     session = recorded(engine, failure)
 
@@ -198,7 +191,7 @@ def test_a_lack_of_memory_has_a_class_of_its_own(folder: Path, failure: Exceptio
 
 
 def test_other_failures_pass_unchanged(folder: Path) -> None:
-    """What is no lack of memory is not called one."""
+    """An error that is not about memory is not translated."""
     engine = load(folder)
     recorded(engine, RuntimeError("the kernel does not like this"))
 
@@ -206,8 +199,8 @@ def test_other_failures_pass_unchanged(folder: Path) -> None:
         rewards_of(engine, ROWS)
 
 
-def test_recorded_rewards_that_do_not_come_again_refuse_to_serve(folder: Path) -> None:
-    """A machine whose ONNX Runtime computes something else must not answer."""
+def test_rewards_that_differ_from_the_recorded_ones_are_refused(folder: Path) -> None:
+    """A machine whose ONNX Runtime computes other rewards does not serve."""
     probe = read_manifest(folder).probes[0]
     change_manifest(folder, probes=(type(probe)(probe.token_ids, probe.reward + 0.01),))
 
@@ -220,16 +213,14 @@ def test_recorded_rewards_that_do_not_come_again_refuse_to_serve(folder: Path) -
     [({"dtype": "bfloat16"}, "exported as fp32"), ({"forward": "packed"}, "packed")],
     ids=["another-dtype", "another-path"],
 )
-def test_settings_that_the_export_settled_otherwise_are_refused(
-    folder: Path, settings: dict[str, str], said: str
-) -> None:
-    """Nothing that is asked for is silently not done."""
+def test_settings_that_contradict_the_export_are_refused(folder: Path, settings: dict[str, str], said: str) -> None:
+    """No setting is silently ignored."""
     with pytest.raises(SettingsError, match=said):
         load(folder, **settings)
 
 
-def test_a_head_that_pools_by_itself_takes_no_other_pooling(folder: Path) -> None:
-    """The rule of an encoder's own head cannot be changed from outside."""
+def test_a_head_that_pools_itself_refuses_another_pooling(folder: Path) -> None:
+    """The pooling of an encoder's own head cannot be changed by a setting."""
     change_manifest(folder, has_linear_head=False)
 
     with pytest.raises(SettingsError, match="pools in its own head"):
@@ -237,14 +228,14 @@ def test_a_head_that_pools_by_itself_takes_no_other_pooling(folder: Path) -> Non
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_a_gpu_that_is_not_there_is_never_replaced_by_the_cpu(folder: Path) -> None:
-    """ONNX Runtime itself goes on with the CPU and a line in its log; we do not."""
+def test_a_missing_gpu_never_falls_back_to_the_cpu(folder: Path) -> None:
+    """ONNX Runtime itself falls back to the CPU and logs it; the engine refuses."""
     with pytest.raises(SettingsError, match="CUDA"):
         open_session(folder / "model.onnx", "cuda:0", 1)
 
 
-def test_a_provider_that_did_not_start_is_told() -> None:
-    """What the session says is active decides, not what was asked for."""
+def test_a_provider_that_did_not_start_is_refused() -> None:
+    """The session's active providers decide, not the requested ones."""
     refuse_missing_provider("cpu", ["CPUExecutionProvider"])
     with pytest.raises(SettingsError, match="could not start its CUDAExecutionProvider"):
         refuse_missing_provider("cuda:1", ["CPUExecutionProvider"])
@@ -252,13 +243,13 @@ def test_a_provider_that_did_not_start_is_told() -> None:
 
 def test_the_device_number_reaches_the_provider() -> None:
     """``cuda:1`` is the second device; small shape operations may stay on the CPU."""
-    (name, options), (fallback, _) = wanted_providers("cuda:1")
+    (name, options), (fallback, _) = requested_providers("cuda:1")
 
     assert (name, options["device_id"], fallback) == ("CUDAExecutionProvider", 1, "CPUExecutionProvider")
 
 
 def test_session_options_follow_the_settings() -> None:
-    """Threads are those of the setting, and nothing runs beside or spins."""
+    """Threads are those of the setting, and nothing runs in parallel to the graph or spins."""
     options = session_options(3)
 
     assert (options.intra_op_num_threads, options.inter_op_num_threads) == (3, 1)
@@ -280,8 +271,8 @@ def test_int8_products_never_saturate(exact: bool, precision_mode: str, monkeypa
             options.get_session_config_entry(key)
 
 
-def test_a_closed_engine_says_so(folder: Path) -> None:
-    """After ``close`` there is nothing to compute with."""
+def test_a_closed_engine_raises(folder: Path) -> None:
+    """After ``close`` a pass raises."""
     engine = load(folder)
     engine.close()
 
@@ -291,7 +282,7 @@ def test_a_closed_engine_says_so(folder: Path) -> None:
 
 @pytest.mark.gpu
 def test_rewards_on_a_gpu_are_those_of_the_cpu(folder: Path) -> None:
-    """Bound inputs and outputs carry the same numbers, and the CUDA provider is the one that runs."""
+    """Bound inputs and outputs give the same rewards, and the CUDA provider runs the graph."""
     engine = load(folder, device="cuda")
 
     assert engine.info.providers[0] == "CUDAExecutionProvider"

@@ -1,4 +1,4 @@
-"""The start-up probe picks the fastest path that agrees with plain transformers, and refuses to serve if none does."""
+"""The start-up probe chooses the fastest path that agrees with plain transformers, and refuses to serve without one."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import math
 
 import pytest
 import torch
-from tiny_classifiers import load_tiny
+from tiny_classifiers import load_tiny, probe_and_choose
 from tiny_models import DECODER_FAMILIES, ENCODER_FAMILIES
 from transformers import AttentionInterface
 
 from service.engines.attention.interface import ATTENTION, packed_attention
 from service.engines.attention.kv_cache import CacheTransaction
 from service.engines.attention.layout import BLOCK, Packing
-from service.engines.parity import choose_path, compare, probe_rows, tolerances
-from service.engines.paths.base import PathOutput
+from service.engines.base import EngineOutput
+from service.engines.parity import Reference, probe_sequences, tolerances_of
 from service.engines.paths.packed import PackedForward
 from service.engines.paths.padded import PaddedForward
 from service.errors import ParityError
@@ -26,8 +26,8 @@ from service.errors import ParityError
     [*((family, "packed") for family in DECODER_FAMILIES), *((family, "padded") for family in ENCODER_FAMILIES)],
 )
 def test_decoders_are_packed_and_encoders_padded(tiny_checkpoint, family: str, path: str, dtype: torch.dtype) -> None:
-    """The probe finds the right path for each family by itself, with evidence that could have failed."""
-    chosen, found = choose_path(load_tiny(tiny_checkpoint(family), dtype), "auto", 400)
+    """The probe chooses the right path for each family, and its comparison is conclusive."""
+    chosen, found = probe_and_choose(load_tiny(tiny_checkpoint(family), dtype), "auto", 400)
 
     assert chosen.name == path
     assert found.agrees
@@ -35,19 +35,19 @@ def test_decoders_are_packed_and_encoders_padded(tiny_checkpoint, family: str, p
 
 
 def test_a_forced_path_is_probed_too(tiny_checkpoint) -> None:
-    """A decoder can be made to take the padded path; an encoder cannot be made to take the packed one."""
-    assert choose_path(load_tiny(tiny_checkpoint("llama")), "padded", 400)[0].name == "padded"
+    """A decoder can be forced onto the padded path; an encoder cannot be forced onto the packed one."""
+    assert probe_and_choose(load_tiny(tiny_checkpoint("llama")), "padded", 400)[0].name == "padded"
     with pytest.raises(ParityError, match="packed does not run"):
-        choose_path(load_tiny(tiny_checkpoint("bert")), "packed", 400)
+        probe_and_choose(load_tiny(tiny_checkpoint("bert")), "packed", 400)
 
 
 @pytest.fixture
-def deaf_attention():
-    """Attention as a bug would have it: it looks across the borders of the sequences, and ignores windows."""
+def leaking_attention():
+    """Attention with a bug: it attends across sequence boundaries, and ignores windows."""
 
     def attend(module, query, key, value, mask, *, packing=None, **kwargs):
-        whole_row = Packing.of([tuple(range(query.shape[2]))], packing.device, block=BLOCK)
-        return packed_attention(module, query, key, value, mask, packing=whole_row, **kwargs)
+        one_sequence = Packing.of([tuple(range(query.shape[2]))], packing.device, block=BLOCK)
+        return packed_attention(module, query, key, value, mask, packing=one_sequence, **kwargs)
 
     AttentionInterface.register(ATTENTION, attend)
     yield
@@ -55,33 +55,33 @@ def deaf_attention():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.usefixtures("deaf_attention")
-def test_a_wrong_path_is_passed_over(tiny_checkpoint, dtype: torch.dtype) -> None:
-    """A packed path whose attention leaks between sequences is caught in fp32 and bf16, and the padded one serves."""
-    chosen, _ = choose_path(load_tiny(tiny_checkpoint("llama"), dtype), "auto", 400)
+@pytest.mark.usefixtures("leaking_attention")
+def test_a_wrong_path_is_not_chosen(tiny_checkpoint, dtype: torch.dtype) -> None:
+    """A packed path whose attention leaks between sequences is detected in fp32 and bf16, and the padded one serves."""
+    chosen, _ = probe_and_choose(load_tiny(tiny_checkpoint("llama"), dtype), "auto", 400)
 
     assert chosen.name == "padded"
 
 
-@pytest.mark.usefixtures("deaf_attention")
+@pytest.mark.usefixtures("leaking_attention")
 def test_a_wrong_forced_path_is_refused(tiny_checkpoint) -> None:
-    """Where the path is forced and wrong, the start ends with a sentence that gives the measured difference."""
+    """Where a wrong path is forced, the start fails with an error that contains the measured difference."""
     with pytest.raises(ParityError, match=r"packed differs by \d.*more than 0\.000"):
-        choose_path(load_tiny(tiny_checkpoint("llama")), "packed", 400)
+        probe_and_choose(load_tiny(tiny_checkpoint("llama")), "packed", 400)
 
 
-@pytest.mark.usefixtures("deaf_attention")
+@pytest.mark.usefixtures("leaking_attention")
 def test_no_agreeing_path_is_refused(tiny_checkpoint, monkeypatch) -> None:
-    """When neither path agrees the start is refused, naming both."""
-    monkeypatch.setattr(PaddedForward, "run", lambda self, rows: PathOutput([0.0 for _ in rows], [0 for _ in rows]))
+    """When neither path agrees the start fails, and the error names both."""
+    monkeypatch.setattr(PaddedForward, "run", lambda self, rows: EngineOutput([0.0 for _ in rows], [0 for _ in rows]))
 
     with pytest.raises(ParityError, match=r"packed differs .* padded differs"):
-        choose_path(load_tiny(tiny_checkpoint("llama")), "auto", 400)
+        probe_and_choose(load_tiny(tiny_checkpoint("llama")), "auto", 400)
 
 
-def test_a_path_is_probed_warm_and_returned_cold(tiny_checkpoint) -> None:
-    """Where prompts are to be kept the probe has used kept ones, and the path that serves has none of them."""
-    chosen, found = choose_path(load_tiny(tiny_checkpoint("llama")), "auto", 400, cache_bytes=2**20)
+def test_a_path_is_probed_with_a_warm_cache_and_returned_with_an_empty_one(tiny_checkpoint) -> None:
+    """With a prefix cache the probe has read cached prefixes, and the path that serves has none of them."""
+    chosen, found = probe_and_choose(load_tiny(tiny_checkpoint("llama")), "auto", 400, cache_bytes=2**20)
 
     assert isinstance(chosen, PackedForward)
     assert found.agrees
@@ -90,8 +90,8 @@ def test_a_path_is_probed_warm_and_returned_cold(tiny_checkpoint) -> None:
     assert chosen.kept.prefixes.num_tokens == 0
 
 
-def test_wrong_kept_states_are_caught(tiny_checkpoint, monkeypatch) -> None:
-    """A bank that hands out other values than it was given does not serve; beginnings are still shared."""
+def test_wrong_cached_states_are_detected(tiny_checkpoint, monkeypatch) -> None:
+    """A cache that returns other values than were stored does not serve; prefixes are still shared within a pass."""
 
     def append(self, states: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
         kept = 1.5 * bank.index_select(0, self._slots)
@@ -99,30 +99,30 @@ def test_wrong_kept_states_are_caught(tiny_checkpoint, monkeypatch) -> None:
 
     monkeypatch.setattr(CacheTransaction, "_append", append)
 
-    chosen, _ = choose_path(load_tiny(tiny_checkpoint("llama")), "auto", 400, cache_bytes=2**20)
+    chosen, _ = probe_and_choose(load_tiny(tiny_checkpoint("llama")), "auto", 400, cache_bytes=2**20)
 
-    assert not chosen.keeps
-    assert chosen.shared_from is not None
+    assert not chosen.caches_prefixes
+    assert chosen.min_shared_prefix_tokens is not None
 
 
-def test_an_ignored_window_is_caught(tiny_checkpoint) -> None:
-    """The probe has a sequence longer than a small window, so a path that forgets the window does not serve."""
+def test_an_ignored_window_is_detected(tiny_checkpoint) -> None:
+    """The probe has a sequence longer than a small window, so a path that ignores the window does not serve."""
 
     def attend(module, query, key, value, mask, **kwargs):
         return packed_attention(module, query, key, value, mask, **{**kwargs, "sliding_window": None})
 
     AttentionInterface.register(ATTENTION, attend)
     try:
-        chosen, _ = choose_path(load_tiny(tiny_checkpoint("mistral")), "auto", 400)
+        chosen, _ = probe_and_choose(load_tiny(tiny_checkpoint("mistral")), "auto", 400)
     finally:
         AttentionInterface.register(ATTENTION, packed_attention)
 
     assert chosen.name == "padded"
 
 
-def test_the_probe_tries_endings_lengths_and_the_window() -> None:
-    """There are rows of one token, ending in EOS, in EOS and another token and in pad, and one beyond the window."""
-    rows = probe_rows(vocab_size=1000, pad_token_id=0, eos_token_id=9, window=200, max_tokens=4096)
+def test_probes_cover_endings_lengths_and_the_window() -> None:
+    """There are probes of one token, ending in EOS, in EOS and another token and in pad, and one beyond the window."""
+    rows = probe_sequences(vocab_size=1000, pad_token_id=0, eos_token_id=9, window=200, max_tokens=4096)
 
     assert {1, 2} <= {len(row) for row in rows}
     assert {(9,), (0,)} <= {row[-1:] for row in rows}
@@ -132,18 +132,18 @@ def test_the_probe_tries_endings_lengths_and_the_window() -> None:
     assert all(0 <= token < 1000 for row in rows for token in row)
 
 
-def test_the_probe_stays_within_its_limits() -> None:
-    """No row is longer than the model takes, and a large window does not make the probe expensive."""
-    short = probe_rows(vocab_size=1000, pad_token_id=0, eos_token_id=9, window=200, max_tokens=50)
-    wide = probe_rows(vocab_size=1000, pad_token_id=0, eos_token_id=9, window=4096, max_tokens=8192)
+def test_probes_stay_within_their_limits() -> None:
+    """No probe is longer than the model's limit, and a large window does not make the probe expensive."""
+    short = probe_sequences(vocab_size=1000, pad_token_id=0, eos_token_id=9, window=200, max_tokens=50)
+    wide = probe_sequences(vocab_size=1000, pad_token_id=0, eos_token_id=9, window=4096, max_tokens=8192)
 
     assert max(len(row) for row in short) <= 50
     assert max(len(row) for row in wide) < 200
 
 
-def test_the_probe_does_without_special_tokens() -> None:
-    """A model without EOS and pad is probed all the same."""
-    assert len(probe_rows(vocab_size=300, pad_token_id=None, eos_token_id=None, window=None, max_tokens=512)) == 8
+def test_probes_need_no_special_tokens() -> None:
+    """A model without EOS and pad token is probed too."""
+    assert len(probe_sequences(vocab_size=300, pad_token_id=None, eos_token_id=None, window=None, max_tokens=512)) == 8
 
 
 @pytest.mark.parametrize(
@@ -163,15 +163,17 @@ def test_the_tolerance_is_what_rounding_explains(
 
     A sensitive probe has a wide tolerance of its own and leaves the others' as narrow as the median noise.
     """
-    assert tolerances(dtype, plain, noise) == pytest.approx(expected)
+    assert tolerances_of(dtype, plain, noise) == pytest.approx(expected)
 
 
-def test_every_probe_is_held_to_its_own_tolerance() -> None:
-    """A difference that a sensitive probe may have is too much for another one; the worst probe is what is reported."""
+def test_every_probe_has_its_own_tolerance() -> None:
+    """A difference within the tolerance of a sensitive probe exceeds that of another; the worst probe is reported."""
     noise, limits = [0.01, 1.0, 0.01], [0.04, 4.0, 0.04]
 
-    within = compare([1.0, 5.0, 3.03], [1.0, 2.0, 3.0], noise, limits)
-    beyond = compare([1.0, 2.0, 3.5], [1.0, 2.0, 3.0], noise, limits)
+    reference = Reference([(5,), (6,), (7,)], [1.0, 2.0, 3.0], noise, limits)
+
+    within = reference.compare([1.0, 5.0, 3.03])
+    beyond = reference.compare([1.0, 2.0, 3.5])
 
     assert within.agrees
     assert not beyond.agrees
@@ -180,42 +182,42 @@ def test_every_probe_is_held_to_its_own_tolerance() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_reward_that_is_not_finite_never_agrees(bad: float) -> None:
-    """A path that answers NaN or infinity where plain transformers answers a number differs, whatever the tolerance."""
-    assert not compare([1.0, bad], [1.0, 2.0], [0.0, 0.0], [1e9, 1e9]).agrees
+    """A path that returns NaN or infinity where plain transformers returns a number differs, whatever the tolerance."""
+    assert not Reference([(5,), (6,)], [1.0, 2.0], [0.0, 0.0], [1e9, 1e9]).compare([1.0, bad]).agrees
 
 
 def test_a_dtype_that_overflows_is_refused(tiny_checkpoint) -> None:
-    """Where plain transformers itself gives no finite reward there is nothing to agree with: the start ends."""
+    """Where plain transformers itself gives no finite reward there is nothing to compare with: the start fails."""
     classifier = load_tiny(tiny_checkpoint("llama"), torch.float16)
     with torch.no_grad():
         classifier.linear_head.weight.fill_(math.inf)
 
     with pytest.raises(ParityError, match=r"no finite reward .* model\.dtype"):
-        choose_path(classifier, "auto", 400)
+        probe_and_choose(classifier, "auto", 400)
 
 
-def test_a_head_of_zeros_is_probed_without_a_slip(tiny_checkpoint) -> None:
-    """Rewards that are all zero in half precision agree, and are called inconclusive."""
+def test_a_head_of_zeros_is_probed(tiny_checkpoint) -> None:
+    """Rewards that are all zero in half precision agree, and the comparison is inconclusive."""
     classifier = load_tiny(tiny_checkpoint("llama"), torch.bfloat16)
     with torch.no_grad():
         classifier.linear_head.weight.zero_()
 
-    _, found = choose_path(classifier, "auto", 400)
+    _, found = probe_and_choose(classifier, "auto", 400)
 
     assert found.agrees
     assert not found.conclusive
 
 
-def test_rewards_that_hardly_differ_are_called_inconclusive(tiny_checkpoint, caplog) -> None:
-    """Where rounding is as large as the differences between rewards, the log says that the probe proves nothing."""
+def test_rewards_that_hardly_differ_are_inconclusive(tiny_checkpoint, caplog) -> None:
+    """Where rounding is as large as the differences between rewards, the log warns that the probe is inconclusive."""
     classifier = load_tiny(tiny_checkpoint("llama"))
     with torch.no_grad():
         classifier.linear_head.weight.mul_(1e-7)
 
-    _, found = choose_path(classifier, "auto", 400)
+    _, found = probe_and_choose(classifier, "auto", 400)
 
     assert not found.conclusive
-    assert "cannot tell right from wrong" in caplog.text
+    assert "parity probe is inconclusive" in caplog.text
 
 
 def test_noise_is_measured_in_half_precision_only(tiny_checkpoint) -> None:
@@ -224,7 +226,7 @@ def test_noise_is_measured_in_half_precision_only(tiny_checkpoint) -> None:
     noise = {}
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         classifier = load_tiny(folder, dtype)
-        noise[dtype] = choose_path(classifier, "auto", 400)[1].noise
+        noise[dtype] = probe_and_choose(classifier, "auto", 400)[1].noise
         assert not classifier.model.get_input_embeddings()._forward_hooks
 
     assert noise[torch.float32] == 0.0

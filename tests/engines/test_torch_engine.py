@@ -1,4 +1,4 @@
-"""The torch engine scores batches as plain transformers would, invariantly, and survives a lack of memory."""
+"""The torch engine scores batches as plain transformers does, batch-invariantly, and survives out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from tiny_classifiers import load_tiny, random_rows, sequences_of, shuffled_batc
 from tiny_models import DECODER_FAMILIES, ENCODER_FAMILIES
 from transformers import AutoModelForSequenceClassification
 
-from service.engines.base import EngineInfo
+from service.engines.base import EngineInfo, EngineOutput
 from service.engines.kernels.build import AMX_BF16
 from service.engines.model.classifier import read_config
-from service.engines.paths.base import PathOutput
 from service.engines.torch import TorchEngine, load_torch_engine
 from service.errors import EngineOutOfMemory
 from service.records import TokenSequence
@@ -47,21 +46,21 @@ def test_rewards_are_those_of_transformers_itself(tiny_checkpoint, family: str) 
 
 
 @pytest.mark.parametrize(("family", "path"), [("llama", "packed"), ("bert", "padded")])
-def test_info_says_how_rewards_are_computed(tiny_checkpoint, family: str, path: str) -> None:
-    """Path, price, device, dtype, limits and the evidence of the probe are there to be shown."""
+def test_info_describes_how_rewards_are_computed(tiny_checkpoint, family: str, path: str) -> None:
+    """The info has the path, batch cost, device, dtype, limits and the measurements of the probe."""
     info = load(tiny_checkpoint(family), dtype="bfloat16").info
 
     assert (info.engine, info.forward, info.cost, info.device, info.dtype) == ("torch", path, path, "cpu", "bfloat16")
     assert info.architecture.lower().startswith(family)
-    on_tiles = info.kernels == AMX_BF16.name
-    assert (info.max_input_tokens, info.max_batch_tokens) == (400, 4096 if on_tiles else 2048)
+    uses_amx = info.kernels == AMX_BF16.name
+    assert (info.max_input_tokens, info.max_batch_tokens) == (400, 4096 if uses_amx else 2048)
     assert info.parity["max_difference"] <= info.parity["tolerance"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["llama", "bert"])
-def test_equal_texts_in_a_batch_have_equal_bits(tiny_checkpoint, family: str, dtype: str) -> None:
-    """The same sequence anywhere in a batch has the same reward, bit for bit, and order is kept around it."""
+def test_equal_sequences_of_a_batch_have_bit_identical_rewards(tiny_checkpoint, family: str, dtype: str) -> None:
+    """The same sequence at any index of a batch has the same reward, bit for bit, in the order of the batch."""
     engine = load(tiny_checkpoint(family), dtype=dtype)
     first, second, third = sequences_of(random_rows(load_tiny(tiny_checkpoint(family)), lengths=(31, 8, 60)))
 
@@ -74,8 +73,8 @@ def test_equal_texts_in_a_batch_have_equal_bits(tiny_checkpoint, family: str, dt
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", [*DECODER_FAMILIES, *ENCODER_FAMILIES])
-def test_deterministic_rewards_are_the_same_bits_in_any_batch(tiny_checkpoint, family: str, dtype: str) -> None:
-    """With ``deterministic`` no batch and no order changes a bit, in fp32 either, whose kernels go by batch size."""
+def test_deterministic_rewards_are_bit_identical_in_any_batch(tiny_checkpoint, family: str, dtype: str) -> None:
+    """With ``deterministic`` neither batch composition nor order changes a bit, also in fp32."""
     folder = tiny_checkpoint(family)
     engine = load(folder, deterministic=True, dtype=dtype)
     rows = random_rows(load_tiny(folder), lengths=(9, 1, 57, 3, 21))
@@ -86,8 +85,8 @@ def test_deterministic_rewards_are_the_same_bits_in_any_batch(tiny_checkpoint, f
             assert list(engine.forward(sequences_of(batch)).rewards) == [alone[row] for row in batch]
 
 
-def test_long_and_short_sequences_keep_their_own_frequencies(tiny_checkpoint) -> None:
-    """With longrope scaling a batch of short and long sequences gives each its plain reward."""
+def test_long_and_short_sequences_have_their_own_rotary_frequencies(tiny_checkpoint) -> None:
+    """With LongRoPE scaling each sequence of a batch of short and long ones has its plain reward."""
     scaling = {
         "rope_type": "longrope",
         "rope_theta": 10_000.0,
@@ -107,22 +106,22 @@ def test_long_and_short_sequences_keep_their_own_frequencies(tiny_checkpoint) ->
 
 
 def test_an_empty_sequence_is_an_error(tiny_checkpoint) -> None:
-    """A sequence without tokens raises; it never gets a neighbour's reward."""
+    """A sequence without tokens raises; it never gets the reward of another one."""
     with pytest.raises(ValueError, match="without tokens"):
         load(tiny_checkpoint("llama")).forward([TokenSequence((5, 6)), TokenSequence(())])
 
 
-class NoRoom:
-    """A path on a device that has no room for more than one sequence."""
+class OneSequenceMemory:
+    """A path on a device that runs out of memory for more than one sequence."""
 
     name = "packed"
     cost = "packed"
-    shared_from = None
+    min_shared_prefix_tokens = None
 
     def run(self, rows, query=None, prompts=None):
         if len(rows) > 1:
             torch.empty(2**60)
-        return PathOutput([float(row[0]) for row in rows], [0] * len(rows))
+        return EngineOutput([float(row[0]) for row in rows], [0] * len(rows))
 
 
 class Broken:
@@ -130,7 +129,7 @@ class Broken:
 
     name = "packed"
     cost = "packed"
-    shared_from = None
+    min_shared_prefix_tokens = None
 
     def run(self, rows, query=None, prompts=None):
         raise RuntimeError("shapes do not match")
@@ -139,9 +138,9 @@ class Broken:
 INFO = EngineInfo("torch", "Llama", "packed", "cpu", "float32", "packed", max_input_tokens=8, max_batch_tokens=8)
 
 
-def test_a_lack_of_memory_is_translated_and_survived() -> None:
-    """A real allocation that fails becomes EngineOutOfMemory with the batch's size, and a smaller batch is scored."""
-    engine = TorchEngine(NoRoom(), INFO)
+def test_out_of_memory_is_translated_and_survived() -> None:
+    """A failed allocation becomes EngineOutOfMemory with the size of the batch, and a smaller batch is scored."""
+    engine = TorchEngine(OneSequenceMemory(), INFO)
 
     with pytest.raises(EngineOutOfMemory, match="2 sequences with 3 tokens") as failure:
         engine.forward(sequences_of([(1, 2), (3,)]))
@@ -152,13 +151,13 @@ def test_a_lack_of_memory_is_translated_and_survived() -> None:
 
 
 def test_other_errors_pass_through() -> None:
-    """An error that is no lack of memory reaches the caller as it is."""
+    """An error that is not about memory reaches the caller unchanged."""
     with pytest.raises(RuntimeError, match="shapes do not match"):
         TorchEngine(Broken(), INFO).forward(sequences_of([(1,)]))
 
 
 def test_a_closed_engine_scores_nothing(tiny_checkpoint) -> None:
-    """After ``close`` the model is let go."""
+    """After ``close`` the model is released and a pass raises."""
     engine = load(tiny_checkpoint("llama"))
     engine.close()
 
@@ -169,7 +168,7 @@ def test_a_closed_engine_scores_nothing(tiny_checkpoint) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mistral", "bert"])
-def test_rewards_on_cuda_are_invariant(tiny_checkpoint, family: str, deterministic: bool) -> None:
+def test_rewards_on_cuda_are_batch_invariant(tiny_checkpoint, family: str, deterministic: bool) -> None:
     """On CUDA fp32 rewards are the same in any batch within 1e-5, and bit for bit with ``deterministic``."""
     folder = tiny_checkpoint(family)
     engine = load(folder, device="cuda", deterministic=deterministic)

@@ -1,4 +1,4 @@
-"""An engine whose passes run on a thread of their own, as a device does, and fail there or where they are launched."""
+"""An engine whose passes run on a separate thread, like those of a device, and fail there or at launch."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from service.engines.oracle import OracleEngine
 from service.records import TokenSequence
 
 Fault = Callable[[Sequence[TokenSequence]], None]
-"""Raises or waits for some batches."""
+"""Raises or blocks for some batches."""
 
 
 class LaunchedOnThread:
-    """A pass that the device has, or will have."""
+    """A pass that was submitted to the thread."""
 
     def __init__(self, engine: LaunchingOracle, future: Future[EngineOutput]) -> None:
         self._engine = engine
@@ -28,11 +28,11 @@ class LaunchedOnThread:
 
 
 class LaunchingOracle(OracleEngine):
-    """The oracle behind a queue of launched passes.
+    """The oracle with asynchronously launched passes.
 
     Args:
-        at_launch: what goes wrong where a pass is launched; it sees the sequences.
-        on_device: what goes wrong while it runs, which ``result`` tells.
+        at_launch: the fault of a launch; called with the sequences.
+        on_device: the fault of the computation, which ``result`` raises.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class LaunchingOracle(OracleEngine):
 
     @property
     def info(self) -> EngineInfo:
-        return replace(super().info, launches_ahead=True)
+        return replace(super().info, async_launch=True)
 
     def launch(self, sequences: Sequence[TokenSequence], *, states: bool = False) -> LaunchedOnThread:
         assert self.door.wait(timeout=30)
@@ -67,7 +67,7 @@ class LaunchingOracle(OracleEngine):
         return self._device.submit(self._compute, sequences).result(timeout=30)
 
     def open(self) -> None:
-        """Let passes be launched, through the door, and be computed, through the gate."""
+        """Open the door, which blocks launches while closed, and the gate, which blocks computation."""
         self.door.set()
         self.gate.set()
 
@@ -76,7 +76,7 @@ class LaunchingOracle(OracleEngine):
         self._device.shutdown()
 
     def await_turn(self, launched: LaunchedOnThread) -> None:
-        """Take a pass off the flight; results are asked for in the order of launching."""
+        """Remove a pass from those in flight; results must be requested in the order of launching."""
         assert self._in_flight.pop(0) is launched
 
     def _compute(self, sequences: Sequence[TokenSequence]) -> EngineOutput:

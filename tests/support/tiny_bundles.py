@@ -1,7 +1,7 @@
-"""Tiny ONNX bundles whose rewards can be worked out by hand, for tests that need no exporter and no torch.
+"""Tiny ONNX bundles whose rewards can be calculated by hand, for tests without the exporter and torch.
 
-The reward is the pooled token's number plus a tenth of the sum over all tokens' second numbers; the states are the
-tokens' rows of the embedding.
+The reward is the first element of the pooled token's embedding plus a tenth of the sum over all tokens' second
+elements; the states are the tokens' rows of the embedding.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def embedding() -> NDArray[np.float32]:
 
 
 def reward_by_hand(ids: Sequence[int], pooled: int | None = None) -> float:
-    """The graph's reward of a text, pooled at its last token unless said otherwise."""
+    """The graph's reward of a text, pooled at its last token unless ``pooled`` is given."""
     rows = embedding()[list(ids)].astype(np.float64)
     return float(rows[-1 if pooled is None else pooled, 0] + 0.1 * rows[:, 1].sum())
 
@@ -79,7 +79,7 @@ def write_tiny_bundle(folder: Path, **changes: Any) -> Path:
 
 
 def change_manifest(folder: Path, **changes: Any) -> None:
-    """Write the bundle's manifest again with other entries."""
+    """Overwrite entries of the bundle's manifest."""
     write_manifest(folder, replace(read_manifest(folder), **changes))
 
 
@@ -107,8 +107,8 @@ def write_tiny_graph(folder: Path) -> None:
     }
     nodes = [
         helper.make_node("Gather", ["embedding", "input_ids"], ["tokens"]),
-        helper.make_node("Unsqueeze", ["pooled_position", "axis_1"], ["place"]),
-        helper.make_node("GatherND", ["tokens", "place"], ["last"], batch_dims=1),
+        helper.make_node("Unsqueeze", ["pooled_position", "axis_1"], ["index"]),
+        helper.make_node("GatherND", ["tokens", "index"], ["last"], batch_dims=1),
         helper.make_node("Gather", ["last", "first"], ["pooled"], axis=1),
         helper.make_node("Gather", ["tokens", "second"], ["numbers"], axis=2),
         helper.make_node("Cast", ["attention_mask"], ["mask"], to=TensorProto.FLOAT),

@@ -1,19 +1,22 @@
-"""Tiny classifiers loaded as the engine loads them, and token ids of the shapes that forward paths get wrong."""
+"""Tiny classifiers loaded as the engine loads them, and token ids that cover the hard cases of forward paths."""
 
 from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from service.engines.model.classifier import Classifier, load_classifier, read_config
+from service.engines.parity import Parity, choose_path, probes_for, reference_of
+from service.engines.paths.base import ForwardPath, PathChoice, PathSpec, candidate_paths
 from service.records import Pooling, TokenSequence
 
 CPU = torch.device("cpu")
 
 LENGTHS = (5, 1, 70, 33, 129, 2, 64, 17, 5)
-"""Longer and shorter than the tiny families' sliding window of 16, odd and even, one alone."""
+"""Longer and shorter than the tiny families' sliding window of 16, odd and even, and a single token."""
 
 
 def load_tiny(
@@ -24,16 +27,25 @@ def load_tiny(
     return load_classifier(folder, dtype=dtype, device=device, pooling=pooling, pad_token_id=pad_token_id)
 
 
+def probe_and_choose(
+    classifier: Classifier, choice: PathChoice = "auto", max_tokens: int = 400, **options: Any
+) -> tuple[ForwardPath, Parity]:
+    """Choose a forward path as the engine does; ``options`` are those of the fastest packed path."""
+    fastest = PathSpec("packed", **{"share_prefixes": True, **options})
+    reference = reference_of(classifier, probes_for(classifier, max_tokens))
+    return choose_path(classifier, candidate_paths(choice, fastest), reference)
+
+
 def random_rows(classifier: Classifier, lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> list[tuple[int, ...]]:
-    """Return rows of random ids of these lengths; the special tokens of the tiny tokenizers are the first five ids."""
+    """Return random token ids of these lengths, without the special tokens (the first five ids)."""
     dice = random.Random(seed)
     return [tuple(dice.randrange(5, classifier.config.vocab_size) for _ in range(length)) for length in lengths]
 
 
 def rows_that_share(classifier: Classifier, seed: int = 0) -> list[tuple[int, ...]]:
-    """Return rows with nested beginnings in common: a system prompt, prompts behind it, completions behind those.
+    """Return token ids with nested common prefixes: a system prompt, prompts after it, completions after those.
 
-    Some lie whole within others, and one shares nothing.
+    Some are prefixes of others, and one shares nothing.
     """
     dice = random.Random(seed)
     system, *prompts, stranger = random_rows(classifier, lengths=(37, 1, 40, 90, 50), seed=seed)
@@ -47,7 +59,7 @@ def rows_that_share(classifier: Classifier, seed: int = 0) -> list[tuple[int, ..
 
 
 def rows_with_endings(classifier: Classifier) -> list[tuple[int, ...]]:
-    """Return random rows, and rows that end as answers do (EOS, two, EOS and a newline, pads) or are pads only."""
+    """Return random token ids, some ending as completions do (EOS, two, EOS and a newline, pads) or pads only."""
     rows = random_rows(classifier)
     config = classifier.config
     eos = 2 if config.eos_token_id is None else config.eos_token_id
@@ -57,12 +69,12 @@ def rows_with_endings(classifier: Classifier) -> list[tuple[int, ...]]:
 
 
 def sequences_of(rows: list[tuple[int, ...]]) -> list[TokenSequence]:
-    """Wrap rows of token ids as the scheduler hands them over."""
+    """Return token ids as the records that the scheduler passes to an engine."""
     return [TokenSequence(row) for row in rows]
 
 
 def shuffled_batches(rows: list[tuple[int, ...]], seed: int) -> list[list[tuple[int, ...]]]:
-    """Return the rows in a random order, cut into batches of random sizes."""
+    """Return the rows in a random order, split into batches of random sizes."""
     dice = random.Random(seed)
     waiting = dice.sample(rows, len(rows))
     batches = []

@@ -1,7 +1,8 @@
 """Tiny random reward-model checkpoints, one per architecture family, written as ordinary folders.
 
-They have the shape of the real thing (weights, config, trained tokenizer, chat template) and 120,000 weights, so
-a test loads one in a fraction of a second. The weights are random, but wide enough for the whole text to matter.
+They have the files of a real checkpoint (weights, config, trained tokenizer, chat template) and 120,000 weights, so
+a test loads one in a fraction of a second. The weights are random, with a variance large enough for every token to
+affect the reward.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ ENCODER_FAMILIES = ("bert", "deberta-v2", "modernbert")
 FAMILIES = DECODER_FAMILIES + ENCODER_FAMILIES
 
 FAMILIES_WITH_BOS = frozenset({"llama", "mistral", "gemma2", "gemma3"})
-"""Decoder families whose tokenizers put a BOS token in front; the others have none, like their namesakes."""
+"""Decoder families whose tokenizers prepend a BOS token; the others have none, as in the real families."""
 
 MAX_POSITIONS = 512
 
@@ -62,7 +63,7 @@ def write_tiny_checkpoint(
 ) -> Path:
     """Write a random one-label classifier of the family, with its tokenizer, into ``folder`` and return the folder.
 
-    ``config_overrides`` go to the family's config class last, so they win.
+    ``config_overrides`` take precedence over the family's values.
     """
     tokenizer = tiny_tokenizer(family, pad_is_eos=pad_is_eos)
     config = tiny_config(family, tokenizer, num_labels=1, **config_overrides)
@@ -72,7 +73,7 @@ def write_tiny_checkpoint(
 
 
 def write_tiny_causal_lm(folder: Path, family: str = "llama", *, seed: int = 0, **config_overrides: Any) -> Path:
-    """Write a random causal language model of a decoder family, with its tokenizer: what has no scalar head."""
+    """Write a random causal language model of a decoder family, with its tokenizer; it has no scalar head."""
     tokenizer = tiny_tokenizer(family)
     config = tiny_config(family, tokenizer, **config_overrides)
     _save(folder, build_model(AutoModelForCausalLM, config, seed), tokenizer)
@@ -94,10 +95,10 @@ def tiny_config(family: str, tokenizer: PreTrainedTokenizerFast, **overrides: An
         "eos_token_id": tokenizer.eos_token_id,
     }
     model_type = {"gemma3": "gemma3_text"}.get(family, family)
-    return AutoConfig.for_model(model_type, **(shape | _PECULIARITIES[family] | overrides))
+    return AutoConfig.for_model(model_type, **(shape | _FAMILY_OPTIONS[family] | overrides))
 
 
-# What the families differ in; grouped-query attention, head size, windows and special tokens.
+# The differences of the families: grouped-query attention, head size, windows and special tokens.
 _GROUPED_HEADS: dict[str, Any] = {"num_key_value_heads": 2}
 _GEMMA: dict[str, Any] = {
     **_GROUPED_HEADS,
@@ -106,7 +107,7 @@ _GEMMA: dict[str, Any] = {
     "sliding_window": 16,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
 }
-_PECULIARITIES: dict[str, dict[str, Any]] = {
+_FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
     "llama": _GROUPED_HEADS,
     "qwen2": _GROUPED_HEADS,
     "qwen3": {**_GROUPED_HEADS, "head_dim": 16},
@@ -135,7 +136,7 @@ def build_model(auto_class: Any, config: PretrainedConfig, seed: int) -> PreTrai
         model: PreTrainedModel = auto_class.from_config(config, dtype=torch.float32)
         for name, weight in model.named_parameters():
             if name in {"score.weight", "classifier.weight"}:
-                # A decoder's last state has unit scale; what an encoder pools is squashed, so its head is wider.
+                # A decoder's last state has unit scale; an encoder's is squashed, so its head has larger weights.
                 width = 1.0 if name == "score.weight" else 3.0
                 torch.nn.init.normal_(weight, std=width * weight.shape[-1] ** -0.5)
     return model.eval()
@@ -145,7 +146,7 @@ def tiny_tokenizer(family: str, *, pad_is_eos: bool = False) -> PreTrainedTokeni
     """A fast tokenizer trained on a few sentences: byte-level BPE for decoders, WordPiece (CLS, SEP) for encoders."""
     if family in ENCODER_FAMILIES:
         return _encoder_tokenizer()
-    # Transformers gives Qwen's tokenizers this padding token whether they have it or not.
+    # Transformers adds this padding token to Qwen's tokenizers in any case.
     pad = "<|endoftext|>" if family.startswith("qwen") else PAD
     return _decoder_tokenizer(pad, with_bos=family in FAMILIES_WITH_BOS, pad_is_eos=pad_is_eos)
 
@@ -177,7 +178,7 @@ def _decoder_tokenizer(pad: str, *, with_bos: bool, pad_is_eos: bool) -> PreTrai
 
 
 def _encoder_tokenizer() -> PreTrainedTokenizerFast:
-    backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))  # noqa: S106 - a token of text, no password
+    backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))  # noqa: S106 - a token of text, not a password
     backend.normalizer = normalizers.BertNormalizer(lowercase=True)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece()
@@ -191,11 +192,11 @@ def _encoder_tokenizer() -> PreTrainedTokenizerFast:
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        unk_token="[UNK]",  # noqa: S106 - a token of text, no password
-        pad_token="[PAD]",  # noqa: S106 - a token of text, no password
-        cls_token="[CLS]",  # noqa: S106 - a token of text, no password
-        sep_token="[SEP]",  # noqa: S106 - a token of text, no password
-        mask_token="[MASK]",  # noqa: S106 - a token of text, no password
+        unk_token="[UNK]",  # noqa: S106 - a token of text, not a password
+        pad_token="[PAD]",  # noqa: S106 - a token of text, not a password
+        cls_token="[CLS]",  # noqa: S106 - a token of text, not a password
+        sep_token="[SEP]",  # noqa: S106 - a token of text, not a password
+        mask_token="[MASK]",  # noqa: S106 - a token of text, not a password
         model_max_length=MAX_POSITIONS,
         clean_up_tokenization_spaces=False,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -11,11 +11,14 @@ from misbehaving_server import Request, World, ok, running, scores
 from preference_rows import longer_wins_pairs, polite_pairs, with_slips, write_pairs
 from reward_client import RewardClient
 from serving import serving
+from tiny_bundles import write_tiny_bundle
 from tiny_models import write_tiny_causal_lm, write_tiny_checkpoint
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from service.assembly import assemble
 from service.checkpoints.adapter import merge_adapter
-from service.records import Message
+from service.records import Exchange, Message
+from service.settings import read_settings
 from training.audit.command import audit, main
 from training.audit.scoring import ServiceScorer, load_checkpoint_scorer, score_pairs
 from training.evaluation import evaluate
@@ -60,6 +63,21 @@ def test_a_pair_that_is_too_long_is_left_out(tmp_path: Path) -> None:
 
     assert scored.pairs == pairs[1:]
     assert (scored.num_failed, sum(counted)) == (1, 4)
+
+
+@pytest.mark.parametrize("write", [write_tiny_checkpoint, write_tiny_bundle], ids=["checkpoint", "onnx-bundle"])
+def test_an_audit_names_the_version_that_is_served(tmp_path: Path, write: Callable[[Path], object]) -> None:
+    """A checkpoint and an ONNX bundle are audited by the engine that serves them, under the served version."""
+    folder = tmp_path / "model"
+    write(folder)
+    scorer = load_checkpoint_scorer(folder, truncation="error", num_threads=1)
+
+    (score,) = scorer.score([Exchange("Why?", "Because.")], silent)
+
+    served = assemble(read_settings({"model": {"path": str(folder), "num_threads": 1}}))
+    description = scorer.description()
+    assert score is not None
+    assert (description["name"], description["version"]) == (served.identity.name, served.identity.version)
 
 
 class Sized(World):

@@ -17,7 +17,7 @@ from service.engines.attention.layout import BLOCK, AttentionChunk, Packing, Seq
 from service.engines.attention.tiled import TileBatch
 from service.engines.attention.varlen import Borders, attend_varlen
 from service.engines.devices.device import has_amx, has_native_bfloat16
-from service.engines.devices.staging import sent
+from service.engines.devices.staging import copy_to_device
 
 ATTENTION = "packed_rows"
 """The name under which transformers knows our attention and mask functions."""
@@ -242,7 +242,7 @@ def _mask_of(packing: Packing, window: int | None, dtype: torch.dtype, queries: 
         distance = torch.arange(min(QUERY_BLOCK, reach + BLOCK))[:, None] - torch.arange(-reach, QUERY_BLOCK + BLOCK)
         hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
         band = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
-        band = sent(band, packing.device)
+        band = copy_to_device(band, packing.device)
         packing.bands[window, dtype] = band
     origin = reach - queries.start
     return band[: len(queries), origin + keys.start : origin + keys.stop]

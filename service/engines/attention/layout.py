@@ -137,7 +137,7 @@ class Packing:
             return self, list(inputs)
         plan = self.cascade_plan
         slab_tensors = [tensor for chunk in self.chunks for tensor in chunk.tensors]
-        tensors = staging.send([*inputs, *slab_tensors, *(plan.tensors if plan else [])])
+        tensors = staging.to_device([*inputs, *slab_tensors, *(plan.tensors if plan else [])])
         arrived = iter(tensors[len(inputs) :])
         chunks = [
             replace(

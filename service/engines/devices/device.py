@@ -1,6 +1,6 @@
-"""Where the forward pass runs and in which arithmetic: settings resolved against the machine at hand.
+"""Where the forward pass runs and in which dtype: settings resolved against this machine, and its memory allocators.
 
-It loads no model. What "auto" became is shown by ``/v1/model``, so that what runs can be read.
+It loads no model and changes nothing at import. ``/v1/model`` shows what "auto" was resolved to.
 """
 
 from __future__ import annotations
@@ -17,12 +17,17 @@ import torch
 
 from service.errors import SettingsError
 
-HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
-"""The variable that lets torch ask the kernel for huge pages behind its larger CPU tensors. It is read once, at torch's
-first allocation, so it is set here, where torch is first imported on the way to an engine, unless it was set before.
-In a virtual machine a pass of a small model takes a fifth to a quarter less processor time with it."""
+THP_VARIABLE = "THP_MEM_ALLOC_ENABLE"
+"""The environment variable that lets torch request transparent huge pages for its larger CPU tensors."""
 
-os.environ.setdefault(HUGE_PAGES, "1")
+
+def enable_huge_pages() -> None:
+    """Let torch request huge pages for its larger CPU tensors, unless the variable is already set.
+
+    Torch reads the variable once, at its first allocation of a CPU tensor in the process, so this is called before a
+    checkpoint is opened. In a virtual machine a pass of a small model takes a fifth to a quarter less processor time.
+    """
+    os.environ.setdefault(THP_VARIABLE, "1")
 
 
 def resolve_device(choice: str) -> torch.device:
@@ -44,20 +49,21 @@ def resolve_device(choice: str) -> torch.device:
     return device
 
 
-def resolve_dtype(choice: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the arithmetic of the body.
+def resolve_dtype(choice: str, stored: torch.dtype, device: torch.device, *, native_bfloat16: bool) -> torch.dtype:
+    """Return the dtype of the model's body.
 
     Args:
         choice: the setting: ``auto`` or the name of a torch dtype.
         stored: in which dtype the checkpoint was saved.
-        device: where the forward pass runs; ``auto`` keeps the stored dtype on CUDA and asks a CPU for its units.
+        device: where the forward pass runs; ``auto`` is the stored dtype on CUDA.
+        native_bfloat16: whether the CPU multiplies bfloat16 natively; ``auto`` is then bfloat16, else float32.
     """
     if choice != "auto":
         dtype: torch.dtype = getattr(torch, choice)
         return dtype
     if device.type == "cuda":
         return stored
-    return torch.bfloat16 if has_native_bfloat16() else torch.float32
+    return torch.bfloat16 if native_bfloat16 else torch.float32
 
 
 def has_native_bfloat16() -> bool:
@@ -71,12 +77,12 @@ def has_avx512_bf16() -> bool:
 
 
 def has_avx512() -> bool:
-    """Whether this CPU has the parts of AVX-512 that all servers with it have."""
+    """Whether this CPU has the AVX-512 extensions F, BW, VL and DQ, as all server CPUs with AVX-512 do."""
     return all(_capabilities().get(f"avx512_{part}") for part in ("f", "bw", "vl", "dq"))
 
 
 def has_avx512_vnni() -> bool:
-    """Whether this CPU multiplies int8 in vectors (AVX-512 VNNI)."""
+    """Whether this CPU has int8 dot products in AVX-512 (VNNI)."""
     return bool(_capabilities().get("avx512_vnni"))
 
 
@@ -93,13 +99,13 @@ def _is_x86_64() -> bool:
 
 
 def is_intel() -> bool:
-    """Whether Intel made this CPU."""
-    described = Path("/proc/cpuinfo")
-    return described.is_file() and "GenuineIntel" in described.read_text()
+    """Whether this is an Intel CPU."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.is_file() and "GenuineIntel" in cpuinfo.read_text()
 
 
 def has_amx() -> bool:
-    """Whether this CPU multiplies bfloat16 in tiles (AMX)."""
+    """Whether this CPU multiplies bfloat16 matrix tiles (AMX)."""
     return bool(_capabilities().get("amx_bf16"))
 
 
@@ -111,7 +117,7 @@ def _capabilities() -> Mapping[str, Any]:
 def resolve_threads(choice: int | None) -> int:
     """Return the CPU threads of the forward pass: the setting, else as many as this process may run on.
 
-    Ray starts its workers with ``OMP_NUM_THREADS=1``, so torch's own default would leave a replica on one core.
+    Ray starts its workers with ``OMP_NUM_THREADS=1``, so torch's own default would run a replica on one core.
     """
     if choice is not None:
         return choice
@@ -124,30 +130,30 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -2, -3, -8
 """Parameters of glibc's ``mallopt``, as ``malloc.h`` numbers them."""
 
 
-def keep_freed_memory() -> None:
-    """Let this process keep what a CPU forward pass frees, for the next pass to take.
+def retain_freed_memory() -> None:
+    """Let glibc retain what a CPU forward pass frees, so that the next pass reuses it.
 
-    A pass allocates and frees the same tens of megabytes each time. By default glibc gives them back to the kernel,
-    which clears every page anew: a tenth to a third of the time of a small model (measured on two cores). One arena,
-    because the others cannot grow beyond 64 MiB in one piece. Without glibc nothing happens.
+    Every pass allocates and frees the same tens of megabytes. By default glibc returns them to the operating system,
+    which clears every page on the next use: a tenth to a third of the time of a small model (measured on two cores).
+    One arena, because the others cannot grow beyond 64 MiB in one piece. Without glibc nothing happens.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
         return
     libc.mallopt(_ARENA_MAX, 1)
-    libc.mallopt(_MMAP_THRESHOLD, 32 * 1024 * 1024)  # the most that it takes
+    libc.mallopt(_MMAP_THRESHOLD, 32 * 1024 * 1024)  # the largest value that glibc accepts
     libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
     libc.mallopt(_TOP_PAD, 64 * 1024 * 1024)
 
 
 def release_memory(device: torch.device) -> None:
-    """Give freed memory back to the device, so that a smaller batch finds room in one piece."""
+    """Return cached memory to the device, so that a smaller batch can be allocated in one piece."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-def is_lost(device: torch.device) -> bool:
-    """Whether a CUDA device fails at everything since a kernel on it failed: a new process is what helps."""
+def is_device_lost(device: torch.device) -> bool:
+    """Whether a CUDA device fails at every call after a failed kernel, so that only a new process can use it."""
     if device.type != "cuda":
         return False
     try:
@@ -158,7 +164,7 @@ def is_lost(device: torch.device) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the error says that the device had no room; torch has no class of its own for the CPU's allocator."""
+    """Whether the error means that the device is out of memory; torch has no class for errors of the CPU allocator."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(

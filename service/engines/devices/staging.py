@@ -1,8 +1,8 @@
-"""How a pass's inputs reach the device and its results come back, without the host waiting for either.
+"""Copies a pass's inputs to the device and its results to the host, without the host waiting for either.
 
-On CUDA all inputs lie in one pinned buffer and are copied once, on a stream of their own, while the pass before still
-computes. Results are copied into pinned memory behind their pass, and whoever reads them waits for that copy alone. On
-a CPU everything is where it is needed.
+On CUDA all inputs are packed into one pinned buffer, which is copied once on a separate stream while the previous pass
+still computes. Results are copied into pinned memory after their pass, and reading them waits for that copy alone. On a
+CPU nothing is copied.
 """
 
 from __future__ import annotations
@@ -14,138 +14,123 @@ from typing import Protocol
 
 import torch
 
+from service.engines.base import Pending, Ready
+
 ALIGNMENT = 16
-"""Bytes on whose multiples the tensors of a buffer begin; no element is longer."""
+"""Tensors of a buffer start at multiples of so many bytes; no element is longer."""
 
 
-class Arrival(Protocol):
-    """Tensors on their way back to the host."""
+class Staging(Protocol):
+    """Copies tensors to the device and back."""
 
-    def wait(self) -> list[torch.Tensor]:
-        """Return them on the CPU, once the device has computed and copied them.
+    def to_device(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return CPU tensors on the device, for kernels that are launched from now on."""
+        ...
 
-        Raises:
-            RuntimeError: the device failed at something since they were asked for.
+    def to_host(self, tensors: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
+        """Start to copy the values that the kernels launched so far give these tensors.
+
+        The pending result is on the CPU; requesting it raises ``RuntimeError`` if the device failed meanwhile.
         """
         ...
 
 
-class Staging(Protocol):
-    """Brings tensors to the device and back."""
-
-    def send(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return tensors of the CPU on the device, for kernels that are launched from now on."""
-        ...
-
-    def fetch(self, tensors: Sequence[torch.Tensor]) -> Arrival:
-        """Begin to copy what the kernels launched so far make of these tensors."""
-        ...
-
-
 def staging_for(device: torch.device) -> Staging:
-    """Return the way to and from a device."""
+    """Return the staging of a device."""
     return PinnedStaging(device) if device.type == "cuda" else PlainStaging(device)
 
 
 # --- One buffer for many tensors -------------------------------------------------------------------------------------
 
 
-def lay_out(tensors: Sequence[torch.Tensor]) -> tuple[list[int], int]:
-    """Return the byte at which each tensor begins in a buffer of all of them, and the buffer's length."""
-    begins, end = [], 0
+def buffer_offsets(tensors: Sequence[torch.Tensor]) -> tuple[list[int], int]:
+    """Return each tensor's offset in a buffer of all of them, and the length of the buffer, both in bytes."""
+    offsets, end = [], 0
     for tensor in tensors:
-        begins.append(end)
+        offsets.append(end)
         end += -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
-    return begins, end
+    return offsets, end
 
 
-def views_of(buffer: torch.Tensor, tensors: Sequence[torch.Tensor], begins: Sequence[int]) -> list[torch.Tensor]:
-    """Return the pieces of a buffer, uint8 [bytes], as tensors of the shapes and types of ``tensors``."""
+def buffer_views(buffer: torch.Tensor, tensors: Sequence[torch.Tensor], offsets: Sequence[int]) -> list[torch.Tensor]:
+    """Return views of a buffer, uint8 [bytes], with the shapes and dtypes of ``tensors``."""
     return [
-        buffer[begin : begin + prod(tensor.shape) * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
-        for tensor, begin in zip(tensors, begins, strict=True)
+        buffer[offset : offset + prod(tensor.shape) * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
+        for tensor, offset in zip(tensors, offsets, strict=True)
     ]
 
 
-# --- Without a way to go ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Arrived:
-    """Tensors that need no waiting for."""
-
-    tensors: Sequence[torch.Tensor]
-
-    def wait(self) -> list[torch.Tensor]:
-        """Return them on the CPU."""
-        return [tensor.cpu() for tensor in self.tensors]
+# --- Synchronous -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class PlainStaging:
-    """Computes in order: what is sent is there, and what is fetched is done."""
+    """Copies synchronously, and not at all where tensors are already in place, as on a CPU."""
 
     device: torch.device
+    """Where the pass runs."""
 
-    def send(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def to_device(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return the tensors on the device."""
         return [tensor.to(self.device) for tensor in tensors]
 
-    def fetch(self, tensors: Sequence[torch.Tensor]) -> Arrival:
-        """Return the tensors as they are."""
-        return Arrived(tensors)
+    def to_host(self, tensors: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
+        """Return the tensors on the CPU."""
+        return Ready([tensor.cpu() for tensor in tensors])
 
 
 # --- CUDA ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class _PinnedArrival:
+class _PendingCopies:
+    """Tensors in pinned memory, valid once the event has happened."""
+
     tensors: list[torch.Tensor]
     copied: torch.cuda.Event
 
-    def wait(self) -> list[torch.Tensor]:
+    def result(self) -> list[torch.Tensor]:
         self.copied.synchronize()
         return self.tensors
 
 
 class PinnedStaging:
-    """Copies between pinned memory and a CUDA device, beside and behind the kernels of the caller's stream.
+    """Copies between pinned memory and a CUDA device, asynchronously to the kernels of the caller's stream.
 
-    Pinned memory comes from torch's own cache, which hands a piece out again only when the copies from it are done.
+    Pinned memory comes from torch's caching allocator, which reuses a block only when the copies from it are complete.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._copy_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def send(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Copy the tensors in one piece; kernels of the current stream that are launched from now on wait for it."""
-        begins, num_bytes = lay_out(tensors)
+    def to_device(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Copy the tensors as one buffer; kernels launched on the current stream from now on wait for it."""
+        offsets, num_bytes = buffer_offsets(tensors)
         pinned = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-        for place, tensor in zip(views_of(pinned, tensors, begins), tensors, strict=True):
-            place.copy_(tensor)
-        computing = torch.cuda.current_stream(self._device)
-        with torch.cuda.stream(self._copies):
+        for view, tensor in zip(buffer_views(pinned, tensors, offsets), tensors, strict=True):
+            view.copy_(tensor)
+        compute_stream = torch.cuda.current_stream(self._device)
+        with torch.cuda.stream(self._copy_stream):
             buffer = pinned.to(self._device, non_blocking=True)
-        computing.wait_stream(self._copies)
-        # It was allocated on the stream of the copies, and must outlive the kernels that read it on the other one.
-        buffer.record_stream(computing)
-        return views_of(buffer, tensors, begins)
+        compute_stream.wait_stream(self._copy_stream)
+        # It was allocated on the copy stream, and must not be reused before the kernels of the other stream are done.
+        buffer.record_stream(compute_stream)
+        return buffer_views(buffer, tensors, offsets)
 
-    def fetch(self, tensors: Sequence[torch.Tensor]) -> Arrival:
-        """Copy the tensors behind the kernels launched so far; nobody waits before ``Arrival.wait``."""
+    def to_host(self, tensors: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
+        """Copy the tensors after the kernels launched so far; only ``result`` waits."""
         pinned = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
-        for place, tensor in zip(pinned, tensors, strict=True):
-            place.copy_(tensor, non_blocking=True)
-        # A blocking event lets the thread sleep, so that tokenization has the core meanwhile.
+        for target, tensor in zip(pinned, tensors, strict=True):
+            target.copy_(tensor, non_blocking=True)
+        # A blocking event lets the waiting thread sleep, so that tokenization can use the core meanwhile.
         copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         copied.record(torch.cuda.current_stream(self._device))
-        return _PinnedArrival(pinned, copied)
+        return _PendingCopies(pinned, copied)
 
 
-def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return one small tensor on the device, in the order of its current stream and without waiting for that."""
+def copy_to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return one small tensor on the device, copied in order on its current stream and without waiting for it."""
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

@@ -1,1 +1,1 @@
-"""The loaded classifier and what is read off it."""
+"""The loaded classifier, its head, and the hidden states that are read from it."""

@@ -1,7 +1,7 @@
-"""A scalar-head classifier as transformers loads it, with its body in the wanted arithmetic and its head in fp32.
+"""A scalar-head classifier as transformers loads it, with its body in the requested dtype and its head in fp32.
 
-It knows how a reward is read off the hidden states (pooling, head) and leaves it to the forward paths how those states
-are computed. It judges nothing: whether the checkpoint can be trusted is settled before.
+It defines how a reward is computed from hidden states (pooling, head); the forward paths compute those states. It
+validates nothing: the checkpoint is validated before.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, Pretrai
 from service.engines.base import StateTap
 from service.engines.linear.inplace_silu import gate_in_place
 from service.engines.model.scalar_head import batch_invariant_head
-from service.engines.model.taps import Spot, TappedStates, blocks_of, tapped
+from service.engines.model.taps import Readout, RecordedStates, blocks_of, record_states
 from service.errors import SettingsError
 from service.records import Pooling
 from service.transformers_logging import transformers_silenced
@@ -27,16 +27,19 @@ from service.transformers_logging import transformers_silenced
 
 @dataclass(frozen=True, slots=True)
 class Classifier:
-    """A loaded classifier with one label.
-
-    ``model``: the transformers model, on its device, in inference. ``plain_attention``: the attention implementation
-    that transformers chose for it. ``pooling`` and ``pad_token_id`` decide whose hidden state the head reads.
-    """
+    """A loaded classifier with one label."""
 
     model: Any
+    """The transformers model, on its device, in inference mode."""
+
     plain_attention: str
+    """The attention implementation that transformers chose for it."""
+
     pooling: Pooling
+    """Which token's hidden state the head reads."""
+
     pad_token_id: int | None
+    """The pad token, which ``hf`` pooling skips at the end."""
 
     @property
     def body(self) -> Any:
@@ -45,7 +48,7 @@ class Classifier:
 
     @property
     def linear_head(self) -> nn.Linear | None:
-        """The one linear layer on a pooled state, which decoder families call ``score``; None where a head is more."""
+        """The linear layer on a pooled state, ``score`` in decoder families; None for a head with more layers."""
         head = getattr(self.model, "score", None)
         return head if isinstance(head, nn.Linear) else None
 
@@ -61,13 +64,13 @@ class Classifier:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         device: torch.device = self.model.device
         return device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The arithmetic of the body."""
+        """The dtype of the body."""
         dtype: torch.dtype = self.body.dtype
         return dtype
 
@@ -83,7 +86,7 @@ class Classifier:
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """The layers of the body, from the embeddings upwards."""
+        """The layers of the body, first to last."""
         return blocks_of(self.body, self.config.num_hidden_layers)
 
     def token_tensor(self, ids: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -94,19 +97,21 @@ class Classifier:
         """Return the position in ``ids`` whose hidden state the head reads."""
         return pooled_position(ids, self.pooling, self.pad_token_id)
 
-    def read_position(self, ids: Sequence[int]) -> int:
-        """Return the position in ``ids`` whose state the head begins with; an encoder's own head takes the first."""
+    def head_position(self, ids: Sequence[int]) -> int:
+        """Return the position in ``ids`` whose state is the head's input; an encoder's own head reads the first."""
         return 0 if self.linear_head is None else self.pooled_position(ids)
 
-    def tapped(self, taps: tuple[StateTap, ...], spots: Sequence[Spot]) -> AbstractContextManager[TappedStates]:
-        """Read states off the pass that runs while the context is open."""
-        return tapped(self.body, self.config.num_hidden_layers, taps, spots)
+    def recording(
+        self, taps: tuple[StateTap, ...], readouts: Sequence[Readout]
+    ) -> AbstractContextManager[RecordedStates]:
+        """Record states of the pass that runs while the context is open; see ``record_states``."""
+        return record_states(self.body, self.config.num_hidden_layers, taps, readouts)
 
     def rewards_of(self, pooled: torch.Tensor) -> torch.Tensor:
         """Run the linear head on pooled states [rows, hidden]; float32 [rows], on the device.
 
-        A matrix product's order of additions depends on its number of rows, so on a CPU the states go through one by
-        one. On a device where each of them would be a launch they go through together, by another road.
+        A matrix product's order of additions depends on its number of rows, so on a CPU the states are multiplied one
+        by one. On a GPU, where each of them would be a kernel launch, ``batch_invariant_head`` multiplies all at once.
         """
         head = self.linear_head
         if head is None:
@@ -116,7 +121,7 @@ class Classifier:
         return torch.cat([head(state[None]) for state in pooled])[:, 0]
 
     def read_rewards(self, pooled: torch.Tensor) -> list[float]:
-        """Run the linear head on pooled states [rows, hidden] and copy the rewards back, once."""
+        """Run the linear head on pooled states [rows, hidden] and copy the rewards to the host."""
         rewards: list[float] = self.rewards_of(pooled).tolist()
         return rewards
 
@@ -144,7 +149,7 @@ def read_config(folder: Path) -> PretrainedConfig:
 
 
 def stored_dtype(config: PretrainedConfig) -> torch.dtype:
-    """Return the dtype in which the checkpoint was saved; float32 where its configuration does not say."""
+    """Return the dtype in which the checkpoint was saved; float32 where its configuration has none."""
     name = str(config.dtype or "float32").removeprefix("torch.")
     dtype: torch.dtype = getattr(torch, name)
     return dtype
@@ -159,16 +164,16 @@ def load_classifier(
     dtype of the body; hidden states are cast to fp32 before it.
 
     Raises:
-        SettingsError: another pooling is asked of a model whose own head pools.
+        SettingsError: another pooling is requested of a model whose own head pools.
     """
     config = read_config(folder)
     with torch.device("meta"):
         outline = AutoModelForSequenceClassification.from_config(config)
     head_names = [name for name, _ in outline.named_children() if name != outline.base_model_prefix]
 
-    # Fused attention knows no soft caps, and some versions of transformers choose it for such models all the same.
+    # Fused attention does not support soft caps, and some versions of transformers choose it for such models anyway.
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
-    with transformers_silenced(), _kept_in_fp32(type(outline), head_names):
+    with transformers_silenced(), _loaded_in_fp32(type(outline), head_names):
         model = AutoModelForSequenceClassification.from_pretrained(
             folder,
             config=config,
@@ -192,9 +197,9 @@ def load_classifier(
 
 
 @contextmanager
-def _kept_in_fp32(model_class: Any, names: Sequence[str]) -> Iterator[None]:
+def _loaded_in_fp32(model_class: Any, names: Sequence[str]) -> Iterator[None]:
     """Let transformers load the named top-level modules of a class in fp32, whatever the dtype of the rest."""
-    declared = model_class._keep_in_fp32_modules_strict  # noqa: SLF001 - how transformers' own models say it
+    declared = model_class._keep_in_fp32_modules_strict  # noqa: SLF001 - as transformers' own models declare it
     model_class._keep_in_fp32_modules_strict = {*(declared or ()), *(rf"^{name}\." for name in names)}  # noqa: SLF001
     try:
         yield

@@ -1,7 +1,7 @@
-"""Rotary embeddings that change with the longest sequence of a pass, and what follows for batches.
+"""Rotary embeddings whose frequencies change with the longest sequence of a pass, and what follows for batches.
 
 Pure: it reads a configuration. Transformers picks such frequencies once a pass, so in a shared pass a long sequence
-would change the rewards of its short neighbours.
+would change the rewards of the shorter ones.
 """
 
 from __future__ import annotations
@@ -12,18 +12,23 @@ from typing import Any
 from service.errors import SettingsError
 
 
-def length_border(config: Any, max_tokens: int) -> int | None:
-    """Return up to how many tokens sequences share one set of frequencies, longer ones another; None: all share one.
+def rope_length_limit(config: Any, max_tokens: int) -> int | None:
+    """Return the length up to which sequences have one set of rotary frequencies, and longer ones another.
+
+    It is the original maximum length of the LongRoPE scaling (``original_max_position_embeddings``).
 
     Args:
         config: the text configuration of a transformers model.
         max_tokens: the longest sequence that will be scored.
 
+    Returns:
+        The limit in tokens; None where all sequences up to ``max_tokens`` have the same frequencies.
+
     Raises:
-        SettingsError: the frequencies grow with each longer sequence and stay so (``dynamic``), so that rewards would
-            depend on what was scored before.
+        SettingsError: with ``dynamic`` scaling the frequencies grow with each longer sequence and are not reset, so
+            rewards would depend on what was scored before.
     """
-    border = None
+    limit = None
     for rope in _rope_parameters(config):
         kind = rope.get("rope_type", "default")
         original: int = rope.get("original_max_position_embeddings") or config.max_position_embeddings
@@ -31,12 +36,12 @@ def length_border(config: Any, max_tokens: int) -> int | None:
             continue
         if kind == "dynamic":
             raise SettingsError(
-                f"Dynamic rotary scaling lets rewards depend on earlier sequences beyond {original} tokens: "
+                f"With dynamic rotary scaling rewards beyond {original} tokens depend on earlier sequences: "
                 f"set model.max_input_tokens to {original} or less"
             )
         if kind == "longrope":
-            border = original
-    return border
+            limit = original
+    return limit
 
 
 def _rope_parameters(config: Any) -> Iterator[Mapping[str, Any]]:

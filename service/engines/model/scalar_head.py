@@ -1,7 +1,7 @@
 """The linear head on many states at once, with a reward that does not depend on how many there are.
 
-Libraries choose a kernel by the number of rows, and with it the order in which a row's products are added: that holds
-for matrix products and for sums alike. Halves that are added element by element have one order only.
+Libraries choose a kernel by the number of rows, and with it the order in which a row's products are added, for matrix
+products and for sums alike. Adding halves element by element fixes the order.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from torch.nn.functional import pad
 
 
 def batch_invariant_head(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Return float32 [rows]: each state's products with the weight, added as a tree, and the bias.
+    """Return float32 [rows]: each state's products with the weight, summed pairwise as a tree, plus the bias.
 
-    A few small kernels for all rows together. Every step is element by element, so a row's bits are the same among any
-    others, on any device that rounds as IEEE 754 says.
+    It takes a few small kernels for all rows together. Every step is elementwise, so a row's bits do not depend on the
+    other rows, on any device that rounds as IEEE 754 requires.
 
     Args:
         states: [rows, hidden], of any float type.
@@ -30,8 +30,8 @@ def batch_invariant_head(states: torch.Tensor, weight: torch.Tensor, bias: torch
     return sums if bias is None else sums + bias
 
 
-def _power_of_two(least: int) -> int:
+def _power_of_two(minimum: int) -> int:
     power = 1
-    while power < least:
+    while power < minimum:
         power *= 2
     return power

@@ -1,6 +1,6 @@
-"""Hidden states, read off a forward pass while it runs and pooled at once, so that no layer's states are kept.
+"""Hidden states, read at taps while a forward pass runs and pooled immediately, so that no layer's states are retained.
 
-It listens at the borders between a model's blocks and changes nothing that passes there.
+Forward hooks between the model's blocks read the states and change nothing.
 """
 
 from __future__ import annotations
@@ -14,88 +14,97 @@ import torch
 from torch import nn
 
 from service.engines.base import StatePooling, StateTap
-from service.engines.devices.staging import sent
+from service.engines.devices.staging import copy_to_device
 from service.errors import SettingsError
 from service.scheduling.prefix_tree import Span
 
 
 @dataclass(frozen=True, slots=True)
 class StateQuery:
-    """Which states a pass is asked for: all taps of each reading.
-
-    ``readings``: a row of the pass, and the first of its tokens that ``mean`` counts in; all count when none is left.
-    """
+    """Which states of a pass are requested: those at all taps, for each reading."""
 
     taps: tuple[StateTap, ...]
+    """Where to read."""
+
     readings: tuple[tuple[int, int], ...]
+    """For each reading the index of a sequence of the pass, and its first token that ``mean`` includes; beyond its end,
+    all tokens are included."""
 
 
 @dataclass(frozen=True, slots=True)
-class Spot:
-    """Where a reading stands in hidden states [rows, positions, hidden]: its row, the token of ``last``, its pieces."""
+class Readout:
+    """The position of a reading in hidden states [rows, positions, hidden]."""
 
     row: int
+    """The row of the batch dimension."""
+
     last: int
-    pieces: tuple[Span, ...]
+    """The position that ``last`` pooling reads."""
+
+    spans: tuple[Span, ...]
+    """The ranges of positions that ``mean`` pooling includes."""
 
 
 @dataclass(slots=True)
-class TappedStates:
-    """What was read off one pass, tap by tap, as it went by: float32 [spots, hidden] each."""
+class RecordedStates:
+    """The pooled states of one pass, recorded tap by tap."""
 
     taps: tuple[StateTap, ...]
-    found: dict[StateTap, torch.Tensor] = field(default_factory=dict)
+    """Where they are read."""
+
+    by_tap: dict[StateTap, torch.Tensor] = field(default_factory=dict)
+    """Float32 [readouts, hidden] of each tap that the pass has reached."""
 
     def stacked(self) -> torch.Tensor | None:
-        """Return float32 [spots, taps, hidden] on the device; None where no tap was asked for."""
-        return torch.stack([self.found[tap] for tap in self.taps], dim=1) if self.taps else None
+        """Return float32 [readouts, taps, hidden] on the device; None without taps."""
+        return torch.stack([self.by_tap[tap] for tap in self.taps], dim=1) if self.taps else None
 
 
 @contextmanager
-def tapped(
-    body: nn.Module, num_blocks: int, taps: tuple[StateTap, ...], spots: Sequence[Spot]
-) -> Iterator[TappedStates]:
-    """Read the states at the taps off the pass that runs while the context is open.
+def record_states(
+    body: nn.Module, num_blocks: int, taps: tuple[StateTap, ...], readouts: Sequence[Readout]
+) -> Iterator[RecordedStates]:
+    """Record the states at the taps of the pass that runs while the context is open.
 
     Args:
         body: the transformer below the head.
         num_blocks: its depth.
         taps: where to read; with none, nothing is hooked.
-        spots: what to pool, in the hidden states of this pass.
+        readouts: what to pool, in the hidden states of this pass.
     """
-    tapped_states = TappedStates(taps)
+    recorded = RecordedStates(taps)
 
     def read(layer: int, states: torch.Tensor) -> None:
         for tap in taps:
             if tap.layer == layer:
-                tapped_states.found[tap] = pool(states, spots, tap.pooling)
+                recorded.by_tap[tap] = pool(states, readouts, tap.pooling)
 
-    handles = [_listen(body, num_blocks, layer, read) for layer in dict.fromkeys(tap.layer for tap in taps)]
+    handles = [_hook_layer(body, num_blocks, layer, read) for layer in dict.fromkeys(tap.layer for tap in taps)]
     try:
-        yield tapped_states
+        yield recorded
     finally:
         for handle in handles:
             handle.remove()
 
 
-def pool(states: torch.Tensor, spots: Sequence[Spot], pooling: StatePooling) -> torch.Tensor:
-    """Return float32 [spots, hidden]: the state of each spot's last token, or the mean over its pieces."""
+def pool(states: torch.Tensor, readouts: Sequence[Readout], pooling: StatePooling) -> torch.Tensor:
+    """Return float32 [readouts, hidden]: the state at each readout's last position, or the mean over its spans."""
     if pooling == "last":
-        places = torch.tensor([spot.row * states.shape[1] + spot.last for spot in spots])
-        return states.flatten(0, 1).index_select(0, sent(places, states.device)).float()
+        indices = torch.tensor([readout.row * states.shape[1] + readout.last for readout in readouts])
+        return states.flatten(0, 1).index_select(0, copy_to_device(indices, states.device)).float()
     means = []
-    for spot in spots:
-        pieces = [states[spot.row, begin:end] for begin, end in spot.pieces]
-        tokens = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    for readout in readouts:
+        parts = [states[readout.row, begin:end] for begin, end in readout.spans]
+        tokens = parts[0] if len(parts) == 1 else torch.cat(parts)
         means.append(tokens.mean(dim=0, dtype=torch.float32))
     return torch.stack(means)
 
 
 def check_taps(body: nn.Module, num_blocks: int, taps: Sequence[StateTap]) -> None:
-    """Say nothing where every tap can be read.
+    """Verify that every tap can be read.
 
     Raises:
-        SettingsError: the model has no such layer, or does not show its blocks.
+        SettingsError: the model has no such layer, or its blocks cannot be found.
     """
     for tap in taps:
         if not 0 <= tap.layer <= num_blocks:
@@ -104,8 +113,8 @@ def check_taps(body: nn.Module, num_blocks: int, taps: Sequence[StateTap]) -> No
         blocks_of(body, num_blocks)
 
 
-def _listen(body: nn.Module, num_blocks: int, layer: int, read: Any) -> Any:
-    """Hook the border behind so many blocks: what goes into the next one, or what the body returns behind its norm."""
+def _hook_layer(body: nn.Module, num_blocks: int, layer: int, read: Any) -> Any:
+    """Hook the states after so many blocks: the input of the next block, or the body's output after its final norm."""
     if layer == num_blocks:
         return body.register_forward_hook(lambda _module, _inputs, output: read(layer, output[0]))
 
@@ -119,9 +128,11 @@ def blocks_of(body: nn.Module, num_blocks: int) -> nn.ModuleList:
     """Return the list of a model's blocks.
 
     Raises:
-        SettingsError: the model does not show it.
+        SettingsError: the model has no module list of that length.
     """
     for module in body.modules():
         if isinstance(module, nn.ModuleList) and len(module) == num_blocks:
             return module
-    raise SettingsError(f"{type(body).__name__} does not show its {num_blocks} blocks: no states can be read there")
+    raise SettingsError(
+        f"{type(body).__name__} has no module list of its {num_blocks} blocks: no states can be read there"
+    )

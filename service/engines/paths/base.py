@@ -3,87 +3,116 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
-import torch
-
-from service.engines.base import BatchCost
+from service.engines.base import BatchCost, EngineOutput, Pending
 from service.engines.kernels.bindings import Kernels
 from service.engines.model.taps import StateQuery
 
+PathChoice: TypeAlias = Literal["auto", "packed", "padded"]
+"""The setting ``model.forward``."""
+
 
 @dataclass(frozen=True, slots=True)
-class PathOutput:
-    """What one pass returns.
+class PathSpec:
+    """A forward path with its optimisations: what the parity probe tries. A padded path has none of them."""
 
-    ``rewards``: one raw fp32 logit per row. ``shared_tokens``: of each row, the tokens that another row computed, or an
-    earlier pass. ``states``: float32 [readings, taps, hidden] on any device, in the order of the query; None without
-    one. ``cached_tokens``: the part of all shared tokens that an earlier pass computed.
+    name: Literal["packed", "padded"]
+
+    share_prefixes: bool = False
+    """Whether sequences of a batch compute a common prefix once."""
+
+    cache_bytes: int = 0
+    """Memory limit of the prefix cache, which requires ``share_prefixes``; 0: there is none."""
+
+    kernels: Kernels | None = None
+    """The compiled CPU kernels on which modules run where they can; None: torch's own kernels run."""
+
+    compiled: bool = False
+    """Whether the model's blocks run compiled by ``torch.compile``."""
+
+    cascade: bool = False
+    """Whether attention to shared prefixes is computed once and merged; requires ``share_prefixes``."""
+
+    @property
+    def description(self) -> str:
+        """The path in words, for logs and error messages."""
+        parts = {
+            "shared prefixes": self.share_prefixes,
+            "a prefix cache": self.cache_bytes > 0,
+            "CPU kernels": self.kernels is not None,
+        }
+        options = [part for part, is_on in parts.items() if is_on]
+        return f"{self.name} with {' and '.join(options)}" if options else self.name
+
+
+def candidate_paths(choice: PathChoice, fastest: PathSpec) -> list[PathSpec]:
+    """Return the paths that a choice allows, fastest first.
+
+    Args:
+        choice: ``auto``, or the name of the one path to try.
+        fastest: a packed path with all optimisations that the settings and the machine allow.
     """
-
-    rewards: list[float]
-    shared_tokens: list[int]
-    states: torch.Tensor | None = None
-    cached_tokens: int = 0
-
-
-class PendingOutput(Protocol):
-    """A pass that was launched."""
-
-    def result(self) -> PathOutput:
-        """Wait for the pass and return what it found; asked for once."""
-        ...
+    unshared = replace(fastest, share_prefixes=False, cache_bytes=0, cascade=False)
+    packed = [fastest, replace(fastest, cache_bytes=0), unshared]
+    packed += [replace(spec, kernels=None) for spec in packed]
+    padded = PathSpec("padded", compiled=fastest.compiled)
+    return list(dict.fromkeys({"auto": [*packed, padded], "packed": packed, "padded": [padded]}[choice]))
 
 
 class ForwardPath(Protocol):
-    """One way of running a batch through a classifier.
-
-    ``shared_from``: rows that begin with so many equal tokens compute them once; None: nothing is shared.
-    ``kernels``: those of ours that it runs on; None: it runs on none.
-    ``keeps``: whether prompts are kept between passes.
-    """
+    """One way of running a batch through a classifier."""
 
     name: str
+    """``packed`` or ``padded``."""
+
     cost: BatchCost
-    shared_from: int | None
+    """How the size of a batch is counted."""
+
+    min_shared_prefix_tokens: int | None
+    """Sequences with a common prefix of at least so many tokens compute it once; None: nothing is shared."""
+
     kernels: Kernels | None
-    keeps: bool
+    """The compiled CPU kernels that it runs on; None: it runs on none."""
+
+    caches_prefixes: bool
+    """Whether keys and values of prompts are cached between passes."""
 
     def run(
         self,
         rows: Sequence[tuple[int, ...]],
         query: StateQuery | None = None,
         prompts: Sequence[int | None] | None = None,
-    ) -> PathOutput:
-        """Score rows of token ids in one pass.
+    ) -> EngineOutput:
+        """Score sequences of token ids in one pass.
 
         Args:
-            rows: not empty, and different from each other.
+            rows: token ids of each sequence; not empty, and different from each other.
             query: which states to read too; changes no bit of a reward.
-            prompts: how many leading tokens of each row are its prompt, None where that is unknown; with them the pass
-                may use what earlier ones have kept, and keep prompts. None: it does neither.
+            prompts: how many leading tokens of each sequence are its prompt, None where that is unknown; with them the
+                pass may read the prefix cache and add prompts to it. None: it does neither.
         """
         ...
 
-    def forget(self) -> None:
-        """Let go of all that is kept."""
+    def clear_cache(self) -> None:
+        """Drop all cached prefixes."""
         ...
 
-    def num_cached_tokens(self, row: tuple[int, ...], first_wanted: int | None) -> int:
-        """Return how many leading tokens of a row the next pass need not compute, whatever stands beside it.
+    def num_cached_tokens(self, row: tuple[int, ...], mean_start: int | None) -> int:
+        """Return how many leading tokens of a sequence the next pass takes from the prefix cache, whatever the batch.
 
         Args:
             row: token ids.
-            first_wanted: the first token whose state may be wanted beside the pooled one's; None: none is.
+            mean_start: the first token that ``mean`` pooling may read; None: only the pooled token's state is read.
         """
         ...
 
 
 @runtime_checkable
 class LaunchingPath(ForwardPath, Protocol):
-    """A forward path that need not wait for the device before the next pass is launched."""
+    """A forward path that can launch the next pass without waiting for the device."""
 
-    def launch(self, rows: Sequence[tuple[int, ...]], query: StateQuery | None = None) -> PendingOutput:
-        """Hand a pass to the device; what ``run`` returns comes later. On a CPU it is computed at once."""
+    def launch(self, rows: Sequence[tuple[int, ...]], query: StateQuery | None = None) -> Pending[EngineOutput]:
+        """Launch a pass on the device; its result is what ``run`` returns. On a CPU it is computed at once."""
         ...

@@ -1,8 +1,8 @@
-"""Short packed rows, recorded once as CUDA graphs and replayed: the host starts a pass with one call.
+"""CUDA graphs of short packed batches: recorded once and replayed, so that the host launches a pass with one call.
 
-A small model's short pass is over on the device before the host has launched its hundreds of kernels. A graph needs
-fixed shapes, so a row is filled up to one of a few lengths; where its sequences begin and end is data. Which length,
-and how its buffers are filled, is pure; only ``capture_graphs`` needs a GPU.
+The device completes a small model's short pass faster than the host launches its hundreds of kernels. A graph has fixed
+shapes, so a packed batch is padded to one of a few lengths; where its sequences begin and end is data. Which length,
+and how its buffers are filled, is decided in pure functions; only ``capture_graphs`` requires a GPU.
 """
 
 from __future__ import annotations
@@ -23,58 +23,68 @@ from service.scheduling.prefix_tree import Branch
 logger = logging.getLogger(__name__)
 
 GraphChoice: TypeAlias = Literal["auto"] | bool
+"""The setting ``model.cuda_graphs``."""
 
-ROW_LENGTHS = (128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
-"""Tokens of the rows that are recorded: in steps of at most one half, so that at most a third of a row is filling.
+BATCH_LENGTHS = (128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+"""Tokens of the recorded batches: in steps of at most one half, so that at most a third of a batch is padding.
 
-A longer row of a model below ``LARGEST_MODEL`` keeps a GPU busy for longer than its launches take."""
+A longer batch of a model below ``MAX_PARAMETERS`` keeps a GPU busy for longer than its launches take."""
 
 TOKENS_PER_SEQUENCE = 64
-"""A row holds at most one sequence for so many of its tokens: attention starts its blocks for the longest possible
-sequence times their number, and those without work are not free."""
+"""A batch holds at most one sequence per so many of its tokens: attention launches thread blocks for the longest
+possible sequence times their number, and blocks without work are not free."""
 
-FEWEST_SEQUENCES = 8
-"""Sequences that also the shortest row holds."""
+MIN_SEQUENCES = 8
+"""Sequences that also the shortest batch can hold."""
 
-LARGEST_MODEL = 2_000_000_000
-"""Parameters up to which ``auto`` records graphs. An estimate that awaits measurement: launching a layer takes the host
+MAX_PARAMETERS = 2_000_000_000
+"""Model size up to which ``auto`` records graphs. An estimate that awaits measurement: launching a layer takes the host
 some 0.35 ms; at 4e14 operations a second 2,048 tokens through a layer of 50 million weights take the device 0.5 ms."""
 
-WARM_UPS = 2
+WARM_UP_PASSES = 2
 """Passes before one is recorded, in which kernels are chosen and workspaces allocated."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """The shape of a recorded row: its tokens, filling included, and the sequences that it can hold."""
+    """The shape of a recorded batch."""
 
     num_tokens: int
+    """Tokens, padding included."""
+
     num_sequences: int
+    """Sequences that it can hold."""
 
 
-BUCKETS = tuple(Bucket(length, max(FEWEST_SEQUENCES, length // TOKENS_PER_SEQUENCE)) for length in ROW_LENGTHS)
+BUCKETS = tuple(Bucket(length, max(MIN_SEQUENCES, length // TOKENS_PER_SEQUENCE)) for length in BATCH_LENGTHS)
 
 
 def bucket_for(num_tokens: int, num_sequences: int, buckets: Iterable[Bucket] = BUCKETS) -> Bucket | None:
-    """Return the shortest row that holds so much; None where none does, or more than half of it would be filling."""
+    """Return the shortest bucket that holds so much; None where none does, or more than half of it would be padding."""
     fitting = [one for one in buckets if one.num_tokens >= num_tokens and one.num_sequences >= num_sequences]
     if not fitting:
         return None
     best = min(fitting, key=lambda bucket: bucket.num_tokens)
-    is_short = best.num_tokens == ROW_LENGTHS[0]  # a pass of so few tokens costs the same, however few they are
+    is_short = best.num_tokens == BATCH_LENGTHS[0]  # the cost of a pass no longer falls below so few tokens
     return best if is_short or best.num_tokens <= 2 * num_tokens else None
 
 
-def wants_graphs(
+def resolve_graphs(
     choice: GraphChoice, device: torch.device, num_parameters: int, *, deterministic: bool = False
 ) -> bool:
     """Resolve the setting ``model.cuda_graphs``.
 
-    Deterministic rewards do without: a pass whose states are read is not recorded, and is not filled up, which may
-    move a bit.
+    Deterministic rewards exclude graphs: a pass whose states are read is neither recorded nor padded, so its rewards
+    may differ in the last bit from those of a recorded one.
+
+    Args:
+        choice: the setting.
+        device: where the forward pass runs.
+        num_parameters: of the model; ``auto`` depends on it.
+        deterministic: the setting ``batching.deterministic``.
 
     Raises:
-        SettingsError: graphs are asked for where there is no CUDA device, or together with determinism.
+        SettingsError: graphs are required where there is no CUDA device, or together with determinism.
     """
     if deterministic:
         if choice is True:
@@ -84,77 +94,83 @@ def wants_graphs(
         if choice is True:
             raise SettingsError(f"model.cuda_graphs needs a CUDA device and model.device is {device}: leave it out")
         return False
-    return num_parameters <= LARGEST_MODEL if choice == "auto" else choice
+    return num_parameters <= MAX_PARAMETERS if choice == "auto" else choice
 
 
 @dataclass(frozen=True, slots=True)
-class RowInputs:
-    """What differs between two rows of one bucket.
-
-    ``ids``, ``positions``: int64 [1, tokens]. ``borders``: int32 [sequences + 2], where each sequence begins; unused
-    ones are empty, and the last holds the filling. ``read``: int64 [sequences], whose states the head reads; unused
-    ones read the first.
-    """
+class StaticInputs:
+    """What differs between two batches of one bucket."""
 
     ids: torch.Tensor
+    """Int64 [1, tokens], the token ids."""
+
     positions: torch.Tensor
-    borders: torch.Tensor
-    read: torch.Tensor
+    """Int64 [1, tokens], of each token in its sequence."""
+
+    cu_seqlens: torch.Tensor
+    """Int32 [sequences + 2], where each sequence begins; unused ones are empty, and the last one is the padding."""
+
+    pooled: torch.Tensor
+    """Int64 [sequences], the indices of the tokens whose states the head reads; unused sequences read the first."""
 
     @property
     def tensors(self) -> list[torch.Tensor]:
         """All of them, in a fixed order."""
-        return [self.ids, self.positions, self.borders, self.read]
+        return [self.ids, self.positions, self.cu_seqlens, self.pooled]
 
 
-def fill_row(bucket: Bucket, rows: Sequence[tuple[int, ...]], places: Sequence[int], filler_id: int) -> RowInputs:
-    """Lay sequences that share nothing out in a row of the bucket, on the CPU.
+def fill_bucket(
+    bucket: Bucket, rows: Sequence[tuple[int, ...]], pooled_positions: Sequence[int], pad_id: int
+) -> StaticInputs:
+    """Return the inputs of a bucket, on the CPU, that hold sequences which share nothing.
 
     Args:
-        bucket: that holds them.
+        bucket: large enough for them.
         rows: token ids.
-        places: of the token in each sequence that the head reads.
-        filler_id: any token.
+        pooled_positions: of the token in each sequence that the head reads.
+        pad_id: any token.
     """
-    num_filler = bucket.num_tokens - sum(map(len, rows))
+    num_padding = bucket.num_tokens - sum(map(len, rows))
     begins = list(accumulate(map(len, rows), initial=0))
     unused = bucket.num_sequences - len(rows)
-    ids = [token for row in rows for token in row] + [filler_id] * num_filler
-    positions = torch.cat([torch.arange(count) for count in (*map(len, rows), num_filler)])
-    borders = [*begins, *[begins[-1]] * unused, bucket.num_tokens]
-    read = [begin + place for begin, place in zip(begins, places, strict=False)] + [0] * unused
-    return RowInputs(
-        torch.tensor([ids]), positions.unsqueeze(0), torch.tensor(borders, dtype=torch.int32), torch.tensor(read)
+    ids = [token for row in rows for token in row] + [pad_id] * num_padding
+    positions = torch.cat([torch.arange(count) for count in (*map(len, rows), num_padding)])
+    cu_seqlens = [*begins, *[begins[-1]] * unused, bucket.num_tokens]
+    pooled = [begin + position for begin, position in zip(begins, pooled_positions, strict=False)] + [0] * unused
+    return StaticInputs(
+        torch.tensor([ids]), positions.unsqueeze(0), torch.tensor(cu_seqlens, dtype=torch.int32), torch.tensor(pooled)
     )
 
 
 class StaticPass:
-    """A pass over a row of fixed shape, from buffers that stay where they are.
+    """A pass over a batch of fixed shape, from buffers with fixed addresses.
 
-    Its layout names one sequence as long as the row; where the real ones begin, only ``borders`` says.
+    Its layout has one sequence as long as the batch; only ``cu_seqlens`` contains where the real ones begin.
     """
 
     def __init__(self, classifier: Classifier, bucket: Bucket) -> None:
         self._classifier = classifier
         length, device = bucket.num_tokens, classifier.device
-        nobody = fill_row(bucket, [(0,)], [0], 0)
-        self.buffers = RowInputs(*(tensor.to(device) for tensor in nobody.tensors))
-        nothing = torch.empty(0, dtype=torch.long, device=device)
+        empty = fill_bucket(bucket, [(0,)], [0], 0)
+        self.buffers = StaticInputs(*(tensor.to(device) for tensor in empty.tensors))
+        no_indices = torch.empty(0, dtype=torch.long, device=device)
         whole = SequenceSpan((0, length), 0, (0, length), (0, length))
-        chunk = AttentionChunk((whole,), (0, length), nothing, nothing, self.buffers.borders, self.buffers.borders)
+        chunk = AttentionChunk(
+            (whole,), (0, length), no_indices, no_indices, self.buffers.cu_seqlens, self.buffers.cu_seqlens
+        )
         branch = Branch(((0, length),), 0, (0, length))
         self._packing = Packing((branch,), device, staged_chunks=(chunk,), is_static=True)
         # As in PackedForward: without a mask transformers would wait for the device.
         self._mask = torch.empty((1, 1, 1, 0), dtype=torch.bool, device=device)
 
     def load(self, inputs: Iterable[torch.Tensor]) -> None:
-        """Copy a row, in the order of ``RowInputs.tensors``, into the buffers, behind whatever still reads them."""
+        """Copy ``StaticInputs.tensors`` into the buffers, in stream order after the passes that still read them."""
         for buffer, tensor in zip(self.buffers.tensors, inputs, strict=True):
             buffer.copy_(tensor, non_blocking=True)
 
     @torch.inference_mode()
     def compute(self) -> torch.Tensor:
-        """Return float32 [sequences], the rewards of what the buffers hold; those of unused sequences mean nothing."""
+        """Return float32 [sequences], the rewards of the loaded batch; those of unused sequences are meaningless."""
         states = self._classifier.body(
             input_ids=self.buffers.ids,
             attention_mask=self._mask,
@@ -162,11 +178,11 @@ class StaticPass:
             use_cache=False,
             packing=self._packing,
         ).last_hidden_state[0]
-        return self._classifier.rewards_of(states.index_select(0, self.buffers.read))
+        return self._classifier.rewards_of(states.index_select(0, self.buffers.pooled))
 
 
 class RecordedPass(StaticPass):
-    """A static pass that the device repeats by itself; its rewards are overwritten by the next one."""
+    """A static pass recorded as a CUDA graph; the next replay overwrites its rewards."""
 
     def __init__(self, classifier: Classifier, bucket: Bucket, pool: Any) -> None:
         super().__init__(classifier, bucket)
@@ -175,14 +191,14 @@ class RecordedPass(StaticPass):
 
     def _record(self, pool: Any) -> torch.Tensor:
         device = self._classifier.device
-        beside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        beside.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(beside):
-            for _ in range(WARM_UPS):
+        capture_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        capture_stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(capture_stream):
+            for _ in range(WARM_UP_PASSES):
                 super().compute()
-        torch.cuda.current_stream(device).wait_stream(beside)
-        # Other threads may use CUDA meanwhile; only what this one does is recorded.
-        with torch.cuda.graph(self._graph, pool=pool, stream=beside, capture_error_mode="thread_local"):
+        torch.cuda.current_stream(device).wait_stream(capture_stream)
+        # Other threads may use CUDA meanwhile; only the calls of this one are recorded.
+        with torch.cuda.graph(self._graph, pool=pool, stream=capture_stream, capture_error_mode="thread_local"):
             return super().compute()
 
     def compute(self) -> torch.Tensor:
@@ -198,8 +214,8 @@ class PassLibrary:
         self._passes = passes
 
     @property
-    def longest_row(self) -> int:
-        """Tokens of the longest row."""
+    def max_tokens(self) -> int:
+        """Tokens of the longest batch."""
         return max((bucket.num_tokens for bucket in self._passes), default=0)
 
     def items(self) -> Iterable[tuple[Bucket, StaticPass]]:
@@ -207,16 +223,16 @@ class PassLibrary:
         return self._passes.items()
 
     def choose(self, rows: Sequence[tuple[int, ...]]) -> tuple[Bucket, StaticPass] | None:
-        """Return the pass that runs these rows, which share nothing; None where none is fit to."""
+        """Return the pass for these sequences, which share nothing, and its bucket; None where no bucket fits."""
         bucket = bucket_for(sum(map(len, rows)), len(rows), self._passes)
         return None if bucket is None else (bucket, self._passes[bucket])
 
 
 def capture_graphs(classifier: Classifier, max_batch_tokens: int) -> PassLibrary:
-    """Record a pass of each bucket that a batch can need, the longest first, so that all share its memory.
+    """Record a pass of each bucket within the batch budget, the longest first, so that all share its memory.
 
     Raises:
-        Exception: whatever a model does that cannot be recorded; the classifier runs as before.
+        Exception: the model does something that cannot be recorded; the classifier is unchanged.
     """
     pool = torch.cuda.graph_pool_handle()
     needed = [bucket for bucket in BUCKETS if bucket.num_tokens <= max_batch_tokens]
@@ -230,26 +246,26 @@ def record_library(
     tolerance: float,
     capture: Callable[[Classifier, int], PassLibrary] = capture_graphs,
 ) -> tuple[PassLibrary, str]:
-    """Record passes and compare each with an ordinary one; what fails is logged, and nothing is recorded then.
+    """Record passes and compare each with an ordinary one; a failure is logged, and no recorded pass is used then.
 
     Args:
-        classifier: ready to run packed rows.
-        compute: the rewards of rows by an ordinary pass.
-        max_batch_tokens: of a batch.
+        classifier: ready to run packed batches.
+        compute: returns the rewards of an ordinary pass.
+        max_batch_tokens: the batch budget.
         tolerance: largest difference between the two.
-        capture: records; another one in tests.
+        capture: records the passes; replaced in tests.
 
     Returns:
-        The passes, and why there are none: one sentence, empty where there are.
+        The passes, and in a sentence why there are none; the sentence is empty where there are some.
     """
     try:
         library = capture(classifier, max_batch_tokens)
         failure = _disagreement(library, classifier, compute, tolerance)
-    except Exception as error:  # noqa: BLE001 - whatever cannot be recorded, the ordinary path serves it
+    except Exception as error:  # noqa: BLE001 - whatever recording raises, the ordinary path serves
         library, failure = PassLibrary({}), f"{type(error).__name__}: {error}"
     if not failure:
         return library, ""
-    logger.error("No CUDA graphs, passes are launched kernel by kernel: %s", failure)
+    logger.error("CUDA graphs are not used, passes are launched kernel by kernel: %s", failure)
     return PassLibrary({}), failure
 
 
@@ -261,17 +277,17 @@ def _disagreement(
 ) -> str:
     for bucket, static in library.items():
         rows = probe_of(bucket, classifier.config.vocab_size)
-        places = [classifier.pooled_position(row) for row in rows]
-        static.load(tensor.to(classifier.device) for tensor in fill_row(bucket, rows, places, rows[0][0]).tensors)
+        pooled = [classifier.pooled_position(row) for row in rows]
+        static.load(tensor.to(classifier.device) for tensor in fill_bucket(bucket, rows, pooled, rows[0][0]).tensors)
         pairs = zip(static.compute().tolist(), compute(rows), strict=False)
-        gap = max((abs(found - wanted) for found, wanted in pairs), default=0.0)
+        gap = max((abs(recorded - ordinary) for recorded, ordinary in pairs), default=0.0)
         if not gap <= tolerance:
-            return f"a recorded row of {bucket.num_tokens} tokens differs by {gap:.3g}, more than {tolerance:.3g}"
+            return f"a recorded batch of {bucket.num_tokens} tokens differs by {gap:.3g}, more than {tolerance:.3g}"
     return ""
 
 
 def probe_of(bucket: Bucket, vocab_size: int) -> list[tuple[int, ...]]:
-    """Return rows that nearly fill a bucket and begin differently, to compare a recorded pass with an ordinary one."""
+    """Return sequences that nearly fill a bucket and have no common prefix, to compare a recorded pass on them."""
     lengths = [bucket.num_tokens // 5 - 3 * number for number in range(5)]
     tokens = [(7919 * number + 11) % vocab_size for number in range(bucket.num_tokens)]
     return [tuple(tokens[begin:end]) for begin, end in pairwise(accumulate(lengths, initial=0))]

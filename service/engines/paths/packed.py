@@ -7,7 +7,8 @@ passes, a pass computes what is new.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from math import isfinite
 
 import torch
@@ -15,16 +16,15 @@ import torch
 from service.engines.attention.interface import ATTENTION, PackingUnsupportedError
 from service.engines.attention.kv_cache import CacheTransaction, KVCache
 from service.engines.attention.layout import BLOCK, Packing
-from service.engines.base import BatchCost, StateTap
+from service.engines.base import BatchCost, Deferred, EngineOutput, Pending, StateTap
 from service.engines.compilation import COMPILED_ATTENTION
-from service.engines.devices.staging import Arrival, staging_for
+from service.engines.devices.staging import staging_for
 from service.engines.kernels.attention import register_attention
 from service.engines.kernels.bindings import Kernels
 from service.engines.kernels.patching import multiplies_on_kernels
 from service.engines.model.classifier import Classifier
-from service.engines.model.taps import Spot, StateQuery
-from service.engines.paths.base import PathOutput, PendingOutput
-from service.engines.paths.cuda_graphs import Bucket, PassLibrary, StaticPass, fill_row
+from service.engines.model.taps import Readout, StateQuery
+from service.engines.paths.cuda_graphs import Bucket, PassLibrary, StaticPass, fill_bucket
 from service.engines.rewiring import rewire
 from service.scheduling.prefix_tree import grow_branches
 
@@ -80,9 +80,9 @@ class PackedForward:
         self._staging = staging_for(classifier.device)
         self._mask: torch.Tensor | None = None
         self.library = PassLibrary({})
-        self.shared_from = SHORTEST_SHARED if share_prefixes else None
+        self.min_shared_prefix_tokens = SHORTEST_SHARED if share_prefixes else None
         self.kept = KVCache(cache_bytes, SHORTEST_SHARED) if cache_bytes and share_prefixes else None
-        self.keeps = self.kept is not None
+        self.caches_prefixes = self.kept is not None
 
     @torch.inference_mode()
     def run(
@@ -90,59 +90,62 @@ class PackedForward:
         rows: Sequence[tuple[int, ...]],
         query: StateQuery | None = None,
         prompts: Sequence[int | None] | None = None,
-    ) -> PathOutput:
+    ) -> EngineOutput:
         """Score rows of token ids in one pass; see ``ForwardPath.run``."""
         if self.kept is None or prompts is None:
             return self.launch(rows, query).result()
         return self._settle(rows, query, self._visiting_pass(self.kept, rows, query, prompts))
 
-    def launch(self, rows: Sequence[tuple[int, ...]], query: StateQuery | None = None) -> PendingOutput:
+    def launch(self, rows: Sequence[tuple[int, ...]], query: StateQuery | None = None) -> Pending[EngineOutput]:
         """Hand a pass to the device; see ``LaunchingPath.launch``. On CUDA the host waits for nothing here.
 
         Nothing is taken from earlier passes or kept for later ones, for a pass is trusted only when it has ended.
         """
-        return _PendingRow(self, rows, query, self._launch(rows, query))
+        return Deferred(partial(self._finish, rows, query, self._launch(rows, query)))
 
     @torch.inference_mode()
-    def finish(self, rows: Sequence[tuple[int, ...]], query: StateQuery | None, launched: LaunchedRow) -> PathOutput:
-        """Wait for a pass and return what it found."""
-        return self._settle(rows, query, launched.wait())
+    def _finish(
+        self, rows: Sequence[tuple[int, ...]], query: StateQuery | None, launched: Pending[EngineOutput]
+    ) -> EngineOutput:
+        return self._settle(rows, query, launched.result())
 
-    def _settle(self, rows: Sequence[tuple[int, ...]], query: StateQuery | None, output: PathOutput) -> PathOutput:
+    def _settle(self, rows: Sequence[tuple[int, ...]], query: StateQuery | None, output: EngineOutput) -> EngineOutput:
         """Compute rows without a finite reward again, by themselves and by nothing kept.
 
         A state that is not finite reaches all that share its row's beginning, even from behind it: in a sum, zero times
         infinity is no number.
         """
-        if any(output.shared_tokens):
-            for place, reward in enumerate(output.rewards):
-                if not isfinite(reward):
-                    self._replace(output, place, rows[place], query)
-        return output
+        if not any(output.shared_tokens):
+            return output
+        rewards = list(output.rewards)
+        for place, reward in enumerate(rewards):
+            if not isfinite(reward):
+                rewards[place] = self._replace(output, place, rows[place], query)
+        return replace(output, rewards=rewards)
 
-    def forget(self) -> None:
+    def clear_cache(self) -> None:
         """Let go of all that is kept."""
         if self.kept is not None:
             self.kept.prefixes.clear()
 
-    def num_cached_tokens(self, row: tuple[int, ...], first_wanted: int | None) -> int:
+    def num_cached_tokens(self, row: tuple[int, ...], mean_start: int | None) -> int:
         """Return how many leading tokens of a row are cached; see ``ForwardPath.num_cached_tokens``."""
         if self.kept is None or not row:
             return 0
-        return self.kept.prefixes.longest(row, self._limit(row, first_wanted))[1]
+        return self.kept.prefixes.longest(row, self._limit(row, mean_start))[1]
 
-    def _limit(self, row: tuple[int, ...], first_wanted: int | None) -> int:
+    def _limit(self, row: tuple[int, ...], mean_start: int | None) -> int:
         """Return how many leading tokens a pass may leave out: none whose state is read."""
         pooled = self._classifier.pooled_position(row)
-        return pooled if first_wanted is None else min(pooled, _first_counted(row, first_wanted))
+        return pooled if mean_start is None else min(pooled, _first_counted(row, mean_start))
 
-    def _replace(self, output: PathOutput, place: int, row: tuple[int, ...], query: StateQuery | None) -> None:
+    def _replace(self, output: EngineOutput, place: int, row: tuple[int, ...], query: StateQuery | None) -> float:
         readings = [] if query is None else [index for index, (owner, _) in enumerate(query.readings) if owner == place]
         own = query and StateQuery(query.taps, tuple((0, query.readings[index][1]) for index in readings))
-        alone = self._launch([row], own if readings else None).wait()
-        output.rewards[place] = alone.rewards[0]
+        alone = self._launch([row], own if readings else None).result()
         if output.states is not None and alone.states is not None:
             output.states[readings] = alone.states
+        return alone.rewards[0]
 
     def _visiting_pass(
         self,
@@ -150,11 +153,11 @@ class PackedForward:
         rows: Sequence[tuple[int, ...]],
         query: StateQuery | None,
         prompts: Sequence[int | None],
-    ) -> PathOutput:
+    ) -> EngineOutput:
         """Run a pass that uses what is kept and keeps what it finds, unless something in it is not finite."""
         limits = [self._limit(row, first) for row, first in zip(rows, _first_wanted(rows, query), strict=True)]
         with kept.visit(rows, limits) as visit:
-            output = self._launch(rows, query, visit, prompts).wait()
+            output = self._launch(rows, query, visit, prompts).result()
             if all(map(isfinite, output.rewards)):
                 visit.confirm()
         return output
@@ -166,7 +169,7 @@ class PackedForward:
         query: StateQuery | None,
         visit: CacheTransaction | None = None,
         prompts: Sequence[int | None] = (),
-    ) -> LaunchedRow:
+    ) -> Pending[EngineOutput]:
         classifier = self._classifier
         pooled = [classifier.pooled_position(row) for row in rows]
         reads_states = query is not None and bool(query.readings)
@@ -176,7 +179,7 @@ class PackedForward:
             rows,
             classifier.device,
             block=BLOCK if classifier.is_on_cpu else 1,
-            shortest_shared=self.shared_from,
+            shortest_shared=self.min_shared_prefix_tokens,
             batch_invariant_linear=self._batch_invariant_linear,
             visit=visit,
             cascade=self._cascade,
@@ -188,24 +191,25 @@ class PackedForward:
             self._staging,
             [torch.tensor([packing.token_ids(rows, FILLER_ID)]), packing.position_ids(), torch.tensor(places)],
         )
-        with classifier.tapped(*_tapping(query, packing, places)) as tapped:
+        with classifier.recording(*_tapping(query, packing, places)) as recorded:
             states = classifier.body(
                 input_ids=ids, attention_mask=self._mask, position_ids=positions, use_cache=False, packing=packing
             ).last_hidden_state[0]
         self._settle_masks()
-        rewards, tapped_states = classifier.rewards_of(states.index_select(0, read)), tapped.stacked()
+        rewards, tapped_states = classifier.rewards_of(states.index_select(0, read)), recorded.stacked()
         found = [rewards] if tapped_states is None else [rewards, tapped_states]
         num_taken = 0 if visit is None else visit.num_taken
-        return LaunchedRow([branch.num_shared for branch in packing.branches], self._staging.fetch(found), num_taken)
+        shared_tokens = [branch.num_shared for branch in packing.branches]
+        return _output_of(self._staging.to_host(found), shared_tokens, num_taken)
 
     def _shares(self, rows: Sequence[tuple[int, ...]]) -> bool:
-        return any(branch.num_shared for branch in grow_branches(rows, self.shared_from))
+        return any(branch.num_shared for branch in grow_branches(rows, self.min_shared_prefix_tokens))
 
     def _launch_static(
         self, bucket: Bucket, static: StaticPass, rows: Sequence[tuple[int, ...]], pooled: Sequence[int]
-    ) -> LaunchedRow:
-        static.load(self._staging.send(fill_row(bucket, rows, pooled, FILLER_ID).tensors))
-        return LaunchedRow([0] * len(rows), self._staging.fetch([static.compute()[: len(rows)]]))
+    ) -> Pending[EngineOutput]:
+        static.load(self._staging.to_device(fill_bucket(bucket, rows, pooled, FILLER_ID).tensors))
+        return _output_of(self._staging.to_host([static.compute()[: len(rows)]]), [0] * len(rows))
 
     def _settle_masks(self) -> None:
         """From the second pass on, hand a mask through that nobody reads.
@@ -217,32 +221,16 @@ class PackedForward:
             self._mask = torch.empty((1, 1, 1, 0), dtype=torch.bool, device=self._classifier.device)
 
 
-@dataclass(frozen=True, slots=True)
-class LaunchedRow:
-    """A row on the device.
+def _output_of(
+    copies: Pending[list[torch.Tensor]], shared_tokens: list[int], cached_tokens: int = 0
+) -> Pending[EngineOutput]:
+    """Return the output of a launched pass, finite or not; ``copies``: its rewards, and the states if requested."""
 
-    ``arrival``: its rewards, and the states if some were asked for. The rest as in ``PathOutput``.
-    """
+    def complete() -> EngineOutput:
+        rewards, *states = copies.result()
+        return EngineOutput(rewards.tolist(), shared_tokens, states[0].numpy() if states else None, cached_tokens)
 
-    shared_tokens: list[int]
-    arrival: Arrival
-    cached_tokens: int = 0
-
-    def wait(self) -> PathOutput:
-        """Return what the pass found, whether finite or not."""
-        rewards, *states = self.arrival.wait()
-        return PathOutput(rewards.tolist(), self.shared_tokens, states[0] if states else None, self.cached_tokens)
-
-
-@dataclass(frozen=True, slots=True)
-class _PendingRow:
-    path: PackedForward
-    rows: Sequence[tuple[int, ...]]
-    query: StateQuery | None
-    launched: LaunchedRow
-
-    def result(self) -> PathOutput:
-        return self.path.finish(self.rows, self.query, self.launched)
+    return Deferred(complete)
 
 
 def _first_wanted(rows: Sequence[tuple[int, ...]], query: StateQuery | None) -> list[int | None]:
@@ -262,12 +250,12 @@ def _first_counted(row: tuple[int, ...], first: int) -> int:
 
 def _tapping(
     query: StateQuery | None, packing: Packing, places: Sequence[int]
-) -> tuple[tuple[StateTap, ...], list[Spot]]:
+) -> tuple[tuple[StateTap, ...], list[Readout]]:
     """Say where in the row the states stand that are asked for."""
     if query is None:
         return (), []
-    spots = []
+    readouts = []
     for row, first in query.readings:
         branch = packing.branches[row]
-        spots.append(Spot(0, places[row], branch.spans_from(first) or branch.spans))
-    return query.taps, spots
+        readouts.append(Readout(0, places[row], branch.spans_from(first) or branch.spans))
+    return query.taps, readouts

@@ -1,39 +1,40 @@
-"""The padded path: the sequences of a batch stand below each other, filled up on the right to the longest one.
+"""The padded path: the sequences of a batch are padded on the right to the length of the longest one.
 
-It serves architectures whose attention or head the packed path cannot carry, with transformers' own attention.
+It serves architectures whose attention or head the packed path does not support, with transformers' own attention.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from service.engines.base import BatchCost
+from service.engines.base import BatchCost, EngineOutput
 from service.engines.kernels.bindings import Kernels
 from service.engines.model.classifier import Classifier
-from service.engines.model.taps import Spot, StateQuery
-from service.engines.paths.base import PathOutput
+from service.engines.model.taps import Readout, StateQuery
 from service.engines.rewiring import rewire
 
 
 class PaddedForward:
-    """Runs a batch as a rectangle. What a batch costs is its longest sequence times its count.
+    """Runs a batch as a rectangle. Its cost is the length of its longest sequence times its number of sequences.
 
-    On a CPU in half precision each row is a rectangle of its own: filling would choose other kernels, whose rounding
-    moves a reward by hundredths, and on a CPU it saves little time.
+    On a CPU in half precision each sequence is a batch of its own: padding would select other kernels, whose rounding
+    moves a reward by hundredths, and batching saves little time on a CPU.
     """
 
     name = "padded"
     cost: BatchCost = "padded"
-    shared_from: int | None = None
+    min_shared_prefix_tokens: int | None = None
     kernels: Kernels | None = None
-    keeps = False
+    caches_prefixes = False
 
     def __init__(self, classifier: Classifier) -> None:
         rewire(classifier, classifier.plain_attention)
         self._classifier = classifier
-        self._fills_up = not (classifier.is_on_cpu and classifier.is_half_precision)
+        self._pads = not (classifier.is_on_cpu and classifier.is_half_precision)
 
     @torch.inference_mode()
     def run(
@@ -41,55 +42,61 @@ class PaddedForward:
         rows: Sequence[tuple[int, ...]],
         query: StateQuery | None = None,
         prompts: Sequence[int | None] | None = None,
-    ) -> PathOutput:
-        """Score rows of token ids in one pass; see ``ForwardPath.run``. Nothing is kept."""
+    ) -> EngineOutput:
+        """Score sequences of token ids in one pass; see ``ForwardPath.run``. Nothing is cached."""
         del prompts
         query = query or StateQuery((), ())
         readings = query.readings
-        if self._fills_up:
-            rewards, states = self._rectangle(rows, StateQuery(query.taps, readings))
-            return PathOutput(rewards, [0] * len(rows), states)
+        if self._pads:
+            rewards, states = self._run_padded(rows, StateQuery(query.taps, readings))
+            return EngineOutput(rewards, [0] * len(rows), _on_host(states))
         rewards, parts = [], []
         for index, row in enumerate(rows):
             own = tuple((0, first) for owner, first in readings if owner == index)
-            reward, part = self._rectangle([row], StateQuery(query.taps if own else (), own))
+            reward, part = self._run_padded([row], StateQuery(query.taps if own else (), own))
             rewards += reward
             parts.append(part)
-        return PathOutput(rewards, [0] * len(rows), _in_order(readings, parts))
+        return EngineOutput(rewards, [0] * len(rows), _on_host(_in_order(readings, parts)))
 
-    def forget(self) -> None:
-        """Nothing is kept."""
+    def clear_cache(self) -> None:
+        """Do nothing: nothing is cached."""
 
-    def num_cached_tokens(self, row: tuple[int, ...], first_wanted: int | None) -> int:
-        """Return zero: nothing is kept."""
-        del row, first_wanted
+    def num_cached_tokens(self, row: tuple[int, ...], mean_start: int | None) -> int:
+        """Return zero: nothing is cached."""
+        del row, mean_start
         return 0
 
-    def _rectangle(self, rows: Sequence[tuple[int, ...]], query: StateQuery) -> tuple[list[float], torch.Tensor | None]:
+    def _run_padded(
+        self, rows: Sequence[tuple[int, ...]], query: StateQuery
+    ) -> tuple[list[float], torch.Tensor | None]:
         classifier = self._classifier
         longest = max(len(row) for row in rows)
-        # What stands in the filling is never seen; where no pad token is defined any token will do.
-        filler = classifier.pad_token_id or 0
+        # States of padding are never read; where no pad token is defined any token will do.
+        pad = classifier.pad_token_id or 0
         inputs = {
-            "input_ids": classifier.token_tensor([[*row, *[filler] * (longest - len(row))] for row in rows]),
+            "input_ids": classifier.token_tensor([[*row, *[pad] * (longest - len(row))] for row in rows]),
             "attention_mask": classifier.token_tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]),
         }
-        pooled = [classifier.read_position(row) for row in rows]
-        spots = [
-            Spot(row, pooled[row], ((first if first < len(rows[row]) else 0, len(rows[row])),))
-            for row, first in query.readings
+        pooled = [classifier.head_position(row) for row in rows]
+        readouts = [
+            Readout(index, pooled[index], ((first if first < len(rows[index]) else 0, len(rows[index])),))
+            for index, first in query.readings
         ]
-        with classifier.tapped(query.taps, spots) as tapped:
+        with classifier.recording(query.taps, readouts) as recorded:
             if classifier.linear_head is None:
                 rewards: list[float] = classifier.model(**inputs).logits[:, 0].tolist()
             else:
                 states = classifier.body(**inputs, use_cache=False).last_hidden_state
                 rewards = classifier.read_rewards(states[range(len(rows)), pooled])
-        return rewards, tapped.stacked()
+        return rewards, recorded.stacked()
 
 
 def _in_order(readings: Sequence[tuple[int, int]], parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-    """Put the readings of single rows, each in the order of its own, back into their common order."""
-    of_row = [iter(()) if part is None else iter(part) for part in parts]
-    found = [next(of_row[row]) for row, _ in readings]
+    """Return the states of all readings in their order; each part has those of one sequence in their order."""
+    states_of = [iter(()) if part is None else iter(part) for part in parts]
+    found = [next(states_of[index]) for index, _ in readings]
     return torch.stack(found) if found else None
+
+
+def _on_host(states: torch.Tensor | None) -> NDArray[np.float32] | None:
+    return None if states is None else states.cpu().numpy()

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from tiny_classifiers import load_tiny, rows_that_share
+from tiny_classifiers import load_tiny, probe_and_choose, rows_that_share
 from tiny_models import DECODER_FAMILIES
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -14,7 +14,7 @@ from service.engines.attention import interface as attention
 from service.engines.attention.cascade import attend_cascade, merge, plan_cascade
 from service.engines.attention.layout import Packing
 from service.engines.attention.varlen import Borders, attend_varlen
-from service.engines.parity import choose_path, plain_rewards
+from service.engines.parity import plain_rewards
 from service.engines.paths import packed
 from service.engines.paths.packed import PackedForward
 from service.engines.torch import load_torch_engine
@@ -164,7 +164,7 @@ def test_merged_rewards_pass_the_probe_on_cuda(tiny_checkpoint, family: str, dty
     rows = rows_that_share(classifier)
     gathered = PackedForward(classifier).run(rows).rewards
 
-    path, parity = choose_path(classifier, "packed", 400, cascade=True)
+    path, parity = probe_and_choose(classifier, "packed", 400, cascade=True)
 
     assert parity.agrees
     assert path.run(rows).rewards == pytest.approx(gathered, abs=0.1, rel=0)

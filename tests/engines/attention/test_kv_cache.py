@@ -18,7 +18,8 @@ from tiny_models import DECODER_FAMILIES
 from service.engines.model.classifier import Classifier, read_config
 from service.engines.parity import plain_rewards
 from service.engines.paths.packed import SHORTEST_SHARED, PackedForward
-from service.engines.torch import DEFAULT_PREFIX_CACHE_MIB, TorchEngine, load_torch_engine
+from service.engines.plan import PREFIX_CACHE_MIB
+from service.engines.torch import TorchEngine, load_torch_engine
 from service.pipeline import Pipeline
 from service.records import StateTap, TokenSequence
 from service.scheduling.budget import BatchBudget
@@ -328,7 +329,7 @@ def test_prompts_are_kept_on_a_cpu_unless_a_setting_says_otherwise(tiny_checkpoi
     """512 MiB by default, shown; ``deterministic``, no shared prefixes, a padded path and zero keep nothing."""
     folder = tiny_checkpoint("llama")
 
-    assert load(folder).info.prefix_cache_mib == DEFAULT_PREFIX_CACHE_MIB["cpu"] == 512
+    assert load(folder).info.prefix_cache_mib == PREFIX_CACHE_MIB["cpu"] == 512
     assert load(folder, prefix_cache_mib=3).info.prefix_cache_mib == 3
     assert load(tiny_checkpoint("bert")).info.prefix_cache_mib == 0
     for off in ({"deterministic": True}, {"share_prefixes": False}, {"prefix_cache_mib": 0}):

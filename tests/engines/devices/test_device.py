@@ -1,4 +1,4 @@
-"""Device, arithmetic and threads are resolved from settings and machine, and what a machine lacks is refused."""
+"""Device, dtype and threads are resolved from settings and machine, and what a machine lacks is refused."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ import sys
 import pytest
 import torch
 
-from service.engines.devices import device as devices
-from service.engines.devices.device import is_out_of_memory, resolve_device, resolve_dtype, resolve_threads
+from service.engines.devices.device import (
+    THP_VARIABLE,
+    is_out_of_memory,
+    resolve_device,
+    resolve_dtype,
+    resolve_threads,
+)
 from service.errors import SettingsError
 
 
 @pytest.mark.parametrize("choice", ["gpu", "cuda:99", "mps", "meta"])
-def test_a_device_that_is_not_there_is_refused(choice: str) -> None:
-    """A name that is no device, or a device this machine lacks, ends the start with a sentence naming the setting."""
+def test_a_missing_device_is_refused(choice: str) -> None:
+    """A name that is no device, or a device this machine lacks, fails the start; the error names the setting."""
     with pytest.raises(SettingsError, match=r"model\.device"):
         resolve_device(choice)
 
@@ -30,18 +35,16 @@ def test_auto_takes_cuda_when_there_is_one(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(("has_units", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_auto_arithmetic_on_a_cpu_follows_its_units(monkeypatch, has_units: bool, expected: torch.dtype) -> None:
+def test_auto_dtype_on_a_cpu_follows_its_bfloat16_units(has_units: bool, expected: torch.dtype) -> None:
     """A CPU with bfloat16 units computes in bfloat16, another in float32, whatever the checkpoint was saved in."""
-    monkeypatch.setattr(devices, "has_native_bfloat16", lambda: has_units)
-
-    assert resolve_dtype("auto", torch.float16, torch.device("cpu")) == expected
+    assert resolve_dtype("auto", torch.float16, torch.device("cpu"), native_bfloat16=has_units) == expected
 
 
-def test_arithmetic_on_cuda_and_by_choice() -> None:
-    """CUDA keeps the checkpoint's own dtype; a dtype that is asked for is taken anywhere."""
-    assert resolve_dtype("auto", torch.float16, torch.device("cuda")) == torch.float16
-    assert resolve_dtype("float32", torch.bfloat16, torch.device("cuda")) == torch.float32
-    assert resolve_dtype("bfloat16", torch.float32, torch.device("cpu")) == torch.bfloat16
+def test_dtype_on_cuda_and_by_choice() -> None:
+    """``auto`` on CUDA is the checkpoint's own dtype; a requested dtype is used on any device."""
+    assert resolve_dtype("auto", torch.float16, torch.device("cuda"), native_bfloat16=True) == torch.float16
+    assert resolve_dtype("float32", torch.bfloat16, torch.device("cuda"), native_bfloat16=True) == torch.float32
+    assert resolve_dtype("bfloat16", torch.float32, torch.device("cpu"), native_bfloat16=False) == torch.bfloat16
 
 
 def test_threads_are_the_setting_or_all_cores() -> None:
@@ -61,19 +64,26 @@ def test_threads_are_the_setting_or_all_cores() -> None:
         (ValueError("not enough memory"), False),
     ],
 )
-def test_a_lack_of_memory_is_told_from_other_errors(error: Exception, expected: bool) -> None:
-    """CUDA's, Python's and the CPU allocator's errors are a lack of memory; other errors are not."""
+def test_out_of_memory_errors_are_recognised(error: Exception, expected: bool) -> None:
+    """CUDA's, Python's and the CPU allocator's errors count as out of memory; other errors do not."""
     assert is_out_of_memory(error) is expected
 
 
-def test_torch_is_told_to_ask_for_huge_pages_before_it_allocates() -> None:
-    """In a fresh process a large tensor begins at a page, which torch sees to only if it asks for huge ones."""
+def test_huge_pages_are_enabled_before_torch_allocates() -> None:
+    """Importing the engine changes no setting and allocates nothing, so large tensors start at page boundaries."""
     program = (
-        "import mmap, service.engines.torch, torch\n"
+        "import mmap, os, service.engines.torch, torch\n"
+        "from service.engines.devices.device import THP_VARIABLE, enable_huge_pages\n"
+        "assert THP_VARIABLE not in os.environ\n"
+        "enable_huge_pages()\n"
         "tensors = [torch.empty(2**22 + 100 * turn) for turn in range(4)]\n"
         "print(all(tensor.data_ptr() % mmap.PAGESIZE == 0 for tensor in tensors))"
     )
 
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=250)
+    environment = {name: value for name, value in os.environ.items() if name != THP_VARIABLE}
+
+    found = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True, timeout=250
+    )
 
     assert found.stdout.split() == ["True"]

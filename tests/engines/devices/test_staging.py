@@ -1,10 +1,11 @@
-"""Inputs and results of a pass travel without a wait, and arrive as they were sent."""
+"""Inputs and results of a pass are copied without waiting, and unchanged."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -15,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from service.engines.attention import interface as attention
 from service.engines.attention.layout import Packing
-from service.engines.base import EngineInfo, StateTap
-from service.engines.devices.staging import ALIGNMENT, Arrived, PlainStaging, lay_out, staging_for, views_of
+from service.engines.base import EngineInfo, Ready, StateTap
+from service.engines.devices.staging import ALIGNMENT, PlainStaging, buffer_offsets, buffer_views, staging_for
 from service.engines.model.scalar_head import batch_invariant_head
 from service.engines.model.taps import StateQuery
 from service.engines.paths.packed import PackedForward
@@ -27,35 +28,35 @@ CPU = torch.device("cpu")
 
 
 @given(st.lists(st.tuples(st.sampled_from([torch.int64, torch.int32, torch.uint8]), st.integers(0, 40)), max_size=9))
-def test_a_buffer_gives_back_what_was_put_in(kinds: list[tuple[torch.dtype, int]]) -> None:
-    """Tensors of any type and length, empty ones too, keep their values side by side in one buffer."""
+def test_a_buffer_returns_what_was_stored(kinds: list[tuple[torch.dtype, int]]) -> None:
+    """Tensors of any type and length, empty ones too, keep their values in one buffer."""
     tensors = [torch.arange(size).to(dtype) for dtype, size in kinds]
-    begins, num_bytes = lay_out(tensors)
+    offsets, num_bytes = buffer_offsets(tensors)
     buffer = torch.full((num_bytes,), 255, dtype=torch.uint8)
 
-    for place, tensor in zip(views_of(buffer, tensors, begins), tensors, strict=True):
-        place.copy_(tensor)
+    for view, tensor in zip(buffer_views(buffer, tensors, offsets), tensors, strict=True):
+        view.copy_(tensor)
 
-    for found, tensor in zip(views_of(buffer, tensors, begins), tensors, strict=True):
+    for found, tensor in zip(buffer_views(buffer, tensors, offsets), tensors, strict=True):
         assert found.dtype == tensor.dtype
         assert torch.equal(found, tensor)
-    assert all(begin % ALIGNMENT == 0 for begin in begins)
+    assert all(offset % ALIGNMENT == 0 for offset in offsets)
 
 
 def test_on_a_cpu_nothing_is_copied() -> None:
-    """Where no way lies between, what is sent is there and what is fetched is the tensor itself."""
+    """A tensor that is already on the CPU is returned itself, in both directions."""
     tensor = torch.arange(4)
 
-    (there,) = staging_for(CPU).send([tensor])
-    (back,) = staging_for(CPU).fetch([there]).wait()
+    (there,) = staging_for(CPU).to_device([tensor])
+    (back,) = staging_for(CPU).to_host([there]).result()
 
     assert back.data_ptr() == tensor.data_ptr()
 
 
 @pytest.mark.parametrize("hidden", [1, 64, 96, 897])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_reward_does_not_depend_on_how_many_are_read(hidden: int, dtype: torch.dtype) -> None:
-    """The head for all rows at once gives what the linear layer gives, and each row the bits that it has alone."""
+def test_a_reward_does_not_depend_on_the_number_of_rows(hidden: int, dtype: torch.dtype) -> None:
+    """The head on all rows at once equals the linear layer, and each row has the bits that it has alone."""
     random = torch.Generator().manual_seed(0)
     states = torch.randn(300, hidden, generator=random).to(dtype)
     head = torch.nn.Linear(hidden, 1)
@@ -70,13 +71,13 @@ def test_a_reward_does_not_depend_on_how_many_are_read(hidden: int, dtype: torch
     assert torch.equal(batch_invariant_head(states, weight, None), batch_invariant_head(states, weight, torch.zeros(1)))
 
 
-# --- A device that cannot be waited for ------------------------------------------------------------------------------
+# --- Nothing synchronizes with the device ----------------------------------------------------------------------------
 
 
-class RefusesToWait(TorchDispatchMode):
-    """Raises where a real device would have to answer before the host goes on, or would get pageable memory.
+class RefusesToSynchronize(TorchDispatchMode):
+    """Raises where the host would have to wait for a real device, or would copy from pageable memory.
 
-    Indexing is refused as a whole, for a list of places becomes a tensor that is copied unseen.
+    All indexing is refused, since a list of indices becomes a tensor that is copied implicitly.
     """
 
     FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "index")
@@ -87,46 +88,48 @@ class RefusesToWait(TorchDispatchMode):
             value for value in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)
         ]
         devices = {tensor.device.type for tensor in tensors if tensor.dim() or tensor.device.type == "meta"}
-        assert name not in self.FORBIDDEN or devices == {"cpu"}, f"{func} waits for the device"
+        assert name not in self.FORBIDDEN or devices == {"cpu"}, f"{func} synchronizes with the device"
         output = func(*args, **(kwargs or {}))
         if name in {"_to_copy", "copy_"} and isinstance(output, torch.Tensor):
-            assert devices | {output.device.type} in ({"cpu"}, {"meta"}), f"{func} crosses to the device and waits"
+            assert devices | {output.device.type} in ({"cpu"}, {"meta"}), f"{func} copies to the device synchronously"
         return output
 
 
-class ShapesOnly(PlainStaging):
-    """The meta device in the place of CUDA: what is sent has a shape there, and no values ever come back."""
+class MetaStaging(PlainStaging):
+    """The meta device in the place of CUDA: tensors have shapes there, and no values are ever copied back."""
 
-    def send(self, tensors: Any) -> list[torch.Tensor]:
+    def to_device(self, tensors: Any) -> list[torch.Tensor]:
         return [torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device) for tensor in tensors]
 
-    def fetch(self, tensors: Any) -> Arrived:
+    def to_host(self, tensors: Any) -> Ready[list[torch.Tensor]]:
         assert all(tensor.device.type == "meta" for tensor in tensors)
-        return Arrived([torch.zeros(tensor.shape) for tensor in tensors])
+        return Ready([torch.zeros(tensor.shape) for tensor in tensors])
 
 
 @pytest.fixture
 def like_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
-    """The meta device, on which the variable-length kernel is at hand."""
+    """The meta device, with the variable-length kernel reported as available."""
     monkeypatch.setattr(attention, "_has_varlen_kernel", lambda *_: True)
-    monkeypatch.setattr("service.engines.paths.packed.staging_for", ShapesOnly)
-    monkeypatch.setattr("service.engines.model.taps.sent", lambda tensor, _: torch.empty_like(tensor, device="meta"))
+    monkeypatch.setattr("service.engines.paths.packed.staging_for", MetaStaging)
     monkeypatch.setattr(
-        "service.engines.attention.interface.sent", lambda tensor, _: torch.empty_like(tensor, device="meta")
+        "service.engines.model.taps.copy_to_device", lambda tensor, _: torch.empty_like(tensor, device="meta")
+    )
+    monkeypatch.setattr(
+        "service.engines.attention.interface.copy_to_device", lambda tensor, _: torch.empty_like(tensor, device="meta")
     )
     return torch.device("meta")
 
 
 @pytest.mark.parametrize("family", DECODER_FAMILIES)
-def test_nothing_waits_between_launch_and_result(tiny_checkpoint, like_cuda: torch.device, family: str) -> None:
-    """From the second pass on, a launch asks nothing of the device and sends it nothing by a road of its own."""
+def test_a_launch_does_not_synchronize(tiny_checkpoint, like_cuda: torch.device, family: str) -> None:
+    """From the second pass on, a launch reads no device values and copies inputs through the staging alone."""
     on_cpu = load_tiny(tiny_checkpoint(family))
     rows = rows_that_share(on_cpu)
     path = PackedForward(load_tiny(tiny_checkpoint(family), torch.bfloat16, device=like_cuda))
     taps = (StateTap(1, "mean"), StateTap(2, "last"))
     path._settle_masks()  # the first pass asks transformers for masks, and meta tensors have no values to answer with
 
-    with RefusesToWait():
+    with RefusesToSynchronize():
         pending = path.launch(rows, StateQuery(taps, ((0, 0), (3, 5))))
 
     output = pending.result()
@@ -136,21 +139,21 @@ def test_nothing_waits_between_launch_and_result(tiny_checkpoint, like_cuda: tor
     assert output.states.shape[:2] == (2, 2)
 
 
-def test_waiting_is_noticed() -> None:
-    """The guard of the test above raises where a value of the device is asked for, and where a list is an index."""
+def test_synchronization_is_detected() -> None:
+    """The guard of the test above raises where a device value is read, and where a list is used as an index."""
     states = torch.empty(4, 8, device="meta")
 
-    with RefusesToWait(), pytest.raises(AssertionError, match="waits for the device"):
+    with RefusesToSynchronize(), pytest.raises(AssertionError, match="synchronizes with the device"):
         states[[0, 3]]
-    with RefusesToWait(), pytest.raises(AssertionError, match="crosses"):
+    with RefusesToSynchronize(), pytest.raises(AssertionError, match="copies to the device"):
         torch.arange(3).to("meta")
-    with RefusesToWait(), pytest.raises(AssertionError, match="waits for the device"):
+    with RefusesToSynchronize(), pytest.raises(AssertionError, match="synchronizes with the device"):
         bool((states == 0).all())
 
 
 @pytest.mark.parametrize("family", DECODER_FAMILIES)
-def test_a_mask_that_nobody_reads_changes_nothing(tiny_checkpoint, family: str) -> None:
-    """With the mask that spares a look at position ids the rewards are the same, bit for bit."""
+def test_the_empty_mask_changes_nothing(tiny_checkpoint, family: str) -> None:
+    """With the empty mask, with which transformers does not read position ids, rewards are the same, bit for bit."""
     classifier = load_tiny(tiny_checkpoint(family))
     rows = rows_that_share(classifier)
     path = PackedForward(classifier)
@@ -161,13 +164,13 @@ def test_a_mask_that_nobody_reads_changes_nothing(tiny_checkpoint, family: str) 
     assert path.run(rows).rewards == without
 
 
-def test_slabs_travel_with_the_other_inputs() -> None:
-    """All that attention reads is sent in one go with the row, and stands there as it was cut."""
-    sent: list[int] = []
+def test_attention_inputs_are_copied_with_the_other_inputs() -> None:
+    """All tensors that attention reads are copied in one call with the inputs of the packed batch, unchanged."""
+    calls: list[int] = []
 
     class Counting(PlainStaging):
-        def send(self, tensors: Any) -> list[torch.Tensor]:
-            sent.append(len(tensors))
+        def to_device(self, tensors: Any) -> list[torch.Tensor]:
+            calls.append(len(tensors))
             return [tensor.clone() for tensor in tensors]
 
     rows = [tuple(range(40)) + (place,) * 9 for place in range(6)]
@@ -175,18 +178,18 @@ def test_slabs_travel_with_the_other_inputs() -> None:
 
     staged, (ids,) = cut.staged(Counting(CPU), [torch.arange(5)])
 
-    assert sent == [1 + 4 * len(cut.chunks)]
+    assert calls == [1 + 4 * len(cut.chunks)]
     assert ids.tolist() == list(range(5))
     for there, here in zip(staged.chunks, cut.chunks, strict=True):
         assert there.sequences == here.sequences
         assert all(torch.equal(copy, own) for copy, own in zip(there.tensors, here.tensors, strict=True))
 
 
-def test_a_lost_device_is_told_apart_from_a_failed_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error after which the device answers nothing is EngineUnavailable; one that it survives stays what it is."""
+def test_a_lost_device_is_distinguished_from_a_failed_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error after which the device fails at every call is EngineUnavailable; any other one is unchanged."""
 
     class Asserts:
-        name, cost, shared_from = "packed", "packed", None
+        name, cost, min_shared_prefix_tokens = "packed", "packed", None
 
         def run(self, rows, query=None, prompts=None):
             raise RuntimeError("CUDA error: device-side assert triggered")
@@ -196,7 +199,7 @@ def test_a_lost_device_is_told_apart_from_a_failed_pass(monkeypatch: pytest.Monk
     with pytest.raises(RuntimeError, match="assert"):
         engine.forward(sequences_of([(1,)]))
 
-    monkeypatch.setattr("service.engines.torch.is_lost", lambda _: True)
+    monkeypatch.setattr("service.engines.torch.is_device_lost", lambda _: True)
     with pytest.raises(EngineUnavailable, match="cpu is lost"):
         engine.forward(sequences_of([(1,)]))
 
@@ -207,7 +210,7 @@ def test_a_lost_device_is_told_apart_from_a_failed_pass(monkeypatch: pytest.Monk
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", ["llama", "gemma3", "phi3"])
 def test_a_launch_does_not_wait_for_a_gpu(tiny_checkpoint, family: str) -> None:
-    """Torch finds no synchronisation in a launch, and two passes in flight keep their own rewards and states."""
+    """Torch detects no synchronization in a launch, and two passes in flight have their own rewards and states."""
     classifier = load_tiny(tiny_checkpoint(family), torch.bfloat16, device=torch.device("cuda"))
     path = PackedForward(classifier)
     batches = [rows_that_share(classifier, seed) for seed in range(2)]
@@ -224,12 +227,12 @@ def test_a_launch_does_not_wait_for_a_gpu(tiny_checkpoint, family: str) -> None:
         output = waiting.result()
         assert output.rewards == wanted.rewards
         assert output.states is not None
-        assert torch.equal(output.states, wanted.states)
+        assert np.array_equal(output.states, wanted.states)
 
 
 @pytest.mark.gpu
 def test_many_passes_in_flight_do_not_overwrite_each_other(tiny_checkpoint) -> None:
-    """Pinned memory that is used again belongs to nobody: fifty launched passes all come back as alone."""
+    """Pinned memory is not reused too early: each of fifty launched passes has the rewards it has alone."""
     classifier = load_tiny(tiny_checkpoint("llama"), device=torch.device("cuda"))
     path = PackedForward(classifier)
     batches = [random_rows(classifier, seed=seed) for seed in range(50)]

@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_classifiers import load_tiny, random_rows, rows_that_share, rows_with_endings, shuffled_batches
+from tiny_classifiers import (
+    load_tiny,
+    probe_and_choose,
+    random_rows,
+    rows_that_share,
+    rows_with_endings,
+    shuffled_batches,
+)
 from tiny_models import DECODER_FAMILIES
 
 from service.engines import torch as torch_engine
@@ -19,7 +26,7 @@ from service.engines.kernels.fused_modules import GatedLayer, KernelForward, Ker
 from service.engines.kernels.patching import attach_kernels, detach_kernels, drop_plain_weights, multiplies_on_kernels
 from service.engines.linear.int8 import quantize_int8
 from service.engines.model.classifier import Classifier
-from service.engines.parity import choose_path, plain_rewards
+from service.engines.parity import plain_rewards
 from service.engines.paths.packed import PackedForward
 from service.engines.torch import load_torch_engine
 from service.errors import SettingsError
@@ -43,10 +50,10 @@ def load_for(kernels: Kernels, folder: Path) -> Classifier:
 @pytest.mark.parametrize("family", DECODER_FAMILIES)
 def test_rewards_agree_with_plain_transformers(tiny_checkpoint: Checkpoint, kernels: Kernels, family: str) -> None:
     """Every family passes the parity probe on the kernels of each kind, shared beginnings included."""
-    path, parity = choose_path(load_for(kernels, tiny_checkpoint(family)), "packed", 512, kernels=kernels)
+    path, parity = probe_and_choose(load_for(kernels, tiny_checkpoint(family)), "packed", 512, kernels=kernels)
 
     assert path.kernels is kernels
-    assert path.shared_from is not None
+    assert path.min_shared_prefix_tokens is not None
     assert parity.agrees
 
 
@@ -68,7 +75,7 @@ def test_a_gate_whose_products_do_not_fit_is_opened_all_the_same(tiny_checkpoint
     """Where layers are not wide enough to be packed, products stay torch's and what stands between them is ours."""
     classifier = load_for(kernels, tiny_checkpoint("llama", intermediate_size=72))
 
-    path, parity = choose_path(classifier, "packed", 512, kernels=kernels)
+    path, parity = probe_and_choose(classifier, "packed", 512, kernels=kernels)
 
     assert path.kernels is kernels
     assert parity.agrees

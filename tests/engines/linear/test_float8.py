@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_classifiers import load_tiny, random_rows
+from tiny_classifiers import load_tiny, probe_and_choose
 from torch import nn
 
 from service.assembly import arithmetic_of
 from service.engines.base import EngineInfo
 from service.engines.linear.float8 import layers_for_float8, quantize_float8, refusal_of
-from service.engines.parity import choose_path, loss_between
+from service.engines.parity import plain_rewards, probes_for, quantization_error
 from service.engines.torch import load_torch_engine
 from service.errors import SettingsError
 from service.settings import BatchingSettings, ModelSettings
@@ -78,29 +78,27 @@ def test_what_quantization_changed_is_told_apart_from_what_a_path_changes(tiny_c
     """A path is held against the plain forward of the changed weights, and the change itself is shown."""
     classifier = load_tiny(tiny_checkpoint("llama"))
 
-    def coarsen() -> None:
-        with torch.no_grad():
-            for module in classifier.body.modules():
-                if isinstance(module, nn.Linear):
-                    module.weight.copy_(module.weight.to(torch.float8_e4m3fn).to(module.weight.dtype))
+    probes = probes_for(classifier, max_tokens=400)
+    unquantized = plain_rewards(classifier, probes)
+    with torch.no_grad():
+        for module in classifier.body.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.copy_(module.weight.to(torch.float8_e4m3fn).to(module.weight.dtype))
 
-    path, parity = choose_path(classifier, "auto", 400, quantize=coarsen)
-    again, unchanged = choose_path(classifier, "auto", 400)
+    error = quantization_error(unquantized, plain_rewards(classifier, probes))
+    _, parity = probe_and_choose(classifier)
 
     assert parity.agrees
-    assert parity.max_difference < 1e-4 < parity.quantization_loss["max_difference"]
-    assert 0.5 < parity.quantization_loss["spearman"] <= 1
-    assert unchanged.quantization_loss == {}
-    rows = random_rows(classifier)
-    assert path.run(rows).rewards == again.run(rows).rewards
+    assert parity.max_difference < 1e-4 < error["max_difference"]
+    assert 0.5 < error["spearman"] <= 1
 
 
 def test_a_changed_order_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     """Equal ranks say nothing; reversed ones are a warning with the figure."""
-    assert loss_between([1.0, 2.0, 3.0], [1.1, 2.5, 2.6])["spearman"] == 1
+    assert quantization_error([1.0, 2.0, 3.0], [1.1, 2.5, 2.6])["spearman"] == 1
     assert not caplog.records
 
-    assert loss_between([1.0, 2.0, 3.0], [3.0, 2.0, 1.0])["spearman"] == -1
+    assert quantization_error([1.0, 2.0, 3.0], [3.0, 2.0, 1.0])["spearman"] == -1
     assert "Spearman -1.000" in caplog.text
 
 
@@ -111,9 +109,12 @@ def test_fp8_rewards_rank_as_bf16_ones(tiny_checkpoint) -> None:
     if torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("this GPU does not multiply fp8")
     classifier = load_tiny(tiny_checkpoint("llama"), torch.bfloat16, device=torch.device("cuda"))
-    body = classifier.body
+    probes = probes_for(classifier, max_tokens=400)
+    unquantized = plain_rewards(classifier, probes)
 
-    _, parity = choose_path(classifier, "auto", 400, quantize=lambda: quantize_float8(body))
+    quantize_float8(classifier.body)
+    error = quantization_error(unquantized, plain_rewards(classifier, probes))
+    _, parity = probe_and_choose(classifier)
 
     assert parity.agrees
-    assert parity.quantization_loss["spearman"] > 0.8
+    assert error["spearman"] > 0.8

@@ -86,7 +86,7 @@ def test_an_engine_multiplies_in_int8(tiny_checkpoint: Checkpoint) -> None:
 
     assert (engine.info.kernels, engine.info.arithmetic) == ("avx512-int8", "bfloat16, int8")
     assert arithmetic_of(engine.info) != arithmetic_of(plain.info)
-    assert engine.info.quantization_loss["max_difference"] > 0
+    assert engine.info.quantization_error["max_difference"] > 0
     assert found != unchanged
     assert spearmanr(found, unchanged).statistic > 0.97
     assert [engine.forward([sequence]).rewards[0] for sequence in sequences] == list(found)

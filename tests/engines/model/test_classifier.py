@@ -1,4 +1,4 @@
-"""What is read off the hidden states: the pooled position, and a head whose weights are exactly the checkpoint's."""
+"""The pooled position, and a head whose weights are exactly the checkpoint's."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from service.errors import SettingsError
     ],
 )
 def test_hf_pooling_takes_the_rightmost_token_that_is_not_pad(ids: tuple[int, ...], position: int) -> None:
-    """Trailing pads are skipped, inner ones are not, and a row of pads pools its first token."""
+    """Trailing pads are skipped, inner ones are not, and a sequence of pads pools its first token."""
     assert pooled_position(ids, "hf", 0) == position
 
 
 def test_last_pooling_and_models_without_pad_take_the_last_token() -> None:
-    """Where the pad token plays no part, the last token is pooled whatever it is."""
+    """Where the pad token has no role, the last token is pooled whatever it is."""
     assert pooled_position((5, 0, 0), "last", 0) == 2
     assert pooled_position((5, 0, 0), "hf", None) == 2
 
 
 def test_no_tokens_have_no_reward() -> None:
-    """An empty sequence is an error rather than its neighbour's reward."""
+    """An empty sequence is an error."""
     with pytest.raises(ValueError, match="without tokens"):
         pooled_position((), "hf", 0)
 
@@ -60,7 +60,7 @@ def test_the_head_keeps_the_stored_weights(tiny_checkpoint, family: str, dtype: 
 
 
 def test_loading_leaves_transformers_classes_as_they_were(tiny_checkpoint) -> None:
-    """Keeping the head in fp32 is said for one load only: another load of the same class is not affected."""
+    """The head is loaded in fp32 for one call only: another load of the same class is not affected."""
     from transformers import AutoModelForSequenceClassification
 
     folder = tiny_checkpoint("llama")
@@ -72,7 +72,7 @@ def test_loading_leaves_transformers_classes_as_they_were(tiny_checkpoint) -> No
 
 
 def test_another_pooling_is_refused_where_the_head_pools(tiny_checkpoint) -> None:
-    """An encoder that pools in its own head cannot pool the last token; the message says what to do."""
+    """An encoder that pools in its own head cannot pool the last token; the error contains the remedy."""
     with pytest.raises(SettingsError, match="leave the setting out"):
         load_tiny(tiny_checkpoint("bert"), pooling="last")
 
@@ -85,7 +85,7 @@ def test_the_stored_dtype_is_the_configurations(tiny_checkpoint) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gating_in_place_changes_no_bit(tiny_checkpoint, dtype: torch.dtype) -> None:
-    """Overwriting the gate gives the very rewards of the model as transformers loads it."""
+    """Overwriting the gate gives bit-identical rewards to the model as transformers loads it."""
     folder = tiny_checkpoint("llama")
     plain = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype).eval()
     changed = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype).eval()

@@ -1,4 +1,4 @@
-"""Rotary frequencies that depend on a pass's longest sequence keep short and long sequences apart."""
+"""Rotary frequencies that depend on a pass's longest sequence limit which sequences share a pass."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from service.engines.model.rotary import length_border
+from service.engines.model.rotary import rope_length_limit
 from service.errors import SettingsError
 
 
@@ -20,7 +20,7 @@ DYNAMIC = {"rope_type": "dynamic", "original_max_position_embeddings": 2048}
 
 
 @pytest.mark.parametrize(
-    ("parameters", "max_tokens", "border"),
+    ("parameters", "max_tokens", "limit"),
     [
         (None, 8192, None),
         ({"rope_type": "default", "rope_theta": 1e4}, 8192, None),
@@ -31,12 +31,12 @@ DYNAMIC = {"rope_type": "dynamic", "original_max_position_embeddings": 2048}
         (DYNAMIC, 2048, None),
     ],
 )
-def test_the_border_is_where_frequencies_change(parameters: Any, max_tokens: int, border: int | None) -> None:
-    """Only scaling that switches within the served lengths makes a border, also when it is given per layer type."""
-    assert length_border(config_with(parameters), max_tokens) == border
+def test_the_limit_is_where_frequencies_change(parameters: Any, max_tokens: int, limit: int | None) -> None:
+    """Only scaling that changes within the served lengths gives a limit, also when it is configured per layer type."""
+    assert rope_length_limit(config_with(parameters), max_tokens) == limit
 
 
-def test_scaling_that_remembers_is_refused() -> None:
-    """Frequencies that grow with each longer sequence carry state from call to call; the message gives the limit."""
+def test_stateful_scaling_is_refused() -> None:
+    """Frequencies that grow with each longer sequence keep state between calls; the error contains the limit."""
     with pytest.raises(SettingsError, match="max_input_tokens to 2048"):
-        length_border(config_with(DYNAMIC), 4096)
+        rope_length_limit(config_with(DYNAMIC), 4096)

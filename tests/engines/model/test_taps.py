@@ -1,4 +1,4 @@
-"""States are read where transformers has them, pooled over the right tokens, and at no cost to a reward."""
+"""States equal transformers' hidden states, are pooled over the right tokens, and do not change a reward."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def load(folder: Path, dtype: str = "float32", taps: tuple[StateTap, ...] = TAPS
 
 
 def sequences_of(rows: list[tuple[int, ...]]) -> list[TokenSequence]:
-    """Prompts of all lengths, none at all and unknown ones among them."""
+    """Sequences with prompts of all lengths, some empty and some unknown."""
     return [
-        TokenSequence(row, None if place % 4 == 3 else min(place * 7 % 50, len(row))) for place, row in enumerate(rows)
+        TokenSequence(row, None if index % 4 == 3 else min(index * 7 % 50, len(row))) for index, row in enumerate(rows)
     ]
 
 
@@ -72,7 +72,7 @@ def test_states_are_those_of_transformers(tiny_checkpoint, family: str) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("family", "forward"), [("gemma3", "packed"), ("llama", "padded"), ("bert", "padded")])
 def test_states_change_no_bit_of_a_reward(tiny_checkpoint, family: str, forward: str, dtype: str) -> None:
-    """Rewards are the same bits with states, without them, and from an engine that has no taps."""
+    """Rewards are bit-identical with states, without them, and from an engine that has no taps."""
     folder = tiny_checkpoint(family)
     sequences = sequences_of(rows_that_share(load_tiny(folder)))
     engine = load(folder, dtype, forward=forward)
@@ -85,8 +85,8 @@ def test_states_change_no_bit_of_a_reward(tiny_checkpoint, family: str, forward:
     assert without.states is None
 
 
-def test_shared_states_are_the_same_bits(tiny_checkpoint) -> None:
-    """In bf16 on a CPU the states of a text do not depend on who shares its beginning or its pass."""
+def test_states_with_shared_prefixes_are_bit_identical(tiny_checkpoint) -> None:
+    """In bf16 on a CPU the states of a text do not depend on shared prefixes or batch composition."""
     folder = tiny_checkpoint("qwen2")
     engine = load(folder, "bfloat16")
     sequences = sequences_of(rows_that_share(load_tiny(folder)))
@@ -100,8 +100,8 @@ def test_shared_states_are_the_same_bits(tiny_checkpoint) -> None:
         np.testing.assert_array_equal(alone[0], states)
 
 
-def test_equal_ids_have_means_of_their_own(tiny_checkpoint) -> None:
-    """Texts with the same ids and another border have one reward, and each the mean over its own completion."""
+def test_equal_ids_with_different_prompts_have_their_own_means(tiny_checkpoint) -> None:
+    """Texts with the same ids and different prompts have one reward, and each the mean over its own completion."""
     folder = tiny_checkpoint("llama")
     (row,) = random_rows(load_tiny(folder), lengths=(30,))
     engine = load(folder, taps=(StateTap(NUM_BLOCKS, "mean"),))
@@ -119,7 +119,7 @@ def test_equal_ids_have_means_of_their_own(tiny_checkpoint) -> None:
 
 
 def test_an_engine_without_taps_has_no_states(tiny_checkpoint) -> None:
-    """Asking where nothing can be read is no error, and gives none; a pass leaves no hook behind."""
+    """Requesting states without taps returns none; a pass leaves no hook behind."""
     folder = tiny_checkpoint("llama")
     engine = load(folder)
     (row,) = random_rows(load_tiny(folder), lengths=(8,))
@@ -131,7 +131,7 @@ def test_an_engine_without_taps_has_no_states(tiny_checkpoint) -> None:
 
 
 @pytest.mark.parametrize("layer", [-1, NUM_BLOCKS + 1])
-def test_a_layer_that_is_not_there_ends_the_start(tiny_checkpoint, layer: int) -> None:
+def test_a_missing_layer_fails_the_start(tiny_checkpoint, layer: int) -> None:
     """A tap beyond the model's depth is refused when the engine is loaded, not when a request comes."""
     with pytest.raises(SettingsError, match="3 blocks"):
         load(tiny_checkpoint("llama"), taps=(StateTap(layer, "last"),))

@@ -1,4 +1,4 @@
-"""The padded path gives the rewards of plain transformers to architectures that cannot be packed."""
+"""The padded path gives architectures that cannot be packed the rewards of plain transformers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from service.engines.paths.padded import PaddedForward
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padded_rewards_are_plain_transformers_rewards(tiny_checkpoint, family: str) -> None:
-    """In fp32 every family's rewards from one filled-up rectangle equal its plain forward one by one."""
+    """In fp32 every family's rewards from one padded batch equal its plain forward, one sequence at a time."""
     classifier = load_tiny(tiny_checkpoint(family))
     rows = rows_with_endings(classifier)
 
@@ -24,7 +24,7 @@ def test_padded_rewards_are_plain_transformers_rewards(tiny_checkpoint, family: 
 
 
 @pytest.mark.parametrize("family", ENCODER_FAMILIES)
-def test_bf16_rewards_are_plain_and_ignore_the_batch(tiny_checkpoint, family: str) -> None:
+def test_bf16_rewards_are_plain_and_batch_invariant(tiny_checkpoint, family: str) -> None:
     """An encoder's bf16 rewards on a CPU are those of the plain bf16 forward, bit for bit in any batch and order."""
     classifier = load_tiny(tiny_checkpoint(family), torch.bfloat16)
     rows = random_rows(classifier)
@@ -35,8 +35,8 @@ def test_bf16_rewards_are_plain_and_ignore_the_batch(tiny_checkpoint, family: st
         assert path.run(batch).rewards == [plain[row] for row in batch]
 
 
-def test_last_pooling_ignores_the_filling(tiny_checkpoint) -> None:
-    """With ``last`` pooling a short row's last own token is read, not the filling behind it."""
+def test_last_pooling_ignores_padding(tiny_checkpoint) -> None:
+    """With ``last`` pooling a short sequence's own last token is pooled, not the padding after it."""
     classifier = load_tiny(tiny_checkpoint("llama", pad_is_eos=True), pooling="last")
     rows = rows_with_endings(classifier)
 
@@ -49,7 +49,7 @@ def test_last_pooling_ignores_the_filling(tiny_checkpoint) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", ENCODER_FAMILIES + DECODER_FAMILIES[:1])
 def test_padded_rewards_are_plain_rewards_on_cuda(tiny_checkpoint, family: str, dtype: torch.dtype) -> None:
-    """On CUDA, where rows are filled up in half precision too, rewards equal or rank as the plain ones."""
+    """On CUDA, which pads in half precision too, rewards equal the plain ones or rank like them."""
     classifier = load_tiny(tiny_checkpoint(family), dtype, device=torch.device("cuda"))
     rows = random_rows(classifier, lengths=tuple(range(3, 43)))
     plain = plain_rewards(classifier, rows)

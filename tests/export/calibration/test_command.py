@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from tiny_calibration import calibrate, write_calibrated_checkpoint, write_pairs
 
+from export.calibration.scoring import score_items
+from service import assembly
 from service.assembly import ServedModel, assemble
 from service.checkpoints.demo import CALIBRATION_FILE
 from service.diagnostics.calibration import read_calibration
+from service.diagnostics.candidate_taps import candidate_taps
+from service.engines import torch as torch_engine
+from service.engines.base import EngineOutput
+from service.errors import CalibrationError
 from service.records import Encoding, Exchange, Item, Score, TokenSequence
 from service.settings import Settings, read_settings
 
@@ -105,3 +113,41 @@ def test_too_little_data_is_an_error(folder: Path, tmp_path: Path, capsys: pytes
     assert calibrate(folder, write_pairs(tmp_path / "few.jsonl", 20), "--out", str(out)) == 1
     assert "Provide more prompts" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_a_calibration_is_made_and_tested_with_one_load(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Making a calibration and testing it validates and loads the checkpoint once."""
+    calls: list[str] = []
+
+    def counted(name: str, function: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: object, **options: object) -> object:
+            calls.append(name)
+            return function(*args, **options)
+
+        return call
+
+    monkeypatch.setattr(assembly, "open_checkpoint", counted("open", assembly.open_checkpoint))
+    monkeypatch.setattr(torch_engine, "load_torch_engine", counted("load", torch_engine.load_torch_engine))
+    pairs = write_pairs(tmp_path / "pairs.jsonl")
+    test = write_pairs(tmp_path / "fresh.jsonl", 60, seed=5)
+
+    calibrate(folder, pairs, "--test", str(test), "--out", str(tmp_path / "calibration.safetensors"))
+
+    assert calls == ["open", "load"]
+
+
+def test_a_failing_pass_ends_the_calibration(folder: Path) -> None:
+    """Nothing is fitted to a part of the items: a pass that fails on one of them is reported."""
+    served = assemble(settings_of(folder), taps=candidate_taps(4))
+    engine = served.scorer.pipeline.engine
+    forward = engine.forward
+
+    def fail_on_long(sequences: Sequence[TokenSequence], *, states: bool = False) -> EngineOutput:
+        if any(sequence.num_tokens > 30 for sequence in sequences):
+            raise RuntimeError("too long")
+        return forward(sequences, states=states)
+
+    with patch.object(engine, "forward", fail_on_long), pytest.raises(CalibrationError, match="1 items could not be"):
+        score_items(served, [Exchange("Why?", "Because."), Exchange("Why?", "word " * 40)], lambda _: None)

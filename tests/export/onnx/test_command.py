@@ -78,7 +78,7 @@ def plain(folder: Path, rows: list[tuple[int, ...]]) -> list[float]:
 def test_the_bundle_answers_as_plain_transformers(llama: Path, llama_bundle: Path) -> None:
     """Rows of different lengths in one batch, lengths that the tracer never saw: within 1e-4."""
     engine = engine_of(llama_bundle)
-    rows = random_rows(engine._filling.pad_token_id + 300)
+    rows = random_rows(engine._padding.pad_token_id + 300)
 
     rewards = engine.forward([TokenSequence(row) for row in rows]).rewards
 

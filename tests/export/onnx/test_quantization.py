@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from export.onnx.quantization import MIGRATION, channel_sizes, quantize_graph, quantize_weight, smoothing
 from service.checkpoints.bundle import GRAPH_DATA_FILE, GRAPH_FILE
-from service.engines.onnx import session_options
+from service.engines.onnx_session import session_options
 
 DICE = np.random.default_rng(5)
 WIDE = DICE.standard_normal((32, 48)).astype(np.float32)

@@ -1,0 +1,86 @@
+"""Equal sequences of a batch are computed once: what remains to compute, and how results reach all sequences.
+
+Pure: the engines decide which of the remaining computations share a pass, and run them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from service.engines.base import EngineOutput
+from service.records import TokenSequence
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+class Reading(NamedTuple):
+    """The hidden states of a sequence: equal token ids with different prompts have different states to read."""
+
+    token_ids: tuple[int, ...]
+
+    mean_start: int
+    """The first token that ``mean`` pooling includes, the first one of the completion."""
+
+    @classmethod
+    def of(cls, sequence: TokenSequence) -> Reading:
+        """Return the reading of a sequence; where its prompt is unknown ``mean`` includes all tokens."""
+        return cls(sequence.token_ids, sequence.num_prompt_tokens or 0)
+
+
+@dataclass(frozen=True, slots=True)
+class UniquePass:
+    """What one pass computes."""
+
+    token_ids: Sequence[tuple[int, ...]]
+    """Of each sequence of the pass; all different."""
+
+    readings: Sequence[Reading]
+    """The readings whose states the pass returns, in order; empty where states are not requested."""
+
+
+def unique_token_ids(sequences: Sequence[TokenSequence]) -> list[tuple[int, ...]]:
+    """Return the different token ids of a batch, in order of first appearance."""
+    return list(dict.fromkeys(sequence.token_ids for sequence in sequences))
+
+
+def unique_readings(sequences: Iterable[TokenSequence]) -> list[Reading]:
+    """Return the different readings of a batch, in order of first appearance."""
+    return list(dict.fromkeys(map(Reading.of, sequences)))
+
+
+def scatter(
+    sequences: Sequence[TokenSequence], outputs: Iterable[tuple[UniquePass, EngineOutput]], *, states: bool
+) -> EngineOutput:
+    """Return the output of a batch, made of the outputs of the passes over its different sequences.
+
+    All tokens of a repeated sequence count as shared. Where several passes give the reward of the same token ids, the
+    first one counts.
+
+    Args:
+        sequences: the batch, with repetitions.
+        outputs: of every pass, in the order of the passes; consumed one by one.
+        states: whether the passes read states.
+    """
+    first_index = {sequence.token_ids: index for index, sequence in reversed(list(enumerate(sequences)))}
+    rewards: dict[tuple[int, ...], float] = {}
+    shared_tokens = [sequence.num_tokens for sequence in sequences]
+    num_cached_tokens = 0
+    found: dict[Reading, NDArray[np.float32]] = {}
+    for computed, output in outputs:
+        num_cached_tokens += output.cached_tokens
+        for token_ids, reward, num_shared in zip(computed.token_ids, output.rewards, output.shared_tokens, strict=True):
+            rewards.setdefault(token_ids, reward)
+            shared_tokens[first_index[token_ids]] = num_shared
+        if output.states is not None:
+            found.update(zip(computed.readings, output.states, strict=True))
+    return EngineOutput(
+        [rewards[sequence.token_ids] for sequence in sequences],
+        shared_tokens,
+        np.stack([found[Reading.of(sequence)] for sequence in sequences]) if states else None,
+        num_cached_tokens,
+    )
