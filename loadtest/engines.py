@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from loadtest.console import report_console
-from loadtest.contenders import CLOCKS, REFERENCE, Contender, Setup, changed, exported, in_order, limit, ours, plain
+from loadtest.contenders import CLOCKS, REFERENCE, Contender, Setup, changed, exported, limit, ours, plain, synchronous
 from loadtest.engine_report import Finding, as_data, draw_plot, findings, speed_ups, table
 from loadtest.engine_rounds import Run, run_rounds
 from loadtest.engine_work import Work, read_groups, tokenize
@@ -117,7 +117,7 @@ def _requested(options: argparse.Namespace) -> dict[str, Contender]:
     """Return the contenders that are measured on request only."""
     contenders: dict[str, tuple[bool, Contender]] = {
         "compiled": (options.compile, partial(changed, compile=True)),
-        "synchronous": (options.synchronous, in_order),
+        "synchronous": (options.synchronous, synchronous),
         "graphs": (options.cuda_graphs, partial(changed, cuda_graphs=True)),
         "cascade": (options.cascade, partial(changed, cascade_attention=True)),
         "fp8": (options.fp8, partial(changed, quantization="fp8")),

@@ -3,8 +3,8 @@
 The trainer passes the model a padded batch: the chosen sequences, then the rejected ones. The two sequences of a pair
 have the prompt in common, which is most of their tokens. Each pair becomes one row (the chosen sequence, then what the
 rejected one has after the common prefix), the model's body runs on these rows, and the hidden states are returned in
-the layout of the padded batch. For causal models this is exact up to rounding: every token attends to the same tokens at
-the same positions.
+the layout of the padded batch. For causal models this is exact up to rounding: every token attends to the same tokens
+at the same positions.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ def pearson_correlation(left: ArrayLike, right: ArrayLike) -> float:
         left: [n].
         right: [n].
     """
-    return float(np.corrcoef(left, right)[0, 1]) if _have_variation(left, right) else math.nan
+    return float(np.corrcoef(np.asarray(left), np.asarray(right))[0, 1]) if _have_variation(left, right) else math.nan
 
 
 def spearman_correlation(left: ArrayLike, right: ArrayLike) -> float:
