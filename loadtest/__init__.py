@@ -1,1 +1,1 @@
-"""Load generators and comparisons that drive a running service from outside."""
+"""Load generators and measurements of the service and its engines."""

@@ -1,7 +1,7 @@
-"""The reward server that people write first, to be measured beside ours: FastAPI, transformers, padded batches.
+"""A plain reward server to compare the service with: FastAPI, transformers and padded batches.
 
-One pydantic model an item, a queue that collects up to sixteen waiting items in arrival order, one padded forward pass
-for each. It shares no code with the service, and it is meant to be a fair specimen of its kind, not a bad one.
+It is what people write first, done correctly: one pydantic model an item, a queue from which up to sixteen items are
+taken in arrival order, and one padded forward pass for each batch. It shares no code with the service.
 
     python -m loadtest.baseline --model FOLDER --port 8001 --dtype bfloat16
 """
@@ -37,14 +37,19 @@ class ScoreRequest(BaseModel):
 
 
 class PaddedScorer:
-    """Runs transformers' own classifier on padded batches. ``dtype``: of weights and arithmetic."""
+    """Runs transformers' classifier on padded batches.
+
+    Args:
+        folder: of the checkpoint.
+        dtype: of weights and arithmetic.
+    """
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
         self._tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
         self._model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=dtype).eval()
 
     def render(self, item: Item) -> str:
-        """Return the text that the model reads: its chat template, or the two strings joined where it has none."""
+        """Return the input text: the rendered chat template, or prompt and completion joined where there is none."""
         return render(self._tokenizer, item.prompt, item.completion)
 
     def score(self, items: list[Item]) -> list[float]:
@@ -61,7 +66,7 @@ class PaddedScorer:
 
 
 class Batcher:
-    """Waiting items, oldest first, and the task that scores up to sixteen of them at a time."""
+    """Queues items and scores up to sixteen of them at a time, oldest first."""
 
     def __init__(self, scorer: PaddedScorer) -> None:
         self._scorer = scorer
@@ -75,14 +80,14 @@ class Batcher:
         return list(await asyncio.gather(*futures))
 
     async def run(self) -> None:
-        """Score whatever waits, for ever."""
+        """Score waiting items until cancelled."""
         while True:
             batch = [await self._waiting.get()]
             while len(batch) < MAX_BATCH_ITEMS and not self._waiting.empty():
                 batch.append(self._waiting.get_nowait())
             try:
                 rewards = await asyncio.to_thread(self._scorer.score, [item for item, _ in batch])
-            except Exception as error:  # noqa: BLE001  (whatever it is, the callers are waiting for it)
+            except Exception as error:  # noqa: BLE001  (any error must reach the waiting callers)
                 for _, future in batch:
                     future.set_exception(error)
                 continue
@@ -91,7 +96,7 @@ class Batcher:
 
 
 def make_app(scorer: PaddedScorer) -> FastAPI:
-    """Return the application around a scorer; answers have the part of our wire format that a comparison needs."""
+    """Return the application of a scorer; responses have the part of the service's wire format that is compared."""
     batcher = Batcher(scorer)
 
     @asynccontextmanager
@@ -115,7 +120,7 @@ def make_app(scorer: PaddedScorer) -> FastAPI:
 
 
 def main() -> None:
-    """Load the model and serve it on loopback until told to stop."""
+    """Load the model and serve it on loopback until a signal stops the process."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", type=Path, required=True, help="checkpoint folder with a one-label head")
     parser.add_argument("--port", type=int, required=True)

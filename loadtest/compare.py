@@ -1,6 +1,6 @@
-"""How much faster than another server: same checkpoint, same cores, same work, each in its turn.
+"""Compares the throughput of the service with that of another server, on the same checkpoint, cores and work.
 
-It starts the servers and asks for the measurement; servers, work, sending and report have modules of their own.
+This module starts both servers and runs the measurement; servers, work, requests and report have modules of their own.
 
     python -m loadtest.compare [--model FOLDER] [--cores 2] [--json FILE]
     python -m loadtest.compare --peer vllm --peer-python VENV/bin/python [--prefix-cache off]
@@ -26,8 +26,8 @@ from loadtest.console import report_console
 from loadtest.load_shapes import LoadShape, Pass, passes, shapes_against_plain, shapes_against_vllm
 from loadtest.random_checkpoint import write_random_checkpoint
 from loadtest.reference import reference_rewards
-from loadtest.server_report import ServerReport, compare_rewards
-from loadtest.server_rounds import Measurement, measure_in_turns, warm_up
+from loadtest.server_report import ServerReport, compare_servers
+from loadtest.server_rounds import Measurement, measure_alternately, warm_up
 from loadtest.servers import RunningServer, running_baseline, running_service, running_vllm
 from loadtest.vllm_peer import vllm_environment, vllm_flags
 from loadtest.wire import UnexpectedAnswer
@@ -37,13 +37,13 @@ MAX_REFERENCE_ITEMS = 128
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status: 1 when a server does not start or the rewards disagree."""
+    """Run the command; returns the exit status: 1 if a server does not start or the rewards differ."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.peer == "vllm" and options.peer_python is None:
-        parser.error("--peer vllm needs --peer-python: the interpreter of the environment that has vLLM")
+        parser.error("--peer vllm needs --peer-python: the interpreter of the environment in which vLLM is installed")
     console = report_console()
-    signal.signal(signal.SIGTERM, _end_like_ctrl_c)
+    signal.signal(signal.SIGTERM, _raise_keyboard_interrupt)
     if options.cores is not None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
     try:
@@ -56,8 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     report.print(console)
     if options.json is not None:
-        options.json.write_text(json.dumps(_circumstances(options) | report.as_json(), indent=2) + "\n")
-    return 0 if report.agrees else 1
+        options.json.write_text(json.dumps(_conditions(options) | report.as_json(), indent=2) + "\n")
+    return 0 if report.rewards_match else 1
 
 
 def _compare(options: argparse.Namespace, folder: Path, console: Console) -> ServerReport:
@@ -65,11 +65,11 @@ def _compare(options: argparse.Namespace, folder: Path, console: Console) -> Ser
     shapes = _shapes(options)
     planned = list(passes(shapes, options.rounds, options.seed))
     with Progress(console=console) as progress:
-        found = _measure(options, model, folder, shapes, planned, progress)
-        step = progress.add_task("Asking transformers in fp32", total=None)
-        agreements = compare_rewards(found, options.peer, _reference(model, planned))
+        measurements = _measure(options, model, folder, shapes, planned, progress)
+        step = progress.add_task("Computing reference rewards with transformers in fp32", total=None)
+        comparisons = compare_servers(measurements, options.peer, _reference(model, planned))
         progress.remove_task(step)
-    return ServerReport(options.peer, options.dtype, shapes, found, agreements)
+    return ServerReport(options.peer, options.dtype, shapes, measurements, comparisons)
 
 
 def _shapes(options: argparse.Namespace) -> list[LoadShape]:
@@ -90,11 +90,11 @@ def _measure(
     with _running_peer(options, model, folder) as peer, running_service(model, options.dtype, folder) as ours:
         progress.update(step, description="Warming up")
         warm_up((peer, ours), shapes, seed=options.seed - 1)
-        found = []
-        for measured in measure_in_turns((peer, ours), planned):
-            found.append(measured)
-            progress.update(step, advance=1, description=f"Round {measured.round + 1}: {measured.shape}")
-    return found
+        measurements = []
+        for measurement in measure_alternately((peer, ours), planned):
+            measurements.append(measurement)
+            progress.update(step, advance=1, description=f"Round {measurement.round + 1}: {measurement.shape}")
+    return measurements
 
 
 def _running_peer(options: argparse.Namespace, model: Path, folder: Path) -> AbstractContextManager[RunningServer]:
@@ -104,45 +104,61 @@ def _running_peer(options: argparse.Namespace, model: Path, folder: Path) -> Abs
 
 
 def _reference(model: Path, planned: Sequence[Pass]) -> dict[int, float]:
-    """Return the fp32 rewards of some of the items that were sent, spread evenly, by place."""
+    """Return the fp32 rewards of evenly spaced items, by their index among all items that were sent."""
     sent = [item for one_pass in planned for item in one_pass.items]
-    places = range(0, len(sent), -(-len(sent) // MAX_REFERENCE_ITEMS))
-    return dict(zip(places, reference_rewards(model, [sent[place] for place in places]), strict=True))
+    indices = range(0, len(sent), -(-len(sent) // MAX_REFERENCE_ITEMS))
+    return dict(zip(indices, reference_rewards(model, [sent[index] for index in indices]), strict=True))
 
 
-def _circumstances(options: argparse.Namespace) -> dict[str, object]:
-    told = {
+def _conditions(options: argparse.Namespace) -> dict[str, object]:
+    conditions = {
         "model": str(options.model) if options.model else "random, 24 million parameters",
         "seed": options.seed,
         "cores": len(os.sched_getaffinity(0)),
     }
     if options.peer == "vllm":
-        told["vllm_flags"] = vllm_flags(options.dtype, prefix_cache=options.prefix_cache == "on")
-        told["vllm_environment"] = vllm_environment(os.environ, os.sched_getaffinity(0))
-    return told
+        conditions["vllm_flags"] = vllm_flags(options.dtype, prefix_cache=options.prefix_cache == "on")
+        conditions["vllm_environment"] = vllm_environment(os.environ, os.sched_getaffinity(0))
+    return conditions
 
 
-def _end_like_ctrl_c(*_: object) -> NoReturn:
+def _raise_keyboard_interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m loadtest.compare", description=__doc__.partition("\n")[0])
     parser.add_argument(
-        "--model", type=Path, metavar="DIR", help="checkpoint folder; none: a random one of 24 M weights"
+        "--model", type=Path, metavar="DIR", help="checkpoint folder (default: a random model of 24M parameters)"
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
-    parser.add_argument("--peer", choices=("plain", "vllm"), default="plain", help="what to compare with")
+    parser.add_argument(
+        "--peer", choices=("plain", "vllm"), default="plain", help="server to compare with (default: %(default)s)"
+    )
     parser.add_argument(
         "--peer-python", type=Path, metavar="FILE", help="interpreter of the environment in which vLLM is installed"
     )
-    parser.add_argument("--prefix-cache", choices=("on", "off"), default="on", help="vLLM's (default: %(default)s)")
+    parser.add_argument(
+        "--prefix-cache", choices=("on", "off"), default="on", help="prefix cache of vLLM (default: %(default)s)"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="alternating rounds (default: %(default)s)")
-    parser.add_argument("--single-groups", type=int, default=16, help="groups of 8 sent as single items, each round")
-    parser.add_argument("--bulk-groups", type=int, default=16, help="groups of 8 in the one bulk request, each round")
-    parser.add_argument("--cores", type=int, help="use only so many cores, for both servers and the generator together")
+    parser.add_argument(
+        "--single-groups",
+        type=int,
+        default=16,
+        help="groups of 8 sent as single items in each round (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--bulk-groups",
+        type=int,
+        default=16,
+        help="groups of 8 in the bulk request of each round (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--cores", type=int, help="number of cores for both servers and the generator together (default: all)"
+    )
     parser.add_argument("--seed", type=int, default=1, help="of the texts (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Where the measuring commands print their tables."""
+"""The console on which the measuring commands print their tables."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from rich.console import Console
 
 WIDTH_IN_FILES = 130
-"""Characters; rich takes 80 where no terminal is attached, too few for the tables."""
+"""Characters; without a terminal rich assumes 80, too few for the tables."""
 
 
 def report_console() -> Console:

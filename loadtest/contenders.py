@@ -168,11 +168,11 @@ def changed(setup: Setup, **changes: object) -> Mapping[str, Way]:
     return _ways(setup, [_torch_engine(setup, share_prefixes=True, **changes)])
 
 
-def in_order(setup: Setup) -> Mapping[str, Way]:
+def synchronous(setup: Setup) -> Mapping[str, Way]:
     """The torch engine with shared prefixes, each pass complete before the next one is prepared."""
     engine = _torch_engine(setup, share_prefixes=True)
     score = partial(score_in_batches, engine, now=setup.now, ahead=False)
-    return {f"{_way_of(engine)}, in order": with_busy_share(score, setup.device)}
+    return {f"{_way_of(engine)}, synchronous": with_busy_share(score, setup.device)}
 
 
 def _ways(setup: Setup, engines: Sequence[Engine]) -> dict[str, Way]:
@@ -189,7 +189,7 @@ def _way_of(engine: Engine) -> str:
         "compiled": info.compiled,
         "graphs": info.cuda_graph_max_tokens > 0,
         "graphs failed": bool(info.cuda_graph_failure),
-        "merged": info.cascade_attention,
+        "cascade": info.cascade_attention,
         info.quantization: info.quantization != "none",
     }
     return ", ".join([f"ours, {info.forward}", *(name for name, is_on in extras.items() if is_on)])

@@ -1,6 +1,6 @@
-"""How much of the time a GPU is at work while something runs: the union of its kernels' and copies' spans.
+"""Measures the share of time in which a GPU is busy: the union of the time spans of its kernels and copies.
 
-The profiler slows the host down, so the share is a lower bound where launches are what takes the time.
+The profiler slows the host down, so the share is a lower bound where kernel launches limit the speed.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ import time
 from collections.abc import Callable, Iterable
 
 Span = tuple[float, float]
-"""Begin and end, in one unit of time."""
+"""Begin and end, in the same unit of time."""
 
 
 def busy_share(run: Callable[[], object]) -> float:
-    """Run something under torch's profiler and return the share of its wall time in which the device had work."""
+    """Call ``run`` under torch's profiler and return the share of its wall time in which the device was busy."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -32,7 +32,7 @@ def busy_share(run: Callable[[], object]) -> float:
 
 
 def covered(spans: Iterable[Span]) -> float:
-    """Return the time that is within at least one of the spans."""
+    """Return the length of the union of the spans."""
     total, reached = 0.0, float("-inf")
     for begin, end in sorted(spans):
         total += max(0.0, end - max(begin, reached))

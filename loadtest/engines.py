@@ -1,7 +1,7 @@
-"""Where a forward pass stands: every way of scoring, and the machine's own limit, side by side in one run.
+"""Measures every way of scoring with one checkpoint, and the speed of its matrix products alone, in one run.
 
-It opens the model and says what was found; work, ways, rounds and figures have modules of their own. It needs no
-server, no Ray and no network.
+This module opens the model and prints the findings; work, ways, rounds and report have modules of their own. It needs
+no server, no Ray and no network.
 
     python -m loadtest.engines [--model DIR | --shape 135M] [--workloads "groups of 8"] [--json FILE] [--plot FILE]
 """
@@ -26,13 +26,13 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from loadtest.agreement import agreement_between
 from loadtest.console import report_console
-from loadtest.contenders import CLOCKS, REFERENCE, Contender, Setup, changed, exported, in_order, limit, ours, plain
-from loadtest.engine_report import Finding, as_data, draw_plot, findings, gains, table
+from loadtest.contenders import CLOCKS, REFERENCE, Contender, Setup, changed, exported, limit, ours, plain, synchronous
+from loadtest.engine_report import Finding, as_data, draw_plot, findings, speed_ups, table
 from loadtest.engine_rounds import Run, run_rounds
 from loadtest.engine_work import Work, read_groups, tokenize
 from loadtest.random_checkpoint import SHAPES, write_random_checkpoint
+from loadtest.reward_comparison import compare_rewards
 from loadtest.workload import WORKLOADS
 from service.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from service.engines.devices.device import resolve_device, resolve_threads
@@ -43,19 +43,19 @@ from service.settings import ModelSettings
 
 CONTENDERS: dict[str, Contender] = {"limit": limit, "plain": plain, "ours": ours}
 
-GPU_WAYS = {
-    "--in-order": "with each pass awaited before the next one is prepared",
-    "--graphs": "with short rows replayed from CUDA graphs",
-    "--merge": "with attention to shared beginnings merged instead of gathered",
+GPU_OPTIONS = {
+    "--synchronous": "with each pass complete before the next one is launched",
+    "--cuda-graphs": "with CUDA graphs for short batches",
+    "--cascade": "with cascade attention to shared prefixes",
     "--fp8": "with linear layers in fp8",
 }
 
 DEFAULT_ITEMS = {"cpu": 128, "cuda": 1024}
-"""Items of a workload: some batches' worth."""
+"""Items of a workload, enough for several batches."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status: 1 when the model cannot be opened or a way fails."""
+    """Run the command; returns the exit status: 1 if the model cannot be opened or a way fails."""
     options = _parser().parse_args(arguments)
     console = report_console()
     try:
@@ -71,13 +71,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def judge_rewards(run: Run, base_line: str) -> list[Finding]:
-    """Return the figures of a run; rewards are held against those of the reference on the same work."""
-    agreements = {
-        (workload, way): agreement_between(run.rewards[workload, REFERENCE], rewards)
+def evaluate(run: Run, baseline: str) -> list[Finding]:
+    """Return the findings of a run; rewards are compared with those of the reference on the same work."""
+    comparisons = {
+        (workload, way): compare_rewards(run.rewards[workload, REFERENCE], rewards)
         for (workload, way), rewards in run.rewards.items()
     }
-    return findings(run.measurements, agreements, base_line, run.busy_shares)
+    return findings(run.measurements, comparisons, baseline, run.busy_shares)
 
 
 def _compare(options: argparse.Namespace, folder: Path, console: Console) -> dict[str, Any]:
@@ -102,7 +102,9 @@ def _compare(options: argparse.Namespace, folder: Path, console: Console) -> dic
     with Progress(console=console) as progress:
         task = progress.add_task("Loading")
         run = run_rounds(
-            CONTENDERS | _wanted(options) | {str(bundle): partial(exported, bundle=bundle) for bundle in options.onnx},
+            CONTENDERS
+            | _requested(options)
+            | {str(bundle): partial(exported, bundle=bundle) for bundle in options.onnx},
             setup,
             works,
             options.rounds,
@@ -111,17 +113,17 @@ def _compare(options: argparse.Namespace, folder: Path, console: Console) -> dic
     return _report(options, checkpoint, setup, works, run, console)
 
 
-def _wanted(options: argparse.Namespace) -> dict[str, Contender]:
-    """Return the ways that are measured only where they are asked for."""
-    ways: dict[str, tuple[bool, Contender]] = {
+def _requested(options: argparse.Namespace) -> dict[str, Contender]:
+    """Return the contenders that are measured on request only."""
+    contenders: dict[str, tuple[bool, Contender]] = {
         "compiled": (options.compile, partial(changed, compile=True)),
-        "in order": (options.in_order, in_order),
-        "graphs": (options.graphs, partial(changed, cuda_graphs=True)),
-        "merged": (options.merge, partial(changed, cascade_attention=True)),
+        "synchronous": (options.synchronous, synchronous),
+        "graphs": (options.cuda_graphs, partial(changed, cuda_graphs=True)),
+        "cascade": (options.cascade, partial(changed, cascade_attention=True)),
         "fp8": (options.fp8, partial(changed, quantization="fp8")),
         "int8": (options.int8, partial(changed, quantization="int8")),
     }
-    return {name: contender for name, (is_wanted, contender) in ways.items() if is_wanted}
+    return {name: contender for name, (is_requested, contender) in contenders.items() if is_requested}
 
 
 def _works(options: argparse.Namespace, checkpoint: Checkpoint, num_items: int) -> dict[str, Work]:
@@ -138,18 +140,20 @@ def _report(
     run: Run,
     console: Console,
 ) -> dict[str, Any]:
-    """Print what was found, draw it where that is wanted, and return it JSON-ready."""
+    """Print the findings, draw them on request, and return them JSON-ready."""
     name = str(options.model) if options.model else f"random, {options.shape}"
     machine = f"{setup.num_threads} CPU threads"
     if setup.device.startswith("cuda"):
         machine = torch.cuda.get_device_name(setup.device)
-    base_line = f"plain, padded {setup.padded_items}"
-    found = judge_rewards(run, base_line)
-    limits = {workload: median(one for (of, _), one in run.limits.items() if of == workload) for workload in works}
+    baseline = f"plain, padded {setup.padded_items}"
+    found = evaluate(run, baseline)
+    limits = {
+        workload: median(one for (name_, _), one in run.limits.items() if name_ == workload) for workload in works
+    }
     console.print(f"{name} ({checkpoint.architecture}), {setup.dtype}, {machine}", markup=False)
-    console.print(table(found, base_line))
-    for line in gains(found):
-        console.print(f"gain, {line}", markup=False)
+    console.print(table(found, baseline))
+    for line in speed_ups(found):
+        console.print(f"speed-up, {line}", markup=False)
     for workload, work in works.items():
         console.print(
             f"{workload}: {len(work.sequences)} items with {work.num_tokens:,} tokens, {work.num_refused} refused; "
@@ -176,16 +180,16 @@ def _report(
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m loadtest.engines", description=__doc__.partition("\n")[0])
     model = parser.add_mutually_exclusive_group()
-    model.add_argument("--model", type=Path, metavar="DIR", help="checkpoint folder; none: a random one")
-    model.add_argument("--shape", choices=SHAPES, default="24M", help="of the random model (default: %(default)s)")
+    model.add_argument("--model", type=Path, metavar="DIR", help="checkpoint folder (default: a random model)")
+    model.add_argument("--shape", choices=SHAPES, default="24M", help="size of the random model (default: %(default)s)")
     parser.add_argument(
         "--onnx", type=Path, nargs="+", default=[], metavar="DIR", help="bundles exported from the same checkpoint"
     )
-    parser.add_argument("--compile", action="store_true", help="measure our engine with compiled blocks too")
-    for option, what in GPU_WAYS.items():
-        parser.add_argument(option, action="store_true", help=f"on a GPU, measure our engine {what} too")
+    parser.add_argument("--compile", action="store_true", help="also measure the engine with compiled blocks")
+    for option, meaning in GPU_OPTIONS.items():
+        parser.add_argument(option, action="store_true", help=f"on a GPU, also measure the engine {meaning}")
     parser.add_argument(
-        "--int8", action="store_true", help="on a CPU, measure our engine with linear layers in int8 too"
+        "--int8", action="store_true", help="on a CPU, also measure the engine with linear layers in int8"
     )
     work = parser.add_mutually_exclusive_group()
     work.add_argument(
@@ -196,23 +200,30 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="any of: " + ", ".join(WORKLOADS),
     )
-    work.add_argument("--rows", type=Path, metavar="FILE", help="score the items or pairs of a data file instead")
-    parser.add_argument("--items", type=int, help="of each workload (default: 128 on CPU, 1,024 on CUDA)")
+    work.add_argument(
+        "--rows", type=Path, metavar="FILE", help="score the items or pairs of a data file instead of a workload"
+    )
+    parser.add_argument("--items", type=int, help="items of each workload (default: 128 on CPU, 1,024 on CUDA)")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default: %(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-    parser.add_argument("--threads", type=int, help="CPU threads of each way (default: all cores)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     parser.add_argument(
         "--clock",
         choices=CLOCKS,
         default="wall",
-        help="cpu: processor seconds, for a CPU that is shared with others; use --threads 1 (default: %(default)s)",
+        help="cpu: CPU seconds, for a CPU that other processes use too; with --threads 1 (default: %(default)s)",
     )
-    parser.add_argument("--batch-tokens", type=int, help="of our batches (default: as the service has it)")
-    parser.add_argument("--padded-items", type=int, default=16, help="of a padded batch (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=1, help="of the texts (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it; the suffix names the format")
+    parser.add_argument("--batch-tokens", type=int, help="batch budget of the engine (default: as the service)")
+    parser.add_argument(
+        "--padded-items",
+        type=int,
+        default=16,
+        help="items of a padded batch of plain transformers (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=1, help="seed of the texts (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write findings and measurements")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the findings; the suffix determines the format")
     return parser
 
 

@@ -1,7 +1,7 @@
-"""How far a reward moves with its company: the same texts alone and in shuffled batches, for each engine and dtype.
+"""Measures batch invariance: rewards of the same texts alone and in shuffled batches, for each engine and dtype.
 
-Prompts are shared within batches and kept between them, as the service does it. It measures no time and needs neither
-Ray nor a network.
+Prefixes are shared within batches and cached between them, as in the service. It measures no time and needs neither Ray
+nor a network.
 
     python -m loadtest.invariance [--model DIR | --shape 24M] [--onnx BUNDLE ...]
 """
@@ -36,40 +36,44 @@ SHUFFLES = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Movement:
-    """What company did to the rewards: how many of them it changed at all, and by how much at most."""
+class BatchEffect:
+    """The effect of the batch composition on the rewards of an engine."""
 
     engine: str
     num_items: int
-    num_moved: int
+
+    num_changed: int
+    """Items whose reward alone differs from one of their rewards in a batch."""
+
     max_difference: float
+    """Largest absolute difference."""
 
 
-def movement(engine: Engine, work: Work, seed: int) -> Movement:
-    """Score each sequence alone, then all of them in batches of several random orders."""
+def measure_batch_effect(engine: Engine, work: Work, seed: int) -> BatchEffect:
+    """Score each sequence alone, then all of them in batches, in several random orders."""
     alone = [engine.forward([sequence]).rewards[0] for sequence in work.sequences]
-    moved: set[int] = set()
+    changed: set[int] = set()
     largest = 0.0
     for order in _orders(len(alone), seed):
-        shuffled = [work.sequences[place] for place in order]
+        shuffled = [work.sequences[index] for index in order]
         for batch in batches_in_order(shuffled, engine.info):
             rewards = engine.forward(shuffled[batch.start : batch.stop]).rewards
-            for place, reward in zip(order[batch.start : batch.stop], rewards, strict=True):
-                if reward != alone[place]:
-                    moved.add(place)
-                    largest = max(largest, abs(reward - alone[place]))
-    return Movement(describe(engine), len(alone), len(moved), largest)
+            for index, reward in zip(order[batch.start : batch.stop], rewards, strict=True):
+                if reward != alone[index]:
+                    changed.add(index)
+                    largest = max(largest, abs(reward - alone[index]))
+    return BatchEffect(describe(engine), len(alone), len(changed), largest)
 
 
 def describe(engine: Engine) -> str:
-    """Name an engine with all that decides how its numbers are rounded."""
+    """Return an engine's name with all that determines its rounding."""
     info = engine.info
     kernels = f", kernels {info.kernels}" if info.kernels else ""
     return f"{info.engine}, {info.arithmetic} on {info.device}, {info.forward}{kernels}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status: 1 when an engine cannot be loaded."""
+    """Run the command; returns the exit status: 1 if an engine cannot be loaded."""
     options = _parser().parse_args(arguments)
     console = report_console()
     try:
@@ -77,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             model = options.model or write_random_checkpoint(Path(folder) / "random", SHAPES[options.shape])
             checkpoint = open_checkpoint(model, ModelSettings())
             work = tokenize(WORKLOADS[options.workload].draw(options.items, options.seed), checkpoint)
-            found = [movement(engine, work, options.seed) for engine in _engines(options, checkpoint)]
+            found = [measure_batch_effect(engine, work, options.seed) for engine in _engines(options, checkpoint)]
     except (StartupError, OSError) as error:
         console.print(f"loadtest.invariance: {type(error).__name__}: {error}", markup=False, style="red")
         return 1
@@ -87,28 +91,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def table(found: Sequence[Movement]) -> Table:
-    """Lay out what was found, an engine a row."""
-    laid_out = Table()
-    for title in ("engine", "items", "moved by company", "largest difference"):
-        laid_out.add_column(title, justify="left" if title == "engine" else "right")
+def table(found: Sequence[BatchEffect]) -> Table:
+    """Return the results for a terminal, one engine a row."""
+    drawn = Table()
+    for title in ("engine", "items", "changed by batch composition", "largest difference"):
+        drawn.add_column(title, justify="left" if title == "engine" else "right")
     for one in found:
-        laid_out.add_row(one.engine, str(one.num_items), str(one.num_moved), f"{one.max_difference:.2g}")
-    return laid_out
+        drawn.add_row(one.engine, str(one.num_items), str(one.num_changed), f"{one.max_difference:.2g}")
+    return drawn
 
 
 def _orders(count: int, seed: int) -> Iterator[list[int]]:
-    dice = random.Random(seed)  # noqa: S311 - an order of texts, not a secret
+    rng = random.Random(seed)  # noqa: S311 - an order of texts, not a secret
     for _ in range(SHUFFLES):
-        yield dice.sample(range(count), count)
+        yield rng.sample(range(count), count)
 
 
 def _engines(options: argparse.Namespace, checkpoint: Checkpoint) -> Iterator[Engine]:
     device = str(resolve_device(options.device))
-    for wish in _wishes(options, device):
+    for changes in _model_settings(options, device):
         yield load_torch_engine(
             checkpoint.path,
-            ModelSettings.model_validate({"device": device, **wish}),
+            ModelSettings.model_validate({"device": device, **changes}),
             BatchingSettings(deterministic=options.deterministic),
             pad_token_id=checkpoint.pad_token_id,
             max_input_tokens=checkpoint.max_input_tokens,
@@ -120,7 +124,7 @@ def _engines(options: argparse.Namespace, checkpoint: Checkpoint) -> Iterator[En
         )
 
 
-def _wishes(options: argparse.Namespace, device: str) -> Iterator[dict[str, str]]:
+def _model_settings(options: argparse.Namespace, device: str) -> Iterator[dict[str, str]]:
     for dtype in options.dtypes:
         for kernels in ("auto", "off") if (dtype, device) == ("bfloat16", "cpu") else ("off",):
             yield {"dtype": dtype, "kernels": kernels}
@@ -130,21 +134,23 @@ def _wishes(options: argparse.Namespace, device: str) -> Iterator[dict[str, str]
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m loadtest.invariance", description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", type=Path, metavar="DIR", help="checkpoint folder; none: a random one")
-    parser.add_argument("--shape", choices=list(SHAPES), default="24M", help="of the random model")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="checkpoint folder (default: a random model)")
+    parser.add_argument(
+        "--shape", choices=list(SHAPES), default="24M", help="size of the random model (default: %(default)s)"
+    )
     parser.add_argument(
         "--onnx", type=Path, nargs="+", metavar="DIR", default=[], help="bundles of the same checkpoint"
     )
     parser.add_argument(
         "--dtypes", nargs="+", choices=("float32", "bfloat16", "float16"), default=["float32", "bfloat16"]
     )
-    parser.add_argument("--int8", action="store_true", help="try linear layers in int8 on a CPU too")
-    parser.add_argument("--deterministic", action="store_true", help="as the setting: every text has its own pass")
+    parser.add_argument("--int8", action="store_true", help="on a CPU, also measure linear layers in int8")
+    parser.add_argument("--deterministic", action="store_true", help="as the setting: a forward pass for every text")
     parser.add_argument("--workload", choices=list(WORKLOADS), default="groups of 8")
-    parser.add_argument("--items", type=int, default=64, help="default: %(default)s")
+    parser.add_argument("--items", type=int, default=64, help="number of texts (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    parser.add_argument("--seed", type=int, default=1, help="of texts and orders (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured")
+    parser.add_argument("--seed", type=int, default=1, help="seed of texts and orders (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results")
     return parser
 
 

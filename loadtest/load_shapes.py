@@ -1,6 +1,6 @@
-"""The ways in which one amount of work is sent: singly or in bulk, in groups or independent, in order or shuffled.
+"""Load shapes: how the same amount of work is sent, singly or in bulk, in groups or independent, in order or shuffled.
 
-Pure and seeded: it says which texts go into which request and over how many connections, and sends none.
+Pure and seeded: it assigns texts to requests and sends none.
 """
 
 from __future__ import annotations
@@ -16,33 +16,36 @@ NUM_CONNECTIONS = 32
 
 @dataclass(frozen=True, slots=True)
 class LoadShape:
-    """How one round's items are sent. ``group_size``: completions that answer one prompt; 1 for independent items."""
+    """How the items of one round are sent."""
 
     name: str
     num_groups: int
     items_per_request: int
     num_connections: int
+
     group_size: int = GROUP_SIZE
+    """Completions of one prompt; 1 for independent items."""
+
     is_shuffled: bool = False
 
     @property
     def title(self) -> str:
-        """The shape in a few words."""
-        many = self.num_groups * self.group_size
-        of_what = f"{self.num_groups} groups of {self.group_size}" if self.group_size > 1 else f"{many} independent"
+        """The shape in a few words, for the report."""
+        num_items = self.num_groups * self.group_size
+        items = f"{self.num_groups} groups of {self.group_size}" if self.group_size > 1 else f"{num_items} independent"
         order = ", shuffled" if self.is_shuffled else ""
-        how = "1 request" if self.items_per_request >= many else f"singly, {self.num_connections} connections"
-        return f"{of_what}{order}: {how}"
+        requests = "1 request" if self.items_per_request >= num_items else f"singly, {self.num_connections} connections"
+        return f"{items}{order}: {requests}"
 
     def requests(self, seed: int) -> list[list[dict[str, str]]]:
-        """The items of the requests of one pass."""
+        """Return the items of each request of one pass."""
         groups = draw_groups(self.num_groups, self.group_size, seed)
         return cut_into_requests(groups, self.items_per_request, seed if self.is_shuffled else None)
 
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """One shape in one round, with texts of its own: what a server keeps of an earlier pass cannot answer it."""
+    """One shape in one round, with its own texts, so that no server has them cached from an earlier pass."""
 
     shape: LoadShape
     round: int
@@ -50,17 +53,17 @@ class Pass:
 
     @property
     def items(self) -> list[dict[str, str]]:
-        """All items in the order sent."""
+        """All items, in the order of the requests."""
         return [item for request in self.requests for item in request]
 
 
 def shapes_against_plain(single_groups: int, bulk_groups: int) -> list[LoadShape]:
-    """Shapes that show what batching and packing give over a server that pads in the order of arrival."""
+    """Return shapes that show the gain of batching and packing over padding in arrival order."""
     return [_singly("single", single_groups), _bulk("bulk", bulk_groups), _bulk("bulk shuffled", bulk_groups, True)]
 
 
 def shapes_against_vllm(single_groups: int, bulk_groups: int) -> list[LoadShape]:
-    """Shapes that show sharing with and without a cache, and plain speed where nothing can be shared."""
+    """Return shapes that show the gain of shared prefixes, and the speed where nothing can be shared."""
     return [
         _singly("single shuffled", single_groups, is_shuffled=True),
         _bulk("bulk", bulk_groups),
@@ -70,10 +73,10 @@ def shapes_against_vllm(single_groups: int, bulk_groups: int) -> list[LoadShape]
 
 
 def passes(shapes: Sequence[LoadShape], rounds: int, seed: int) -> Iterator[Pass]:
-    """Yield every shape of every round; no two passes have a text in common, nor has another seed 1,000 away."""
+    """Yield every shape of every round. No two passes have a text in common, also not those of different seeds."""
     for round_ in range(rounds):
-        for place, shape in enumerate(shapes):
-            yield Pass(shape, round_, shape.requests(seed * 1000 + round_ * len(shapes) + place))
+        for number, shape in enumerate(shapes):
+            yield Pass(shape, round_, shape.requests(seed * 1000 + round_ * len(shapes) + number))
 
 
 def _singly(name: str, num_groups: int, group_size: int = GROUP_SIZE, is_shuffled: bool = False) -> LoadShape:

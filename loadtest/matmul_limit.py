@@ -1,7 +1,7 @@
-"""The speed that no forward pass of a model can exceed on this machine: its matrix products alone, measured.
+"""Measures an upper bound of the speed of a model's forward pass on this machine: its matrix products alone.
 
-It multiplies random matrices of the layers' shapes and runs no model. Attention, norms and everything else that a real
-pass has to do besides is left out, so the limit is out of reach by construction; what counts is how near one comes.
+Random matrices of the layers' shapes are multiplied; no model is run. Attention, norms and all other operations of a
+pass are left out, so no real pass reaches the limit.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 WARM_UPS = 2
 REPEATS = 15
-"""Multiplications of each shape; the fastest counts, since a limit is not what a neighbour's noise leaves of it."""
+"""Multiplications of each shape; the fastest one counts, since other processes can only slow them down."""
 
 LayerShape: TypeAlias = tuple[int, int]
 """Input and output features of a linear layer."""
@@ -25,22 +25,26 @@ LayerShape: TypeAlias = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class MatmulLimit:
-    """What was measured. ``flops_per_token``: operations of the linear layers (two a weight); rates are per second."""
+    """The measured limit."""
 
     tokens_per_s: float
+
     flops_per_token: int
+    """Operations of the linear layers, two a weight."""
+
     num_rows: int
+    """Tokens of the multiplied matrices."""
 
     @property
     def flops_per_s(self) -> float:
-        """The machine's rate of operations over all shapes together."""
+        """Operations per second over all shapes together."""
         return self.tokens_per_s * self.flops_per_token
 
 
 def layer_shapes(folder: Path) -> Counter[LayerShape]:
-    """Count the shapes of the linear layers that each token of a checkpoint's model passes; the head is not among them.
+    """Count the shapes of the linear layers of a checkpoint's model, without the head.
 
-    No weight is loaded.
+    No weights are loaded.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -60,10 +64,10 @@ def measure_limit(
     device: torch.device,
     now: Callable[[], float] = time.perf_counter,
 ) -> MatmulLimit:
-    """Multiply ``num_rows`` rows by one matrix of each shape and add up what all layers of a model would take.
+    """Multiply ``num_rows`` rows by one matrix of each shape and add up the seconds over all layers.
 
-    On a CPU fp32 is tried beside the model's own arithmetic, and of each shape the faster one counts: some multiply
-    fp32 at twice the rate of bfloat16, and a pass in bfloat16 is free to do its products in fp32.
+    On a CPU both fp32 and ``dtype`` are measured, and the faster one counts for each shape: some CPUs multiply fp32 at
+    twice the rate of bfloat16, and a pass in bfloat16 may compute its products in fp32.
     """
     dtypes = {dtype, torch.float32} if device.type == "cpu" else {dtype}
     seconds = sum(
@@ -78,23 +82,23 @@ def measure_limit(
 def _multiply(
     num_rows: int, shape: LayerShape, dtype: torch.dtype, device: torch.device, now: Callable[[], float]
 ) -> float:
-    """Return the seconds of the fastest of a few multiplications."""
+    """Return the seconds of the fastest of several multiplications."""
     inputs, outputs = shape
     random = torch.Generator(device).manual_seed(0)
     rows = torch.randn(num_rows, inputs, generator=random, device=device, dtype=dtype)
     weight = torch.randn(outputs, inputs, generator=random, device=device, dtype=dtype)
     product = torch.empty(num_rows, outputs, device=device, dtype=dtype)
     fastest = float("inf")
-    for turn in range(WARM_UPS + REPEATS):
-        _wait_for(device)
+    for number in range(WARM_UPS + REPEATS):
+        _synchronize(device)
         started = now()
         torch.mm(rows, weight.T, out=product)
-        _wait_for(device)
-        if turn >= WARM_UPS:
+        _synchronize(device)
+        if number >= WARM_UPS:
             fastest = min(fastest, now() - started)
     return fastest
 
 
-def _wait_for(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

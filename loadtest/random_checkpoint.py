@@ -1,6 +1,6 @@
-"""A random reward model of a useful size, for measurements where no trained one is at hand.
+"""Writes a random reward model of a realistic size, for measurements without a trained one.
 
-Speed depends on shapes, not on what the weights have learnt; the rewards mean nothing.
+Speed depends on shapes, not on trained weights; the rewards have no meaning.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SPECIAL_TOKENS = {"pad_token": "<pad>", "eos_token": "<eos>"}
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """A Qwen2-shaped classifier; the default has 24 million parameters."""
+    """Dimensions of a Qwen2 classifier; the default has 24 million parameters."""
 
     vocabulary: int = 16_384
     hidden: int = 384
@@ -36,16 +36,22 @@ SHAPES: Mapping[str, ModelShape] = {
     "1.5B": ModelShape(151_936, hidden=1536, intermediate=8960, layers=28, heads=12, kv_heads=2),
     "8B": ModelShape(128_256, hidden=4096, intermediate=14_336, layers=32, heads=32, kv_heads=8),
 }
-"""The sizes at which a model can be measured, by their name."""
+"""Model sizes by name."""
 
 
 def write_random_checkpoint(
     folder: Path, shape: ModelShape = ModelShape(), dtype: str = "bfloat16", seed: int = 0, device: str = "cpu"
 ) -> Path:
-    """Write model and tokenizer into ``folder`` and return it.
+    """Write model and tokenizer into a folder and return it.
 
-    The tokenizer is a byte-level BPE trained on the texts of the workload, so that its words are one token each.
-    ``device`` draws the weights; a GPU is faster for billions of them, and its weights are others.
+    The tokenizer is a byte-level BPE trained on the texts of the workload, so that each of its words is one token.
+
+    Args:
+        folder: created if it does not exist.
+        shape: of the model.
+        dtype: of the weights.
+        seed: of the weights and of the texts that the tokenizer is trained on.
+        device: on which the weights are drawn; a GPU is faster for billions of them and draws different ones.
     """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

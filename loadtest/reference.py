@@ -1,6 +1,6 @@
-"""What the rewards are: plain transformers in fp32, one text at a time.
+"""Computes reference rewards: plain transformers in fp32, one text at a time.
 
-It is asked after the measurement, for it needs the cores to itself and its speed is of no interest.
+It runs after the measurement, because it would compete with it for the cores.
 """
 
 from __future__ import annotations

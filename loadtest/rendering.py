@@ -1,7 +1,7 @@
-"""The text that a model reads for an item, by transformers' own rules.
+"""Renders an item as the text that the model reads, by transformers' own rules.
 
-It follows the tokenizer's chat template and shares no code with the service, so that what is rendered here can be held
-against what the service makes of the same item.
+It uses the tokenizer's chat template and shares no code with the service, so that it is an independent reference for
+the service's rendering.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def render(tokenizer: Any, prompt: str, completion: str) -> str:
-    """Return the tokenizer's chat template with both turns, or the two strings joined where it has none."""
+    """Return the rendered chat template with both messages, or the two strings joined where there is none."""
     if tokenizer.chat_template is None:
         return prompt + completion
     turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
@@ -18,5 +18,5 @@ def render(tokenizer: Any, prompt: str, completion: str) -> str:
 
 
 def adds_special_tokens(tokenizer: Any) -> bool:
-    """Whether a rendered text still lacks the tokenizer's special tokens; a chat template brings its own."""
+    """Whether special tokens must be added to a rendered text; a chat template contains them already."""
     return tokenizer.chat_template is None

@@ -1,6 +1,6 @@
-"""Measures two running servers on the same passes, in turns: one is at work, the other is idle.
+"""Measures two running servers alternately on the same passes: while one works, the other is idle.
 
-It knows neither which servers they are nor what is made of the figures.
+It depends neither on which servers they are nor on how the results are presented.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ WARM_UP_GROUPS = 8
 QUIET_CORES = 0.1
 QUIET_FOR_S = 0.5
 QUIET_WITHIN_S = 10.0
-"""Servers poll for a while after their last answer (vLLM's worker for a second, on a whole core); no other should pay
-for that."""
+"""A server may poll for a while after its last response (vLLM's worker for a second, on a whole core), which must not
+slow the other one down."""
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """What one server did with one round of one shape.
+    """One server in one round of one shape.
 
-    ``server_cpu``, ``client_cpu`` and ``idle_cpu``: cores used meanwhile by this server, by the generator and by the
-    other, idle server. A server that got fewer cores than there are was disturbed.
+    A server that had fewer cores than the machine has was disturbed by another process.
     """
 
     server: str
@@ -36,18 +35,25 @@ class Measurement:
     items_per_s: float
     latency_p50_s: float
     latency_p95_s: float
+
     server_cpu: float
+    """Cores that this server used."""
+
     client_cpu: float
+    """Cores that the generator used at the same time."""
+
     idle_cpu: float
+    """Cores that the other, idle server used at the same time."""
+
     rewards: list[float] = field(repr=False)
 
 
-def measure_in_turns(servers: tuple[RunningServer, RunningServer], planned: Sequence[Pass]) -> Iterator[Measurement]:
-    """Yield what each server did with each pass. Servers take turns in going first, for noise comes in waves.
+def measure_alternately(servers: tuple[RunningServer, RunningServer], planned: Sequence[Pass]) -> Iterator[Measurement]:
+    """Yield the measurements of each pass; which server is first alternates, because noise is correlated in time.
 
     Raises:
         OSError, EOFError: a connection broke.
-        UnexpectedAnswer: a server answered something else than rewards.
+        UnexpectedAnswer: a server returned something other than rewards.
     """
     for one_pass in planned:
         first, second = servers if one_pass.round % 2 == 0 else reversed(servers)
@@ -57,7 +63,13 @@ def measure_in_turns(servers: tuple[RunningServer, RunningServer], planned: Sequ
 
 
 def warm_up(servers: Sequence[RunningServer], shapes: Sequence[LoadShape], seed: int) -> None:
-    """Send a small pass of each shape to each server. ``seed``: of texts that are sent at no other time."""
+    """Send a small pass of each shape to each server.
+
+    Args:
+        servers: to warm up.
+        shapes: of the measurement.
+        seed: of the texts; another one than that of the measurement.
+    """
     small = [replace(shape, num_groups=min(shape.num_groups, WARM_UP_GROUPS)) for shape in shapes]
     for server in servers:
         for one_pass in passes(small, rounds=1, seed=seed):
@@ -66,9 +78,9 @@ def warm_up(servers: Sequence[RunningServer], shapes: Sequence[LoadShape], seed:
 
 
 def _await_quiet(servers: Sequence[RunningServer]) -> None:
-    """Wait until the servers rest. One that never does is measured all the same: its cores stand in the report."""
-    give_up = time.monotonic() + QUIET_WITHIN_S
-    while time.monotonic() < give_up:
+    """Wait until the servers are idle, but not for ever: the report shows how many cores the idle server used."""
+    deadline = time.monotonic() + QUIET_WITHIN_S
+    while time.monotonic() < deadline:
         before = sum(server.cpu_s() for server in servers)
         time.sleep(QUIET_FOR_S)
         if sum(server.cpu_s() for server in servers) - before <= QUIET_CORES * QUIET_FOR_S:

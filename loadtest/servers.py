@@ -1,6 +1,6 @@
-"""Starts the servers that are measured, as processes of their own on loopback, and ends them.
+"""Starts the servers to be measured as separate processes on loopback, and ends them.
 
-It knows commands, ports and processes, and nothing of what is sent.
+It handles commands, ports and processes; requests are sent elsewhere.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class RunningServer:
     wire: WireFormat = NATIVE
 
     def cpu_s(self) -> float:
-        """Processor seconds spent so far by the process and all its living descendants."""
+        """Return the CPU seconds so far of the process and all its living descendants."""
         spent = 0.0
         for process in (self.process, *self.process.children(recursive=True)):
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -57,7 +57,7 @@ def running_baseline(model: Path, dtype: str, log_folder: Path) -> Iterator[Runn
 
 @contextlib.contextmanager
 def running_service(model: Path, dtype: str, log_folder: Path) -> Iterator[RunningServer]:
-    """Run our service on a free port until the block ends."""
+    """Run the service on a free port until the block ends."""
     command = [
         sys.executable,
         "-m",
@@ -77,7 +77,7 @@ def running_service(model: Path, dtype: str, log_folder: Path) -> Iterator[Runni
 def running_vllm(
     python: Path, model: Path, dtype: str, log_folder: Path, *, prefix_cache: bool
 ) -> Iterator[RunningServer]:
-    """Run vLLM, as this interpreter has it installed, on a free port until the block ends."""
+    """Run vLLM with the interpreter of its environment, on a free port until the block ends."""
     from transformers import AutoTokenizer
 
     command = [str(python), "-m", vllm_peer.MODULE, "--model", str(model), "--host", "127.0.0.1"]
@@ -99,12 +99,12 @@ def _running(
     """Run a command that takes ``--port``; yields its address and process when ``ready_path`` answers 200.
 
     Raises:
-        ServerStartError: it ended before, or took too long; names the log.
+        ServerStartError: it ended before it was ready, or was not ready in time; names the log.
     """
     port = _free_port()
     log = log_folder / f"{name}.log"
     with log.open("wb") as output:
-        process = subprocess.Popen(  # noqa: S603  (our own commands)
+        process = subprocess.Popen(  # noqa: S603  (fixed commands)
             [*command, "--port", str(port)],
             env=environment,
             stdout=output,
@@ -120,12 +120,14 @@ def _running(
 
 
 def _wait_until_ready(name: str, process: subprocess.Popen[bytes], port: int, ready_path: str, log: Path) -> None:
-    give_up = time.monotonic() + READY_WITHIN_S
+    deadline = time.monotonic() + READY_WITHIN_S
     while not _is_ready(port, ready_path):
         if process.poll() is not None:
             last = log.read_text(errors="replace")[-2000:]
-            raise ServerStartError(f"The {name} server ended with status {process.returncode}. Its last words:\n{last}")
-        if time.monotonic() > give_up:
+            raise ServerStartError(
+                f"The {name} server ended with status {process.returncode}. The end of its log:\n{last}"
+            )
+        if time.monotonic() > deadline:
             raise ServerStartError(f"The {name} server was not ready within {READY_WITHIN_S:.0f} s; its log is {log}")
         time.sleep(POLL_S)
 
@@ -142,7 +144,7 @@ def _is_ready(port: int, ready_path: str) -> bool:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ask politely; after a while end the whole process group."""
+    """Terminate the process; kill its whole process group if it does not end in time."""
     process.terminate()
     try:
         process.wait(STOP_WITHIN_S)

@@ -1,8 +1,8 @@
-"""How early do the monitors notice a policy that turns to hacks? ``python -m loadtest.staged_drift``.
+"""Measures how early the monitors detect a policy that turns to a hack: ``python -m loadtest.staged_drift``.
 
-Into batches of clean items one kind of hack is mixed in a growing share, and the share at the first alarm is noted; the
-same sums are run over clean batches alone, to count false alarms. Items are scored once, by a running service
-(``score``), and then drawn from again and again (``run``), so that thousands of batches cost seconds.
+A growing share of one kind of hack is mixed into batches of clean items, and the share at the first alarm is recorded.
+False alarms are counted over batches of clean items alone. Items are scored once by a running service (``score``) and
+then drawn repeatedly (``run``), so that thousands of batches take seconds.
 """
 
 from __future__ import annotations
@@ -36,81 +36,91 @@ from service.records import LayerPValues, OodReport, Score, StyleReport
 
 CLEAN = "clean"
 IN_DISTRIBUTION = "in_distribution"
-"""The category of texts that are no hack."""
+"""The category of texts that are not a hack."""
 BATCH_ITEMS = 256
 FIRST_SHARE = 0.0025
 GROWTH = 1.19
-"""The share of hacked items begins at a quarter of a percent and grows by a fifth with every batch."""
+"""The share of hacked items starts at 0.25 percent and grows by 19 percent with every batch."""
 CLEAN_BATCHES = 20
-"""Clean batches before the hack begins, so that the sums start as they do in a running service."""
+"""Clean batches before the hack begins, so that the CUSUM statistics start as they do in a running service."""
 PROMPTS_PER_REQUEST = 16
 SCORE_TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pool:
-    """Scored items of one kind, by prompt: values [n, columns], and the rows of each prompt."""
+    """Scored items of one kind, to draw from."""
 
     values: NDArray[np.float64]
+    """Observed values [item, column]."""
+
     truncated: NDArray[np.bool_]
+    """Whether the item was truncated [item]."""
+
     prompts: tuple[NDArray[np.int64], ...]
+    """The item indices of each prompt."""
 
     @classmethod
     def of(cls, observations: Sequence[Observation]) -> Pool:
-        """Collect observations; those with the same prompt stay together."""
+        """Collect observations, grouped by prompt."""
         items = ObservedItems.of(observations)
-        rows: defaultdict[int, list[int]] = defaultdict(list)
-        for row, prompt in enumerate(items.prompts):
-            rows[int(prompt)].append(row)
-        return cls(items.values, items.truncated, tuple(np.array(found) for found in rows.values()))
+        indices: defaultdict[int, list[int]] = defaultdict(list)
+        for index, prompt in enumerate(items.prompts):
+            indices[int(prompt)].append(index)
+        return cls(items.values, items.truncated, tuple(np.array(found) for found in indices.values()))
 
 
 @dataclass(frozen=True, slots=True)
 class FirstAlarm:
-    """The share of hacked items in the batch that raised the first alarm, and the signal; None where none came."""
+    """The first alarm of a staged hack; both fields are None where there was none."""
 
     share: float | None
+    """Share of hacked items in the batch that raised it."""
+
     signal: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class FalseAlarms:
-    """What clean batches raised: alarms by signal, against the number that the thresholds are designed for."""
+    """Alarms in clean batches."""
 
     batches: int
+
     designed: float
+    """Number of alarms that the thresholds are designed for."""
+
     by_signal: dict[str, int]
 
     @property
     def count(self) -> int:
-        """All alarms together."""
+        """Number of alarms over all signals."""
         return sum(self.by_signal.values())
 
 
 def draw_batch(
     clean: Pool, hacked: Pool | None, share: float, rng: np.random.Generator, size: int = BATCH_ITEMS
 ) -> ObservedItems:
-    """Draw a batch with replacement: whole prompts of clean items, and a share of hacked items, each its own prompt."""
+    """Draw a batch with replacement: whole prompts of clean items, and a share of hacked items with a prompt each."""
     num_hacked = 0 if hacked is None else int(rng.binomial(size, share))
-    rows: list[NDArray[np.int64]] = []
+    drawn: list[NDArray[np.int64]] = []
     num_clean = 0
     while num_clean < size - num_hacked:
         prompt = clean.prompts[int(rng.integers(len(clean.prompts)))]
-        rows.append(prompt)
+        drawn.append(prompt)
         num_clean += len(prompt)
-    places = np.concatenate(rows) if rows else np.zeros(0, np.int64)
-    prompts = np.repeat(np.arange(len(rows)), [len(prompt) for prompt in rows])
-    values, truncated = clean.values[places], clean.truncated[places]
+    indices = np.concatenate(drawn) if drawn else np.zeros(0, np.int64)
+    prompts = np.repeat(np.arange(len(drawn)), [len(prompt) for prompt in drawn])
+    values, truncated = clean.values[indices], clean.truncated[indices]
     if hacked is not None and num_hacked:
         picked = rng.integers(len(hacked.values), size=num_hacked)
         values = np.concatenate([values, hacked.values[picked]])
         truncated = np.concatenate([truncated, hacked.truncated[picked]])
-        prompts = np.concatenate([prompts, len(rows) + np.arange(num_hacked)])
+        prompts = np.concatenate([prompts, len(drawn) + np.arange(num_hacked)])
     return ObservedItems(values, prompts, truncated)
 
 
 def shares() -> Iterator[float]:
-    """Yield the growing share of hacked items, up to all of them."""
+    """Yield the growing shares of hacked items, the last of which is 1."""
     share = FIRST_SHARE
     while share < 1.0:
         yield share
@@ -121,43 +131,46 @@ def shares() -> Iterator[float]:
 def first_alarm(
     clean: Pool, hacked: Pool, reference: MonitorReference, threshold: float, rng: np.random.Generator
 ) -> FirstAlarm:
-    """Run one staged hack; an alarm of the clean beginning is not counted, but its sum starts where that left it."""
-    sums = {name: Cusum() for name in SIGNALS}
+    """Run one staged hack.
+
+    A signal that alarms in the clean batches at the start is not counted; the CUSUM statistics continue from them.
+    """
+    cusums = {name: Cusum() for name in SIGNALS}
     for _ in range(CLEAN_BATCHES):
-        sums = _stepped(sums, draw_batch(clean, None, 0.0, rng), reference, threshold)
-    before = {name for name, total in sums.items() if total.alarming}
+        cusums = _step(cusums, draw_batch(clean, None, 0.0, rng), reference, threshold)
+    before = {name for name, total in cusums.items() if total.alarming}
     for share in shares():
-        sums = _stepped(sums, draw_batch(clean, hacked, share, rng), reference, threshold)
-        new = [name for name, total in sums.items() if total.alarming and name not in before]
+        cusums = _step(cusums, draw_batch(clean, hacked, share, rng), reference, threshold)
+        new = [name for name, total in cusums.items() if total.alarming and name not in before]
         if new:
-            return FirstAlarm(share, max(new, key=lambda name: max(sums[name].up, sums[name].down)))
+            return FirstAlarm(share, max(new, key=lambda name: max(cusums[name].up, cusums[name].down)))
     return FirstAlarm(None, None)
 
 
 def false_alarms(
     clean: Pool, reference: MonitorReference, run_length: int, num_batches: int, rng: np.random.Generator
 ) -> FalseAlarms:
-    """Count the alarms of clean batches; a sum that alarms starts again from zero."""
+    """Count the alarms of clean batches; a CUSUM statistic is reset to zero by its alarm."""
     threshold = family_threshold(len(SIGNALS), run_length)
-    sums = {name: Cusum() for name in SIGNALS}
+    cusums = {name: Cusum() for name in SIGNALS}
     counts: Counter[str] = Counter()
     for _ in track(range(num_batches), "clean batches", console=Console(stderr=True)):
-        sums = _stepped(sums, draw_batch(clean, None, 0.0, rng), reference, threshold)
-        for name in [name for name, total in sums.items() if total.alarming]:
+        cusums = _step(cusums, draw_batch(clean, None, 0.0, rng), reference, threshold)
+        for name in [name for name, total in cusums.items() if total.alarming]:
             counts[name] += 1
-            sums[name] = Cusum()
+            cusums[name] = Cusum()
     return FalseAlarms(num_batches, num_batches / run_length, dict(counts))
 
 
-def _stepped(
-    sums: Mapping[str, Cusum], items: ObservedItems, reference: MonitorReference, threshold: float
+def _step(
+    cusums: Mapping[str, Cusum], items: ObservedItems, reference: MonitorReference, threshold: float
 ) -> dict[str, Cusum]:
     batch = summarize(items, reference.style_thresholds)
-    return stepped(sums, steps_of(batch, reference), threshold)
+    return stepped(cusums, steps_of(batch, reference), threshold)
 
 
 def observation_of(result: Mapping[str, Any], prompt: int) -> Observation:
-    """Read one result of ``POST /v1/score``, at any level of diagnostics; members that are absent are unknown."""
+    """Parse one result of ``POST /v1/score`` at any level of diagnostics; absent members are unknown."""
     length = result.get("length") or {}
     score = Score(
         result["reward"],
@@ -179,12 +192,12 @@ def _style(block: Mapping[str, Any] | None) -> StyleReport | None:
 
 
 def score_items(url: str, clean: Path, hacks: Path, output: Path) -> None:
-    """Score clean pairs and hacked responses with a running service, and write one line an item.
+    """Score clean pairs and hacked responses with a running service, and write one line for each item.
 
     Args:
         url: of the service.
-        clean: pairs ``{prompt, chosen, rejected}``; both completions are siblings in one request.
-        hacks: a folder of ``{category, prompt, response}``; the category of clean texts is left out.
+        clean: pairs ``{prompt, chosen, rejected}``; both completions are in one group of a request.
+        hacks: a folder of ``{category, prompt, response}``; the category of clean texts is skipped.
         output: JSON lines ``{kind, prompt, result}``, without any text.
     """
     groups = [(CLEAN, row["prompt"], [row["chosen"], row["rejected"]]) for row in _rows(clean)]
@@ -196,16 +209,16 @@ def score_items(url: str, clean: Path, hacks: Path, output: Path) -> None:
     with httpx2.Client(base_url=url, timeout=SCORE_TIMEOUT_S) as client, output.open("w", encoding="utf-8") as out:
         starts = range(0, len(groups), PROMPTS_PER_REQUEST)
         for start in track(starts, "scoring", console=Console(stderr=True)):
-            asked = groups[start : start + PROMPTS_PER_REQUEST]
-            places = [(kind, start + n) for n, (kind, _, completions) in enumerate(asked) for _ in completions]
+            part = groups[start : start + PROMPTS_PER_REQUEST]
+            origins = [(kind, start + n) for n, (kind, _, completions) in enumerate(part) for _ in completions]
             items = [
                 {"prompt": prompt, "completion": completion, "group": str(start + n)}
-                for n, (_, prompt, completions) in enumerate(asked)
+                for n, (_, prompt, completions) in enumerate(part)
                 for completion in completions
             ]
             body = {"items": items, "diagnostics": "full", "truncation": "prompt_left"}
-            answer = client.post("/v1/score", json=body).raise_for_status().json()
-            for (kind, prompt), result in zip(places, answer["results"], strict=True):
+            response = client.post("/v1/score", json=body).raise_for_status().json()
+            for (kind, prompt), result in zip(origins, response["results"], strict=True):
                 if "reward" in result:
                     out.write(json.dumps({"kind": kind, "prompt": prompt, "result": result}) + "\n")
 
@@ -217,7 +230,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_pools(path: Path) -> dict[str, Pool]:
-    """Read what `score_items` wrote, by kind."""
+    """Read the output of `score_items`, by kind."""
     found: defaultdict[str, list[Observation]] = defaultdict(list)
     for row in _rows(path):
         found[row["kind"]].append(observation_of(row["result"], row["prompt"]))
@@ -230,8 +243,8 @@ def run(
     """Stage every hack ``runs`` times, and count false alarms.
 
     Returns:
-        JSON-ready: for each hack the median share at the first alarm (null where most runs had none) and the signal
-        that was first most often; how many are at or below 10 percent; the false alarms.
+        JSON-ready: for each hack the median share at the first alarm (null where most runs had none) and the most
+        frequent first signal; the number of hacks with a share of at most 10 percent; the false alarms.
     """
     clean = pools[CLEAN]
     threshold = family_threshold(len(SIGNALS), run_length)
@@ -270,14 +283,17 @@ def _print(report: Mapping[str, Any]) -> None:
     console.print(table)
     alarms = report["false_alarms"]
     console.print(
-        f"{report['early']} of {len(report['hacks'])} at or below 10 percent; {sum(alarms['by_signal'].values())} "
-        f"false alarms {alarms['by_signal']} in {alarms['batches']} clean batches, designed: {alarms['designed']:g}."
+        f"{report['early']} of {len(report['hacks'])} hacks at or below 10 percent; "
+        f"{sum(alarms['by_signal'].values())} false alarms {alarms['by_signal']} in {alarms['batches']} clean batches, "
+        f"designed: {alarms['designed']:g}."
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m loadtest.staged_drift", description="Stage hacks, see the alarms.")
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtest.staged_drift", description="Measure when the monitors detect staged hacks."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     score = commands.add_parser("score", help="score clean pairs and hacked responses with a running service")
     score.add_argument("clean", type=Path, help="pairs: prompt, chosen, rejected")
@@ -285,12 +301,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     score.add_argument("output", type=Path, help="JSON lines of scored items, without text")
     score.add_argument("--url", default="http://127.0.0.1:8000")
     stage = commands.add_parser("run", help="stage every hack with scored items")
-    stage.add_argument("items", type=Path, help="what score wrote")
-    stage.add_argument("calibration", type=Path, help="the artifact of the model that scored them")
-    stage.add_argument("--runs", type=int, default=10, help="of each hack; the median is told")
-    stage.add_argument("--clean-batches", type=int, default=10_000, help="in which false alarms are counted")
-    stage.add_argument("--false-alarm-batches", type=int, default=10_000, help="what the thresholds are designed for")
-    stage.add_argument("--json", type=Path, help="also write the report here")
+    stage.add_argument("items", type=Path, help="output of the score command")
+    stage.add_argument("calibration", type=Path, help="calibration file of the model that scored them")
+    stage.add_argument(
+        "--runs", type=int, default=10, help="runs of each hack, of which the median is reported (default: %(default)s)"
+    )
+    stage.add_argument(
+        "--clean-batches",
+        type=int,
+        default=10_000,
+        help="clean batches in which false alarms are counted (default: %(default)s)",
+    )
+    stage.add_argument(
+        "--false-alarm-batches",
+        type=int,
+        default=10_000,
+        help="batches between false alarms that the thresholds are designed for (default: %(default)s)",
+    )
+    stage.add_argument("--json", type=Path, help="write the report")
     options = parser.parse_args(arguments)
     if options.command == "score":
         score_items(options.url, options.clean, options.hacks, options.output)

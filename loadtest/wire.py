@@ -1,6 +1,6 @@
-"""How items are put to a server and rewards read from its answer: one wire format for each kind of server.
+"""Wire formats: request bodies for items and rewards from responses, one format for each kind of server.
 
-Bodies are made before the clock starts and answers are read after it has stopped; nothing here sends anything.
+Bodies are built before the clock starts and responses are parsed after it has stopped; nothing is sent here.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from loadtest.rendering import adds_special_tokens, render
 
 
 class UnexpectedAnswer(RewardServiceError):
-    """The server answered something else than rewards; a measurement of that would mean nothing."""
+    """The server returned something other than rewards, so that a measurement would have no meaning."""
 
 
 class WireFormat(Protocol):
-    """What must be known of a server to have items scored. ``path``: where requests are posted."""
+    """The format of a server's requests and responses."""
 
     path: ClassVar[str]
+    """To which requests are posted."""
 
     def body(self, items: Sequence[Mapping[str, str]]) -> bytes:
         """Return the JSON body of one request for items with ``prompt`` and ``completion``."""
         ...
 
     def rewards(self, content: bytes) -> list[float]:
-        """Read the raw rewards from the content of a 200 answer, in the order of the items.
+        """Return the raw rewards of a response with status 200, in the order of the items.
 
         Raises:
             UnexpectedAnswer: an item has no finite reward.
@@ -38,28 +39,28 @@ class WireFormat(Protocol):
 
 
 class NativeWire:
-    """Our own format, of which the plain server speaks what a comparison needs: prompts and completions as they are."""
+    """The service's format, which the plain server supports in part: prompts and completions, not rendered."""
 
     path: ClassVar[str] = "/v1/score"
 
     def body(self, items: Sequence[Mapping[str, str]]) -> bytes:
-        """Return the items as they are."""
+        """Return the items unchanged."""
         return json.dumps({"items": list(items)}).encode()
 
     def rewards(self, content: bytes) -> list[float]:
-        """Read ``results``, which stand in the order of the items."""
+        """Return the rewards of ``results``, which are in the order of the items."""
         results = json.loads(content)["results"]
         errors = sorted({str(result["error"].get("title")) for result in results if "error" in result})
         if errors:
-            raise UnexpectedAnswer(f"Items were answered with errors: {', '.join(errors)}")
+            raise UnexpectedAnswer(f"Items have errors instead of rewards: {', '.join(errors)}")
         return _finite([result.get("reward", math.nan) for result in results])
 
 
 class VllmWire:
     """vLLM's ``/classify`` with raw logits.
 
-    It takes one conversation a request or many texts, so it gets texts that are already rendered: less work than the
-    servers have that render for themselves.
+    A request has either one conversation or many texts, so the texts are rendered in advance. vLLM thus has less work
+    than the servers that render themselves.
     """
 
     path: ClassVar[str] = "/classify"
@@ -68,21 +69,21 @@ class VllmWire:
         self._tokenizer = tokenizer
 
     def body(self, items: Sequence[Mapping[str, str]]) -> bytes:
-        """Return one request for all texts; one text alone is also a list."""
+        """Return one request for all texts; a single text is a list too."""
         texts = [render(self._tokenizer, item["prompt"], item["completion"]) for item in items]
-        asked = {
+        body = {
             "input": texts,
             "use_activation": False,
             "add_special_tokens": adds_special_tokens(self._tokenizer),
         }
-        return json.dumps(asked).encode()
+        return json.dumps(body).encode()
 
     def rewards(self, content: bytes) -> list[float]:
-        """Read ``data`` by index; its ``probs`` are logits, for no activation was asked for."""
-        answers = sorted(json.loads(content)["data"], key=lambda answer: int(answer["index"]))
-        if any(len(answer["probs"]) != 1 for answer in answers):
+        """Return the rewards of ``data``, sorted by index; ``probs`` are logits, because no activation is requested."""
+        results = sorted(json.loads(content)["data"], key=lambda result: int(result["index"]))
+        if any(len(result["probs"]) != 1 for result in results):
             raise UnexpectedAnswer("The server's model has more than one label")
-        return _finite([answer["probs"][0] for answer in answers])
+        return _finite([result["probs"][0] for result in results])
 
 
 NATIVE = NativeWire()
@@ -91,5 +92,5 @@ NATIVE = NativeWire()
 def _finite(rewards: list[float]) -> list[float]:
     missing = sum(not math.isfinite(reward) for reward in rewards)
     if missing:
-        raise UnexpectedAnswer(f"{missing} items of an answer have no reward")
+        raise UnexpectedAnswer(f"{missing} items of a response have no reward")
     return rewards

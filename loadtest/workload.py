@@ -1,6 +1,6 @@
-"""PPO-shaped work: groups of completions that answer one prompt, as long as real people and models write them.
+"""Synthetic work as in PPO: groups of completions of one prompt, with the length distributions of real preference data.
 
-Pure and seeded: the same arguments give the same texts on every machine. It knows nothing of servers.
+Pure and seeded: the same arguments give the same texts on every machine. Nothing is sent here.
 """
 
 from __future__ import annotations
@@ -30,45 +30,49 @@ WORDS = tuple(dict.fromkeys(_COMMON_WORDS.split()))
 
 
 @dataclass(frozen=True, slots=True)
-class LengthLaw:
-    """A log-normal law of lengths in tokens, cut at ``longest``. ``sigma``: standard deviation of the logarithm."""
+class LengthDistribution:
+    """A log-normal distribution of lengths in tokens."""
 
     median: float
+
     sigma: float
+    """Standard deviation of the logarithm."""
+
     longest: int
+    """Larger lengths are reduced to this one."""
 
     def draw(self, random_: random.Random) -> int:
-        """Return one length: at least 1, at most ``longest``."""
+        """Draw one length, between 1 and ``longest``."""
         return max(1, min(self.longest, round(self.median * math.exp(random_.gauss(0.0, self.sigma)))))
 
 
 # Fitted to the median and the 95th percentile of 6,297 prompts and 12,594 completions of the test split of Anthropic's
 # HH-RLHF (Bai et al. 2022, arXiv:2204.05862): 73 and 322 words a prompt (all turns), 38 and 163 words a completion, at
 # 1.3 tokens a word. The fitted means, 110 and 56 words, are within 4 percent of the true ones.
-HH_PROMPTS = LengthLaw(median=95.0, sigma=0.90, longest=1024)
-HH_COMPLETIONS = LengthLaw(median=49.0, sigma=0.885, longest=768)
+HH_PROMPTS = LengthDistribution(median=95.0, sigma=0.90, longest=1024)
+HH_COMPLETIONS = LengthDistribution(median=49.0, sigma=0.885, longest=768)
 
 # Fitted in the same way to 550 prompts and 1,100 completions of PandaLM's test set (Wang et al. 2023,
 # arXiv:2306.05087): 20 and 97 words a prompt, 29 and 117 words a completion.
-PANDALM_PROMPTS = LengthLaw(median=26.0, sigma=0.96, longest=512)
-PANDALM_COMPLETIONS = LengthLaw(median=38.0, sigma=0.85, longest=384)
+PANDALM_PROMPTS = LengthDistribution(median=26.0, sigma=0.96, longest=512)
+PANDALM_COMPLETIONS = LengthDistribution(median=38.0, sigma=0.85, longest=384)
 
 # And to 2,010 prompts (question with passages) and 4,020 completions of FineGrainedRLHF's QA feedback (Wu et al. 2023,
 # arXiv:2306.01693): 460 and 666 words a prompt, 67 and 126 words a completion.
-PASSAGE_PROMPTS = LengthLaw(median=598.0, sigma=0.225, longest=1536)
-PASSAGE_COMPLETIONS = LengthLaw(median=87.0, sigma=0.385, longest=512)
+PASSAGE_PROMPTS = LengthDistribution(median=598.0, sigma=0.225, longest=1536)
+PASSAGE_COMPLETIONS = LengthDistribution(median=87.0, sigma=0.385, longest=512)
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Completions that answer one prompt."""
+    """A prompt and its completions."""
 
     prompt: str = field(repr=False)
     completions: tuple[str, ...] = field(repr=False)
 
     @property
     def items(self) -> list[dict[str, str]]:
-        """The group as items of the wire format."""
+        """The items of the group in the service's wire format."""
         return [{"prompt": self.prompt, "completion": completion} for completion in self.completions]
 
 
@@ -76,10 +80,10 @@ def draw_groups(
     num_groups: int,
     group_size: int,
     seed: int,
-    prompts: LengthLaw = HH_PROMPTS,
-    completions: LengthLaw = HH_COMPLETIONS,
+    prompts: LengthDistribution = HH_PROMPTS,
+    completions: LengthDistribution = HH_COMPLETIONS,
 ) -> list[Group]:
-    """Return groups of random texts whose lengths follow the two laws; equal arguments give equal groups."""
+    """Return groups of random texts with the given length distributions; equal arguments give equal groups."""
     random_ = random.Random(seed)  # noqa: S311  (a workload, not a secret)
     # Frequency falls with rank, as in real text (Zipf 1949).
     cumulative = [math.log(rank + 1) for rank in range(1, len(WORDS) + 1)]
@@ -95,29 +99,33 @@ def draw_groups(
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """A kind of work: how many completions answer each prompt, and the laws of their lengths, which take turns."""
+    """A kind of work."""
 
     name: str
+
     group_size: int = 1
-    laws: tuple[tuple[LengthLaw, LengthLaw], ...] = ((HH_PROMPTS, HH_COMPLETIONS),)
+    """Completions of each prompt."""
+
+    lengths: tuple[tuple[LengthDistribution, LengthDistribution], ...] = ((HH_PROMPTS, HH_COMPLETIONS),)
+    """Length distributions of prompts and completions; the groups are divided equally among several of them."""
 
     def draw(self, num_items: int, seed: int) -> list[Group]:
-        """Return groups with so many items together, or a few more to fill the last group, in a random order."""
+        """Return groups with ``num_items`` items together, rounded up to whole groups, in a random order."""
         num_groups = -(-num_items // self.group_size)
         groups = [
             group
-            for turn, (prompts, completions) in enumerate(self.laws)
+            for number, (prompts, completions) in enumerate(self.lengths)
             for group in draw_groups(
-                len(range(turn, num_groups, len(self.laws))), self.group_size, seed + turn, prompts, completions
+                len(range(number, num_groups, len(self.lengths))), self.group_size, seed + number, prompts, completions
             )
         ]
         random.Random(seed).shuffle(groups)  # noqa: S311  (a workload, not a secret)
         return groups
 
 
-# Items of about 512 tokens, all alike, as throughput is often quoted.
-EVEN_PROMPTS = LengthLaw(median=384.0, sigma=0.0, longest=384)
-EVEN_COMPLETIONS = LengthLaw(median=128.0, sigma=0.0, longest=128)
+# Items of about 512 tokens each, the length for which throughput is often quoted.
+EVEN_PROMPTS = LengthDistribution(median=384.0, sigma=0.0, longest=384)
+EVEN_COMPLETIONS = LengthDistribution(median=128.0, sigma=0.0, longest=128)
 
 _SHORT, _LONG = (PANDALM_PROMPTS, PANDALM_COMPLETIONS), (PASSAGE_PROMPTS, PASSAGE_COMPLETIONS)
 WORKLOADS = {
@@ -126,22 +134,22 @@ WORKLOADS = {
         Workload("independent"),
         Workload("groups of 8", group_size=8),
         Workload("groups of 64", group_size=64),
-        Workload("short", laws=(_SHORT,)),
-        Workload("long", laws=(_LONG,)),
-        Workload("512 tokens", laws=((EVEN_PROMPTS, EVEN_COMPLETIONS),)),
-        Workload("mixed", laws=(_SHORT, (HH_PROMPTS, HH_COMPLETIONS), _LONG)),
+        Workload("short", lengths=(_SHORT,)),
+        Workload("long", lengths=(_LONG,)),
+        Workload("512 tokens", lengths=((EVEN_PROMPTS, EVEN_COMPLETIONS),)),
+        Workload("mixed", lengths=(_SHORT, (HH_PROMPTS, HH_COMPLETIONS), _LONG)),
     )
 }
-"""What an engine is measured on, by name; lengths are those of people's preference data unless the name says."""
+"""Workloads by name; lengths are those of human preference data unless the name gives them."""
 
 
 def cut_into_requests(
     groups: Iterable[Group], items_per_request: int, shuffle_seed: int | None = None
 ) -> list[list[dict[str, str]]]:
-    """Return the items of requests with so many items each; the last may have fewer.
+    """Return the items of requests with ``items_per_request`` items each; the last may have fewer.
 
-    Items stand in the order of their groups, as a trainer sends a whole batch, or, with a seed, shuffled, as rollouts
-    arrive that end at different times.
+    Items are in the order of their groups, as in a trainer's whole batch, or, with a seed, shuffled, as rollouts that
+    end at different times.
     """
     items = [item for group in groups for item in group.items]
     if shuffle_seed is not None:

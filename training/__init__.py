@@ -1,1 +1,1 @@
-"""What makes a reward model out of preference pairs."""
+"""Trains and audits reward models on preference pairs."""

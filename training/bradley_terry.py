@@ -1,7 +1,7 @@
-"""The Bradley-Terry model of preferences in NumPy: probability, loss and gradient, safe in both tails.
+"""The Bradley-Terry model of preferences in NumPy: probability, loss and gradient, exact in both tails.
 
-Arrays in, arrays out, always float64; it knows neither texts nor models. Only the gap r_chosen - r_rejected enters, so
-a constant added to all rewards changes nothing here, and no reward has a meaning alone.
+Pure functions of float64 arrays. Only the gap r_chosen - r_rejected matters, so that a constant added to all rewards
+changes nothing, and a single reward has no meaning.
 
 Sources: Bradley and Terry 1952 (the model); Ouyang et al. 2022, equation 1 (its negative log-likelihood as a loss).
 """
@@ -17,35 +17,38 @@ from scipy.special import expit, log_expit
 
 @dataclass(frozen=True, slots=True)
 class BradleyTerryLoss:
-    """The loss of some pairs, in nats: of each pair [pair], and its mean, which is NaN for no pairs at all."""
+    """The loss of pairs, in nats."""
 
     mean: float
+    """Mean over the pairs; NaN for no pairs."""
+
     per_pair: NDArray[np.float64]
+    """float64 [pair]."""
 
 
 def preference_probability(r_chosen: ArrayLike, r_rejected: ArrayLike) -> NDArray[np.float64]:
-    """Return the probability sigma(r_chosen - r_rejected) that the first is preferred, for each pair."""
+    """Return the probability sigma(r_chosen - r_rejected) that the chosen completion is preferred, float64 [pair]."""
     return np.asarray(expit(_gap(r_chosen, r_rejected)))
 
 
 def bradley_terry_loss(r_chosen: ArrayLike, r_rejected: ArrayLike) -> BradleyTerryLoss:
-    """Return the negative log-likelihood -log sigma(r_chosen - r_rejected) of what people chose.
+    """Return the negative log-likelihood -log sigma(r_chosen - r_rejected) of the choices.
 
-    A pair that the model puts the wrong way round by a gap g costs g to within rounding, however large g is, and one
-    that it puts right costs e^-g, also where sigma itself rounds to 1. ``log(sigma + eps)`` fails at both ends: it is
-    cut off at -log(eps) for the first and turns negative for the second.
+    The loss of a pair with a gap of -g is g up to rounding, and that of a pair with a gap of g is e^-g, for large g in
+    both cases, also where sigma itself rounds to 1. ``log(sigma + eps)`` would be limited to -log(eps) in the first
+    case and negative in the second.
     """
     per_pair = np.asarray(-log_expit(_gap(r_chosen, r_rejected)))
     return BradleyTerryLoss(float(per_pair.mean()) if per_pair.size else float("nan"), per_pair)
 
 
 def bradley_terry_gradient(r_chosen: ArrayLike, r_rejected: ArrayLike) -> NDArray[np.float64]:
-    """Return the derivative of each pair's loss by its chosen reward: sigma(r_chosen - r_rejected) - 1.
+    """Return the derivative of each pair's loss by its chosen reward: sigma(r_chosen - r_rejected) - 1, float64 [pair].
 
-    By the rejected reward it is the same with the other sign. Never beyond 1 in size: a pair that the model has right
-    pulls no longer, one that it has wrong pulls with full force but not more.
+    The derivative by the rejected reward has the opposite sign. Its magnitude is at most 1: near 0 for a pair that is
+    clearly right, near 1 for one that is clearly wrong.
     """
-    # Not probability - 1, which would round to 0 long before the pull of a pair is 0.
+    # Not probability - 1, which rounds to 0 long before the gradient does.
     return np.asarray(-expit(-_gap(r_chosen, r_rejected)))
 
 

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
+from service.diagnostics.correlation import pearson_correlation
 from service.offline import MAX_BATCH_SEQUENCES, plan_batches
 from service.records import TokenSequence
 from service.scheduling.budget import BatchBudget
@@ -73,7 +73,7 @@ def evaluate(model: PreTrainedModel, pairs: Sequence[TokenizedPair]) -> Evaluati
         accuracy=Share.of(margins.tolist()),
         longer_wins=Share.of(pair.pair.excess_chars for pair in pairs),
         mean_margin=float(margins.mean()) if len(pairs) else math.nan,
-        log_length_correlation=_correlation(np.stack([chosen, rejected], axis=1).ravel(), np.array(log_lengths)),
+        log_length_correlation=pearson_correlation(np.stack([chosen, rejected], axis=1).ravel(), np.array(log_lengths)),
     )
 
 
@@ -122,12 +122,6 @@ def _completions(pairs: Iterable[PreferencePair]) -> Iterator[str]:
     for pair in pairs:
         yield pair.chosen
         yield pair.rejected
-
-
-def _correlation(left: NDArray[Any], right: NDArray[Any]) -> float:
-    if len(left) < 2 or left.std() == 0 or right.std() == 0:
-        return math.nan
-    return float(np.corrcoef(left, right)[0, 1])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

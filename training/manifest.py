@@ -14,7 +14,7 @@ from pathlib import Path
 
 from reward_client.provenance import TRAINING_MANIFEST_FILE
 
-from training.agreement import Agreement
+from training.annotator_agreement import AnnotatorAgreement
 from training.evaluation import Evaluation
 from training.recipe import Recipe
 from training.selection import PairCounts
@@ -47,8 +47,8 @@ class Manifest:
     evaluations: Mapping[str, Evaluation]
     """Results on the evaluation data, by source."""
 
-    agreement: Agreement | None = None
-    """Agreement of the reviewers of the training data; None where no pair has two reviews."""
+    annotator_agreement: AnnotatorAgreement | None = None
+    """Agreement of the annotators of the training data; None where no pair has two reviews."""
 
     def write(self, folder: Path) -> Path:
         """Write ``training.json`` into the model's folder, with the versions of the training libraries; return it."""

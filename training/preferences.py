@@ -1,4 +1,4 @@
-"""Preference pairs: which of two completions of a prompt was chosen, and by which reviewers.
+"""Preference pairs: which of two completions of a prompt was chosen, and by which annotators.
 
 `service.data.prompts` defines the rows; this module adds the pair's id, its source and its reviews. Nothing here is
 tokenized.
@@ -17,14 +17,14 @@ from service.errors import DatasetError
 from training.sources import Source, read_source, source_name
 
 Vote: TypeAlias = Literal["chosen", "rejected", "tie"]
-"""The completion that one reviewer preferred, named by the pair's label."""
+"""The completion that one annotator preferred, named by the pair's label."""
 
 
 @dataclass(frozen=True, slots=True)
 class Review:
-    """The vote of one reviewer on a pair."""
+    """The vote of one annotator on a pair."""
 
-    reviewer: str
+    annotator: str
     """Unique within a data set."""
 
     vote: Vote
@@ -45,7 +45,7 @@ class PreferencePair:
     """The data set that the pair belongs to."""
 
     reviews: tuple[Review, ...] = ()
-    """The votes of single reviewers, where they are known."""
+    """The votes of single annotators, where they are known."""
 
     @property
     def excess_chars(self) -> int:
@@ -54,7 +54,7 @@ class PreferencePair:
 
     @property
     def support(self) -> float | None:
-        """The share of reviewers who preferred the chosen completion, ties counted as a half; None without reviews."""
+        """The share of annotators who preferred the chosen completion, ties counted as a half; None without reviews."""
         if not self.reviews:
             return None
         weights = {"chosen": 1.0, "tie": 0.5, "rejected": 0.0}
@@ -77,7 +77,7 @@ def parse_pair(row: Row, default_source: str = "") -> PreferencePair:
 
     Args:
         row: a pair as `service.data.prompts` defines it; further keys are ``id``, ``source`` and ``reviews`` (a list of
-            votes, or an object of votes by reviewer), all others are ignored.
+            votes, or an object of votes by annotator), all others are ignored.
         default_source: the source of a row that has none.
 
     Raises:
@@ -103,7 +103,7 @@ def _parse_reviews(row: Row) -> tuple[Review, ...]:
         given = {str(number): vote for number, vote in enumerate(given, start=1)}
     if not isinstance(given, dict) or not all(vote is None or vote in get_args(Vote) for vote in given.values()):
         raise DatasetError(
-            f'{row.location}: "reviews" must be votes ("chosen", "rejected" or "tie"), in a list or by reviewer.'
+            f'{row.location}: "reviews" must be votes ("chosen", "rejected" or "tie"), in a list or by annotator.'
         )
-    # Parquet has the same columns for all rows, so the vote of a reviewer who did not see this pair is null.
+    # Parquet has the same columns for all rows, so the vote of an annotator who did not see this pair is null.
     return tuple(Review(name, vote) for name, vote in given.items() if vote is not None)

@@ -1,4 +1,4 @@
-"""The numbers of a training run, in one frozen record that goes into the manifest as it is."""
+"""The hyperparameters of a training run, in one frozen record that is written into the manifest."""
 
 from __future__ import annotations
 
@@ -10,44 +10,68 @@ from service.data.holdout import HOLD_OUT_PERCENT
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How a reward model is trained.
-
-    ``lora_rank``: rank of the LoRA update (Hu et al. 2021); its scale alpha is twice the rank. ``full`` trains all
-    weights instead. ``lora_layers``: how many of the topmost layers are adapted; None means all. Layers below are
-    frozen, so no gradient is computed for them. ``learning_rate``: its peak, after a linear warm-up over
-    ``warmup_share`` of the steps and before a cosine decay to zero. ``max_length``: tokens; pairs in which either
-    side is longer are left out, never cut. ``shorten_prompts``: before that, long conversations lose their oldest
-    exchanges. ``batch_pairs``: pairs per optimizer step; ``micro_batch_pairs``: pairs per
-    backward pass, which is what memory must hold. ``hold_out_percent``: share of the prompts never trained on (see
-    service.data.holdout). ``balance_lengths``: leave pairs out until longer and shorter completions win equally often.
-    ``dtype``: of the frozen weights and of the computation; trained weights are kept in fp32 until they are saved.
-    ``checkpoint_steps``, ``eval_steps``, ``eval_pairs``: optimizer steps between saved checkpoints and between
-    evaluations on at most that many pairs while training. ``patience``: stop after that many evaluations without a
-    lower loss, and keep the weights of the best one; None: train to the end. ``center_coefficient``: weight of a term
-    that pins the zero of the rewards (see training.tensor_loss); None: the zero floats. ``min_support``: leave out
-    pairs of which a smaller share of the reviewers chose the chosen completion; pairs without reviews stay.
-    """
+    """Hyperparameters of a training run."""
 
     full: bool = False
+    """Train all weights instead of a LoRA adapter."""
+
     lora_rank: int = 16
+    """Rank of the LoRA update (Hu et al. 2021); its scale alpha is twice the rank."""
+
     lora_layers: int | None = None
+    """Number of the topmost layers that are adapted; None: all. No gradient is computed for the layers below."""
+
     learning_rate: float = 2e-4
+    """Peak of the learning rate, which then decays to zero along a cosine."""
+
     warmup_share: float = 0.05
+    """Share of the steps during which the learning rate rises linearly."""
+
     epochs: float = 1.0
+    """Passes over the pairs."""
+
     max_length: int = 1024
+    """Tokens; pairs in which a side is longer are left out, never truncated."""
+
     shorten_prompts: bool = False
+    """Remove the oldest messages of long conversations before ``max_length`` is applied."""
+
     batch_pairs: int = 16
+    """Pairs of an optimizer step."""
+
     micro_batch_pairs: int = 4
+    """Pairs of a backward pass, which determine the memory that is needed."""
+
     hold_out_percent: float = HOLD_OUT_PERCENT
+    """Percentage of the prompts that are never trained on (see service.data.holdout)."""
+
     balance_lengths: bool = False
+    """Leave pairs out until the longer completion is chosen as often as the shorter one."""
+
     dtype: Literal["bf16", "fp32"] = "bf16"
+    """Of the frozen weights, the computation and the saved weights; weights in training are fp32."""
+
     checkpoint_steps: int = 50
+    """Optimizer steps between saved checkpoints."""
+
     eval_steps: int = 100
+    """Optimizer steps between evaluations."""
+
     eval_pairs: int = 300
+    """Largest number of pairs of an evaluation during training."""
+
     patience: int | None = None
+    """Stop after this many evaluations without a lower loss, and restore the best weights; None: train to the end."""
+
     center_coefficient: float | None = None
+    """Weight of the centring term, which fixes the zero of the rewards (see training.tensor_loss); None: no term."""
+
     min_support: float | None = None
+    """Leave out pairs of which a smaller share of the annotators preferred the chosen completion; pairs without reviews
+    are included. None: include all pairs."""
+
     seed: int = 0
+    """Of the order of pairs and of random draws."""
 
     @property
     def accumulation_steps(self) -> int:

@@ -1,4 +1,4 @@
-"""The model that training starts from: a pretrained transformer with a fresh scalar head, and where LoRA adapts it."""
+"""Loads the model that training starts from, a pretrained transformer with a scalar head, and configures LoRA."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ TORCH_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def load_base(base: str | Path, recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a checkpoint folder or hub id as a reward model.
 
-    A base without a scalar head gets one of zeros, so that all first rewards are equal; the head of a reward model is
-    kept. What is to be trained is in fp32, since small updates are lost in bf16; the rest has the recipe's dtype. A
-    base without a pad token pads with its end-of-sequence token, which pooling then skips (transformers' rule).
+    A base without a scalar head gets one of zeros, so that all initial rewards are equal; the head of a reward model is
+    retained. Weights to be trained are in fp32, because small updates are lost in bf16; others have the recipe's dtype.
+    A base without a pad token pads with its end-of-sequence token, which pooling then skips (transformers' rule).
 
     Raises:
         CheckpointError: the base cannot be loaded, has neither a pad nor an end-of-sequence token, or lacks weights
-            beside the head that an adapter would leave random.
+            other than the head, which an adapter would leave random.
     """
     dtype = torch.float32 if recipe.full else TORCH_DTYPES[recipe.dtype]
     try:
-        # The report of a missing head would be right, and a surprise to nobody.
+        # Transformers warns about a missing head, which is expected here.
         with transformers_silenced():
             tokenizer = AutoTokenizer.from_pretrained(base)
             model, report = AutoModelForSequenceClassification.from_pretrained(
@@ -45,20 +45,20 @@ def load_base(base: str | Path, recipe: Recipe) -> tuple[PreTrainedModel, PreTra
             f"The base model {base} cannot be loaded ({type(error).__name__}); "
             "give a checkpoint folder, a hub id that can be reached, or 'demo'."
         ) from error
-    _settle_padding(model, tokenizer)
+    _set_pad_token(model, tokenizer)
     _prepare_head(model, missing=set(report["missing_keys"]), full=recipe.full)
     return model, tokenizer
 
 
 def local_folder(base: Path) -> Path:
-    """Return the folder that a base's files are in: itself, or the snapshot in the hub's cache once it was loaded."""
+    """Return the folder of a base's files: the base itself, or the snapshot in the hub's cache after it was loaded."""
     if base.is_dir():
         return base
     cached = try_to_load_from_cache(str(base), "config.json")
     return Path(cached).parent if isinstance(cached, str) else base
 
 
-def _settle_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def _set_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
@@ -81,7 +81,7 @@ def _prepare_head(model: PreTrainedModel, *, missing: set[str], full: bool) -> N
 
 
 def scalar_head(model: PreTrainedModel) -> tuple[str, torch.nn.Linear]:
-    """Return the layer, and its name, that makes one number of the pooled state: the last Linear with one output.
+    """Return name and module of the scalar head: the last linear layer with one output.
 
     Raises:
         CheckpointError: the model has none.
@@ -89,11 +89,11 @@ def scalar_head(model: PreTrainedModel) -> tuple[str, torch.nn.Linear]:
     for name, module in reversed(list(model.named_modules())):
         if isinstance(module, torch.nn.Linear) and module.out_features == 1:
             return name, module
-    raise CheckpointError("The base model's classification head is not a linear layer; this recipe needs one.")
+    raise CheckpointError("The base model's classification head is not a linear layer with one output; it is required.")
 
 
 def lora_config(model: PreTrainedModel, recipe: Recipe) -> LoraConfig:
-    """Return the LoRA configuration (Hu et al. 2021): all linear layers of the adapted blocks, head trained whole.
+    """Return the LoRA configuration (Hu et al. 2021): all linear layers of the adapted blocks, and the whole head.
 
     The task type makes PEFT train and save the classification head beside the adapter.
     """

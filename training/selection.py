@@ -31,7 +31,7 @@ class PairCounts:
     trained: int
 
     disputed: int = 0
-    """Left out because too few reviewers preferred the chosen completion."""
+    """Left out because too few annotators preferred the chosen completion."""
 
     shortened: int = 0
     """Of the trained pairs, those whose prompt lost its oldest messages."""

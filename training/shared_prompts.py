@@ -1,9 +1,10 @@
-"""Computes the prompt of a preference pair once instead of twice, without a change to trainer, loss or model code.
+"""Computes the prompt of a preference pair once instead of twice, without changes to trainer, loss or model code.
 
-The trainer hands the model a padded batch: the chosen sequences, then the rejected ones. Each pair has its prompt in
-common, which is most of its tokens. We put each pair into one row (the chosen sequence, then what the rejected one has
-of its own), let the model's body run on those rows, and hand back the hidden states in the layout that the trainer
-expects. Exact for causal models up to rounding: a token sees the same tokens at the same positions as before.
+The trainer passes the model a padded batch: the chosen sequences, then the rejected ones. The two sequences of a pair
+have the prompt in common, which is most of their tokens. Each pair becomes one row (the chosen sequence, then what the
+rejected one has after the common prefix), the model's body runs on these rows, and the hidden states are returned in
+the layout of the padded batch. For causal models this is exact up to rounding: every token attends to the same tokens
+at the same positions.
 """
 
 from __future__ import annotations
@@ -17,25 +18,28 @@ import torch
 from transformers import PreTrainedModel
 
 PLAIN_CAUSAL_MODELS = frozenset({"llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3"})
-"""Architectures that take a mask of our own and attend to everything before a token."""
+"""Architectures that accept a custom attention mask and attend to all preceding tokens."""
 
 
 @dataclass(frozen=True, slots=True)
-class SharedRows:
-    """A batch of pairs, one pair a row.
-
-    ``ids``, ``positions``: int64 [pair, token]. ``visible``: bool [pair, query, key]. ``origins``: int64
-    [2 pairs, token], the place in its pair's row of each token of the padded batch, 0 where that is padding.
-    """
+class PairRows:
+    """A batch of pairs, one pair a row: the chosen sequence, then the rest of the rejected one."""
 
     ids: torch.Tensor
+    """int64 [pair, token]."""
+
     positions: torch.Tensor
+    """Position of each token in its sequence, int64 [pair, token]."""
+
     visible: torch.Tensor
+    """Whether a query attends to a key, bool [pair, query, key]."""
+
     origins: torch.Tensor
+    """Index of each token of the padded batch in its pair's row, int64 [2 pairs, token]; 0 for padding."""
 
     @classmethod
-    def of(cls, ids: torch.Tensor, mask: torch.Tensor) -> SharedRows:
-        """Lay out a right-padded batch, int64 [2 pairs, token]: the chosen sequences, then the rejected ones."""
+    def of(cls, ids: torch.Tensor, mask: torch.Tensor) -> PairRows:
+        """Build the rows of a right-padded batch, int64 [2 pairs, token]: the chosen, then the rejected sequences."""
         num_pairs = len(ids) // 2
         chosen, rejected = ids[:num_pairs], ids[num_pairs:]
         num_chosen, num_rejected = mask.sum(1).view(2, num_pairs).tolist()
@@ -47,34 +51,34 @@ class SharedRows:
         positions = torch.zeros_like(rows)
         visible = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril().repeat(num_pairs, 1, 1)
         origins = torch.zeros_like(ids)
-        for pair, (border, end, common) in enumerate(zip(num_chosen, num_rejected, num_common, strict=True)):
+        for pair, (split, end, common) in enumerate(zip(num_chosen, num_rejected, num_common, strict=True)):
             own = end - common
-            rows[pair, :border] = chosen[pair, :border]
-            rows[pair, border : border + own] = rejected[pair, common:end]
-            positions[pair, :border] = torch.arange(border)
-            positions[pair, border : border + own] = torch.arange(common, end)
-            visible[pair, border:, common:border] = False
-            origins[pair, :border] = torch.arange(border)
+            rows[pair, :split] = chosen[pair, :split]
+            rows[pair, split : split + own] = rejected[pair, common:end]
+            positions[pair, :split] = torch.arange(split)
+            positions[pair, split : split + own] = torch.arange(common, end)
+            visible[pair, split:, common:split] = False
+            origins[pair, :split] = torch.arange(split)
             origins[num_pairs + pair, :common] = torch.arange(common)
-            origins[num_pairs + pair, common:end] = torch.arange(border, border + own)
+            origins[num_pairs + pair, common:end] = torch.arange(split, split + own)
         return cls(rows, positions, visible, origins)
 
     def attention_mask(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return the mask that is added to the attention scores: [pair, 1, query, key]."""
+        """Return the additive attention mask [pair, 1, query, key]."""
         mask = torch.zeros(self.visible.shape, dtype=dtype, device=self.ids.device)
         return mask.masked_fill(~self.visible, torch.finfo(dtype).min)[:, None]
 
     def scatter(self, states: torch.Tensor) -> torch.Tensor:
-        """Bring states [pair, token, hidden] of the rows back to the padded batch: [2 pairs, token, hidden]."""
+        """Return the rows' states [pair, token, hidden] in the layout of the padded batch, [2 pairs, token, hidden]."""
         pairs = torch.arange(len(self.ids), device=states.device).repeat(2)
         return states[pairs[:, None], self.origins]
 
 
 @contextmanager
 def prompts_shared(model: PreTrainedModel) -> Iterator[None]:
-    """Within this context a causal classifier computes the prompt of each pair once; its batches must hold pairs.
+    """Make a causal classifier compute the prompt of each pair once within this context; its batches must be of pairs.
 
-    Only plain causal attention can be shared in this way; any other model runs as it always does.
+    Only plain causal attention supports this; any other model runs unchanged.
     """
     config = model.config.get_text_config()
     if config.model_type not in PLAIN_CAUSAL_MODELS or getattr(config, "sliding_window", None):
@@ -84,7 +88,7 @@ def prompts_shared(model: PreTrainedModel) -> Iterator[None]:
     plain_forward = body.forward
 
     def forward(input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> Any:
-        rows = SharedRows.of(input_ids, attention_mask)
+        rows = PairRows.of(input_ids, attention_mask)
         output = plain_forward(
             input_ids=rows.ids,
             position_ids=rows.positions,

@@ -1,7 +1,7 @@
-"""The loss of a training step in torch: Bradley-Terry, with the centring term where one is asked for.
+"""The loss of a training step in torch: Bradley-Terry, with an optional centring term.
 
-What TRL's RewardTrainer minimises, as a function of two tensors. Training itself calls TRL; this is the definition that
-the tests hold it to, beside the NumPy one.
+Training itself calls TRL; this function defines what TRL's RewardTrainer minimises, and tests compare TRL and the NumPy
+definition with it.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ def reward_model_loss(
 
     Args:
         r_chosen: raw rewards [pair] of a floating dtype.
-        r_rejected: as many.
-        center_coefficient: c. The second term (Eisenstein et al. 2023, "Helping or Herding?") pins the zero that the
-            first leaves free: it draws the two rewards of a pair to opposite signs. None: no such term.
+        r_rejected: raw rewards [pair].
+        center_coefficient: c. The second term (Eisenstein et al. 2023, "Helping or Herding?") fixes the zero of the
+            rewards, which the first term does not determine: it makes the two rewards of a pair sum to zero. None: no
+            such term.
     """
     loss = -logsigmoid(r_chosen - r_rejected).mean()
     if center_coefficient is None:

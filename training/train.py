@@ -1,4 +1,4 @@
-"""``reward-train``: preference pairs in, a scalar-head reward model out."""
+"""``reward-train``: trains a scalar-head reward model on preference pairs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from service.checkpoints.demo_base import DEMO_BASE, obtain_demo_base
 from service.errors import SettingsError, StartupError
 from service.settings import ModelSettings
 from service.version import add_version_option
-from training.agreement import describe_agreement, measure_agreement
+from training.annotator_agreement import describe_annotator_agreement, measure_annotator_agreement
 from training.evaluation import describe, evaluate
 from training.manifest import Manifest
 from training.pairs import TokenizedPair, shorten_prompts, tokenize_pairs
@@ -31,7 +31,7 @@ from training.sources import Source, source_hashes
 from training.trainer import run_training
 
 DEMO = "demo"
-"""What ``--base`` calls the base of the demo model."""
+"""The value of ``--base`` that stands for the base of the demo model."""
 
 
 def train(
@@ -45,23 +45,26 @@ def train(
 ) -> Manifest:
     """Train a reward model and write it to ``out_dir``: a PEFT adapter, or a whole checkpoint if ``recipe.full``.
 
-    Beside it go the tokenizer, ``training.json`` (the manifest that is returned), ``log.jsonl`` and ``checkpoints/``.
+    The folder also receives the tokenizer, ``training.json`` (the returned manifest), ``log.jsonl`` and
+    ``checkpoints/``.
 
     Args:
-        data: what to train on: files of pairs, folders of them, or data sets on the hub.
+        data: pairs to train on: files, folders of them, or data sets on the hub.
         base: a checkpoint folder, a hub id, or ``demo``.
-        out_dir: made if it does not exist.
-        recipe: the numbers of the run.
-        eval_sources: what to evaluate on at the end; on some pairs of the first also while training.
-        resume: go on from the last checkpoint in ``out_dir``.
+        out_dir: created if it does not exist.
+        recipe: the hyperparameters of the run.
+        eval_sources: pairs to evaluate on at the end; a sample of the first source is also evaluated during training.
+        resume: continue from the last checkpoint in ``out_dir``.
 
     Raises:
         DatasetError: a source cannot be read, or no pair is left to train on.
-        CheckpointError: the base cannot be had, or is not fit for a scalar head.
-        SettingsError: early stopping is asked for, but nothing to watch is given.
+        CheckpointError: the base cannot be loaded, or does not support a scalar head.
+        SettingsError: early stopping is requested without ``eval_sources``.
     """
     if recipe.patience is not None and not eval_sources:
-        raise SettingsError("--patience needs --eval: a plateau is one of the loss on pairs that are not trained on.")
+        raise SettingsError(
+            "--patience needs --eval: early stopping depends on the loss on pairs that are not trained on."
+        )
     base_path, base_name = (obtain_demo_base(), DEMO_BASE) if base == DEMO else (Path(base), base)
     model, tokenizer = load_base(base_path if base_path.is_dir() else base, recipe)
     pairs = list(read_pairs(data))
@@ -82,7 +85,7 @@ def train(
         num_steps=run.num_steps,
         selected_step=run.selected_step,
         evaluations={name: evaluate(run.model, tokenized) for name, tokenized in evaluated.items()},
-        agreement=measure_agreement(pairs),
+        annotator_agreement=measure_annotator_agreement(pairs),
     )
     manifest.write(out_dir)
     return manifest
@@ -104,7 +107,7 @@ def _save(
 ) -> None:
     if isinstance(model, PeftModel):
         model.active_peft_config.base_model_name_or_path = base_name
-        # The embeddings are never adapted; left to itself, PEFT would look the base up on the hub to find that out.
+        # The embeddings are never adapted; by default PEFT would look the base up on the hub to find that out.
         model.save_pretrained(out_dir, save_embedding_layers=False)
     else:
         model.save_pretrained(out_dir)
@@ -118,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         recipe = Recipe(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Recipe)})
         if options.merge and recipe.full:
-            raise SettingsError("--merge is for adapters; --full writes a whole checkpoint anyway.")
+            raise SettingsError("--merge is for adapters; --full writes a whole checkpoint already.")
         manifest = train(options.data, options.base, options.out, recipe, options.eval, resume=options.resume)
         served = _finish_checkpoint(options.out, options.merge, Path(options.base), full=recipe.full)
     except StartupError as error:
@@ -140,15 +143,17 @@ def _finish_checkpoint(out_dir: Path, merged_dir: Path | None, base: Path, *, fu
 
 def _report(manifest: Manifest) -> list[str]:
     counts, recipe = manifest.pairs, manifest.recipe
-    what_became = (
-        f"Trained on {counts.trained} pairs; left out {counts.held_out} held out, {counts.disputed} disputed, "
-        f"{counts.too_long} longer than {recipe.max_length} tokens, {counts.unbalanced} for balance of length."
+    summary = (
+        f"Trained on {counts.trained} pairs; left out: {counts.held_out} held out, {counts.disputed} disputed, "
+        f"{counts.too_long} longer than {recipe.max_length} tokens, {counts.unbalanced} to balance lengths."
     )
-    lines = [what_became]
+    lines = [summary]
     if recipe.patience is not None:
-        lines.append(f"Made {manifest.num_steps} steps and kept the weights of step {manifest.selected_step}.")
-    if manifest.agreement is not None:
-        lines.append(describe_agreement(manifest.agreement))
+        lines.append(
+            f"Stopped after {manifest.num_steps} steps and selected the weights of step {manifest.selected_step}."
+        )
+    if manifest.annotator_agreement is not None:
+        lines.append(describe_annotator_agreement(manifest.annotator_agreement))
     return lines + [describe(name, evaluation) for name, evaluation in manifest.evaluations.items()]
 
 
@@ -165,11 +170,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--base", default=DEMO, help="SFT or instruct checkpoint: a folder, a hub id, or 'demo'")
     add("--out", type=Path, required=True, help="folder for the model")
     add("--merge", type=Path, metavar="DIR", help="also merge adapter and base into a plain checkpoint folder")
-    add("--eval", nargs="+", default=[], help=f"pairs to evaluate on, the first also while training: {sources}")
-    add("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    _add_weights_options(parser.add_argument_group("what is trained"))
-    _add_pairs_options(parser.add_argument_group("which pairs"))
-    _add_steps_options(parser.add_argument_group("how"))
+    add("--eval", nargs="+", default=[], help=f"pairs to evaluate on, the first source also during training: {sources}")
+    add("--resume", action="store_true", help="continue from the last checkpoint in --out")
+    _add_weights_options(parser.add_argument_group("weights"))
+    _add_pairs_options(parser.add_argument_group("pairs"))
+    _add_steps_options(parser.add_argument_group("optimization"))
     return parser
 
 
@@ -186,15 +191,24 @@ def _add_weights_options(group: argparse._ArgumentGroup) -> None:
 
 def _add_pairs_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--max-length", type=int, default=_DEFAULT.max_length, help="tokens; pairs that are longer are left out")
-    add("--shorten-prompts", action="store_true", help="drop the oldest exchanges of long conversations")
-    add("--balance-lengths", action="store_true", help="leave pairs out until longer and shorter answers win equally")
-    add("--hold-out-percent", type=float, default=_DEFAULT.hold_out_percent, help="share of prompts never trained on")
+    add("--max-length", type=int, default=_DEFAULT.max_length, help="tokens; longer pairs are left out")
+    add("--shorten-prompts", action="store_true", help="remove the oldest messages of long conversations")
+    add(
+        "--balance-lengths",
+        action="store_true",
+        help="leave pairs out until longer and shorter completions are chosen equally often",
+    )
+    add(
+        "--hold-out-percent",
+        type=float,
+        default=_DEFAULT.hold_out_percent,
+        help="percentage of the prompts that are never trained on",
+    )
     add(
         "--min-support",
         type=float,
         default=_DEFAULT.min_support,
-        help="leave out pairs of which a smaller share of the reviewers chose the chosen answer",
+        help="leave out pairs of which a smaller share of the annotators preferred the chosen completion",
     )
 
 
@@ -202,13 +216,18 @@ def _add_steps_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--epochs", type=float, default=_DEFAULT.epochs, help="passes over the pairs")
     add("--learning-rate", type=float, default=_DEFAULT.learning_rate, help="peak of the learning rate")
-    add("--warmup-share", type=float, default=_DEFAULT.warmup_share, help="share of the steps to warm up")
+    add("--warmup-share", type=float, default=_DEFAULT.warmup_share, help="share of the steps for the warm-up")
     add("--batch-pairs", type=int, default=_DEFAULT.batch_pairs, help="pairs per optimizer step")
     add("--micro-batch-pairs", type=int, default=_DEFAULT.micro_batch_pairs, help="pairs per backward pass")
-    add("--center-coefficient", type=float, default=_DEFAULT.center_coefficient, help="pin the rewards' zero; try 0.01")
+    add(
+        "--center-coefficient",
+        type=float,
+        default=_DEFAULT.center_coefficient,
+        help="weight of the centring term, which fixes the zero of the rewards; try 0.01",
+    )
     add("--patience", type=int, default=_DEFAULT.patience, help="stop after this many evaluations without a lower loss")
     add("--eval-steps", type=int, default=_DEFAULT.eval_steps, help="steps between evaluations")
-    add("--eval-pairs", type=int, default=_DEFAULT.eval_pairs, help="pairs of an evaluation while training")
+    add("--eval-pairs", type=int, default=_DEFAULT.eval_pairs, help="pairs of an evaluation during training")
     add("--checkpoint-steps", type=int, default=_DEFAULT.checkpoint_steps, help="steps between checkpoints")
     add("--seed", type=int, default=_DEFAULT.seed, help="of the order of pairs and of random draws")
 

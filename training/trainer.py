@@ -1,7 +1,7 @@
-"""One training run: TRL's RewardTrainer with our recipe, on pairs that are already tokenized.
+"""Runs TRL's RewardTrainer with a recipe, on tokenized pairs.
 
-The loss is TRL's: the negative log-likelihood of the Bradley-Terry model, with a centring term where the recipe asks
-for it. What that is stands in training.bradley_terry and training.tensor_loss, which tests hold TRL's to.
+The loss is TRL's: the negative log-likelihood of the Bradley-Terry model, with a centring term if the recipe has one.
+``training.bradley_terry`` and ``training.tensor_loss`` define both, and tests compare TRL with them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from training.shared_prompts import prompts_shared
 
 
 class LogFile(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """Appends what the trainer logs (loss, accuracy, margin, ...) to a file, one JSON object a line."""
+    """Appends the metrics that the trainer logs (loss, accuracy, margin, ...) to a file, one JSON object a line."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -53,15 +53,16 @@ class LogFile(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
 
 @dataclass(frozen=True, slots=True)
 class TrainingRun:
-    """What a run ended with.
-
-    ``model``: a PEFT model unless the recipe trains all weights. ``num_steps``: optimizer steps that were made;
-    ``selected_step``: the one whose weights the model has.
-    """
+    """The result of a training run."""
 
     model: PreTrainedModel
+    """A PEFT model unless the recipe trains all weights."""
+
     num_steps: int
+    """Optimizer steps of the run."""
+
     selected_step: int
+    """The step whose weights ``model`` has."""
 
 
 def run_training(
@@ -76,10 +77,10 @@ def run_training(
 ) -> TrainingRun:
     """Train, and return the trained model, rounded to the recipe's dtype.
 
-    Rounded, because that is how it will be saved: what is evaluated afterwards is what ships. Checkpoints go to
-    ``out_dir/checkpoints`` and log lines to ``out_dir/log.jsonl`` while it runs; ``resume`` goes on from the last
-    checkpoint. Pairs longer than the recipe's limit must have been left out before. With ``recipe.patience`` it stops
-    on a plateau of the loss on ``eval_pairs``, and the model is the best one seen there.
+    It is rounded because that is how it is saved, so that an evaluation afterwards is one of the saved weights.
+    Checkpoints go to ``out_dir/checkpoints`` and metrics to ``out_dir/log.jsonl``; ``resume`` continues from the last
+    checkpoint. Pairs longer than the recipe's limit must have been left out before. With ``recipe.patience`` training
+    stops when the loss on ``eval_pairs`` no longer falls, and the model is the one with the lowest loss.
     """
     trainer = RewardTrainer(
         model=model,
@@ -121,13 +122,13 @@ def _trainer_settings(recipe: Recipe, *, num_pairs: int, evaluates: bool, out_di
         center_rewards_coefficient=recipe.center_coefficient,
         bf16=recipe.dtype == "bf16",
         use_cpu=not torch.cuda.is_available(),
-        # Batches of like length waste little on padding; the sampler finds the length in a column of ours.
+        # Batches of similar lengths have little padding; the sampler reads the lengths from this column.
         train_sampling_strategy="group_by_length",
         length_column_name="num_tokens",
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         logging_steps=10,
-        # The best weights can only be gone back to where they were saved.
+        # The best weights can only be restored from a saved checkpoint.
         save_steps=recipe.eval_steps if stops_early else recipe.checkpoint_steps,
         save_total_limit=2,
         load_best_model_at_end=stops_early,

@@ -16,6 +16,7 @@ from sklearn.metrics import roc_auc_score
 
 from service.diagnostics.calibration_facts import Detection, LengthCorrelations, Rate, SelfTest
 from service.diagnostics.conformal import Scores, conformal_p
+from service.diagnostics.correlation import pearson_correlation
 
 Ints = NDArray[np.int64]
 NUM_FOLDS = 10
@@ -91,6 +92,4 @@ def _centred(values: Scores, prompts: Ints) -> Scores:
 
 
 def _correlation(left: Scores, right: Scores) -> float:
-    if len(left) < 3 or not np.ptp(left) or not np.ptp(right):
-        return math.nan
-    return float(np.corrcoef(left, right)[0, 1])
+    return pearson_correlation(left, right) if len(left) >= 3 else math.nan

@@ -20,8 +20,8 @@ import numpy as np
 from reward_client.provenance import TRAINING_MANIFEST_FILE
 from rich.console import Console
 
-from export.onnx.agreement import BOUNDS, Bounds, compare_rewards, validate_parity
 from export.onnx.probe_texts import MAX_TOKENS, built_in_items, encode_items, read_items
+from export.onnx.reward_comparison import BOUNDS, Bounds, compare_rewards, validate_parity
 from service.checkpoints.bundle import (
     FORMAT_VERSION,
     ExportParity,

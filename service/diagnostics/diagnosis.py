@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from reward_client.options import DiagnosticsLevel
 
 from service.diagnostics.calibration import Calibration
+from service.diagnostics.correlation import pearson_correlation
 from service.diagnostics.item_state import ItemState, Outcome, outcomes_of
 from service.diagnostics.length import length_report
 from service.diagnostics.ood import OodDetector
@@ -215,11 +216,7 @@ def _length_correlation(scores: Sequence[Score], rewards: NDArray[np.float64]) -
     known = [length for length in lengths if length is not None]
     if len(known) < len(scores) or len(known) < 3:
         return None
-    log_lengths = np.log1p(known)
-    # By range and not by standard deviation: rounding of the mean gives equal numbers a small deviation.
-    if np.ptp(log_lengths) == 0 or np.ptp(rewards) == 0:
-        return None
-    correlation = float(np.corrcoef(log_lengths, rewards)[0, 1])
+    correlation = pearson_correlation(np.log1p(known), rewards)
     return correlation if math.isfinite(correlation) else None
 
 

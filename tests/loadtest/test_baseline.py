@@ -1,4 +1,4 @@
-"""The plain server is a correct one: what it is measured against would mean nothing otherwise."""
+"""The plain server returns correct rewards, so that a comparison with it has a meaning."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from loadtest.baseline import MAX_BATCH_ITEMS, PaddedScorer, make_app
 from loadtest.random_checkpoint import ModelShape, write_random_checkpoint
-from loadtest.workload import LengthLaw, draw_groups
+from loadtest.workload import LengthDistribution, draw_groups
 
-SHORT = LengthLaw(median=12, sigma=0.8, longest=60)
+SHORT = LengthDistribution(median=12, sigma=0.8, longest=60)
 TINY = ModelShape(vocabulary=1024, hidden=32, intermediate=64, layers=2, heads=4, kv_heads=2, positions=256)
 
 
@@ -23,7 +23,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_rewards_equal_plain_transformers(checkpoint: Path) -> None:
-    """Each item's reward over HTTP, from padded batches, is that of transformers for this item alone."""
+    """Each item's reward over HTTP, from padded batches, is that of transformers for the item alone."""
     items = [item for group in draw_groups(5, 4, seed=1, prompts=SHORT, completions=SHORT) for item in group.items]
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     model = AutoModelForSequenceClassification.from_pretrained(checkpoint, num_labels=1, dtype=torch.float32).eval()
@@ -39,8 +39,8 @@ def test_rewards_equal_plain_transformers(checkpoint: Path) -> None:
     assert [result["reward"] for result in answer["results"]] == pytest.approx(alone, abs=1e-5)
 
 
-def test_a_bulk_request_is_cut_into_batches_of_sixteen_in_arrival_order(checkpoint: Path) -> None:
-    """The plain server batches as people write it first: nothing sorted, nothing shared."""
+def test_a_bulk_request_is_split_into_batches_of_sixteen_in_arrival_order(checkpoint: Path) -> None:
+    """The plain server batches in arrival order: it neither sorts nor shares prefixes."""
     scorer = PaddedScorer(checkpoint, torch.float32)
     batches: list[list[str]] = []
     score = scorer.score
@@ -54,8 +54,8 @@ def test_a_bulk_request_is_cut_into_batches_of_sixteen_in_arrival_order(checkpoi
     assert [item["prompt"] for item in items] == [prompt for batch in batches for prompt in batch]
 
 
-def test_a_raising_model_fails_its_callers_and_not_the_next(checkpoint: Path) -> None:
-    """An error reaches those who wait for that batch, and the server goes on."""
+def test_an_error_fails_its_batch_and_not_the_next(checkpoint: Path) -> None:
+    """An error reaches the callers of that batch, and the server continues."""
     scorer = PaddedScorer(checkpoint, torch.float32)
     score = scorer.score
     outcomes = iter([True, False])

@@ -1,4 +1,4 @@
-"""The whole command, against the plain server and against one that speaks like vLLM."""
+"""The whole command, against the plain server and against a double of vLLM."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from loadtest.compare import main
 from loadtest.random_checkpoint import ModelShape, write_random_checkpoint
 
 TINY = ModelShape(vocabulary=1024, hidden=32, intermediate=64, layers=2, heads=4, kv_heads=2, positions=4096)
-SPEAKS_LIKE_VLLM = Path(__file__).parents[1] / "support" / "vllm_double.py"
+VLLM_DOUBLE = Path(__file__).parents[1] / "support" / "vllm_double.py"
 
 
 def test_vllm_needs_an_interpreter(capsys: pytest.CaptureFixture[str]) -> None:
-    """Without the environment that has vLLM the command ends before anything is started."""
+    """Without the interpreter of vLLM's environment the command ends before anything is started."""
     with pytest.raises(SystemExit) as ended:
         main(["--peer", "vllm"])
 
@@ -27,34 +27,34 @@ def test_vllm_needs_an_interpreter(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("peer", ["plain", "vllm"])
-def test_the_command_measures_both_servers_and_leaves_nothing_behind(tmp_path: Path, peer: str) -> None:
-    """End to end on a tiny model: rewards agree, every figure is there, and both servers are gone afterwards."""
+def test_the_command_measures_both_servers_and_ends_them(tmp_path: Path, peer: str) -> None:
+    """End to end on a tiny model: rewards match, all figures are there, and both servers have ended afterwards."""
     model = write_random_checkpoint(tmp_path / "tiny", TINY, dtype="float32")
 
-    done, said = compare(model, tmp_path, peer)
+    done, report = compare(model, tmp_path, peer)
 
     assert done.returncode == 0, done.stdout + done.stderr
-    assert said["agrees"]
-    assert {between: agreement["num_items"] for between, agreement in said["agreements"].items()} == {
-        f"ours against {peer}": said["agreements"][f"ours against {peer}"]["num_items"],
+    assert report["rewards_match"]
+    assert {name: comparison["num_items"] for name, comparison in report["comparisons"].items()} == {
+        f"ours against {peer}": report["comparisons"][f"ours against {peer}"]["num_items"],
         "ours against transformers in fp32": 64 if peer == "vllm" else 48,
         f"{peer} against transformers in fp32": 64 if peer == "vllm" else 48,
     }
-    assert all(shape["ratio"] > 0 for shape in said["shapes"])
-    assert len(said["measurements"]) == 2 * len(said["shapes"])
+    assert all(shape["ratio"] > 0 for shape in report["shapes"])
+    assert len(report["measurements"]) == 2 * len(report["shapes"])
     assert not [process for process in Path("/proc").glob("[0-9]*") if _mentions(process, str(model))]
 
 
 @pytest.mark.slow
-def test_a_faster_wrong_number_fails_the_command(tmp_path: Path) -> None:
-    """A peer that answers at once and makes its rewards up is no peer, and the exit status says so."""
+def test_wrong_rewards_fail_the_command(tmp_path: Path) -> None:
+    """If the peer's rewards are wrong, the exit status is 1, however fast it is."""
     model = write_random_checkpoint(tmp_path / "tiny", TINY, dtype="float32")
 
-    done, said = compare(model, tmp_path, "vllm", wrong_rewards=True)
+    done, report = compare(model, tmp_path, "vllm", wrong_rewards=True)
 
     assert done.returncode == 1
-    assert said["agreements"]["ours against transformers in fp32"]["agrees"]
-    assert not said["agreements"]["vllm against transformers in fp32"]["agrees"]
+    assert report["comparisons"]["ours against transformers in fp32"]["rewards_match"]
+    assert not report["comparisons"]["vllm against transformers in fp32"]["rewards_match"]
 
 
 def compare(
@@ -70,10 +70,10 @@ def compare(
 
 
 def interpreter(folder: Path, *, wrong_rewards: bool) -> Path:
-    """Write an interpreter of an environment in which vLLM seems to be installed."""
+    """Write a stand-in for the interpreter of vLLM's environment, which runs the double."""
     script = folder / "python"
     flag = "--wrong-rewards" if wrong_rewards else ""
-    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{SPEAKS_LIKE_VLLM}" {flag} "$@"\n')
+    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{VLLM_DOUBLE}" {flag} "$@"\n')
     script.chmod(0o755)
     return script
 

@@ -1,4 +1,4 @@
-"""Side by side on a tiny model: the plan of a run, its work, its ways, its figures, and once the whole command."""
+"""The engine comparison on a tiny model: plan, work, ways, figures, and the whole command."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import torch
 from launching_engine import LaunchingOracle
 
 from loadtest import matmul_limit
-from loadtest.agreement import Agreement, agreement_between
 from loadtest.contenders import (
     LIMIT,
     REFERENCE,
@@ -29,12 +28,13 @@ from loadtest.contenders import (
     score_in_batches,
 )
 from loadtest.device_busy import covered
-from loadtest.engine_report import Finding, Measurement, as_data, draw_plot, findings, gains, table
+from loadtest.engine_report import Finding, Measurement, as_data, draw_plot, findings, speed_ups, table
 from loadtest.engine_rounds import plan_steps, run_rounds
 from loadtest.engine_work import Work, read_groups, tokenize
 from loadtest.matmul_limit import layer_shapes, measure_limit
 from loadtest.measuring_process import ContenderFailedError
 from loadtest.random_checkpoint import ModelShape, write_random_checkpoint
+from loadtest.reward_comparison import RewardComparison, compare_rewards
 from loadtest.workload import PANDALM_COMPLETIONS, PANDALM_PROMPTS, WORKLOADS, draw_groups
 from service.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from service.engines.oracle import oracle_reward
@@ -72,8 +72,8 @@ def measured(way: str, round_: int, seconds: float, num_computed: int = 100) -> 
 # --- Plan ------------------------------------------------------------------------------------------------------------
 
 
-def test_every_way_warms_up_uncounted_and_takes_its_turn_in_coming_first() -> None:
-    """The limit opens each round, no way always follows it, and each way is in each round once."""
+def test_every_way_warms_up_uncounted_and_is_first_in_turn() -> None:
+    """The limit is first in each round, the way after it alternates, and each way is in each round once."""
     steps = list(plan_steps(["work"], ["a", "b"], num_rounds=2))
 
     assert [(step.round, step.way) for step in steps] == [
@@ -83,8 +83,8 @@ def test_every_way_warms_up_uncounted_and_takes_its_turn_in_coming_first() -> No
     ]
 
 
-def test_padded_batches_hold_every_place_once() -> None:
-    """In order of arrival or of length, the last batch may be smaller."""
+def test_padded_batches_have_every_index_once() -> None:
+    """They are in order of arrival or by length, and the last batch may be smaller."""
     lengths = [5, 9, 1, 7, 3]
 
     assert padded_batches(lengths, 2, by_length=False) == [[0, 1], [2, 3], [4]]
@@ -96,7 +96,7 @@ def test_padded_batches_hold_every_place_once() -> None:
 
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_workloads_are_reproducible_and_fill_their_groups(name: str) -> None:
-    """Equal seeds give equal texts, other seeds others; the number of items is rounded up to whole groups."""
+    """Equal seeds give equal texts, different seeds different ones; the items are rounded up to whole groups."""
     workload = WORKLOADS[name]
 
     groups = workload.draw(10, seed=3)
@@ -107,7 +107,7 @@ def test_workloads_are_reproducible_and_fill_their_groups(name: str) -> None:
 
 
 def test_mixed_work_is_longer_than_short_and_shorter_than_long() -> None:
-    """The names of the workloads tell their lengths."""
+    """The workloads' lengths are as their names say."""
     chars = {
         name: sum(len(group.prompt + group.completions[0]) for group in WORKLOADS[name].draw(99, seed=1))
         for name in ("short", "mixed", "long")
@@ -116,8 +116,8 @@ def test_mixed_work_is_longer_than_short_and_shorter_than_long() -> None:
     assert all(2 * shorter < longer for shorter, longer in pairwise(chars.values()))
 
 
-def test_rows_of_a_file_are_scored_as_they_are(tmp_path: Path, checkpoint: Checkpoint) -> None:
-    """Items, pairs and conversations become groups; a completion beyond the limit is counted as refused."""
+def test_rows_of_a_file_become_groups(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    """Items, pairs and conversations are read; a completion above the token limit is counted as refused."""
     rows = [
         {"prompt": "new work", "completion": " good day"},
         {
@@ -154,7 +154,7 @@ def test_row_that_is_neither_item_nor_pair_is_refused_by_its_place(tmp_path: Pat
 def test_all_ways_give_the_rewards_of_the_reference_in_the_order_of_the_work(
     setup: Setup, checkpoint: Checkpoint
 ) -> None:
-    """Batches are formed differently, rewards come back in order and are equal up to rounding in fp32."""
+    """Batches differ, but rewards are in order and equal up to rounding in fp32."""
     work = tokenize(draw_groups(2, 3, 5, PANDALM_PROMPTS, PANDALM_COMPLETIONS), checkpoint)
     ways: dict[str, Way] = {**plain(setup), **ours(setup)}
 
@@ -167,7 +167,7 @@ def test_all_ways_give_the_rewards_of_the_reference_in_the_order_of_the_work(
 
 
 def test_limit_counts_two_operations_for_each_weight_of_the_layers(setup: Setup, checkpoint: Checkpoint) -> None:
-    """Attention and feed-forward matrices are counted, embeddings and head are not."""
+    """Attention and feed-forward matrices are counted; embeddings and head are not."""
     outcome = limit(setup)[LIMIT](Work((), ()))
 
     num_weights = TINY.layers * (64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 96)
@@ -177,7 +177,7 @@ def test_limit_counts_two_operations_for_each_weight_of_the_layers(setup: Setup,
 
 
 def test_limit_adds_up_the_layers_by_their_count() -> None:
-    """With a clock that moves by a second at each look, three layers of two shapes take three seconds."""
+    """With a clock that advances by a second at each call, three layers of two shapes take three seconds."""
     clock = count()
 
     limit_found = measure_limit({(8, 8): 2, (8, 16): 1}, 6, torch.float32, torch.device("cpu"), lambda: next(clock))
@@ -188,7 +188,7 @@ def test_limit_adds_up_the_layers_by_their_count() -> None:
 
 
 def test_limit_takes_the_faster_arithmetic_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU that multiplies fp32 twice as fast as bfloat16 has that for its limit; a GPU is asked for its own alone."""
+    """If a CPU multiplies fp32 faster than bfloat16, fp32 is its limit; a GPU measures its dtype alone."""
     seconds = {torch.bfloat16: 2.0, torch.float32: 1.0}
     monkeypatch.setattr(matmul_limit, "_multiply", lambda _rows, _shape, dtype, *_: seconds[dtype])
 
@@ -201,29 +201,29 @@ def test_limit_takes_the_faster_arithmetic_of_a_cpu(monkeypatch: pytest.MonkeyPa
 
 
 def test_figures_are_medians_of_rounds_and_ratios_are_taken_within_a_round() -> None:
-    """A case worked out by hand: two rounds, of which the second was twice as slow for everybody."""
+    """A hand calculation: two rounds, of which the second was twice as slow for both ways."""
     measurements = [
         measured("base", 0, 1.0),
         measured("ours", 0, 0.5, num_computed=60),
         measured("base", 1, 2.0),
         measured("ours", 1, 1.0, num_computed=60),
     ]
-    agreement = agreement_between([0.0, 1.0], [0.0, 1.5])
+    comparison = compare_rewards([0.0, 1.0], [0.0, 1.5])
 
-    base, ours_found = findings(measurements, {("work", "base"): agreement, ("work", "ours"): agreement}, "base")
+    base, ours_found = findings(measurements, {("work", "base"): comparison, ("work", "ours"): comparison}, "base")
 
     assert (base.ratio, ours_found.ratio) == (1.0, 2.0)
     assert ours_found.tokens_per_s == pytest.approx(150.0)
     assert ours_found.items_per_s == pytest.approx(15.0)
-    # Only what was computed counts against the limit: 120 and 60 of 1,000 tokens a second.
+    # Only computed tokens count for the limit: 120 and 60 of 1,000 tokens a second.
     assert ours_found.limit_share == pytest.approx(0.09)
 
 
-def test_findings_are_shown_written_and_drawn(tmp_path: Path) -> None:
-    """Table, JSON and plot hold every way."""
-    agreement = agreement_between([0.0, 1.0], [0.0, 1.5])
+def test_findings_are_printed_written_and_drawn(tmp_path: Path) -> None:
+    """Table, JSON and plot have every way."""
+    comparison = compare_rewards([0.0, 1.0], [0.0, 1.5])
     measurements = [measured("base", 0, 1.0), measured("ours", 0, 0.5)]
-    found = findings(measurements, {("work", "base"): agreement, ("work", "ours"): agreement}, "base")
+    found = findings(measurements, {("work", "base"): comparison, ("work", "ours"): comparison}, "base")
 
     draw_plot(found, {"work": 1000.0}, "tiny", tmp_path / "plot.png")
 
@@ -250,14 +250,14 @@ def fails_to_score(_: Setup) -> Mapping[str, Way]:
     ("contender", "words"), [(fails_to_load, "no such weights"), (fails_to_score, "no such kernel")]
 )
 def test_contender_that_fails_ends_the_run_with_its_own_words(contender: object, words: str, setup: Setup) -> None:
-    """Nothing is measured around a way that failed."""
+    """A way that fails ends the measurement with its exception's message."""
     with pytest.raises(ContenderFailedError, match=f"broken: ValueError: {words}"):
         run_rounds({"broken": contender}, setup, {"work": Work((), ())}, 1, lambda *_: None)  # type: ignore[dict-item]
 
 
 @pytest.mark.slow
-def test_command_measures_every_way_and_writes_what_it_found(tmp_path: Path, checkpoint: Checkpoint) -> None:
-    """The whole command on a tiny model: all ways agree with the reference, and none beats the limit."""
+def test_command_measures_every_way_and_writes_the_findings(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    """The whole command on a tiny model: the rewards of all ways match the reference."""
     command = [
         *(sys.executable, "-m", "loadtest.engines", "--model", str(checkpoint.path), "--dtype", "float32"),
         *("--workloads", "independent", "--items", "8", "--rounds", "1", "--json", str(tmp_path / "found.json")),
@@ -267,7 +267,7 @@ def test_command_measures_every_way_and_writes_what_it_found(tmp_path: Path, che
 
     report = json.loads((tmp_path / "found.json").read_text())
     assert {"plain, one by one", "plain, padded 16", "ours, packed"} <= {one["way"] for one in report["findings"]}
-    assert all(one["agreement"]["max_difference"] < 1e-4 for one in report["findings"])
+    assert all(one["comparison"]["max_difference"] < 1e-4 for one in report["findings"])
     assert all(one["limit_share"] > 0 for one in report["measurements"])
 
 
@@ -287,24 +287,24 @@ def test_batches_are_launched_ahead_where_the_engine_can() -> None:
         assert engine.max_in_flight == most
 
 
-def test_gains_are_of_the_last_word_of_a_name() -> None:
-    """Each way is compared with the one whose name lacks its last word, in the same workload only."""
-    agreement, shared = Agreement(4, 0.0, 1.0, 1.0), "ours, packed, shared prefixes"
+def test_speed_ups_are_by_the_last_part_of_a_name() -> None:
+    """Each way is compared with the one whose name lacks its last part, in the same workload only."""
+    comparison, shared = RewardComparison(4, 0.0, 1.0, 1.0), "ours, packed, shared prefixes"
     speeds = {"ours, packed": 100.0, shared: 250.0, f"{shared}, fp8": 300.0}
-    found = [Finding("groups", way, 1.0, speed, 0.5, 1.0, agreement) for way, speed in speeds.items()]
-    found += [Finding("alone", shared, 1.0, 100.0, 0.5, 1.0, agreement)]
+    found = [Finding("groups", way, 1.0, speed, 0.5, 1.0, comparison) for way, speed in speeds.items()]
+    found += [Finding("alone", shared, 1.0, 100.0, 0.5, 1.0, comparison)]
 
-    assert gains(found) == ["groups: shared prefixes x 2.50, fp8 x 1.20"]
+    assert speed_ups(found) == ["groups: shared prefixes x 2.50, fp8 x 1.20"]
 
 
 def test_busy_time_counts_overlapping_kernels_once() -> None:
-    """Spans that overlap, touch or lie within each other count for the time that they cover together."""
+    """Overlapping, adjacent and nested spans count for the length of their union."""
     assert covered([]) == 0
     assert covered([(3, 5), (0, 2), (1, 2.5), (4, 4.5), (5, 6)]) == 2.5 + 3
 
 
 def test_even_items_have_512_tokens() -> None:
-    """The workload of even items is as long as its name says, item by item."""
+    """Every item of the workload has exactly 512 words."""
     lengths = {
         len(item["prompt"].split()) + len(item["completion"].split())
         for group in WORKLOADS["512 tokens"].draw(20, seed=1)

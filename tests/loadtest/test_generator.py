@@ -1,4 +1,4 @@
-"""The generator against a real socket."""
+"""The generator sends requests over real sockets and measures rewards only."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from loadtest.generator import send_all
 from loadtest.wire import UnexpectedAnswer, VllmWire
 
 
-def test_replies_stand_in_the_order_of_the_requests_and_connections_are_kept() -> None:
-    """Whatever answers first, replies are those of their requests, and only so many connections are used."""
+def test_replies_are_in_the_order_of_the_requests_and_connections_are_reused() -> None:
+    """Replies are assigned to their requests, and no more than the given number of connections is used."""
 
     class Counting(World):
         """Rewards are prompt numbers; counts its connections."""
@@ -36,11 +36,11 @@ def test_replies_stand_in_the_order_of_the_requests_and_connections_are_kept() -
     assert 0 < run.latency_s(0.5) <= run.latency_s(0.95) <= run.wall_s
 
 
-def test_a_connection_that_is_given_up_is_opened_anew() -> None:
-    """A server that says it closes, as a proxy does on its way out, loses no request."""
+def test_a_closed_connection_is_opened_again() -> None:
+    """No request is lost where the server announces that it closes the connection."""
 
     class Leaving(World):
-        """Closes each connection behind its second answer."""
+        """Closes each connection after its second response."""
 
         async def answer(self, request: Request) -> AsyncIterator[bytes]:
             content = json.dumps({"results": [{"reward": float(request.body["items"][0]["prompt"])}]}).encode()
@@ -54,7 +54,7 @@ def test_a_connection_that_is_given_up_is_opened_anew() -> None:
 
 
 @pytest.mark.parametrize(
-    "said",
+    "given",
     [
         problem("503 Service Unavailable", "overloaded"),
         ok({"results": [{"error": {}}]}),
@@ -62,28 +62,28 @@ def test_a_connection_that_is_given_up_is_opened_anew() -> None:
     ],
     ids=["not-a-200", "item-error", "no-length"],
 )
-def test_anything_but_rewards_ends_the_measurement(said: bytes) -> None:
-    """A fast refusal must never count as fast scoring."""
+def test_a_response_without_rewards_ends_the_measurement(given: bytes) -> None:
+    """A fast refusal does not count as fast scoring."""
 
-    class Saying(World):
-        """Says one thing."""
+    class Fixed(World):
+        """Returns the same response to every request."""
 
         async def answer(self, request: Request) -> AsyncIterator[bytes]:
-            yield said
+            yield given
 
-    with running(Saying()) as world, pytest.raises(UnexpectedAnswer):
+    with running(Fixed()) as world, pytest.raises(UnexpectedAnswer):
         _ = send_all(world.url, [b'{"items": []}'], num_connections=1).rewards
 
 
 def test_a_wire_format_has_its_own_path_and_reading() -> None:
-    """Requests go where the format says, and its answers are read as it says."""
+    """Requests go to the format's path, and responses are parsed by the format."""
 
     class Classifier(World):
-        """Says where it was asked."""
+        """Returns a reward for the path of the request."""
 
         async def answer(self, request: Request) -> AsyncIterator[bytes]:
-            asked = {"/classify": 1.5}[request.path]
-            yield ok({"data": [{"index": 0, "probs": [asked]}]})
+            reward = {"/classify": 1.5}[request.path]
+            yield ok({"data": [{"index": 0, "probs": [reward]}]})
 
     with running(Classifier()) as world:
         run = send_all(world.url, [b'{"input": ["a"]}'], num_connections=1, wire=VllmWire(tokenizer=None))

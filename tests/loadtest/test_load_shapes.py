@@ -1,4 +1,4 @@
-"""Load shapes: what goes into which request, and that no text is sent twice."""
+"""Load shapes assign every item to a request, and no text is sent twice."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ALL_SHAPES = {shape.name: shape for shape in [*shapes_against_plain(2, 3), *shap
 def test_each_shape_sends_what_its_name_says(
     name: str, num_requests: int, num_items: int, num_connections: int, num_prompts: int
 ) -> None:
-    """Requests, items, connections and prompts of two groups sent singly or three in bulk."""
+    """The numbers of requests, items, connections and prompts, for two groups sent singly or three in bulk."""
     shape = ALL_SHAPES[name]
 
     requests = shape.requests(seed=1)
@@ -37,7 +37,7 @@ def test_each_shape_sends_what_its_name_says(
 
 
 def test_no_pass_repeats_a_prompt_of_another() -> None:
-    """A cache that outlives a pass has nothing for the next, whatever the shape, the round, and the warm-up's seed."""
+    """No cache can help between passes, whatever the shape and round, and after the warm-up."""
     shapes = shapes_against_vllm(4, 4)
 
     planned = [*passes(shapes, rounds=3, seed=1), *passes(shapes, rounds=1, seed=0)]
@@ -47,8 +47,8 @@ def test_no_pass_repeats_a_prompt_of_another() -> None:
     assert sum(map(len, seen)) == len(set().union(*seen))
 
 
-def test_passes_come_round_by_round() -> None:
-    """Rounds are whole, so that a ratio compares figures of neighbouring minutes."""
+def test_passes_are_ordered_by_round() -> None:
+    """All shapes of a round precede the next round, so that a ratio compares figures close in time."""
     shapes = shapes_against_plain(1, 1)
 
     assert [(one.round, one.shape.name) for one in passes(shapes, rounds=2, seed=1)] == [
@@ -56,8 +56,8 @@ def test_passes_come_round_by_round() -> None:
     ]
 
 
-def test_title_says_how_the_work_is_sent() -> None:
-    """A row of the table can be read alone."""
+def test_the_title_describes_how_the_work_is_sent() -> None:
+    """A row of the table can be understood alone."""
     assert [shape.title for shape in shapes_against_vllm(16, 16)] == [
         "16 groups of 8, shuffled: singly, 32 connections",
         "16 groups of 8: 1 request",

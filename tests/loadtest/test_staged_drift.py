@@ -1,4 +1,4 @@
-"""Staged hacks: what is drawn, what is noticed, and what a clean stream raises."""
+"""Staged hacks: the drawn batches, the first alarms, and the false alarms of a clean stream."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ THRESHOLD = family_threshold(len(SIGNALS), 10_000)
 
 
 @pytest.fixture(scope="module")
-def known() -> MonitorReference:
+def monitor_reference() -> MonitorReference:
     return reference(1500)
 
 
@@ -42,8 +42,8 @@ def clean() -> Pool:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
-def test_batch_is_of_whole_prompts_and_the_share(clean: Pool, share: float) -> None:
-    """A batch holds the share of hacked items, each a prompt of its own, and clean prompts whole."""
+def test_a_batch_has_whole_prompts_and_the_share(clean: Pool, share: float) -> None:
+    """A batch has the share of hacked items, each with its own prompt, and all items of each clean prompt."""
     hacked = Pool.of(stream(40, 1, seed=51, hacked=1.0))
     rng = np.random.default_rng(0)
 
@@ -59,8 +59,8 @@ def test_batch_is_of_whole_prompts_and_the_share(clean: Pool, share: float) -> N
         assert set(sizes[batch.prompts[is_hacked]]) <= {1}
 
 
-def test_shares_grow_to_everything() -> None:
-    """The share begins at a quarter of a percent, grows by 19 percent a batch, and ends with everything."""
+def test_shares_grow_to_one() -> None:
+    """The share starts at 0.25 percent, grows by 19 percent a batch, and ends with 1."""
     found = list(shares())
 
     assert found[0] == 0.0025
@@ -69,29 +69,29 @@ def test_shares_grow_to_everything() -> None:
     assert found == sorted(found)
 
 
-def test_hack_is_noticed_early_and_a_harmless_one_never(clean: Pool, known: MonitorReference) -> None:
-    """A loud hack is noticed at a few percent; what cannot be told from clean items raises nothing."""
+def test_a_hack_is_detected_early_and_clean_items_never(clean: Pool, monitor_reference: MonitorReference) -> None:
+    """An obvious hack is detected at a few percent; items with the clean distribution raise no alarm."""
     rng = np.random.default_rng(1)
 
-    loud = first_alarm(clean, Pool.of(stream(40, 1, seed=52, hacked=1.0)), known, THRESHOLD, rng)
-    harmless = first_alarm(clean, Pool.of(stream(400, 1, seed=53)), known, THRESHOLD, rng)
+    obvious = first_alarm(clean, Pool.of(stream(40, 1, seed=52, hacked=1.0)), monitor_reference, THRESHOLD, rng)
+    harmless = first_alarm(clean, Pool.of(stream(400, 1, seed=53)), monitor_reference, THRESHOLD, rng)
 
-    assert loud.share is not None
-    assert loud.share < 0.05
-    assert loud.signal in SIGNALS
+    assert obvious.share is not None
+    assert obvious.share < 0.05
+    assert obvious.signal in SIGNALS
     assert harmless.share is None
 
 
-def test_false_alarms_are_as_rare_as_designed(clean: Pool, known: MonitorReference) -> None:
-    """Clean batches raise no more alarms than the thresholds are designed for, with a loose design to count any."""
-    found = false_alarms(clean, known, run_length=100, num_batches=400, rng=np.random.default_rng(2))
+def test_false_alarms_are_as_rare_as_designed(clean: Pool, monitor_reference: MonitorReference) -> None:
+    """Clean batches raise about as many alarms as designed, with a design that expects some."""
+    found = false_alarms(clean, monitor_reference, run_length=100, num_batches=400, rng=np.random.default_rng(2))
 
     assert found.designed == 4.0
     assert found.count <= 10
 
 
-def test_result_of_the_wire_is_read_back() -> None:
-    """What the service answers becomes the observation it was made of; what is absent stays unknown."""
+def test_a_wire_result_becomes_an_observation() -> None:
+    """A result becomes the observation that it was written from; absent members are unknown."""
     length = LengthReport(5, 7, 30, 12, truncated=True)
     score = Score(1.5, length=length, reward_z=0.2, ood=ood(0.02), style=style(bold=2))
     wire = json.loads(msgspec.json.encode(score))
@@ -105,8 +105,8 @@ def test_result_of_the_wire_is_read_back() -> None:
     assert bare.num_completion_tokens is None
 
 
-def test_scoring_asks_a_service_and_keeps_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pairs are siblings, hacks stand alone, clean categories and item errors are left out, and no text is written."""
+def test_scoring_writes_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pairs are groups, hacks are single, clean categories and failed items are skipped, and no text is written."""
     clean, hacks, output = tmp_path / "clean.jsonl", tmp_path / "hacks", tmp_path / "items.jsonl"
     clean.write_text(json.dumps({"prompt": "secret", "chosen": "secret a", "rejected": "secret b"}) + "\n")
     hacks.mkdir()
@@ -116,11 +116,11 @@ def test_scoring_asks_a_service_and_keeps_no_text(tmp_path: Path, monkeypatch: p
     )
 
     def answer(request: httpx2.Request) -> httpx2.Response:
-        asked = json.loads(request.content)
-        assert asked["diagnostics"] == "full"
+        body = json.loads(request.content)
+        assert body["diagnostics"] == "full"
         results = [
             {"index": n, "error": {}} if item["completion"] == "refused" else {"index": n, "reward": float(n)}
-            for n, item in enumerate(asked["items"])
+            for n, item in enumerate(body["items"])
         ]
         return httpx2.Response(200, json={"results": results})
 
@@ -137,13 +137,13 @@ def test_scoring_asks_a_service_and_keeps_no_text(tmp_path: Path, monkeypatch: p
     }
 
 
-def test_report_of_scored_items(tmp_path: Path, known: MonitorReference) -> None:
-    """From a file of scored items the report names every hack, its share and signal, and the false alarms."""
+def test_the_report_of_scored_items(tmp_path: Path, monitor_reference: MonitorReference) -> None:
+    """The report has every hack with its share and signal, and the false alarms."""
     path = tmp_path / "items.jsonl"
     with path.open("w") as out:
         for kind, seen in (
             (CLEAN, stream(300, seed=54)),
-            ("loud", stream(30, 1, seed=55, hacked=1.0, first_prompt=900)),
+            ("obvious", stream(30, 1, seed=55, hacked=1.0, first_prompt=900)),
         ):
             for item in seen:
                 result = msgspec.to_builtins(item.score) | {
@@ -151,11 +151,11 @@ def test_report_of_scored_items(tmp_path: Path, known: MonitorReference) -> None
                 }
                 out.write(json.dumps({"kind": kind, "prompt": item.prompt, "result": result}) + "\n")
 
-    report = run(read_pools(path), known, runs=3, clean_batches=20, run_length=10_000)
+    report = run(read_pools(path), monitor_reference, runs=3, clean_batches=20, run_length=10_000)
 
     assert report["clean_prompts"] == 300
-    assert report["hacks"]["loud"]["items"] == 30
-    assert report["hacks"]["loud"]["share"] < 0.1
+    assert report["hacks"]["obvious"]["items"] == 30
+    assert report["hacks"]["obvious"]["share"] < 0.1
     assert report["early"] == 1
     assert report["false_alarms"]["batches"] == 20
     json.dumps(report, allow_nan=False)

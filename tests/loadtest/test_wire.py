@@ -1,4 +1,4 @@
-"""Wire formats: what is asked of each kind of server, and what counts as a reward in its answer."""
+"""Wire formats: the request for each kind of server, and what counts as a reward in its response."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Templated:
         return "".join(f"<{turn['role']}>{turn['content']}" for turn in turns)
 
 
-def test_our_format_sends_prompt_and_completion_as_they_are() -> None:
-    """Our service renders for itself."""
+def test_the_native_format_sends_prompt_and_completion_unchanged() -> None:
+    """The service renders the items itself."""
     assert json.loads(NATIVE.body(ITEMS)) == {"items": ITEMS}
 
 
@@ -36,10 +36,10 @@ def test_our_format_sends_prompt_and_completion_as_they_are() -> None:
     ],
     ids=["joined", "chat-template"],
 )
-def test_vllm_gets_rendered_texts_and_is_asked_for_raw_logits(
+def test_vllm_gets_rendered_texts_and_returns_raw_logits(
     tokenizer: object, texts: list[str], adds_special_tokens: bool
 ) -> None:
-    """Text and reward are as elsewhere: rendered by the template, and as the head gave it."""
+    """Texts are rendered by the chat template, and no activation is requested."""
     assert json.loads(VllmWire(tokenizer).body(ITEMS)) == {
         "input": texts,
         "use_activation": False,
@@ -56,7 +56,7 @@ def test_vllm_gets_rendered_texts_and_is_asked_for_raw_logits(
     ids=["native", "vllm"],
 )
 def test_rewards_are_read_in_the_order_of_the_items(wire: WireFormat, answer: dict) -> None:
-    """Each format says in its own way which reward is whose."""
+    """Each format assigns rewards to items in its own way."""
     assert wire.rewards(json.dumps(answer).encode()) == [0.5, -1.0]
 
 
@@ -70,7 +70,7 @@ def test_rewards_are_read_in_the_order_of_the_items(wire: WireFormat, answer: di
     ],
     ids=["item-error", "native-nan", "vllm-nan", "two-labels"],
 )
-def test_what_is_no_reward_is_refused(wire: WireFormat, answer: dict) -> None:
-    """An error in an item's place, a number that is none, or several labels end the measurement."""
+def test_a_response_without_a_reward_is_refused(wire: WireFormat, answer: dict) -> None:
+    """An item error, a NaN and several labels end the measurement."""
     with pytest.raises(UnexpectedAnswer):
         wire.rewards(json.dumps(answer).encode())

@@ -25,7 +25,7 @@ def polite_pairs(num_pairs: int, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def with_slips(rows: list[dict[str, Any]], every: int) -> list[dict[str, Any]]:
-    """The rows with every n-th label swapped, as by a careless reviewer."""
+    """The rows with every n-th label swapped, as by a careless annotator."""
     return [
         row | {"chosen": row["rejected"], "rejected": row["chosen"]} if number % every == 0 else row
         for number, row in enumerate(rows)

@@ -1,4 +1,4 @@
-"""What holds for the tests of training: one thread, since the models are so small that a second one only waits."""
+"""Fixtures of the training tests: one thread, because the models are too small for a second one to help."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Tests of other folders get their threads back."""
+    """Restore the number of threads for the tests of other folders."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,4 @@
-"""``reward-audit`` from files to a report: the rewards that it judges are those that the service gives."""
+"""``reward-audit`` from files to a report: it uses the rewards that the service returns."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def silent(_: int) -> None:
     """No progress bar."""
 
 
-def test_a_checkpoint_is_judged_by_its_served_rewards(tmp_path: Path) -> None:
-    """Accuracy and margin equal those of plain transformers on the same pairs; lengths are tokens, nothing fails."""
+def test_a_checkpoint_is_scored_as_the_service_scores(tmp_path: Path) -> None:
+    """Accuracy and margin equal those of plain transformers on the same pairs; lengths are in tokens."""
     checkpoint = write_tiny_checkpoint(tmp_path / "model")
     file = write_pairs(tmp_path / "pairs.jsonl", polite_pairs(40))
     pairs = list(read_pairs([file]))
@@ -54,7 +54,7 @@ def test_a_checkpoint_is_judged_by_its_served_rewards(tmp_path: Path) -> None:
 
 
 def test_a_pair_that_is_too_long_is_left_out(tmp_path: Path) -> None:
-    """Over the token limit there is no reward, and no made-up one; the progress bar still comes to its end."""
+    """A pair above the token limit has no reward, and the progress bar counts it all the same."""
     checkpoint = write_tiny_checkpoint(tmp_path)
     pairs = [PreferencePair("p", "word " * 2000, "no"), PreferencePair("p", "yes", "no")]
     counted: list[int] = []
@@ -81,7 +81,7 @@ def test_an_audit_names_the_version_that_is_served(tmp_path: Path, write: Callab
 
 
 class Sized(World):
-    """Says how long completions are, in tokens; one that spells 13 has no reward."""
+    """Reports the lengths of completions in tokens; the completion "13" has no reward."""
 
     async def answer(self, request: Request) -> AsyncIterator[bytes]:
         if request.path.startswith("/v1/model"):
@@ -96,34 +96,34 @@ class Sized(World):
         yield ok(answer)
 
 
-def test_a_service_is_judged_by_what_it_answers() -> None:
-    """Rewards and lengths come over HTTP in order; an item without a reward takes its pair along and no other."""
+def test_a_service_is_scored_over_http() -> None:
+    """Rewards and lengths are in order; an item without a reward excludes its pair and no other."""
     prompt = (Message("user", "why?"),)
     pairs = [PreferencePair(prompt, str(n + 1), str(n)) for n in range(20)]
 
     with running(Sized()) as world, RewardClient(world.url) as client:
         scorer = ServiceScorer(client)
         scored = score_pairs(pairs, scorer, silent)
-        told = scorer.description()
+        description = scorer.description()
 
     assert [pair.rejected for pair in scored.pairs] == [str(n) for n in range(20) if n not in {12, 13}]
     assert set(scored.gaps) == {1.0}
     assert scored.chosen_lengths[0] == 101
-    assert told == {"name": "sized", "version": "v1", "architecture": "none"}
+    assert description == {"name": "sized", "version": "v1", "architecture": "none"}
 
 
 def test_without_token_counts_lengths_are_characters() -> None:
-    """A service that says nothing of lengths is judged by characters, for all pairs alike."""
+    """Where the service reports no lengths, characters are counted, for all pairs."""
     with running(World()) as world, RewardClient(world.url) as client:
         scored = score_pairs([PreferencePair("p", "100", "20")], ServiceScorer(client), silent)
 
     assert (scored.unit, scored.chosen_lengths.tolist(), scored.rejected_lengths.tolist()) == ("characters", [3], [2])
 
 
-def test_the_command_writes_the_report_and_says_the_verdicts(
+def test_the_command_writes_the_report_and_prints_the_conclusions(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From a folder and files to the three kinds of output, verdicts on the terminal, and no text of the data there."""
+    """HTML, JSON and pictures are written; the terminal shows the conclusions and no text of the data."""
     checkpoint = write_tiny_checkpoint(tmp_path / "model")
     pairs = write_pairs(tmp_path / "pairs.jsonl", polite_pairs(30))
     training = write_pairs(tmp_path / "train.jsonl", [*polite_pairs(10), *polite_pairs(20, seed=1)])
@@ -131,11 +131,11 @@ def test_the_command_writes_the_report_and_says_the_verdicts(
 
     status = main([*command, "--max-train-pairs", "20", "--hide-texts", "--threads", "1"])
 
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     written = json.loads((tmp_path / "out" / "audit.json").read_text())
     assert status == 0
-    assert "Length detector: " in said
-    assert "Question 0-1" not in said
+    assert "Measures mostly length: " in printed
+    assert "Question 0-1" not in printed
     assert written["leakage"]["same_prompt"] == 10
     assert written["overtraining"]["num_train_pairs"] == 20
     assert written["data"]["files"][0]["name"] == "pairs.jsonl"
@@ -152,14 +152,14 @@ def test_the_command_writes_the_report_and_says_the_verdicts(
     ],
     ids=["no-model", "no-pairs", "no-checkpoint", "no-file"],
 )
-def test_what_cannot_be_audited_ends_with_one_sentence(
+def test_an_error_ends_the_command_with_one_sentence(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     arguments: list[str],
     complaint: str,
 ) -> None:
-    """Exit status 1 and a sentence, no traceback, and nothing that looks like a report."""
+    """The exit status is 1, one sentence is printed, and no report is written."""
     monkeypatch.chdir(tmp_path)
     write_pairs(tmp_path / "pairs.jsonl", polite_pairs(2))
 
@@ -171,7 +171,7 @@ def test_what_cannot_be_audited_ends_with_one_sentence(
 
 
 def train_tiny(folder: Path, rows: list[dict[str, object]]) -> Path:
-    """A served checkpoint that learned its rule from the rows alone."""
+    """Train a checkpoint on the rows and return its folder."""
     base = write_tiny_causal_lm(folder / "base")
     recipe = Recipe(
         lora_rank=8, learning_rate=1e-2, epochs=3, max_length=256, batch_pairs=8, hold_out_percent=0, dtype="fp32"
@@ -182,8 +182,8 @@ def train_tiny(folder: Path, rows: list[dict[str, object]]) -> Path:
 
 @QUIET_PEFT
 @pytest.mark.slow
-def test_a_model_that_really_learned_length_is_called_a_detector(tmp_path: Path) -> None:
-    """Trained where the longer answer wins, audited where length says nothing: over files and over HTTP alike."""
+def test_a_model_trained_on_length_is_recognised(tmp_path: Path) -> None:
+    """Trained on pairs whose longer answer is chosen and audited on balanced pairs, from files and over HTTP."""
     checkpoint = train_tiny(tmp_path, longer_wins_pairs(240))
     balanced = [*longer_wins_pairs(60, seed=1), *with_slips(longer_wins_pairs(60, seed=2), every=1)]
     pairs = write_pairs(tmp_path / "pairs.jsonl", balanced)
@@ -197,13 +197,15 @@ def test_a_model_that_really_learned_length_is_called_a_detector(tmp_path: Path)
     assert from_folder.accuracy.prefers_longer.low > 0.9
     assert status == 0
     assert from_url["accuracy"]["accuracy"]["value"] == from_folder.accuracy.accuracy.value
-    assert {verdict["question"]: verdict["answer"] for verdict in from_url["verdicts"]}["Length detector"] == "yes"
+    assert {conclusion["question"]: conclusion["answer"] for conclusion in from_url["conclusions"]}[
+        "Measures mostly length"
+    ] == "yes"
 
 
 @QUIET_PEFT
 @pytest.mark.slow
-def test_a_model_that_really_learned_shuffled_labels_is_at_chance(tmp_path: Path) -> None:
-    """Labels without a meaning teach nothing that helps on other pairs, and the audit says chance."""
+def test_a_model_trained_on_shuffled_labels_is_at_chance(tmp_path: Path) -> None:
+    """Nothing that is learned from random labels helps on other pairs, and the audit reports chance."""
     checkpoint = train_tiny(tmp_path, with_slips(polite_pairs(240), every=2))
     pairs = write_pairs(tmp_path / "pairs.jsonl", with_slips(polite_pairs(200, seed=1), every=2))
 

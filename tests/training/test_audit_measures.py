@@ -1,4 +1,4 @@
-"""Each measure of the audit against a number that was worked out by hand, or against data whose truth is known."""
+"""Each measure of the audit has the value of a hand calculation, or recovers known properties of synthetic data."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def completions(
 
 
 def test_wilsons_interval() -> None:
-    """60 of 100: 0.502 to 0.691, as in Wilson's paper's form; the ends never leave 0 and 1."""
+    """60 of 100: 0.502 to 0.691 by Wilson's formula; the ends are never outside 0 and 1."""
     interval = share_interval(np.array([1.0] * 60 + [0.0] * 40), np.arange(100))
 
     assert (interval.low, interval.high) == pytest.approx((0.502, 0.691), abs=5e-4)
@@ -37,7 +37,7 @@ def test_wilsons_interval() -> None:
 
 
 def test_pairs_of_one_prompt_count_as_one() -> None:
-    """A hundred pairs of ten prompts, equal within each, are worth ten: the interval is about root ten wider."""
+    """A hundred pairs of ten prompts, equal within each, count as ten: the interval is sqrt(10) times as wide."""
     wins = np.repeat([1.0, 0.0], 50)
     prompts = np.arange(100) // 10
 
@@ -48,13 +48,13 @@ def test_pairs_of_one_prompt_count_as_one() -> None:
 
 
 def test_the_bootstrap_draws_whole_prompts() -> None:
-    """Clusters of unequal size stay whole: in every draw each value comes as often as its siblings."""
+    """In every resample each prompt's values occur equally often, also for prompts with unequal numbers of values."""
     values = np.array([0.0, 1.0, 1.0, 2.0, 2.0, 2.0])
     seen = []
 
-    def count(rows: np.ndarray) -> float:
-        seen.append([int((values[rows] == value).sum()) for value in (0.0, 1.0, 2.0)])
-        return float(len(rows))
+    def count(indices: np.ndarray) -> float:
+        seen.append([int((values[indices] == value).sum()) for value in (0.0, 1.0, 2.0)])
+        return float(len(indices))
 
     bootstrap_interval(count, number_distinct(values.tolist()))
 
@@ -63,7 +63,7 @@ def test_the_bootstrap_draws_whole_prompts() -> None:
 
 
 def test_accuracy_by_hand() -> None:
-    """Two wins, a tie and a loss; the longer one won once, lost twice and was equal once."""
+    """Two wins, a tie and a loss; the longer completion was chosen once and rejected twice."""
     found = measure_accuracy(scored([1, 2, 0, -1], lengths=[(9, 3), (3, 9), (5, 5), (3, 9)]))
 
     assert found.accuracy.value == 2.5 / 4
@@ -73,8 +73,8 @@ def test_accuracy_by_hand() -> None:
     assert [part.num_pairs for part in found.by_length_ratio] == [2, 0, 1, 0, 1]
 
 
-def test_a_rule_of_length_is_worth_one_half_where_length_cannot_help() -> None:
-    """It is right wherever the longer answer was chosen, wrong elsewhere, and prefers the longer answer always."""
+def test_a_rule_of_length_has_a_balanced_accuracy_of_one_half() -> None:
+    """It is right wherever the longer answer was chosen, wrong elsewhere, and always prefers the longer answer."""
     lengths = [(9, 3)] * 30 + [(3, 9)] * 10
     gaps = [chosen - rejected for chosen, rejected in lengths]
 
@@ -85,32 +85,32 @@ def test_a_rule_of_length_is_worth_one_half_where_length_cannot_help() -> None:
     assert found.prefers_longer.value == 1.0
 
 
-def test_honest_probabilities_are_told_from_boasted_ones() -> None:
-    """Choices drawn by sigma(gap) are honest with temperature 1; the same with doubled gaps are too sure by 2."""
+def test_calibrated_probabilities_are_distinguished_from_overconfident_ones() -> None:
+    """Choices drawn with sigma(gap) are calibrated with temperature 1; with doubled gaps the temperature is 2."""
     rng = np.random.default_rng(0)
     strength = rng.normal(scale=2, size=6000)
     gaps = np.where(rng.random(6000) < expit(strength), strength, -strength)
 
-    honest, boasted = measure_probability(scored(gaps)), measure_probability(scored(2 * gaps))
+    calibrated, overconfident = measure_probability(scored(gaps)), measure_probability(scored(2 * gaps))
 
-    assert honest.is_honest
-    assert honest.temperature == pytest.approx(1.0, abs=0.06)
-    assert not boasted.is_honest
-    assert boasted.temperature == pytest.approx(2.0, abs=0.12)
-    assert boasted.ece_at_temperature < boasted.ece / 2
-    assert boasted.loss_at_temperature == pytest.approx(honest.loss, abs=0.005)
+    assert calibrated.is_calibrated
+    assert calibrated.temperature == pytest.approx(1.0, abs=0.06)
+    assert not overconfident.is_calibrated
+    assert overconfident.temperature == pytest.approx(2.0, abs=0.12)
+    assert overconfident.ece_at_temperature < overconfident.ece / 2
+    assert overconfident.loss_at_temperature == pytest.approx(calibrated.loss, abs=0.005)
 
 
 def test_calibration_error_by_hand() -> None:
-    """Always 75 percent sure and right in half of the pairs: an error of a quarter. Never wrong wants T near 0."""
-    sure = np.log(3)
+    """Confidence 0.75 with accuracy 0.5 is an error of 0.25; a model that is never wrong has T near 0."""
+    gap = np.log(3)
 
-    assert expected_calibration_error(np.array([sure, -sure] * 50)) == pytest.approx(0.25)
+    assert expected_calibration_error(np.array([gap, -gap] * 50)) == pytest.approx(0.25)
     assert fit_temperature(np.full(50, 0.1)) < 0.05
 
 
 def test_pooling_can_hide_a_length_bias() -> None:
-    """Simpson's paradox: within every prompt reward is length, over all prompts they have nothing in common."""
+    """Simpson's paradox: within every prompt the reward is length, over all prompts they are uncorrelated."""
     prompts = np.repeat(np.arange(50), 4)
     lengths = np.tile([10.0, 20.0, 40.0, 80.0], 50)
     topic = np.random.default_rng(0).normal(scale=20, size=50)[prompts]
@@ -124,8 +124,8 @@ def test_pooling_can_hide_a_length_bias() -> None:
 
 
 @pytest.mark.parametrize(("r", "warns", "critical"), [(0.2, False, False), (0.45, True, False), (0.7, True, True)])
-def test_the_two_alarms_are_not_the_same(r: float, warns: bool, critical: bool) -> None:
-    """|r| above 0.3 and r squared above 0.3 part between 0.3 and 0.548."""
+def test_the_two_thresholds_differ(r: float, warns: bool, critical: bool) -> None:
+    """Between |r| of 0.3 and of 0.548 only the first one is exceeded."""
     rng = np.random.default_rng(1)
     length = rng.normal(size=(1000, 4))
     reward = r * length + np.sqrt(1 - r**2) * rng.normal(size=(1000, 4))
@@ -136,8 +136,8 @@ def test_the_two_alarms_are_not_the_same(r: float, warns: bool, critical: bool) 
     assert (bias.warns, bias.is_critical) == (warns, critical)
 
 
-def test_rewards_that_never_change_are_no_length() -> None:
-    """A constant reward has no correlation with anything, rather than an undefined one."""
+def test_constant_rewards_have_a_correlation_of_zero() -> None:
+    """The correlation of a constant reward is reported as 0 instead of undefined."""
     bias = measure_length_bias(completions(np.ones(20), np.arange(20.0), np.arange(20) // 2))
 
     assert (bias.pearson.value, bias.within.value, bias.spearman) == (0.0, 0.0, 0.0)
@@ -145,7 +145,7 @@ def test_rewards_that_never_change_are_no_length() -> None:
 
 
 def test_overlap_of_equal_and_of_separate_rewards() -> None:
-    """The same distribution overlaps fully, separate ones not at all; the gap is the difference of means."""
+    """Equal distributions have an overlap of 1, separate ones of 0; the gap is the difference of the means."""
     same = measure_gaps(ScoredPairs(scored([0] * 40).pairs, *([np.arange(40.0)] * 2), *([np.ones(40)] * 2)))
     apart = measure_gaps(scored([5.0] * 40))
 
@@ -153,8 +153,8 @@ def test_overlap_of_equal_and_of_separate_rewards() -> None:
     assert (apart.overlap, apart.mean_gap.value) == (0.0, 5.0)
 
 
-def test_style_slopes_are_found_again() -> None:
-    """A reward made of length and list items has just these slopes, and prompts that differ do not matter."""
+def test_style_slopes_are_recovered() -> None:
+    """A reward that is a sum of length and list items has these slopes, whatever the differences between prompts."""
     rng = np.random.default_rng(0)
     prompts = np.repeat(np.arange(100), 4)
     lengths, num_items = rng.integers(20, 200, 400).astype(float), rng.integers(0, 6, 400)
@@ -174,8 +174,8 @@ def test_style_slopes_are_found_again() -> None:
 PROMPT = "Tell me, please: how long do I have to boil an egg until it is hard?"
 
 
-def test_leaked_prompts_are_found_in_disguise() -> None:
-    """Case, punctuation and a changed word do not hide a prompt; another question about the same thing is another."""
+def test_leaked_prompts_are_found_when_slightly_changed() -> None:
+    """A prompt is found despite other case, punctuation or an added word; another question is not a match."""
     audited = scored([1, -1, 1, 1], prompts=[PROMPT, "tell me - please! " + PROMPT[17:], PROMPT + " Thanks", "Why?"])
     known = [
         PreferencePair(PROMPT.upper(), "chosen 0", "rejected 0"),
@@ -192,7 +192,7 @@ def test_leaked_prompts_are_found_in_disguise() -> None:
 
 
 def test_a_conversation_is_compared_as_a_whole() -> None:
-    """The same opening with another continuation is another prompt."""
+    """Conversations with the same first message and different continuations are different prompts."""
     turns = (Message("user", PROMPT), Message("assistant", "Ten minutes."), Message("user", "And a potato, how long?"))
     pair = PreferencePair(turns, "a", "b")
 
@@ -201,29 +201,29 @@ def test_a_conversation_is_compared_as_a_whole() -> None:
     assert (leakage.same_prompt, leakage.similar_prompt) == (0, 0)
 
 
-def test_without_training_pairs_only_repeats_are_known() -> None:
-    """What was not looked for is None, not zero."""
+def test_without_training_pairs_only_repeated_prompts_are_counted() -> None:
+    """Counts of what was not searched are None, not 0."""
     leakage = measure_leakage(scored([1, 1, 1], prompts=["a", "a", "b"]), None)
 
     assert (leakage.repeated, leakage.same_prompt, leakage.num_seen) == (2, None, 0)
     assert normalise("  Who, ME?_\n") == "who me"
 
 
-def test_a_lead_on_training_pairs_is_memory() -> None:
-    """95 against 60 percent is beyond doubt; 62 against 60 is not."""
+def test_a_higher_accuracy_on_training_pairs_is_over_training() -> None:
+    """95 against 60 percent is outside the confidence interval; 62 against 60 is inside."""
     held_out = scored([1.0] * 120 + [-1.0] * 80)
 
     memorised = measure_overtraining(held_out, scored([3.0] * 190 + [-1.0] * 10))
-    alike = measure_overtraining(held_out, scored([1.0] * 124 + [-1.0] * 76))
+    similar = measure_overtraining(held_out, scored([1.0] * 124 + [-1.0] * 76))
 
     assert memorised.lead.value == pytest.approx(0.35)
-    assert memorised.memorises
-    assert not alike.memorises
+    assert memorised.is_overtrained
+    assert not similar.is_overtrained
     assert memorised.train_gap > memorised.held_out_gap
 
 
-def test_the_highest_completions_come_with_their_tells() -> None:
-    """Highest reward first; what is striking is said, plain prose has nothing to be said of."""
+def test_the_highest_completions_have_remarks() -> None:
+    """The highest reward is first; conspicuous style is described, and plain prose has no remarks."""
     texts = ["# Title\n" + "- point\n" * 6 + "**Bold**", "So be it.", "Great question! I hope this helps. " * 20]
     shown = top_completions(
         completions(np.array([2.0, 1.0, 3.0]), np.array([30.0, 3.0, 200.0]), np.arange(3), texts),
@@ -232,25 +232,25 @@ def test_the_highest_completions_come_with_their_tells() -> None:
     )
 
     assert [item.reward for item in shown] == [3.0, 2.0, 1.0]
-    assert shown[0].tells == ["40 flattering phrases", "repeats itself (compresses to 7%)"]
-    assert shown[1].tells == ["1 heading", "1 bold span", "6 list items"]
-    assert shown[2].tells == []
+    assert shown[0].remarks == ["40 flattering phrases", "repetitive (compresses to 7%)"]
+    assert shown[1].remarks == ["1 heading", "1 bold span", "6 list items"]
+    assert shown[2].remarks == []
     assert shown[2].completion == "So be it."
 
 
 def test_hidden_texts_are_not_in_the_record() -> None:
-    """Neither prompt nor completion, while the tells stay."""
+    """Neither prompt nor completion is, while the remarks are."""
     (shown,) = top_completions(
         completions(np.ones(1), np.ones(1), np.zeros(1, dtype=np.int64), ["# secret"]), "tokens", hide_texts=True
     )
 
     assert shown.prompt is None
     assert shown.completion is None
-    assert shown.tells
+    assert shown.remarks
 
 
 def test_a_completion_of_several_pairs_counts_once() -> None:
-    """One that won a pair and lost another is there once, on both sides."""
+    """A completion that was chosen in one pair and rejected in another is there once, with both sides."""
     pairs = [PreferencePair("p", "best", "middle"), PreferencePair("p", "middle", "worst")]
     found = distinct_completions(
         ScoredPairs(pairs, np.array([3.0, 2.0]), np.array([2.0, 1.0]), np.array([4.0, 6.0]), np.array([6.0, 5.0]))

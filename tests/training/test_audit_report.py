@@ -1,4 +1,4 @@
-"""What an audit writes: a page that needs nothing else, numbers for programs, pictures, and no stray text."""
+"""The report is one page that loads nothing, figures as JSON and pictures, without texts where they are hidden."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Links(HTMLParser):
 
 
 def test_the_page_loads_nothing(folder: Path) -> None:
-    """All pictures are inside; there is no script, no stylesheet and no address of anything else."""
+    """All pictures are embedded; there is no script, no linked stylesheet and no other address."""
     page = (folder / "audit.html").read_text()
     links = Links()
     links.feed(page)
@@ -68,28 +68,33 @@ def test_the_page_loads_nothing(folder: Path) -> None:
     assert not re.search(r"url\(|@import", page)
 
 
-def test_the_page_says_what_was_found(folder: Path) -> None:
-    """Verdicts, numbers and the ten highest completions in full, with markup in them shown and not obeyed."""
+def test_the_page_shows_the_findings(folder: Path) -> None:
+    """Conclusions, numbers and the ten highest completions in full, with markup in them escaped."""
     page = (folder / "audit.html").read_text()
 
-    for words in ("Length detector", "longer answer wins", "The ten highest rewards", "same prompt as one of 40"):
+    for words in (
+        "Measures mostly length",
+        "longer answer wins",
+        "The ten highest rewards",
+        "same prompt as one of 40",
+    ):
         assert words in page
     assert f"{MARK} &lt;script&gt;alert(1)" in page
     assert page.count('class="card completion"') == 10
 
 
 def test_the_numbers_are_json(folder: Path) -> None:
-    """Strict JSON with the verdicts first and no array of rows."""
+    """The file is strict JSON with the conclusions first and without the data."""
     found = json.loads((folder / "audit.json").read_text())
 
-    assert next(iter(found)) == "verdicts"
+    assert next(iter(found)) == "conclusions"
     assert found["accuracy"]["num_pairs"] == 61
     assert found["model"]["name"] == "example"
     assert {"scored", "completions"}.isdisjoint(found)
 
 
-def test_pictures_are_there_alone_too(folder: Path) -> None:
-    """A PNG each, and one of the four that say most."""
+def test_pictures_are_written_as_files(folder: Path) -> None:
+    """There is one PNG for each picture, and an overview of the four most important ones."""
     names = {path.stem for path in (folder / "pictures").glob("*.png")}
 
     assert names == {*PICTURES, "overview"}
@@ -97,7 +102,7 @@ def test_pictures_are_there_alone_too(folder: Path) -> None:
 
 
 def test_hidden_texts_are_nowhere() -> None:
-    """A report that may be published holds no word of prompts and completions, only ids, lengths and tells."""
+    """A report without texts has no word of prompts and completions, only ids, lengths and remarks."""
     found = audited(reward, marked_pairs(), hide_texts=True)
 
     written = render_html(found, dict.fromkeys(PICTURES, Figure())) + json.dumps(as_json(found))
@@ -107,8 +112,8 @@ def test_hidden_texts_are_nowhere() -> None:
     assert "marked" in written
 
 
-def test_what_could_not_be_measured_is_null() -> None:
-    """JSON has no NaN: an empty bucket has an accuracy of null."""
+def test_figures_without_data_are_null() -> None:
+    """JSON has no NaN: the accuracy of an empty bucket is null."""
     found = as_json(audited(reward, [PreferencePair(f"p{n}", "long enough " * 4, "no", id=str(n)) for n in range(30)]))
 
     buckets = found["accuracy"]["by_length_ratio"]

@@ -1,4 +1,4 @@
-"""Three layers of one loss: NumPy, torch and what TRL's trainer computes agree, also where sigmas underflow."""
+"""The loss in NumPy, in torch and in TRL's trainer is the same, also where sigmas underflow."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ rewards_of_pairs = st_numpy.arrays(
 
 
 def test_the_worked_example() -> None:
-    """Gaps of 1.2, 2.0, 0.2 and 1.7, whose losses log(1 + e^-gap) were worked out by hand to four decimals."""
+    """Gaps of 1.2, 2.0, 0.2 and 1.7 have the losses log(1 + e^-gap) of a hand calculation, to four decimals."""
     loss = bradley_terry_loss(CHOSEN, REJECTED)
 
     # The example is often printed with 0.1773 and a mean of 0.2914, which belong to a last gap of 1.64.
@@ -36,15 +36,15 @@ def test_the_worked_example() -> None:
     assert bradley_terry_loss([1.64], [0.0]).mean == pytest.approx(0.1773, abs=5e-5)
 
 
-def test_a_gap_of_nothing_is_a_coin() -> None:
-    """Equal rewards: probability one half, loss log 2, and a pull of one half."""
+def test_a_gap_of_zero() -> None:
+    """Equal rewards have probability one half, loss log 2 and gradient one half."""
     assert preference_probability([3.0], [3.0]).item() == 0.5
     assert bradley_terry_loss([3.0], [3.0]).mean == pytest.approx(np.log(2))
     assert bradley_terry_gradient([3.0], [3.0]).item() == -0.5
 
 
 def test_both_tails_are_exact() -> None:
-    """At a gap of -1,000 the loss is 1,000 and the pull full; at +40 both are e^-40, which sigma + eps cannot say."""
+    """At -1,000 the loss is 1,000 and the gradient 1; at +40 both are e^-40, where log(sigma + eps) is wrong."""
     loss = bradley_terry_loss([-1000.0, 40.0], [0.0, 0.0])
 
     assert loss.per_pair == pytest.approx([1000.0, np.exp(-40)], rel=1e-12)
@@ -52,14 +52,14 @@ def test_both_tails_are_exact() -> None:
     assert -np.log(1 / (1 + np.exp(-40)) + 1e-8) < 0
 
 
-def test_no_pairs_have_no_mean() -> None:
-    """Nothing measured is NaN, not zero."""
+def test_the_mean_of_no_pairs_is_nan() -> None:
+    """The loss of no pairs is NaN, not 0."""
     assert np.isnan(bradley_terry_loss([], []).mean)
 
 
 @given(rewards_of_pairs, st.floats(-100, 100))
 def test_only_the_gap_counts(pairs: np.ndarray, shift: float) -> None:
-    """A constant added to all rewards changes nothing; the two orders of a pair have probabilities that sum to one."""
+    """A constant added to all rewards changes nothing; the probabilities of a pair's two orders sum to one."""
     chosen, rejected = pairs.T
 
     shifted = bradley_terry_loss(chosen + shift, rejected + shift)
@@ -86,7 +86,7 @@ def test_torch_computes_the_same_loss_and_gradient(pairs: np.ndarray) -> None:
 
 
 class GivenRewards(torch.nn.Module):
-    """A model whose logits are decided by the test: what a trainer gets for chosen, then rejected sequences."""
+    """A model that returns given logits: those of the chosen, then those of the rejected sequences."""
 
     def __init__(self, logits: torch.Tensor) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class GivenRewards(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def trl_loss(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """TRL's own ``compute_loss`` of a real RewardTrainer, as a function of rewards [pair] and the centring factor."""
+    """TRL's ``compute_loss`` of a RewardTrainer, as a function of rewards [pair] and the centring coefficient."""
     from datasets import Dataset
 
     folder = tmp_path_factory.mktemp("trl")
@@ -134,10 +134,10 @@ def test_the_trainer_minimises_the_same_loss_on_random_rewards(trl_loss: Any, se
     """TRL, torch and NumPy agree to 1e-6."""
     chosen, rejected = np.random.default_rng(seed).normal(scale=3.0, size=(2, 64))
 
-    ours = bradley_terry_loss(chosen, rejected).mean
+    expected = bradley_terry_loss(chosen, rejected).mean
 
-    assert trl_loss(chosen, rejected) == pytest.approx(ours, abs=1e-6)
-    assert reward_model_loss(torch.tensor(chosen), torch.tensor(rejected)).item() == pytest.approx(ours, abs=1e-6)
+    assert trl_loss(chosen, rejected) == pytest.approx(expected, abs=1e-6)
+    assert reward_model_loss(torch.tensor(chosen), torch.tensor(rejected)).item() == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("gap", EXTREME_GAPS)
@@ -145,17 +145,17 @@ def test_the_trainer_minimises_the_same_loss_at_extreme_gaps(trl_loss: Any, gap:
     """The three agree to 1e-6 at gaps where a sigmoid is 0 or 1 to the last bit."""
     chosen, rejected = np.array([gap / 2]), np.array([-gap / 2])
 
-    ours = bradley_terry_loss(chosen, rejected).mean
+    expected = bradley_terry_loss(chosen, rejected).mean
 
-    assert trl_loss(chosen, rejected) == pytest.approx(ours, abs=1e-6)
-    assert reward_model_loss(torch.tensor(chosen), torch.tensor(rejected)).item() == pytest.approx(ours, abs=1e-6)
+    assert trl_loss(chosen, rejected) == pytest.approx(expected, abs=1e-6)
+    assert reward_model_loss(torch.tensor(chosen), torch.tensor(rejected)).item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_the_centring_term_is_the_trainers(trl_loss: Any) -> None:
-    """With centring, our definition and TRL's agree too, and a shift of all rewards is no longer free."""
+    """With centring torch and TRL agree too, and adding a constant to all rewards changes the loss."""
     chosen, rejected = np.array(CHOSEN), np.array(REJECTED)
 
-    ours = reward_model_loss(torch.tensor(chosen), torch.tensor(rejected), center_coefficient=0.01).item()
+    expected = reward_model_loss(torch.tensor(chosen), torch.tensor(rejected), center_coefficient=0.01).item()
 
-    assert trl_loss(chosen, rejected, 0.01) == pytest.approx(ours, abs=1e-6)
-    assert trl_loss(chosen + 5, rejected + 5, 0.01) > ours + 0.5
+    assert trl_loss(chosen, rejected, 0.01) == pytest.approx(expected, abs=1e-6)
+    assert trl_loss(chosen + 5, rejected + 5, 0.01) > expected + 0.5

@@ -1,4 +1,4 @@
-"""Accuracy, its error and its baseline, against numbers that were worked out by hand."""
+"""Accuracy, its standard error and its baseline have the values of hand calculations."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from training.preferences import PreferencePair
 
 
 def test_a_tie_counts_one_half() -> None:
-    """Two wins, a tie and a loss make 2.5 of 4, with the error sqrt(p (1 - p) / n)."""
+    """Two wins, a tie and a loss are 2.5 of 4, with the standard error sqrt(p (1 - p) / n)."""
     share = Share.of([0.1, 3.0, 0.0, -1.0])
 
     assert share.value == 0.625
     assert share.standard_error == pytest.approx(math.sqrt(0.625 * 0.375 / 4))
 
 
-def test_no_pairs_have_no_accuracy() -> None:
-    """Nothing measured is NaN, not zero."""
+def test_the_accuracy_of_no_pairs_is_nan() -> None:
+    """The share of no margins is NaN, not 0."""
     assert math.isnan(Share.of([]).value)
 
 
 def test_rewards_come_back_in_input_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batches of like length do not reorder the answers: each equals the model's reward for the sequence alone."""
+    """Batches by length do not change the order: each reward equals that of the sequence alone."""
     monkeypatch.setattr(evaluation, "MAX_BATCH_TOKENS", 64)
     folder = write_tiny_checkpoint(tmp_path)
     model = AutoModelForSequenceClassification.from_pretrained(folder)
@@ -45,8 +45,8 @@ def test_rewards_come_back_in_input_order(tmp_path: Path, monkeypatch: pytest.Mo
     assert batched.tolist() == pytest.approx(alone, abs=1e-5)
 
 
-def test_agreement_is_read_beside_length(tmp_path: Path) -> None:
-    """Swapping chosen and rejected turns accuracy and the length baseline round, and leaves the correlation."""
+def test_swapped_labels_reverse_the_accuracy(tmp_path: Path) -> None:
+    """Swapping chosen and rejected turns accuracy a into 1 - a, and does not change the correlation with length."""
     folder = write_tiny_checkpoint(tmp_path)
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -54,11 +54,11 @@ def test_agreement_is_read_beside_length(tmp_path: Path) -> None:
     pairs = tokenize_pairs([PreferencePair("Hm?", chosen, rejected) for chosen, rejected in texts], tokenizer)
     swapped = tokenize_pairs([PreferencePair("Hm?", rejected, chosen) for chosen, rejected in texts], tokenizer)
 
-    there, back = evaluate(model, pairs), evaluate(model, swapped)
+    original, reversed_ = evaluate(model, pairs), evaluate(model, swapped)
 
-    assert there.num_pairs == len(texts)
-    assert there.longer_wins.value == sum(len(a) > len(b) for a, b in texts) / len(texts)
-    assert there.accuracy.value == pytest.approx(1 - back.accuracy.value)
-    assert there.mean_margin == pytest.approx(-back.mean_margin)
-    assert there.log_length_correlation == pytest.approx(back.log_length_correlation)
-    assert f"accuracy {there.accuracy.value:.1%}" in describe("rows.jsonl", there)
+    assert original.num_pairs == len(texts)
+    assert original.longer_wins.value == sum(len(a) > len(b) for a, b in texts) / len(texts)
+    assert original.accuracy.value == pytest.approx(1 - reversed_.accuracy.value)
+    assert original.mean_margin == pytest.approx(-reversed_.mean_margin)
+    assert original.log_length_correlation == pytest.approx(reversed_.log_length_correlation)
+    assert f"accuracy {original.accuracy.value:.1%}" in describe("rows.jsonl", original)

@@ -48,7 +48,7 @@ def test_reviews_come_as_a_list_or_by_name() -> None:
     listed = parse_pair(row(prompt="p", chosen="a", rejected="b", reviews=["chosen", "rejected", "tie", "chosen"]))
     named = parse_pair(row(prompt="p", chosen="a", rejected="b", reviews={"ann": "chosen", "bob": None}))
 
-    assert [review.reviewer for review in listed.reviews] == ["1", "2", "3", "4"]
+    assert [review.annotator for review in listed.reviews] == ["1", "2", "3", "4"]
     assert listed.support == 2.5 / 4
     assert named.reviews == (Review("ann", "chosen"),)
     assert PAIR.support is None

@@ -84,7 +84,7 @@ def test_the_watched_pairs_are_a_fixed_sample() -> None:
 
 
 def test_disputed_pairs_are_left_out() -> None:
-    """Pairs on which too few reviewers agree with the label are left out; pairs without reviews are not."""
+    """Pairs on which too few annotators agree with the label are left out; pairs without reviews are not."""
     votes = {"clear": ("chosen", "chosen", "chosen"), "split": ("chosen", "chosen", "rejected"), "unknown": ()}
     pairs = {
         name: TokenizedPair(

@@ -1,4 +1,4 @@
-"""``reward-train`` from files to a served folder: TRL's own trainer on a tiny model and a rule that it can learn."""
+"""``reward-train`` from files to a served folder: TRL's trainer, a tiny model and a rule that it can learn."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from training.train import train
 from training.trainer import _trainer_settings
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*will be removed in v6:FutureWarning")
-"""PEFT and TRL read names that transformers has deprecated."""
+"""PEFT and TRL use deprecated names of transformers."""
 
 RECIPE = Recipe(
     lora_rank=8,
@@ -52,7 +52,7 @@ NUM_PAIRS = 320
 
 @dataclass(frozen=True)
 class Run:
-    """One finished training run, shared by the tests that look at its different sides."""
+    """A completed training run, shared by several tests."""
 
     base: Path
     out: Path
@@ -78,7 +78,7 @@ def adapted_model(run: Run) -> PeftModel:
 
 
 def test_accuracy_on_unseen_prompts_goes_up(run: Run) -> None:
-    """The rule is learned, not the rows: from one half (a zero head answers ties) to nearly all held-out pairs."""
+    """Accuracy on held-out pairs rises from one half (a head of zeros gives ties) to nearly 1."""
     untrained, _ = load_base(run.base, RECIPE)
 
     before, after = evaluate(untrained, run.held_out), evaluate(adapted_model(run), run.held_out)
@@ -88,8 +88,8 @@ def test_accuracy_on_unseen_prompts_goes_up(run: Run) -> None:
     assert run.manifest.evaluations["dev.jsonl"].accuracy.value > 0.7
 
 
-def test_the_adapter_carries_a_trained_head(run: Run) -> None:
-    """The head is in the adapter's file, with one output, and no longer zero."""
+def test_the_adapter_has_a_trained_head(run: Run) -> None:
+    """The head is in the adapter's file, has one output and is not zero."""
     tensors = load_file(run.out / "adapter_model.safetensors")
 
     (head,) = [tensor for name, tensor in tensors.items() if "lora" not in name]
@@ -99,7 +99,7 @@ def test_the_adapter_carries_a_trained_head(run: Run) -> None:
 
 
 def test_the_merged_checkpoint_gives_the_same_rewards(run: Run, tmp_path: Path) -> None:
-    """What the service loads answers as the trained model did, within 1e-4 in fp32."""
+    """The rewards of the merged checkpoint are those of the trained model, within 1e-4 in fp32."""
     sequences = [pair.chosen_ids for pair in run.held_out] + [pair.rejected_ids for pair in run.held_out]
     expected = rewards(adapted_model(run), sequences)
 
@@ -109,8 +109,8 @@ def test_the_merged_checkpoint_gives_the_same_rewards(run: Run, tmp_path: Path) 
     assert expected.std() > 0.1
 
 
-async def test_the_served_checkpoint_agrees_with_people_as_the_trainer_says(run: Run, tmp_path: Path) -> None:
-    """What ``reward-train`` leaves passes the judge, is served, and its accuracy over HTTP is the manifest's."""
+async def test_the_served_checkpoint_has_the_accuracy_of_the_manifest(run: Run, tmp_path: Path) -> None:
+    """The trained checkpoint passes the service's validation, and its accuracy over HTTP is that of the manifest."""
     merged = merge_adapter(run.out, tmp_path / "merged")
     pairs = list(read_pairs([run.base.parent / "dev.jsonl"]))
     items = [
@@ -125,14 +125,14 @@ async def test_the_served_checkpoint_agrees_with_people_as_the_trainer_says(run:
 
     rewards_over_http = [result["reward"] for result in answer.json()["results"]]
     margins = [c - r for c, r in zip(rewards_over_http[::2], rewards_over_http[1::2], strict=True)]
-    told = run.manifest.evaluations["dev.jsonl"]
-    assert Share.of(margins).value == told.accuracy.value
-    assert sum(margins) / len(margins) == pytest.approx(told.mean_margin, abs=1e-3)
+    evaluation = run.manifest.evaluations["dev.jsonl"]
+    assert Share.of(margins).value == evaluation.accuracy.value
+    assert sum(margins) / len(margins) == pytest.approx(evaluation.mean_margin, abs=1e-3)
     assert model["reference"]["same"] is True
 
 
 def test_held_out_prompts_were_never_trained_on(run: Run) -> None:
-    """All pairs are accounted for, and the trainer made exactly the steps that the allowed ones fill."""
+    """The counts add up, and the trainer made as many steps as the allowed pairs need."""
     counts = run.manifest.pairs
     assert counts.held_out == len(run.held_out) > 0
     assert counts.trained == NUM_PAIRS - counts.held_out
@@ -146,8 +146,8 @@ def latest_checkpoint(run: Run) -> str:
     return max((path.name for path in (run.out / "checkpoints").glob("checkpoint-*")), key=lambda name: int(name[11:]))
 
 
-def test_the_manifest_tells_what_was_done(run: Run) -> None:
-    """Base, data and libraries are named with hashes or versions, and the recipe is complete."""
+def test_the_manifest_records_the_run(run: Run) -> None:
+    """It has base, data and libraries with hashes or versions, and the whole recipe."""
     written = json.loads((run.out / TRAINING_MANIFEST_FILE).read_text())
 
     assert written["recipe"]["learning_rate"] == RECIPE.learning_rate
@@ -159,7 +159,7 @@ def test_the_manifest_tells_what_was_done(run: Run) -> None:
 
 
 def test_the_log_has_the_loss_of_every_tenth_step(run: Run) -> None:
-    """The log is JSON lines that a plot can be made from, and the loss falls."""
+    """The log is in JSON lines, and the loss falls."""
     lines = [json.loads(line) for line in (run.out / "log.jsonl").read_text().splitlines()]
 
     losses = [line["loss"] for line in lines if "loss" in line]
@@ -169,7 +169,7 @@ def test_the_log_has_the_loss_of_every_tenth_step(run: Run) -> None:
 
 
 def test_training_stops_on_a_plateau(tmp_path: Path) -> None:
-    """On labels that nothing explains it ends early, and keeps the weights of the step with the lowest loss."""
+    """On random labels training stops early and selects the weights of the step with the lowest loss."""
     base = write_tiny_causal_lm(tmp_path / "base")
     random_labels = with_slips(polite_pairs(64), every=2)
     data = write_pairs(tmp_path / "pairs.jsonl", random_labels)
@@ -185,18 +185,20 @@ def test_training_stops_on_a_plateau(tmp_path: Path) -> None:
     }
     assert manifest.num_steps < 64
     assert manifest.selected_step == min(losses, key=losses.__getitem__)
-    kept = load_file(tmp_path / "out" / "checkpoints" / f"checkpoint-{manifest.selected_step}" / "model.safetensors")
-    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["score.weight"], kept["score.weight"])
+    selected = load_file(
+        tmp_path / "out" / "checkpoints" / f"checkpoint-{manifest.selected_step}" / "model.safetensors"
+    )
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["score.weight"], selected["score.weight"])
 
 
-def test_a_plateau_needs_something_to_watch(tmp_path: Path) -> None:
-    """Early stopping without evaluation pairs is refused before anything is loaded."""
+def test_early_stopping_needs_evaluation_pairs(tmp_path: Path) -> None:
+    """Without them it is refused before anything is loaded."""
     with pytest.raises(SettingsError, match="--patience needs --eval"):
         train(["pairs.jsonl"], "no/base", tmp_path / "out", Recipe(patience=1))
 
 
 def test_the_recipe_reaches_the_trainer(tmp_path: Path) -> None:
-    """Centring and accumulation arrive in TRL's own settings."""
+    """Centring and gradient accumulation are in TRL's settings."""
     recipe = Recipe(center_coefficient=0.01, batch_pairs=32, micro_batch_pairs=4)
 
     settings = _trainer_settings(recipe, num_pairs=320, evaluates=False, out_dir=tmp_path)
@@ -205,11 +207,11 @@ def test_the_recipe_reaches_the_trainer(tmp_path: Path) -> None:
     assert settings.gradient_accumulation_steps == 8
 
 
-def test_a_base_of_the_hub_is_hashed_where_the_cache_has_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A folder stands for itself, a hub id for its snapshot; what is not cached stays without files."""
+def test_the_files_of_a_hub_base_are_in_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The folder of a hub id is its cached snapshot; an id that is not cached is returned unchanged."""
     snapshot = tmp_path / "snapshots" / "abc"
-    known = {"org/sft": str(snapshot / "config.json")}
-    monkeypatch.setattr(reward_model, "try_to_load_from_cache", lambda name, _: known.get(name))
+    cached = {"org/sft": str(snapshot / "config.json")}
+    monkeypatch.setattr(reward_model, "try_to_load_from_cache", lambda name, _: cached.get(name))
 
     assert reward_model.local_folder(tmp_path) == tmp_path
     assert reward_model.local_folder(Path("org/sft")) == snapshot
@@ -217,7 +219,7 @@ def test_a_base_of_the_hub_is_hashed_where_the_cache_has_it(monkeypatch: pytest.
 
 
 def test_only_the_topmost_layers_are_adapted(tmp_path: Path) -> None:
-    """With ``lora_layers`` the layers below stay as they are, and the head is never a LoRA target."""
+    """With ``lora_layers`` the layers below are not adapted, and the head is never a LoRA target."""
     model, _ = load_base(write_tiny_causal_lm(tmp_path), RECIPE)
 
     config = lora_config(model, Recipe(lora_layers=2))
@@ -227,17 +229,17 @@ def test_only_the_topmost_layers_are_adapted(tmp_path: Path) -> None:
     assert {"q_proj", "down_proj"} <= set(config.target_modules)
 
 
-def test_a_reward_models_own_head_is_kept(tmp_path: Path) -> None:
-    """Training on from a reward model starts at its rewards; only a missing head starts at zero."""
+def test_the_head_of_a_reward_model_is_retained(tmp_path: Path) -> None:
+    """Training from a reward model starts at its rewards; only a missing head starts at zero."""
     _, fresh = scalar_head(load_base(write_tiny_causal_lm(tmp_path / "causal"), RECIPE)[0])
-    _, kept = scalar_head(load_base(write_tiny_checkpoint(tmp_path / "reward"), RECIPE)[0])
+    _, retained = scalar_head(load_base(write_tiny_checkpoint(tmp_path / "reward"), RECIPE)[0])
 
     assert fresh.weight.abs().sum() == 0
-    assert kept.weight.abs().sum() > 0
+    assert retained.weight.abs().sum() > 0
 
 
 def test_an_adapter_is_refused_where_the_base_lacks_more_than_a_head(tmp_path: Path) -> None:
-    """Weights that transformers would draw at random must be trained whole, since an adapter does not carry them."""
+    """Weights that transformers would initialise randomly are not in an adapter, so all weights must be trained."""
     folder = write_tiny_causal_lm(tmp_path)
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.norm.weight"]
@@ -248,7 +250,7 @@ def test_an_adapter_is_refused_where_the_base_lacks_more_than_a_head(tmp_path: P
 
 
 def test_the_command_trains_all_weights_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """``--full`` writes a whole checkpoint with its head, and the accuracy is printed beside that of length."""
+    """``--full`` writes a whole checkpoint with its head, and the accuracy is printed."""
     base = write_tiny_causal_lm(tmp_path / "base")
     data = write_pairs(tmp_path / "pairs.jsonl", polite_pairs(16))
     command = ["--data", str(data), "--base", str(base), "--out", str(tmp_path / "out"), "--eval", str(data)]
@@ -260,8 +262,8 @@ def test_the_command_trains_all_weights_and_reports(tmp_path: Path, capsys: pyte
     assert load_file(tmp_path / "out" / "model.safetensors")["score.weight"].shape[0] == 1
 
 
-def test_the_command_merges_when_asked(tmp_path: Path) -> None:
-    """``--merge`` leaves a plain checkpoint beside the adapter."""
+def test_the_command_merges_on_request(tmp_path: Path) -> None:
+    """``--merge`` writes a plain checkpoint in addition to the adapter."""
     base = write_tiny_causal_lm(tmp_path / "base")
     data = write_pairs(tmp_path / "pairs.jsonl", polite_pairs(16))
     command = ["--data", str(data), "--base", str(base), "--out", str(tmp_path / "out"), "--dtype", "fp32"]
@@ -282,14 +284,14 @@ def test_the_command_merges_when_asked(tmp_path: Path) -> None:
     ],
     ids=["no-data", "no-base", "nothing-left", "merge-of-nothing"],
 )
-def test_what_cannot_be_trained_ends_with_one_sentence(
+def test_an_error_ends_the_command_with_one_sentence(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     arguments: list[str],
     complaint: str,
 ) -> None:
-    """Exit status 1 and a sentence, no traceback, and no folder that looks like a result."""
+    """The exit status is 1, one sentence is printed, and no output folder is created."""
     monkeypatch.chdir(tmp_path)
     base = write_tiny_causal_lm(tmp_path / "base")
     write_pairs(tmp_path / "pairs.jsonl", polite_pairs(8))

@@ -1,5 +1,6 @@
-"""The audit of a reward model: is it a preference model, or a length detector in its costume?
+"""The audit of a reward model: it reports whether the model measures preference or mostly length.
 
-Measures are pure functions of scored pairs, one module each; ``findings`` puts them together and ``verdicts`` says them
-in plain words. ``scoring`` gets the rewards, ``charts`` and ``report`` show what was found, ``command`` runs all this.
+Measures are pure functions of scored pairs, one module each; ``findings`` collects them and ``conclusions`` answers
+questions from them in words. ``scoring`` computes the rewards, ``charts`` and ``report`` present the findings, and
+``command`` is the command line.
 """

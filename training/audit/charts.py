@@ -1,7 +1,7 @@
-"""The pictures of an audit: findings in, matplotlib figures out.
+"""Draws the pictures of an audit with matplotlib.
 
-One look for all: the model in teal, what it is compared with in amber, thresholds and ideals as thin dashed lines. A
-figure holds numbers only, never a text of the data.
+The model is teal, what it is compared with is amber, and thresholds are thin dashed lines. A figure shows numbers only,
+never a text of the data.
 """
 
 from __future__ import annotations
@@ -57,17 +57,17 @@ STYLE: Any = {
     "ytick.labelsize": 8.5,
     "svg.hashsalt": "reward-audit",
 }
-"""Matplotlib settings; the salt makes equal findings give equal files."""
+"""Matplotlib settings; the salt makes the files of equal findings equal."""
 
 WIDTH, HEIGHT = 6.4, 3.6
-"""Inches of one picture."""
+"""Of one picture, in inches."""
 
 NUM_TREND_POINTS = 12
 CLIP_QUANTILES = (0.002, 0.998)
 
 
 def draw_all(findings: Findings) -> dict[str, Figure]:
-    """Return one figure for each picture of the report, by name, and ``overview`` with the four that say most."""
+    """Return one figure for each picture of the report, by name, and ``overview`` with the four most important ones."""
     figures = {name: _alone(draw, findings) for name, draw in _pictures(findings).items()}
     return figures | {"overview": _overview(findings)}
 
@@ -98,10 +98,10 @@ def _overview(findings: Findings) -> Figure:
     with _styled():
         figure = Figure(figsize=(2 * WIDTH, 2 * HEIGHT), layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15))
         axes: Sequence[Axes] = figure.subplots(2, 2).ravel()
-        for draw, place in zip(
+        for draw, panel in zip(
             (draw_accuracy_by_length, draw_length, draw_rewards, draw_reliability), axes, strict=True
         ):
-            draw(place, findings)
+            draw(panel, findings)
     return figure
 
 
@@ -112,13 +112,15 @@ def _styled() -> Iterator[None]:
 
 
 def draw_accuracy_by_length(axes: Axes, findings: Findings) -> None:
-    """Accuracy by how much longer the chosen completion is; a length detector climbs from 0 to 1."""
+    """Accuracy by the ratio of lengths; that of a model of length alone rises from 0 to 1."""
     parts = [part for part in findings.accuracy.by_length_ratio if part.num_pairs]
-    places = np.arange(len(parts), dtype=float)
+    positions = np.arange(len(parts), dtype=float)
     axes.axhline(0.5, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
-    axes.plot(places, [part.longer_wins.value for part in parts], "D", color=OTHER, markersize=5, label="longer wins")
-    _points_with_intervals(axes, places, [part.accuracy for part in parts], "model", upright=True)
-    axes.set_xticks(places, [f"{part.name}\n{part.num_pairs:,} pairs" for part in parts])
+    axes.plot(
+        positions, [part.longer_wins.value for part in parts], "D", color=OTHER, markersize=5, label="longer wins"
+    )
+    _points_with_intervals(axes, positions, [part.accuracy for part in parts], "model", upright=True)
+    axes.set_xticks(positions, [f"{part.name}\n{part.num_pairs:,} pairs" for part in parts])
     axes.set_xlabel("length of the chosen answer, in lengths of the rejected one")
     axes.set(ylim=(-0.03, 1.03), title="Accuracy by difference of length")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -131,14 +133,16 @@ def draw_accuracy_by_source(axes: Axes, findings: Findings) -> None:
     whole = findings.accuracy
     everything = SubsetAccuracy("all pairs", whole.num_pairs, whole.accuracy, whole.longer_wins)
     parts = [everything, *whole.by_source] if len(whole.by_source) > 1 else list(whole.by_source)
-    places = np.arange(len(parts), dtype=float)[::-1]
+    positions = np.arange(len(parts), dtype=float)[::-1]
     axes.axvline(0.5, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
-    if findings.agreement is not None:
-        ceiling = findings.agreement.majority
+    if findings.annotator_agreement is not None:
+        ceiling = findings.annotator_agreement.majority
         axes.axvspan(ceiling.lower, ceiling.upper, color=GRID, label="ceiling by label noise")
-    axes.plot([part.longer_wins.value for part in parts], places, "D", color=OTHER, markersize=5, label="longer wins")
-    _points_with_intervals(axes, places, [part.accuracy for part in parts], "model", upright=False)
-    axes.set_yticks(places, [f"{part.name}\n{part.num_pairs:,} pairs" for part in parts])
+    axes.plot(
+        [part.longer_wins.value for part in parts], positions, "D", color=OTHER, markersize=5, label="longer wins"
+    )
+    _points_with_intervals(axes, positions, [part.accuracy for part in parts], "model", upright=False)
+    axes.set_yticks(positions, [f"{part.name}\n{part.num_pairs:,} pairs" for part in parts])
     axes.set(ylim=(-0.7, len(parts) - 0.3), title="Accuracy by source", xlabel="accuracy")
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.grid(visible=False, axis="y")
@@ -146,17 +150,17 @@ def draw_accuracy_by_source(axes: Axes, findings: Findings) -> None:
 
 
 def draw_reliability(axes: Axes, findings: Findings) -> None:
-    """How often the model is right, by how sure it is; honest probabilities lie on the diagonal."""
+    """Accuracy by predicted probability; calibrated probabilities are on the diagonal."""
     found = findings.probability
     confidence = np.array([part.confidence for part in found.bins])
     axes.plot([0.5, 1], [0.5, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
     _points_with_intervals(axes, confidence, [part.accuracy for part in found.bins], None, upright=True)
     axes.plot(confidence, [part.accuracy.value for part in found.bins], color=MODEL, linewidth=1.2, alpha=0.6)
-    axes.text(0.925, 0.955, "honest", color=MUTED, fontsize=8.5, ha="right", va="center")
+    axes.text(0.925, 0.955, "calibrated", color=MUTED, fontsize=8.5, ha="right", va="center")
     axes.set(
         title=f"Reliability: calibration error {found.ece:.3f}, temperature {found.temperature:.2f}",
         xlabel="probability of the preferred answer",
-        ylabel="share of pairs that are right",
+        ylabel="accuracy",
         xlim=(0.49, 1.01),
         ylim=(min(0.3, 0.95 * min(part.accuracy.low for part in found.bins)), 1.03),
     )
@@ -165,16 +169,16 @@ def draw_reliability(axes: Axes, findings: Findings) -> None:
 
 
 def draw_rewards(axes: Axes, findings: Findings) -> None:
-    """Rewards of chosen and rejected completions over each other, with their means."""
+    """Histograms of the rewards of chosen and rejected completions, with their means."""
     scored, found = findings.scored, findings.gaps
     low, high = np.quantile(np.concatenate([scored.chosen, scored.rejected]), CLIP_QUANTILES)
-    borders = np.linspace(low, high, NUM_BINS).tolist()
+    edges = np.linspace(low, high, NUM_BINS).tolist()
     for rewards, mean, color, name in (
         (scored.rejected, found.mean_rejected, REJECTED, "rejected"),
         (scored.chosen, found.mean_chosen, CHOSEN, "chosen"),
     ):
-        axes.hist(rewards, borders, color=color, alpha=0.25)
-        axes.hist(rewards, borders, color=color, histtype="step", linewidth=1.4, label=f"{name}, mean {mean:.2f}")
+        axes.hist(rewards, edges, color=color, alpha=0.25)
+        axes.hist(rewards, edges, color=color, histtype="step", linewidth=1.4, label=f"{name}, mean {mean:.2f}")
         axes.axvline(mean, color=color, linewidth=1.2, linestyle=(0, (4, 3)))
     axes.set(
         title=f"Rewards: mean gap {found.mean_gap.value:.2f}, overlap {found.overlap:.0%}",
@@ -186,7 +190,7 @@ def draw_rewards(axes: Axes, findings: Findings) -> None:
 
 
 def draw_length(axes: Axes, findings: Findings) -> None:
-    """Reward against length, with the mean reward of answers of like length."""
+    """Reward against length, with the mean reward of answers of similar length."""
     bias, completions, unit = findings.length_bias, findings.completions, findings.scored.unit
     lengths, rewards = completions.lengths, completions.rewards
     axes.scatter(1 + lengths, rewards, s=7, color=MODEL, alpha=0.22, linewidths=0, rasterized=True)
@@ -206,13 +210,13 @@ def draw_length(axes: Axes, findings: Findings) -> None:
 
 
 def draw_style(axes: Axes, findings: Findings) -> None:
-    """What one standard deviation of each style feature is worth, in standard deviations of the reward."""
+    """Slope of the reward on each style feature, both in standard deviations."""
     slopes = findings.style.slopes
-    places = np.arange(len(slopes), dtype=float)[::-1]
+    positions = np.arange(len(slopes), dtype=float)[::-1]
     axes.axvline(0, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
-    _points_with_intervals(axes, places, [slope.per_sd for slope in slopes], None, upright=False)
+    _points_with_intervals(axes, positions, [slope.per_sd for slope in slopes], None, upright=False)
     names = [f"{slope.feature.replace('_', ' ')}\n{slope.num_texts:,} answers" for slope in slopes]
-    axes.set_yticks(places, names)
+    axes.set_yticks(positions, names)
     axes.set(
         title=f"Length and style: {findings.style.r_squared:.0%} of the variance within prompts",
         xlabel="standard deviations of the reward per standard deviation of the feature",
@@ -222,7 +226,7 @@ def draw_style(axes: Axes, findings: Findings) -> None:
 
 
 def draw_overtraining(axes: Axes, findings: Findings) -> None:
-    """Accuracy on pairs that were trained on, beside that on pairs that were not."""
+    """Accuracy on training pairs beside that on held-out pairs."""
     found = findings.overtraining
     if found is None:
         return
@@ -239,7 +243,7 @@ def draw_overtraining(axes: Axes, findings: Findings) -> None:
     )
     estimates = (found.train_accuracy, found.held_out_accuracy)
     axes.set(
-        title=f"Over-training: a lead of {100 * found.lead.value:.1f} points",
+        title=f"Over-training: a difference of {100 * found.lead.value:.1f} points",
         xlabel="accuracy",
         xlim=(
             min(0.45, *(each.low - 0.01 for each in estimates)),
@@ -252,18 +256,18 @@ def draw_overtraining(axes: Axes, findings: Findings) -> None:
 
 
 def _points_with_intervals(
-    axes: Axes, places: FloatArray, estimates: Sequence[Interval], label: str | None, *, upright: bool
+    axes: Axes, positions: FloatArray, estimates: Sequence[Interval], label: str | None, *, upright: bool
 ) -> None:
-    """Dots with their intervals as whiskers: at the places of the x axis where upright, else of the y axis."""
+    """Draw dots with error bars: ``positions`` are on the x axis if upright, else on the y axis."""
     values = np.array([estimate.value for estimate in estimates])
-    whiskers = np.array([[e.value - e.low for e in estimates], [e.high - e.value for e in estimates]]).clip(min=0)
-    x, y = (places, values) if upright else (values, places)
-    errors: dict[str, Any] = {"yerr" if upright else "xerr": whiskers}
+    error_bars = np.array([[e.value - e.low for e in estimates], [e.high - e.value for e in estimates]]).clip(min=0)
+    x, y = (positions, values) if upright else (values, positions)
+    errors: dict[str, Any] = {"yerr" if upright else "xerr": error_bars}
     axes.errorbar(x, y, **errors, fmt="o", color=MODEL, markersize=5.5, elinewidth=1.6, capsize=0, label=label)
 
 
 def _trend(lengths: FloatArray, rewards: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Median length and mean reward of groups of equally many completions, in order of length."""
+    """Return median length and mean reward of equally large groups of completions, in order of length."""
     order = np.argsort(lengths, kind="stable")
     groups = np.array_split(order, min(NUM_TREND_POINTS, len(order)))
     return (

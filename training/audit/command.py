@@ -1,4 +1,4 @@
-"""``reward-audit``: a checkpoint or a running service, and pairs that people judged, in; a report out."""
+"""``reward-audit``: reports how well a checkpoint or a running service predicts human preferences."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from service.console import progress_bar
 from service.errors import SettingsError, StartupError
 from service.settings import DEMO_MODEL
 from service.version import add_version_option
+from training.audit.conclusions import conclusions_of
 from training.audit.findings import Findings, investigate
 from training.audit.report import write_report
 from training.audit.scored_pairs import ScoredPairs
 from training.audit.scoring import Scorer, ServiceScorer, load_checkpoint_scorer, score_pairs
-from training.audit.verdicts import verdicts_of
 from training.preferences import PreferencePair, read_pairs
 from training.sources import Source, source_hashes
 
 MAX_TRAIN_PAIRS = 1000
-"""Training pairs that are scored for the check of over-training; all are searched for leaked prompts."""
+"""Training pairs that are scored for the over-training check; all of them are searched for leaked prompts."""
 
-_COLOURS = {"good": "green", "watch": "yellow", "bad": "red", "open": "dim"}
+_COLOURS = {"good": "green", "warning": "yellow", "bad": "red", "unknown": "dim"}
 
 
 def audit(
@@ -42,20 +42,20 @@ def audit(
     hide_texts: bool = False,
     console: Console | None = None,
 ) -> Findings:
-    """Score the pairs of the sources, measure everything and write the report to ``out_dir``.
+    """Score the pairs of the sources, compute all measures and write the report to ``out_dir``.
 
     Args:
         scorer: the model.
         sources: pairs that it was not trained on.
-        out_dir: made if it does not exist; gets ``audit.html``, ``audit.json`` and ``pictures/``.
+        out_dir: created if it does not exist; receives ``audit.html``, ``audit.json`` and ``pictures/``.
         train_sources: pairs that it was trained on, for the checks of leakage and over-training.
-        max_train_pairs: of these so many are scored, drawn at random but always the same.
+        max_train_pairs: number of them that are scored, sampled with a fixed seed.
         hide_texts: leave the texts of the highest completions out of the report.
-        console: where the progress bar goes; None: nowhere.
+        console: for the progress bar; None: no progress bar.
 
     Raises:
         DatasetError: a source cannot be read, or too few pairs have a reward.
-        ClientError: the service cannot be asked.
+        ClientError: the service refuses a request or cannot be reached.
     """
     pairs, train_pairs = list(read_pairs(sources)), list(read_pairs(train_sources))
     drawn = random.Random(0).sample(train_pairs, min(max_train_pairs, len(train_pairs)))  # noqa: S311 - no secret
@@ -91,10 +91,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (StartupError, ClientError) as error:
         console.print(str(error), style="red", markup=False, highlight=False)
         return 1
-    for verdict in verdicts_of(findings):
-        console.print(f"{verdict.question}: ", end="", highlight=False)
-        console.print(verdict.answer, style=_COLOURS[verdict.level], highlight=False)
-        console.print(f"  {verdict.reason}", style="dim", markup=False, highlight=False)
+    for conclusion in conclusions_of(findings):
+        console.print(f"{conclusion.question}: ", end="", highlight=False)
+        console.print(conclusion.answer, style=_COLOURS[conclusion.level], highlight=False)
+        console.print(f"  {conclusion.reason}", style="dim", markup=False, highlight=False)
     console.print(f"The report is {options.out / 'audit.html'}", markup=False, highlight=False)
     return 0
 
@@ -114,7 +114,7 @@ def _describe_data(sources: Sequence[Source], train_sources: Sequence[Source]) -
 
 
 def _scorer_and_pairs(options: argparse.Namespace, opened: ExitStack) -> tuple[Scorer, list[str]]:
-    """Without a URL the first input is the model."""
+    """Create the scorer; without a URL the first input is the model."""
     if options.url is not None:
         client = opened.enter_context(RewardClient(options.url))
         return ServiceScorer(client, options.truncation), options.inputs
@@ -124,7 +124,7 @@ def _scorer_and_pairs(options: argparse.Namespace, opened: ExitStack) -> tuple[S
             f"There is no folder {model}; give a checkpoint folder, {DEMO_MODEL}, or a service with --url."
         )
     if not pairs:
-        raise SettingsError("Give files of held-out pairs behind the checkpoint folder.")
+        raise SettingsError("Give files of held-out pairs after the checkpoint folder.")
     scorer = load_checkpoint_scorer(
         Path(model),
         truncation=options.truncation,
@@ -139,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="reward-audit",
         usage="reward-audit (DIR | --url URL) PAIRS... --out DIR [options]",
-        description="Tell whether a reward model is a preference model, or a length detector in its costume.",
+        description="Report whether a reward model measures preference or mostly length.",
     )
     add_version_option(parser)
     add = parser.add_argument
@@ -151,15 +151,28 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--url", help="a running service instead of a checkpoint folder")
     add("--out", type=Path, required=True, help="folder for audit.html, audit.json and pictures/")
-    add("--train-pairs", nargs="+", default=[], help="what it was trained on: checks leakage and over-training")
-    add("--max-train-pairs", type=int, default=MAX_TRAIN_PAIRS, help="training pairs that are scored (default 1000)")
-    add("--hide-texts", "--no-texts", action="store_true", help="leave the highest completions' texts out")
     add(
-        "--truncation", choices=("error", "prompt_left"), default="error", help="what becomes of too long conversations"
+        "--train-pairs",
+        nargs="+",
+        default=[],
+        help="pairs that it was trained on, for the checks of leakage and over-training",
+    )
+    add(
+        "--max-train-pairs",
+        type=int,
+        default=MAX_TRAIN_PAIRS,
+        help="number of training pairs that are scored (default: 1000)",
+    )
+    add("--hide-texts", action="store_true", help="leave the texts of the completions with the highest rewards out")
+    add(
+        "--truncation",
+        choices=("error", "prompt_left"),
+        default="error",
+        help="for conversations above the token limit: leave the pair out, or truncate the prompt on the left",
     )
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (checkpoint folder only)")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="checkpoint folder only")
-    add("--threads", type=int, help="CPU threads of the forward pass; none: all (checkpoint folder only)")
+    add("--threads", type=int, help="CPU threads of the forward pass (default: all; checkpoint folder only)")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Everything that an audit measures, put together: scored pairs in, one record out."""
+"""Computes all measures of an audit and collects them in one record."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from service.errors import DatasetError
-from training.agreement import Agreement, measure_agreement
+from training.annotator_agreement import AnnotatorAgreement, measure_annotator_agreement
 from training.audit.accuracy import Accuracy, measure_accuracy
 from training.audit.gaps import Gaps, measure_gaps
 from training.audit.leakage import Leakage, measure_leakage
@@ -20,19 +20,19 @@ from training.audit.top_completions import TopCompletion, top_completions
 from training.preferences import PreferencePair
 
 MIN_PAIRS = 20
-"""Fewer tell nothing: the interval of an accuracy would be more than 40 points wide."""
+"""With fewer pairs the interval of an accuracy would be more than 40 points wide."""
 
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """What was found about a model on some pairs.
-
-    ``model``, ``data``: what was audited, and on what, for the reader of the report. ``overtraining``: None where no
-    training pairs were given; ``agreement``: None where no pair has two reviews.
-    """
+    """The results of an audit."""
 
     model: Mapping[str, Any]
+    """Description of the audited model, for the reader of the report."""
+
     data: Mapping[str, Any]
+    """Description of the audited data, for the reader of the report."""
+
     scored: ScoredPairs = field(repr=False)
     completions: Completions = field(repr=False)
     accuracy: Accuracy
@@ -42,8 +42,12 @@ class Findings:
     style: Style
     leakage: Leakage
     top: Sequence[TopCompletion]
+
     overtraining: Overtraining | None = None
-    agreement: Agreement | None = None
+    """None where no training pairs were given."""
+
+    annotator_agreement: AnnotatorAgreement | None = None
+    """None where no pair has two reviews."""
 
 
 def investigate(
@@ -55,15 +59,15 @@ def investigate(
     train_pairs: Sequence[PreferencePair] | None = None,
     hide_texts: bool = False,
 ) -> Findings:
-    """Measure everything.
+    """Compute all measures.
 
     Args:
         scored: the audited pairs.
-        model: what was audited, for the reader.
-        data: on what, for the reader.
-        trained: pairs that the model was trained on, or some of them, scored.
-        train_pairs: all pairs that it was trained on, for the search for leaked prompts; no rewards are needed.
-        hide_texts: leave the texts of the highest completions out.
+        model: description of the model, for the reader of the report.
+        data: description of the data, for the reader of the report.
+        trained: pairs that the model was trained on, or a sample of them, scored.
+        train_pairs: all pairs that it was trained on, to search for leaked prompts; without rewards.
+        hide_texts: leave the texts of the completions with the highest rewards out.
 
     Raises:
         DatasetError: there are fewer than ``MIN_PAIRS`` pairs with rewards.
@@ -86,5 +90,5 @@ def investigate(
         leakage=measure_leakage(scored, train_pairs),
         top=top_completions(completions, scored.unit, hide_texts=hide_texts),
         overtraining=None if trained is None or not len(trained) else measure_overtraining(scored, trained),
-        agreement=measure_agreement(scored.pairs),
+        annotator_agreement=measure_annotator_agreement(scored.pairs),
     )

@@ -1,6 +1,6 @@
-"""Estimates with the range that the data allow, at 95 percent.
+"""Estimates with their 95 percent confidence intervals.
 
-Pairs of one prompt resemble each other, so what is resampled is prompts, not pairs.
+Pairs of one prompt are not independent, so the bootstrap resamples prompts, not pairs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SEED = 0
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """An estimate with its 95 percent confidence interval; all NaN where there was nothing to measure."""
+    """An estimate with its 95 percent confidence interval; all NaN where there are no data."""
 
     value: float
     low: float
@@ -30,33 +30,33 @@ class Interval:
 
 
 def share_interval(wins: FloatArray, prompts: IntArray) -> Interval:
-    """Return the mean of wins (1, 0, or one half for a tie) [pair] with its interval.
+    """Return the mean of ``wins`` [pair] (1, 0, or one half for a tie) with its interval.
 
-    Wilson's score interval (Wilson 1927) where every pair has a prompt of its own, else bootstrapped over prompts.
+    Wilson's score interval (Wilson 1927) where all prompts are different, else a bootstrap interval over prompts.
     """
     if not len(wins):
         return Interval(np.nan, np.nan, np.nan)
     if len(np.unique(prompts)) == len(prompts):
         low, high = proportion_confint(float(wins.sum()), len(wins), method="wilson")
         return Interval(float(wins.mean()), float(low), float(high))
-    return bootstrap_interval(lambda rows: float(wins[rows].mean()), prompts)
+    return bootstrap_interval(lambda indices: float(wins[indices].mean()), prompts)
 
 
 def bootstrap_interval(statistic: Callable[[IntArray], float], prompts: IntArray) -> Interval:
     """Return a statistic with its percentile bootstrap interval over prompts (Efron 1979; Davison and Hinkley 1997).
 
     Args:
-        statistic: of the rows that it is given, in any order and with repeats.
-        prompts: of each row.
+        statistic: a function of indices into the data, in any order and with repetitions.
+        prompts: the prompt's number [index].
     """
-    resampled = [statistic(rows) for rows in _resamples(prompts)]
+    resampled = [statistic(indices) for indices in _resamples(prompts)]
     finite = [value for value in resampled if np.isfinite(value)]
     low, high = np.quantile(finite, (0.025, 0.975)) if finite else (np.nan, np.nan)
     return Interval(statistic(np.arange(len(prompts))), float(low), float(high))
 
 
 def _resamples(prompts: IntArray) -> Iterator[IntArray]:
-    """Rows of as many prompts as there are, drawn with replacement; the same draws for the same prompts."""
+    """Yield the indices of as many prompts as there are, drawn with replacement; equal for equal ``prompts``."""
     order = np.argsort(prompts, kind="stable")
     _, starts, sizes = np.unique(prompts[order], return_index=True, return_counts=True)
     rng = np.random.default_rng(SEED)

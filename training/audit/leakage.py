@@ -1,6 +1,6 @@
-"""Prompts of the audited pairs that training has seen too: the same, or nearly the same.
+"""Finds prompts of the audited pairs that are in the training pairs too, equal or nearly equal.
 
-A model may score anything on pairs that it was trained on, so an accuracy is worth what is left without them.
+Accuracy on pairs that a model was trained on does not measure how well it generalises.
 """
 
 from __future__ import annotations
@@ -22,41 +22,47 @@ from training.audit.scored_pairs import ScoredPairs
 from training.preferences import PreferencePair
 
 NEAR_DUPLICATE = 0.8
-"""Jaccard similarity of the sets of three-word runs from which two prompts count as nearly the same."""
+"""Smallest Jaccard similarity of the sets of word trigrams at which two prompts count as nearly equal."""
 
 MIN_WORDS = 8
-"""Shorter prompts are alike by chance; for them only an equal prompt counts."""
+"""Shorter prompts are similar by chance; for them only an equal prompt counts."""
 
-_ROWS_AT_A_TIME = 256
+_CHUNK_ROWS = 256
 _NOT_A_WORD = re.compile(r"[\W_]+")
 
 
 @dataclass(frozen=True, slots=True)
 class Leakage:
-    """What was found of prompts in more than one place.
-
-    ``repeated``: audited pairs whose prompt occurs in more than one of them. The others are None where no training
-    pairs are given. ``same_prompt``, ``similar_prompt``: audited pairs whose prompt training has, or nearly so.
-    ``same_pair``: those of them with the same completions too. ``accuracy_seen``, ``accuracy_unseen``: with and without
-    such a prompt.
-    """
+    """Audited pairs whose prompt occurs elsewhere; all fields but ``repeated`` are None without training pairs."""
 
     repeated: int
+    """Pairs whose prompt occurs in more than one audited pair."""
+
     num_train_pairs: int | None = None
+
     same_prompt: int | None = None
+    """Pairs whose prompt is in the training pairs."""
+
     similar_prompt: int | None = None
+    """Pairs of which a nearly equal prompt, but no equal one, is in the training pairs."""
+
     same_pair: int | None = None
+    """Pairs that are in the training pairs with prompt and both completions."""
+
     accuracy_seen: Interval | None = None
+    """Accuracy on the pairs with an equal or nearly equal prompt in the training pairs."""
+
     accuracy_unseen: Interval | None = None
+    """Accuracy on all other pairs."""
 
     @property
     def num_seen(self) -> int:
-        """Audited pairs whose prompt training has, or nearly so."""
+        """Audited pairs with an equal or nearly equal prompt in the training pairs."""
         return (self.same_prompt or 0) + (self.similar_prompt or 0)
 
 
 def measure_leakage(scored: ScoredPairs, train_pairs: Sequence[PreferencePair] | None) -> Leakage:
-    """Look for audited prompts among themselves and among those of the training pairs."""
+    """Search for the audited prompts in the other audited pairs and in the training pairs."""
     hashes = [prompt_hash(pair) for pair in scored.pairs]
     repeated = _num_repeated(hashes)
     if train_pairs is None:
@@ -78,17 +84,17 @@ def measure_leakage(scored: ScoredPairs, train_pairs: Sequence[PreferencePair] |
 
 
 def prompt_hash(pair: PreferencePair) -> str:
-    """Return a hash of the prompt that case, punctuation and blanks do not change."""
+    """Return a hash of the prompt that does not depend on case, punctuation and whitespace."""
     return _hash(normalise(prompt_text(pair)))
 
 
 def prompt_text(pair: PreferencePair) -> str:
-    """Return the prompt as one text: its turns one after another."""
+    """Return the prompt as one text: its messages, joined by line feeds."""
     return pair.prompt if isinstance(pair.prompt, str) else "\n".join(turn.content for turn in pair.prompt)
 
 
 def normalise(text: str) -> str:
-    """Return the words of a text, casefolded, with single blanks between them."""
+    """Return the words of a text, casefolded, with single spaces between them."""
     return _NOT_A_WORD.sub(" ", text.casefold()).strip()
 
 
@@ -106,21 +112,21 @@ def _hash(text: str) -> str:
 
 
 def _similar(pairs: Sequence[PreferencePair], train_pairs: Sequence[PreferencePair]) -> NDArray[np.bool_]:
-    """Whether any prompt of training has a Jaccard similarity of ``NEAR_DUPLICATE`` [pair]."""
-    ours = _shingles([prompt_text(pair) for pair in pairs])
-    theirs = _shingles(list(dict.fromkeys(prompt_text(pair) for pair in train_pairs)))
-    sizes, their_sizes = (np.asarray(matrix.sum(axis=1)).ravel() for matrix in (ours, theirs))
+    """Whether the Jaccard similarity with any training prompt is at least ``NEAR_DUPLICATE`` [pair]."""
+    audited = _trigrams([prompt_text(pair) for pair in pairs])
+    trained = _trigrams(list(dict.fromkeys(prompt_text(pair) for pair in train_pairs)))
+    sizes, train_sizes = (np.asarray(matrix.sum(axis=1)).ravel() for matrix in (audited, trained))
     found = np.zeros(len(pairs), dtype=bool)
-    for start in range(0, len(pairs), _ROWS_AT_A_TIME):
-        common = (ours[start : start + _ROWS_AT_A_TIME] @ theirs.T).tocoo()
+    for start in range(0, len(pairs), _CHUNK_ROWS):
+        common = (audited[start : start + _CHUNK_ROWS] @ trained.T).tocoo()
         rows = common.row + start
-        union = sizes[rows] + their_sizes[common.col] - common.data
+        union = sizes[rows] + train_sizes[common.col] - common.data
         found[rows[common.data >= NEAR_DUPLICATE * union]] = True
     return found
 
 
-def _shingles(prompts: Sequence[str]) -> Any:
-    """Sparse 0/1 matrix [prompt, hash of a run of three words]; empty rows for short prompts."""
+def _trigrams(prompts: Sequence[str]) -> Any:
+    """Return a sparse 0/1 matrix [prompt, hash of a word trigram]; the rows of short prompts are empty."""
     texts = [normalise(prompt) for prompt in prompts]
     vectorizer = HashingVectorizer(
         tokenizer=str.split, token_pattern=None, ngram_range=(3, 3), binary=True, norm=None, alternate_sign=False

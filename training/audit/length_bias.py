@@ -1,37 +1,40 @@
-"""How much of the reward is length, over all completions and among the completions of one prompt.
+"""Correlation of reward and length, over all completions and among the completions of one prompt.
 
-Two alarms are in use, and they are not the same: |r| above 0.3, and r squared above 0.3, which is |r| above 0.548. Both
-are judged by the lower end of the confidence interval, within prompts: pooled over prompts, length also stands for what
+Two thresholds are in use, and they differ: |r| above 0.3, and r squared above 0.3, which is |r| above 0.548. Both are
+compared with the lower end of the confidence interval within prompts: over all prompts, length is confounded with what
 was asked.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import spearmanr
 
+from service.diagnostics.correlation import pearson_correlation, spearman_correlation
 from training.audit.intervals import Interval, bootstrap_interval
 from training.audit.scored_pairs import Completions, FloatArray, IntArray
 
 WARN_R = 0.30
-"""On |r|: length is worth looking at."""
+"""Of |r|: length has an influence."""
 
 CRITICAL_R_SQUARED = 0.30
-"""On r squared, the share of the reward's variance that length explains: length is what the model measures."""
+"""Of r squared, the share of the reward's variance that length explains: the model mostly measures length."""
 
 
 @dataclass(frozen=True, slots=True)
 class LengthBias:
-    """Correlations of reward with ln(1 + length).
-
-    ``pearson``, ``spearman``: over all completions. ``within``: Pearson after the means of each prompt are subtracted.
-    """
+    """Correlations of reward with ln(1 + length)."""
 
     pearson: Interval
+    """Over all completions."""
+
     spearman: float
+    """Over all completions."""
+
     within: Interval
+    """Pearson's after the mean of each prompt was subtracted from both."""
 
     @property
     def r_squared(self) -> float:
@@ -45,29 +48,29 @@ class LengthBias:
 
     @property
     def least_within(self) -> float:
-        """The smallest |r| within prompts that the data allow; 0 where even its sign is open."""
+        """Smallest |r| in the confidence interval within prompts; 0 where the interval contains 0."""
         low, high = self.within.low, self.within.high
         return 0.0 if not low * high > 0 else min(abs(low), abs(high))
 
     @property
     def warns(self) -> bool:
-        """Whether |r| is above 0.3, beyond doubt."""
+        """Whether |r| is above 0.3, at the lower end of its confidence interval."""
         return self.least_within > WARN_R
 
     @property
     def is_critical(self) -> bool:
-        """Whether r squared is above 0.3, beyond doubt."""
+        """Whether r squared is above 0.3, at the lower end of its confidence interval."""
         return self.least_within**2 > CRITICAL_R_SQUARED
 
 
 def measure_length_bias(completions: Completions) -> LengthBias:
-    """Measure the correlations of reward and length."""
+    """Compute the correlations of reward and length."""
     rewards, lengths, prompts = completions.rewards, completions.log_lengths, completions.prompts
     inner_rewards, inner_lengths = centre(rewards, prompts), centre(lengths, prompts)
     return LengthBias(
-        pearson=bootstrap_interval(lambda rows: correlation(rewards[rows], lengths[rows]), prompts),
-        spearman=_spearman(rewards, lengths),
-        within=bootstrap_interval(lambda rows: correlation(inner_rewards[rows], inner_lengths[rows]), prompts),
+        pearson=bootstrap_interval(lambda indices: _pearson(rewards[indices], lengths[indices]), prompts),
+        spearman=_zero_if_undefined(spearman_correlation(rewards, lengths)),
+        within=bootstrap_interval(lambda indices: _pearson(inner_rewards[indices], inner_lengths[indices]), prompts),
     )
 
 
@@ -77,12 +80,10 @@ def centre(values: FloatArray, prompts: IntArray) -> FloatArray:
     return np.asarray(values - (sums / counts)[prompts])
 
 
-def correlation(left: FloatArray, right: FloatArray) -> float:
-    """Return Pearson's r, and 0 where one of the two does not vary."""
-    if len(left) < 2 or np.ptp(left) == 0 or np.ptp(right) == 0:
-        return 0.0
-    return float(np.corrcoef(left, right)[0, 1])
+def _pearson(left: FloatArray, right: FloatArray) -> float:
+    return _zero_if_undefined(pearson_correlation(left, right))
 
 
-def _spearman(left: FloatArray, right: FloatArray) -> float:
-    return 0.0 if np.ptp(left) == 0 or np.ptp(right) == 0 else float(spearmanr(left, right).statistic)
+def _zero_if_undefined(correlation: float) -> float:
+    """A reward that does not vary does not depend on length."""
+    return 0.0 if math.isnan(correlation) else correlation

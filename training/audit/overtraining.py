@@ -1,4 +1,4 @@
-"""Whether the model knows its training pairs better than others: accuracy and gap, trained on against held out."""
+"""Compares accuracy, gap and loss on training pairs with those on held-out pairs."""
 
 from __future__ import annotations
 
@@ -12,30 +12,38 @@ from training.audit.scored_pairs import IntArray, ScoredPairs
 from training.bradley_terry import bradley_terry_loss
 
 TOLERATED_LEAD = 0.05
-"""Accuracy by which training pairs may be ahead; every trained model is a little."""
+"""Tolerated difference in accuracy; for every trained model it is above zero."""
 
 
 @dataclass(frozen=True, slots=True)
 class Overtraining:
-    """``lead``: accuracy on training pairs less that on held-out ones. ``*_loss``: mean Bradley-Terry loss in nats."""
+    """Figures on training pairs and on held-out pairs."""
 
     num_train_pairs: int
     train_accuracy: Interval
     held_out_accuracy: Interval
+
     lead: Interval
+    """``train_accuracy`` minus ``held_out_accuracy``."""
+
     train_gap: float
+    """Mean of chosen minus rejected reward."""
+
     held_out_gap: float
+
     train_loss: float
+    """Mean Bradley-Terry loss in nats."""
+
     held_out_loss: float
 
     @property
-    def memorises(self) -> bool:
-        """Whether the lead is above ``TOLERATED_LEAD``, beyond doubt."""
+    def is_overtrained(self) -> bool:
+        """Whether ``lead`` is above ``TOLERATED_LEAD``, at the lower end of its confidence interval."""
         return self.lead.low > TOLERATED_LEAD
 
 
 def measure_overtraining(held_out: ScoredPairs, trained: ScoredPairs) -> Overtraining:
-    """Compare the rewards of pairs that were trained on with those of pairs that were not."""
+    """Compare the rewards of training pairs with those of held-out pairs."""
     return Overtraining(
         num_train_pairs=len(trained),
         train_accuracy=share_interval(wins_of(trained.gaps), trained.prompts),
@@ -49,13 +57,13 @@ def measure_overtraining(held_out: ScoredPairs, trained: ScoredPairs) -> Overtra
 
 
 def _lead(held_out: ScoredPairs, trained: ScoredPairs) -> Interval:
-    """Both sets are resampled together, each over prompts of its own."""
+    """Bootstrap both sets at once; no prompt of one is a prompt of the other."""
     wins = np.concatenate([wins_of(trained.gaps), wins_of(held_out.gaps)])
     is_trained = np.arange(len(wins)) < len(trained)
     prompts = np.concatenate([trained.prompts, held_out.prompts + trained.prompts.max() + 1])
 
-    def lead(rows: IntArray) -> float:
-        mine, others = wins[rows][is_trained[rows]], wins[rows][~is_trained[rows]]
-        return float(mine.mean() - others.mean()) if len(mine) and len(others) else np.nan
+    def lead(indices: IntArray) -> float:
+        train, other = wins[indices][is_trained[indices]], wins[indices][~is_trained[indices]]
+        return float(train.mean() - other.mean()) if len(train) and len(other) else np.nan
 
     return bootstrap_interval(lead, prompts)

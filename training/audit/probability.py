@@ -1,6 +1,7 @@
-"""Whether the Bradley-Terry probability can be taken at its word: of pairs called 70 percent sure, are 70 right?
+"""Calibration of the Bradley-Terry probability: of pairs predicted with 70 percent, are 70 percent right?
 
-Gaps of rewards in, numbers out. Accuracy looks at the sign of a gap only; its size is what a policy is trained on.
+Pure: it takes gaps of rewards and returns figures. Accuracy depends on the sign of a gap only; a policy is trained on
+its size.
 """
 
 from __future__ import annotations
@@ -22,52 +23,62 @@ NUM_FOLDS = 5
 NUM_DRAWS = 500
 SEED = 0
 TEMPERATURES = (0.02, 50.0)
-"""Where the best temperature is looked for; a model at chance wants an infinite one."""
+"""Range in which the best temperature is searched; that of a model at chance is infinite."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReliabilityBin:
-    """Pairs about whose winner the model was about equally sure: its mean probability, and how often it was right."""
+    """Pairs with similar predicted probabilities."""
 
     num_pairs: int
+
     confidence: float
+    """Mean predicted probability of the completion that the model prefers."""
+
     accuracy: Interval
+    """Share of the pairs in which that completion was chosen."""
 
 
 @dataclass(frozen=True, slots=True)
 class Probability:
-    """How honest the probabilities sigma(gap) are.
-
-    ``loss``: mean Bradley-Terry loss in nats; a coin has 0.693. ``ece``: expected calibration error (Naeini et al.
-    2015), the mean distance of confidence and accuracy over the bins. ``honest_ece``: what it stays below in 95 of 100
-    draws if every probability is exact, since few pairs in a bin never agree perfectly. ``temperature``: the T for
-    which sigma(gap / T) has the lowest loss on these pairs (Guo et al. 2017); above 1 the model is too sure.
-    ``loss_at_temperature``, ``ece_at_temperature``: with a T that was fitted on other prompts (5 folds).
-    """
+    """Calibration of the probabilities sigma(gap)."""
 
     bins: Sequence[ReliabilityBin]
+
     loss: float
+    """Mean Bradley-Terry loss in nats; 0.693 for a constant probability of one half."""
+
     ece: float
-    honest_ece: float
+    """Expected calibration error (Naeini et al. 2015): mean over pairs of |accuracy - confidence| of their bin."""
+
+    calibrated_ece: float
+    """The 95 percent quantile of ``ece`` if every probability were exact; above zero because bins are finite."""
+
     temperature: float
+    """The T for which sigma(gap / T) has the lowest loss on these pairs (Guo et al. 2017); above 1 for an overconfident
+    model."""
+
     loss_at_temperature: float
+    """``loss`` of sigma(gap / T), with a T fitted on other prompts (five-fold)."""
+
     ece_at_temperature: float
+    """``ece`` of sigma(gap / T), with a T fitted on other prompts (five-fold)."""
 
     @property
-    def is_honest(self) -> bool:
-        """Whether the probabilities are as good as exact ones, as far as these pairs can tell."""
-        return self.ece <= self.honest_ece
+    def is_calibrated(self) -> bool:
+        """Whether the calibration error is no larger than exact probabilities would have on these pairs."""
+        return self.ece <= self.calibrated_ece
 
 
 def measure_probability(scored: ScoredPairs) -> Probability:
-    """Measure reliability, and what one temperature would mend."""
+    """Compute the calibration of the probabilities, before and after temperature scaling."""
     gaps, prompts = scored.gaps, scored.prompts
     tempered = gaps / _temperatures_of_other_folds(gaps, prompts)
     return Probability(
         bins=_reliability(gaps, prompts),
         loss=_loss(gaps),
         ece=expected_calibration_error(gaps),
-        honest_ece=_honest_ece(gaps),
+        calibrated_ece=_calibrated_ece(gaps),
         temperature=fit_temperature(gaps),
         loss_at_temperature=_loss(tempered),
         ece_at_temperature=expected_calibration_error(tempered),
@@ -93,8 +104,8 @@ def expected_calibration_error(gaps: FloatArray) -> float:
     return float(sum(differences) / len(gaps))
 
 
-def _honest_ece(gaps: FloatArray) -> float:
-    """The 95 percent quantile of the calibration error when each pair is right with just the stated probability."""
+def _calibrated_ece(gaps: FloatArray) -> float:
+    """Return the 95 percent quantile of the calibration error if each pair is right with the predicted probability."""
     confidence, bins = _confidence(gaps), _bins_of(gaps)
     rng = np.random.default_rng(SEED)
     errors = []
@@ -117,12 +128,12 @@ def _reliability(gaps: FloatArray, prompts: IntArray) -> list[ReliabilityBin]:
 
 
 def _confidence(gaps: FloatArray) -> FloatArray:
-    """Probability of the completion that the model prefers: between one half and one."""
+    """Return the probability of the completion that the model prefers, between one half and one [pair]."""
     return np.asarray(expit(np.abs(gaps)))
 
 
 def _bins_of(gaps: FloatArray) -> IntArray:
-    """Ten bins with equally many pairs: equal widths would leave most of them nearly empty."""
+    """Return bin numbers [pair]; bins have equally many pairs, since most bins of equal width would be nearly empty."""
     ranks = np.argsort(np.argsort(np.abs(gaps), kind="stable"), kind="stable")
     return np.asarray(ranks * NUM_BINS // max(1, len(gaps)))
 

@@ -1,4 +1,4 @@
-"""What an audit leaves behind: one HTML file that needs nothing else, the numbers as JSON, the pictures as PNG."""
+"""Writes the report of an audit: a self-contained HTML file, the figures as JSON, the pictures as PNG."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ import jinja2
 from matplotlib.figure import Figure
 
 from training.audit.charts import draw_all
+from training.audit.conclusions import conclusions_of
 from training.audit.findings import Findings
 from training.audit.intervals import Interval
-from training.audit.verdicts import verdicts_of
 
 HTML_FILE, JSON_FILE, PICTURE_FOLDER = "audit.html", "audit.json", "pictures"
 PNG_DPI = 160
-_RECORDS_WITHOUT_NUMBERS = ("scored", "completions")
-"""Fields of the findings that are data, not results; their rows never leave."""
+_DATA_FIELDS = ("scored", "completions")
+"""Fields of the findings that are data and not results; they are not written."""
 
 
 def write_report(findings: Findings, folder: Path) -> Path:
-    """Write ``audit.html``, ``audit.json`` and ``pictures/*.png`` into a folder, made if needed; return the HTML."""
+    """Write ``audit.html``, ``audit.json`` and ``pictures/*.png`` into a folder, created if needed; return the HTML."""
     pictures = folder / PICTURE_FOLDER
     pictures.mkdir(parents=True, exist_ok=True)
     figures = draw_all(findings)
@@ -41,18 +41,18 @@ def write_report(findings: Findings, folder: Path) -> Path:
 
 
 def as_json(findings: Findings) -> dict[str, Any]:
-    """Return the numbers, JSON-ready: verdicts first, null where nothing could be measured."""
+    """Return the figures, JSON-ready: conclusions first, null where there were no data."""
     results = {
         field.name: getattr(findings, field.name)
         for field in dataclasses.fields(findings)
-        if field.name not in _RECORDS_WITHOUT_NUMBERS
+        if field.name not in _DATA_FIELDS
     }
-    plain: dict[str, Any] = _plain({"verdicts": verdicts_of(findings), **results})
+    plain: dict[str, Any] = _plain({"conclusions": conclusions_of(findings), **results})
     return plain
 
 
 def render_html(findings: Findings, figures: Mapping[str, Figure]) -> str:
-    """Return the report as one HTML document; its pictures are inside, and it loads nothing."""
+    """Return the report as one HTML document with embedded pictures; it loads nothing."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("training", "audit"),
         autoescape=True,
@@ -63,7 +63,7 @@ def render_html(findings: Findings, figures: Mapping[str, Figure]) -> str:
     environment.filters |= {"percent": _percent, "interval": _interval, "signed": _signed_interval}
     return environment.get_template("report.html.jinja").render(
         findings=findings,
-        verdicts=verdicts_of(findings),
+        conclusions=conclusions_of(findings),
         pictures={name: _data_uri(figure) for name, figure in figures.items() if name != "overview"},
         made_at=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         version=version("reward-service"),
@@ -81,7 +81,7 @@ def _percent(value: float) -> str:
 
 
 def _interval(estimate: Interval) -> str:
-    """A share with its interval, both in percent."""
+    """Format a share with its interval, in percent."""
     if math.isnan(estimate.value):
         return "none"
     return f"{_percent(estimate.value)} ({_percent(estimate.low)} to {_percent(estimate.high)})"
@@ -92,7 +92,7 @@ def _signed_interval(estimate: Interval) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Records to dictionaries, all the way down; what is not finite becomes null, which JSON has a word for."""
+    """Convert records to dictionaries recursively; numbers that are not finite become None, since JSON has no NaN."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Preference pairs with the rewards of both completions: the record that every measure of the audit reads."""
+"""Preference pairs with the rewards of both completions: the input of every measure of the audit."""
 
 from __future__ import annotations
 
@@ -18,63 +18,76 @@ LengthUnit: TypeAlias = Literal["tokens", "characters"]
 
 @dataclass(frozen=True, slots=True)
 class ScoredPairs:
-    """Pairs in file order, and beside them arrays [pair].
-
-    ``chosen``, ``rejected``: raw rewards. ``chosen_lengths``, ``rejected_lengths``: of the completions, in ``unit``.
-    ``num_failed``: pairs that were left out because a completion has no reward.
-    """
+    """Pairs in file order, with arrays [pair]."""
 
     pairs: Sequence[PreferencePair] = field(repr=False)
+
     chosen: FloatArray = field(repr=False)
+    """Raw rewards of the chosen completions."""
+
     rejected: FloatArray = field(repr=False)
+    """Raw rewards of the rejected completions."""
+
     chosen_lengths: FloatArray = field(repr=False)
+    """In ``unit``."""
+
     rejected_lengths: FloatArray = field(repr=False)
+    """In ``unit``."""
+
     unit: LengthUnit = "tokens"
+
     num_failed: int = 0
+    """Pairs that were left out because a completion has no reward."""
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     @property
     def gaps(self) -> FloatArray:
-        """Chosen less rejected reward; the only thing that the Bradley-Terry model gives a meaning to."""
+        """Chosen minus rejected reward [pair]: all that the Bradley-Terry model depends on."""
         return self.chosen - self.rejected
 
     @property
     def length_gaps(self) -> FloatArray:
-        """Length of the chosen completion less that of the rejected one."""
+        """Length of the chosen minus that of the rejected completion [pair]."""
         return self.chosen_lengths - self.rejected_lengths
 
     @property
     def prompts(self) -> IntArray:
-        """A number for each pair's prompt: equal prompts, equal numbers, from 0 in order of appearance."""
+        """The number of each pair's prompt [pair], see ``number_distinct``."""
         return number_distinct(pair.prompt for pair in self.pairs)
 
-    def select(self, kept: NDArray[np.bool_]) -> ScoredPairs:
-        """Return the pairs at which ``kept`` [pair] is true."""
+    def select(self, mask: NDArray[np.bool_]) -> ScoredPairs:
+        """Return the pairs for which ``mask`` [pair] is true."""
         return ScoredPairs(
-            pairs=[pair for pair, keep in zip(self.pairs, kept, strict=True) if keep],
-            chosen=self.chosen[kept],
-            rejected=self.rejected[kept],
-            chosen_lengths=self.chosen_lengths[kept],
-            rejected_lengths=self.rejected_lengths[kept],
+            pairs=[pair for pair, is_selected in zip(self.pairs, mask, strict=True) if is_selected],
+            chosen=self.chosen[mask],
+            rejected=self.rejected[mask],
+            chosen_lengths=self.chosen_lengths[mask],
+            rejected_lengths=self.rejected_lengths[mask],
             unit=self.unit,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Completions:
-    """Every completion once, also where several pairs hold it. Arrays [completion].
-
-    ``sides``: "chosen", "rejected", or "both" where it won one pair and lost another.
-    """
+    """Distinct completions, with arrays [completion]."""
 
     texts: Sequence[str] = field(repr=False)
+
     pairs: Sequence[PreferencePair] = field(repr=False)
+    """The first pair that has the completion."""
+
     sides: Sequence[str]
+    """"chosen", "rejected", or "both" where it was chosen in one pair and rejected in another."""
+
     rewards: FloatArray
+
     lengths: FloatArray
+    """In the unit of the scored pairs."""
+
     prompts: IntArray
+    """The number of the prompt."""
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -88,18 +101,18 @@ class Completions:
 def distinct_completions(scored: ScoredPairs) -> Completions:
     """Return the completions of the pairs, each once, in order of appearance."""
     found: dict[tuple[object, str], list[int]] = {}
-    for place, pair in enumerate(scored.pairs):
-        found.setdefault((pair.prompt, pair.chosen), []).append(2 * place)
-        found.setdefault((pair.prompt, pair.rejected), []).append(2 * place + 1)
-    places = list(found.values())
-    first = np.array([rows[0] for rows in places], dtype=np.int64)
-    pairs = [scored.pairs[place // 2] for place in first]
+    for number, pair in enumerate(scored.pairs):
+        found.setdefault((pair.prompt, pair.chosen), []).append(2 * number)
+        found.setdefault((pair.prompt, pair.rejected), []).append(2 * number + 1)
+    occurrences = list(found.values())
+    first = np.array([indices[0] for indices in occurrences], dtype=np.int64)
+    pairs = [scored.pairs[index // 2] for index in first]
     rewards = np.stack([scored.chosen, scored.rejected], axis=1).ravel()
     lengths = np.stack([scored.chosen_lengths, scored.rejected_lengths], axis=1).ravel()
     return Completions(
         texts=[text for _, text in found],
         pairs=pairs,
-        sides=[_side({row % 2 for row in rows}) for rows in places],
+        sides=[_side({index % 2 for index in indices}) for indices in occurrences],
         rewards=rewards[first],
         lengths=lengths[first],
         prompts=number_distinct(pair.prompt for pair in pairs),

@@ -1,7 +1,7 @@
-"""What the model pays for style: slopes of the reward on length, markdown, emoji, hedges and flattery.
+"""Regression of the reward on length and style: markdown, emoji, hedges and flattery.
 
-A regression among the completions of one prompt (style control as of Chatbot Arena and of length-controlled AlpacaEval,
-Dubois et al. 2024, with the reward in place of the vote). What counts as style is the service's own definition.
+The regression is within prompts (style control as in Chatbot Arena and in length-controlled AlpacaEval, Dubois et al.
+2024, with the reward in place of the vote). Style features are counted by the service's own code.
 """
 
 from __future__ import annotations
@@ -17,40 +17,42 @@ from training.audit.intervals import Interval
 from training.audit.length_bias import centre
 from training.audit.scored_pairs import Completions, FloatArray
 
-TELLS = ("headers", "list_items", "bold", "emoji", "hedges", "flattery")
+STYLE_FEATURES = ("headers", "list_items", "bold", "emoji", "hedges", "flattery")
 MIN_TEXTS = 20
-"""A feature that fewer completions have is not fitted: its slope would be that of a few texts."""
+"""A feature that fewer completions have is not fitted: its slope would depend on a few texts."""
 
 
 @dataclass(frozen=True, slots=True)
 class StyleSlope:
-    """What one feature is worth to the model, the other features held.
-
-    ``num_texts``: completions that have it. ``per_unit``: units of the reward per unit of ln(1 + count). ``per_sd``:
-    standard deviations of the reward per standard deviation of the feature, so that features compare.
-    """
+    """The slope of the reward on one feature, with the other features held constant."""
 
     feature: str
+
     num_texts: int
+    """Completions that have the feature."""
+
     per_unit: float
+    """Units of the reward per unit of ln(1 + count)."""
+
     per_sd: Interval
+    """Standard deviations of the reward per standard deviation of the feature, which is comparable between features."""
 
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """What length and style are worth.
-
-    ``r_squared``: share of the variance of rewards, within prompts, that they explain together. ``too_rare``: features
-    that were not fitted.
-    """
+    """The regression of the reward on length and style."""
 
     slopes: Sequence[StyleSlope]
+
     r_squared: float
+    """Share of the variance of rewards within prompts that the features explain together."""
+
     too_rare: Sequence[str]
+    """Features that were not fitted because too few completions have them."""
 
 
 def measure_style(completions: Completions) -> Style:
-    """Fit the rewards, within prompts, by length and style; standard errors are clustered by prompt."""
+    """Regress the rewards within prompts on length and style, with standard errors clustered by prompt."""
     columns = _features(completions)
     counts = {name: int(np.count_nonzero(values)) for name, values in columns.items()}
     inner = {name: centre(values, completions.prompts) for name, values in columns.items()}
@@ -75,12 +77,12 @@ def measure_style(completions: Completions) -> Style:
     return Style(slopes, float(fit.rsquared), too_rare)
 
 
-def tells_of(texts: Sequence[str]) -> list[StyleMarkers]:
-    """Count the tells of each text, as the service counts them."""
+def style_markers_of(texts: Sequence[str]) -> list[StyleMarkers]:
+    """Count the style markers of each text as the service does."""
     return [count_style_markers(text) for text in texts]
 
 
 def _features(completions: Completions) -> dict[str, FloatArray]:
-    tells = tells_of(completions.texts)
-    counts = {name: np.log1p([float(getattr(told, name)) for told in tells]) for name in TELLS}
+    markers = style_markers_of(completions.texts)
+    counts = {name: np.log1p([float(getattr(each, name)) for each in markers]) for name in STYLE_FEATURES}
     return {"length": completions.log_lengths, **counts}

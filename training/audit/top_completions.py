@@ -1,4 +1,4 @@
-"""The completions with the highest rewards, with what is striking about them: what a policy would be pushed towards."""
+"""The completions with the highest rewards and their conspicuous properties: what a policy is optimised towards."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NUM_SHOWN = 10
 LONG_PERCENTILE = 90
 SHORT_PERCENTILE = 10
 REPETITIVE_ZLIB_RATIO = 0.4
-"""Compressed by uncompressed size below which a text repeats itself; ordinary prose lies about 0.5 to 0.7."""
+"""Compressed size divided by uncompressed size, below which a text counts as repetitive; prose has about 0.5 to 0.7."""
 
 MIN_CHARS_FOR_REPETITION = 200
 MANY_LIST_ITEMS = 5
@@ -24,51 +24,62 @@ MANY_LIST_ITEMS = 5
 
 @dataclass(frozen=True, slots=True)
 class TopCompletion:
-    """One of the highest rewards. ``side``: whether people chose it. ``length_percentile``: among all completions.
-
-    ``tells``: what is striking, in words. ``prompt``, ``completion``: None where texts are to be left out.
-    """
+    """A completion with one of the highest rewards."""
 
     rank: int
+    """From 1 for the highest reward."""
+
     id: str
     source: str
     reward: float
+
     side: str
+    """"chosen", "rejected", or "both" where it was chosen in one pair and rejected in another."""
+
     length: float
+    """In the unit of the scored pairs."""
+
     length_percentile: float
-    tells: Sequence[str]
+    """Among all completions."""
+
+    remarks: Sequence[str]
+    """Conspicuous properties of length and style, in words."""
+
     prompt: Sequence[Message] | None = field(default=None, repr=False)
+    """None where texts are left out."""
+
     completion: str | None = field(default=None, repr=False)
+    """None where texts are left out."""
 
 
 def top_completions(completions: Completions, unit: LengthUnit, *, hide_texts: bool) -> list[TopCompletion]:
     """Return the ``NUM_SHOWN`` completions with the highest rewards, highest first."""
     order = np.argsort(-completions.rewards, kind="stable")[:NUM_SHOWN]
     return [
-        _describe(completions, int(place), rank, unit, hide_texts=hide_texts)
-        for rank, place in enumerate(order, start=1)
+        _describe(completions, int(index), rank, unit, hide_texts=hide_texts)
+        for rank, index in enumerate(order, start=1)
     ]
 
 
-def _describe(completions: Completions, place: int, rank: int, unit: LengthUnit, *, hide_texts: bool) -> TopCompletion:
-    pair, text, length = completions.pairs[place], completions.texts[place], completions.lengths[place]
+def _describe(completions: Completions, index: int, rank: int, unit: LengthUnit, *, hide_texts: bool) -> TopCompletion:
+    pair, text, length = completions.pairs[index], completions.texts[index], completions.lengths[index]
     percentile = float(percentileofscore(completions.lengths, length, kind="mean"))
     prompt = (Message("user", pair.prompt),) if isinstance(pair.prompt, str) else pair.prompt
     return TopCompletion(
         rank=rank,
         id=pair.id,
         source=pair.source,
-        reward=float(completions.rewards[place]),
-        side=completions.sides[place],
+        reward=float(completions.rewards[index]),
+        side=completions.sides[index],
         length=float(length),
         length_percentile=percentile,
-        tells=[*_length_tells(percentile, length, unit), *style_tells(read_chars(text))],
+        remarks=[*_length_remarks(percentile, length, unit), *style_remarks(read_chars(text))],
         prompt=None if hide_texts else prompt,
         completion=None if hide_texts else text,
     )
 
 
-def _length_tells(percentile: float, length: float, unit: LengthUnit) -> list[str]:
+def _length_remarks(percentile: float, length: float, unit: LengthUnit) -> list[str]:
     if percentile >= LONG_PERCENTILE:
         return [f"among the longest tenth ({length:.0f} {unit})"]
     if percentile <= SHORT_PERCENTILE:
@@ -76,18 +87,18 @@ def _length_tells(percentile: float, length: float, unit: LengthUnit) -> list[st
     return []
 
 
-def style_tells(facts: CharFacts) -> list[str]:
-    """Return what is striking about a text, in words; nothing for plain prose."""
-    tells = facts.markers
+def style_remarks(facts: CharFacts) -> list[str]:
+    """Return the conspicuous style markers of a text in words; none for plain prose."""
+    markers = facts.markers
     counted = {
-        "heading": tells.headers,
-        "bold span": tells.bold,
-        "emoji character": tells.emoji,
-        "hedge": tells.hedges,
-        "flattering phrase": tells.flattery,
-        "list item": tells.list_items if tells.list_items >= MANY_LIST_ITEMS else 0,
+        "heading": markers.headers,
+        "bold span": markers.bold,
+        "emoji character": markers.emoji,
+        "hedge": markers.hedges,
+        "flattering phrase": markers.flattery,
+        "list item": markers.list_items if markers.list_items >= MANY_LIST_ITEMS else 0,
     }
     found = [f"{count} {name}{'s' if count > 1 else ''}" for name, count in counted.items() if count]
     if facts.chars >= MIN_CHARS_FOR_REPETITION and facts.zlib_ratio < REPETITIVE_ZLIB_RATIO:
-        found.append(f"repeats itself (compresses to {facts.zlib_ratio:.0%})")
+        found.append(f"repetitive (compresses to {facts.zlib_ratio:.0%})")
     return found

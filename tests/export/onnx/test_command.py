@@ -16,8 +16,8 @@ from tiny_models import FAMILIES, write_tiny_causal_lm, write_tiny_checkpoint
 from transformers import AutoModelForSequenceClassification
 
 from export.onnx import command as bundle_command
-from export.onnx.agreement import Bounds
 from export.onnx.command import ExportPlan, choose_probes, export_bundle, main, probe_tolerance, tap
+from export.onnx.reward_comparison import Bounds
 from service.assembly import assemble
 from service.checkpoints.bundle import BUNDLE_MANIFEST_FILE, GRAPH_FILE, open_bundle, read_manifest
 from service.engines.onnx import OnnxEngine, load_onnx_engine

@@ -1,7 +1,8 @@
-"""How far several reviewers of the same pairs agree, and how accurate any model can look against such labels.
+"""Inter-annotator agreement, and the accuracy that a perfect model can reach against such labels.
 
-Pure: pairs with reviews in, numbers out. A model that knew exactly what most people prefer would still be called wrong
-whenever a single reviewer slipped; that is the ceiling which an accuracy has to be read under.
+Pure: it takes pairs with reviews and returns figures. A review is one annotator's vote on a pair. A model that always
+predicts what most people prefer is still counted as wrong where a single annotator made a mistake; that limits the
+accuracy that can be measured.
 """
 
 from __future__ import annotations
@@ -26,40 +27,51 @@ _MIN_SHARED_PAIRS = 2
 
 @dataclass(frozen=True, slots=True)
 class AccuracyCeiling:
-    """What a perfect model would score against these labels: between ``lower`` and ``upper``.
+    """Bounds of the accuracy of a perfect model against these labels.
 
-    Which, depends on how disagreement is spread over pairs: ``lower`` if it is concentrated on some, ``upper`` if every
-    pair is equally noisy.
+    Where between them it lies depends on how disagreement is distributed over pairs.
     """
 
     lower: float
+    """If disagreement is concentrated on some pairs, which are then a coin flip."""
+
     upper: float
+    """If every pair is equally noisy."""
 
 
 @dataclass(frozen=True, slots=True)
-class Agreement:
-    """Agreement of reviewers on the pairs that at least two of them judged.
-
-    ``observed``: probability that two reviewers of a pair say the same. ``krippendorff_alpha``: nominal, any number of
-    reviewers a pair. ``fleiss_kappa``: None unless all pairs have equally many reviews. ``cohen_kappa``: mean over the
-    pairs of reviewers who judged at least two pairs both, weighted by how many; None without any. ``single``: the
-    ceiling against one reviewer's word; ``majority``: against the majority of ``reviews_per_pair`` of them.
-    """
+class AnnotatorAgreement:
+    """Agreement of the annotators on the pairs with at least two reviews."""
 
     num_pairs: int
-    num_reviewers: int
+    num_annotators: int
+
     reviews_per_pair: float
+    """Mean number."""
+
     observed: float
+    """Probability that two annotators of a pair give the same vote."""
+
     krippendorff_alpha: float
+    """For nominal data and any number of annotators a pair; NaN where all votes are equal."""
+
     fleiss_kappa: float | None
+    """None unless all pairs have equally many reviews."""
+
     cohen_kappa: float | None
+    """Mean over the pairs of annotators with at least two preference pairs in common, weighted by their number; None
+    where there are none."""
+
     single: AccuracyCeiling
+    """Of the accuracy against the vote of one annotator."""
+
     majority: AccuracyCeiling
+    """Of the accuracy against the majority of ``reviews_per_pair`` annotators."""
 
 
-def measure_agreement(pairs: Iterable[PreferencePair]) -> Agreement | None:
-    """Measure the agreement of the reviewers; None where no pair has two reviews."""
-    reviewed = [_sides_by_reviewer(pair) for pair in pairs if len(pair.reviews) > 1]
+def measure_annotator_agreement(pairs: Iterable[PreferencePair]) -> AnnotatorAgreement | None:
+    """Compute the agreement of the annotators; None where no pair has two reviews."""
+    reviewed = [_sides_by_annotator(pair) for pair in pairs if len(pair.reviews) > 1]
     if not reviewed:
         return None
     tallies = [Counter(sides.values()) for sides in reviewed]
@@ -67,9 +79,9 @@ def measure_agreement(pairs: Iterable[PreferencePair]) -> Agreement | None:
     reviews_per_pair = sum(tally.total() for tally in tallies) / len(tallies)
     single = single_review_ceiling(decisive)
     num_votes = max(1, round(reviews_per_pair))
-    return Agreement(
+    return AnnotatorAgreement(
         num_pairs=len(reviewed),
-        num_reviewers=len({reviewer for sides in reviewed for reviewer in sides}),
+        num_annotators=len({annotator for sides in reviewed for annotator in sides}),
         reviews_per_pair=reviews_per_pair,
         observed=_pairwise_agreement(tallies),
         krippendorff_alpha=krippendorff_alpha(tallies),
@@ -80,11 +92,11 @@ def measure_agreement(pairs: Iterable[PreferencePair]) -> Agreement | None:
     )
 
 
-def describe_agreement(agreement: Agreement) -> str:
-    """Return one line for people: how far the reviewers agree, and what that allows."""
+def describe_annotator_agreement(agreement: AnnotatorAgreement) -> str:
+    """Return one line of text: the observed agreement and the ceiling that follows from it."""
     ceiling = agreement.single
     return (
-        f"{agreement.num_reviewers} reviewers of {agreement.num_pairs} pairs: two of them agree on "
+        f"{agreement.num_annotators} annotators of {agreement.num_pairs} pairs: two of them agree on "
         f"{agreement.observed:.1%} (Krippendorff's alpha {agreement.krippendorff_alpha:.2f}); a perfect model would "
         f"agree with one of them on {ceiling.lower:.1%} to {ceiling.upper:.1%}"
     )
@@ -94,9 +106,10 @@ def single_review_ceiling(observed: float) -> AccuracyCeiling:
     """Return the accuracy of a perfect model against single reviews, from the agreement of two independent ones.
 
     If a share q of all people prefers one side of a pair, two of them agree with probability q^2 + (1 - q)^2, and a
-    model that always knows the preferred side agrees with one of them with probability m = max(q, 1 - q). The first
-    equals (1 + (2m - 1)^2) / 2. So E[m] is at most (1 + sqrt(2 observed - 1)) / 2 (Jensen; reached when all pairs are
-    equally disputed), and at least ``observed`` (reached when pairs are either clear or a coin flip).
+    model that always predicts the preferred side agrees with one of them with probability m = max(q, 1 - q). The first
+    equals (1 + (2m - 1)^2) / 2. So E[m] is at most (1 + sqrt(2 observed - 1)) / 2 (Jensen's inequality; equality when
+    all pairs are equally disputed), and at least ``observed`` (equality when each pair is either undisputed or a coin
+    flip).
     """
     if math.isnan(observed):
         return AccuracyCeiling(math.nan, math.nan)
@@ -104,9 +117,9 @@ def single_review_ceiling(observed: float) -> AccuracyCeiling:
 
 
 def majority_ceiling(single: float, num_votes: int) -> float:
-    """Return the probability that a majority of independent reviewers finds the side that each finds with ``single``.
+    """Return the probability that a majority of independent annotators votes for the preferred side.
 
-    An even split counts one half (Condorcet 1785).
+    Each of them votes for it with probability ``single``; an even split counts one half (Condorcet 1785).
     """
     if math.isnan(single):
         return math.nan
@@ -118,11 +131,11 @@ def majority_ceiling(single: float, num_votes: int) -> float:
 def krippendorff_alpha(tallies: Sequence[Mapping[str, int]]) -> float:
     """Return Krippendorff's alpha for nominal data: 1 - observed disagreement / expected disagreement.
 
-    Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability", section E. Units with one review do not count; NaN
-    where all reviews are of one kind, since nothing could have disagreed.
+    Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability", section E. Units with one review do not count. NaN
+    where all votes are equal, since the expected disagreement is then zero.
 
     Args:
-        tallies: for each unit, how many reviewers said what.
+        tallies: for each unit, the number of annotators by vote.
     """
     pairable = [tally for tally in tallies if sum(tally.values()) > 1]
     totals: Counter[str] = Counter()
@@ -138,16 +151,17 @@ def krippendorff_alpha(tallies: Sequence[Mapping[str, int]]) -> float:
     return 1 - disagreement / (1 - matching_by_chance / (num_reviews * (num_reviews - 1)))
 
 
-def _sides_by_reviewer(pair: PreferencePair) -> dict[str, str]:
-    """Each reviewer's vote as a side that does not depend on the label.
+def _sides_by_annotator(pair: PreferencePair) -> dict[str, str]:
+    """Return each annotator's vote as a side that does not depend on the label.
 
-    In terms of chosen and rejected nearly all reviews are "chosen", since the label was made from them; agreement by
-    chance would then look high and every chance-corrected measure low. So the sides are named by a hash of the texts.
+    In terms of chosen and rejected nearly all votes are "chosen", because the label was derived from them; the expected
+    agreement would then be high and every chance-corrected coefficient low. So the sides are ordered by a hash of the
+    texts.
     """
     digest = [hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest() for text in (pair.chosen, pair.rejected)]
     chosen, rejected = ("first", "second") if digest[0] <= digest[1] else ("second", "first")
     names = {"chosen": chosen, "rejected": rejected, "tie": "tie"}
-    return {review.reviewer: names[review.vote] for review in pair.reviews}
+    return {review.annotator: names[review.vote] for review in pair.reviews}
 
 
 def _without_ties(tally: Counter[str]) -> Counter[str]:
@@ -174,15 +188,15 @@ def _mean_cohen_kappa(reviewed: Sequence[Mapping[str, str]]) -> float | None:
     for sides in reviewed:
         for left, right in itertools.combinations(sorted(sides), 2):
             shared[left, right].append((sides[left], sides[right]))
-    kappas = [(_cohen_kappa(said), len(said)) for said in shared.values() if len(said) >= _MIN_SHARED_PAIRS]
-    known = [(kappa, weight) for kappa, weight in kappas if not math.isnan(kappa)]
-    if not known:
+    kappas = [(_cohen_kappa(votes), len(votes)) for votes in shared.values() if len(votes) >= _MIN_SHARED_PAIRS]
+    defined = [(kappa, weight) for kappa, weight in kappas if not math.isnan(kappa)]
+    if not defined:
         return None
-    return sum(kappa * weight for kappa, weight in known) / sum(weight for _, weight in known)
+    return sum(kappa * weight for kappa, weight in defined) / sum(weight for _, weight in defined)
 
 
-def _cohen_kappa(said: Sequence[tuple[str, str]]) -> float:
-    if len({side for both in said for side in both}) < 2:
+def _cohen_kappa(votes: Sequence[tuple[str, str]]) -> float:
+    if len({side for both in votes for side in both}) < 2:
         return math.nan
-    left, right = zip(*said, strict=True)
+    left, right = zip(*votes, strict=True)
     return float(cohen_kappa_score(left, right))

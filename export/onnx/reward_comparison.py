@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import rankdata
 
 from service.checkpoints.bundle import ExportParity, Precision
+from service.diagnostics.correlation import spearman_correlation
 from service.errors import ParityError
 
 
@@ -91,10 +91,9 @@ def validate_parity(parity: ExportParity, bounds: Bounds, reference: Sequence[fl
 def _spearman(graph: np.ndarray, plain: np.ndarray) -> float:
     if not np.isfinite(graph).all():
         return float("nan")
-    a, b = rankdata(graph), rankdata(plain)
-    if b.std() == 0:
+    if np.ptp(plain) == 0:
         return 1.0
-    return 0.0 if a.std() == 0 else float(np.corrcoef(a, b)[0, 1])
+    return 0.0 if np.ptp(graph) == 0 else spearman_correlation(graph, plain)
 
 
 def _pair_agreement(graph: np.ndarray, plain: np.ndarray) -> float:

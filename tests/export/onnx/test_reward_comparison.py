@@ -7,7 +7,7 @@ import math
 import pytest
 from scipy.stats import spearmanr
 
-from export.onnx.agreement import BOUNDS, Bounds, compare_rewards, validate_parity
+from export.onnx.reward_comparison import BOUNDS, Bounds, compare_rewards, validate_parity
 from service.errors import ParityError
 
 REFERENCE = [0.1, -1.5, 2.0, 0.7]

@@ -1,0 +1,175 @@
+"""The audit recognises models with known defects, and reports no defect of a good model."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scored_examples import audited, human_pairs, scored, scored_by
+
+from service.engines.oracle import oracle_reward_of_text
+from service.errors import DatasetError
+from service.records import Exchange
+from training.audit.conclusions import Conclusion, conclusions_of
+from training.audit.findings import Findings, investigate
+from training.preferences import PreferencePair, Review
+
+PAIRS = human_pairs(300)
+
+
+def hash_reward(exchange: Exchange) -> float:
+    """The oracle's reward: constant for each text, and unrelated to its quality."""
+    return oracle_reward_of_text(str(exchange.prompt), exchange.completion)
+
+
+def length_reward(exchange: Exchange) -> float:
+    return float(np.log1p(len(exchange.completion.split()))) + 0.02 * hash_reward(exchange)
+
+
+def human_reward(exchange: Exchange) -> float:
+    """Depends on what people choose by, with noise, and on length only through it."""
+    return 0.35 * min(6, exchange.completion.split().count("fox")) + 0.25 * hash_reward(exchange)
+
+
+def conclusion(findings: Findings, question: str) -> Conclusion:
+    (found,) = [each for each in conclusions_of(findings) if each.question == question]
+    return found
+
+
+def shuffled(pairs: list[PreferencePair]) -> list[PreferencePair]:
+    turned = np.random.default_rng(5).random(len(pairs)) < 0.5
+    return [
+        PreferencePair(pair.prompt, pair.rejected, pair.chosen, pair.id) if turn else pair
+        for pair, turn in zip(pairs, turned, strict=True)
+    ]
+
+
+def test_a_model_of_length_is_recognised() -> None:
+    """A reward that is length exceeds both thresholds and prefers the longer answer."""
+    found = audited(length_reward, shuffled(PAIRS))
+
+    answer = conclusion(found, "Measures mostly length")
+
+    assert (answer.answer, answer.level) == ("yes", "bad")
+    assert "|r| > 0.3 exceeded, r² > 0.3 exceeded" in answer.reason
+    assert found.accuracy.prefers_longer.value > 0.9
+
+
+def test_a_biased_preference_model_gets_a_warning() -> None:
+    """A model that rewards length, but whose balanced accuracy is above one half, gets a warning and nothing worse."""
+    found = audited(lambda exchange: human_reward(exchange) + 0.75 * length_reward(exchange), PAIRS)
+
+    answer = conclusion(found, "Measures mostly length")
+
+    assert (answer.answer, answer.level) == ("no, but biased", "warning")
+    assert found.accuracy.balanced.low > 0.5
+
+
+def test_a_model_of_shuffled_labels_is_at_chance() -> None:
+    """Rewards that are unrelated to the labels are at chance, and are not called a model of length."""
+    found = audited(hash_reward, shuffled(PAIRS))
+
+    assert conclusion(found, "Better than chance").answer == "no: chance"
+    assert conclusion(found, "Better than length alone").answer == "not shown"
+    assert conclusion(found, "Measures mostly length").answer == "no"
+
+
+def test_swapped_labels_are_detected() -> None:
+    """An accuracy significantly below one half means that chosen and rejected are swapped."""
+    swapped = [PreferencePair(pair.prompt, pair.rejected, pair.chosen, pair.id) for pair in PAIRS]
+
+    assert conclusion(audited(human_reward, swapped), "Better than chance").answer == "no: worse"
+
+
+def test_a_good_model_has_no_bad_conclusion() -> None:
+    """It is above chance and above length, does not measure mostly length, and has no sign of leakage."""
+    found = audited(human_reward, PAIRS, train_pairs=human_pairs(200, seed=1, prefix="training"))
+
+    assert conclusion(found, "Better than chance").level == "good"
+    assert conclusion(found, "Better than length alone").level == "good"
+    assert conclusion(found, "Measures mostly length").answer == "no"
+    assert conclusion(found, "Suspiciously high: leakage?").answer == "no"
+    assert not [each for each in conclusions_of(found) if each.level == "bad"]
+
+
+def test_shared_prompts_are_reported_as_leakage() -> None:
+    """Audited prompts that are in the training pairs are counted, and the accuracy without them is given."""
+    found = audited(human_reward, PAIRS, train_pairs=[*PAIRS[:30], *human_pairs(50, seed=1)])
+
+    answer = conclusion(found, "Suspiciously high: leakage?")
+
+    assert (answer.answer, answer.level) == ("yes: shared prompts", "bad")
+    assert "30 of 300 pairs" in answer.reason
+    assert "without them accuracy is" in answer.reason
+
+
+def test_an_accuracy_that_is_too_high_is_suspicious() -> None:
+    """A model that is nearly always right is suspicious even where no training pairs are given."""
+    found = audited(lambda exchange: float(exchange.completion.count("fox")), PAIRS)
+
+    answer = conclusion(found, "Suspiciously high: leakage?")
+
+    assert (answer.answer, answer.level) == ("yes: too good", "bad")
+
+
+def test_the_ceiling_follows_from_annotator_agreement() -> None:
+    """Where annotators disagree, an accuracy below the default limit of 90 percent is suspicious too."""
+    rng = np.random.default_rng(0)
+    disputed = [
+        PreferencePair(
+            pair.prompt,
+            pair.chosen,
+            pair.rejected,
+            pair.id,
+            reviews=tuple(Review(str(n), "chosen" if rng.random() < 0.7 else "rejected") for n in range(2)),
+        )
+        for pair in PAIRS
+    ]
+
+    found = audited(lambda exchange: human_reward(exchange) - 0.15 * hash_reward(exchange), disputed)
+
+    assert found.annotator_agreement is not None
+    assert found.annotator_agreement.majority.upper < 0.75 < found.accuracy.accuracy.low
+    assert conclusion(found, "Suspiciously high: leakage?").answer == "yes: too good"
+    assert "disagreement of the annotators" in conclusion(found, "Suspiciously high: leakage?").reason
+
+
+def test_over_training_is_detected() -> None:
+    """A model that is right on its training pairs and at chance on others is over-trained."""
+    trained = {pair.chosen for pair in PAIRS}
+
+    def memorised(exchange: Exchange) -> float:
+        return 3.0 if exchange.completion in trained else 0.5 * hash_reward(exchange)
+
+    new = human_pairs(200, seed=9)
+    found = audited(memorised, new, trained=scored_by(memorised, PAIRS))
+
+    assert conclusion(found, "Over-trained").answer == "yes"
+    assert conclusion(audited(memorised, new), "Over-trained").level == "unknown"
+
+
+@pytest.mark.parametrize(("factor", "answer"), [(0.05, "small"), (0.5, "usual"), (5.0, "large")])
+def test_the_gap_is_compared_with_usual_ones(factor: float, answer: str) -> None:
+    """A mean gap of 0.5 to 1.0 is usual; since the scale of rewards is arbitrary, no gap is called bad."""
+    found = audited(lambda exchange: factor * human_reward(exchange) / 1.05 * 1.5, PAIRS)
+
+    answered = conclusion(found, "Gap of chosen and rejected")
+
+    assert answered.answer == answer
+    assert answered.level in {"good", "warning"}
+
+
+def test_too_few_pairs_are_refused() -> None:
+    """The message gives the number of pairs with and without rewards."""
+    with pytest.raises(DatasetError, match="5 pairs have rewards"):
+        investigate(scored([1.0] * 5), model={}, data={})
+
+
+def test_pairs_without_a_reward_are_left_out_and_counted() -> None:
+    """A completion without a reward excludes its pair; the order of the others does not change."""
+    failing = PAIRS[3].rejected
+
+    found = audited(lambda exchange: None if exchange.completion == failing else human_reward(exchange), PAIRS)
+
+    assert found.scored.num_failed == 1
+    assert len(found.scored) == len(PAIRS) - 1
+    assert PAIRS[3] not in found.scored.pairs
