@@ -1,4 +1,4 @@
-"""Keeps transformers quiet where its warnings and progress bars would only repeat what we do on purpose."""
+"""Suppresses messages of transformers about things that the service does on purpose."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def transformers_silenced() -> Iterator[None]:
-    """Within this context transformers shows errors only, no progress bars and no announcements of later versions.
+    """Let transformers log errors only while the context is open: no warnings, deprecations or progress bars.
 
-    Loading a causal language model as a classifier, for example, reports the missing head that we are about to fill in,
-    and PEFT reads attributes of transformers that are deprecated. Not for use beside other threads that warn.
+    Loading a causal language model as a classifier, for example, warns of the missing head that the caller loads next,
+    and PEFT reads deprecated attributes of transformers. The change affects all threads of the process.
     """
     from transformers.utils import logging
 

@@ -67,7 +67,7 @@ class SharingEngine(RecordingEngine):
 
     @property
     def info(self) -> EngineInfo:
-        return replace(super().info, shared_from=2)
+        return replace(super().info, min_shared_prefix_tokens=2)
 
 
 def sequence(length: int, first_id: int = 9, *, prompt: int | None = None) -> TokenSequence:
