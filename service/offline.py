@@ -77,7 +77,7 @@ class BatchPlanner:
 
     Args:
         encoded: token sequences, and errors in the positions of items that could not be encoded; read once, in order.
-        min_shared_prefix_tokens: common prefixes of at least this many tokens are computed once in a pass; None: prefixes are not
+        min_shared_prefix_tokens: common prefixes of at least this many tokens are computed once in a pass; None: not
             shared.
         look_ahead_tokens: the number of tokens to read ahead; more input is read when less than half of them wait. An
             error counts as one token. It should cover several batches, so that batches are full. None: read everything.

@@ -157,7 +157,7 @@ class FlowTable:
     """All waiting flows: in order of fairness, by prefix, by arrival and by last service. Not thread-safe.
 
     Args:
-        min_shared_prefix_tokens: common prefixes of at least this many tokens are computed once in a pass; None: prefixes are not
+        min_shared_prefix_tokens: common prefixes of at least this many tokens are computed once in a pass; None: not
             shared.
         batch_tokens: usual batch budget: requests within it have an overtake limit; 0: no request has one.
     """

@@ -37,7 +37,7 @@ class Queue:
 
     Args:
         max_waiting_tokens: requests that would exceed it are refused.
-        min_shared_prefix_tokens: common prefixes of at least this many tokens are computed once in a pass; None: prefixes are not
+        min_shared_prefix_tokens: common prefixes of at least this many tokens are computed once in a pass; None: not
             shared.
         batch_tokens: usual batch budget: requests within it leave nearly in order of arrival; 0: no request has an
             overtake limit.
