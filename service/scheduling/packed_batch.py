@@ -130,8 +130,9 @@ class PackedBatchBuilder:
         """Choose the entries of a group for this batch, in order.
 
         All of them where they fit; none where they do not, but a later batch could hold the whole group; else as many
-        as fit. The first one shares tokens with the last entry of the batch so far, the others with the one before
-        them. A single entry that exceeds the budget is chosen where the batch is empty.
+        as fit. An empty batch takes as many as fit in any case, since no later batch has more capacity. The first one
+        shares tokens with the last entry of the batch so far, the others with the one before them. A single entry that
+        exceeds the budget is chosen where the batch is empty.
         """
         entries: list[Entry] = []
         cost, before_cached = 0, self._last_cached
@@ -143,7 +144,7 @@ class PackedBatchBuilder:
             entries.append(entry)
             cost, before_cached = cost + own, cached
         fits_later = group.cost <= self.budget.max_tokens and len(group.entries) <= self.budget.max_sequences
-        if len(entries) < len(group.entries) and fits_later:
+        if self._entries and len(entries) < len(group.entries) and fits_later:
             return _Selection()
         return _Selection(tuple(entries), cost, before_cached)
 

@@ -496,6 +496,21 @@ def test_a_cached_prompt_counts_for_a_whole_group() -> None:
     assert len(batch) == 8
 
 
+def test_a_group_that_the_cache_makes_more_expensive_still_leaves() -> None:
+    """Sequences that cannot use the cache may cost more than their group without one; the queue never stalls."""
+    queue = Queue(10**9, MIN_SHARED_PREFIX_TOKENS)
+    group = answers(1, 20, [1, 1, 1, 1])
+    cache = PrefixCache([group[0].token_ids[:20]], {group[1].token_ids: 0, group[3].token_ids: 0})
+    put_answers(queue, "group", group)
+    budget = BatchBudget("packed", max_tokens=30, max_sequences=16)
+
+    batches = [queue.take_batch(0.0, budget, cache.num_cached_tokens).entries for _ in range(2)]
+
+    assert [len(batch) for batch in batches] == [3, 1]
+    assert all(cache.computed_tokens(batch) <= 30 for batch in batches)
+    assert len(queue) == 0
+
+
 @LAW
 @given(shared_work, st.integers(100, 300), st.booleans(), st.data())
 def test_no_batch_computes_more_than_its_budget_however_much_is_cached(
