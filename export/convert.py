@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from service.checkpoints.adapter import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, is_adapter, merge_adapter
 from service.checkpoints.architecture import Fit, fit_classifier, has_classifier
 from service.checkpoints.checkpoint import open_checkpoint
+from service.checkpoints.files import TOKENIZER_FILE
 from service.checkpoints.weights import (
     VALUE_HEAD_FILE,
     TensorInfo,
@@ -36,6 +37,7 @@ from service.checkpoints.weights import (
 from service.errors import CheckpointError, StartupError
 from service.settings import ModelSettings
 from service.transformers_logging import transformers_silenced
+from service.version import add_version_option
 
 CONVERSION_FILE = "conversion.json"
 PICKLED_VALUE_HEAD_FILE = "value_head.bin"
@@ -265,7 +267,7 @@ def _fallback_pad_token(config: Any, folder: Path) -> tuple[int | None, Sequence
     from transformers import AutoTokenizer
 
     stored = config.get_text_config().pad_token_id
-    if stored is not None or not (folder / "tokenizer.json").is_file():
+    if stored is not None or not (folder / TOKENIZER_FILE).is_file():
         return stored, ()
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     fallback = "tokenizer's pad token" if tokenizer.pad_token_id is not None else "EOS token, as TRL does"
@@ -361,6 +363,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Convert a value-head checkpoint (TRL, OpenRLHF, LLaMA-Factory) or a PEFT adapter into a plain "
         "scalar-head checkpoint.",
     )
+    add_version_option(parser)
     add = parser.add_argument
     add("source", type=Path, metavar="DIR", help="the checkpoint or adapter")
     add("out", type=Path, metavar="OUT", help="the folder to write; must not exist or be empty")

@@ -23,6 +23,7 @@ from rich.console import Console
 
 from service.assembly import ServedModel, assemble
 from service.data.rows import read_rows
+from service.diagnostics.item_state import ItemState
 from service.errors import StartupError
 from service.records import Encoding, Exchange, Item, Message, ScoreRequest, TokenSequence
 from service.settings import read_settings
@@ -86,20 +87,22 @@ def direct_costs(served: ServedModel, items: Sequence[Item]) -> list[str]:
     pass is not included; the turns include it.
     """
     pipeline = served.scorer.pipeline
-    diagnostician = pipeline.diagnostician
     encoded = served.tokenization.encode(items, Encoding(truncation="prompt_left"))
-    accepted = [(item, one) for item, one in zip(items, encoded, strict=True) if isinstance(one, TokenSequence)]
-    accepted_items, sequences = [item for item, _ in accepted], [one for _, one in accepted]
+    scorable = [(item, one) for item, one in zip(items, encoded, strict=True) if isinstance(one, TokenSequence)]
+    sequences = [sequence for _, sequence in scorable]
     lines = []
     for level in LEVELS[1:]:
         batch = pipeline.run(sequences, [level] * len(sequences))
+        states = [
+            ItemState(item, sequence, outcome=outcome)
+            for (item, sequence), outcome in zip(scorable, batch.outcomes, strict=True)
+        ]
         begin = time.thread_time()
-        texts = diagnostician.read_texts(accepted_items, sequences, level)
-        diagnostician.complete(accepted_items, sequences, batch.outcomes, texts, level)
+        pipeline.diagnostician.diagnose(states, level)
         own_s = time.thread_time() - begin + batch.diagnose_s
         lines.append(
-            f"{level}: {own_s / len(accepted) * 1e6:.0f} microseconds an item, {own_s / batch.forward_s:.2%} of the "
-            f"{batch.forward_s / len(accepted) * 1e3:.1f} milliseconds of its forward pass"
+            f"{level}: {own_s / len(sequences) * 1e6:.0f} microseconds an item, {own_s / batch.forward_s:.2%} of the "
+            f"{batch.forward_s / len(sequences) * 1e3:.1f} milliseconds of its forward pass"
         )
     return lines
 

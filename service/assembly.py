@@ -74,7 +74,7 @@ class ServedModel:
         settings = self.settings
         return {
             "model": {"name": self.identity.name, "version": self.identity.version},
-            "revision": settings.revision,
+            "revision": settings.code_revision,
             "engine": asdict(self.info),
             "activation": "none",
             "pooling": settings.model.pooling,
@@ -253,7 +253,7 @@ def _join(
     calibration = lookup.calibration
     metrics = Metrics()
     metrics.describe_model(identity, checkpoint.hashes.weights if checkpoint else "", info.dtype, info.device)
-    metrics.describe_build(distribution_version("reward-service"), settings.revision)
+    metrics.describe_build(distribution_version("reward-service"), settings.code_revision)
     if calibration is not None:
         _describe_calibration(metrics, calibration)
     monitors = watch_stream(metrics, calibration.monitors if calibration else None, settings.monitors)

@@ -1,4 +1,4 @@
-"""The folders that the service makes once and keeps in the user's cache: merged checkpoints, compiled kernels."""
+"""Folders in the user's cache that are built once: merged checkpoints, compiled kernels."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from pathlib import Path
 
 
 def cache_directory() -> Path:
-    """The folder of this user's cache that we may fill: ``$XDG_CACHE_HOME/reward-service``, else under ``~/.cache``."""
+    """The service's folder in this user's cache: ``$XDG_CACHE_HOME/reward-service``, else under ``~/.cache``."""
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "reward-service"
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
-    """Return ``folder``, filled by ``build`` if it does not exist yet; never a half-filled one.
+    """Return ``folder``, filled by ``build`` if it does not exist yet; it is never incomplete.
 
-    ``build`` fills a temporary folder beside it, which is then renamed into place. Of two processes that build at the
-    same time, the first to finish wins and the other takes what it finds, so no lock can be left behind by a crash.
+    ``build`` fills a temporary folder beside it, which is then renamed. Of two processes that build at the same time,
+    the first to finish wins and the other uses its result, so a crash leaves no lock behind.
     """
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as workplace:
-        unfinished = Path(workplace) / "unfinished"
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+        unfinished = Path(temporary) / "unfinished"
         unfinished.mkdir()
         build(unfinished)
         try:

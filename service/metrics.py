@@ -48,12 +48,19 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        # In this order the metrics are exposed.
         self._declare_traffic()
+        self._declare_scores()
         self._declare_time()
-        self._declare_batcher()
+        self._declare_queue()
+        self._declare_batches()
         self._declare_health()
-        self._declare_quality()
-        self._declare_monitors()
+        self._declare_ood()
+        self._declare_bias()
+        self._declare_groups()
+        self._declare_window()
+        self._declare_alarms()
+        self._declare_calibration()
         self._refresh: Callable[[], None] = lambda: None
 
     def refresh_with(self, refresh: Callable[[], None]) -> None:
@@ -128,6 +135,9 @@ class Metrics:
         self.shed = Counter("rm_shed", "Requests refused before any work, by reason.", ["reason"], registry=registry)
         for refusal in (Overloaded, NotReady, Draining, EngineUnavailable):
             self.shed.labels(reason=refusal.code)
+
+    def _declare_scores(self) -> None:
+        registry = self.registry
         self.reward = Histogram("rm_reward", "Raw rewards. The sum can decrease.", buckets=REWARDS, registry=registry)
         self.completion_length = Histogram(
             "rm_completion_length_tokens",
@@ -152,7 +162,7 @@ class Metrics:
             registry=self.registry,
         )
 
-    def _declare_batcher(self) -> None:
+    def _declare_queue(self) -> None:
         registry = self.registry
         self.queue_items = Gauge("rm_queue_items", "Sequences that wait for the engine.", registry=registry)
         self.queue_tokens = Gauge(
@@ -162,6 +172,9 @@ class Metrics:
             "rm_queue_oldest_seconds", "Waiting time of the oldest waiting sequence.", registry=registry
         )
         self.inflight_items = Gauge("rm_inflight_items", "Items accepted and not yet answered.", registry=registry)
+
+    def _declare_batches(self) -> None:
+        registry = self.registry
         self.budget_tokens = Gauge("rm_budget_tokens", "Maximal tokens of one forward pass.", registry=registry)
         self.batch_items = Histogram("rm_batch_items", "Sequences in a batch.", buckets=COUNTS, registry=registry)
         self.batch_tokens = Histogram("rm_batch_tokens", "Real tokens in a batch.", buckets=TOKENS, registry=registry)
@@ -180,7 +193,7 @@ class Metrics:
         self.replica_starts = Counter("rm_replica_starts", "Starts of this replica.", registry=registry)
         self.replica_starts.inc()
 
-    def _declare_quality(self) -> None:
+    def _declare_ood(self) -> None:
         registry = self.registry
         self.ood_flag = Counter(
             "rm_ood_flag", "Items flagged as out of distribution, by reason.", ["reason"], registry=registry
@@ -194,6 +207,9 @@ class Metrics:
         self.ood_neglogp = Counter(
             "rm_ood_neglogp", "Sum of the combined -ln p of the checked items, each capped at 12.", registry=registry
         )
+
+    def _declare_bias(self) -> None:
+        registry = self.registry
         self.reward_z = Histogram(
             "rm_reward_z",
             "Rewards in standard deviations from the calibration's mean. The sum can decrease.",
@@ -211,6 +227,14 @@ class Metrics:
         self.words = Counter(
             "rm_words", "Words of the completions in which style markers were counted.", registry=registry
         )
+        for stat in MOMENTS:
+            for scope in SCOPES:
+                self.moment.labels(stat=stat, scope=scope)
+        for kind in STYLES:
+            self.style.labels(kind=kind)
+
+    def _declare_groups(self) -> None:
+        registry = self.registry
         self.groups = Counter(
             "rm_groups", "Prompts with two or more checked completions in one request.", registry=registry
         )
@@ -219,13 +243,8 @@ class Metrics:
         )
         self.pairs = Counter("rm_pairs", "Pairs of completions of one prompt.", registry=registry)
         self.tied_pairs = Counter("rm_tied_pairs", "Pairs counted in rm_pairs with equal rewards.", registry=registry)
-        for stat in MOMENTS:
-            for scope in SCOPES:
-                self.moment.labels(stat=stat, scope=scope)
-        for kind in STYLES:
-            self.style.labels(kind=kind)
 
-    def _declare_monitors(self) -> None:
+    def _declare_window(self) -> None:
         registry = self.registry
         window = "in this replica's rolling window; NaN while unknown."
         self.length_corr = Gauge(
@@ -257,6 +276,9 @@ class Metrics:
             f"Share of pairs of completions of one prompt with equal rewards, {window}",
             registry=registry,
         )
+
+    def _declare_alarms(self) -> None:
+        registry = self.registry
         self.cusum = Gauge(
             "rm_cusum",
             "Cumulative deviation of a signal from its reference, in standard errors of a batch.",
@@ -268,6 +290,8 @@ class Metrics:
             "rm_alarm", "1 while the alarm of a signal is on.", ["signal", "severity"], registry=registry
         )
         self.alarms = Counter("rm_alarms", "Alarms raised by rm_cusum.", ["signal"], registry=registry)
+
+    def _declare_calibration(self) -> None:
         # Registered by describe_calibration, so that a replica without a calibration does not export them.
         self.calibration = Info("rm_calibration", "The calibration that p-values are computed with.", registry=None)
         self.calibration_created = Gauge(

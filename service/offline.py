@@ -19,7 +19,7 @@ from typing import TypeAlias
 from reward_client.options import DiagnosticsLevel
 
 from service.console import Advance
-from service.diagnostics.diagnosis import Outcome
+from service.diagnostics.item_state import Outcome
 from service.errors import EngineUnavailable, HttpError
 from service.pipeline import Pipeline, StartedBatch
 from service.records import Encoding, Exchange, Item, TokenSequence
@@ -77,7 +77,7 @@ class BatchPlanner:
 
     Args:
         encoded: token sequences, and errors in the positions of items that could not be encoded; read once, in order.
-        shared_from: common prefixes of at least so many tokens are computed once in a pass; None: none is.
+        min_shared_prefix_tokens: common prefixes of at least so many tokens are computed once in a pass; None: none is.
         look_ahead_tokens: more is read when less than half of this waits, until this many tokens wait; an error counts
             as one token. At least a few batches, or batches are smaller than they could be. None: read everything.
     """
@@ -85,12 +85,12 @@ class BatchPlanner:
     def __init__(
         self,
         encoded: Iterable[TokenSequence | HttpError],
-        shared_from: int | None = None,
+        min_shared_prefix_tokens: int | None = None,
         look_ahead_tokens: int | None = None,
     ) -> None:
         self._source = enumerate(encoded)
         self._look_ahead_tokens = math.inf if look_ahead_tokens is None else look_ahead_tokens
-        self._queue = Queue(max_waiting_tokens=0, shared_from=shared_from)  # the limit applies to admission only
+        self._queue = Queue(0, min_shared_prefix_tokens)  # the limit of waiting tokens applies to admission only
         self._request_keys = itertools.count()
         self._indices: dict[_Key, list[int]] = {}
         self._refused: list[tuple[int, HttpError]] = []
@@ -133,10 +133,10 @@ class BatchPlanner:
 
 
 def plan_batches(
-    sequences: Iterable[TokenSequence], budget: BatchBudget, shared_from: int | None = None
+    sequences: Iterable[TokenSequence], budget: BatchBudget, min_shared_prefix_tokens: int | None = None
 ) -> Iterator[PlannedBatch]:
     """Yield batches within the budget that hold every sequence once; for what has a forward pass of its own."""
-    planner = BatchPlanner(sequences, shared_from)
+    planner = BatchPlanner(sequences, min_shared_prefix_tokens)
     while (batch := planner.take(budget)[0]) is not None:
         yield batch
 

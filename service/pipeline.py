@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from reward_client.options import DiagnosticsLevel
 
-from service.diagnostics.diagnosis import Diagnostician, Outcome
+from service.diagnostics.diagnosis import Diagnostician
+from service.diagnostics.item_state import Outcome
 from service.engines.base import Deferred, Engine, EngineOutput, LaunchingEngine, Pending
 from service.errors import (
     EngineFailed,

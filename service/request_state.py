@@ -1,6 +1,6 @@
 """The state of one accepted request, from its texts to its answer.
 
-It is changed on the event loop only; threads get the values they need as arguments.
+It is changed on the event loop only; threads return what they compute of its items.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from service.diagnostics.diagnosis import Outcome
+from service.diagnostics.item_state import ItemState, Outcome, outcomes_of
 from service.diagnostics.text import TextFacts
-from service.errors import HttpError, InternalError
-from service.records import Item, Score, ScoreRequest, Timings, TokenSequence, Usage
+from service.errors import HttpError
+from service.records import Score, ScoreRequest, Timings, TokenSequence, Usage
 from service.scheduling.work import Work
 
 
@@ -31,27 +31,6 @@ class ScoredRequest:
     """
 
     timings: Timings
-
-
-@dataclass(slots=True)
-class ItemState:
-    """One item on its way through the service."""
-
-    item: Item
-
-    encoded: TokenSequence | HttpError
-    """What tokenization returned for it."""
-
-    text: TextFacts | None = None
-    """Statistics of its completion; None where they were not requested, or the completion is unknown."""
-
-    outcome: Outcome | None = None
-    """The Score, or an error of tokenization or of the engine; None while the item waits."""
-
-    @property
-    def sequence(self) -> TokenSequence | None:
-        """The tokens of the item; None where it was refused."""
-        return self.encoded if isinstance(self.encoded, TokenSequence) else None
 
 
 class RequestState:
@@ -84,21 +63,13 @@ class RequestState:
             self.computed.set_result(None)
 
     @property
-    def encoded(self) -> list[TokenSequence | HttpError]:
-        """What tokenization returned, in order of the items."""
-        return [item.encoded for item in self.items]
-
-    @property
     def outcomes(self) -> tuple[Outcome, ...]:
         """The outcome of each item, in order.
 
         Raises:
             InternalError: some item has none yet.
         """
-        outcomes = tuple(item.outcome for item in self.items if item.outcome is not None)
-        if len(outcomes) != len(self.items):
-            raise InternalError(f"{len(self.items) - len(outcomes)} items have no outcome.")
-        return outcomes
+        return outcomes_of(self.items)
 
     def resolve(self, index: int, outcome: Outcome, shared_tokens: int) -> None:
         """Record the outcome of one sequence, for all the items that it answers.
@@ -117,6 +88,16 @@ class RequestState:
         self._num_waiting -= 1
         if not self._num_waiting and not self.computed.done():
             self.computed.set_result(None)
+
+    def record_texts(self, texts: Sequence[TextFacts | None]) -> None:
+        """Record the text statistics of all items, in order."""
+        for item, text in zip(self.items, texts, strict=True):
+            item.text = text
+
+    def complete(self, outcomes: Sequence[Outcome]) -> None:
+        """Replace the outcome of each item, in order, by the one with diagnostics."""
+        for item, outcome in zip(self.items, outcomes, strict=True):
+            item.outcome = outcome
 
     def record_batch(self, begin: float, engine_s: float) -> None:
         """Record the times of a batch of this request; those of its last batch are the times of its slowest items."""

@@ -17,7 +17,7 @@ from typing import Literal, Protocol, TypeAlias, TypeVar
 
 from service.diagnostics.monitors.monitor import Monitors
 from service.diagnostics.text import TextFacts
-from service.engine_loop import EngineLoop, WorkQueue, engine_died
+from service.engine_loop import EngineLoop, engine_died
 from service.errors import DeadlineExceeded, Draining, EngineUnavailable, HttpError, NotReady
 from service.metrics import Metrics
 from service.pipeline import Pipeline
@@ -28,6 +28,7 @@ from service.scheduling.queue import Queue
 from service.scheduling.work import SMALL_REQUEST_ITEMS, Work, chunks_of, is_small_chunk, plan_work
 from service.scoring_metrics import ScoringMetrics
 from service.settings import BatchingSettings, LimitSettings
+from service.work_queue import WorkQueue
 
 State: TypeAlias = Literal["starting", "ready", "draining", "failed"]
 _Result = TypeVar("_Result")
@@ -254,7 +255,7 @@ class Scorer:
         scored = state.scored(tokenize_s=queued - begin, total_s=self._clock() - arrived)
         self._metrics.observe_request(scored, state.items)
         if self._monitors is not None:
-            self._monitors.observe_request(request, encoded, scored.outcomes)
+            self._monitors.observe_request(state.items, request.run_id)
         return scored
 
     async def _encode(self, request: ScoreRequest) -> tuple[list[TokenSequence | HttpError], Work]:
@@ -273,34 +274,21 @@ class Scorer:
         level = state.request.diagnostics
         if level == "none" or self._queue.is_closed:
             return []
-        read, encoded = self._pipeline.diagnostician.read_texts, state.encoded
-        readings, begin = [], 0
-        for chunk in chunks_of(state.request.items):
-            end = begin + len(chunk)
-            readings.append(self._process(chunk, read, chunk, encoded[begin:end], level))
-            begin = end
-        return readings
+        read, states = self._pipeline.diagnostician.read_texts, iter(state.items)
+        return [
+            self._process(chunk, read, list(itertools.islice(states, len(chunk))), level)
+            for chunk in chunks_of(state.request.items)
+        ]
 
     async def _complete(self, state: RequestState, readings: Sequence[_TextReading]) -> None:
         """Add the diagnostics to the Scores of a request, once the engine has computed all of it."""
         if readings:
-            texts = [text for reading in readings for text in await reading]
-            for item, text in zip(state.items, texts, strict=True):
-                item.text = text
-        complete = partial(
-            self._pipeline.diagnostician.complete,
-            state.request.items,
-            state.encoded,
-            state.outcomes,
-            [item.text for item in state.items],
-            state.request.diagnostics,
-        )
+            state.record_texts([text for reading in readings for text in await reading])
+        complete = partial(self._pipeline.diagnostician.complete, state.items, state.request.diagnostics)
         if len(state.items) <= SMALL_REQUEST_ITEMS or self._queue.is_closed:
-            outcomes = complete()
+            state.complete(complete())
         else:
-            outcomes = await asyncio.get_running_loop().run_in_executor(self._threads, complete)
-        for item, outcome in zip(state.items, outcomes, strict=True):
-            item.outcome = outcome
+            state.complete(await asyncio.get_running_loop().run_in_executor(self._threads, complete))
 
     def _process(self, chunk: Sequence[Item], work: Callable[..., _Result], *args: object) -> asyncio.Future[_Result]:
         """Start work on a chunk in a tokenizer thread, or do it at once where the thread would take longer."""

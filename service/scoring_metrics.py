@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from service.diagnostics.item_state import ItemState
 from service.errors import HttpError, NonFiniteReward, RequestRefused
 from service.metrics import Metrics
 from service.pipeline import BatchOutcome
 from service.records import Score, TokenSequence
-from service.request_state import ItemState, ScoredRequest
+from service.request_state import ScoredRequest
 from service.scheduling.budget import BatchBudget, batch_cost
 
 

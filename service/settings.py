@@ -1,36 +1,43 @@
-"""The one tree of settings: frozen, typed, unknown keys refused, units in the names.
+"""The tree of settings of a served model: frozen and typed, with units in the names; unknown keys are refused.
 
-It is read once, from ``serve_config.yaml`` (``args`` of the application) or from the start command's options, and every
-part of the service receives its own section and never the whole. Nothing else reads configuration.
+The tree is read once. ``reward-serve`` reads it from its command line, the environment and a configuration file
+(``service.launch.sources``); Ray Serve passes it as ``args`` of the application in ``serve_config.yaml``. Each part of
+the service receives its own section and never the whole tree.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from difflib import get_close_matches
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from reward_client.options import DiagnosticsLevel, TemplateChoice, Truncation
 
 from service.errors import SettingsError
 from service.records import Pooling
 
+DEMO_MODEL = "demo"
+"""``model.path`` of the demo model, in the settings and in the arguments of every command."""
+
 
 class Section(BaseModel):
-    """What all parts of the tree share: frozen, strict about names, silent about values in error messages."""
+    """Base of all sections: frozen, unknown names refused, values kept out of error messages."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
 
 class ModelSettings(Section):
-    """Which reward model is served, and how its forward pass is run."""
+    """Which reward model is served, and how its forward pass runs."""
 
     path: str | None = Field(
-        None, description="Checkpoint, PEFT adapter or ONNX bundle folder, or hub id; none: the demo model."
+        None,
+        description="Checkpoint, PEFT adapter or ONNX bundle folder, or a hub id; demo or null: the demo model.",
     )
-    revision: str | None = Field(None, description="Revision of a hub id; none: the hub's default branch.")
-    name: str | None = Field(None, description="Name in answers and metrics; none: that of folder or hub id.")
+    revision: str | None = Field(None, description="Revision of a hub id; null: the hub's default branch.")
+    name: str | None = Field(None, description="Name in answers and metrics; null: that of the folder or hub id.")
     engine: Literal["auto", "torch", "onnx", "oracle"] = Field(
-        "auto", description="auto: onnx for a bundle, torch for a checkpoint; oracle: a known function, for tests."
+        "auto", description="auto: onnx for a bundle, torch for a checkpoint; oracle: a deterministic fake, for tests."
     )
     forward: Literal["auto", "packed", "padded"] = Field(
         "auto", description="Forward path of the torch engine; auto: the fastest that agrees with plain transformers."
@@ -38,118 +45,155 @@ class ModelSettings(Section):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N; auto takes CUDA when there is one.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="Arithmetic of the body (the head is always fp32); auto: the checkpoint's own on CUDA, "
+        description="Arithmetic of the model body (the head is always float32); auto: the checkpoint's own on CUDA, "
         "bfloat16 on a CPU with native bfloat16 matrix units, else float32.",
     )
     pooling: Pooling = Field(
-        "hf", description="hf: rightmost token that is not the pad token, transformers' rule; last: the last token."
+        "hf",
+        description="Token whose hidden state is scored. hf: the rightmost that is not the pad token, as transformers "
+        "does; last: the last token.",
     )
     max_input_tokens: int | None = Field(
-        None, ge=1, description="Longest sequence scored; none: the smaller of the model's and the tokenizer's limit."
+        None,
+        ge=1,
+        description="Longest sequence that is scored, in tokens; null: the smaller of the model's and the tokenizer's "
+        "limit.",
     )
-    num_threads: int | None = Field(None, ge=1, description="CPU threads of the forward pass; none: all.")
+    num_threads: int | None = Field(
+        None, ge=1, description="CPU threads of a replica's forward pass; null: all cores, divided among the replicas."
+    )
     kernels: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="Kernels of our own for bfloat16 on x86-64 CPUs, made at the first start by a C++ compiler. auto: "
-        "where the CPU and a compiler are there; on: or else do not start.",
+        description="Compiled CPU kernels for bfloat16 on x86-64, built at the first start by a C++ compiler. auto: "
+        "use them if the CPU supports them and they can be built; on: refuse to start without them.",
     )
     compile: bool = Field(
         False,
-        description="torch engine: fuse what stands between matrix products with torch.compile, in the place of our "
-        "kernels. Faster passes for a slower start where those do not run; on a CPU it needs a C++ compiler.",
+        description="torch engine: fuse the operations between matrix products with torch.compile, instead of the "
+        "compiled CPU kernels. Faster passes and a slower start where those do not run; on a CPU it needs a C++ "
+        "compiler.",
     )
     cuda_graphs: bool | Literal["auto"] = Field(
         "auto",
-        description="torch engine on CUDA: record short rows as graphs; auto: for models of up to 2e9 parameters.",
+        description="torch engine on CUDA: capture forward passes of short batches as CUDA graphs; auto: for models of "
+        "up to 2e9 parameters.",
     )
     quantization: Literal["none", "fp8", "int8"] = Field(
         "none",
         description="torch engine: linear layers multiply in 8 bits, which changes rewards. int8: on CPUs with AVX-512 "
-        "VNNI, on our kernels. fp8: on GPUs from compute capability 8.9 on, with torchao; awaits measurement.",
+        "VNNI, with the compiled CPU kernels. fp8: on GPUs from compute capability 8.9 on, with torchao; not measured "
+        "yet.",
     )
     cascade_attention: bool = Field(
         False,
-        description="torch engine on CUDA: attend to a shared beginning once for all that share it, merged with each "
-        "one's own part; otherwise its keys are gathered for each. Awaits measurement.",
+        description="torch engine on CUDA: compute attention to a shared prefix once for all sequences that share it "
+        "and merge it with the attention to each one's suffix; otherwise the prefix keys are gathered for each "
+        "sequence. Not measured yet.",
     )
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether the model is the demo model."""
+        return self.path in {None, DEMO_MODEL}
+
+    @field_validator("kernels", mode="before")
+    @classmethod
+    def _accept_yaml_booleans(cls, value: object) -> object:
+        # YAML 1.1 reads a bare on or off as a boolean.
+        return ("on" if value else "off") if isinstance(value, bool) else value
 
 
 class TokenizationSettings(Section):
     """How items become token ids."""
 
     template: TemplateChoice | None = Field(
-        None, description="Rendering of a plain-string prompt; none: chat where there is a template, else concat."
+        None, description="Rendering of a plain-string prompt; null: chat if the tokenizer has a template, else concat."
     )
-    truncation: Truncation = Field("error", description="What becomes of an item over the token limit.")
-    num_threads: int = Field(2, ge=1, description="Threads that tokenize beside the event loop.")
+    truncation: Truncation = Field(
+        "error",
+        description="Default for items over the token limit. error: the item gets an error; prompt_left: the left end "
+        "of the prompt is cut.",
+    )
+    num_threads: int = Field(2, ge=1, description="Tokenizer threads of a replica.")
 
 
 class LimitSettings(Section):
-    """What one request may ask for, and how much work may wait. Raising a limit costs memory, not correctness."""
+    """Limits on one request and on the queue. Raising a limit costs memory, not correctness."""
 
-    max_request_bytes: int = Field(64 * 1024 * 1024, ge=1024, description="Bytes of a request body.")
+    max_request_bytes: int = Field(
+        64 * 1024 * 1024, ge=1024, description="Bytes of a request body, also after decompression."
+    )
     max_request_items: int = Field(2048, ge=1, description="Items of a request.")
     max_compare_completions: int = Field(
-        256, ge=2, description="Completions of a comparison; the answer grows with its square."
+        256, ge=2, description="Completions of a comparison; the size of the answer grows with the square."
     )
     max_item_chars: int = Field(131_072, ge=1, description="Characters of one item, checked before tokenizing.")
     max_queue_tokens: int = Field(
         2_097_152,
         ge=1,
-        description="Tokens that may wait; beyond it requests are refused with 503. "
-        "A legal request is always admitted to an empty queue, however large.",
+        description="Tokens in the queue; requests beyond it are refused with 503. A valid request is always admitted "
+        "to an empty queue, however large.",
     )
-    deadline_s: float = Field(600.0, gt=0, description="Longest and default time to an answer, in seconds.")
+    deadline_s: float = Field(600.0, gt=0, description="Maximum and default time to an answer, in seconds.")
 
 
 class BatchingSettings(Section):
-    """How waiting sequences share forward passes."""
+    """How queued sequences are combined into forward passes."""
 
     max_batch_tokens: int | None = Field(
         None,
         ge=1,
-        description="Tokens of one forward pass; none: 2,048 on CPU (4,096 on our kernels with AMX), 65,536 on CUDA. "
-        "A longer sequence goes alone.",
+        description="Tokens of one forward pass; null: 2,048 on CPU (4,096 with the compiled CPU kernels on AMX), "
+        "65,536 on CUDA. A longer sequence gets a pass of its own.",
     )
     max_batch_sequences: int = Field(512, ge=1, description="Sequences of one forward pass.")
-    deterministic: bool = Field(False, description="Bit-identical rewards across batches, where that costs speed.")
-    share_prefixes: bool = Field(
-        True, description="Whether sequences of a pass that begin alike compute their beginning once."
+    deterministic: bool = Field(
+        False, description="Rewards bit-identical whatever the batch composition, also where that costs speed."
     )
+    share_prefixes: bool = Field(True, description="Compute a prefix that sequences of a pass share only once.")
     prefix_cache_mib: int | None = Field(
         None,
         ge=0,
-        description="MiB of memory for prompts that the torch engine keeps between passes, each computed once; "
-        "none: 512 on CPU, 0 on CUDA; 0: none are kept, as with deterministic and without share_prefixes.",
+        description="MiB of memory for the prefix cache of the torch engine, which reuses keys and values of prompts "
+        "between passes; null: 512 on CPU, 0 on CUDA; 0: no cache, as with deterministic or without share_prefixes.",
     )
 
 
 class DiagnosticsSettings(Section):
-    """What is said about an item beside its reward."""
+    """What is reported about an item beside its reward."""
 
-    level: DiagnosticsLevel = Field("basic", description="Level of a request that names none.")
+    level: DiagnosticsLevel = Field("basic", description="Level of a request that does not name one.")
     calibration: str | None = Field(
-        None, description="Calibration file; none: calibration.safetensors in the checkpoint folder, if there is one."
+        None, description="Calibration file; null: calibration.safetensors in the checkpoint folder, if it exists."
     )
     alpha: float = Field(0.01, gt=0, lt=1, description="An item is flagged when its p-value is at most this.")
 
 
 class MonitorSettings(Section):
-    """How the stream of scored items is watched, and what is worth an alarm."""
+    """How the stream of scored items is monitored, and when a monitor raises an alarm."""
 
-    window_items: int = Field(4096, ge=256, description="Items of a rolling window, at least; requests stay whole.")
-    batch_items: int = Field(256, ge=32, description="Items of a step of the cumulative sums, at least.")
+    window_items: int = Field(
+        4096, ge=256, description="Minimum number of items in a rolling window; requests are not split."
+    )
+    batch_items: int = Field(256, ge=32, description="Minimum number of items in one step of the cumulative sums.")
     max_runs: int = Field(
-        64, ge=1, description="Runs (X-Run-Id) watched apart; the one unheard of longest is forgotten."
+        64, ge=1, description="Runs (X-Run-Id) monitored separately; the least recently seen run is dropped."
     )
     length_corr_warn: float = Field(
-        0.3, gt=0, lt=1, description="'r > 0.3': warns when |r| of reward and log length is above it, at 95 percent."
+        0.3,
+        gt=0,
+        lt=1,
+        description="Warn when |r| of reward and log length exceeds this with 95 percent confidence.",
     )
     length_r2_critical: float = Field(
-        0.3, gt=0, lt=1, description="'r squared > 0.3', which is |r| > 0.548: critical, by the same bound."
+        0.3,
+        gt=0,
+        lt=1,
+        description="Critical when r squared of reward and log length exceeds this (0.3 is |r| > 0.548) with 95 "
+        "percent confidence.",
     )
     false_alarm_batches: int = Field(
-        10_000, ge=10, description="Batches between two false alarms of all cumulative sums together, on average."
+        10_000, ge=10, description="Mean number of batches between two false alarms of all cumulative sums together."
     )
 
 
@@ -163,22 +207,67 @@ class Settings(Section):
     diagnostics: DiagnosticsSettings = DiagnosticsSettings()
     monitors: MonitorSettings = MonitorSettings()
     log: str | None = Field(
-        None, description="File that gets a JSON line per request; none: standard error, which Ray keeps."
+        None,
+        description="File that gets one JSON line per request. null: standard error, which Ray writes to its logs; "
+        "with reward-serve standard output, or a file in the private folder if that is a terminal. -: standard output.",
     )
-    revision: str = Field("unknown", description="Code revision of this deployment; a change redeploys.")
+    code_revision: str = Field("unknown", description="Code revision of this deployment; a change redeploys.")
+
+
+def setting_names(section: type[BaseModel] = Settings, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted names of all settings of a tree, in the order of declaration."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from setting_names(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ``" (did you mean X?)"`` for the known name nearest to a mistyped one, or an empty string."""
+    near = get_close_matches(name, list(known), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def read_settings(tree: dict[str, Any]) -> Settings:
     """Build the settings from plain data.
 
     Raises:
-        SettingsError: a key is unknown or a value malformed; the message names each place, one sentence each.
+        SettingsError: a key is unknown or a value malformed; the message names each setting and never a value.
     """
     try:
         return Settings.model_validate(tree)
     except ValidationError as error:
-        places = "; ".join(
-            f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}"
-            for problem in error.errors(include_input=False, include_url=False)
+        raise SettingsError(describe_invalid(error, tuple(setting_names()))) from None
+
+
+def describe_invalid(
+    error: ValidationError, known: Sequence[str], source_of: Callable[[str], str | None] = lambda _: None
+) -> str:
+    """Return the sentence that names each invalid setting, what is wrong with it and, if known, its source.
+
+    Args:
+        error: as pydantic raised it.
+        known: the dotted names that exist, for suggestions.
+        source_of: maps a dotted name to where its value comes from, or None.
+    """
+    names = [*known, *dict.fromkeys(name.partition(".")[0] for name in known)]
+    reasons: dict[str, list[str]] = {}
+    for problem in error.errors(include_input=False, include_url=False):
+        name = _setting_at(problem["loc"], known)
+        unknown = problem["type"] == "extra_forbidden"
+        reasons.setdefault(name, []).append(
+            f"is not a setting{did_you_mean(name, names)}" if unknown else problem["msg"]
         )
-        raise SettingsError(f"The settings are not valid: {places}") from None
+    sentences = []
+    for name, found in reasons.items():
+        source = source_of(name)
+        sentences.append(f"{name}{f' ({source})' if source else ''}: {' or '.join(found)}")
+    return f"The settings are not valid: {'; '.join(sentences)}."
+
+
+def _setting_at(location: tuple[int | str, ...], known: Sequence[str]) -> str:
+    """The dotted name of an error's location, without the members of unions that pydantic appends."""
+    parts = [str(part) for part in location]
+    names = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
+    return next((name for name in names if name in known), names[0])

@@ -1,4 +1,4 @@
-"""Keeps transformers quiet where its warnings and progress bars would only repeat what we do on purpose."""
+"""Suppress the warnings and progress bars of transformers where they report what the caller does on purpose."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from contextlib import contextmanager
 
 @contextmanager
 def transformers_silenced() -> Iterator[None]:
-    """Within this context transformers shows errors only, no progress bars and no announcements of later versions.
+    """Context in which transformers logs errors only and shows no progress bars.
 
-    Loading a causal language model as a classifier, for example, reports the missing head that we are about to fill in,
-    and PEFT reads attributes of transformers that are deprecated. Not for use beside other threads that warn.
+    Loading a causal language model as a classifier, for example, warns of the missing head that the caller then sets,
+    and PEFT reads deprecated attributes of transformers.
+
+    Effects, undone at the end: the log level and the progress bars of transformers, and the warning filter for
+    FutureWarning. All three belong to the process, so other threads are affected while the context is open.
     """
     from transformers.utils import logging
 

@@ -1,4 +1,4 @@
-"""The HTTP side without Ray: the application runs in this process, in front of the oracle."""
+"""The HTTP application without Ray: it runs in this process, with the oracle engine."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from service import errors
 from service.assembly import ServedModel, assemble
 from service.engines.oracle import OracleEngine, OracleFaults, byte_tokenizer, oracle_reward_of_text
 from service.errors import HttpError, Overloaded
-from service.http.access_log import Journal
-from service.http.routes import OpenRequests, create_routes
+from service.http.access_log import AccessLog
+from service.http.open_requests import OpenRequests
+from service.http.routes import create_app
 from service.pipeline import Pipeline
 from service.protocols.problem import MEDIA_TYPE, render_problem, retry_after_s
 from service.scorer import Scorer
@@ -33,16 +34,15 @@ JSON = {"Content-Type": "application/json"}
 
 
 class App:
-    """The application of one oracle, a client that calls it, and what it has logged."""
+    """The application of an oracle engine, a client for it, and its access log."""
 
     def __init__(self, served: ServedModel, log: Path) -> None:
         self.served = served
         self.open_requests = OpenRequests()
         self._log = log
-        self._journal = Journal(str(log))
-        routes = create_routes(served, self._exposition, self._journal, self.open_requests)
-        transport = httpx2.ASGITransport(routes)
-        self.routes = routes
+        self._access_log = AccessLog(str(log))
+        self.asgi_app = create_app(served, self._exposition, self._access_log, self.open_requests)
+        transport = httpx2.ASGITransport(self.asgi_app)
         self.client = httpx2.AsyncClient(transport=transport, base_url="http://app")
 
     async def _exposition(self) -> str:
@@ -53,8 +53,8 @@ class App:
         return await self.client.post(route, content=content, headers=JSON | headers)
 
     def lines(self) -> list[dict[str, Any]]:
-        """What was logged; nothing is logged after it."""
-        self._journal.close()
+        """The lines of the log; closes it."""
+        self._access_log.close()
         return [json.loads(line) for line in self._log.read_text().splitlines()]
 
 
@@ -109,7 +109,7 @@ def assert_problem(answer: httpx2.Response, status: int, code: str) -> None:
 
 
 async def test_rewards_come_back_in_order(app: App) -> None:
-    """Each item's reward stands at its index with its id, and is the oracle's own, bit for bit."""
+    """Each item's result has its index, its id, and the oracle's reward, bit for bit."""
     items = [{"prompt": f"p{n}", "completion": "c", "id": f"id-{n}"} for n in range(50)]
 
     answer = await app.post({"items": items})
@@ -121,7 +121,7 @@ async def test_rewards_come_back_in_order(app: App) -> None:
 
 
 async def test_headers_of_an_answer(app: App) -> None:
-    """An answer with rewards names the request, the model's version, that nothing was squashed, and where time went."""
+    """An answer with rewards has headers for the request id, the model version, the activation and the timings."""
     answer = await app.post({"items": [ITEM]}, **{"X-Request-Id": "run-7:step.3"})
 
     assert answer.headers["X-Request-Id"] == "run-7:step.3"
@@ -133,14 +133,14 @@ async def test_headers_of_an_answer(app: App) -> None:
 
 @pytest.mark.parametrize("given", ["x" * 129, "a b", "a\tb", "ü".encode().decode("latin-1"), ""])
 async def test_request_id_that_could_not_be_logged(app: App, given: str) -> None:
-    """An id outside the pattern is replaced, never echoed."""
+    """A request id outside the pattern is replaced and not echoed."""
     answer = await app.client.get("/livez", headers={b"X-Request-Id": given.encode("latin-1")})
 
     assert re.fullmatch("[0-9a-f]{32}", answer.headers["X-Request-Id"])
 
 
 async def test_item_error_in_place(app: App) -> None:
-    """An item over the token limit has an error at its place and no reward; its neighbours have theirs."""
+    """An item over the token limit has an error and no reward; the other items of the request have rewards."""
     answer = await app.post({"items": [ITEM, {"prompt": "p" * 60, "completion": "c" * 10}, ITEM]})
 
     first, second, third = answer.json()["results"]
@@ -151,7 +151,7 @@ async def test_item_error_in_place(app: App) -> None:
 
 
 async def test_levels_of_diagnostics_change_no_reward(app: App) -> None:
-    """``none`` brings no block, the others the length block, all the same reward."""
+    """``none`` has no diagnostics, the other levels have the length block, and all have the same reward."""
     answers = [(await app.post({"items": [ITEM], "diagnostics": level})).json() for level in ("none", "basic", "full")]
 
     none, basic, full = (answer["results"][0] for answer in answers)
@@ -162,7 +162,7 @@ async def test_levels_of_diagnostics_change_no_reward(app: App) -> None:
 
 
 async def test_comparison(app: App) -> None:
-    """Completions of one prompt get their rewards and the probability that one is preferred to the other."""
+    """A comparison has the rewards of the completions and the probability that one is preferred to the other."""
     answer = await app.post({"prompt": "p", "completions": ["a", "b"]}, "/v1/compare")
 
     comparison = answer.json()
@@ -195,12 +195,12 @@ async def test_comparison_with_an_item_error(app: App) -> None:
     ],
 )
 async def test_refusals_on_the_wire(app: App, body: Any, status: int, code: str) -> None:
-    """Each kind of bad request is a problem with its own status and code, and shows nothing of the body."""
+    """Each kind of invalid request is a problem with its own status and code, without any part of the body."""
     assert_problem(await app.post(body), status, code)
 
 
-async def test_violations_point_to_the_place(app: App) -> None:
-    """A problem about a field carries the pointer to it."""
+async def test_violations_have_pointers(app: App) -> None:
+    """A problem about a field has the pointer to it."""
     answer = await app.post({"items": [ITEM, {"text": 3}]})
 
     assert answer.json()["errors"] == [{"pointer": "/items/1/text", "code": "wrong_type"}]
@@ -212,7 +212,7 @@ async def test_violations_point_to_the_place(app: App) -> None:
     ("DELETE", "/livez", 405, "method_not_allowed"),
 ])  # fmt: skip
 async def test_framework_errors_are_problems(app: App, method: str, path: str, status: int, code: str) -> None:
-    """Unknown routes and methods are answered as everything else is."""
+    """Unknown routes and methods are problems with the usual headers."""
     answer = await app.client.request(method, path)
 
     assert_problem(answer, status, code)
@@ -232,7 +232,7 @@ async def test_framework_errors_are_problems(app: App, method: str, path: str, s
     ],
 )
 async def test_content_types(app: App, content_type: str | None, status: int) -> None:
-    """JSON in UTF-8 is read, also when the client says nothing; everything else is refused."""
+    """JSON in UTF-8 is accepted, also without a Content-Type; everything else is refused."""
     headers = {} if content_type is None else {"Content-Type": content_type}
 
     answer = await app.client.post("/v1/score", content=json.dumps({"items": [ITEM]}), headers=headers)
@@ -243,7 +243,7 @@ async def test_content_types(app: App, content_type: str | None, status: int) ->
 @pytest.mark.parametrize(("excess", "status"), [(-1, 200), (0, 200), (1, 413)])
 @pytest.mark.parametrize("transfer", ["length", "chunked", "gzip"])
 async def test_limit_of_the_body(start: Start, transfer: str, excess: int, status: int) -> None:
-    """The byte limit holds exactly: with a length, in chunks without one, and after decompression."""
+    """The byte limit is exact: with Content-Length, in chunks without it, and after decompression."""
     limit = 1024
     empty = len(json.dumps({"items": [{"text": ""}]}))
     body = json.dumps({"items": [{"text": "a" * (limit + excess - empty)}]}).encode()
@@ -267,8 +267,8 @@ async def in_chunks(body: bytes, size: int = 100) -> AsyncIterator[bytes]:
         yield body[begin : begin + size]
 
 
-async def test_endless_body_is_left_early(start: Start) -> None:
-    """A body without an end is read no further than the limit, also when its length lies."""
+async def test_endless_body_is_refused_early(start: Start) -> None:
+    """An endless body is read no further than the limit, also with a wrong Content-Length."""
     read = 0
 
     async def endless() -> AsyncIterator[bytes]:
@@ -284,8 +284,8 @@ async def test_endless_body_is_left_early(start: Start) -> None:
     assert read <= 2048
 
 
-async def test_declared_length_is_believed_when_it_is_too_much(start: Start) -> None:
-    """A client that announces too much is refused before it has sent anything."""
+async def test_declared_length_over_the_limit(start: Start) -> None:
+    """A Content-Length over the limit is refused before any byte of the body is read."""
     async with start(limits={"max_request_bytes": 1024}) as app:
         answer = await app.client.post("/v1/score", content=b"{}", headers=JSON | {"Content-Length": "1025"})
 
@@ -308,7 +308,7 @@ async def test_declared_length_is_believed_when_it_is_too_much(start: Start) -> 
     ids=["good", "bomb", "cut", "followed", "no-gzip", "empty", "identity", "br", "twice"],
 )
 async def test_content_codings(start: Start, body: bytes, coding: str, status: int) -> None:
-    """Gzip is read under the same limit; a bomb costs no more than the limit; other codings are refused."""
+    """Gzip is read under the same limit, which also holds for a gzip bomb; other codings are refused."""
     async with start(limits={"max_request_bytes": 1_000_000}) as app:
         answer = await app.post(body, **{"Content-Encoding": coding})
 
@@ -325,7 +325,7 @@ def example(error: type[HttpError]) -> HttpError:
 
 @pytest.mark.parametrize("error", all_http_errors(), ids=lambda error: error.__name__)
 def test_every_error_renders(error: type[HttpError]) -> None:
-    """The table to the wire is total: every error that can cross HTTP becomes a whole problem document."""
+    """Every error that can cross HTTP becomes a complete problem document."""
     problem = json.loads(render_problem(example(error), "id"))
 
     assert (problem["status"], problem["code"], problem["title"]) == (error.status, error.code, error.title)
@@ -335,14 +335,14 @@ def test_every_error_renders(error: type[HttpError]) -> None:
 
 @pytest.mark.parametrize("error", all_http_errors(), ids=lambda error: error.__name__)
 def test_retry_after_is_whole_seconds_on_503_alone(error: type[HttpError]) -> None:
-    """Every 503 says when to come back, in whole seconds and never at once; nothing else does."""
+    """Every 503 has a Retry-After of whole seconds, at least one; other errors have none."""
     waits = {retry_after_s(example(error), jitter) for jitter in (0.0, 0.5, 0.99)}
 
     assert all(isinstance(wait, int) and wait >= 1 for wait in waits) if error.status == 503 else waits == {None}
 
 
 def test_retry_after_is_spread() -> None:
-    """Refused clients are told different times, none before there is room."""
+    """Retry-After differs between refused clients, and is never before the queue has room."""
     waits = [retry_after_s(Overloaded("full", 40.0), jitter / 10) for jitter in range(10)]
 
     assert min(waits) == 40
@@ -351,7 +351,7 @@ def test_retry_after_is_spread() -> None:
 
 
 async def test_error_of_the_scorer_on_the_wire(start: Start) -> None:
-    """What the scorer raises becomes a problem with Retry-After where it is a 503."""
+    """An error of the scorer becomes a problem, with Retry-After if it is a 503."""
     async with start() as app:
         await app.served.scorer.stop(0.0)
         answer = await app.post({"items": [ITEM]})
@@ -363,7 +363,7 @@ async def test_error_of_the_scorer_on_the_wire(start: Start) -> None:
 
 
 async def test_not_ready_before_the_warm_up(start: Start) -> None:
-    """Readiness comes with the warm-up and not before; liveness is there at once."""
+    """The replica is ready after the warm-up and not before; it is alive at once."""
     async with start(warm=False) as app:
         live = await app.client.get("/livez")
         before = await app.client.get("/readyz")
@@ -377,7 +377,7 @@ async def test_not_ready_before_the_warm_up(start: Start) -> None:
 
 
 async def test_overload_is_refused_with_a_time_to_return(start: Start) -> None:
-    """With the line full, a further request is a 503 that says when there should be room."""
+    """With a full queue another request is a 503 with a Retry-After."""
     slow = OracleFaults(seconds_per_token=0.002)
     async with start(slow, limits={"max_queue_tokens": 60}) as app:
         items = [{"prompt": f"{n}", "completion": "c" * 50} for n in range(4)]
@@ -391,7 +391,7 @@ async def test_overload_is_refused_with_a_time_to_return(start: Start) -> None:
 
 
 async def test_deadline_is_504(start: Start) -> None:
-    """A request whose time is over gets a 504, not a 408 that some trainers take for fatal."""
+    """A request over its deadline gets a 504, not a 408, which some trainers treat as fatal."""
     async with start(OracleFaults(seconds_per_token=0.001)) as app:
         answer = await app.post({"items": [{"text": f"{n}" * 30} for n in range(20)], "timeout_ms": 20})
 
@@ -399,7 +399,7 @@ async def test_deadline_is_504(start: Start) -> None:
 
 
 async def test_poison_and_nan_are_item_errors(start: Start) -> None:
-    """An item on which the engine raises and one without a finite reward fail alone."""
+    """An item on which the engine raises and one without a finite reward fail without failing others."""
     async with start(OracleFaults.by_control_bytes()) as app:
         answer = await app.post({"items": [ITEM, {"text": "\x01"}, {"text": "\x02"}, {"text": "\x03"}]})
 
@@ -410,8 +410,8 @@ async def test_poison_and_nan_are_item_errors(start: Start) -> None:
     assert not any("reward" in result for result in bad)
 
 
-async def test_client_that_leaves(start: Start) -> None:
-    """When the client goes, what it asked for is cancelled, logged as 499, and the next request is served."""
+async def test_disconnected_client(start: Start) -> None:
+    """When the client disconnects, its request is cancelled and logged as 499, and the next request is served."""
     async with start(OracleFaults(seconds_per_token=0.001)) as app:
         asking = asyncio.create_task(app.post({"items": [{"text": f"{n:04}" * 15} for n in range(100)]}))
         await asyncio.sleep(0.1)
@@ -428,8 +428,8 @@ async def test_client_that_leaves(start: Start) -> None:
     assert lines[0]["code"] == "client_gone"
 
 
-async def test_bug_is_a_bland_500(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An exception nobody expected is a 500 without details; the log has its class and place, not its message."""
+async def test_unexpected_exception_is_a_500_without_details(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unexpected exception is a 500 without details; the log has its class and frames, not its message."""
 
     async def explode(_request: object) -> None:
         raise ZeroDivisionError(CANARY)
@@ -445,7 +445,7 @@ async def test_bug_is_a_bland_500(app: App, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 async def test_one_line_per_request_without_text(app: App) -> None:
-    """Each request leaves one JSON line of counts, durations and identifiers, and never a word of the user's."""
+    """Each request is logged as one JSON line of counts, durations and identifiers, without user text."""
     await app.post({"items": [{"prompt": CANARY, "completion": CANARY, "id": CANARY, "group": CANARY}]})
     await app.post({"items": [{"prompt": CANARY}], CANARY: CANARY})
     await app.post(CANARY.encode())
@@ -466,7 +466,7 @@ async def test_one_line_per_request_without_text(app: App) -> None:
 
 
 async def test_metrics_count_what_was_answered(app: App) -> None:
-    """The exposition is in Prometheus' format and knows requests by route and by status or code."""
+    """The exposition is in Prometheus' format and counts requests by route and by status or code."""
     await app.post({"items": [ITEM]})
     await app.post({"items": []})
 
@@ -477,8 +477,8 @@ async def test_metrics_count_what_was_answered(app: App) -> None:
     assert 'rm_requests_total{code="invalid_request",route="/v1/score"} 1.0' in answer.text
 
 
-async def test_model_says_what_is_served(app: App) -> None:
-    """The model route names version, forward path, pooling, template and every limit."""
+async def test_model_route(app: App) -> None:
+    """The model route reports version, forward path, pooling, template and every limit."""
     model = (await app.client.get("/v1/model")).json()
 
     assert model["model"] == {"name": "oracle", "version": app.served.identity.version}
@@ -488,18 +488,19 @@ async def test_model_says_what_is_served(app: App) -> None:
 
 
 async def test_openapi_matches_the_routes(app: App) -> None:
-    """The document describes exactly the routes and methods that exist, and every reference in it leads somewhere."""
+    """The document describes exactly the routes and methods that exist, and every reference in it resolves."""
     document = (await app.client.get("/openapi.json")).json()
 
     described = {(path, method.upper()) for path, methods in document["paths"].items() for method in methods}
-    existing = {(route.path, method) for route in app.routes.routes for method in route.methods}  # type: ignore[attr-defined]
+    # HTTP has HEAD for every GET, so the document does not list it.
+    existing = {(route.path, method) for route in app.asgi_app.routes for method in route.methods - {"HEAD"}}  # type: ignore[attr-defined]
     assert described == existing
     for reference in re.findall(r'"\$ref": ?"#/components/schemas/(\w+)"', json.dumps(document)):
         assert reference in document["components"]["schemas"]
 
 
 async def test_openapi_declares_every_refusal(app: App) -> None:
-    """Every status that a scoring route can answer is declared."""
+    """Every status that a scoring route can return is declared."""
     document = (await app.client.get("/openapi.json")).json()
 
     declared = {int(status) for status in document["paths"]["/v1/score"]["post"]["responses"]}
@@ -507,8 +508,8 @@ async def test_openapi_declares_every_refusal(app: App) -> None:
     assert declared == possible | {200}
 
 
-async def test_orderly_end_waits_for_open_requests(start: Start) -> None:
-    """Whoever ends the server can wait until the last answer is out."""
+async def test_shutdown_can_wait_for_open_requests(start: Start) -> None:
+    """``wait_until_none`` returns once the last answer has been sent."""
     async with start(OracleFaults(seconds_per_token=0.002)) as app:
         await app.open_requests.wait_until_none(1.0)
         asking = asyncio.create_task(app.post({"items": [{"text": "a" * 60}]}))
@@ -521,8 +522,8 @@ async def test_orderly_end_waits_for_open_requests(start: Start) -> None:
         assert (await asking).status_code == 200
 
 
-def test_error_tree_has_no_stranger() -> None:
-    """Statuses and codes are told apart: no two errors share a code unless one is the other's base."""
+def test_error_codes_are_unique() -> None:
+    """No two errors share a code unless one is the base of the other."""
     concrete = [
         error for error in all_http_errors() if error not in {HttpError, errors.RequestRefused, errors.ScoringFailed}
     ]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from launching_engine import LaunchingOracle
 
-from service.diagnostics.diagnosis import Outcome
+from service.diagnostics.item_state import Outcome
 from service.engines.base import EngineInfo, EngineOutput
 from service.engines.oracle import OracleEngine, OracleFaults, byte_tokenizer, oracle_reward
 from service.errors import EngineFailed, EngineUnavailable, HttpError, NonFiniteReward, SequenceTooLong

@@ -18,6 +18,7 @@ from service.checkpoints.checkpoint import open_checkpoint
 from service.checkpoints.demo_base import DEMO_BASE, obtain_demo_base
 from service.errors import SettingsError, StartupError
 from service.settings import ModelSettings
+from service.version import add_version_option
 from training.annotator_agreement import describe_annotator_agreement, measure_annotator_agreement
 from training.evaluation import describe, evaluate
 from training.manifest import Manifest
@@ -163,6 +164,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     sources = "files, folders of them, or data sets on the hub (owner/name or owner/name:split)"
+    add_version_option(parser)
     add = parser.add_argument
     add("--data", nargs="+", required=True, help=f"pairs to train on: {sources}")
     add("--base", default=DEMO, help="SFT or instruct checkpoint: a folder, a hub id, or 'demo'")

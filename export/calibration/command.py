@@ -24,15 +24,16 @@ from export.calibration.printing import print_facts, print_report
 from export.calibration.report import TestReport, report, test_items
 from export.calibration.scored_parts import Sizes, count_items, score_parts
 from service.assembly import OpenedModel, ServedModel, assemble, open_model, with_calibration
-from service.checkpoints.demo import ADAPTER_FOLDER, CALIBRATION_FILE
+from service.checkpoints.demo import ADAPTER_FOLDER
+from service.checkpoints.files import CALIBRATION_FILE
 from service.console import progress_bar, stages
 from service.diagnostics.calibration import read_calibration, write_calibration
 from service.diagnostics.calibration_facts import CalibrationFacts
 from service.diagnostics.candidate_taps import candidate_taps
 from service.errors import CalibrationError, StartupError
-from service.settings import ModelSettings, Settings, read_settings
+from service.settings import DEMO_MODEL, ModelSettings, Settings, read_settings
+from service.version import add_version_option
 
-DEMO = "demo"
 OUT_OF_TOLERANCE = 3
 LOG_WIDTH = 140
 
@@ -56,7 +57,7 @@ def _calibrate(options: argparse.Namespace, console: Console) -> int:
     settings = _settings(options)
     opened = open_model(settings.model)
     # The demo model's folder is a copy in the cache; its calibration is stored in the clone, as its adapter is.
-    destination = ADAPTER_FOLDER if options.model == DEMO else opened.checkpoint.path
+    destination = ADAPTER_FOLDER if settings.model.is_demo else opened.checkpoint.path
     out = Path(options.out) if options.out else destination / CALIBRATION_FILE
     made: CalibrationFacts | None = None
     measured: ServedModel | None = None
@@ -136,7 +137,7 @@ def _assemble_to_test(settings: Settings, opened: OpenedModel, measured: ServedM
 
 
 def _settings(options: argparse.Namespace) -> Settings:
-    model = {"path": None if options.model == DEMO else options.model, "dtype": options.dtype, "device": options.device}
+    model = {"path": options.model, "dtype": options.dtype, "device": options.device}
     known = {name: value for name, value in model.items() if value is not None}
     if options.max_input_tokens:
         known["max_input_tokens"] = options.max_input_tokens
@@ -158,7 +159,8 @@ def _hash(path: Path) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="reward-calibrate", description=__doc__.splitlines()[0])
-    parser.add_argument("model", metavar="DIR", help=f"checkpoint folder or hub id; {DEMO}: the demo model")
+    add_version_option(parser)
+    parser.add_argument("model", metavar="DIR", help=f"checkpoint folder or hub id; {DEMO_MODEL}: the demo model")
     parser.add_argument("data", metavar="DATA", help="items (prompt, completion) or pairs (prompt, chosen, rejected)")
     parser.add_argument(
         "--out", metavar="FILE", help=f"default: {CALIBRATION_FILE} in the checkpoint folder (demo: in the clone)"

@@ -19,6 +19,7 @@ from export.calibration.measure import detection, length_correlations, rate_of
 from service.assembly import ServedModel
 from service.console import Advance
 from service.diagnostics.calibration_facts import LengthCorrelations, Rate
+from service.diagnostics.item_state import ItemState
 from service.diagnostics.ood import MIN_GROUP
 from service.offline import encode_items, score_offline
 from service.records import Encoding, Item, Score, TokenSequence
@@ -109,8 +110,7 @@ def test_items(served: ServedModel, rows: Sequence[CleanItem], advance: Advance)
     tested = []
     for index, (row, item, sequence) in enumerate(zip(rows, items, encoded, strict=True)):
         outcome = raw[index]
-        texts = diagnostician.read_texts([item], [sequence], "full")
-        (score,) = diagnostician.complete([item], [sequence], [outcome], texts, "full")
+        (score,) = diagnostician.diagnose([ItemState(item, sequence, outcome=outcome)], "full")
         if isinstance(sequence, TokenSequence) and isinstance(outcome, Score) and isinstance(score, Score):
             tested.append(TestedItem(row, sequence, outcome, score))
     return tested, len(rows) - len(tested)
@@ -166,11 +166,8 @@ def _score_beside(served: ServedModel, one: TestedItem, plausible: Sequence[Test
     group = [one, *(other for other in plausible if other.row.exchange.completion != completion)]
     if len(group) < MIN_GROUP:
         return None
-    diagnostician = served.scorer.pipeline.diagnostician
-    items = [Item(member.row.exchange) for member in group]
-    sequences = [member.sequence for member in group]
-    texts = diagnostician.read_texts(items, sequences, "full")
-    scored = diagnostician.complete(items, sequences, [member.raw for member in group], texts, "full")[0]
+    items = [ItemState(Item(member.row.exchange), member.sequence, outcome=member.raw) for member in group]
+    scored = served.scorer.pipeline.diagnostician.diagnose(items, "full")[0]
     is_compared = isinstance(scored, Score) and scored.ood is not None and scored.ood.mode == "group"
     return scored if isinstance(scored, Score) and is_compared else None
 

@@ -33,7 +33,8 @@ from service.checkpoints.bundle import (
     write_manifest,
 )
 from service.checkpoints.checkpoint import Checkpoint, locate_checkpoint, open_checkpoint
-from service.checkpoints.demo import CALIBRATION_FILE, PROVENANCE_FILE
+from service.checkpoints.demo import PROVENANCE_FILE
+from service.checkpoints.files import CALIBRATION_FILE, CONFIG_FILE
 from service.console import Stage, stages
 from service.diagnostics.candidate_taps import candidate_taps
 from service.engines.base import Engine
@@ -43,10 +44,10 @@ from service.pipeline import Pipeline
 from service.records import Score, StateTap, TokenSequence
 from service.settings import BatchingSettings, ModelSettings, TokenizationSettings
 from service.tokenization import Tokenization
+from service.version import add_version_option
 
-DEMO = "demo"
 COPIED = (
-    "config.json",
+    CONFIG_FILE,
     "tokenizer*.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -95,7 +96,7 @@ def export_bundle(source: str, out: Path, plan: ExportPlan, stage: Stage = lambd
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists and is not empty: name another folder, so that nothing is overwritten.")
-    settings = ModelSettings(path=None if source == DEMO else source, max_input_tokens=plan.max_input_tokens)
+    settings = ModelSettings(path=source, max_input_tokens=plan.max_input_tokens)
     stage("Validating the checkpoint")
     checkpoint = open_checkpoint(locate_checkpoint(settings), settings)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -319,6 +320,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="reward-export", description="Export a scalar-head checkpoint to an ONNX bundle that reward-serve takes."
     )
+    add_version_option(parser)
     add = parser.add_argument
     add("source", metavar="DIR", help="checkpoint folder, PEFT adapter or hub id, or 'demo'")
     add("out", type=Path, metavar="OUT", help="the folder to write; must not exist or be empty")

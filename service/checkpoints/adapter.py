@@ -16,6 +16,7 @@ from reward_client.provenance import TRAINING_MANIFEST_FILE
 from safetensors import SafetensorError, safe_open
 
 from service.checkpoints.demo_base import DEMO_BASE, obtain_demo_base
+from service.checkpoints.files import TOKENIZER_CONFIG_FILE
 from service.errors import CheckpointError
 from service.transformers_logging import transformers_silenced
 
@@ -134,7 +135,7 @@ def _load_base(base: Path | str, adapter_dir: Path, adapter_tensors: Collection[
 
     try:
         model, report = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, output_loading_info=True)
-        has_tokenizer = (adapter_dir / "tokenizer_config.json").is_file()
+        has_tokenizer = (adapter_dir / TOKENIZER_CONFIG_FILE).is_file()
         tokenizer = AutoTokenizer.from_pretrained(adapter_dir if has_tokenizer else base)
     except (OSError, ValueError) as error:
         raise CheckpointError(

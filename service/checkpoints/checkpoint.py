@@ -21,8 +21,8 @@ from reward_client.options import TemplateChoice
 from service.cache import build_once, cache_directory
 from service.checkpoints.adapter import ADAPTER_CONFIG_FILE, is_adapter, merge_adapter
 from service.checkpoints.demo import obtain_demo_model
+from service.checkpoints.files import CONFIG_FILE
 from service.checkpoints.validation import (
-    CONFIG_FILE,
     load_config,
     load_tokenizer,
     notes_on,
@@ -37,10 +37,9 @@ from service.checkpoints.validation import (
 from service.checkpoints.weights import read_tensor_infos, weight_files, weights_sha256
 from service.errors import CheckpointError
 from service.records import ModelIdentity, Pooling
-from service.settings import ModelSettings
+from service.settings import DEMO_MODEL, ModelSettings
 from service.transformers_logging import transformers_silenced
 
-DEMO_NAME = "demo"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja")
 """Patterns of the files that are downloaded from a hub: weights and plain data, no code."""
@@ -111,13 +110,13 @@ class Checkpoint:
 def locate_checkpoint(settings: ModelSettings) -> Path:
     """Return the folder of the checkpoint that the settings name, after downloading or merging it where needed.
 
-    Without a path it is the demo model. A PEFT adapter is merged into its base once, into the user's cache. A path that
-    is not a folder is treated as a hub id.
+    ``demo``, or no path, is the demo model. A PEFT adapter is merged into its base once, into the user's cache. A path
+    that is not a folder is treated as a hub id.
 
     Raises:
         CheckpointError: there is neither such a folder nor such a model on a reachable hub, or merging fails.
     """
-    if settings.path is None:
+    if settings.path is None or settings.is_demo:
         return obtain_demo_model()
     folder = Path(settings.path).expanduser()
     if not folder.is_dir():
@@ -282,7 +281,7 @@ def checkpoint_name(settings: ModelSettings) -> str:
     """Return the model's name in answers and metrics: the setting, else the name of its folder, or its hub id."""
     if settings.name is not None:
         return settings.name
-    if settings.path is None:
-        return DEMO_NAME
+    if settings.path is None or settings.is_demo:
+        return DEMO_MODEL
     folder = Path(settings.path).expanduser()
     return folder.resolve().name if folder.is_dir() else settings.path

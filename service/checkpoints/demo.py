@@ -17,13 +17,11 @@ from rich.console import Console
 from service.cache import build_once, cache_directory
 from service.checkpoints.adapter import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, merge_adapter
 from service.checkpoints.demo_base import DEMO_BASE, GGUF_FILE, GGUF_SHA256, obtain_demo_base
+from service.checkpoints.files import CALIBRATION_FILE
 from service.checkpoints.weights import weight_files, weights_sha256
 from service.errors import CheckpointError
 
 ADAPTER_FOLDER = Path(__file__).parents[2] / "demo"
-CALIBRATION_FILE = "calibration.safetensors"
-"""Name of the calibration in a checkpoint folder."""
-
 PROVENANCE_FILE = "provenance.json"
 """Records the adapter and base of a merged demo folder, and the sha256 of the weights that the merge wrote."""
 

@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from service.checkpoints.architecture import Fit, fit_classifier, has_classifier
+from service.checkpoints.files import CONFIG_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from service.checkpoints.weights import TensorInfo, find_non_finite, find_value_head
 from service.errors import CheckpointError
 
-CONFIG_FILE = "config.json"
-TOKENIZER_FILE = "tokenizer.json"
-TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
-SLOW_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+SLOW_TOKENIZER_FILES = (TOKENIZER_CONFIG_FILE, "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 MAX_PLAUSIBLE_TOKENIZER_LIMIT = 10_000_000
 """Tokens. A tokenizer without a limit of its own has a ``model_max_length`` of about 10**30."""

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
-from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,14 +19,11 @@ from reward_client.options import DiagnosticsLevel
 
 from service.diagnostics.calibration import Calibration
 from service.diagnostics.correlation import pearson_correlation
+from service.diagnostics.item_state import ItemState, Outcome, outcomes_of
 from service.diagnostics.length import length_report
 from service.diagnostics.ood import OodDetector
 from service.diagnostics.text import TextFacts, TextReader, style_report
-from service.errors import HttpError
-from service.records import Exchange, GroupReport, Item, LengthReport, Score, StateTap, TokenSequence
-
-Outcome: TypeAlias = Score | HttpError
-"""What becomes of an item: its Score, or the error that is reported in its place."""
+from service.records import Exchange, GroupReport, LengthReport, Score, StateTap, TokenSequence
 
 ALPHA = 0.01
 """Default of the p-value up to which an item is flagged."""
@@ -91,9 +87,7 @@ class Diagnostician:
             for index, reward in enumerate(rewards)
         ]
 
-    def read_texts(
-        self, items: Sequence[Item], encoded: Sequence[TokenSequence | HttpError], level: DiagnosticsLevel
-    ) -> list[TextFacts | None]:
+    def read_texts(self, items: Sequence[ItemState], level: DiagnosticsLevel) -> list[TextFacts | None]:
         """Compute the text statistics of items.
 
         None at level ``none``, for an item that is an error, and where prompt and completion cannot be separated.
@@ -101,42 +95,41 @@ class Diagnostician:
         if level == "none":
             return [None] * len(items)
         return [
-            self._texts.read(item, sequence, full=level == "full") if isinstance(sequence, TokenSequence) else None
-            for item, sequence in zip(items, encoded, strict=True)
+            None if item.sequence is None else self._texts.read(item.item, item.sequence, full=level == "full")
+            for item in items
         ]
 
-    def complete(
-        self,
-        items: Sequence[Item],
-        encoded: Sequence[TokenSequence | HttpError],
-        outcomes: Sequence[Outcome],
-        texts: Sequence[TextFacts | None],
-        level: DiagnosticsLevel,
-    ) -> list[Outcome]:
+    def complete(self, items: Sequence[ItemState], level: DiagnosticsLevel) -> list[Outcome]:
         """Complete the Scores of one request to its level; errors are returned unchanged.
 
         Args:
-            items: items of the request.
-            encoded: their token sequences, or errors.
-            outcomes: their Scores, with state statistics where states were read, or errors.
-            texts: what `read_texts` returned.
+            items: all items of the request, with the outcomes of the engine and the texts of `read_texts`.
             level: level of the request.
 
         Returns:
             One outcome for each item, in order.
+
+        Raises:
+            InternalError: some item has no outcome.
         """
+        outcomes = outcomes_of(items)
         if level == "none":
             return [Score(outcome.reward) if isinstance(outcome, Score) else outcome for outcome in outcomes]
         scores = {
-            index: self._describe(outcome, sequence, text)
-            for index, (outcome, sequence, text) in enumerate(zip(outcomes, encoded, texts, strict=True))
-            if isinstance(outcome, Score) and isinstance(sequence, TokenSequence)
+            index: self._describe(item.outcome, item.sequence, item.text)
+            for index, item in enumerate(items)
+            if isinstance(item.outcome, Score) and item.sequence is not None
         }
         groups = siblings_of(items, scores)
         self._add_groups(scores, groups)
         if level == "full" and self._ood is not None:
-            self._add_ood(self._ood, scores, texts, groups)
+            self._add_ood(self._ood, scores, items, groups)
         return [scores.get(index, outcome) for index, outcome in enumerate(outcomes)]
+
+    def diagnose(self, items: Sequence[ItemState], level: DiagnosticsLevel) -> list[Outcome]:
+        """Read the texts of one request and complete its Scores, as `read_texts` and `complete` do."""
+        texts = self.read_texts(items, level)
+        return self.complete([replace(item, text=text) for item, text in zip(items, texts, strict=True)], level)
 
     def _describe(self, score: Score, sequence: TokenSequence, text: TextFacts | None) -> Score:
         length = length_report(sequence)
@@ -166,12 +159,12 @@ class Diagnostician:
         self,
         detector: OodDetector,
         scores: dict[int, Score],
-        texts: Sequence[TextFacts | None],
+        items: Sequence[ItemState],
         groups: Sequence[list[int]],
     ) -> None:
         rows: dict[int, NDArray[np.float64]] = {}
         for index, score in scores.items():
-            text = texts[index]
+            text = items[index].text
             if text is not None and text.statistics is not None and score.traits is not None:
                 rows[index] = np.concatenate([text.statistics, score.traits])
         if not rows:
@@ -190,15 +183,19 @@ class Diagnostician:
             )
 
 
-def siblings_of(items: Sequence[Item], scored: AbstractSet[int] | dict[int, Score]) -> list[list[int]]:
+def siblings_of(items: Sequence[ItemState], scored: Collection[int]) -> list[list[int]]:
     """Return the groups of two or more scored items that answer one prompt, as indices.
 
     Items belong together by the name of their group, otherwise by equal prompts. Items of templated text or token ids
     have no separate prompt; they are grouped by name only.
+
+    Args:
+        items: all items of a request.
+        scored: indices of those with a Score.
     """
     groups: defaultdict[Hashable, list[int]] = defaultdict(list)
     for index in sorted(scored):
-        item = items[index]
+        item = items[index].item
         if item.group is not None:
             groups["group", item.group].append(index)
         elif isinstance(item.content, Exchange):

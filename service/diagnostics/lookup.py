@@ -14,7 +14,8 @@ from typing import Any
 from reward_client.options import TemplateChoice
 
 from service.checkpoints.checkpoint import Checkpoint
-from service.checkpoints.demo import CALIBRATION_FILE, merged_identity
+from service.checkpoints.demo import merged_identity
+from service.checkpoints.files import CALIBRATION_FILE
 from service.diagnostics.calibration import Binding, Calibration, read_calibration
 from service.errors import CalibrationError
 from service.records import Pooling, StateTap

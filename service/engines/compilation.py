@@ -1,7 +1,7 @@
-"""A model's blocks compiled: all between matrix products and attention becomes a few kernels of one reading each.
+"""Decoder blocks compiled by ``torch.compile``, which fuses the operations between matrix products and attention.
 
-``torch.compile`` fuses norms, rotation, gates and residuals of transformers' own code. Matrix products in row blocks
-and attention within a packed row stay ours, as operators that it calls and does not look into.
+It compiles transformers' own code of the norms, rotary embeddings, gates and residuals. Batch-invariant matrix products
+and attention within a packed batch are custom operators, which the compiler calls without tracing into them.
 """
 
 from __future__ import annotations
@@ -11,79 +11,89 @@ import shutil
 from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from service.engines.attention.interface import ATTENTION, attend, is_causal_layer, no_mask
+from service.engines.attention.call import AttentionCall, transformers_attention
+from service.engines.attention.interface import ATTENTION, attend, no_mask
 from service.errors import SettingsError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from service.engines.attention.layout import Packing
+    from service.engines.attention.layout import PackedLayout
 
 COMPILED_ATTENTION = f"{ATTENTION}_compiled"
-"""The name under which transformers knows our attention within compiled blocks."""
+"""The name of this attention and its mask function in transformers."""
 
-_row: ContextVar[Packing | None] = ContextVar("_row", default=None)
-"""The layout of the row that passes through; an operator takes tensors and numbers only."""
+_layout: ContextVar[PackedLayout | None] = ContextVar("_layout", default=None)
+"""The layout of the running pass. A custom operator takes tensors and numbers only, so it reads the layout here."""
+
+
+@cache
+def register_compiled_attention() -> str:
+    """Register attention for compiled blocks with transformers, once in a process; return its name."""
+    AttentionInterface.register(COMPILED_ATTENTION, compiled_attention)
+    AttentionMaskInterface.register(COMPILED_ATTENTION, no_mask)
+    return COMPILED_ATTENTION
 
 
 def check_compiler(device: torch.device) -> None:
-    """Say nothing where blocks can be compiled for the device; CUDA kernels bring their own compiler.
+    """Check that blocks can be compiled for the device; the compiler for CUDA is part of torch.
 
     Raises:
-        SettingsError: there is no C++ compiler.
+        SettingsError: no C++ compiler is installed.
     """
     compiler = os.environ.get("CXX", "g++")
     if device.type == "cpu" and shutil.which(compiler) is None:
         raise SettingsError(
-            f"model.compile needs a C++ compiler, and {compiler} is not there: install g++, or leave the setting out"
+            f"model.compile needs a C++ compiler, and {compiler} is not installed: install g++, or omit the setting"
         )
 
 
 def compile_blocks(blocks: nn.ModuleList) -> None:
-    """Let every block of a decoder run compiled; they share their kernels, for rows of any length.
+    """Compile every block of a decoder, for packed batches of any length; equal blocks share the compiled code.
 
-    The first pass takes some seconds to half a minute. Hooks on a block stay outside.
+    The first pass takes some seconds to half a minute. Hooks on a block are not compiled and still run.
     """
     for block in blocks:
         block.forward = CompiledBlock(block.forward)
 
 
 def restore_blocks(body: nn.Module) -> None:
-    """Let every block run as transformers wrote it again."""
+    """Restore the own forward of every compiled block."""
     for module in body.modules():
         if isinstance(vars(module).get("forward"), CompiledBlock):
             del module.forward
 
 
 class CompiledBlock:
-    """Takes the place of a block's forward."""
+    """Replaces a block's forward."""
 
     def __init__(self, forward: Callable[..., Any]) -> None:
         self._compiled = torch.compile(forward, dynamic=True, fullgraph=True)
 
-    def __call__(self, *inputs: Any, packing: Packing | None = None, **named: Any) -> Any:
-        """Return what the block returns, with the row's layout laid aside for attention."""
-        with _passing(packing):
+    def __call__(self, *inputs: Any, packed_layout: PackedLayout | None = None, **named: Any) -> Any:
+        """Return what the block returns; the layout is passed to attention outside of the compiled code."""
+        with _running_with(packed_layout):
             return self._compiled(*inputs, **named)
 
 
 @contextmanager
-def _passing(packing: Packing | None) -> Iterator[None]:
-    token = _row.set(packing)
+def _running_with(layout: PackedLayout | None) -> Iterator[None]:
+    token = _layout.set(layout)
     try:
         yield
     finally:
-        _row.reset(token)
+        _layout.reset(token)
 
 
-@torch.library.custom_op("reward_service::attend", mutates_args=())
-def _attend(
+@torch.library.custom_op("reward_service::packed_attention", mutates_args=())
+def _attention_operator(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -92,31 +102,18 @@ def _attend(
     window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    return attend(query, key, value, _row.get(), is_causal=is_causal, scaling=scaling, window=window, softcap=softcap)
+    return attend(AttentionCall(query, key, value, _layout.get(), is_causal, scaling, window, softcap))
 
 
-@_attend.register_fake
-def _shape_of_attended(query: torch.Tensor, _key: torch.Tensor, value: torch.Tensor, *_: object) -> torch.Tensor:
+@_attention_operator.register_fake
+def _output_shape(query: torch.Tensor, _key: torch.Tensor, value: torch.Tensor, *_: object) -> torch.Tensor:
     return query.new_empty((1, query.shape[2], query.shape[1], value.shape[3]))
 
 
-def compiled_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    _mask: torch.Tensor | None,
-    *,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    is_causal: bool | None = None,
-    **_kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Do what ``attention.packed_attention`` does, within a compiled block; the same shapes."""
-    causal = is_causal_layer(module, is_causal)
-    return _attend(query, key, value, causal, scaling, sliding_window, softcap), None
-
-
-AttentionInterface.register(COMPILED_ATTENTION, compiled_attention)
-AttentionMaskInterface.register(COMPILED_ATTENTION, no_mask)
+@transformers_attention
+def compiled_attention(call: AttentionCall) -> torch.Tensor:
+    """Compute attention within a compiled block, whose layout is not an argument of the call."""
+    attended: torch.Tensor = _attention_operator(
+        call.query, call.key, call.value, call.is_causal, call.scaling, call.window, call.softcap
+    )
+    return attended

@@ -253,14 +253,7 @@ def open_path(classifier: Classifier, spec: PathSpec) -> ForwardPath:
         SettingsError: the path cannot run compiled.
     """
     if spec.name == "packed":
-        return PackedForward(
-            classifier,
-            share_prefixes=spec.share_prefixes,
-            compiled=spec.compiled,
-            kernels=spec.kernels,
-            cache_bytes=spec.cache_bytes,
-            cascade=spec.cascade,
-        )
+        return PackedForward(classifier, spec)
     if spec.compiled:
         raise SettingsError("padded batches cannot be compiled: leave model.compile out")
     return PaddedForward(classifier)

@@ -208,4 +208,4 @@ def kernel_choice(model: ModelSettings) -> KernelChoice:
 
 def default_batch_tokens(device: torch.device, kernels: Kernels | None) -> int:
     """Return the default batch budget in tokens of a path on this device and these kernels."""
-    return AMX_BATCH_TOKENS if kernels is not None and kernels.has_tiles else BATCH_TOKENS[device.type]
+    return AMX_BATCH_TOKENS if kernels is not None and kernels.has_amx else BATCH_TOKENS[device.type]

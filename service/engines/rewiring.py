@@ -1,6 +1,6 @@
 """Replaces parts of a loaded model by faster ones: its attention, its linear layers, its blocks.
 
-The model does not know its optimisations; a forward path asks for them here.
+The model does not depend on its optimizations; a forward path applies them through this module.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ def rewire(
     compiled: bool = False,
     kernels: Kernels | None = None,
 ) -> None:
-    """Replace what a forward path wants replaced, after all that an earlier call replaced is restored.
+    """Restore all that an earlier call replaced, then replace what a forward path requires.
 
     Args:
         classifier: changed in place.
         attention: an attention implementation that is registered with transformers.
-        batch_invariant_linear: whether linear layers multiply in blocks of a fixed number of rows.
-        compiled: whether the blocks run compiled, with an attention that can be.
-        kernels: the compiled CPU kernels on which modules run where they can; None: transformers' own code runs.
+        batch_invariant_linear: whether linear layers multiply in blocks of fixed numbers of rows.
+        compiled: whether the blocks run compiled; the attention must then support it.
+        kernels: the CPU kernels, which replace modules where they compute the same; None: no module is replaced.
     """
     classifier.model.set_attn_implementation(attention)
-    set_batch_invariant_linear(classifier.body, blocked=batch_invariant_linear)
+    set_batch_invariant_linear(classifier.body, enabled=batch_invariant_linear)
     restore_blocks(classifier.body)
     detach_kernels(classifier.body)
     if compiled:

@@ -1,1 +1,1 @@
-"""The HTTP side: routes, bodies, problems, the OpenAPI document and the access log."""
+"""HTTP: routes, middleware, request bodies, problems, the OpenAPI document and the access log."""

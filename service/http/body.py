@@ -1,7 +1,7 @@
-"""The bytes of a request body, read under a limit.
+"""Read the bytes of a request body under a limit.
 
-Counted while they arrive, so neither a lying Content-Length nor a small gzip of a large text makes us hold more than
-the limit. It does not look into the bytes; that is for the module of each wire format.
+Bytes are counted while they arrive, so neither a wrong Content-Length nor a small gzip stream of a large text takes
+more memory than the limit. Parsing them is left to the module of each wire format.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from service.errors import BodyTooLarge, MalformedBody, UnsupportedMediaType
 
 _GZIP_WINDOW = 16 + zlib.MAX_WBITS
 _INFLATE_STEP = 1024 * 1024
-"""Bytes inflated before the event loop may do something else."""
+"""Bytes inflated before control returns to the event loop."""
 
 
 async def read_json_body(headers: Mapping[str, str], chunks: AsyncIterator[bytes], max_bytes: int) -> bytes:
@@ -27,8 +27,8 @@ async def read_json_body(headers: Mapping[str, str], chunks: AsyncIterator[bytes
 
     Raises:
         UnsupportedMediaType: the Content-Type is not JSON (a missing one is taken for JSON), or the coding not gzip.
-        BodyTooLarge: the limit is passed; nothing beyond it was kept.
-        MalformedBody: the gzip stream is broken, cut off, or followed by something else.
+        BodyTooLarge: the limit is exceeded; nothing beyond it is stored.
+        MalformedBody: the gzip stream is corrupt, truncated, or followed by other bytes.
     """
     _check_media_type(headers.get("content-type", ""))
     coding = headers.get("content-encoding", "identity").strip().lower()
@@ -67,11 +67,11 @@ async def _inflate(compressed: bytes, max_bytes: int) -> bytes:
         try:
             body += inflater.decompress(rest, min(_INFLATE_STEP, max_bytes + 1 - len(body)))
         except zlib.error:
-            raise MalformedBody("The body is not the gzip stream that its Content-Encoding promises") from None
+            raise MalformedBody("The body is not the gzip stream that its Content-Encoding announces") from None
         if len(body) > max_bytes:
             raise BodyTooLarge(f"The body has more than {max_bytes} bytes after decompression")
         rest = inflater.unconsumed_tail
         await asyncio.sleep(0)
     if not inflater.eof or inflater.unused_data:
-        raise MalformedBody("The gzip stream is cut off or followed by other bytes")
+        raise MalformedBody("The gzip stream is truncated or followed by other bytes")
     return bytes(body)

@@ -1,1 +1,1 @@
-"""The start command, the process that supervises Ray, and what Ray is told."""
+"""The start command, the supervisor of its processes, and the environment of Ray."""

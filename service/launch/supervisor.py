@@ -1,8 +1,8 @@
-"""The parent of everything that a server on this machine consists of: it starts, watches, and leaves nothing behind.
+"""Start and watch the processes of a server on this machine, and leave none behind.
 
-It imports neither Ray nor torch. Ray's processes are many, some give birth to others and outlive them (HAProxy does),
-so this process makes itself the heir of every orphan below it: what is left when the orderly end is over, or has taken
-too long, is found among its descendants and killed.
+It imports neither Ray nor torch. Ray starts many processes, and some outlive the one that started them (HAProxy does),
+so this process makes itself the subreaper of its orphaned descendants: whatever is left after the orderly shutdown, or
+when that takes too long, is still a descendant and is killed.
 """
 
 from __future__ import annotations
@@ -11,16 +11,14 @@ import ctypes
 import json
 import os
 import select
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -28,13 +26,15 @@ from typing import IO, Any, Protocol
 import psutil
 
 from service.errors import ServerStartError
-from service.launch.ray_environment import Launch
+from service.launch.launch import Launch
+from service.launch.ports import reachable
 
 STOP_AFTER_S = 12.0
-"""Seconds that the orderly end may take before everything that is left is killed."""
+"""Seconds that the orderly shutdown may take before all remaining processes are killed."""
 SWEEP_S = 2.0
+"""Seconds after which ``sweep`` gives up."""
 START_TIMEOUT_S = 1800.0
-"""A large model from a slow disk takes its time; what fails, fails long before."""
+"""Loading a large model from a slow disk takes long; a start that fails, fails much earlier."""
 _TICK_S = 0.2
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _PR_SET_CHILD_SUBREAPER = 36
@@ -42,27 +42,27 @@ _CHILD = "from service.app import main; main()"
 
 
 class Progress(Protocol):
-    """How a starting server is shown to whoever waits for it."""
+    """Receives the stages of a start and a stop, to show them to the user."""
 
     def stage(self, name: str) -> None:
-        """Say that a stage has begun: ``ray``, ``serve``, ``model``, ``running``."""
+        """A stage has begun: ``ray``, ``serve``, ``model``, ``running``."""
         ...
 
     def ready(self) -> None:
-        """Say that the service answers."""
+        """The service answers."""
         ...
 
     def stopping(self) -> None:
-        """Say that the orderly end has begun."""
+        """The orderly shutdown has begun."""
         ...
 
 
 class StopRequested(BaseException):
-    """SIGINT or SIGTERM; no Exception, so that nothing on the way takes it for an error of its own."""
+    """SIGINT or SIGTERM. A BaseException, so that no ``except Exception`` catches it."""
 
 
 def raise_on_stop_signals() -> None:
-    """From here on the first SIGINT or SIGTERM raises StopRequested; later ones change nothing."""
+    """From here on the first SIGINT or SIGTERM raises StopRequested; later ones are ignored."""
 
     def request(_number: int, _frame: object) -> None:
         _ignore_stop_signals()
@@ -77,28 +77,12 @@ def _ignore_stop_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-@contextmanager
-def private_folder() -> Iterator[Path]:
-    """A folder for sockets, logs and the token, open to this user alone; stays behind only after a failure."""
-    # Ray puts Unix sockets deep inside, and their paths may have 107 bytes: the folder must lie near the root.
-    # mkdtemp makes it new and 0700.
-    folder = Path(tempfile.mkdtemp(prefix="reward-", dir="/tmp"))
-    try:
-        yield folder
-    except ServerStartError:
-        raise
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
-
-
 def supervise(launch: Launch, environment: dict[str, str], progress: Progress) -> None:
-    """Run the server until SIGINT or SIGTERM, which StopRequested announces, then end all of it.
+    """Run the server until SIGINT or SIGTERM raises StopRequested, then stop all its processes.
 
     Raises:
-        ServerStartError: the server did not come up, or ended by itself; one sentence with the reason and the log.
-        StopRequested: the server was asked to end, and has ended; nothing of it is left.
+        ServerStartError: the server did not start, or exited by itself; one sentence with the reason and the log.
+        StopRequested: the server was asked to stop, and all its processes have ended.
     """
     _adopt_orphans()
     log_path = Path(launch.folder) / "server.log"
@@ -121,7 +105,7 @@ def supervise(launch: Launch, environment: dict[str, str], progress: Progress) -
 
 
 class _Server:
-    """The process that runs Ray, the pipe that holds it alive, and the pipe on which it reports."""
+    """The process that runs Ray, the pipe whose end stops it, and the pipe on which it reports stages."""
 
     def __init__(self, launch: Launch, environment: dict[str, str], log: IO[bytes]) -> None:
         self._url = f"http://{reachable(launch.host)}:{launch.port}/readyz"
@@ -130,7 +114,7 @@ class _Server:
         self._reports = os.fdopen(reports, "rb", buffering=0)
         self._unread = b""
         self._is_running = False
-        self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and our own module
+        self._process = subprocess.Popen(  # noqa: S603 - this interpreter and a module of this package
             [sys.executable, "-P", "-c", _CHILD, str(reports_child)],
             stdin=subprocess.PIPE,
             stdout=log,
@@ -142,7 +126,7 @@ class _Server:
         os.close(reports_child)
         assert self._process.stdin is not None  # noqa: S101 - for the type checker
         self._stdin = self._process.stdin
-        with suppress(BrokenPipeError):  # it has ended already: await_ready will say so
+        with suppress(BrokenPipeError):  # the process has exited already: await_ready reports it
             self._stdin.write(json.dumps(asdict(launch)).encode() + b"\n")
             self._stdin.flush()
 
@@ -160,14 +144,14 @@ class _Server:
         progress.ready()
 
     def watch(self) -> None:
-        """Return never; raise when the server ends by itself."""
+        """Never return; raise when the server exits by itself."""
         while True:
             self._check_alive()
             _reap_orphans(own_child=self._process.pid)
             time.sleep(_TICK_S)
 
     def stop(self) -> None:
-        """Ask for the orderly end where there is something to end in order, and wait for it, but not for ever."""
+        """Request the orderly shutdown, if the server has started, and wait for it for ``STOP_AFTER_S`` at most."""
         if not self._is_running:
             return
         self._stdin.close()
@@ -179,7 +163,7 @@ class _Server:
     def _check_alive(self) -> None:
         status = self._process.poll()
         if status is not None:
-            raise ServerStartError(f"The server process ended by itself with status {status}.")
+            raise ServerStartError(f"The server process exited by itself with status {status}.")
 
     def _read_reports(self) -> Iterator[dict[str, Any]]:
         readable, _, _ = select.select([self._reports], [], [], _TICK_S)
@@ -195,7 +179,7 @@ def _adopt_orphans() -> None:
 
 
 def _reap_orphans(own_child: int) -> None:
-    """Collect the exit status of orphans that have ended; that of our own child is left to its Popen."""
+    """Collect the exit status of orphans that have ended; that of the own child is left to its Popen."""
     while True:
         try:
             ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -207,7 +191,7 @@ def _reap_orphans(own_child: int) -> None:
 
 
 def sweep() -> None:
-    """Kill every descendant of this process, and theirs that appear meanwhile, and collect them."""
+    """Kill all descendants of this process, also those that appear meanwhile, and collect their exit status."""
     give_up_at = time.monotonic() + SWEEP_S
     while (descendants := psutil.Process().children(recursive=True)) and time.monotonic() < give_up_at:
         for process in descendants:
@@ -219,15 +203,9 @@ def sweep() -> None:
         time.sleep(0.02)
 
 
-def reachable(host: str) -> str:
-    """An address under which this machine reaches a server that listens on ``host``."""
-    local = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "[::1]"}  # noqa: S104 - compared, not bound
-    return local.get(host, f"[{host}]" if ":" in host else host)
-
-
 def _answers_ready(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=2.0) as answer:  # noqa: S310 - our own http URL
+        with urllib.request.urlopen(url, timeout=2.0) as answer:  # noqa: S310 - an http URL made here
             return bool(answer.status == 200)
     except (OSError, urllib.error.URLError):
         return False

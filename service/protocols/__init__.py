@@ -1,4 +1,1 @@
-"""Wire formats, one small module each: bytes to ScoreRequests, outcomes to bytes.
-
-They know records and errors, and neither a web framework nor an engine.
-"""
+"""Wire formats: bytes to ScoreRequests, outcomes to bytes. Independent of the web framework and of engines."""

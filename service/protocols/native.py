@@ -1,8 +1,7 @@
 """The service's own wire format, version 1: request bodies to ScoreRequests, outcomes to answer bodies.
 
-Pure: it knows neither a web framework nor an engine. A body is decoded once, straight from its bytes, and no part of it
-ever stands in an error: places are named by pointer and limits by number. Where a JSON object repeats a key, the last
-one counts.
+Pure: it depends neither on a web framework nor on an engine. A body is decoded once, from its bytes, and no part of it
+is repeated in an error: errors have JSON pointers and sizes. Of repeated keys in a JSON object the last one counts.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 from reward_client.options import DiagnosticsLevel, TemplateChoice, Truncation
 
-from service.diagnostics.diagnosis import Outcome
+from service.diagnostics.item_state import Outcome
 from service.errors import (
     HttpError,
     InvalidRequest,
@@ -45,7 +44,7 @@ from service.records import (
 from service.settings import LimitSettings
 
 MAX_NAME_CHARS = 256
-"""Characters of an item's ``id`` or ``group``: they are echoed, so they are kept short."""
+"""Characters of an item's ``id`` or ``group``, which are echoed in the answer."""
 
 BASIC_DIAGNOSTICS = ("reward_z", "reward_percentile", "reward_length_adjusted", "length", "style")
 FULL_DIAGNOSTICS = ("reward_std_epistemic", "ood")
@@ -58,11 +57,14 @@ _Timeout = Annotated[int, Meta(ge=1)]
 
 @dataclass(frozen=True, slots=True)
 class RequestDefaults:
-    """What a request that says nothing gets, and what no request may pass."""
+    """Defaults for options that a request leaves out, and the limits on every request."""
 
     limits: LimitSettings
+    """Limits on size and time."""
     truncation: Truncation
+    """Default for items over the token limit."""
     diagnostics: DiagnosticsLevel
+    """Default level of diagnostics."""
 
 
 class WireMessage(msgspec.Struct, forbid_unknown_fields=True):
@@ -84,7 +86,7 @@ class WireItem(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class WireOptions(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """What both scoring routes take beside the texts."""
+    """Options of both scoring routes."""
 
     diagnostics: Literal["none", "basic", "full"] | None = None
     truncation: Literal["error", "prompt_left"] | None = None
@@ -99,7 +101,7 @@ class WireScoreRequest(WireOptions, forbid_unknown_fields=True, kw_only=True):
 
 
 class WireCompareRequest(WireOptions, forbid_unknown_fields=True, kw_only=True):
-    """The body of ``POST /v1/compare``: answers to one prompt, to be ranked."""
+    """The body of ``POST /v1/compare``: completions of one prompt, to be ranked."""
 
     prompt: str | list[WireMessage]
     completions: list[str]
@@ -110,11 +112,11 @@ _compare_decoder = msgspec.json.Decoder(WireCompareRequest)
 
 
 def parse_score_request(body: bytes, defaults: RequestDefaults) -> ScoreRequest:
-    """Make a ScoreRequest of the body of ``POST /v1/score``.
+    """Decode the body of ``POST /v1/score``.
 
     Raises:
-        MalformedBody: not JSON, not UTF-8, a number that JSON does not have, or something after the end.
-        InvalidRequest: a field is missing, unknown, of the wrong type or out of range; names the place.
+        MalformedBody: not JSON, not UTF-8, a number that JSON does not have, or bytes after the end.
+        InvalidRequest: a field is missing, unknown, of the wrong type or out of range; has the pointer to it.
         TooManyItems: more items than ``max_request_items``.
         ItemTooLong: an item has more characters than ``max_item_chars``.
     """
@@ -125,7 +127,7 @@ def parse_score_request(body: bytes, defaults: RequestDefaults) -> ScoreRequest:
 
 
 def parse_compare_request(body: bytes, defaults: RequestDefaults) -> ScoreRequest:
-    """Make a ScoreRequest of the body of ``POST /v1/compare``: one item per completion, in order.
+    """Decode the body of ``POST /v1/compare``: one item per completion, in order.
 
     Raises:
         MalformedBody, InvalidRequest, TooManyItems, ItemTooLong: as for ``parse_score_request``.
@@ -149,16 +151,12 @@ def render_scores(
 ) -> bytes:
     """Render the answer of ``POST /v1/score``: one result per item, in input order.
 
-    Rewards keep every digit of their float32 value. An item without a reward has an ``error`` instead, never a number.
+    Rewards have every digit of their float32 value. An item without a reward has an ``error`` instead.
 
     Raises:
-        NonFiniteReward: a Score holds NaN or infinity, which the scorer should have turned into an item error.
+        NonFiniteReward: a Score is NaN or infinite, which the scorer should have turned into an item error.
     """
-    results = [
-        _result(index, item, outcome, request.diagnostics)
-        for index, (item, outcome) in enumerate(zip(request.items, outcomes, strict=True))
-    ]
-    return msgspec.json.encode(_envelope(model, template, usage, timings) | {"results": results})
+    return msgspec.json.encode(_envelope(model, template, usage, timings) | {"results": _results(request, outcomes)})
 
 
 def render_comparison(
@@ -169,18 +167,15 @@ def render_comparison(
     usage: Usage,
     timings: Timings,
 ) -> bytes:
-    """Render the answer of ``POST /v1/compare``: results as of ``/v1/score``, and who would win against whom.
+    """Render the answer of ``POST /v1/compare``: results as of ``/v1/score``, and pairwise win probabilities.
 
     Raises:
-        HttpError: the error of the first completion that has no reward; a comparison with a hole in it is none.
+        HttpError: the error of the first completion without a reward, since a comparison needs all of them.
     """
     for outcome in outcomes:
         if isinstance(outcome, HttpError):
             raise outcome
-    results = [
-        _result(index, item, outcome, request.diagnostics)
-        for index, (item, outcome) in enumerate(zip(request.items, outcomes, strict=True))
-    ]
+    results = _results(request, outcomes)
     rewards = [result["reward"] for result in results]
     answer = {
         "rewards": rewards,
@@ -192,10 +187,16 @@ def render_comparison(
 
 
 def win_probabilities(rewards: Sequence[float]) -> list[list[float]]:
-    """Probability that answer ``i`` (row) is preferred to answer ``j`` (column), 0.5 on the diagonal.
+    """Probability that completion ``i`` (row) is preferred to completion ``j`` (column), 0.5 on the diagonal.
 
     Bradley and Terry 1952 with strengths ``exp(reward)``: ``sigma(r_i - r_j)``. The exponential is only taken of
-    numbers that are not positive, so no difference of rewards overflows, and row and column sum to one.
+    non-positive numbers, so no difference of rewards overflows, and entries ``i, j`` and ``j, i`` sum to one.
+
+    Args:
+        rewards: [completion].
+
+    Returns:
+        [completion][completion].
     """
     table = [[0.5] * len(rewards) for _ in rewards]
     for i, row_reward in enumerate(rewards):
@@ -219,15 +220,15 @@ def _request(items: tuple[Item, ...], options: WireOptions, defaults: RequestDef
 
 
 def _timeout_s(timeout_ms: int | None, deadline_s: float) -> float:
-    # A client that would wait longer than the service lets anyone wait is not wrong: it gets its 504 earlier.
+    # A longer timeout than the service allows is no error: the request gets its 504 at the service's deadline.
     return deadline_s if timeout_ms is None else min(timeout_ms / 1000, deadline_s)
 
 
-def _check_count(count: int, least: int, most: int, pointer: str, noun: str) -> None:
-    if count < least:
-        raise _invalid(pointer, "too_few", f"The request has {count} {noun}; it needs at least {least}")
-    if count > most:
-        raise TooManyItems(f"The request has {count} {noun}; the limit is {most}")
+def _check_count(count: int, minimum: int, maximum: int, pointer: str, noun: str) -> None:
+    if count < minimum:
+        raise _invalid(pointer, "too_few", f"The request has {count} {noun}; it needs at least {minimum}")
+    if count > maximum:
+        raise TooManyItems(f"The request has {count} {noun}; the limit is {maximum}")
 
 
 def _read_item(wire: WireItem, index: int) -> Item:
@@ -269,6 +270,13 @@ def _envelope(model: ModelIdentity, template: TemplateChoice, usage: Usage, timi
     }
 
 
+def _results(request: ScoreRequest, outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    return [
+        _result(index, item, outcome, request.diagnostics)
+        for index, (item, outcome) in enumerate(zip(request.items, outcomes, strict=True))
+    ]
+
+
 def _result(index: int, item: Item, outcome: Outcome, level: DiagnosticsLevel) -> dict[str, Any]:
     result: dict[str, Any] = {"index": index}
     if item.id is not None:
@@ -283,10 +291,10 @@ def _result(index: int, item: Item, outcome: Outcome, level: DiagnosticsLevel) -
 
 
 def diagnostics_of(score: Score, level: DiagnosticsLevel) -> dict[str, Any]:
-    """Return the diagnostics of an item as they stand beside its reward, encodable as JSON.
+    """Return the diagnostics of an item as members of its result, JSON-encodable.
 
-    What the level does not include is absent; what is not known is null, and ``calibration`` says why. The ``group``
-    block is absent where a prompt has one completion only.
+    Members that the level does not include are absent; members that are not known are null, with the reason in
+    ``calibration``. The ``group`` block is absent if the prompt has one completion only.
     """
     if level == "none":
         return {}
@@ -300,19 +308,19 @@ def diagnostics_of(score: Score, level: DiagnosticsLevel) -> dict[str, Any]:
     return members
 
 
-# What msgspec's messages start with, and what we say instead: its own words may quote the body.
+# How messages of msgspec start, and what replaces them, because they may quote the body.
 _VIOLATIONS = (
-    ("Object contains unknown field", "unknown_field", "An object has a field that this route does not know"),
+    ("Object contains unknown field", "unknown_field", "An object has a field that this route does not have"),
     ("Object missing required field", "missing_field", "A required field is missing"),
-    ("Invalid enum value", "out_of_range", "A field has none of the values that it may have"),
+    ("Invalid enum value", "out_of_range", "A field does not have one of its permitted values"),
     ("Integer value out of range", "out_of_range", "A number is out of range"),
     ("Number out of range", "out_of_range", "A number is out of range"),
 )
 _BOUND = re.compile(r"Expected `[a-z]+` (?:of length )?[<>]=? ")
-_PLACE = re.compile(r" - at `\$([^`]*)`\Z")
+_LOCATION = re.compile(r" - at `\$([^`]*)`\Z")
 _MISSING = re.compile(r"required field `([a-z_]+)`")
 _STEP = re.compile(r"\.([a-z_]+)|\[(\d+)\]")
-# An escaped backslash, a whole surrogate pair, or (captured) one half alone.
+# An escaped backslash, a complete surrogate pair, or (captured) a lone surrogate.
 _SURROGATE_ESCAPE = re.compile(
     rb"\\\\|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(\\u[dD][89a-fA-F][0-9a-fA-F]{2})"
 )
@@ -328,7 +336,7 @@ def _decode(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:
 
 
 def _malformed(decoder: msgspec.json.Decoder[Any], body: bytes) -> HttpError:
-    """Tell a text that Unicode does not have (the caller's tokenizer cut a pair) from a body that is no JSON at all."""
+    """Distinguish a lone surrogate (the caller's tokenizer cut a pair) from a body that is not JSON."""
     repaired = _SURROGATE_ESCAPE.sub(lambda match: b"\\ufffd" if match[1] else match[0], body)
     if repaired != body:
         try:
@@ -337,13 +345,13 @@ def _malformed(decoder: msgspec.json.Decoder[Any], body: bytes) -> HttpError:
             pass
         except (msgspec.DecodeError, UnicodeDecodeError):
             return MalformedBody("The body is not JSON in UTF-8")
-        return _invalid("", "lone_surrogate", "A string holds one half of a surrogate pair, which is no character")
+        return _invalid("", "lone_surrogate", "A string has a lone surrogate, which is not a character")
     return MalformedBody("The body is not JSON in UTF-8")
 
 
 def _violation(message: str) -> InvalidRequest:
-    place = _PLACE.search(message)
-    pointer = "".join(f"/{name or number}" for name, number in _STEP.findall(place[1] if place else ""))
+    location = _LOCATION.search(message)
+    pointer = "".join(f"/{name or number}" for name, number in _STEP.findall(location[1] if location else ""))
     for start, code, detail in _VIOLATIONS:
         if message.startswith(start):
             missing = _MISSING.search(message) if code == "missing_field" else None

@@ -1,7 +1,7 @@
-"""Errors as they cross HTTP: RFC 9457 problems.
+"""Errors on the wire: RFC 9457 problems.
 
-One table, the error tree itself: status, code and title stand on the class, and nothing here knows a web framework or
-what went wrong. Details are ours to write and hold no user text, so they can be shown as they are.
+The only table is the error tree itself: status, code and title are attributes of the class. Details are written by the
+service and contain no user text, so they are sent as they are.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from service.errors import Draining, EngineUnavailable, HttpError, InvalidReques
 
 MEDIA_TYPE = "application/problem+json"
 JITTER = 0.25
-"""Share of the waiting time by which Retry-After is spread, so that refused workers do not return in step."""
+"""Share of the waiting time by which Retry-After is spread, so that refused clients do not return simultaneously."""
 
 _WAIT_S: dict[type[HttpError], float] = {NotReady: 5.0, Draining: 2.0, EngineUnavailable: 10.0}
 
 
 def problem_type(error: HttpError) -> str:
-    """The stable URI of this kind of problem; it names, it does not resolve."""
+    """The stable URI of this kind of problem; an identifier, not an address."""
     return f"urn:reward-service:problem:{error.code}"
 
 
 def problem(error: HttpError, request_id: str) -> dict[str, Any]:
-    """Describe an error as the members of a problem document.
+    """Return the members of a problem document.
 
-    ``errors`` (RFC 6901 pointer and code of each broken rule) is there only for an InvalidRequest that knows them.
+    ``errors`` (RFC 6901 pointer and code of each violation) is there only for an InvalidRequest that has violations.
     """
     members: dict[str, Any] = {
         "type": problem_type(error),
@@ -40,7 +40,7 @@ def problem(error: HttpError, request_id: str) -> dict[str, Any]:
         "retryable": error.retryable,
     }
     if isinstance(error, InvalidRequest) and error.violations:
-        members["errors"] = [{"pointer": broken.pointer, "code": broken.code} for broken in error.violations]
+        members["errors"] = [{"pointer": violation.pointer, "code": violation.code} for violation in error.violations]
     return members
 
 
@@ -50,7 +50,7 @@ def render_problem(error: HttpError, request_id: str) -> bytes:
 
 
 def item_error(error: HttpError) -> dict[str, Any]:
-    """Describe the failure of one item inside an answer whose other items have rewards."""
+    """Return the ``error`` of one item in an answer whose other items may have rewards."""
     return {
         "type": problem_type(error),
         "title": error.title,
@@ -60,11 +60,11 @@ def item_error(error: HttpError) -> dict[str, Any]:
 
 
 def retry_after_s(error: HttpError, jitter: float) -> int | None:
-    """Whole seconds for the Retry-After header, at least one; None for an error that is no 503.
+    """Whole seconds for the Retry-After header, at least one; None for an error that is not a 503.
 
     Args:
-        error: what the answer says.
-        jitter: a number in [0, 1) that the caller draws anew for each answer.
+        error: of the answer.
+        jitter: a random number in [0, 1), another one for each answer.
     """
     if error.status != 503:
         return None

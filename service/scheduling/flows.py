@@ -21,7 +21,7 @@ from math import inf
 from typing import TypeAlias
 
 from service.records import TokenSequence
-from service.scheduling.prefix_tree import num_common, worth_sharing
+from service.scheduling.prefix_tree import common_prefix_length, shareable_tokens
 
 MAX_SKIPPED_BATCHES = 8
 """Batches that may skip a request; the next one serves it first, so that a stream of new requests cannot starve it."""
@@ -137,34 +137,34 @@ HeapItem: TypeAlias = tuple[float, float, int, int, Flow]
 """Virtual time, overtake limit, waiting tokens, arrival number, flow: flows are served in this order."""
 
 
-def num_shared_tokens(before: TokenSequence, sequence: TokenSequence, shared_from: int | None) -> int:
+def num_shared_tokens(before: TokenSequence, sequence: TokenSequence, min_shared_prefix_tokens: int | None) -> int:
     """Return how many leading tokens a pass computes once for both sequences: never more than it does.
 
     Args:
         before: the sequence before this one in the batch.
         sequence: that may share tokens with it.
-        shared_from: common prefixes of fewer tokens are not shared; None: none is.
+        min_shared_prefix_tokens: common prefixes of fewer tokens are not shared; None: none is.
     """
-    if shared_from is None:
+    if min_shared_prefix_tokens is None:
         return 0
     ids, prompt = sequence.token_ids, sequence.num_prompt_tokens
     if prompt is not None and ids[:prompt] == before.token_ids[:prompt]:  # by far the most common, and cheap to detect
-        return worth_sharing(prompt, shared_from)
-    return worth_sharing(num_common(before.token_ids, ids), shared_from)
+        return shareable_tokens(prompt, min_shared_prefix_tokens)
+    return shareable_tokens(common_prefix_length(before.token_ids, ids), min_shared_prefix_tokens)
 
 
 class FlowTable:
     """All waiting flows: in order of fairness, by prefix, by arrival and by last service. Not thread-safe.
 
     Args:
-        shared_from: common prefixes of at least so many tokens are computed once in a pass; None: none is.
+        min_shared_prefix_tokens: common prefixes of at least so many tokens are computed once in a pass; None: none is.
         batch_tokens: budget of a usual batch: requests within it have an overtake limit; 0: none has.
     """
 
-    def __init__(self, shared_from: int | None, batch_tokens: int) -> None:
+    def __init__(self, min_shared_prefix_tokens: int | None, batch_tokens: int) -> None:
         self.num_entries = 0
         self.num_tokens = 0
-        self._shared_from = shared_from
+        self._min_shared_prefix_tokens = min_shared_prefix_tokens
         self._batch_tokens = batch_tokens
         self._flows: OrderedDict[Hashable, Flow] = OrderedDict()  # in order of arrival
         self._least_recent: OrderedDict[Hashable, Flow] = OrderedDict()  # in order of last service
@@ -198,7 +198,7 @@ class FlowTable:
             if group is None:
                 group = flow.groups[prefix] = PrefixGroup(prefix)
                 self._by_prefix.setdefault(prefix, OrderedDict())[flow.number] = flow
-            num_shared = 0 if group.last is None else num_shared_tokens(group.last, sequence, self._shared_from)
+            num_shared = self._num_shared(group.last, sequence)
             group.add(Entry(request, index, sequence, prefix, now, deadline, num_shared))
             flow.num_entries += 1
             flow.num_tokens += sequence.num_tokens
@@ -268,6 +268,9 @@ class FlowTable:
         if self._heap:
             self._virtual_time = max(self._virtual_time, self._heap[0][0])
         return self._virtual_time
+
+    def _num_shared(self, before: TokenSequence | None, sequence: TokenSequence) -> int:
+        return 0 if before is None else num_shared_tokens(before, sequence, self._min_shared_prefix_tokens)
 
     def _push(self, flow: Flow) -> None:
         flow.heap_item = (flow.virtual_time, flow.overtake_limit, flow.num_tokens, flow.number, flow)

@@ -70,7 +70,7 @@ class PackedBatchBuilder:
     flows: FlowTable
     budget: BatchBudget
 
-    shared_from: int | None
+    min_shared_prefix_tokens: int | None
     """Common prefixes of at least so many tokens are computed once in a pass; None: none is."""
 
     num_cached_tokens: NumCachedTokens = nothing_cached
@@ -155,8 +155,8 @@ class PackedBatchBuilder:
         """
         if not before:
             return cached
-        same_group = before[0].request == entry.request and before[0].prefix == entry.prefix
-        shared = (
-            entry.num_shared if same_group else num_shared_tokens(before[0].sequence, entry.sequence, self.shared_from)
-        )
+        if before[0].request == entry.request and before[0].prefix == entry.prefix:
+            shared = entry.num_shared
+        else:
+            shared = num_shared_tokens(before[0].sequence, entry.sequence, self.min_shared_prefix_tokens)
         return max(cached, shared - max(0, min(before_cached, shared) - cached))

@@ -1,7 +1,8 @@
-"""The tree of shared beginnings among token sequences, laid out as one row that holds every shared token once.
+"""Prefix sharing between token sequences: which sequence computes which tokens, and where they stand in a packed batch.
 
-Pure: lists of ids in, positions out; no torch. A queue prices a batch by it, and an engine computes what it says. What
-an engine has kept of beginnings stands behind the row.
+The sequences form a radix tree over token ids; the packed batch holds the tokens of each node once. Pure: lists of ids
+in, positions out, no torch. The queue computes the cost of a batch with it, and an engine builds its layout from it.
+The tokens of cached prefixes follow behind the packed batch.
 """
 
 from __future__ import annotations
@@ -11,22 +12,24 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeAlias
 
-Span: TypeAlias = tuple[int, int]
-"""First and one-past-last position in the row."""
+TokenIds: TypeAlias = tuple[int, ...]
+
+TokenSpan: TypeAlias = tuple[int, int]
+"""First and one-past-last index in the packed batch."""
 
 
 @dataclass(frozen=True, slots=True)
-class Branch:
-    """Where one sequence stands in the row.
+class SequenceLayout:
+    """Where the tokens of one sequence stand in the packed batch."""
 
-    ``spans``: the pieces of the row that are its tokens, in order. ``num_shared``: its leading tokens that another
-    sequence owns, or that stand behind the row; what remains is its own and stands in one piece, ``own``, which is
-    empty where all is shared.
-    """
+    spans: tuple[TokenSpan, ...]
+    """The spans of the packed batch that hold the whole sequence, in order."""
 
-    spans: tuple[Span, ...]
     num_shared: int
-    own: Span
+    """Leading tokens that are computed for another sequence or are cached; the rest are the sequence's own."""
+
+    own: TokenSpan
+    """The one span of the sequence's own tokens; empty where all are shared."""
 
     @property
     def num_tokens(self) -> int:
@@ -38,90 +41,107 @@ class Branch:
         """Tokens that are computed for this sequence."""
         return self.own[1] - self.own[0]
 
-    def place(self, position: int) -> int:
-        """Return where in the row the token at this position of the sequence stands."""
+    def index_of(self, position: int) -> int:
+        """Return the index in the packed batch of the token at this position of the sequence.
+
+        Raises:
+            IndexError: the sequence has no token at this position.
+        """
         for begin, end in self.spans:
             if position < end - begin:
                 return begin + position
             position -= end - begin
         raise IndexError("The sequence has no token at this position")
 
-    def spans_from(self, position: int) -> tuple[Span, ...]:
-        """Return the pieces that hold the sequence from this position on."""
-        pieces = []
-        for begin, end in self.spans:
-            if position < end - begin:
-                pieces.append((begin + max(position, 0), end))
-            position -= end - begin
-        return tuple(pieces)
+    def spans_from(self, position: int) -> tuple[TokenSpan, ...]:
+        """Return the spans that hold the sequence from this position to its end."""
+        return _clip_spans(self.spans, position, self.num_tokens)
 
 
-def grow_branches(
-    rows: Sequence[tuple[int, ...]], shortest_shared: int | None, kept: Sequence[Span] | None = None
-) -> list[Branch]:
-    """Lay sequences out in one row, with what they begin alike standing there once.
+def plan_prefix_sharing(
+    sequences: Sequence[TokenIds], min_shared_tokens: int | None, cached: Sequence[TokenSpan] | None = None
+) -> list[SequenceLayout]:
+    """Assign every token of a batch its index in the packed batch, with shared prefixes once.
 
-    In lexical order a sequence has its longest common beginnings with its neighbours, so the tree is found in one walk.
+    In lexicographic order, the sequences with the longest prefix in common with a sequence are adjacent to it, so one
+    pass over the sorted sequences finds the radix tree.
 
     Args:
-        rows: token ids.
-        shortest_shared: a common beginning of fewer tokens is not worth sharing; None: nothing is shared, and the
-            sequences stand in the row in their own order.
-        kept: of each row the beginning that need not be computed, as a piece of all such tokens, which stand behind the
-            row; empty where there is none. None: there is none.
+        sequences: token ids.
+        min_shared_tokens: a shorter common prefix is not shared; None: nothing is shared, and the sequences keep their
+            order in the packed batch.
+        cached: of each sequence the prefix that need not be computed, as a span of all cached tokens, which follow the
+            packed batch; empty where there is none. None: nothing is cached.
 
     Returns:
-        One branch for each sequence, in the order of ``rows``.
+        One layout per sequence, in the order of ``sequences``.
     """
-    kept = [(0, 0)] * len(rows) if kept is None else kept
-    depths = [end - begin for begin, end in kept]
-    order = list(range(len(rows))) if shortest_shared is None else sorted(range(len(rows)), key=rows.__getitem__)
-    owners = {} if shortest_shared is None else _owners(rows, order, depths, shortest_shared)
-    num_shared = [max(depth, owners.get(index, (0, 0))[1]) for index, depth in enumerate(depths)]
-    end_of_row = sum(map(len, rows)) - sum(num_shared)
-    branches: dict[int, Branch] = {}
-    begin = 0
-    for index in sorted(order, key=depths.__getitem__):
-        spans: tuple[Span, ...] = ()
-        if depths[index]:
-            spans = ((end_of_row + kept[index][0], end_of_row + kept[index][1]),)
-        if index in owners:
-            owner, num_common_tokens = owners[index]
-            spans += _pieces(branches[owner].spans, depths[index], num_common_tokens)
-        own = (begin, begin + len(rows[index]) - num_shared[index])
-        branches[index] = Branch((*spans, own) if own[0] < own[1] else spans, num_shared[index], own)
-        begin = own[1]
-    return [branches[index] for index in range(len(rows))]
-
-
-def _owners(
-    rows: Sequence[tuple[int, ...]], order: Sequence[int], depths: Sequence[int], shortest_shared: int
-) -> dict[int, tuple[int, int]]:
-    """Return for rows that begin with more than is kept of them like another one: which, and how many such tokens.
-
-    What one row has computed the other may use, and not the other way round, where less of it is kept; among equals the
-    first in lexical order computes. So every token is computed once, if anyone's is not kept.
-    """
-    common = [num_common(rows[before], rows[index]) for before, index in pairwise(order)]
+    cached = [(0, 0)] * len(sequences) if cached is None else cached
+    num_cached = [end - begin for begin, end in cached]
+    order = list(range(len(sequences)))
     owners: dict[int, tuple[int, int]] = {}
-    for place, index in enumerate(order):
-        least = max(depths[index] + 1, shortest_shared)
+    if min_shared_tokens is not None:
+        order.sort(key=sequences.__getitem__)
+        owners = _find_owners(sequences, order, num_cached, min_shared_tokens)
+    num_shared = [max(count, owners.get(index, (0, 0))[1]) for index, count in enumerate(num_cached)]
+    num_packed = sum(map(len, sequences)) - sum(num_shared)
+    layouts: dict[int, SequenceLayout] = {}
+    begin = 0
+    for index in sorted(order, key=num_cached.__getitem__):  # an owner has fewer cached tokens, or comes first
+        spans: tuple[TokenSpan, ...] = ()
+        if num_cached[index]:
+            spans = ((num_packed + cached[index][0], num_packed + cached[index][1]),)
+        if index in owners:
+            owner, num_common = owners[index]
+            spans += _clip_spans(layouts[owner].spans, num_cached[index], num_common)
+        own = (begin, begin + len(sequences[index]) - num_shared[index])
+        layouts[index] = SequenceLayout((*spans, own) if own[0] < own[1] else spans, num_shared[index], own)
+        begin = own[1]
+    return [layouts[index] for index in range(len(sequences))]
+
+
+def has_shared_prefix(sequences: Sequence[TokenIds], min_shared_tokens: int | None) -> bool:
+    """Return whether ``plan_prefix_sharing`` would share a prefix, without building the tree."""
+    if min_shared_tokens is None:
+        return False
+    prefixes = [tokens[:min_shared_tokens] for tokens in sequences if len(tokens) >= min_shared_tokens]
+    return len(set(prefixes)) < len(prefixes)
+
+
+def _find_owners(
+    sequences: Sequence[TokenIds], order: Sequence[int], num_cached: Sequence[int], min_shared_tokens: int
+) -> dict[int, tuple[int, int]]:
+    """Return, for each sequence that uses tokens computed for another one, that one (its owner) and how many tokens.
+
+    A sequence can use what is computed for one with fewer cached tokens, not the other way round; of sequences with
+    equally many the lexicographically first is the owner. So a token that some sequence must compute is computed once.
+
+    Args:
+        sequences: token ids.
+        order: indices of the sequences in lexicographic order.
+        num_cached: of each sequence the leading tokens that need not be computed.
+        min_shared_tokens: a shorter common prefix is not shared.
+    """
+    common = [common_prefix_length(sequences[before], sequences[index]) for before, index in pairwise(order)]
+    owners: dict[int, tuple[int, int]] = {}
+    for rank, index in enumerate(order):
+        least = max(num_cached[index] + 1, min_shared_tokens)
         for step, ties in ((-1, 1), (1, 0)):
-            num_tokens, other = len(rows[index]), place
+            num_tokens, other = len(sequences[index]), rank
             while 0 <= other + step < len(order):
                 num_tokens = min(num_tokens, common[min(other, other + step)])
                 other += step
                 if num_tokens < least:
                     break
-                if depths[order[other]] < depths[index] + ties:
+                if num_cached[order[other]] < num_cached[index] + ties:
                     owners[index] = (order[other], num_tokens)
                     least = num_tokens + 1
                     break
     return owners
 
 
-def num_common(first: Sequence[int], second: Sequence[int]) -> int:
-    """Return how many leading tokens two sequences have in common."""
+def common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return how many leading tokens two sequences have in common, by bisection on slices, which compare fast."""
     low, high = 0, min(len(first), len(second))
     if first[:high] == second[:high]:
         return high
@@ -134,17 +154,17 @@ def num_common(first: Sequence[int], second: Sequence[int]) -> int:
     return low
 
 
-def worth_sharing(num_tokens: int, shortest_shared: int | None) -> int:
-    """Return how many of so many common leading tokens are computed once only: all or none."""
-    return num_tokens if shortest_shared is not None and num_tokens >= shortest_shared else 0
+def shareable_tokens(num_common: int, min_shared_tokens: int | None) -> int:
+    """Return how many tokens of a common prefix of this length are shared: all, or none of a short one."""
+    return num_common if min_shared_tokens is not None and num_common >= min_shared_tokens else 0
 
 
-def _pieces(spans: Sequence[Span], first: int, end: int) -> tuple[Span, ...]:
-    """Return where the tokens of a sequence from ``first`` up to ``end`` stand, given where all of them do."""
-    pieces = []
+def _clip_spans(spans: Sequence[TokenSpan], first: int, end: int) -> tuple[TokenSpan, ...]:
+    """Return the spans of a sequence's tokens from position ``first`` up to ``end``, given the spans of all of them."""
+    clipped = []
     for begin, stop in spans:
-        piece = (begin + max(first, 0), min(stop, begin + end))
-        if piece[0] < piece[1]:
-            pieces.append(piece)
+        part = (begin + max(first, 0), min(stop, begin + end))
+        if part[0] < part[1]:
+            clipped.append(part)
         first, end = first - (stop - begin), end - (stop - begin)
-    return tuple(pieces)
+    return tuple(clipped)

@@ -37,14 +37,16 @@ class Queue:
 
     Args:
         max_waiting_tokens: requests that would exceed it are refused.
-        shared_from: common prefixes of at least so many tokens are computed once in a pass; None: none is.
+        min_shared_prefix_tokens: common prefixes of at least so many tokens are computed once in a pass; None: none is.
         batch_tokens: budget of a usual batch: requests within it leave nearly in order of arrival; 0: none does.
     """
 
-    def __init__(self, max_waiting_tokens: int, shared_from: int | None = None, *, batch_tokens: int = 0) -> None:
-        self._shared_from = shared_from
+    def __init__(
+        self, max_waiting_tokens: int, min_shared_prefix_tokens: int | None = None, *, batch_tokens: int = 0
+    ) -> None:
+        self._min_shared_prefix_tokens = min_shared_prefix_tokens
         self._admission = Admission(max_waiting_tokens)
-        self._flows = FlowTable(shared_from, batch_tokens)
+        self._flows = FlowTable(min_shared_prefix_tokens, batch_tokens)
 
     def __len__(self) -> int:
         return self._flows.num_entries
@@ -127,7 +129,7 @@ class Queue:
         self._flows.start_batch()
         expired: list[Entry] = []
         if budget.cost == "packed":
-            builder = PackedBatchBuilder(self._flows, budget, self._shared_from, num_cached_tokens)
+            builder = PackedBatchBuilder(self._flows, budget, self._min_shared_prefix_tokens, num_cached_tokens)
             entries = builder.fill(now, expired)
         else:
             entries = take_padded_batch(self._flows, budget, now, expired)

@@ -14,8 +14,9 @@ from tiny_models import SENTENCES, write_tiny_causal_lm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from service.checkpoints import demo, demo_base
-from service.checkpoints.demo import CALIBRATION_FILE, PROVENANCE_FILE, merged_identity, obtain_demo_model
+from service.checkpoints.demo import PROVENANCE_FILE, merged_identity, obtain_demo_model
 from service.checkpoints.demo_base import GGUF_FILE, obtain_demo_base
+from service.checkpoints.files import CALIBRATION_FILE
 from service.errors import CheckpointError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*will be removed in v6:FutureWarning")

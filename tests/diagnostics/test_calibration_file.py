@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from made_up_calibration import BINDING, COLUMNS, TAPS, made_up_calibration
 
-from service.checkpoints.demo import CALIBRATION_FILE
+from service.checkpoints.files import CALIBRATION_FILE
 from service.diagnostics.calibration import Calibration, read_calibration, write_calibration
 from service.diagnostics.lookup import find_calibration
 from service.diagnostics.ood import OodDetector

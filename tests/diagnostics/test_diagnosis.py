@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -12,8 +13,9 @@ from reward_client.options import DiagnosticsLevel
 
 from service.diagnostics.calibration import Calibration
 from service.diagnostics.diagnosis import Diagnostician, group_reports, siblings_of
+from service.diagnostics.item_state import ItemState, Outcome
 from service.engines.base import EngineInfo, EngineOutput
-from service.errors import EngineFailed, HttpError
+from service.errors import EngineFailed
 from service.pipeline import Pipeline
 from service.records import (
     Exchange,
@@ -58,6 +60,15 @@ def items_of(count: int, *, same_prompt: bool = False) -> tuple[list[Item], list
     return items, sequences
 
 
+def states_of(
+    items: Sequence[Item], sequences: Sequence[TokenSequence], outcomes: Sequence[Outcome]
+) -> list[ItemState]:
+    return [
+        ItemState(item, sequence, outcome=outcome)
+        for item, sequence, outcome in zip(items, sequences, outcomes, strict=True)
+    ]
+
+
 def diagnose(
     diagnostician: Diagnostician,
     items: list[Item],
@@ -66,8 +77,7 @@ def diagnose(
     engine: StateEngine | None = None,
 ) -> list[Score]:
     outcomes = Pipeline(engine or StateEngine(), diagnostician).run(sequences, [level] * len(items)).outcomes
-    texts = diagnostician.read_texts(items, sequences, level)
-    completed = diagnostician.complete(items, sequences, outcomes, texts, level)
+    completed = diagnostician.diagnose(states_of(items, sequences, outcomes), level)
     return [outcome for outcome in completed if isinstance(outcome, Score)]
 
 
@@ -199,14 +209,13 @@ def test_truncated_items_are_marked(calibration: Calibration) -> None:
 def test_errors_are_returned_unchanged(calibration: Calibration) -> None:
     """An item without a reward is in no group and gets no diagnostics."""
     items, sequences = items_of(3, same_prompt=True)
-    outcomes: list[Score | HttpError] = [Score(1.0), EngineFailed("no"), Score(2.0)]
-    diagnostician = Diagnostician(calibration)
+    failure = EngineFailed("no")
 
-    first, error, last = diagnostician.complete(
-        items, sequences, outcomes, diagnostician.read_texts(items, sequences, "basic"), "basic"
+    first, error, last = Diagnostician(calibration).diagnose(
+        states_of(items, sequences, [Score(1.0), failure, Score(2.0)]), "basic"
     )
 
-    assert error is outcomes[1]
+    assert error is failure
     assert isinstance(first, Score)
     assert isinstance(last, Score)
     assert first.group is not None
@@ -223,9 +232,10 @@ def test_siblings_by_name_or_by_prompt() -> None:
         Item(TemplatedText("t")),
         Item(TemplatedText("t")),
     ]
+    states = [ItemState(item, TokenSequence((1,))) for item in items]
 
-    assert siblings_of(items, set(range(6))) == [[0, 1], [2, 3]]
-    assert siblings_of(items, {0, 2, 3}) == [[2, 3]]
+    assert siblings_of(states, set(range(6))) == [[0, 1], [2, 3]]
+    assert siblings_of(states, {0, 2, 3}) == [[2, 3]]
 
 
 def test_group_by_hand() -> None:

@@ -13,7 +13,7 @@ from tiny_models import write_tiny_checkpoint
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Return the folder of a tiny checkpoint: family first, then what ``write_tiny_checkpoint`` takes."""
+    """Return a function that writes a tiny checkpoint (``write_tiny_checkpoint``) and returns its folder."""
     folders: dict[str, Path] = {}
 
     def write(family: str, **options: Any) -> Path:
@@ -27,7 +27,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
 
 @pytest.fixture(autouse=True)
 def few_threads() -> Iterator[None]:
-    """Tiny matrices are faster on one thread, and much faster where other processes want the cores too."""
+    """Tiny matrices are faster on one thread, and much faster where other processes use the cores too."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

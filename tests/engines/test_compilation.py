@@ -1,4 +1,4 @@
-"""Compiled blocks give the rewards of the blocks they were compiled from, whatever stands beside a sequence."""
+"""Compiled blocks give the rewards of the original blocks, in any batch composition."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import shutil
 
 import pytest
 import torch
-from tiny_classifiers import load_tiny, probe_and_choose, random_rows, rows_that_share, shuffled_batches
+from tiny_classifiers import load_tiny, packed_path, probe_and_choose, random_rows, rows_that_share, shuffled_batches
 from tiny_models import DECODER_FAMILIES
 
 from service.engines.compilation import CompiledBlock, check_compiler
 from service.engines.parity import plain_rewards
-from service.engines.paths.packed import PackedForward
 from service.engines.torch import load_torch_engine
 from service.errors import ParityError, SettingsError
 from service.settings import BatchingSettings, ModelSettings
@@ -23,8 +22,8 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a
 
 
 @pytest.fixture(autouse=True)
-def forgotten_kernels() -> None:
-    """What a test compiled must not count against the next one's limit of variants."""
+def reset_compiler() -> None:
+    """Code compiled by one test must not count towards the recompilation limit of the next."""
     torch.compiler.reset()
 
 
@@ -32,21 +31,21 @@ def forgotten_kernels() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", DECODER_FAMILIES)
 def test_compiled_rewards_are_plain_transformers_rewards(tiny_checkpoint, family: str) -> None:
-    """In fp32 every family's compiled blocks give the rewards of its plain forward, shared beginnings included."""
+    """In fp32 every family's compiled blocks give the rewards of its plain forward, shared prefixes included."""
     classifier = load_tiny(tiny_checkpoint(family))
     rows = [*random_rows(classifier), *rows_that_share(classifier)]
 
-    rewards = PackedForward(classifier, compiled=True).run(rows).rewards
+    rewards = packed_path(classifier, compiled=True).run(rows).rewards
 
     assert rewards == pytest.approx(plain_rewards(classifier, rows), abs=1e-5, rel=0)
 
 
 @needs_compiler
 @pytest.mark.slow
-def test_a_batch_does_not_change_a_bit_of_a_compiled_reward(tiny_checkpoint) -> None:
-    """A text's bf16 reward on a CPU is the same bit for bit alone and in any batch, compiled too."""
+def test_batch_composition_changes_no_bit_of_a_compiled_reward(tiny_checkpoint) -> None:
+    """A sequence's bf16 reward on a CPU is bit-identical alone and in any batch, compiled too."""
     classifier = load_tiny(tiny_checkpoint("llama", hidden_size=192, intermediate_size=576), torch.bfloat16)
-    path = PackedForward(classifier, compiled=True)
+    path = packed_path(classifier, compiled=True)
     rows = [*random_rows(classifier, lengths=(5, 1, 133, 200)), *rows_that_share(classifier)[:4]]
     alone = {row: path.run([row]).rewards[0] for row in rows}
 
@@ -55,8 +54,8 @@ def test_a_batch_does_not_change_a_bit_of_a_compiled_reward(tiny_checkpoint) -> 
 
 
 @needs_compiler
-def test_an_engine_can_be_asked_to_compile(tiny_checkpoint) -> None:
-    """``model.compile`` compiles the blocks, passes the parity probe and is shown."""
+def test_an_engine_compiles_its_blocks(tiny_checkpoint) -> None:
+    """``model.compile`` compiles the blocks, passes the parity probe and is reported."""
     settings = ModelSettings(device="cpu", dtype="float32", num_threads=1, compile=True)
 
     engine = load_torch_engine(
@@ -68,25 +67,25 @@ def test_an_engine_can_be_asked_to_compile(tiny_checkpoint) -> None:
     assert engine.info.parity["max_difference"] <= 1e-4
 
 
-def test_plain_blocks_come_back(tiny_checkpoint) -> None:
-    """A classifier that ran compiled can run as transformers wrote it again, as the parity probe needs it."""
+def test_plain_blocks_are_restored(tiny_checkpoint) -> None:
+    """A classifier that ran compiled runs plain transformers again, as the parity probe requires."""
     classifier = load_tiny(tiny_checkpoint("llama"))
-    PackedForward(classifier, compiled=True)
+    packed_path(classifier, compiled=True)
     assert all(isinstance(block.forward, CompiledBlock) for block in classifier.blocks)
 
-    PackedForward(classifier)
+    packed_path(classifier)
 
     assert not any(isinstance(block.forward, CompiledBlock) for block in classifier.blocks)
 
 
 def test_what_cannot_be_compiled_is_refused(tiny_checkpoint) -> None:
-    """Padded batches are not compiled: the start ends with what to do, and goes on with nothing slower in silence."""
+    """Padded batches are not compiled: the start ends with a remedy and does not fall back silently."""
     with pytest.raises(ParityError, match=r"leave model\.compile out"):
         probe_and_choose(load_tiny(tiny_checkpoint("bert")), "auto", 100, compiled=True)
 
 
-def test_a_missing_compiler_is_said(monkeypatch) -> None:
-    """Without a C++ compiler a CPU cannot compile, and the start says what to install; CUDA needs none."""
+def test_a_missing_compiler_is_reported(monkeypatch) -> None:
+    """Without a C++ compiler a CPU cannot compile, and the error names what to install; CUDA needs none."""
     monkeypatch.setenv("CXX", "no-such-compiler")
 
     with pytest.raises(SettingsError, match="install g"):

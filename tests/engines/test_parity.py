@@ -10,9 +10,9 @@ from tiny_classifiers import load_tiny, probe_and_choose
 from tiny_models import DECODER_FAMILIES, ENCODER_FAMILIES
 from transformers import AttentionInterface
 
-from service.engines.attention.interface import ATTENTION, packed_attention
+from service.engines.attention.interface import ATTENTION, packed_attention, register_packed_attention
 from service.engines.attention.kv_cache import CacheTransaction
-from service.engines.attention.layout import BLOCK, Packing
+from service.engines.attention.layout import BLOCK, PackedLayout
 from service.engines.base import EngineOutput
 from service.engines.parity import Reference, probe_sequences, tolerances_of
 from service.engines.paths.packed import PackedForward
@@ -45,10 +45,11 @@ def test_a_forced_path_is_probed_too(tiny_checkpoint) -> None:
 def leaking_attention():
     """Attention with a bug: it attends across sequence boundaries, and ignores windows."""
 
-    def attend(module, query, key, value, mask, *, packing=None, **kwargs):
-        one_sequence = Packing.of([tuple(range(query.shape[2]))], packing.device, block=BLOCK)
-        return packed_attention(module, query, key, value, mask, packing=one_sequence, **kwargs)
+    def attend(module, query, key, value, mask, *, packed_layout=None, **kwargs):
+        one_sequence = PackedLayout.of([tuple(range(query.shape[2]))], packed_layout.device, block=BLOCK)
+        return packed_attention(module, query, key, value, mask, packed_layout=one_sequence, **kwargs)
 
+    register_packed_attention()  # so that no path registers it over this one
     AttentionInterface.register(ATTENTION, attend)
     yield
     AttentionInterface.register(ATTENTION, packed_attention)
@@ -85,19 +86,19 @@ def test_a_path_is_probed_with_a_warm_cache_and_returned_with_an_empty_one(tiny_
 
     assert isinstance(chosen, PackedForward)
     assert found.agrees
-    assert chosen.kept is not None
-    assert chosen.kept.layers
-    assert chosen.kept.prefixes.num_tokens == 0
+    assert chosen.kv_cache is not None
+    assert chosen.kv_cache.layers
+    assert chosen.kv_cache.prefix_index.num_tokens == 0
 
 
 def test_wrong_cached_states_are_detected(tiny_checkpoint, monkeypatch) -> None:
     """A cache that returns other values than were stored does not serve; prefixes are still shared within a pass."""
 
-    def append(self, states: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
-        kept = 1.5 * bank.index_select(0, self._slots)
-        return torch.cat([states[0].transpose(0, 1)[: self._num_row_tokens], kept]).transpose(0, 1)[None]
+    def with_cached(self, states: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
+        cached = 1.5 * pool.index_select(0, self._slots)
+        return torch.cat([states[0].transpose(0, 1)[: self._num_packed], cached]).transpose(0, 1)[None]
 
-    monkeypatch.setattr(CacheTransaction, "_append", append)
+    monkeypatch.setattr(CacheTransaction, "_with_cached", with_cached)
 
     chosen, _ = probe_and_choose(load_tiny(tiny_checkpoint("llama")), "auto", 400, cache_bytes=2**20)
 
@@ -111,6 +112,7 @@ def test_an_ignored_window_is_detected(tiny_checkpoint) -> None:
     def attend(module, query, key, value, mask, **kwargs):
         return packed_attention(module, query, key, value, mask, **{**kwargs, "sliding_window": None})
 
+    register_packed_attention()  # so that no path registers it over this one
     AttentionInterface.register(ATTENTION, attend)
     try:
         chosen, _ = probe_and_choose(load_tiny(tiny_checkpoint("mistral")), "auto", 400)

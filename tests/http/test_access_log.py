@@ -1,4 +1,4 @@
-"""The request log: whole lines, no texts, and never a reason to wait."""
+"""The access log: complete lines, no user text, and no waiting for the file."""
 
 import json
 import os
@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from service.http import access_log as journal
-from service.http.access_log import Journal
+from service.http import access_log
+from service.http.access_log import AccessLog
 
 CANARY = "canary-90be"
 
 
-def test_lines_are_whole(tmp_path: Path) -> None:
-    """Each fact arrives as JSON on a line of its own; facts that are None stay out."""
-    log = Journal(str(tmp_path / "log"))
+def test_lines_are_complete(tmp_path: Path) -> None:
+    """Each call writes one line of JSON; facts that are None are left out."""
+    log = AccessLog(str(tmp_path / "log"))
 
     for number in range(100):
         log.write("scored", number=number, code=None)
@@ -28,9 +28,9 @@ def test_lines_are_whole(tmp_path: Path) -> None:
 
 
 def test_restart_appends(tmp_path: Path) -> None:
-    """A log that is opened again goes on where it was."""
+    """A log that is opened again is appended to."""
     for name in ("first", "second"):
-        log = Journal(str(tmp_path / "log"))
+        log = AccessLog(str(tmp_path / "log"))
         log.write(name)
         log.close()
         log.close()
@@ -38,12 +38,12 @@ def test_restart_appends(tmp_path: Path) -> None:
     assert [json.loads(line)["event"] for line in (tmp_path / "log").read_text().splitlines()] == ["first", "second"]
 
 
-def test_bug_without_its_message(tmp_path: Path) -> None:
-    """Of an unexpected exception the log has class and place; its message may quote a user."""
-    log = Journal(str(tmp_path / "log"))
+def test_exception_is_logged_without_its_message(tmp_path: Path) -> None:
+    """The log has the class and the frames of an unexpected exception, and not its message, which may quote a user."""
+    log = AccessLog(str(tmp_path / "log"))
     with pytest.raises(ValueError, match=CANARY) as caught:
         raise ValueError(CANARY)
-    log.write_bug(caught.value, request_id="r")
+    log.write_exception(caught.value, request_id="r")
     log.close()
 
     text = (tmp_path / "log").read_text()
@@ -52,20 +52,20 @@ def test_bug_without_its_message(tmp_path: Path) -> None:
     assert CANARY not in text
 
 
-def test_reader_that_stands_still(tmp_path: Path) -> None:
-    """When nobody takes the lines, writing and closing do not wait, and what does not fit is dropped."""
+def test_blocked_reader(tmp_path: Path) -> None:
+    """When nothing reads the pipe, writing and closing do not wait, and lines that do not fit are dropped."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    log = Journal(str(pipe))
+    log = AccessLog(str(pipe))
 
     writing = threading.Thread(target=lambda: [log.write("scored", text="x" * 1000) for _ in range(30_000)])
     writing.start()
     writing.join(20.0)
 
     assert not writing.is_alive()
-    assert log.num_waiting == journal.MAX_WAITING_LINES
+    assert log.num_queued == access_log.MAX_QUEUED_LINES
     begin = time.monotonic()
     log.close()
-    assert time.monotonic() - begin < 3 * journal.CLOSE_S
+    assert time.monotonic() - begin < 3 * access_log.CLOSE_S
     os.close(reader)

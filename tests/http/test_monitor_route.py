@@ -1,4 +1,4 @@
-"""``GET /v1/monitor`` in front of the oracle: what was scored is watched, apart by run, and unknown stays null."""
+"""``GET /v1/monitor`` with the oracle engine: items are monitored, separately by run; unknown values are null."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ import pytest
 from service.assembly import assemble
 from service.diagnostics.monitors.monitor import MonitorView
 from service.engines.oracle import oracle_reward_of_text
-from service.http.access_log import Journal
+from service.http.access_log import AccessLog
+from service.http.open_requests import OpenRequests
 from service.http.openapi import document
-from service.http.routes import OpenRequests, create_routes
+from service.http.routes import create_app
 from service.settings import read_settings
 
 
 @pytest.fixture
 async def client(tmp_path: Path) -> AsyncIterator[httpx2.AsyncClient]:
     served = assemble(read_settings({"model": {"engine": "oracle"}, "monitors": {"max_runs": 2}}))
-    journal = Journal(str(tmp_path / "log"))
+    access_log = AccessLog(str(tmp_path / "log"))
 
     async def exposition() -> str:
         return served.metrics.render().decode()
 
     await served.scorer.start()
-    routes = create_routes(served, exposition, journal, OpenRequests())
-    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(routes), base_url="http://app") as asking:
+    app = create_app(served, exposition, access_log, OpenRequests())
+    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://app") as asking:
         yield asking
     await served.scorer.stop(0.0)
-    journal.close()
+    access_log.close()
 
 
 def items(num_prompts: int, completions: int = 4) -> list[dict[str, str]]:
@@ -61,8 +62,8 @@ def value(found: dict[str, Any], name: str, scope: str | None = None) -> Any:
 
 
 @pytest.mark.parametrize("level", ["none", "basic", "full"])
-async def test_scored_items_are_watched_at_every_level(client: httpx2.AsyncClient, level: str) -> None:
-    """The correlation of reward and length is that of the items scored, whatever diagnostics were asked for."""
+async def test_scored_items_are_monitored_at_every_level(client: httpx2.AsyncClient, level: str) -> None:
+    """The correlation of reward and length is that of the scored items, at every level of diagnostics."""
     asked = items(20)
     await score(client, asked, level)
 
@@ -79,7 +80,7 @@ async def test_scored_items_are_watched_at_every_level(client: httpx2.AsyncClien
 
 
 async def test_siblings_are_found_across_a_request(client: httpx2.AsyncClient) -> None:
-    """Completions of one prompt are siblings wherever they stand in a request; those of another request are not."""
+    """Completions of one prompt are siblings at any position in a request; those of another request are not."""
     asked = items(6, 2)
     await score(client, asked[::2] + asked[1::2])
     await score(client, asked[:2])
@@ -90,15 +91,15 @@ async def test_siblings_are_found_across_a_request(client: httpx2.AsyncClient) -
     assert found["window"]["ess"]["within"] == 14 - 7 - 2
 
 
-async def test_items_without_a_reward_are_not_watched(client: httpx2.AsyncClient) -> None:
-    """An item error is no observation."""
+async def test_items_without_a_reward_are_not_monitored(client: httpx2.AsyncClient) -> None:
+    """An item error is not an observation."""
     await score(client, [*items(2), {"prompt": "p", "completion": "c" * 5000}])
 
     assert (await monitor(client))["window"]["items"] == 8
 
 
-async def test_runs_are_told_apart(client: httpx2.AsyncClient) -> None:
-    """A run sees its own items, everything is in the common window, and the run heard of longest ago is forgotten."""
+async def test_runs_are_separate(client: httpx2.AsyncClient) -> None:
+    """A run has its own items, the common window has all, and the least recently seen run is dropped."""
     for run, num_prompts in (("ppo:1", 1), ("ppo:2", 2), ("ppo:3", 3)):
         await score(client, items(num_prompts), **{"X-Run-Id": run})
 
@@ -112,8 +113,8 @@ async def test_runs_are_told_apart(client: httpx2.AsyncClient) -> None:
 
 @pytest.mark.parametrize("name", ["", "a b", "x" * 129, "ü"])
 @pytest.mark.parametrize("route", ["/v1/monitor", "/v1/score"])
-async def test_run_that_is_no_name_is_refused(client: httpx2.AsyncClient, route: str, name: str) -> None:
-    """A run id outside the pattern is an error, not silently another run."""
+async def test_malformed_run_id_is_refused(client: httpx2.AsyncClient, route: str, name: str) -> None:
+    """A run id outside the pattern is an error and does not become another run."""
     headers = {b"X-Run-Id": name.encode("latin-1")}
     asking: Callable[[], Any] = (
         (lambda: client.post(route, json={"items": items(1)}, headers=headers))
@@ -127,7 +128,7 @@ async def test_run_that_is_no_name_is_refused(client: httpx2.AsyncClient, route:
 
 
 async def test_metrics_are_up_to_date_at_every_scrape(client: httpx2.AsyncClient) -> None:
-    """Counters of the monitors hold every answered item at once, not only those of full batches."""
+    """Counters of the monitors include every answered item at once, not only those of full batches."""
     await score(client, items(3))
 
     exposition = (await client.get("/metrics")).text
@@ -138,7 +139,7 @@ async def test_metrics_are_up_to_date_at_every_scrape(client: httpx2.AsyncClient
 
 
 async def test_answer_is_documented(client: httpx2.AsyncClient) -> None:
-    """Every member of the answer stands in the OpenAPI document."""
+    """Every member of the answer is in the OpenAPI document."""
     await score(client, items(3))
     found = await monitor(client)
 
@@ -148,10 +149,10 @@ async def test_answer_is_documented(client: httpx2.AsyncClient) -> None:
     assert set(found["monitors"][0]) == set(schema["properties"]["monitors"]["items"]["properties"])
 
 
-async def test_replicas_that_do_not_answer_are_said(tmp_path: Path) -> None:
-    """What the gathering of all replicas says about its gaps is passed on."""
+async def test_missing_replicas_are_reported(tmp_path: Path) -> None:
+    """The answer reports that some replica is missing."""
     served = assemble(read_settings({"model": {"engine": "oracle"}}))
-    journal = Journal(str(tmp_path / "log"))
+    access_log = AccessLog(str(tmp_path / "log"))
 
     async def exposition() -> str:
         return ""
@@ -160,10 +161,10 @@ async def test_replicas_that_do_not_answer_are_said(tmp_path: Path) -> None:
         view = served.monitors.view(run_id)
         return MonitorView(view.state, ("other",), incomplete=True)
 
-    routes = create_routes(served, exposition, journal, OpenRequests(), monitors=gathering)
-    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(routes), base_url="http://app") as client:
+    app = create_app(served, exposition, access_log, OpenRequests(), monitors=gathering)
+    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://app") as client:
         found = await monitor(client)
-    journal.close()
+    access_log.close()
 
     assert found["incomplete"] is True
     assert found["runs"] == ["other"]

@@ -1,4 +1,4 @@
-"""One real server for all tests of this folder that need no other."""
+"""One real server, shared by the tests of this folder that do not start their own."""
 
 from collections.abc import Iterator
 
@@ -15,5 +15,5 @@ def oracle_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningS
 
 @pytest.fixture(scope="session")
 def server_url(oracle_server: RunningServer) -> str:
-    """Base URL of the oracle's server."""
+    """Base URL of the shared server."""
     return oracle_server.url

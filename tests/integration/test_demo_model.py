@@ -1,7 +1,7 @@
-"""The demo model, served for real: its rewards are those of plain transformers, on the wire and in both precisions.
+"""The demo model in a real server: its rewards are those of plain transformers, in both precisions.
 
-The texts are human preference pairs where the environment variable ``PREFERENCE_PAIRS`` names a file of them, and
-texts of like lengths made of common words elsewhere.
+The texts are human preference pairs if the environment variable ``PREFERENCE_PAIRS`` names a file of them, else texts
+of similar lengths made of common words.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ LONGEST_CHARS = 2500
 
 @dataclass(frozen=True)
 class Texts:
-    """Prompts as turns, and completions; of a pair the chosen one first, the rejected one next."""
+    """Prompts as messages, and completions; the chosen one of a pair is followed by the rejected one."""
 
     prompts: list[list[dict[str, str]]] = field(repr=False)
     completions: list[str] = field(repr=False)
 
     @property
     def conversations(self) -> list[list[dict[str, str]]]:
-        """Prompt and completion as a chat template takes them."""
+        """Prompt and completion as messages for a chat template."""
         return [
             [*prompt, {"role": "assistant", "content": completion}]
             for prompt, completion in zip(self.prompts, self.completions, strict=True)
@@ -115,8 +115,8 @@ def test_served_rewards_are_plain_transformers(served_rewards: np.ndarray, plain
     assert (steps[distinguishable] > 0).all()
 
 
-def test_served_pair_accuracy_is_the_offline_one(served_rewards: np.ndarray, plain_rewards: np.ndarray) -> None:
-    """Whoever audits the checkpoint offline finds the very share of pairs that the service ranks as people did."""
+def test_served_pair_accuracy_equals_the_offline_one(served_rewards: np.ndarray, plain_rewards: np.ndarray) -> None:
+    """The share of pairs that the service ranks as people did is the one computed offline."""
     served = served_rewards[0::2] > served_rewards[1::2]
     plain = plain_rewards[0::2] > plain_rewards[1::2]
 
@@ -124,17 +124,17 @@ def test_served_pair_accuracy_is_the_offline_one(served_rewards: np.ndarray, pla
 
 
 def test_bfloat16_ranks_as_fp32_does(checkpoint: Path, texts: Texts, plain_rewards: np.ndarray) -> None:
-    """The body in bfloat16 keeps the order of plain fp32 rewards of human texts: Spearman at least 0.999."""
-    # Random words are all much alike to the model: the same rounding then moves more ranks.
-    least = 0.999 if os.environ.get("PREFERENCE_PAIRS") else 0.99
+    """Rewards in bfloat16 have the rank order of plain fp32 rewards of human texts: Spearman at least 0.999."""
+    # Rewards of random words are close together, so the same rounding changes more ranks.
+    minimum = 0.999 if os.environ.get("PREFERENCE_PAIRS") else 0.99
     settings = ModelSettings(dtype="bfloat16", device="cpu")
-    judged = open_checkpoint(checkpoint, settings)
+    opened = open_checkpoint(checkpoint, settings)
     engine = load_torch_engine(
         checkpoint,
         settings,
         BatchingSettings(),
-        pad_token_id=judged.pad_token_id,
-        max_input_tokens=judged.max_input_tokens,
+        pad_token_id=opened.pad_token_id,
+        max_input_tokens=opened.max_input_tokens,
     )
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     rendered = tokenizer.apply_chat_template(texts.conversations, tokenize=False)
@@ -142,7 +142,7 @@ def test_bfloat16_ranks_as_fp32_does(checkpoint: Path, texts: Texts, plain_rewar
 
     rewards = [engine.forward([TokenSequence(tuple(text))]).rewards[0] for text in ids]
 
-    assert spearmanr(rewards, plain_rewards).statistic >= least
+    assert spearmanr(rewards, plain_rewards).statistic >= minimum
 
 
 @pytest.fixture(scope="module")
@@ -164,8 +164,8 @@ def test_the_onnx_engine_serves_what_plain_transformers_computes(
     assert np.abs(served - plain_rewards).max() <= 1e-4
 
 
-def test_the_onnx_server_says_what_it_runs(onnx_server: RunningServer) -> None:
-    """Engine, arithmetic, providers and the report of the export stand in ``/v1/model``."""
+def test_the_onnx_server_reports_its_engine(onnx_server: RunningServer) -> None:
+    """``/v1/model`` reports engine, arithmetic, providers and the parity of the export."""
     engine = httpx2.get(f"{onnx_server.url}/v1/model").json()["engine"]
 
     assert (engine["engine"], engine["dtype"], engine["providers"]) == ("onnx", "float32", ["CPUExecutionProvider"])
@@ -173,8 +173,8 @@ def test_the_onnx_server_says_what_it_runs(onnx_server: RunningServer) -> None:
 
 
 def test_int8_ranks_as_fp32_does(texts: Texts, plain_rewards: np.ndarray, tmp_path: Path) -> None:
-    """The int8 bundle keeps the order of plain fp32 rewards of human texts: Spearman at least 0.99."""
-    least = 0.99 if os.environ.get("PREFERENCE_PAIRS") else 0.95
+    """Rewards of the int8 bundle have the rank order of plain fp32 rewards of human texts: Spearman at least 0.99."""
+    minimum = 0.99 if os.environ.get("PREFERENCE_PAIRS") else 0.95
     export_bundle("demo", tmp_path / "demo", ExportPlan(precision="int8"))
     settings = ModelSettings(path=str(tmp_path / "demo"), device="cpu")
     bundle = open_bundle(tmp_path / "demo", settings)
@@ -184,4 +184,4 @@ def test_int8_ranks_as_fp32_does(texts: Texts, plain_rewards: np.ndarray, tmp_pa
 
     rewards = [engine.forward([TokenSequence(tuple(text))]).rewards[0] for text in ids]
 
-    assert spearmanr(rewards, plain_rewards).statistic >= least
+    assert spearmanr(rewards, plain_rewards).statistic >= minimum

@@ -1,4 +1,4 @@
-"""Starting and ending the real server: nothing accepted is lost, and nothing is left behind."""
+"""Start and stop of the real server: no accepted request is lost, and no process or port is left behind."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ ORACLE = ("--engine", "oracle")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_end_answers_what_was_accepted_and_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
-    """In the middle of work the signal ends everything within 15 s: whole answers or honest refusals, exit status 0."""
+def test_stop_answers_accepted_requests_and_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    """Under load the signal stops everything within 15 s: complete answers or 503 draining, exit status 0."""
     with serving(tmp_path, *ORACLE) as server, ThreadPoolExecutor(8) as pool:
         processes, folder = server.descendants(), server.folder()
         ports = listening_ports(processes)
-        answers = [pool.submit(ask_much, server.url) for _ in range(8)]
+        answers = [pool.submit(send_large_request, server.url) for _ in range(8)]
         assert eventually(lambda: is_working(server), 20.0)
         begin = time.monotonic()
         status = stop(server.process, number)
@@ -52,8 +52,8 @@ def is_working(server: RunningServer) -> bool:
     )
 
 
-def ask_much(url: str) -> str:
-    """Send one request of 512 items and say what became of it: every reward is checked."""
+def send_large_request(url: str) -> str:
+    """Send one request of 512 items and return its outcome; every reward is checked."""
     items = [{"prompt": f"{n} ", "completion": "word " * 100} for n in range(512)]
     answer = httpx2.post(f"{url}/v1/score", json={"items": items}, timeout=60)
     if answer.status_code == 503:
@@ -65,8 +65,8 @@ def ask_much(url: str) -> str:
 
 
 @pytest.mark.parametrize("stage", ["Starting Ray ...", "Loading the model"])
-def test_end_during_the_start(tmp_path: Path, stage: str) -> None:
-    """A server that is told to end while it starts ends at once, with status 0, and leaves nothing."""
+def test_stop_during_the_start(tmp_path: Path, stage: str) -> None:
+    """A server that is stopped while it starts ends at once, with status 0, and leaves nothing."""
     with started(tmp_path, *ORACLE) as server:
         assert eventually(lambda: stage in server.messages.read_text(), 60.0)
         time.sleep(1.5)
@@ -80,10 +80,10 @@ def test_end_during_the_start(tmp_path: Path, stage: str) -> None:
     assert open_ports(ports) == set()
 
 
-def test_end_during_the_judgement(tmp_path: Path) -> None:
-    """A server that is told to end while its checkpoint is judged ends at once and says nothing else."""
+def test_stop_while_the_checkpoint_is_checked(tmp_path: Path) -> None:
+    """A server that is stopped while its checkpoint is checked ends at once and prints no more."""
     with started(tmp_path, "--model", str(write_tiny_checkpoint(tmp_path / "model"))) as server:
-        assert eventually(lambda: "Judging" in server.messages.read_text(), 20.0)
+        assert eventually(lambda: "Checking" in server.messages.read_text(), 20.0)
         time.sleep(0.5)
         processes = server.descendants()
         status = stop(server.process)
@@ -91,11 +91,11 @@ def test_end_during_the_judgement(tmp_path: Path) -> None:
     assert status == 0
     assert processes
     assert alive(processes) == []
-    assert server.messages.read_text() == "Judging the checkpoint ...\n"
+    assert server.messages.read_text() == "Checking the checkpoint ...\n"
 
 
 def test_replica_that_cannot_start(tmp_path: Path) -> None:
-    """When a replica fails where the command could not foresee it, its reason is the command's one sentence."""
+    """When a replica fails to start, the command prints its reason in one sentence."""
     with started(tmp_path, *ORACLE, "--log", str(tmp_path / "nowhere" / "log")) as server:
         status = server.process.wait(90)
 
@@ -105,26 +105,26 @@ def test_replica_that_cannot_start(tmp_path: Path) -> None:
     shutil.rmtree(Path(last_line.partition("The log is ")[2].rstrip(".")).parent)
 
 
-def test_death_of_ray_ends_the_command(tmp_path: Path) -> None:
-    """When Ray's driver dies, the start command says so, exits non-zero, and takes the rest with it."""
+def test_crash_of_ray_ends_the_command(tmp_path: Path) -> None:
+    """When Ray's driver dies, the start command reports it, kills the other processes and exits with status 1."""
     with serving(tmp_path, *ORACLE) as server:
         processes, folder = server.descendants(), server.folder()
         ports = listening_ports(processes)
-        server.runs_ray().kill()
+        server.ray_driver().kill()
         status = server.process.wait(STOP_WITHIN_S)
 
     assert status == 1
     assert alive(processes) == []
     assert open_ports(ports) == set()
     last_line = server.messages.read_text().splitlines()[-1]
-    assert "ended by itself" in last_line
+    assert "exited by itself" in last_line
     assert f"The log is {folder}/server.log." in last_line
     assert (folder / "server.log").is_file()
     shutil.rmtree(folder)
 
 
-def test_death_of_the_command_ends_ray(tmp_path: Path) -> None:
-    """When the start command is killed, Ray notices the broken pipe and shuts down in order."""
+def test_killed_command_ends_ray(tmp_path: Path) -> None:
+    """When the start command is killed, the Ray driver sees the end of its pipe and shuts down in order."""
     with serving(tmp_path, *ORACLE) as server:
         processes, folder = server.descendants(), server.folder()
         server.process.kill()
@@ -135,7 +135,7 @@ def test_death_of_the_command_ends_ray(tmp_path: Path) -> None:
 
 
 def test_two_servers_side_by_side(server_url: str, tmp_path: Path) -> None:
-    """A second server on the same machine finds ports of its own; one scrape shows all its replicas."""
+    """A second server on the same machine chooses other ports; one scrape shows all its replicas."""
     with serving(tmp_path, *ORACLE, "--replicas", "2") as second:
         for url in (server_url, second.url):
             answer = httpx2.post(f"{url}/v1/score", json={"items": [{"prompt": "a", "completion": "b"}]})
@@ -148,7 +148,7 @@ def test_two_servers_side_by_side(server_url: str, tmp_path: Path) -> None:
 
 
 def test_messages_of_a_start(tmp_path: Path) -> None:
-    """Without a terminal the start is a few plain lines and a command to paste; Ray says nothing."""
+    """Without a terminal the start prints a few plain lines and a command to paste; Ray prints nothing."""
     with serving(tmp_path, *ORACLE) as server:
         lines = server.messages.read_text().splitlines()
         httpx2.post(f"{server.url}/v1/score", json={"items": [{"text": "a"}]})

@@ -1,4 +1,4 @@
-"""The same application started by Ray's own command, and behind Ray's own proxy instead of HAProxy."""
+"""The same application started by Ray's own command, behind Ray's Python proxy instead of HAProxy."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def documented_environment(*, ha_proxy: bool, folder: str) -> dict[str, str]:
-    """The environment that docs/serve.env asks for, with ports and folders of its own."""
+    """The environment of docs/serve.env, with ports and folders of its own."""
     lines = (ROOT / "docs" / "serve.env").read_text().splitlines()
     documented = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
     own = {
@@ -39,7 +39,7 @@ def documented_environment(*, ha_proxy: bool, folder: str) -> dict[str, str]:
 
 
 def test_serve_run_behind_the_python_proxy(tmp_path: Path) -> None:
-    """``serve run`` with our config file serves the application, and it needs no HAProxy."""
+    """``serve run serve_config.yaml`` serves the application, also without HAProxy."""
     config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
     config["http_options"]["port"] = port = free_port()
     config["applications"][0]["args"] = {"model": {"engine": "oracle"}, "log": str(tmp_path / "requests.jsonl")}
@@ -76,7 +76,7 @@ def test_serve_run_behind_the_python_proxy(tmp_path: Path) -> None:
 
 
 def end(process: subprocess.Popen[bytes], family: list[psutil.Process]) -> None:
-    """Let Ray's command end; what it leaves is killed, because it promises less than ours."""
+    """Wait for Ray's command to end, and kill the processes that it leaves, which unlike reward-serve it may do."""
     try:
         process.wait(30)
     except subprocess.TimeoutExpired:

@@ -1,4 +1,4 @@
-"""The real server behind its proxy: what only a started Ray Serve can show."""
+"""The real server behind its proxy: what only a running Ray Serve can show."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BODY = {"items": [{"prompt": "a", "completion": "b"}]}
 
 
 def test_scores_through_the_proxy(server_url: str) -> None:
-    """A reward crosses the proxy bit for bit, and the headers arrive, each once."""
+    """A reward passes the proxy bit for bit, and each header arrives once."""
     answer = httpx2.post(f"{server_url}/v1/score", json=BODY, headers={"X-Request-Id": "run-1"})
 
     assert answer.status_code == 200
@@ -30,7 +30,7 @@ def test_scores_through_the_proxy(server_url: str) -> None:
 
 
 def test_request_id_is_made_once(server_url: str) -> None:
-    """A request without an id gets one, the same in header, problem and log."""
+    """A request without an id gets one, the same in header and problem."""
     answer = httpx2.post(f"{server_url}/v1/score", json={"items": []})
 
     assert answer.json()["instance"] == f"urn:request:{answer.headers['X-Request-Id']}"
@@ -38,7 +38,7 @@ def test_request_id_is_made_once(server_url: str) -> None:
 
 
 def test_largest_request(server_url: str) -> None:
-    """A request with as many items as the limit allows comes back whole and in order."""
+    """A request with as many items as the limit allows is answered completely and in order."""
     items = [{"prompt": f"{n}: ", "completion": "x" * (n % 97)} for n in range(2048)]
 
     answer = httpx2.post(f"{server_url}/v1/score", json={"items": items}, timeout=60)
@@ -60,7 +60,7 @@ def test_largest_request(server_url: str) -> None:
     ids=["json", "nan", "surrogate", "empty", "items", "bytes"],
 )
 def test_refusals_through_the_proxy(server_url: str, body: bytes, status: int) -> None:
-    """The proxy passes our problems on as they are, also for a body that nobody reads to its end."""
+    """The proxy passes problems on unchanged, also for a body that is not read to its end."""
     answer = httpx2.post(f"{server_url}/v1/score", content=body, timeout=60)
 
     assert answer.status_code == status
@@ -69,14 +69,14 @@ def test_refusals_through_the_proxy(server_url: str, body: bytes, status: int) -
 
 
 def test_unknown_route_through_the_proxy(server_url: str) -> None:
-    """An unknown route is our problem, not the proxy's page."""
+    """An unknown route gets the service's problem, not a page of the proxy."""
     answer = httpx2.get(f"{server_url}/v2/nothing")
 
     assert (answer.status_code, answer.json()["code"]) == (404, "not_found")
 
 
 def test_metrics_are_labelled(server_url: str) -> None:
-    """One scrape shows this server's replica by name, and says that nothing is missing."""
+    """One scrape labels samples with the replica, and reports that no replica is missing."""
     httpx2.post(f"{server_url}/v1/score", json=BODY)
 
     exposition = httpx2.get(f"{server_url}/metrics").text
@@ -85,32 +85,34 @@ def test_metrics_are_labelled(server_url: str) -> None:
     assert "rm_metrics_scrape_incomplete 0.0" in exposition
 
 
-def test_client_that_leaves_is_noticed(oracle_server: RunningServer) -> None:
-    """When a client closes its connection, its items are dropped and the request is logged as 499."""
-    items = [{"prompt": f"leaver {n} ", "completion": "y" * 3000} for n in range(300)]
+def test_disconnected_client_is_logged(oracle_server: RunningServer) -> None:
+    """When a client closes its connection, its items are dropped and the request is logged with status 499."""
+    items = [{"prompt": f"disconnecting {n} ", "completion": "y" * 3000} for n in range(300)]
     body = json.dumps({"items": items}).encode()
     address = urlsplit(oracle_server.url)
     with socket.create_connection((str(address.hostname), int(address.port or 0))) as connection:
-        head = f"POST /v1/score HTTP/1.1\r\nHost: x\r\nX-Request-Id: leaver\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = (
+            f"POST /v1/score HTTP/1.1\r\nHost: x\r\nX-Request-Id: disconnecting\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
         connection.sendall(head.encode() + body)
         time.sleep(0.05)
 
     def statuses() -> list[int]:
         lines = [json.loads(line) for line in oracle_server.output.read_text().splitlines()]
-        return [line["status"] for line in lines if line["request_id"] == "leaver"]
+        return [line["status"] for line in lines if line["request_id"] == "disconnecting"]
 
     assert eventually(lambda: bool(statuses()), 20.0)
     assert statuses() == [499]
 
 
 def test_no_text_reaches_any_log(oracle_server: RunningServer) -> None:
-    """A word that a user sent stands nowhere in what the server and Ray have written."""
+    """Text that a user sent is in no file that the server or Ray has written."""
     canary = "canary-5f0e9a"
     for body in ({"items": [{"prompt": canary, "completion": canary}]}, {"items": [{canary: canary}]}, canary):
         httpx2.post(f"{oracle_server.url}/v1/score", content=json.dumps(body).encode())
     time.sleep(1.0)
 
-    of_ray = [path for path in oracle_server.folder().rglob("*") if path.is_file()]
-    logs = [oracle_server.output, oracle_server.messages, *of_ray]
+    ray_files = [path for path in oracle_server.folder().rglob("*") if path.is_file()]
+    logs = [oracle_server.output, oracle_server.messages, *ray_files]
     assert len(logs) > 10
     assert [path for path in logs if canary.encode() in path.read_bytes()] == []

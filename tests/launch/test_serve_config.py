@@ -1,4 +1,4 @@
-"""The config file for ``serve run`` and ``serve deploy``: Ray takes keys that it does not know, these tests do not."""
+"""The configuration file for ``serve run`` and ``serve deploy``; Ray ignores unknown keys, these tests find them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import yaml
 from pydantic import BaseModel
 
 from service.errors import SettingsError
-from service.launch.ray_environment import Ports, ray_environment
+from service.launch.ports import Ports
+from service.launch.ray_environment import ray_environment
 from service.settings import read_settings
 
 with warnings.catch_warnings():
@@ -30,7 +31,7 @@ def config() -> dict[str, Any]:
 
 
 def unknown_keys(tree: Any, model: BaseModel, path: str = "") -> Iterator[str]:
-    """Keys of the tree that the parsed model has no field for, wherever its fields are models themselves."""
+    """Keys of the tree for which the parsed model has no field, in nested models too."""
     for key, value in tree.items():
         if key not in type(model).model_fields:
             yield f"{path}/{key}"
@@ -45,12 +46,12 @@ def unknown_keys(tree: Any, model: BaseModel, path: str = "") -> Iterator[str]:
 
 
 def test_every_key_is_known(config: dict[str, Any]) -> None:
-    """The file holds no key that Ray would silently ignore."""
+    """The file has no key that Ray would silently ignore."""
     assert list(unknown_keys(config, ServeDeploySchema.model_validate(config))) == []
 
 
 def test_the_search_for_unknown_keys_finds_one(config: dict[str, Any]) -> None:
-    """A misspelt key deep inside, which Ray's own schema takes, does not pass here."""
+    """A misspelt nested key, which Ray's own schema accepts, is found."""
     config["applications"][0]["deployments"][0]["num_replica"] = 3
 
     assert list(unknown_keys(config, ServeDeploySchema.model_validate(config))) == [
@@ -59,12 +60,12 @@ def test_the_search_for_unknown_keys_finds_one(config: dict[str, Any]) -> None:
 
 
 def test_arguments_are_settings(config: dict[str, Any]) -> None:
-    """The application's arguments are a settings tree as it stands."""
+    """The application's arguments are a valid settings tree."""
     read_settings(config["applications"][0]["args"])
 
 
 def test_names_agree_with_the_code(config: dict[str, Any]) -> None:
-    """The file configures the deployment that the code builds, under the name by which it is found."""
+    """The file configures the deployment that the code builds, under the same names."""
     application = config["applications"][0]
 
     assert application["name"] == APP_NAME
@@ -72,28 +73,30 @@ def test_names_agree_with_the_code(config: dict[str, Any]) -> None:
     assert application["import_path"] == f"{build_app.__module__}:{build_app.__name__}"
 
 
-def test_the_longest_request_outlives_no_replica(config: dict[str, Any]) -> None:
-    """A replica that leaves waits longer than any request may take."""
+def test_shutdown_timeout_exceeds_the_deadline(config: dict[str, Any]) -> None:
+    """A replica that shuts down waits longer than any request may take."""
     settings = read_settings(config["applications"][0]["args"])
 
     assert config["applications"][0]["deployments"][0]["graceful_shutdown_timeout_s"] > settings.limits.deadline_s
 
 
 def test_http_host_is_loopback_and_written_out(config: dict[str, Any]) -> None:
-    """Nobody is reachable from outside by leaving the file as it is."""
+    """The file as it is serves this machine only."""
     assert config["http_options"]["host"] == "127.0.0.1"
 
 
 def test_unknown_setting_does_not_deploy() -> None:
-    """An argument that no setting has refuses to build, and is named."""
-    with pytest.raises(SettingsError, match=r"limits\.max_itens"):
+    """An argument that is not a setting is refused and named."""
+    with pytest.raises(
+        SettingsError, match=r"limits\.max_itens: is not a setting \(did you mean limits\.max_item_chars"
+    ):
         build_app({"limits": {"max_itens": 3}})
 
 
-def test_documented_environment_is_the_commands(tmp_path: Path) -> None:
-    """Every line of docs/serve.env is what ``reward-serve`` sets, but for the production drain."""
+def test_documented_environment_is_the_one_of_the_command(tmp_path: Path) -> None:
+    """``reward-serve`` sets every line of docs/serve.env, apart from the drain period."""
     lines = (ROOT / "docs" / "serve.env").read_text().splitlines()
     documented = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
-    ours = ray_environment(tmp_path, Ports(8000), deadline_s=600.0, drain_s=5)
+    ours = ray_environment(tmp_path, Ports(8000), tmp_path / "token", cores=2, deadline_s=600.0, drain_s=5)
 
     assert documented.items() <= ours.items()

@@ -1,4 +1,4 @@
-"""The start command up to the point where Ray would start: what it refuses, and how it says so."""
+"""The start command up to the start of Ray: what it refuses, and with which message."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 from tiny_models import write_tiny_causal_lm, write_tiny_checkpoint
 
-from service.launch.command import main, visible_devices
+from service.launch.command import main
+from service.launch.start import visible_devices
 
 
 @pytest.fixture(autouse=True)
 def signal_handlers() -> Iterator[None]:
-    """The command takes over two signals; the test run gets them back."""
+    """The command replaces two signal handlers; this restores them."""
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.getsignal(number) for number in numbers]
     yield
@@ -24,7 +25,7 @@ def signal_handlers() -> Iterator[None]:
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """Run the command, which must end with status 1, and return the one sentence that says why."""
+    """Run the command, which must end with status 1, and return the one sentence with the reason."""
     assert main(arguments) == 1
     *stages, sentence = capsys.readouterr().err.splitlines()
     assert all(stage.endswith(" ...") for stage in stages)
@@ -33,7 +34,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_port_in_use(capsys: pytest.CaptureFixture[str]) -> None:
-    """A taken port ends the command at once, before anything is started."""
+    """A port in use ends the command before any process is started."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -46,26 +47,22 @@ def test_port_in_use(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("option", ["--max-input-tokens", "--max-batch-tokens", "--num-threads"])
 def test_option_out_of_range(capsys: pytest.CaptureFixture[str], option: str) -> None:
-    """An option that no setting allows is named with what would be right."""
+    """A value out of range is refused; the message names the setting, the option and the range."""
     sentence = refusal(capsys, "--engine", "oracle", option, "0")
 
-    assert option.removeprefix("--").replace("-", "_") in sentence
+    assert f"{option.removeprefix('--').replace('-', '_')} ({option})" in sentence
     assert "greater than or equal to 1" in sentence
 
 
 @pytest.mark.parametrize("replicas", ["0", "-1", "two"])
 def test_replicas_are_one_or_more(capsys: pytest.CaptureFixture[str], replicas: str) -> None:
-    """There is no service without a replica."""
-    with pytest.raises(SystemExit) as caught:
-        main(["--replicas", replicas])
-
-    assert caught.value.code == 2
-    assert "--replicas" in capsys.readouterr().err
+    """The number of replicas is a positive integer."""
+    assert "server.replicas (--replicas)" in refusal(capsys, "--replicas", replicas)
 
 
 @pytest.mark.parametrize("option", ["--model", "--check"])
 def test_refused_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path, option: str) -> None:
-    """A checkpoint without a scalar head is refused in one sentence that says what to do, without starting Ray."""
+    """A checkpoint without a scalar head is refused, with what to do about it, and Ray is not started."""
     write_tiny_causal_lm(tmp_path)
 
     assert "reward-convert" in refusal(capsys, option, str(tmp_path), "--port", "0")
@@ -73,15 +70,15 @@ def test_refused_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path, 
 
 @pytest.mark.parametrize(
     ("device", "environment"),
-    [(None, {}), ("auto", {}), ("cpu", {}), ("cuda", {}), ("cuda:3", {"CUDA_VISIBLE_DEVICES": "3"})],
+    [("auto", {}), ("cpu", {}), ("cuda", {}), ("cuda:3", {"CUDA_VISIBLE_DEVICES": "3"})],
 )
-def test_a_numbered_device_is_the_only_one_shown(device: str | None, environment: dict[str, str]) -> None:
-    """Ray hands out devices itself; a device asked for by number is the only one it gets to hand out."""
+def test_a_numbered_device_is_the_only_visible_one(device: str, environment: dict[str, str]) -> None:
+    """Ray assigns devices itself; a device requested by number is the only one that it can assign."""
     assert visible_devices(device) == environment
 
 
 def test_check_of_a_good_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """The check prints what was found, what would be served and how far it is from plain transformers."""
+    """The check prints the checkpoint, what would be served, and the parity with plain transformers."""
     write_tiny_checkpoint(tmp_path)
 
     assert main(["--check", str(tmp_path), "--device", "cpu", "--dtype", "float32"]) == 0

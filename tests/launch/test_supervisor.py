@@ -1,4 +1,4 @@
-"""The parent of a server: what it inherits and what it kills."""
+"""The supervisor: which processes it adopts and kills."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ import psutil
 from service.launch.supervisor import _adopt_orphans, sweep
 
 _adopt_orphans()
-# A child that leaves its session and dies at once, and a grandchild that outlives it and ignores SIGTERM.
+# A child that leaves its session and exits at once, and a grandchild that outlives it and ignores SIGTERM.
 subprocess.run(["setsid", "sh", "-c", "(trap '' TERM; exec sleep 600) & exit 0"], check=True)
 child = subprocess.Popen(["sleep", "600"])
 for _ in range(100):
@@ -27,7 +27,7 @@ print(len(psutil.Process().children(recursive=True)))
 
 
 def test_sweep_finds_orphans() -> None:
-    """Nothing that descends from the process survives the sweep: neither children nor those whose parent is gone."""
+    """The sweep kills all descendants of the process: children and orphans whose parent has exited."""
     begin = time.monotonic()
     answer = subprocess.run([sys.executable, "-c", FAMILY], capture_output=True, text=True, check=True, timeout=30)
     family, left = answer.stdout.splitlines()
@@ -38,9 +38,12 @@ def test_sweep_finds_orphans() -> None:
     assert time.monotonic() - begin < 20
 
 
-def test_parent_is_light() -> None:
-    """The start command imports neither Ray nor torch: it lives as long as the server does."""
-    check = "import sys, service.launch.command; print(sorted({'ray', 'torch', 'transformers'} & set(sys.modules)))"
+def test_start_command_imports_neither_ray_nor_torch() -> None:
+    """The start command runs as long as the server, so it stays small."""
+    check = (
+        "import sys, service.launch.command, service.launch.start\n"
+        "print(sorted({'ray', 'torch', 'transformers'} & set(sys.modules)))"
+    )
 
     answer = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True, timeout=60)
 

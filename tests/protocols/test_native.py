@@ -1,4 +1,4 @@
-"""The native wire format: what a body means, what is wrong with it, and how answers look."""
+"""The native wire format: decoding of bodies, errors in them, and answers."""
 
 import json
 import math
@@ -67,7 +67,7 @@ def violations(body: bytes) -> list[tuple[str, str]]:
 
 
 def test_every_form_of_an_item() -> None:
-    """Text pairs, conversations, templated text and token ids each become their own kind of content, in order."""
+    """Text pairs, conversations, templated text and token ids each become their own type of content, in order."""
     turns = [{"role": "user", "content": "hello"}]
     items = [
         {"prompt": "p", "completion": "c", "id": "a", "group": "g"},
@@ -86,8 +86,8 @@ def test_every_form_of_an_item() -> None:
     )
 
 
-def test_silence_means_the_defaults() -> None:
-    """A request that names no option gets those of the service."""
+def test_defaults() -> None:
+    """A request without options gets the defaults of the service."""
     defaults = RequestDefaults(LimitSettings(deadline_s=20.0), truncation="prompt_left", diagnostics="full")
 
     request = parse_score_request(body_of(), defaults)
@@ -95,8 +95,8 @@ def test_silence_means_the_defaults() -> None:
     assert (request.encoding, request.diagnostics, request.timeout_s) == (Encoding(None, "prompt_left"), "full", 20.0)
 
 
-def test_options_of_the_request_win() -> None:
-    """What a request names counts more than the defaults; the timeout arrives in seconds."""
+def test_options_of_the_request() -> None:
+    """Options of a request override the defaults; the timeout is converted to seconds."""
     request = parse_score_request(
         body_of(diagnostics="none", truncation="prompt_left", template="concat", timeout_ms=1500), DEFAULTS
     )
@@ -109,7 +109,7 @@ def test_options_of_the_request_win() -> None:
 
 
 def test_repeated_key_last_wins() -> None:
-    """Where an object repeats a key, the last one counts."""
+    """Of repeated keys in an object the last one counts."""
     request = parse_score_request(b'{"items":[],"items":[{"text":"a","text":"b"}]}', DEFAULTS)
 
     assert request.items == (Item(TemplatedText("b")),)
@@ -146,8 +146,8 @@ def test_repeated_key_last_wins() -> None:
         "cut-lone",
     ],
 )
-def test_no_json(body: bytes) -> None:
-    """A body that is not JSON in UTF-8 is malformed, whatever else may be wrong with it."""
+def test_not_json(body: bytes) -> None:
+    """A body that is not JSON in UTF-8 is malformed, whatever other errors it has."""
     with pytest.raises(MalformedBody):
         parse_score_request(body, DEFAULTS)
 
@@ -158,12 +158,12 @@ def test_no_json(body: bytes) -> None:
     ids=["high", "low", "high-then-letter", "after-backslash", "high-then-pair"],
 )
 def test_lone_surrogate(text: bytes) -> None:
-    """Half a surrogate pair is JSON but no text: the caller's mistake to mend, told apart from a broken body."""
+    """A lone surrogate is JSON but not text: an invalid request, distinct from a malformed body."""
     assert violations(b'{"items":[{"text":"' + text + b'"}]}') == [("", "lone_surrogate")]
 
 
-def test_surrogates_that_are_none() -> None:
-    """A whole pair is a character, and an escaped backslash before u is just text."""
+def test_surrogate_pair_and_escaped_backslash() -> None:
+    """A surrogate pair is a character, and an escaped backslash before u is text."""
     request = parse_score_request(rb'{"items":[{"text":"\ud83d\ude00 \\ud800"}]}', DEFAULTS)
 
     assert request.items == (Item(TemplatedText("\U0001f600 \\ud800")),)
@@ -201,17 +201,17 @@ def test_surrogates_that_are_none() -> None:
     ],
 )
 def test_wrong_request(fields: dict[str, object], pointer: str, code: str) -> None:
-    """Each broken rule is named by its place and a stable word, and nothing of the body stands in the error."""
+    """Each violation has a pointer and a stable code, and no part of the body is in the error."""
     assert violations(body_of(**fields)) == [(pointer, code)]
 
 
 def test_missing_items() -> None:
-    """A request without items is told which field it lacks."""
+    """The error of a request without items names the missing field."""
     assert violations(b"{}") == [("/items", "missing_field")]
 
 
 def test_deep_nesting_is_refused_without_recursion() -> None:
-    """Brackets by the hundred thousand cost an answer, not the process."""
+    """A hundred thousand nested brackets are refused and do not crash the process."""
     with pytest.raises(HttpError) as caught:
         parse_score_request(b'{"items":[{"prompt":' + b"[" * 100_000, DEFAULTS)
 
@@ -220,14 +220,14 @@ def test_deep_nesting_is_refused_without_recursion() -> None:
 
 @pytest.mark.parametrize(("length", "fits"), [(9, True), (10, True), (11, False)])
 def test_limit_of_items(length: int, fits: bool) -> None:
-    """The item limit holds exactly."""
+    """A request may have exactly as many items as the limit."""
     check_limit(fits, TooManyItems, body_of(items=[ITEM] * length), limited(max_request_items=10))
 
 
 @pytest.mark.parametrize(("length", "fits"), [(9, True), (10, True), (11, False)])
 @pytest.mark.parametrize("form", ["pair", "conversation", "text"])
 def test_limit_of_characters(form: str, length: int, fits: bool) -> None:
-    """The character limit counts prompt and completion together, in characters and not in bytes, in every form."""
+    """The character limit applies to prompt and completion together, in characters and not in bytes, in every form."""
     turns = [{"role": "user", "content": "ü" * 4}, {"role": "user", "content": "ü"}]
     item = {
         "pair": {"prompt": "ü" * 5, "completion": "ü" * (length - 5)},
@@ -243,13 +243,13 @@ def test_limit_of_characters(form: str, length: int, fits: bool) -> None:
 )
 @pytest.mark.parametrize("name", ["id", "group"])
 def test_limit_of_names(name: str, length: int, fits: bool) -> None:
-    """Names that are echoed are kept short, exactly."""
+    """Names that are echoed may have exactly as many characters as the limit."""
     check_limit(fits, InvalidRequest, body_of(items=[ITEM | {name: "x" * length}]), DEFAULTS)
 
 
 @pytest.mark.parametrize(("timeout_ms", "timeout_s"), [(1999, 1.999), (2000, 2.0), (2001, 2.0), (10**9, 2.0)])
 def test_limit_of_the_timeout(timeout_ms: int, timeout_s: float) -> None:
-    """No request waits longer than the service's deadline; one that would is let in and held to it."""
+    """A timeout above the service's deadline is accepted and reduced to it."""
     defaults = RequestDefaults(LimitSettings(deadline_s=2.0), truncation="error", diagnostics="basic")
 
     assert parse_score_request(body_of(timeout_ms=timeout_ms), defaults).timeout_s == timeout_s
@@ -265,7 +265,7 @@ def check_limit(fits: bool, error: type[HttpError], body: bytes, defaults: Reque
 
 @pytest.mark.parametrize(("count", "error"), [(1, InvalidRequest), (2, None), (5, None), (6, TooManyItems)])
 def test_comparison_takes_two_or_more(count: int, error: type[HttpError] | None) -> None:
-    """A comparison needs two completions, has a limit of its own, and is one item per completion."""
+    """A comparison needs two completions, has its own limit, and has one item per completion."""
     body = json.dumps({"prompt": "p", "completions": ["c"] * count}).encode()
     if error is None:
         request = parse_compare_request(body, limited(max_compare_completions=5))
@@ -276,8 +276,8 @@ def test_comparison_takes_two_or_more(count: int, error: type[HttpError] | None)
 
 
 @given(st.binary(max_size=200))
-def test_any_bytes_get_a_request_or_our_own_error(body: bytes) -> None:
-    """No body raises anything but our own refusals."""
+def test_any_bytes_give_a_request_or_an_http_error(body: bytes) -> None:
+    """No body raises anything but an HttpError."""
     assert status_of(body) in {200, 400, 413, 422}
 
 
@@ -292,8 +292,8 @@ FIELDS = st.sampled_from(["items", "diagnostics", "truncation", "template", "tim
 
 
 @given(st.dictionaries(FIELDS, JSON_VALUES, max_size=4))
-def test_any_json_gets_a_request_or_our_own_error(fields: dict[str, object]) -> None:
-    """No JSON object raises anything but our own refusals."""
+def test_any_json_gives_a_request_or_an_http_error(fields: dict[str, object]) -> None:
+    """No JSON object raises anything but an HttpError."""
     assert status_of(msgspec.json.encode(fields)) in {200, 400, 413, 422}
 
 
@@ -314,8 +314,8 @@ def request_of(*items: Item, diagnostics: DiagnosticsLevel = "basic") -> ScoreRe
     return ScoreRequest(items, Encoding(), diagnostics, 1.0)
 
 
-def test_answer_in_full() -> None:
-    """The answer says what scored, keeps the order, echoes ids, and stands an error where a reward is missing."""
+def test_complete_answer() -> None:
+    """The answer names the model, keeps the order, echoes ids, and has an error in place of a missing reward."""
     items = (Item(TemplatedText("a"), "first"), Item(TemplatedText("b")))
     length = LengthReport(None, None, None, 7, truncated=False)
     outcomes = (Score(1.5, length, gap="missing"), SequenceTooLong("9 tokens; the limit is 8"))
@@ -386,8 +386,8 @@ STYLE = StyleReport(headers=1, list_items=2, bold=0, emoji=9, hedges=0, flattery
         ),
     ],
 )
-def test_levels_differ_in_what_is_said(level: DiagnosticsLevel, members: set[str]) -> None:
-    """What a level does not include is absent, what it includes is there under the documented names."""
+def test_members_of_each_level(level: DiagnosticsLevel, members: set[str]) -> None:
+    """Members that a level does not include are absent; those that it includes have the documented names."""
     score = Score(1.5, reward_z=0.5, ood=OOD, style=STYLE, group=GroupReport(2, None, -0.5))
 
     answer = json.loads(
@@ -405,7 +405,7 @@ def test_levels_differ_in_what_is_said(level: DiagnosticsLevel, members: set[str
 
 @given(st.floats(width=32, allow_nan=False, allow_infinity=False))
 def test_rewards_keep_every_digit(reward: float) -> None:
-    """What comes out of the wire is the float32 that went in, bit for bit, without any diagnostics block."""
+    """The reward on the wire is the float32 of the Score, bit for bit, without diagnostics."""
     answer = json.loads(
         render_scores(
             request_of(Item(TemplatedText("a")), diagnostics="none"), (Score(reward),), MODEL, "chat", USAGE, TIMINGS
@@ -416,14 +416,14 @@ def test_rewards_keep_every_digit(reward: float) -> None:
 
 
 @pytest.mark.parametrize("reward", [math.nan, math.inf, -math.inf])
-def test_no_number_is_invented(reward: float) -> None:
-    """A Score that is no number ends the answer instead of becoming null."""
+def test_non_finite_reward_is_not_rendered(reward: float) -> None:
+    """A Score that is not finite raises instead of becoming null."""
     with pytest.raises(NonFiniteReward):
         render_scores(request_of(Item(TemplatedText("a"))), (Score(reward),), MODEL, "chat", USAGE, TIMINGS)
 
 
-def test_an_outcome_too_few_is_a_bug() -> None:
-    """Answers are never shifted to fit: a wrong count raises."""
+def test_missing_outcome_raises() -> None:
+    """A wrong number of outcomes raises; results are never shifted."""
     with pytest.raises(ValueError, match="shorter"):
         render_scores(
             request_of(Item(TemplatedText("a")), Item(TemplatedText("b"))), (Score(1.0),), MODEL, "chat", USAGE, TIMINGS
@@ -431,7 +431,7 @@ def test_an_outcome_too_few_is_a_bug() -> None:
 
 
 def test_win_probabilities_by_hand() -> None:
-    """Rewards 0 and ln 3 give odds of 1 to 3 (Bradley and Terry); nobody is preferred to itself."""
+    """Rewards 0 and ln 3 give odds of 1 to 3 (Bradley and Terry); the diagonal is one half."""
     table = win_probabilities([0.0, math.log(3.0)])
 
     assert table == [[0.5, pytest.approx(0.25)], [pytest.approx(0.75), 0.5]]
@@ -439,7 +439,7 @@ def test_win_probabilities_by_hand() -> None:
 
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=2, max_size=5))
 def test_win_probabilities_are_probabilities(rewards: list[float]) -> None:
-    """Whatever the rewards, each pair sums to one, stays in [0, 1], and favours the higher reward."""
+    """For all rewards each pair sums to one, is within [0, 1], and favours the higher reward."""
     table = win_probabilities(rewards)
 
     for i, row in enumerate(rewards):
@@ -450,7 +450,7 @@ def test_win_probabilities_are_probabilities(rewards: list[float]) -> None:
 
 
 def test_comparison_names_the_best() -> None:
-    """A comparison answers rewards, probabilities and the index of the highest reward."""
+    """A comparison has rewards, probabilities and the index of the highest reward."""
     items = (Item(Exchange("p", "a")), Item(Exchange("p", "b")))
 
     answer = json.loads(render_comparison(request_of(*items), (Score(0.0), Score(2.0)), MODEL, "chat", USAGE, TIMINGS))
@@ -459,7 +459,7 @@ def test_comparison_names_the_best() -> None:
     assert answer["probabilities"][1][0] == pytest.approx(1 / (1 + math.exp(-2.0)))
 
 
-def test_comparison_with_a_hole_is_none() -> None:
+def test_comparison_with_an_item_error() -> None:
     """One completion without a reward fails the comparison with that completion's error."""
     items = (Item(Exchange("p", "a")), Item(Exchange("p", "b")))
     error = SequenceTooLong("9 tokens; the limit is 8")

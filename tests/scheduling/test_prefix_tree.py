@@ -1,4 +1,4 @@
-"""The tree of shared beginnings: every token stands in the row once, and every sequence can be read back from it."""
+"""Prefix sharing: a packed batch holds every token once, and every sequence can be read back from it."""
 
 from __future__ import annotations
 
@@ -6,127 +6,144 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.scheduling.prefix_tree import Branch, grow_branches, num_common, worth_sharing
+from service.scheduling.prefix_tree import (
+    SequenceLayout,
+    common_prefix_length,
+    has_shared_prefix,
+    plan_prefix_sharing,
+    shareable_tokens,
+)
 
 LAW = settings(max_examples=200, deadline=None)
 
-rows_of_two_letters = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=12).map(tuple), min_size=1, max_size=12)
+batches_of_two_tokens = st.lists(
+    st.lists(st.integers(0, 1), min_size=1, max_size=12).map(tuple), min_size=1, max_size=12
+)
 
 
-def row_of(rows: list[tuple[int, ...]], branches: list[Branch]) -> dict[int, int]:
-    """Write the own tokens of every sequence into the row; no position may be written twice."""
-    row: dict[int, int] = {}
-    for ids, branch in zip(rows, branches, strict=True):
-        for position, token in zip(range(*branch.own), ids[branch.num_shared :], strict=True):
-            assert position not in row
-            row[position] = token
-    return row
+def packed_tokens(sequences: list[tuple[int, ...]], layouts: list[SequenceLayout]) -> dict[int, int]:
+    """Write the own tokens of every sequence into the packed batch; no index may be written twice."""
+    packed: dict[int, int] = {}
+    for ids, layout in zip(sequences, layouts, strict=True):
+        for position, token in zip(range(*layout.own), ids[layout.num_shared :], strict=True):
+            assert position not in packed
+            packed[position] = token
+    return packed
 
 
 @LAW
-@given(rows_of_two_letters, st.sampled_from([None, 1, 2, 4]))
-def test_every_sequence_can_be_read_back(rows: list[tuple[int, ...]], shortest: int | None) -> None:
-    """The spans of a branch spell its sequence, whole and from any token on, and the row has no holes."""
-    branches = grow_branches(rows, shortest)
+@given(batches_of_two_tokens, st.sampled_from([None, 1, 2, 4]))
+def test_every_sequence_can_be_read_back(sequences: list[tuple[int, ...]], shortest: int | None) -> None:
+    """The spans of a layout hold its sequence, whole and from any token on, and the packed batch has no gaps."""
+    layouts = plan_prefix_sharing(sequences, shortest)
 
-    row = row_of(rows, branches)
+    packed = packed_tokens(sequences, layouts)
 
-    assert sorted(row) == list(range(len(row)))
-    for ids, branch in zip(rows, branches, strict=True):
-        assert tuple(row[position] for span in branch.spans for position in range(*span)) == ids
-        assert branch.num_tokens == len(ids)
-        assert tuple(row[branch.place(position)] for position in range(len(ids))) == ids
+    assert sorted(packed) == list(range(len(packed)))
+    for ids, layout in zip(sequences, layouts, strict=True):
+        assert tuple(packed[position] for span in layout.spans for position in range(*span)) == ids
+        assert layout.num_tokens == len(ids)
+        assert tuple(packed[layout.index_of(position)] for position in range(len(ids))) == ids
         for first in range(len(ids) + 1):
-            spans = branch.spans_from(first)
-            assert tuple(row[position] for span in spans for position in range(*span)) == ids[first:]
+            spans = layout.spans_from(first)
+            assert tuple(packed[position] for span in spans for position in range(*span)) == ids[first:]
 
 
 @LAW
-@given(rows_of_two_letters)
-def test_no_token_stands_in_the_row_twice(rows: list[tuple[int, ...]]) -> None:
-    """With everything shared the row has one token for each different beginning: the nodes of the tree of ids."""
-    branches = grow_branches(rows, 1)
+@given(batches_of_two_tokens)
+def test_no_token_is_computed_twice(sequences: list[tuple[int, ...]]) -> None:
+    """With everything shared the batch has one token for each distinct prefix: the nodes of an uncompressed trie."""
+    layouts = plan_prefix_sharing(sequences, 1)
 
-    beginnings = {ids[:end] for ids in rows for end in range(1, len(ids) + 1)}
-    assert sum(branch.num_own for branch in branches) == len(beginnings)
-
-
-@LAW
-@given(rows_of_two_letters, st.integers(1, 6))
-def test_short_beginnings_are_not_shared(rows: list[tuple[int, ...]], shortest: int) -> None:
-    """A sequence shares nothing, or at least as many tokens as are worth it, and those with another sequence."""
-    for ids, branch in zip(rows, grow_branches(rows, shortest), strict=True):
-        if branch.num_shared:
-            assert branch.num_shared >= shortest
-            assert sum(other[: branch.num_shared] == ids[: branch.num_shared] for other in rows) > 1
+    prefixes = {ids[:end] for ids in sequences for end in range(1, len(ids) + 1)}
+    assert sum(layout.num_own for layout in layouts) == len(prefixes)
 
 
 @LAW
-@given(rows_of_two_letters, rows_of_two_letters, st.sampled_from([1, 2, 4]), st.data())
-def test_kept_beginnings_stand_behind_the_row(
-    rows: list[tuple[int, ...]], kept: list[tuple[int, ...]], shortest: int, data: st.DataObject
+@given(batches_of_two_tokens, st.integers(1, 6))
+def test_short_prefixes_are_not_shared(sequences: list[tuple[int, ...]], shortest: int) -> None:
+    """A sequence shares nothing, or at least the minimum of tokens, and those with another sequence."""
+    for ids, layout in zip(sequences, plan_prefix_sharing(sequences, shortest), strict=True):
+        if layout.num_shared:
+            assert layout.num_shared >= shortest
+            assert sum(other[: layout.num_shared] == ids[: layout.num_shared] for other in sequences) > 1
+
+
+@LAW
+@given(batches_of_two_tokens, batches_of_two_tokens, st.sampled_from([1, 2, 4]), st.data())
+def test_cached_prefixes_follow_the_packed_batch(
+    sequences: list[tuple[int, ...]], cached: list[tuple[int, ...]], shortest: int, data: st.DataObject
 ) -> None:
-    """With kept tokens behind the row every sequence can be read, and it leaves out no token that it must compute.
+    """With cached tokens every sequence can be read back, and no token that it must compute is taken from the cache.
 
-    What somebody must compute stands in the row once, for all who begin like him.
+    A token that some sequence must compute is in the batch once, for all sequences with that prefix.
     """
-    depths: list[int] = []
+    counts: list[int] = []
     spans: list[tuple[int, int]] = []
-    behind: list[int] = []
-    for row in rows:
-        best = max(kept, key=lambda beginning, row=row: num_common(beginning, row))
-        most = min(num_common(best, row), data.draw(st.integers(0, len(row))))
-        depths.append(worth_sharing(most, shortest))
-        spans.append((len(behind), len(behind) + depths[-1]))
-        behind += best
+    cached_tokens: list[int] = []
+    for ids in sequences:
+        best = max(cached, key=lambda prefix, ids=ids: common_prefix_length(prefix, ids))
+        most = min(common_prefix_length(best, ids), data.draw(st.integers(0, len(ids))))
+        counts.append(shareable_tokens(most, shortest))
+        spans.append((len(cached_tokens), len(cached_tokens) + counts[-1]))
+        cached_tokens += best
 
-    branches = grow_branches(rows, shortest, spans)
+    layouts = plan_prefix_sharing(sequences, shortest, spans)
 
-    written = row_of(rows, branches)
+    written = packed_tokens(sequences, layouts)
     assert sorted(written) == list(range(len(written)))
-    for ids, branch, depth in zip(rows, branches, depths, strict=True):
-        read = [position for span in branch.spans for position in range(*span)]
-        tokens = [written[place] if place < len(written) else behind[place - len(written)] for place in read]
+    for ids, layout, count in zip(sequences, layouts, counts, strict=True):
+        read = [position for span in layout.spans for position in range(*span)]
+        tokens = [written[index] if index < len(written) else cached_tokens[index - len(written)] for index in read]
         assert tuple(tokens) == ids
-        assert all(place < len(written) for place in read[depth:])
+        assert all(index < len(written) for index in read[count:])
     if shortest == 1:
-        computed = {ids[: n + 1] for ids, depth in zip(rows, depths, strict=True) for n in range(depth, len(ids))}
+        computed = {ids[: n + 1] for ids, count in zip(sequences, counts, strict=True) for n in range(count, len(ids))}
         assert len(written) == len(computed)
 
 
-def test_without_sharing_sequences_stand_in_their_order() -> None:
-    """Equal sequences then have tokens of their own each."""
-    branches = grow_branches([(2, 2), (1,), (2, 2)], None)
+def test_without_sharing_sequences_keep_their_order() -> None:
+    """Equal sequences then have their own tokens each."""
+    layouts = plan_prefix_sharing([(2, 2), (1,), (2, 2)], None)
 
-    assert [branch.own for branch in branches] == [(0, 2), (2, 3), (3, 5)]
-    assert not any(branch.num_shared for branch in branches)
+    assert [layout.own for layout in layouts] == [(0, 2), (2, 3), (3, 5)]
+    assert not any(layout.num_shared for layout in layouts)
 
 
-def test_nested_beginnings() -> None:
-    """System prompt, prompts, completions: each level stands in the row once."""
+def test_nested_prefixes() -> None:
+    """System prompt, prompts, completions: each level is in the batch once."""
     system, first, second = (1,) * 5, (2,) * 4, (3,) * 4
-    rows = [system + first + (7,), system + second + (7,), system + first + (8, 8), system + first]
+    sequences = [system + first + (7,), system + second + (7,), system + first + (8, 8), system + first]
 
-    branches = grow_branches(rows, 1)
+    layouts = plan_prefix_sharing(sequences, 1)
 
-    assert [branch.num_shared for branch in branches] == [9, 5, 9, 0]
-    assert sum(branch.num_own for branch in branches) == 5 + 4 + 1 + 4 + 1 + 2
+    assert [layout.num_shared for layout in layouts] == [9, 5, 9, 0]
+    assert sum(layout.num_own for layout in layouts) == 5 + 4 + 1 + 4 + 1 + 2
 
 
 def test_a_position_beyond_the_end_is_an_error() -> None:
-    """Nobody reads a neighbour's token."""
-    (branch,) = grow_branches([(1, 2)], 1)
+    """No index of another sequence's token is returned."""
+    (layout,) = plan_prefix_sharing([(1, 2)], 1)
 
     with pytest.raises(IndexError):
-        branch.place(2)
+        layout.index_of(2)
 
 
 @LAW
 @given(st.lists(st.integers(0, 1), max_size=20), st.lists(st.integers(0, 1), max_size=20))
 def test_common_tokens_are_counted(first: list[int], second: list[int]) -> None:
-    """The number of leading tokens that are equal, found by halving."""
+    """The number of leading tokens that are equal, found by bisection, is the one found by comparing one by one."""
     expected = 0
     while expected < min(len(first), len(second)) and first[expected] == second[expected]:
         expected += 1
 
-    assert num_common(tuple(first), tuple(second)) == expected
+    assert common_prefix_length(tuple(first), tuple(second)) == expected
+
+
+@LAW
+@given(batches_of_two_tokens, st.sampled_from([None, 1, 2, 4]))
+def test_a_shared_prefix_is_detected_without_the_tree(sequences: list[tuple[int, ...]], shortest: int | None) -> None:
+    """``has_shared_prefix`` is true exactly where the tree of the same sequences shares tokens."""
+    layouts = plan_prefix_sharing(sequences, shortest)
+
+    assert has_shared_prefix(sequences, shortest) == any(layout.num_shared for layout in layouts)

@@ -18,7 +18,7 @@ from service.scheduling.admission import DEFAULT_RETRY_AFTER_S, Throughput
 from service.scheduling.budget import BatchBudget, batch_cost
 from service.scheduling.flows import MAX_SKIPPED_BATCHES, OVERTAKE_LIMIT_RATIO, Entry
 from service.scheduling.padded_batch import select_similar_lengths
-from service.scheduling.prefix_tree import grow_branches, num_common, worth_sharing
+from service.scheduling.prefix_tree import common_prefix_length, plan_prefix_sharing, shareable_tokens
 from service.scheduling.queue import Queue
 
 LAW = settings(max_examples=60, deadline=None)
@@ -340,7 +340,7 @@ def test_group_that_does_not_fit_leaves_its_room_to_the_next_request() -> None:
 
 # --- Cost of shared prefixes -----------------------------------------------------------------------------------------
 
-SHARED_FROM = 4
+MIN_SHARED_PREFIX_TOKENS = 4
 
 
 def answers(prompt: int, num_prompt_tokens: int, lengths: Sequence[int], first: int = 0) -> list[TokenSequence]:
@@ -359,14 +359,14 @@ def put_answers(queue: Queue, request: str, sequences: Sequence[TokenSequence]) 
 
 def computed_tokens(batch: Sequence[Entry]) -> int:
     """Return the tokens that a pass over the tree of shared prefixes computes."""
-    branches = grow_branches([entry.sequence.token_ids for entry in batch], SHARED_FROM)
+    branches = plan_prefix_sharing([entry.sequence.token_ids for entry in batch], MIN_SHARED_PREFIX_TOKENS)
     return sum(branch.num_own for branch in branches)
 
 
 def test_a_shared_prompt_costs_once() -> None:
     """A prompt counts once for all its completions, and once for each where the engine shares no prefixes."""
     work = answers(1, 20, [10] * 8)
-    sharing, plain = Queue(10**9, SHARED_FROM), Queue(10**9)
+    sharing, plain = Queue(10**9, MIN_SHARED_PREFIX_TOKENS), Queue(10**9)
     put_answers(sharing, "one", work)
     put_answers(plain, "one", work)
 
@@ -376,15 +376,15 @@ def test_a_shared_prompt_costs_once() -> None:
 
 def test_short_prefixes_cost_in_full() -> None:
     """Prefixes that are too short to be shared count in full."""
-    queue = Queue(10**9, SHARED_FROM)
-    put_answers(queue, "one", answers(1, SHARED_FROM - 1, [30] * 4))
+    queue = Queue(10**9, MIN_SHARED_PREFIX_TOKENS)
+    put_answers(queue, "one", answers(1, MIN_SHARED_PREFIX_TOKENS - 1, [30] * 4))
 
     assert [len(batch) for batch in drain(queue, PACKED)] == [3, 1]
 
 
 def test_a_split_group_costs_its_prompt_in_each_batch() -> None:
     """Each batch of a group that is too large for one computes the prompt again, and its cost includes it."""
-    queue = Queue(10**9, SHARED_FROM)
+    queue = Queue(10**9, MIN_SHARED_PREFIX_TOKENS)
     put_answers(queue, "one", answers(1, 40, [20] * 7))
 
     batches = drain(queue)
@@ -395,7 +395,7 @@ def test_a_split_group_costs_its_prompt_in_each_batch() -> None:
 
 def test_further_requests_of_a_prompt_cost_their_completions_alone() -> None:
     """One-item requests of one prompt fill a batch together, and the prompt counts once."""
-    queue = Queue(10**9, SHARED_FROM)
+    queue = Queue(10**9, MIN_SHARED_PREFIX_TOKENS)
     for name in range(5):
         put_answers(queue, str(name), answers(1, 60, [8], first=name))
 
@@ -407,7 +407,7 @@ def test_further_requests_of_a_prompt_cost_their_completions_alone() -> None:
 
 def test_fairness_counts_computed_tokens() -> None:
     """Completions of one prompt cost less than completions of as many prompts, so more of them are served."""
-    queue = Queue(10**9, SHARED_FROM)
+    queue = Queue(10**9, MIN_SHARED_PREFIX_TOKENS)
     put_answers(queue, "group", answers(1, 40, [10] * 64))
     put_answers(queue, "loose", [answers(prompt, 40, [10])[0] for prompt in range(2, 66)])
 
@@ -429,7 +429,7 @@ def test_no_batch_computes_more_than_its_budget(
     work: list[list[tuple[int, int, int]]], max_tokens: int, prompts_known: bool
 ) -> None:
     """For any nesting of prompts the tree of a batch has no more tokens than the budget, and everything leaves."""
-    queue = Queue(10**9, SHARED_FROM)
+    queue = Queue(10**9, MIN_SHARED_PREFIX_TOKENS)
     num_items = 0
     for name, items in enumerate(work):
         sequences = [answers(p, n, [length], first=number)[0] for number, (p, n, length) in enumerate(items)]
@@ -460,14 +460,14 @@ class PrefixCache:
     def num_cached_tokens(self, sequence: TokenSequence) -> int:
         """Return the leading tokens of a sequence that a pass need not compute."""
         ids = sequence.token_ids
-        found = max((num_common(prefix, ids) for prefix in self.prefixes), default=0)
-        return worth_sharing(min(found, self.limits.get(ids, len(ids) - 1)), SHARED_FROM)
+        found = max((common_prefix_length(prefix, ids) for prefix in self.prefixes), default=0)
+        return shareable_tokens(min(found, self.limits.get(ids, len(ids) - 1)), MIN_SHARED_PREFIX_TOKENS)
 
     def computed_tokens(self, batch: Sequence[Entry]) -> int:
         """Return the tokens that a pass over the entries computes."""
         distinct = list({entry.sequence.token_ids: None for entry in batch})
         cached = [(0, self.num_cached_tokens(TokenSequence(ids))) for ids in distinct]
-        branches = grow_branches(distinct, SHARED_FROM, cached)
+        branches = plan_prefix_sharing(distinct, MIN_SHARED_PREFIX_TOKENS, cached)
         return sum(branch.num_own for branch in branches)
 
 
@@ -475,7 +475,7 @@ def test_answers_to_cached_prompts_fill_a_batch() -> None:
     """One-item requests of different cached prompts cost their completions alone."""
     prompts = [answers(prompt, 40, [10])[0] for prompt in range(9)]
     cache = PrefixCache([sequence.token_ids[:40] for sequence in prompts])
-    queue = Queue(10**9, SHARED_FROM)
+    queue = Queue(10**9, MIN_SHARED_PREFIX_TOKENS)
     for name, sequence in enumerate(prompts):
         put_answers(queue, str(name), [sequence])
 
@@ -487,7 +487,7 @@ def test_answers_to_cached_prompts_fill_a_batch() -> None:
 
 def test_a_cached_prompt_counts_for_a_whole_group() -> None:
     """A group with a cached prompt costs its completions, and leaves whole where they fit."""
-    queue = Queue(10**9, SHARED_FROM)
+    queue = Queue(10**9, MIN_SHARED_PREFIX_TOKENS)
     group = answers(1, 80, [10] * 8)
     put_answers(queue, "group", group)
 
@@ -502,7 +502,7 @@ def test_no_batch_computes_more_than_its_budget_however_much_is_cached(
     work: list[list[tuple[int, int, int]]], max_tokens: int, prompts_known: bool, data: st.DataObject
 ) -> None:
     """The cost is never too low, whatever is cached, and if some sequences must compute cached tokens all the same."""
-    queue = Queue(10**9, SHARED_FROM)
+    queue = Queue(10**9, MIN_SHARED_PREFIX_TOKENS)
     cache = PrefixCache([])
     for name, items in enumerate(work):
         sequences = [answers(p, n, [length], first=number)[0] for number, (p, n, length) in enumerate(items)]

@@ -9,8 +9,9 @@ from pathlib import Path
 import httpx2
 
 from service.assembly import assemble
-from service.http.access_log import Journal
-from service.http.routes import OpenRequests, create_routes
+from service.http.access_log import AccessLog
+from service.http.open_requests import OpenRequests
+from service.http.routes import create_app
 from service.settings import read_settings
 
 
@@ -18,16 +19,16 @@ from service.settings import read_settings
 async def application(checkpoint: Path, *, dtype: str = "float32") -> AsyncIterator[httpx2.AsyncClient]:
     """Serve the checkpoint folder and yield a client that calls the application."""
     served = assemble(read_settings({"model": {"path": str(checkpoint), "dtype": dtype}}))
-    journal = Journal(str(checkpoint.parent / "requests.log"))
+    access_log = AccessLog(str(checkpoint.parent / "requests.log"))
 
     async def exposition() -> str:
         return served.metrics.render().decode()
 
-    routes = create_routes(served, exposition, journal, OpenRequests())
+    app = create_app(served, exposition, access_log, OpenRequests())
     await served.scorer.start()
     try:
-        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(routes), base_url="http://app") as client:
+        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://app") as client:
             yield client
     finally:
         await served.scorer.stop(0.0)
-        journal.close()
+        access_log.close()

@@ -1,4 +1,4 @@
-"""Real servers for tests: start ``reward-serve``, wait until it is ready, stop it, and see what it leaves behind."""
+"""Real servers for tests: start ``reward-serve``, wait until it is ready, stop it, and find what it leaves behind."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ class RunningServer:
     messages: Path
 
     def descendants(self) -> list[psutil.Process]:
-        """Everything below the start command; it inherits its orphans, so nothing can hide elsewhere."""
+        """All processes below the start command; it adopts orphans, so there are none elsewhere."""
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def folder(self) -> Path:
         """The private folder of sockets and logs."""
-        return Path(self.runs_ray().environ()["RAY_SERVE_HAPROXY_SERVER_STATE_BASE"])
+        return Path(self.ray_driver().environ()["RAY_SERVE_HAPROXY_SERVER_STATE_BASE"])
 
-    def runs_ray(self) -> psutil.Process:
+    def ray_driver(self) -> psutil.Process:
         """The child of the start command, which is Ray's driver."""
         return psutil.Process(self.process.pid).children()[0]
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on just now."""
+    """A TCP port of the loopback interface that is free at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -71,7 +71,7 @@ def serving(folder: Path, *options: str) -> Iterator[RunningServer]:
 
 
 def await_ready(server: RunningServer) -> None:
-    """Return once the command says that all replicas answer; fail with its own words when it ends or takes too long."""
+    """Return once the command reports that it is ready; fail with its messages when it exits or takes too long."""
 
     def is_ready() -> bool:
         assert server.process.poll() is None, server.messages.read_text()
@@ -89,7 +89,7 @@ def answers_ready(url: str) -> bool:
 
 
 def eventually(holds: Callable[[], bool], timeout_s: float) -> bool:
-    """Whether the condition comes to hold in time."""
+    """Whether the condition becomes true in time."""
     give_up_at = time.monotonic() + timeout_s
     while time.monotonic() < give_up_at:
         if holds():
@@ -99,7 +99,7 @@ def eventually(holds: Callable[[], bool], timeout_s: float) -> bool:
 
 
 def stop(process: subprocess.Popen[bytes], number: int = signal.SIGTERM) -> int:
-    """Send the signal and return the exit status; kill what does not end, which fails the test."""
+    """Send the signal and return the exit status; a process that does not end is killed, which fails the test."""
     if process.poll() is None:
         process.send_signal(number)
     try:
@@ -121,7 +121,7 @@ def listening_ports(processes: list[psutil.Process]) -> set[int]:
 
 
 def open_ports(ports: set[int]) -> set[int]:
-    """Those of the ports on which anybody listens."""
+    """Those of the ports on which a process listens."""
     listening = {
         connection.laddr.port for connection in psutil.net_connections("tcp") if connection.status == psutil.CONN_LISTEN
     }

@@ -11,7 +11,7 @@ from tiny_models import write_tiny_checkpoint
 
 from export.calibration import fit as calibration_fit
 from export.calibration.command import main
-from service.checkpoints.demo import CALIBRATION_FILE
+from service.checkpoints.files import CALIBRATION_FILE
 
 WORDS = [
     "the",

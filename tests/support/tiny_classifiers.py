@@ -11,6 +11,7 @@ import torch
 from service.engines.model.classifier import Classifier, load_classifier, read_config
 from service.engines.parity import Parity, choose_path, probes_for, reference_of
 from service.engines.paths.base import ForwardPath, PathChoice, PathSpec, candidate_paths
+from service.engines.paths.packed import PackedForward
 from service.records import Pooling, TokenSequence
 
 CPU = torch.device("cpu")
@@ -27,11 +28,21 @@ def load_tiny(
     return load_classifier(folder, dtype=dtype, device=device, pooling=pooling, pad_token_id=pad_token_id)
 
 
+def packed_spec(**options: Any) -> PathSpec:
+    """Return a packed path with these options of a ``PathSpec``; it shares prefixes unless they say otherwise."""
+    return PathSpec("packed", **{"share_prefixes": True, **options})
+
+
+def packed_path(classifier: Classifier, **options: Any) -> PackedForward:
+    """Open a packed path with the options of `packed_spec`."""
+    return PackedForward(classifier, packed_spec(**options))
+
+
 def probe_and_choose(
     classifier: Classifier, choice: PathChoice = "auto", max_tokens: int = 400, **options: Any
 ) -> tuple[ForwardPath, Parity]:
     """Choose a forward path as the engine does; ``options`` are those of the fastest packed path."""
-    fastest = PathSpec("packed", **{"share_prefixes": True, **options})
+    fastest = packed_spec(**options)
     reference = reference_of(classifier, probes_for(classifier, max_tokens))
     return choose_path(classifier, candidate_paths(choice, fastest), reference)
 

@@ -16,6 +16,8 @@ from rich.console import Console
 
 from service.console import progress_bar
 from service.errors import SettingsError, StartupError
+from service.settings import DEMO_MODEL
+from service.version import add_version_option
 from training.audit.conclusions import conclusions_of
 from training.audit.findings import Findings, investigate
 from training.audit.report import write_report
@@ -117,8 +119,10 @@ def _scorer_and_pairs(options: argparse.Namespace, opened: ExitStack) -> tuple[S
         client = opened.enter_context(RewardClient(options.url))
         return ServiceScorer(client, options.truncation), options.inputs
     model, *pairs = options.inputs
-    if not Path(model).is_dir():
-        raise SettingsError(f"There is no folder {model}; give a checkpoint folder, or a service with --url.")
+    if model != DEMO_MODEL and not Path(model).is_dir():
+        raise SettingsError(
+            f"There is no folder {model}; give a checkpoint folder, {DEMO_MODEL}, or a service with --url."
+        )
     if not pairs:
         raise SettingsError("Give files of held-out pairs after the checkpoint folder.")
     scorer = load_checkpoint_scorer(
@@ -137,12 +141,13 @@ def _parser() -> argparse.ArgumentParser:
         usage="reward-audit (DIR | --url URL) PAIRS... --out DIR [options]",
         description="Report whether a reward model measures preference or mostly length.",
     )
+    add_version_option(parser)
     add = parser.add_argument
     add(
         "inputs",
         nargs="+",
         metavar="DIR PAIRS",
-        help="checkpoint folder (not with --url), then files of held-out pairs",
+        help=f"checkpoint folder or {DEMO_MODEL} (not with --url), then files of held-out pairs",
     )
     add("--url", help="a running service instead of a checkpoint folder")
     add("--out", type=Path, required=True, help="folder for audit.html, audit.json and pictures/")

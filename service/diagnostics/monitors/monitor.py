@@ -14,15 +14,15 @@ from dataclasses import asdict, dataclass
 from functools import reduce
 from typing import Any
 
-from service.diagnostics.diagnosis import Outcome, siblings_of
+from service.diagnostics.diagnosis import siblings_of
+from service.diagnostics.item_state import ItemState
 from service.diagnostics.monitors.alarms import SIGNALS, stepped, steps_of
 from service.diagnostics.monitors.cusum import Cusum, family_threshold
 from service.diagnostics.monitors.observation import Observation, ObservedItems
 from service.diagnostics.monitors.reference import MonitorReference
 from service.diagnostics.monitors.report import read_sums, read_window, window_correlation
 from service.diagnostics.monitors.window import WindowStatistics, merge_windows, summarize
-from service.errors import HttpError
-from service.records import SCOPES, Score, ScoreRequest, TokenSequence
+from service.records import SCOPES, Score
 from service.settings import MonitorSettings
 
 Listener = Callable[[ObservedItems, Sequence[Observation]], None]
@@ -157,26 +157,18 @@ class Monitors:
         if len(self._unreported) >= self.settings.batch_items:
             self.flush()
 
-    def observe_request(
-        self, request: ScoreRequest, encoded: Sequence[TokenSequence | HttpError], outcomes: Sequence[Outcome]
-    ) -> None:
-        """Add the items of a request that have a reward.
-
-        Args:
-            request: the request, with its items and its run.
-            encoded: their token sequences, or errors, in order.
-            outcomes: their Scores, or errors, in order.
-        """
-        scores = {index: outcome for index, outcome in enumerate(outcomes) if isinstance(outcome, Score)}
+    def observe_request(self, items: Sequence[ItemState], run_id: str | None = None) -> None:
+        """Add those of all items of a request that have a reward, as `observe`."""
+        scores = {index: item.outcome for index, item in enumerate(items) if isinstance(item.outcome, Score)}
         prompts: dict[int, int] = {}
-        for group in siblings_of(request.items, scores):
+        for group in siblings_of(items, scores):
             prompts |= dict.fromkeys(group, next(self._prompts))
         self.observe(
             [
-                Observation(score, prompts.get(index) or next(self._prompts), *_length_of(encoded[index]))
+                Observation(score, prompts.get(index) or next(self._prompts), *_length_of(items[index]))
                 for index, score in scores.items()
             ],
-            request.run_id,
+            run_id,
         )
 
     def state(self, run_id: str | None = None) -> MonitorState | None:
@@ -205,9 +197,10 @@ class Monitors:
         return self._runs[run_id]
 
 
-def _length_of(encoded: TokenSequence | HttpError) -> tuple[int | None, bool]:
+def _length_of(item: ItemState) -> tuple[int | None, bool]:
     """Return the number of completion tokens (None where unknown), and whether the item was truncated."""
-    return (encoded.num_completion_tokens, encoded.truncated) if isinstance(encoded, TokenSequence) else (None, False)
+    sequence = item.sequence
+    return (None, False) if sequence is None else (sequence.num_completion_tokens, sequence.truncated)
 
 
 def merge_states(states: Iterable[MonitorState]) -> MonitorState | None:

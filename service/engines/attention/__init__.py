@@ -1,1 +1,1 @@
-"""Attention over packed rows, the layout it works on, and the prefix cache."""
+"""Attention over packed batches, their layout, and the prefix cache."""

@@ -1,8 +1,8 @@
-"""Attention to a shared beginning once for all that share it, merged with each sequence's attention to its own tokens.
+"""Cascade attention: a shared prefix is attended to once for all its sequences, each sequence's own tokens separately.
 
-A softmax over all keys is a weighted mean of one over the first and one over the rest; the weights follow from the
-log-sum-exp of both. So the beginning's keys need not be gathered for every sequence. What is asked of which keys is
-laid out in pure code; the attention itself is ``varlen``'s.
+A softmax over all keys is a weighted mean of the softmax over the first keys and the one over the rest; the weights
+follow from the log-sum-exp of both. So the keys of a prefix need not be gathered for every sequence. The plan is pure
+data; the attention of both parts is ``attend_varlen``.
 """
 
 from __future__ import annotations
@@ -10,111 +10,124 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import TypeAlias
 
 import torch
 
-from service.engines.attention.varlen import Borders, attend_varlen
-from service.scheduling.prefix_tree import Branch, Span
+from service.engines.attention.varlen import VarlenMetadata, attend_varlen
+from service.scheduling.prefix_tree import SequenceLayout, TokenSpan
+
+PrefixGroup: TypeAlias = tuple[tuple[TokenSpan, ...], list[SequenceLayout]]
+"""The spans of a prefix, and the sequences that share it."""
 
 
 @dataclass(frozen=True, slots=True)
-class PrefixSlab:
-    """Some beginnings and all the tokens that come behind them.
+class PrefixChunk:
+    """Some prefixes, and all tokens that follow them."""
 
-    ``places``: int64, where those tokens stand in the row, beginning by beginning. ``keys``: int64, where the tokens of
-    the beginnings stand. ``borders``: of the beginnings among both.
-    """
+    queries: torch.Tensor
+    """Indices in the packed batch of the tokens that follow the prefixes, prefix by prefix: int64."""
 
-    places: torch.Tensor
     keys: torch.Tensor
-    borders: Borders
+    """Indices in the packed batch of the tokens of the prefixes: int64."""
 
-
-@dataclass(frozen=True, slots=True)
-class CascadePlan:
-    """The attention of a row in two parts.
-
-    ``own``: borders of the sequences' own tokens. ``longest``: tokens of the longest sequence.
-    """
-
-    own: Borders
-    prefixes: tuple[PrefixSlab, ...]
-    longest: int
+    metadata: VarlenMetadata
+    """Limits of the prefixes among queries and keys."""
 
     @property
     def tensors(self) -> list[torch.Tensor]:
         """All that attention reads on the device."""
-        chunks = [(chunk.places, chunk.keys, chunk.borders.queries, chunk.borders.keys) for chunk in self.prefixes]
-        return [self.own.queries, *(tensor for chunk in chunks for tensor in chunk)]
+        return [self.queries, self.keys, self.metadata.cu_seqlens_q, self.metadata.cu_seqlens_k]
 
-    def moved(self, tensors: Iterator[torch.Tensor]) -> CascadePlan:
-        """Return the same plan with its tensors, in their order, replaced."""
-        borders = next(tensors)
-        own = Borders(borders, borders, self.own.max_seqlen_q, self.own.max_seqlen_k)
-        chunks = []
-        for chunk in self.prefixes:
-            places, keys, queries, seen = (next(tensors) for _ in range(4))
-            chunks.append(
-                PrefixSlab(places, keys, Borders(queries, seen, chunk.borders.max_seqlen_q, chunk.borders.max_seqlen_k))
-            )
-        return CascadePlan(own, tuple(chunks), self.longest)
-
-    def holds_for(self, window: int | None) -> bool:
-        """Whether all of a beginning is seen by all behind it, as a window may prevent."""
-        return window is None or self.longest <= window
+    def with_tensors(self, tensors: Iterator[torch.Tensor]) -> PrefixChunk:
+        """Return the same chunk with its tensors, in the order of ``tensors``, replaced."""
+        queries, keys, cu_seqlens_q, cu_seqlens_k = (next(tensors) for _ in range(4))
+        lengths = self.metadata.max_seqlen_q, self.metadata.max_seqlen_k
+        return PrefixChunk(queries, keys, VarlenMetadata(cu_seqlens_q, cu_seqlens_k, *lengths))
 
 
-def plan_cascade(branches: Sequence[Branch]) -> CascadePlan:
-    """Lay out the attention of the sequences of a row without filling, on the CPU."""
-    owners = sorted((branch for branch in branches if branch.num_own), key=lambda branch: branch.own)
-    own = _borders([branch.num_own for branch in owners], [branch.num_own for branch in owners])
-    groups: dict[tuple[Span, ...], list[Branch]] = {}
-    for branch in owners:
-        if branch.num_shared:
-            groups.setdefault(branch.spans[:-1], []).append(branch)
-    chunks = tuple(_chunk_of(part) for part in _cut(groups, room=owners[-1].own[1]))
-    return CascadePlan(own, chunks, max(branch.num_tokens for branch in branches))
+@dataclass(frozen=True, slots=True)
+class CascadePlan:
+    """The attention of a packed batch in two parts."""
+
+    own: VarlenMetadata
+    """Limits of the sequences' own tokens, which attend to each other first."""
+
+    prefix_chunks: tuple[PrefixChunk, ...]
+    """The prefixes, which the tokens behind them attend to in the second part."""
+
+    max_sequence_tokens: int
+    """Tokens of the longest sequence, shared ones included."""
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All that attention reads on the device."""
+        return [self.own.cu_seqlens_q, *(tensor for chunk in self.prefix_chunks for tensor in chunk.tensors)]
+
+    def with_tensors(self, tensors: Iterator[torch.Tensor]) -> CascadePlan:
+        """Return the same plan with its tensors, in the order of ``tensors``, replaced."""
+        cu_seqlens = next(tensors)
+        own = VarlenMetadata(cu_seqlens, cu_seqlens, self.own.max_seqlen_q, self.own.max_seqlen_k)
+        chunks = tuple(chunk.with_tensors(tensors) for chunk in self.prefix_chunks)
+        return CascadePlan(own, chunks, self.max_sequence_tokens)
+
+    def is_valid_for(self, window: int | None) -> bool:
+        """Whether all tokens attend to all of their prefix, which a sliding window shorter than a sequence prevents."""
+        return window is None or self.max_sequence_tokens <= window
 
 
-def _cut(
-    groups: dict[tuple[Span, ...], list[Branch]], room: int
-) -> Iterator[list[tuple[tuple[Span, ...], list[Branch]]]]:
-    """Share the beginnings out so that no more keys are gathered at once than the row has, or one beginning."""
-    part: list[tuple[tuple[Span, ...], list[Branch]]] = []
+def plan_cascade(sequences: Sequence[SequenceLayout]) -> CascadePlan:
+    """Plan the attention of the sequences of a packed batch without padding; the tensors are on the CPU."""
+    owners = sorted((sequence for sequence in sequences if sequence.num_own), key=lambda sequence: sequence.own)
+    num_own = [sequence.num_own for sequence in owners]
+    groups: dict[tuple[TokenSpan, ...], list[SequenceLayout]] = {}
+    for sequence in owners:
+        if sequence.num_shared:
+            groups.setdefault(sequence.spans[:-1], []).append(sequence)
+    chunks = tuple(_chunk_of(part) for part in _split_groups(groups, max_keys=owners[-1].own[1]))
+    return CascadePlan(_metadata(num_own, num_own), chunks, max(sequence.num_tokens for sequence in sequences))
+
+
+def _split_groups(
+    groups: dict[tuple[TokenSpan, ...], list[SequenceLayout]], max_keys: int
+) -> Iterator[list[PrefixGroup]]:
+    """Split the prefixes so that no more keys are gathered at once than the packed batch has, or one prefix."""
+    part: list[PrefixGroup] = []
     num_keys = 0
-    for spans, branches in groups.items():
-        num_keys += _length(spans)
-        if part and num_keys > room:
+    for spans, sequences in groups.items():
+        num_keys += _num_tokens(spans)
+        if part and num_keys > max_keys:
             yield part
-            part, num_keys = [], _length(spans)
-        part.append((spans, branches))
+            part, num_keys = [], _num_tokens(spans)
+        part.append((spans, sequences))
     if part:
         yield part
 
 
-def _chunk_of(part: Sequence[tuple[tuple[Span, ...], list[Branch]]]) -> PrefixSlab:
-    return PrefixSlab(
-        _positions([branch.own for _, branches in part for branch in branches]),
-        _positions([span for spans, _ in part for span in spans]),
-        _borders(
-            [sum(branch.num_own for branch in branches) for _, branches in part], [_length(spans) for spans, _ in part]
+def _chunk_of(part: Sequence[PrefixGroup]) -> PrefixChunk:
+    return PrefixChunk(
+        _indices([sequence.own for _, sequences in part for sequence in sequences]),
+        _indices([span for spans, _ in part for span in spans]),
+        _metadata(
+            [sum(sequence.num_own for sequence in sequences) for _, sequences in part],
+            [_num_tokens(spans) for spans, _ in part],
         ),
     )
 
 
-def _borders(queries: Sequence[int], keys: Sequence[int]) -> Borders:
-    return Borders(_begins(queries), _begins(keys), max(queries), max(keys))
+def _metadata(num_queries: Sequence[int], num_keys: Sequence[int]) -> VarlenMetadata:
+    return VarlenMetadata(_cu_seqlens(num_queries), _cu_seqlens(num_keys), max(num_queries), max(num_keys))
 
 
-def _begins(counts: Sequence[int]) -> torch.Tensor:
-    return torch.tensor(list(accumulate(counts, initial=0)), dtype=torch.int32)
+def _cu_seqlens(lengths: Sequence[int]) -> torch.Tensor:
+    return torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
 
 
-def _positions(spans: Sequence[Span]) -> torch.Tensor:
+def _indices(spans: Sequence[TokenSpan]) -> torch.Tensor:
     return torch.cat([torch.arange(begin, end) for begin, end in spans])
 
 
-def _length(spans: Sequence[Span]) -> int:
+def _num_tokens(spans: Sequence[TokenSpan]) -> int:
     return sum(end - begin for begin, end in spans)
 
 
@@ -127,7 +140,7 @@ def attend_cascade(
     scaling: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    """Attend within each sequence of a row by the plan, which must hold for the window.
+    """Compute attention within each sequence of a packed batch by a plan that is valid for the window.
 
     Args:
         query: [tokens, heads, head dimension].
@@ -140,27 +153,31 @@ def attend_cascade(
     Returns:
         [tokens, heads, head dimension].
     """
-    output, weight = attend_varlen(query, key, value, plan.own, scaling=scaling, window=window)
-    for chunk in plan.prefixes:
-        asking = query.index_select(0, chunk.places)
-        seen, read = (states.index_select(0, chunk.keys) for states in (key, value))
-        found, its_weight = attend_varlen(asking, seen, read, chunk.borders, scaling=scaling, causal=False)
-        own, own_weight = output.index_select(0, chunk.places), weight.index_select(1, chunk.places)
-        output.index_copy_(0, chunk.places, merge(own, own_weight, found, its_weight))
+    output, lse = attend_varlen(query, key, value, plan.own, scaling=scaling, window=window)
+    for chunk in plan.prefix_chunks:
+        queries = query.index_select(0, chunk.queries)
+        keys, values = (states.index_select(0, chunk.keys) for states in (key, value))
+        prefix, prefix_lse = attend_varlen(queries, keys, values, chunk.metadata, scaling=scaling, causal=False)
+        own, own_lse = output.index_select(0, chunk.queries), lse.index_select(1, chunk.queries)
+        output.index_copy_(0, chunk.queries, merge_attention(own, own_lse, prefix, prefix_lse))
     return output
 
 
-def merge(one: torch.Tensor, one_weight: torch.Tensor, other: torch.Tensor, other_weight: torch.Tensor) -> torch.Tensor:
-    """Return the attention to two sets of keys together, from that to each (Milakov and Gimelshein, 2018).
+def merge_attention(
+    first: torch.Tensor, first_lse: torch.Tensor, second: torch.Tensor, second_lse: torch.Tensor
+) -> torch.Tensor:
+    """Return the attention to the union of two disjoint sets of keys, given the attention to each.
+
+    The online softmax of Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018).
 
     Args:
-        one: [queries, heads, head dimension].
-        one_weight: log-sum-exp of its scores, float32 [heads, queries].
-        other: as ``one``, to the other keys.
-        other_weight: as ``one_weight``.
+        first: attention to the first set, [queries, heads, head dimension].
+        first_lse: log-sum-exp of its scores, float32 [heads, queries].
+        second: attention to the second set, as ``first``.
+        second_lse: as ``first_lse``.
 
     Returns:
-        As ``one``: its type, computed in float32.
+        As ``first``: its type, computed in float32.
     """
-    share = torch.sigmoid(other_weight - one_weight).transpose(0, 1).unsqueeze(2)
-    return torch.lerp(one.float(), other.float(), share).to(one.dtype)
+    weight = torch.sigmoid(second_lse - first_lse).transpose(0, 1).unsqueeze(2)
+    return torch.lerp(first.float(), second.float(), weight).to(first.dtype)

@@ -1,8 +1,7 @@
-"""The layout of a packed row: which of its positions belong to which sequence, as attention needs to know it.
+"""The layout of a packed batch: which tokens belong to which sequence, in the forms that the attention functions read.
 
-Sequences stand end to end, without padding, and what several of them begin alike stands there once. What earlier passes
-have kept of beginnings stands behind the row's tokens, in keys and values alone. It knows positions only, no states;
-attention over them is ``attention``'s.
+Sequences are concatenated without padding, and prefixes that several of them share are in the batch once. Cached tokens
+follow the batch's own in keys and values alone. The layout holds indices and limits, no states.
 """
 
 from __future__ import annotations
@@ -16,45 +15,55 @@ import torch
 
 from service.engines.attention.cascade import CascadePlan, plan_cascade
 from service.engines.attention.kv_cache import CacheTransaction
-from service.engines.attention.tiled import TileBatch, cut_tiles
+from service.engines.attention.tiled import TileBatch, plan_tiles
+from service.engines.attention.varlen import VarlenMetadata
 from service.engines.devices.staging import Staging
 from service.engines.linear.batch_invariant import padded_rows
-from service.scheduling.prefix_tree import Branch, Span, grow_branches
+from service.scheduling.prefix_tree import SequenceLayout, TokenIds, TokenSpan, plan_prefix_sharing
 
 BLOCK = 32
-"""Queries and keys of one sequence are multiples of this. Among such, CPU kernels give a token the same bits whatever
-its sequence's length and whichever of its queries are asked for (seen with AMX and bfloat16)."""
+"""On a CPU the queries and keys of one sequence are padded to a multiple of this. Among such sizes, CPU kernels give a
+token the same bits whatever the length of its sequence and whichever of its queries are computed (seen with AMX and
+bfloat16)."""
 
 
 @dataclass(frozen=True, slots=True)
 class SequenceSpan:
-    """What attention does for one sequence: its own tokens look at all its tokens.
+    """The attention of one sequence in a chunk: its own tokens attend to all its tokens."""
 
-    ``own``: its own tokens in the row. ``num_shared``: tokens that it has before them. ``queries`` and ``keys``: where
-    both stand among the gathered ones of its slab.
-    """
+    own: TokenSpan
+    """Its own tokens in the packed batch."""
 
-    own: Span
     num_shared: int
-    queries: Span
-    keys: Span
+    """Its tokens before those."""
+
+    queries: TokenSpan
+    """Its queries among those gathered for the chunk, padding included."""
+
+    keys: TokenSpan
+    """Its keys among those gathered for the chunk, padding included."""
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionChunk:
-    """Strands whose states are gathered at once, and the positions in the row that are gathered for them.
-
-    ``own``: the piece of the row that is theirs. ``queries``, ``keys``: int64 positions on the device.
-    ``cu_seqlens_q``, ``cu_seqlens_k``: where each strand begins among them, and the last one ends; int32 [strands + 1]
-    on the device, as variable-length kernels take them.
-    """
+    """Sequences whose states are gathered at once."""
 
     sequences: tuple[SequenceSpan, ...]
-    own: Span
+
+    own: TokenSpan
+    """The span of the packed batch that holds the own tokens of all of them."""
+
     queries: torch.Tensor
+    """Indices in the packed batch of the gathered queries: int64, on the device."""
+
     keys: torch.Tensor
+    """Indices of the gathered keys in the packed batch and the cached tokens behind it: int64, on the device."""
+
     cu_seqlens_q: torch.Tensor
+    """Cumulative numbers of gathered queries: int32 [sequences + 1] on the device."""
+
     cu_seqlens_k: torch.Tensor
+    """Cumulative numbers of gathered keys: int32 [sequences + 1] on the device."""
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -62,192 +71,201 @@ class AttentionChunk:
         return self.queries, self.keys, self.cu_seqlens_q, self.cu_seqlens_k
 
     @property
-    def max_seqlen_q(self) -> int:
-        """Queries of the strand that has most."""
-        return max(end - begin for begin, end in (span.queries for span in self.sequences))
-
-    @property
-    def max_seqlen_k(self) -> int:
-        """Keys of the strand that has most."""
-        return max(end - begin for begin, end in (span.keys for span in self.sequences))
+    def metadata(self) -> VarlenMetadata:
+        """The limits of the sequences, for a variable-length kernel."""
+        max_seqlen_q = max(end - begin for begin, end in (span.queries for span in self.sequences))
+        max_seqlen_k = max(end - begin for begin, end in (span.keys for span in self.sequences))
+        return VarlenMetadata(self.cu_seqlens_q, self.cu_seqlens_k, max_seqlen_q, max_seqlen_k)
 
 
 @dataclass(frozen=True)
-class Packing:
-    """Where the sequences of a packed row stand.
+class PackedLayout:
+    """Where the sequences of a packed batch are; passed through the model's forward to its attention layers."""
 
-    ``branches``: the place of each sequence, in their order. ``block``: of which the queries and keys of a strand are a
-    multiple. ``num_filler``: tokens at the end of the row that belong to nobody. ``visit``: what the pass takes from
-    earlier ones and leaves for later ones. ``staged_chunks``: the slabs with their tensors on the device; empty where
-    they need not be sent. ``is_static``: whether the borders that count are known to the device only. ``cascade_plan``:
-    attention in two parts, where beginnings are shared and that is wanted. ``bands``: masks that the layers of this
-    pass have in common; filled by attention.
-    """
+    sequences: tuple[SequenceLayout, ...]
+    """The layout of each sequence, in the order of the batch."""
 
-    branches: tuple[Branch, ...]
     device: torch.device
+    """The model's device."""
+
     block: int = 1
-    num_filler: int = 0
-    visit: CacheTransaction | None = None
+    """The queries and keys that are gathered for a sequence are padded to a multiple of this."""
+
+    num_padding: int = 0
+    """Tokens at the end of the packed batch that belong to no sequence."""
+
+    cache_transaction: CacheTransaction | None = None
+    """What the pass reads from the prefix cache and writes to it; None: it uses no cache."""
+
     staged_chunks: tuple[AttentionChunk, ...] = ()
+    """The chunks with their tensors on the device; empty where they need not be sent."""
+
     is_static: bool = False
+    """Whether the cumulative lengths change from pass to pass, on the device only, as a CUDA graph requires."""
+
     cascade_plan: CascadePlan | None = None
-    bands: dict[tuple[int | None, torch.dtype], torch.Tensor] = field(default_factory=dict)
-    _tilings: dict[tuple[int | None, torch.dtype], list[TileBatch]] = field(default_factory=dict)
+    """Attention in two parts; None where no prefix is shared, or cascade attention is off."""
+
+    window_masks: dict[tuple[int | None, torch.dtype], torch.Tensor] = field(default_factory=dict)
+    """Sliding-window masks by window and type, which the layers of a pass share; filled by ``per_sequence``."""
+
+    _tile_batches: dict[tuple[int | None, torch.dtype], list[TileBatch]] = field(default_factory=dict)
 
     @classmethod
     def of(
         cls,
-        rows: Sequence[tuple[int, ...]],
+        sequences: Sequence[TokenIds],
         device: torch.device,
         *,
         block: int = 1,
-        shortest_shared: int | None = None,
+        min_shared_tokens: int | None = None,
         batch_invariant_linear: bool = False,
-        visit: CacheTransaction | None = None,
+        cached: Sequence[TokenSpan] | None = None,
         cascade: bool = False,
-    ) -> Packing:
-        """Lay out sequences of token ids; with row blocks, up to a length that suits those.
+    ) -> PackedLayout:
+        """Build the layout of a batch.
 
         Args:
-            rows: at least one, none empty.
+            sequences: token ids; at least one sequence, none empty.
             device: of the model.
-            block: of which the queries and keys of each sequence are a multiple, filled up with its last token; those
-                come after all that it looks at.
-            shortest_shared: common beginnings of at least so many tokens stand in the row once; None: none does.
-            batch_invariant_linear: whether linear layers multiply in row blocks.
-            visit: what earlier passes have kept of these sequences; None: nothing.
-            cascade: whether attention to shared beginnings is merged with that to own tokens.
+            block: the queries and keys of each sequence are padded to a multiple of this with its last token, which is
+                after all that the real queries attend to.
+            min_shared_tokens: common prefixes of at least so many tokens are in the batch once; None: none is shared.
+            batch_invariant_linear: whether linear layers multiply blocks of a fixed number of tokens, to a multiple of
+                which the batch is padded.
+            cached: of each sequence its cached prefix, as in ``CachedTokens.spans``; None: nothing is cached.
+            cascade: whether shared prefixes are attended to by cascade attention.
         """
-        branches = tuple(grow_branches(rows, shortest_shared, visit.spans if visit else None))
-        num_tokens = sum(branch.num_own for branch in branches)
-        num_filler = padded_rows(num_tokens) - num_tokens if batch_invariant_linear else 0
-        shares = any(branch.num_shared for branch in branches)
-        cascade_plan = plan_cascade(branches) if cascade and shares and num_tokens else None
-        return cls(branches, device, block, num_filler, visit, cascade_plan=cascade_plan)
+        layouts = tuple(plan_prefix_sharing(sequences, min_shared_tokens, cached))
+        num_tokens = sum(layout.num_own for layout in layouts)
+        num_padding = padded_rows(num_tokens) - num_tokens if batch_invariant_linear else 0
+        shares_prefixes = any(layout.num_shared for layout in layouts)
+        cascade_plan = plan_cascade(layouts) if cascade and shares_prefixes and num_tokens else None
+        return cls(layouts, device, block, num_padding, cascade_plan=cascade_plan)
 
     @cached_property
     def chunks(self) -> tuple[AttentionChunk, ...]:
-        """All the work of attention, in the order of the row, for kernels that take one sequence after another."""
-        return self.staged_chunks or tuple(_cut_chunks(self.branches, self.block))
+        """The attention of all sequences in the order of the packed batch, for kernels that gather queries and keys."""
+        return self.staged_chunks or tuple(_split_chunks(self.sequences, self.block))
 
-    def staged(self, staging: Staging, inputs: Sequence[torch.Tensor]) -> tuple[Packing, list[torch.Tensor]]:
-        """Return the layout as the device reads it, and other inputs of the pass there: all is sent at once."""
+    def with_cache(self, transaction: CacheTransaction) -> PackedLayout:
+        """Return the same layout for a pass within this transaction, whose lookup the layout was built with."""
+        return replace(self, cache_transaction=transaction)
+
+    def to_device(self, staging: Staging, inputs: Sequence[torch.Tensor]) -> tuple[PackedLayout, list[torch.Tensor]]:
+        """Return the layout with its tensors on the device, and other inputs of the pass there: all is sent at once."""
         if self.device.type == "cpu":
             return self, list(inputs)
         plan = self.cascade_plan
-        slab_tensors = [tensor for chunk in self.chunks for tensor in chunk.tensors]
-        tensors = staging.to_device([*inputs, *slab_tensors, *(plan.tensors if plan else [])])
-        arrived = iter(tensors[len(inputs) :])
+        chunk_tensors = [tensor for chunk in self.chunks for tensor in chunk.tensors]
+        tensors = staging.to_device([*inputs, *chunk_tensors, *(plan.tensors if plan else [])])
+        sent = iter(tensors[len(inputs) :])
         chunks = [
-            replace(
-                chunk,
-                queries=next(arrived),
-                keys=next(arrived),
-                cu_seqlens_q=next(arrived),
-                cu_seqlens_k=next(arrived),
-            )
+            replace(chunk, queries=next(sent), keys=next(sent), cu_seqlens_q=next(sent), cu_seqlens_k=next(sent))
             for chunk in self.chunks
         ]
-        plan = plan.moved(arrived) if plan else None
+        plan = plan.with_tensors(sent) if plan else None
         return replace(self, staged_chunks=tuple(chunks), cascade_plan=plan), tensors[: len(inputs)]
 
     @cached_property
     def kernel_spans(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """All the work of attention, for a kernel that finds its tokens by itself.
+        """The attention of all sequences, for a kernel that reads tokens where they are.
 
         int32 [sequences, 5]: first own token, own tokens, tokens before them, first span, spans; and int32 [spans, 2].
         """
-        owners = [branch for branch in self.branches if branch.num_own]
-        firsts = accumulate((len(branch.spans) for branch in owners), initial=0)
+        owners = [sequence for sequence in self.sequences if sequence.num_own]
+        first_spans = accumulate((len(sequence.spans) for sequence in owners), initial=0)
         sequences = [
-            (branch.own[0], branch.num_own, branch.num_shared, first, len(branch.spans))
-            for branch, first in zip(owners, firsts, strict=False)
+            (sequence.own[0], sequence.num_own, sequence.num_shared, first_span, len(sequence.spans))
+            for sequence, first_span in zip(owners, first_spans, strict=False)
         ]
-        spans = [span for branch in owners for span in branch.spans]
+        spans = [span for sequence in owners for span in sequence.spans]
         return torch.tensor(sequences, dtype=torch.int32), torch.tensor(spans, dtype=torch.int32)
 
-    def tilings(self, window: int | None, dtype: torch.dtype) -> list[TileBatch]:
-        """Return all the work of attention as tiles, for layers with this window; cut once a pass."""
-        if (window, dtype) not in self._tilings:
-            self._tilings[window, dtype] = cut_tiles(self.branches, window, dtype)
-        return self._tilings[window, dtype]
+    def tile_batches(self, window: int | None, dtype: torch.dtype) -> list[TileBatch]:
+        """Return the attention of all sequences as tiles, for layers with this window; planned once a pass."""
+        if (window, dtype) not in self._tile_batches:
+            self._tile_batches[window, dtype] = plan_tiles(self.sequences, window, dtype)
+        return self._tile_batches[window, dtype]
 
-    def extended(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a layer's keys and values where the sequences' spans point: those of the row, and of kept tokens."""
-        return (key, value) if self.visit is None else self.visit.extended(key, value)
+    def append_cached(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a layer's keys and values as the sequences' spans index them: the batch's, then the cached ones.
+
+        Called once by each attention layer of a pass, in their order; see ``CacheTransaction.append``.
+        """
+        return (key, value) if self.cache_transaction is None else self.cache_transaction.append(key, value)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in the row that belong to a sequence."""
-        return sum(branch.num_own for branch in self.branches)
+        """Tokens of the packed batch that belong to a sequence."""
+        return sum(sequence.num_own for sequence in self.sequences)
 
     @property
-    def shares(self) -> bool:
-        """Whether some sequence uses the tokens of another, or of an earlier pass."""
-        return any(branch.num_shared for branch in self.branches)
+    def shares_prefixes(self) -> bool:
+        """Whether some sequence uses tokens that are computed for another one, or cached ones."""
+        return any(sequence.num_shared for sequence in self.sequences)
 
     @property
-    def in_row_order(self) -> list[int]:
-        """Which sequence's own tokens come first, second and so on."""
-        return sorted(range(len(self.branches)), key=lambda index: self.branches[index].own)
+    def packed_order(self) -> list[int]:
+        """Indices of the sequences in the order of their own tokens in the packed batch."""
+        return sorted(range(len(self.sequences)), key=lambda index: self.sequences[index].own)
 
-    def token_ids(self, rows: Sequence[tuple[int, ...]], filler_id: int) -> list[int]:
-        """Return the tokens of the row, filler included."""
-        own = (rows[index][self.branches[index].num_shared :] for index in self.in_row_order)
-        return [token for tokens in own for token in tokens] + [filler_id] * self.num_filler
+    def token_ids(self, sequences: Sequence[TokenIds], padding_id: int) -> list[int]:
+        """Return the tokens of the packed batch, padding included, given those of the sequences."""
+        own = (sequences[index][self.sequences[index].num_shared :] for index in self.packed_order)
+        return [token for tokens in own for token in tokens] + [padding_id] * self.num_padding
 
     def position_ids(self) -> torch.Tensor:
-        """Return how many tokens of its sequence stand before each: int64 [1, tokens] on the CPU, zeros for filler."""
-        branches = [self.branches[index] for index in self.in_row_order]
-        counts = [torch.arange(branch.num_shared, branch.num_tokens) for branch in branches]
-        counts.append(torch.zeros(self.num_filler, dtype=torch.long))
-        return torch.cat(counts).unsqueeze(0)
+        """Return the position of each token in its sequence: int64 [1, tokens] on the CPU, zeros for padding."""
+        sequences = [self.sequences[index] for index in self.packed_order]
+        positions = [torch.arange(sequence.num_shared, sequence.num_tokens) for sequence in sequences]
+        positions.append(torch.zeros(self.num_padding, dtype=torch.long))
+        return torch.cat(positions).unsqueeze(0)
 
 
-def _cut_chunks(branches: Sequence[Branch], block: int) -> Iterator[AttentionChunk]:
-    """Yield slabs that gather as many tokens at once as the row has, or one longest sequence.
+def _split_chunks(sequences: Sequence[SequenceLayout], block: int) -> Iterator[AttentionChunk]:
+    """Yield chunks that gather as many keys at once as the packed batch has tokens, or those of one sequence.
 
-    Sequences that share much have far more tokens together than the row, and memory is planned by the row.
+    Sequences that share much have far more tokens together than the batch, and memory is planned by the batch.
     """
-    owners = sorted((branch for branch in branches if branch.num_own), key=lambda branch: branch.own)
-    room = sum(_filled(branch.num_own, block) for branch in owners)
-    waiting: list[Branch] = []
+    owners = sorted((sequence for sequence in sequences if sequence.num_own), key=lambda sequence: sequence.own)
+    max_keys = sum(_padded(sequence.num_own, block) for sequence in owners)
+    chunk: list[SequenceLayout] = []
     num_keys = 0
-    for branch in owners:
-        num_keys += _filled(branch.num_tokens, block)
-        if waiting and num_keys > room:
-            yield _chunk_of(waiting, block)
-            waiting, num_keys = [], _filled(branch.num_tokens, block)
-        waiting.append(branch)
-    yield _chunk_of(waiting, block)
+    for sequence in owners:
+        num_keys += _padded(sequence.num_tokens, block)
+        if chunk and num_keys > max_keys:
+            yield _chunk_of(chunk, block)
+            chunk, num_keys = [], _padded(sequence.num_tokens, block)
+        chunk.append(sequence)
+    yield _chunk_of(chunk, block)
 
 
-def _chunk_of(branches: Sequence[Branch], block: int) -> AttentionChunk:
-    queries = list(accumulate((_filled(branch.num_own, block) for branch in branches), initial=0))
-    keys = list(accumulate((_filled(branch.num_tokens, block) for branch in branches), initial=0))
+def _chunk_of(sequences: Sequence[SequenceLayout], block: int) -> AttentionChunk:
+    cu_seqlens_q = list(accumulate((_padded(sequence.num_own, block) for sequence in sequences), initial=0))
+    cu_seqlens_k = list(accumulate((_padded(sequence.num_tokens, block) for sequence in sequences), initial=0))
     return AttentionChunk(
         tuple(
-            SequenceSpan(branch.own, branch.num_shared, *both)
-            for branch, *both in zip(branches, pairwise(queries), pairwise(keys), strict=True)
+            SequenceSpan(sequence.own, sequence.num_shared, queries, keys)
+            for sequence, queries, keys in zip(sequences, pairwise(cu_seqlens_q), pairwise(cu_seqlens_k), strict=True)
         ),
-        (branches[0].own[0], branches[-1].own[1]),
-        _positions([[branch.own] for branch in branches], block),
-        _positions([branch.spans for branch in branches], block),
-        torch.tensor(queries, dtype=torch.int32),
-        torch.tensor(keys, dtype=torch.int32),
+        (sequences[0].own[0], sequences[-1].own[1]),
+        _padded_indices([(sequence.own,) for sequence in sequences], block),
+        _padded_indices([sequence.spans for sequence in sequences], block),
+        torch.tensor(cu_seqlens_q, dtype=torch.int32),
+        torch.tensor(cu_seqlens_k, dtype=torch.int32),
     )
 
 
-def _positions(pieces: Sequence[Sequence[Span]], block: int) -> torch.Tensor:
-    """Return the positions that the spans of each sequence hold, filled up to a multiple of the block."""
+def _padded_indices(spans_of_sequences: Sequence[Sequence[TokenSpan]], block: int) -> torch.Tensor:
+    """Return the indices in the spans of each sequence, its last one repeated up to a multiple of the block."""
     parts = []
-    for spans in pieces:
+    for spans in spans_of_sequences:
         num_tokens = sum(end - begin for begin, end in spans)
         parts += [torch.arange(begin, end) for begin, end in spans]
-        parts.append(torch.full((_filled(num_tokens, block) - num_tokens,), spans[-1][1] - 1))
+        parts.append(torch.full((_padded(num_tokens, block) - num_tokens,), spans[-1][1] - 1))
     return torch.cat(parts)
 
 
-def _filled(num_tokens: int, block: int) -> int:
+def _padded(num_tokens: int, block: int) -> int:
     return -(-num_tokens // block) * block

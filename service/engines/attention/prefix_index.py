@@ -1,7 +1,7 @@
-"""Which beginnings are kept between passes, and in which slots their tokens lie: the books of ``kv_cache``.
+"""Which prefixes are cached between passes, and in which slots of the pool their tokens are: the index of ``kv_cache``.
 
-Pure: token ids and slot numbers, no states and no torch. A slot holds one token of one beginning. Beginnings that begin
-alike have the slots of their common part in common, counted by how many beginnings use each.
+Pure: token ids and slot numbers, no states and no torch. A slot holds one token of one prefix. Prefixes with a common
+part share its slots, which are reference-counted.
 """
 
 from __future__ import annotations
@@ -9,44 +9,52 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from service.scheduling.prefix_tree import num_common, worth_sharing
+from service.scheduling.prefix_tree import TokenIds, common_prefix_length, shareable_tokens
 
-STRIDE = 1024
-"""Slots that are looked at together for free ones."""
+SEARCH_SLOTS = 1024
+"""Slots that are searched for free ones at once."""
 
 
 @dataclass(slots=True, eq=False)
 class CachedPrefix:
-    """A beginning that is kept: its tokens, and the slot of each.
+    """A cached prefix."""
 
-    ``last_pass``: number of the pass that used it last.
-    """
+    tokens: TokenIds = field(repr=False)
 
-    tokens: tuple[int, ...] = field(repr=False)
     slots: NDArray[np.int64] = field(repr=False)
+    """The slot of each token."""
+
     last_pass: int
+    """Number of the last pass that used it."""
+
+
+_Match: TypeAlias = tuple[CachedPrefix, int]
+"""A cached prefix, and how many leading tokens it has in common with a sequence."""
 
 
 class PrefixIndex:
-    """Beginnings within a fixed number of slots; the one that was not used for longest makes room for a new one.
+    """Prefixes in a fixed number of slots; the least recently used one is evicted when a new one needs its slots.
 
     Args:
-        num_slots: tokens that can be kept.
-        shortest: a beginning of fewer tokens is neither kept nor found.
+        num_slots: tokens that can be cached.
+        min_tokens: a shorter prefix is neither cached nor found.
     """
 
-    def __init__(self, num_slots: int, shortest: int) -> None:
-        self._shortest = shortest
-        self._uses = np.zeros(num_slots, np.int32)
+    def __init__(self, num_slots: int, min_tokens: int) -> None:
+        self._min_tokens = min_tokens
+        self._use_counts = np.zeros(num_slots, np.int32)
         self._num_free = num_slots
-        self._next = 0  # where free slots are looked for, round and round: neighbours are copied fastest
-        self._sorted: list[CachedPrefix] = []
+        self._next_slot = 0  # where the search for free slots goes on, cyclically: contiguous slots are copied fastest
+        self._sorted: list[CachedPrefix] = []  # in lexicographic order
         self._by_age: OrderedDict[CachedPrefix, None] = OrderedDict()
         self._pass = 0
+        # Results of lookups by the identity of the token ids; these are held, so that no other tuple gets the same one.
+        self._matches: dict[int, tuple[TokenIds, list[_Match]]] = {}
 
     def __len__(self) -> int:
         return len(self._sorted)
@@ -54,65 +62,90 @@ class PrefixIndex:
     @property
     def num_tokens(self) -> int:
         """Slots in use."""
-        return len(self._uses) - self._num_free
+        return len(self._use_counts) - self._num_free
 
     def begin_pass(self) -> None:
-        """Count a new pass. What is found or added from now on stays until the next one begins."""
+        """Count a new pass. What is used or added from now on is not evicted until the next one begins."""
         self._pass += 1
 
-    def longest(self, row: tuple[int, ...], limit: int) -> tuple[CachedPrefix | None, int]:
-        """Return a kept beginning that has most leading tokens in common with a row, and how many, at most ``limit``.
+    def longest(self, tokens: TokenIds, limit: int) -> tuple[CachedPrefix | None, int]:
+        """Return the cached prefix with most leading tokens in common with a sequence, and how many, at most ``limit``.
 
-        In lexical order it stands beside the row.
+        The comparison is remembered for this very tuple until a prefix is added or removed, or ``end_lookups``: the
+        queue looks a sequence up for its cost, the pass that computes it then looks it up again.
         """
-        place = bisect_left(self._sorted, row, key=_tokens_of)
-        found: CachedPrefix | None = None
-        depth = 0
-        for neighbour in self._sorted[max(place - 1, 0) : place + 1]:
-            common = min(num_common(neighbour.tokens, row), limit)
-            if common > depth:
-                found, depth = neighbour, common
-        return (found, depth) if worth_sharing(depth, self._shortest) else (None, 0)
+        known = self._matches.get(id(tokens))
+        if known is None:
+            known = self._matches[id(tokens)] = tokens, self._adjacent(tokens)
+        return self._longest_of(known[1], limit)
+
+    def end_lookups(self) -> None:
+        """Forget the results of lookups; each pass calls it, so that no tokens of finished requests are held."""
+        self._matches.clear()
 
     def use(self, prefix: CachedPrefix) -> None:
-        """Note that the pass uses it."""
+        """Mark a prefix as used by the current pass."""
         prefix.last_pass = self._pass
         self._by_age.move_to_end(prefix)
 
-    def add(self, tokens: tuple[int, ...]) -> tuple[CachedPrefix, int] | None:
-        """Keep a beginning, and return it with how many of its leading tokens were kept already.
+    def add(self, tokens: TokenIds) -> tuple[CachedPrefix, int] | None:
+        """Reserve slots for a prefix; return it with how many of its leading tokens were cached already.
 
-        None where it is too short, is kept whole already, or finds no room beside what this pass uses.
+        None where it is too short, is cached whole already, or finds no slots beside those that this pass uses.
         """
-        if not worth_sharing(len(tokens), self._shortest):
+        if not shareable_tokens(len(tokens), self._min_tokens):
             return None
-        known, depth = self.longest(tokens, len(tokens))
+        known, num_known = self._longest_of(self._adjacent(tokens), len(tokens))
         if known is not None:
             self.use(known)
-        if depth == len(tokens) or not self._make_room(len(tokens) - depth):
+        if num_known == len(tokens) or not self._evict_until_free(len(tokens) - num_known):
             return None
-        old = np.empty(0, np.int64) if known is None else known.slots[:depth]
-        prefix = CachedPrefix(tokens, np.concatenate([old, self._take(len(tokens) - depth)]), self._pass)
-        self._uses[prefix.slots] += 1
-        self._sorted.insert(bisect_left(self._sorted, tokens, key=_tokens_of), prefix)
+        shared_slots = np.empty(0, np.int64) if known is None else known.slots[:num_known]
+        slots = np.concatenate([shared_slots, self._take_slots(len(tokens) - num_known)])
+        prefix = CachedPrefix(tokens, slots, self._pass)
+        self._use_counts[prefix.slots] += 1
+        self._sorted.insert(self._rank(tokens), prefix)
         self._by_age[prefix] = None
-        return prefix, depth
+        self._matches.clear()
+        return prefix, num_known
 
     def remove(self, prefix: CachedPrefix) -> None:
-        """Forget a beginning; slots that no other one uses are free."""
-        del self._sorted[bisect_left(self._sorted, prefix.tokens, key=_tokens_of)]
+        """Remove a prefix; slots that no other prefix uses become free."""
+        del self._sorted[self._rank(prefix.tokens)]
         del self._by_age[prefix]
-        self._uses[prefix.slots] -= 1
-        self._num_free += int((self._uses[prefix.slots] == 0).sum())
+        self._use_counts[prefix.slots] -= 1
+        self._num_free += int((self._use_counts[prefix.slots] == 0).sum())
+        self._matches.clear()
 
     def clear(self) -> None:
-        """Forget all beginnings."""
+        """Remove all prefixes."""
         for prefix in list(self._sorted):
             self.remove(prefix)
-        self._next = 0
+        self._next_slot = 0
+        self._matches.clear()
 
-    def _make_room(self, num_slots: int) -> bool:
-        if num_slots > len(self._uses):
+    def _rank(self, tokens: TokenIds) -> int:
+        return bisect_left(self._sorted, tokens, key=_tokens_of)
+
+    def _adjacent(self, tokens: TokenIds) -> list[_Match]:
+        """Compare a sequence with the prefixes adjacent in lexicographic order: one of them has most in common."""
+        rank = self._rank(tokens)
+        return [
+            (prefix, common_prefix_length(prefix.tokens, tokens))
+            for prefix in self._sorted[max(rank - 1, 0) : rank + 1]
+        ]
+
+    def _longest_of(self, matches: list[_Match], limit: int) -> tuple[CachedPrefix | None, int]:
+        found: CachedPrefix | None = None
+        num_common = 0
+        for prefix, common in matches:
+            if min(common, limit) > num_common:
+                found, num_common = prefix, min(common, limit)
+        return (found, num_common) if shareable_tokens(num_common, self._min_tokens) else (None, 0)
+
+    def _evict_until_free(self, num_slots: int) -> bool:
+        """Free slots for so many tokens; return whether that was possible without prefixes that this pass uses."""
+        if num_slots > len(self._use_counts):
             return False
         while self._num_free < num_slots:
             oldest = next(iter(self._by_age))
@@ -121,18 +154,18 @@ class PrefixIndex:
             self.remove(oldest)
         return True
 
-    def _take(self, num_slots: int) -> NDArray[np.int64]:
+    def _take_slots(self, num_slots: int) -> NDArray[np.int64]:
         self._num_free -= num_slots
         taken = [np.empty(0, np.int64)]
         while num_slots:
-            looked_at = self._uses[self._next : self._next + STRIDE]
-            free = np.flatnonzero(looked_at == 0)[:num_slots]
-            taken.append(free + self._next)
+            searched = self._use_counts[self._next_slot : self._next_slot + SEARCH_SLOTS]
+            free = np.flatnonzero(searched == 0)[:num_slots]
+            taken.append(free + self._next_slot)
             num_slots -= len(free)
-            self._next += len(looked_at) if num_slots else int(free[-1]) + 1
-            self._next %= len(self._uses)
+            self._next_slot += len(searched) if num_slots else int(free[-1]) + 1
+            self._next_slot %= len(self._use_counts)
         return np.concatenate(taken)
 
 
-def _tokens_of(prefix: CachedPrefix) -> tuple[int, ...]:
+def _tokens_of(prefix: CachedPrefix) -> TokenIds:
     return prefix.tokens

@@ -1,7 +1,7 @@
-"""Attention over sequences of any lengths that stand end to end, in one call, with the log-sum-exp of its scores.
+"""Variable-length attention: one call for sequences of any lengths, concatenated, with the log-sum-exp of its scores.
 
-On CUDA this is torch's flash attention; elsewhere the same in plain matrix products over a mask. Those grow with the
-square of the row and serve nobody: they say what the kernel has to give, where there is no GPU.
+On CUDA this is torch's flash attention. Elsewhere ``reference`` computes the same in plain matrix products with a mask;
+its cost grows with the square of the tokens, and it serves only to define and test what the kernel returns.
 """
 
 from __future__ import annotations
@@ -13,29 +13,32 @@ from typing import Any
 import torch
 from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
-SHARES_KEYS = "enable_gqa" in inspect.signature(varlen_attn).parameters
-"""Whether the kernel of this torch takes keys that query heads share; torch 2.11 does not."""
+HAS_GROUPED_QUERIES = "enable_gqa" in inspect.signature(varlen_attn).parameters
+"""Whether the kernel of this torch supports grouped-query attention; torch 2.11 does not."""
 
 
 @dataclass(frozen=True, slots=True)
-class Borders:
-    """Where sequences begin, and the last one ends, among queries and keys; a sequence may be empty in both.
+class VarlenMetadata:
+    """The limits of concatenated sequences, in the terms of flash-attention; a sequence may be empty in both."""
 
-    ``queries``, ``keys``: int32 [sequences + 1] on the device. ``max_seqlen_q``, ``max_seqlen_k``: what no sequence has
-    more of.
-    """
+    cu_seqlens_q: torch.Tensor
+    """Cumulative numbers of queries, from zero: int32 [sequences + 1] on the device."""
 
-    queries: torch.Tensor
-    keys: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    """Cumulative numbers of keys, from zero: int32 [sequences + 1] on the device."""
+
     max_seqlen_q: int
+    """Upper bound of the queries of a sequence."""
+
     max_seqlen_k: int
+    """Upper bound of the keys of a sequence."""
 
 
 def attend_varlen(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    borders: Borders,
+    metadata: VarlenMetadata,
     *,
     scaling: float | None,
     window: int | None = None,
@@ -47,20 +50,20 @@ def attend_varlen(
         query: [queries, heads, head dimension].
         key: [keys, key heads, head dimension].
         value: as ``key``.
-        borders: of the sequences; no query may be without a key.
-        scaling: factor on the scores; None: one over the root of the head dimension.
-        window: keys that a query sees, its own place included; None: all. Only with ``causal``.
-        causal: whether a query sees only what stands before it.
+        metadata: of the sequences; no query may be without a key.
+        scaling: factor on the scores; None: one over the square root of the head dimension.
+        window: keys that a query attends to, its own position included; None: all. Only with ``causal``.
+        causal: whether a query attends only to its own and earlier positions.
 
     Returns:
         [queries, heads, head dimension], and the natural logarithm of the sum of exponentials of each query's scaled
         scores: float32 [heads, queries].
     """
     if not _has_kernel(query.device):
-        return reference(query, key, value, borders, scaling=scaling, window=window, causal=causal)
+        return reference(query, key, value, metadata, scaling=scaling, window=window, causal=causal)
     options: dict[str, Any] = {}
     groups = query.shape[1] // key.shape[1]
-    if SHARES_KEYS:
+    if HAS_GROUPED_QUERIES:
         options["enable_gqa"] = True
     elif groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -68,13 +71,13 @@ def attend_varlen(
         query,
         key,
         value,
-        borders.queries,
-        borders.keys,
-        borders.max_seqlen_q,
-        borders.max_seqlen_k,
+        metadata.cu_seqlens_q,
+        metadata.cu_seqlens_k,
+        metadata.max_seqlen_q,
+        metadata.max_seqlen_k,
         return_aux=AuxRequest(lse=True),
         scale=scaling,
-        # How far a query sees to the left and to the right of itself; -1: to the end.
+        # Keys to the left and to the right of a query's own position; -1: no limit.
         window_size=(-1 if window is None else window - 1, 0 if causal else -1),
         **options,
     )
@@ -82,7 +85,7 @@ def attend_varlen(
 
 
 def _has_kernel(device: torch.device) -> bool:
-    """Whether torch's kernel runs here; on the meta device its shapes do."""
+    """Whether torch's kernel runs here; on the meta device its shapes are computed."""
     return device.type in {"cuda", "meta"}
 
 
@@ -90,20 +93,20 @@ def reference(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    borders: Borders,
+    metadata: VarlenMetadata,
     *,
     scaling: float | None,
     window: int | None,
     causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Do what ``attend_varlen`` promises, by its definition."""
+    """Compute what ``attend_varlen`` returns, by its definition, in float32."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    asking, asking_depth = _owners(borders.queries, query.shape[0])
-    seen, seen_depth = _owners(borders.keys, key.shape[0])
-    surplus = (borders.keys.diff() - borders.queries.diff())[asking]
-    distance = (asking_depth + surplus)[:, None] - seen_depth
-    hidden = asking[:, None] != seen
+    query_sequence, query_position = _sequence_and_position(metadata.cu_seqlens_q, query.shape[0])
+    key_sequence, key_position = _sequence_and_position(metadata.cu_seqlens_k, key.shape[0])
+    surplus = (metadata.cu_seqlens_k.diff() - metadata.cu_seqlens_q.diff())[query_sequence]
+    distance = (query_position + surplus)[:, None] - key_position
+    hidden = query_sequence[:, None] != key_sequence
     if causal:
         hidden |= distance < 0
     if window is not None:
@@ -114,8 +117,8 @@ def reference(
     return attended.to(query.dtype), torch.logsumexp(scores, dim=-1)
 
 
-def _owners(borders: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return for each token which sequence it belongs to, and how many of that one's tokens stand before it."""
-    places = torch.arange(num_tokens, dtype=borders.dtype)
-    owners = torch.searchsorted(borders, places, right=True) - 1
-    return owners, places - borders[owners]
+def _sequence_and_position(cu_seqlens: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return of each token the index of its sequence, and its position within that sequence."""
+    indices = torch.arange(num_tokens, dtype=cu_seqlens.dtype)
+    sequences = torch.searchsorted(cu_seqlens, indices, right=True) - 1
+    return sequences, indices - cu_seqlens[sequences]

@@ -1,6 +1,6 @@
-"""Compiles the kernels for all kinds of CPU into the installation: ``python -m service.engines.kernels``.
+"""Compiles the CPU kernels of all targets into the installation: ``python -m service.engines.kernels``.
 
-Where that has happened, as in a container image, no compiler is needed at run time.
+A container image does this once, so that it needs no compiler at run time.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from service.engines.kernels.build import BUILT, KernelsUnavailable, build_all
 
 
 def main() -> int:
-    """Run the command; returns the exit status: 1 when they cannot be compiled."""
+    """Run the command; returns the exit status, 1 where the kernels cannot be compiled."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
-        print(f"There are no kernels for {platform.machine()}.")
+        print(f"The CPU kernels do not support {platform.machine()}: nothing to compile.")
         return 0
     try:
         build_all(BUILT)

@@ -1,258 +1,317 @@
-"""The kernels as functions of tensors: C types and pointers stay in here.
+"""The compiled CPU kernels as functions of tensors, and the choice of the library for this machine.
 
-It knows neither models nor modules. All tensors are on the CPU: states, weights and biases in bfloat16, with contiguous
-rows, packed weights in bytes.
+All tensors are on the CPU: states, weights and biases in bfloat16, with contiguous rows; packed weights in bytes.
+Models and modules are left to ``fused_modules``, C types and struct layouts to ``abi``.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
 
 import torch
 
+from service.engines.kernels import abi
 from service.engines.kernels.build import KernelsUnavailable, Target, locate_library, target_of_machine
 from service.errors import SettingsError
 
 STEP = 32
-"""Of what the inner dimension of a product must be a multiple."""
+"""The inner dimension of a product must be a multiple of this; also the outputs of one packed panel."""
 
 
 class Norm(IntEnum):
-    """Where a root mean square norm rounds, and what it multiplies with; the same numbers as in ``elementwise.cpp``."""
+    """Where a root mean square norm rounds and what it multiplies by; the same values as in ``rms_norm.h``."""
 
-    ROUNDED_FIRST = 0
+    ROUND_BEFORE_WEIGHT = 0
+    """The normalized states are rounded to bfloat16, then multiplied by the weight (Llama)."""
+
     ONE_PLUS_WEIGHT = 1
-    ROUNDED_LAST = 2
+    """The factor is one plus the weight, and the product is rounded (Gemma)."""
+
+    ROUND_AFTER_WEIGHT = 2
+    """The normalized states are multiplied by the weight in fp32, and the product is rounded."""
 
 
 class Activation(IntEnum):
-    """What opens a gate; the same numbers as in ``numbers.h``."""
+    """The activation of a gate; the same values as in ``simd.h``."""
 
     SILU = 0
     GELU_TANH = 1
 
 
 @cache
-def load_kernels(*, quantizes: bool = False) -> Kernels:
-    """Return the kernels for this machine, loaded once a process; ``quantizes``: those with linear layers in int8.
+def load_kernels(*, int8: bool = False) -> Kernels:
+    """Return the kernels for this machine, loaded once in a process; ``int8``: those with linear layers in int8.
 
     Raises:
-        KernelsUnavailable: this machine cannot have them; the message says why.
+        KernelsUnavailable: this machine cannot run them; the message states the reason.
     """
-    target = target_of_machine(quantizes=quantizes)
+    target = target_of_machine(int8=int8)
     path = locate_library(target)
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
-        raise KernelsUnavailable(f"they cannot be loaded: {error}") from None
-    if not library.ask_permission():
-        raise KernelsUnavailable("the operating system does not let this process use matrix tiles")
+        raise KernelsUnavailable(f"the compiled library cannot be loaded: {error}") from None
+    if not library.request_amx_permission():
+        raise KernelsUnavailable("the operating system does not permit this process to use AMX tiles")
     return Kernels(library, target)
 
 
 def kernels_for(choice: str, device: torch.device, dtype: torch.dtype) -> tuple[Kernels | None, str]:
-    """Return the kernels that the setting wants on this device in this arithmetic, and in words why there are none.
+    """Return the kernels that ``model.kernels`` selects for this device and dtype, or None and the reason.
 
     Raises:
-        SettingsError: the setting is ``on`` and there are none.
+        SettingsError: the setting is ``on`` and no kernels are available.
     """
     try:
         if choice == "off":
             return None, "they are switched off"
-        _check_place(device, dtype)
+        _check_device(device, dtype)
         return load_kernels(), ""
-    except KernelsUnavailable as missing:
+    except KernelsUnavailable as reason:
         if choice == "on":
-            raise SettingsError(f"model.kernels is on, but there are none: {missing}") from None
-        return None, str(missing)
+            raise SettingsError(f"model.kernels is on, but the CPU kernels are not available: {reason}") from None
+        return None, str(reason)
 
 
 def int8_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
     """Return the kernels whose linear layers multiply in int8, for states in bfloat16.
 
     Raises:
-        SettingsError: there are none.
+        SettingsError: they are not available.
     """
     try:
-        _check_place(device, dtype)
-        return load_kernels(quantizes=True)
-    except KernelsUnavailable as missing:
-        raise SettingsError(f"model.quantization is int8, but there are no kernels for it: {missing}") from None
+        _check_device(device, dtype)
+        return load_kernels(int8=True)
+    except KernelsUnavailable as reason:
+        raise SettingsError(f"model.quantization is int8, but the CPU kernels are not available: {reason}") from None
 
 
-def _check_place(device: torch.device, dtype: torch.dtype) -> None:
+def _check_device(device: torch.device, dtype: torch.dtype) -> None:
     if device.type != "cpu" or dtype != torch.bfloat16:
         raise KernelsUnavailable(f"they compute bfloat16 on a CPU, not {str(dtype).removeprefix('torch.')} on {device}")
 
 
 @dataclass(frozen=True, slots=True)
 class RmsNorm:
-    """A root mean square norm with its weight [width]."""
+    """A root mean square norm."""
 
     weight: torch.Tensor
+    """[width]."""
+
     epsilon: float
+
     kind: Norm
+
+    def as_struct(self) -> abi.NormParams:
+        """Return the norm as kernels take it; valid while the tensors live."""
+        return abi.NormParams(self.weight.data_ptr(), self.epsilon, self.kind)
 
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """A weight as products read it (bytes), with as many outputs, and their bias [outputs]."""
+    """A weight in the memory layout of the kernels' products (``csrc/panel_packing.h``)."""
 
     panels: torch.Tensor
+    """Bytes."""
+
     outputs: int
+
     bias: torch.Tensor | None = None
+    """[outputs]."""
+
+    def as_struct(self) -> abi.LinearWeight:
+        """Return the weight as kernels take it; valid while the tensors live."""
+        bias = None if self.bias is None else self.bias.data_ptr()
+        return abi.LinearWeight(self.panels.data_ptr(), bias, self.outputs)
 
 
 @dataclass(frozen=True, slots=True)
-class PackedGates:
-    """The weights of a gated feed-forward layer: gate and up in turns, down; ``inner``: outputs of gate and up each."""
+class PackedGatedMlp:
+    """The packed weights of a gated feed-forward layer without biases."""
 
-    panels: torch.Tensor
+    gate_up: torch.Tensor
+    """Bytes; each panel holds 16 columns of gate and 16 of up."""
+
     inner: int
+    """Outputs of gate and of up each."""
+
     down: torch.Tensor
+    """Bytes."""
+
     activation: Activation
 
-
-_POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+    def as_struct(self) -> abi.GatedMlpWeights:
+        """Return the weights as kernels take them; valid while the tensors live."""
+        return abi.GatedMlpWeights(self.gate_up.data_ptr(), self.down.data_ptr(), self.inner, self.activation)
 
 
 class Kernels:
-    """Functions of bfloat16 tensors on the CPU, computed by as many threads as torch's own would be."""
+    """The compiled kernels of one target, as functions of bfloat16 CPU tensors; they use torch's number of threads.
+
+    Raises:
+        RuntimeError: the library's argument structs are not those of ``abi``.
+    """
 
     def __init__(self, library: ctypes.CDLL, target: Target) -> None:
+        abi.check_struct_sizes(library)
         self.name = target.name
-        self.has_tiles = target.has_tiles
-        self.quantizes = target.quantizes
-        self._rms_norm = _function(library, "rms_norm", _POINTER, _LONG, _INT, _POINTER, _FLOAT, _INT, _POINTER, _INT)
-        self._rotate = _function(library, "rotate", _POINTER, _LONG, _LONG, _INT, _INT, _POINTER, _POINTER, _INT, _INT)
-        self._open_gate = _function(library, "open_gate", _POINTER, _POINTER, _LONG, _INT, _INT)
-        self._bytes_of_panel = library.bytes_of_panel
-        self._bytes_of_panel.argtypes, self._bytes_of_panel.restype = (_INT,), _LONG
-        self._pack_weight = _function(library, "pack_weight", _POINTER, _INT, _INT, _POINTER, _INT)
-        self._pack_gated = _function(library, "pack_gated", _POINTER, _POINTER, _INT, _INT, _POINTER, _INT)
-        self._linear = _function(library, "linear", _POINTER, _INT, _INT, _POINTER, _INT, _POINTER, _POINTER, _INT)
-        self._gated_layer = _function(
-            library, "gated_layer", _POINTER, _INT, _INT, _POINTER, _INT, _POINTER, _INT, _POINTER, _INT
-        )
-        norm = (_POINTER, _FLOAT, _INT)
-        self._project = _function(
-            library, "project", _POINTER, _INT, _INT, *norm, _INT, _POINTER, _POINTER, _POINTER, _POINTER, _INT
-        )
-        self._conclude = _function(
-            library, "conclude", _POINTER, _POINTER, _INT, _INT, _INT, _POINTER, _POINTER, *norm, _POINTER, _INT,
-            _POINTER, _INT, _INT,
-        )  # fmt: skip
-        strided = (_POINTER, _LONG, _LONG)
-        counts = (_INT, _INT, _INT)
-        layout = (_POINTER, _INT, _POINTER)
-        self._attend = _function(
-            library, "attend", *strided, *strided, *strided, _POINTER, *counts, *layout, _FLOAT, _INT, _FLOAT, _INT
-        )
+        self.has_amx = target.has_amx
+        self.is_int8 = target.is_int8
+        self._packed_panel_bytes = abi.panel_bytes_function(library)
+        self._pack_weight = abi.packing_function(library, "pack_weight", num_weights=1)
+        self._pack_gate_up = abi.packing_function(library, "pack_gate_up", num_weights=2)
+        self._call = {name: abi.kernel_function(library, name) for name in abi.KERNEL_ARGS}
 
     def rms_norm(self, states: torch.Tensor, norm: RmsNorm) -> torch.Tensor:
-        """Return the norms of states [..., width]."""
+        """Return the norm of states [..., width]."""
         states = states.contiguous()
         output = torch.empty_like(states)
-        width = states.shape[-1]
-        self._rms_norm(
-            states.data_ptr(), states.numel() // width, width, norm.weight.data_ptr(), norm.epsilon, norm.kind,
-            output.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
+        args = abi.RmsNormArgs(
+            states=states.data_ptr(),
+            output=output.data_ptr(),
+            norm=norm.as_struct(),
+            **_rows_of(states),
+        )
+        self._call["rms_norm"](args)
         return output
 
-    def rotate(self, states: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> None:
-        """Turn, in place, the first numbers of each head of states [1, heads, tokens, head size].
+    def apply_rope(self, states: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> None:
+        """Apply rotary position embeddings, in place, to the first elements of each head.
 
-        ``cosines`` and ``sines``: contiguous [tokens, numbers to turn]; pairs are half of these apart (RoFormer, arXiv
-        2104.09864, as Llama lays it out).
+        The elements of a pair are half the rotary size apart (RoFormer, arXiv 2104.09864, in Llama's layout).
+
+        Args:
+            states: [1, heads, tokens, head size].
+            cosines: contiguous [tokens, rotary size].
+            sines: contiguous [tokens, rotary size].
         """
         _, num_heads, num_tokens, _ = states.shape
-        self._rotate(
-            states.data_ptr(), states.stride(2), states.stride(1), num_tokens, num_heads, cosines.data_ptr(),
-            sines.data_ptr(), cosines.shape[-1], torch.get_num_threads(),
-        )  # fmt: skip
+        args = abi.ApplyRopeArgs(
+            states=states.data_ptr(),
+            token_stride=states.stride(2),
+            head_stride=states.stride(1),
+            cosines=cosines.data_ptr(),
+            sines=sines.data_ptr(),
+            num_tokens=num_tokens,
+            num_heads=num_heads,
+            rotary_size=cosines.shape[-1],
+            num_threads=torch.get_num_threads(),
+        )
+        self._call["apply_rope"](args)
 
-    def open_gate(self, gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
-        """Write ``activation(gate) * up`` over the gate, and return it; both are contiguous."""
-        self._open_gate(gate.data_ptr(), up.data_ptr(), gate.numel(), activation, torch.get_num_threads())
+    def act_and_mul(self, gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
+        """Overwrite the gate with ``activation(gate) * up``, and return it; both are contiguous."""
+        args = abi.ActAndMulArgs(
+            gate=gate.data_ptr(),
+            up=up.data_ptr(),
+            num_elements=gate.numel(),
+            activation=activation,
+            num_threads=torch.get_num_threads(),
+        )
+        self._call["act_and_mul"](args)
         return gate
 
     def pack_weight(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> PackedWeight:
-        """Lay a weight [outputs, width] out as products read it; width is a multiple of 32."""
+        """Pack a weight [outputs, width]; width is a multiple of 32."""
         outputs, width = weight.shape
         weight = weight.contiguous()
         panels = self._new_panels(-(-outputs // STEP), width)
         self._pack_weight(weight.data_ptr(), outputs, width, panels.data_ptr(), torch.get_num_threads())
         return PackedWeight(panels, outputs, bias)
 
-    def pack_gates(
+    def pack_gated_mlp(
         self, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, activation: Activation
-    ) -> PackedGates:
-        """Lay out the weights of a gated layer: [inner, width] twice, and [width, inner]; all multiples of 32."""
+    ) -> PackedGatedMlp:
+        """Pack the weights of a gated feed-forward layer; all dimensions are multiples of 32.
+
+        Args:
+            gate: [inner, width].
+            up: [inner, width].
+            down: [width, inner].
+            activation: of the gate.
+        """
         inner, width = gate.shape
         panels = self._new_panels(2 * inner // STEP, width)
         gate, up = gate.contiguous(), up.contiguous()
-        self._pack_gated(gate.data_ptr(), up.data_ptr(), inner, width, panels.data_ptr(), torch.get_num_threads())
-        return PackedGates(panels, inner, self.pack_weight(down).panels, activation)
+        self._pack_gate_up(gate.data_ptr(), up.data_ptr(), inner, width, panels.data_ptr(), torch.get_num_threads())
+        return PackedGatedMlp(panels, inner, self.pack_weight(down).panels, activation)
 
     def _new_panels(self, num_panels: int, width: int) -> torch.Tensor:
-        return torch.empty(num_panels * self._bytes_of_panel(width), dtype=torch.uint8)
+        return torch.empty(num_panels * self._packed_panel_bytes(width), dtype=torch.uint8)
 
     def linear(self, states: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
-        """Return [..., outputs] of states [..., width]."""
+        """Return the product [..., outputs] of states [..., width] with a weight, bias added."""
         states = states.contiguous()
-        width = states.shape[-1]
         output = states.new_empty((*states.shape[:-1], weight.outputs))
-        self._linear(
-            states.data_ptr(), states.numel() // width, width, weight.panels.data_ptr(), weight.outputs,
-            _pointer(weight.bias), output.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
+        args = abi.LinearArgs(
+            states=states.data_ptr(),
+            output=output.data_ptr(),
+            weight=weight.as_struct(),
+            **_rows_of(states),
+        )
+        self._call["linear"](args)
         return output
 
-    def gated_layer(self, states: torch.Tensor, gates: PackedGates) -> torch.Tensor:
+    def gated_mlp(self, states: torch.Tensor, mlp: PackedGatedMlp) -> torch.Tensor:
         """Return ``down(activation(gate(states)) * up(states))`` for states [..., width]."""
         states = states.contiguous()
         output = torch.empty_like(states)
-        width = states.shape[-1]
-        self._gated_layer(
-            states.data_ptr(), states.numel() // width, width, gates.panels.data_ptr(), gates.inner,
-            gates.down.data_ptr(), gates.activation, output.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
+        args = abi.GatedMlpArgs(
+            states=states.data_ptr(),
+            output=output.data_ptr(),
+            mlp=mlp.as_struct(),
+            **_rows_of(states),
+        )
+        self._call["gated_mlp"](args)
         return output
 
-    def project(self, states: torch.Tensor, norm: RmsNorm, weights: Sequence[PackedWeight]) -> list[torch.Tensor]:
-        """Return the products of the norm of states [..., width] with packed weights, [..., outputs] each."""
+    def norm_qkv(self, states: torch.Tensor, norm: RmsNorm, projections: Sequence[PackedWeight]) -> list[torch.Tensor]:
+        """Return the products [..., outputs] of the norm of states [..., width] with up to three packed weights."""
         states = states.contiguous()
-        width = states.shape[-1]
-        products = [states.new_empty((*states.shape[:-1], weight.outputs)) for weight in weights]
-        self._project(
-            states.data_ptr(), states.numel() // width, width, norm.weight.data_ptr(), norm.epsilon, norm.kind,
-            len(weights), _pointers(weight.panels for weight in weights),
-            (_INT * len(weights))(*(weight.outputs for weight in weights)),
-            _pointers(weight.bias for weight in weights), _pointers(products), torch.get_num_threads(),
-        )  # fmt: skip
+        products = [states.new_empty((*states.shape[:-1], weight.outputs)) for weight in projections]
+        args = abi.NormQkvArgs(
+            states=states.data_ptr(),
+            norm=norm.as_struct(),
+            projections=tuple(weight.as_struct() for weight in projections),
+            outputs=tuple(product.data_ptr() for product in products),
+            num_projections=len(projections),
+            **_rows_of(states),
+        )
+        self._call["norm_qkv"](args)
         return products
 
-    def conclude(
-        self, states: torch.Tensor, attended: torch.Tensor, output: PackedWeight, norm: RmsNorm, gates: PackedGates
+    def attn_out_mlp(
+        self, states: torch.Tensor, attended: torch.Tensor, attn_out: PackedWeight, norm: RmsNorm, mlp: PackedGatedMlp
     ) -> None:
-        """Add, in place, to contiguous states [..., width] what a block makes of attended heads [..., heads' width].
+        """Run the part of a decoder block after attention, in place.
 
-        First the product of the attended heads with the output weight, then the feed-forward layer of the sums' norm.
+        The product of the attended heads with the output projection is added to the states, then the feed-forward layer
+        of their norm.
+
+        Args:
+            states: contiguous [..., width]; the residual stream, overwritten.
+            attended: [..., heads * head size].
+            attn_out: the output projection of the attention layer.
+            norm: the norm before the feed-forward layer.
+            mlp: the feed-forward layer.
         """
         attended = attended.contiguous()
-        width = states.shape[-1]
-        self._conclude(
-            states.data_ptr(), attended.data_ptr(), states.numel() // width, width, attended.shape[-1],
-            output.panels.data_ptr(), _pointer(output.bias), norm.weight.data_ptr(), norm.epsilon, norm.kind,
-            gates.panels.data_ptr(), gates.inner, gates.down.data_ptr(), gates.activation, torch.get_num_threads(),
-        )  # fmt: skip
+        args = abi.AttnOutMlpArgs(
+            states=states.data_ptr(),
+            attended=attended.data_ptr(),
+            attn_out=attn_out.as_struct(),
+            norm=norm.as_struct(),
+            mlp=mlp.as_struct(),
+            attended_width=attended.shape[-1],
+            **_rows_of(states),
+        )
+        self._call["attn_out_mlp"](args)
 
-    def attend(
+    def attention(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -265,38 +324,43 @@ class Kernels:
         window: int | None,
         softcap: float | None,
     ) -> None:
-        """Attend causally within each sequence of a row and write [1, tokens, heads, head size] into the output.
+        """Compute causal attention within each sequence of a packed batch.
 
         Args:
-            query: [1, heads, tokens, head size]; ``key`` and ``value`` with fewer heads, and the tokens of spans.
-            key: see ``query``.
-            value: see ``query``.
-            output: contiguous; tokens that belong to no strand are left alone.
-            sequences: int32 [sequences, 5]: first own token, own tokens, tokens before them, first span, spans.
-            spans: int32 [spans, 2]: first and one-past-last token of each piece.
-            scaling: factor on the scores.
-            window: tokens that a query sees, itself included; None: all before it.
-            softcap: scores are bent to ``softcap * tanh(score / softcap)``; None: left as they are.
+            query: [1, heads, tokens, head size].
+            key: [1, key heads, tokens, head size]; with the tokens that the spans refer to.
+            value: as ``key``.
+            output: contiguous [1, tokens, heads, head size]; tokens that belong to no sequence are not written.
+            sequences: int32 [sequences, 5]: first own token, number of own tokens, number of tokens before them, first
+                span, number of spans.
+            spans: int32 [spans, 2]: first and one-past-last key of each span.
+            scaling: factor on the scores; positive.
+            window: keys that a query attends to, its own included; None: all up to its own.
+            softcap: scores become ``softcap * tanh(score / softcap)``; None: they are not capped.
         """
-        strided = [(states.data_ptr(), states.stride(2), states.stride(1)) for states in (query, key, value)]
-        self._attend(
-            *strided[0], *strided[1], *strided[2], output.data_ptr(), query.shape[1], key.shape[1], query.shape[3],
-            sequences.data_ptr(), len(sequences), spans.data_ptr(), scaling, window or 0, softcap or 0.0,
-            torch.get_num_threads(),
-        )  # fmt: skip
+        args = abi.AttentionArgs(
+            query=_heads_view(query),
+            key=_heads_view(key),
+            value=_heads_view(value),
+            output=output.data_ptr(),
+            sequences=sequences.data_ptr(),
+            spans=spans.data_ptr(),
+            num_sequences=len(sequences),
+            num_heads=query.shape[1],
+            num_kv_heads=key.shape[1],
+            head_size=query.shape[3],
+            scale=scaling,
+            soft_cap=softcap or 0.0,
+            window=window or 0,
+            num_threads=torch.get_num_threads(),
+        )
+        self._call["attention"](args)
 
 
-def _pointer(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _rows_of(states: torch.Tensor) -> dict[str, int]:
+    width = states.shape[-1]
+    return {"num_rows": states.numel() // width, "width": width, "num_threads": torch.get_num_threads()}
 
 
-def _pointers(tensors: Iterable[torch.Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:
-    pointers = [_pointer(tensor) for tensor in tensors]
-    return (_POINTER * len(pointers))(*pointers)
-
-
-def _function(library: ctypes.CDLL, name: str, *arguments: type) -> Callable[..., None]:
-    function = getattr(library, name)
-    function.argtypes, function.restype = arguments, None
-    call: Callable[..., None] = function
-    return call
+def _heads_view(states: torch.Tensor) -> abi.HeadsView:
+    return abi.HeadsView(states.data_ptr(), states.stride(2), states.stride(1))

@@ -1,7 +1,7 @@
-"""Blocks of a decoder in two strokes around attention, each of them in a core's cache for some rows at a time.
+"""Fused decoder blocks: one kernel before and one after attention, each on blocks of rows that stay in a core's cache.
 
-It fits blocks that add attention and a gated feed-forward layer, each behind a norm, to what passes through (Llama and
-its kin). Whether a block is one is found out by trying it.
+They fit blocks that add attention and a gated feed-forward layer, each behind a norm, to the residual stream (Llama and
+its relatives). Whether a block is one of these is determined by a trial on random states.
 """
 
 from __future__ import annotations
@@ -13,28 +13,32 @@ from typing import Any
 import torch
 from torch import nn
 
-from service.engines.kernels.bindings import Kernels, PackedGates, RmsNorm
+from service.engines.kernels.bindings import Kernels, PackedGatedMlp, RmsNorm
 from service.engines.kernels.fused_modules import (
     KernelForward,
-    activation_of,
-    agree,
-    can_be_packed,
-    gates_of,
-    norm_of,
-    pack_gates,
-    pack_layer,
-    plain_forward,
+    can_pack,
+    gated_mlp_layers,
+    match_activation,
+    match_norm,
+    original_forward,
+    pack_gated_mlp,
+    pack_linear,
+    results_agree,
     trial_states,
 )
 
 PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("qkv_proj",))
-"""What transformers' families call the layers that make queries, keys and values."""
+"""The names of the query, key and value projections in transformers' model families."""
 
 
 class FusedDecoderBlock(KernelForward):
-    """A block whose linear layers, norms, gate and residuals run for some rows at a time, but for attention.
+    """A decoder block in three steps: ``norm_qkv``, transformers' own attention layer, ``attn_out_mlp``.
 
-    What comes in is overwritten: in a model each block's states are the next one's alone.
+    The attention layer still calls all of its linear layers, but they compute nothing. Query, key and value projections
+    return what ``norm_qkv`` has computed before. The output projection returns its input, which ``attn_out_mlp``
+    multiplies by the weight afterwards. The block's norms and feed-forward layer are not called any more.
+
+    The states of the input are overwritten: in a model they are read by this block alone.
     """
 
     def __init__(
@@ -42,88 +46,79 @@ class FusedDecoderBlock(KernelForward):
         module: Any,
         norms: tuple[RmsNorm, RmsNorm],
         projections: tuple[nn.Linear, ...],
-        feed_forward: tuple[tuple[nn.Linear, ...], PackedGates],
+        mlp: tuple[tuple[nn.Linear, ...], PackedGatedMlp],
         kernels: Kernels,
     ) -> None:
-        attention = module.self_attn
-        gate_layers, self._gates = feed_forward
+        attn_out = module.self_attn.o_proj
+        mlp_layers, self._mlp = mlp
         self._module = module
         self._kernels = kernels
-        self._output = pack_layer(attention.o_proj, kernels)
-        self._between = norms[1]
-        self._projected = _Projections(norms[0], projections, kernels)
-        self.packed_layers = (*projections, attention.o_proj, *gate_layers)
-        self._parts: dict[nn.Module, KernelForward | None] = {
-            layer: _Projection(self._projected, place) for place, layer in enumerate(projections)
+        self._qkv_norm, self._mlp_norm = norms
+        self._qkv_weights = [pack_linear(layer, kernels) for layer in projections]
+        self._attn_out = pack_linear(attn_out, kernels)
+        self._results = [_PrecomputedProjection() for _ in projections]
+        self.packed_layers = (*projections, attn_out, *mlp_layers)
+        unused = (module.input_layernorm, module.post_attention_layernorm, module.mlp)
+        self._replacements: dict[nn.Module, KernelForward | None] = {
+            **dict(zip(projections, self._results, strict=True)),
+            attn_out: _Identity(),
+            **dict.fromkeys(unused),
         }
-        self._parts |= {attention.o_proj: _Passing(), module.mlp: None}
-        self._parts |= dict.fromkeys((module.input_layernorm, module.post_attention_layernorm))
 
     @property
-    def parts(self) -> Mapping[nn.Module, KernelForward | None]:
-        """The layers around attention; norms and feed-forward layer are not called any more."""
-        return self._parts
+    def replacements(self) -> Mapping[nn.Module, KernelForward | None]:
+        """The forwards of the attention layer's linear layers; None for the norms and the feed-forward layer."""
+        return self._replacements
 
     def __call__(self, hidden_states: torch.Tensor, **named: Any) -> torch.Tensor:
         """Return the block's states [1, tokens, width]."""
         states = hidden_states.contiguous()
+        products = self._kernels.norm_qkv(states, self._qkv_norm, self._qkv_weights)
+        for result, product in zip(self._results, products, strict=True):
+            result.product = product
         attended, _ = self._module.self_attn(hidden_states=states, **named)
-        self._kernels.conclude(states, attended, self._output, self._between, self._gates)
+        self._kernels.attn_out_mlp(states, attended, self._attn_out, self._mlp_norm, self._mlp)
         return states
 
 
-class _Projections:
-    """The layers that make queries, keys and values of a block's states, their norm included: all at the first call."""
+class _PrecomputedProjection(KernelForward):
+    """Replaces a query, key or value projection: returns the product that the block has computed for this pass."""
 
-    def __init__(self, norm: RmsNorm, layers: tuple[nn.Linear, ...], kernels: Kernels) -> None:
-        self._norm = norm
-        self._weights = [pack_layer(layer, kernels) for layer in layers]
-        self._kernels = kernels
-        self._waiting: dict[int, torch.Tensor] = {}
+    product: torch.Tensor | None = None
 
-    def take(self, place: int, states: torch.Tensor) -> torch.Tensor:
-        if place not in self._waiting:
-            self._waiting = dict(enumerate(self._kernels.project(states, self._norm, self._weights)))
-        return self._waiting.pop(place)
+    def __call__(self, _states: torch.Tensor) -> torch.Tensor:
+        """Return the product [..., outputs], once: keeping a reference would keep its memory."""
+        product, self.product = self.product, None
+        if product is None:
+            raise RuntimeError("An attention layer called a projection twice, or outside of its fused block")
+        return product
 
 
-class _Projection(KernelForward):
-    """One of these layers."""
-
-    def __init__(self, projected: _Projections, place: int) -> None:
-        self._projected = projected
-        self._place = place
-
-    def __call__(self, states: torch.Tensor) -> torch.Tensor:
-        """Return the product of the states' norm [..., outputs]."""
-        return self._projected.take(self._place, states)
-
-
-class _Passing(KernelForward):
-    """A layer that the block runs itself, later."""
+class _Identity(KernelForward):
+    """Replaces the output projection, which ``attn_out_mlp`` computes after the attention layer."""
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
         """Return the states."""
         return states
 
 
-def block_of(module: Any, kernels: Kernels) -> FusedDecoderBlock | None:
-    """Return a block on the kernels; None where the module is no such block."""
+def match_block(module: Any, kernels: Kernels) -> FusedDecoderBlock | None:
+    """Return a fused forward for a decoder block; None where the module is no such block."""
     names = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp", "hidden_size")
     if not all(hasattr(module, name) for name in names):
         return None
     projections = _projections_of(module.self_attn)
-    norms = [norm_of(norm, kernels) for norm in (module.input_layernorm, module.post_attention_layernorm)]
-    gates, activation = gates_of(module.mlp), activation_of(module.mlp)
-    if projections is None or norms[0] is None or norms[1] is None or gates is None or activation is None:
+    norms = [match_norm(norm, kernels) for norm in (module.input_layernorm, module.post_attention_layernorm)]
+    mlp_layers, activation = gated_mlp_layers(module.mlp), match_activation(module.mlp)
+    if projections is None or norms[0] is None or norms[1] is None or mlp_layers is None or activation is None:
         return None
-    if not all(can_be_packed(layer, kernels) for layer in (*projections, module.self_attn.o_proj, *gates)):
+    if not all(can_pack(layer, kernels) for layer in (*projections, module.self_attn.o_proj, *mlp_layers)):
         return None
-    if any(layer.bias is not None for layer in gates):
+    if any(layer.bias is not None for layer in mlp_layers):
         return None
-    feed_forward = gates, pack_gates(gates, activation, kernels)
-    block = FusedDecoderBlock(module, (norms[0].norm, norms[1].norm), projections, feed_forward, kernels)
-    return block if _joins_alike(block, module, projections[0]) else None
+    mlp = mlp_layers, pack_gated_mlp(mlp_layers, activation, kernels)
+    block = FusedDecoderBlock(module, (norms[0].norm, norms[1].norm), projections, mlp, kernels)
+    return block if _agrees_in_trial(block, module, projections[0]) else None
 
 
 def _projections_of(attention: Any) -> tuple[nn.Linear, ...] | None:
@@ -134,20 +129,22 @@ def _projections_of(attention: Any) -> tuple[nn.Linear, ...] | None:
     return None
 
 
-def _joins_alike(block: FusedDecoderBlock, module: Any, first: nn.Linear) -> bool:
-    """Try the block with an attention that looks at nothing: it passes the first projection on."""
+def _agrees_in_trial(block: FusedDecoderBlock, module: Any, query_layer: nn.Linear) -> bool:
+    """Run block and module with a stand-in for the attention layer that passes the query projection on."""
     states = trial_states(module.hidden_size)
-    output, width = module.self_attn.o_proj, module.self_attn.o_proj.in_features
-    with _instead_of(module.self_attn, lambda hidden_states, **_: (output(first(hidden_states)[..., :width]), None)):
-        wanted = plain_forward(module)(states)
-    projection = block.parts[first]
-    with _instead_of(module.self_attn, lambda hidden_states, **_: (projection(hidden_states)[..., :width], None)):  # type: ignore[misc]
-        return agree(block(states.clone()), wanted)
+    attn_out, width = module.self_attn.o_proj, module.self_attn.o_proj.in_features
+    with _temporary_forward(
+        module.self_attn, lambda hidden_states, **_: (attn_out(query_layer(hidden_states)[..., :width]), None)
+    ):
+        expected = original_forward(module)(states)
+    query = block.replacements[query_layer]
+    with _temporary_forward(module.self_attn, lambda hidden_states, **_: (query(hidden_states)[..., :width], None)):  # type: ignore[misc]
+        return results_agree(block(states.clone()), expected)
 
 
 @contextmanager
-def _instead_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    module.forward = forward  # an attribute is called in the method's place
+def _temporary_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    module.forward = forward  # an instance attribute hides the method of the class
     try:
         yield
     finally:

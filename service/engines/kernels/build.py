@@ -1,4 +1,4 @@
-"""The compiled library of the kernels: found where it was installed or kept, or made by a C++ compiler."""
+"""The shared library of the CPU kernels: found in the installation or in the user's cache, or compiled into it."""
 
 from __future__ import annotations
 
@@ -21,69 +21,72 @@ from service.engines.devices.device import (
 )
 
 SOURCES = Path(__file__).parent / "csrc"
-BUILT = SOURCES / "built"
-"""Where kernels lie that came with the installation, as in a container; elsewhere there is no such folder."""
+BUILT = Path(__file__).parent / "built"
+"""Libraries that were compiled into the installation, as in a container image; elsewhere the folder does not exist."""
 
 LIBRARY = "kernels.so"
-COMPILE_S = 300.0
+COMPILE_TIMEOUT_S = 300.0
 
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno")
 
 
 class KernelsUnavailable(Exception):
-    """This machine has no use for the kernels, or they cannot be made on it; the message says why."""
+    """This machine cannot run the kernels, or cannot compile them; the message states the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A kind of CPU, by what multiplies on it."""
+    """An instruction set for which the kernels are compiled."""
 
     name: str
+    """As in the description of the engine."""
+
     flags: tuple[str, ...]
+    """Compiler options, macros included."""
 
     @property
-    def has_tiles(self) -> bool:
-        """Whether products run on matrix tiles (AMX)."""
-        return "-DWITH_AMX" in self.flags
+    def has_amx(self) -> bool:
+        """Whether products run on AMX tiles."""
+        return "-DUSE_AMX_BF16" in self.flags
 
     @property
-    def quantizes(self) -> bool:
+    def is_int8(self) -> bool:
         """Whether linear layers multiply in int8."""
-        return "-DWITH_INT8" in self.flags
+        return "-DUSE_AVX512_VNNI" in self.flags
 
 
-_VECTORS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
-_PAIRS = (*_VECTORS, "-mavx512bf16")
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
+_BF16 = (*_AVX512, "-mavx512bf16")
 
-AVX512_F32 = Target("avx512", _VECTORS)
-"""fp32 vectors, into which bfloat16 is widened."""
+AVX512_F32 = Target("avx512", _AVX512)
+"""Products of fp32 vectors, to which bfloat16 is widened."""
 
-AVX512_BF16 = Target("avx512-bf16", (*_PAIRS, "-DWITH_PAIRS"))
-"""Vectors of pairs of bfloat16."""
+AVX512_BF16 = Target("avx512-bf16", (*_BF16, "-DUSE_AVX512_BF16"))
+"""Products of vectors of bfloat16 pairs."""
 
-AMX_BF16 = Target("amx-bf16", (*_PAIRS, "-mamx-tile", "-mamx-bf16", "-DWITH_AMX"))
-"""Matrix tiles of bfloat16."""
+AMX_BF16 = Target("amx-bf16", (*_BF16, "-mamx-tile", "-mamx-bf16", "-DUSE_AMX_BF16"))
+"""Products of bfloat16 tiles."""
 
-AVX512_VNNI = Target("avx512-int8", (*_VECTORS, "-mavx512vnni", "-DWITH_INT8"))
-"""Vectors of int8 for linear layers, of fp32 for attention."""
+AVX512_VNNI = Target("avx512-int8", (*_AVX512, "-mavx512vnni", "-DUSE_AVX512_VNNI"))
+"""Products of int8 vectors in linear layers, of fp32 vectors in attention."""
 
 TARGETS = (AVX512_F32, AVX512_BF16, AMX_BF16, AVX512_VNNI)
 
 
-def target_of_machine(*, quantizes: bool = False) -> Target:
-    """Return the kind of CPU that this is, or for linear layers in int8 the one that has them.
+def target_of_machine(*, int8: bool = False) -> Target:
+    """Return the fastest target that this CPU supports; ``int8``: the one with linear layers in int8.
 
-    Without matrix tiles an Intel CPU multiplies bfloat16 at half the rate of fp32 (Sapphire Rapids: 90 and 170 GFLOP/s
-    a core), an AMD one at twice the rate.
+    Without AMX an Intel CPU multiplies bfloat16 at half the rate of fp32 (Sapphire Rapids: 90 and 170 GFLOP/s a core),
+    an AMD CPU at twice the rate.
 
     Raises:
-        KernelsUnavailable: it lacks what all kernels use.
+        KernelsUnavailable: the CPU lacks an instruction set that is required.
     """
     if not has_avx512():
         raise KernelsUnavailable("this CPU has no AVX-512")
-    if quantizes:
+    if int8:
         if not has_avx512_vnni():
-            raise KernelsUnavailable("this CPU has no vectors of int8 (AVX-512 VNNI)")
+            raise KernelsUnavailable("this CPU has no AVX-512 VNNI, which int8 needs")
         return AVX512_VNNI
     if has_amx():
         return AMX_BF16
@@ -91,7 +94,7 @@ def target_of_machine(*, quantizes: bool = False) -> Target:
 
 
 def source_digest(target: Target) -> str:
-    """Return the digest over all that decides what is compiled, but for the compiler."""
+    """Return the digest of the sources and compiler options; the compiler itself is not part of it."""
     digest = hashlib.sha256("\0".join((*FLAGS, *target.flags)).encode())
     for source in sorted((*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h"))):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
@@ -99,30 +102,30 @@ def source_digest(target: Target) -> str:
 
 
 def compile_kernels(target: Target, folder: Path) -> None:
-    """Write the library of this target into a folder; takes some seconds.
+    """Compile the library of this target into a folder; takes some seconds.
 
     Raises:
-        KernelsUnavailable: there is no C++ compiler, or it fails.
+        KernelsUnavailable: no C++ compiler is installed, or it fails.
     """
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
-        raise KernelsUnavailable(f"there is no C++ compiler ({compiler}) to make them with: install g++")
+        raise KernelsUnavailable(f"no C++ compiler ({compiler}) is installed to compile them: install g++")
     sources = sorted(map(str, SOURCES.glob("*.cpp")))
     command = [compiler, *FLAGS, *target.flags, *sources, "-o", str(folder / LIBRARY)]
     try:
-        finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=COMPILE_S)  # noqa: S603 - our own sources
+        finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=COMPILE_TIMEOUT_S)  # noqa: S603 - the sources of this package
     except subprocess.TimeoutExpired:
-        raise KernelsUnavailable(f"{compiler} did not end within {COMPILE_S:g} s") from None
+        raise KernelsUnavailable(f"{compiler} did not finish within {COMPILE_TIMEOUT_S:g} s") from None
     if finished.returncode != 0:
         errors = [line for line in finished.stderr.splitlines() if "error" in line]
-        raise KernelsUnavailable(f"{compiler} failed: {(errors or ['it gave no reason'])[0]}")
+        raise KernelsUnavailable(f"{compiler} failed: {(errors or ['no error message'])[0]}")
 
 
 def locate_library(target: Target) -> Path:
-    """Return the library of this target: the one that was installed, or else the one in the cache, made when missing.
+    """Return the library of this target: the installed one, else the one in the cache, which is compiled if missing.
 
     Raises:
-        KernelsUnavailable: it can be neither found nor made.
+        KernelsUnavailable: it can be neither found nor compiled.
     """
     name = f"{target.name}-{source_digest(target)}"
     installed = BUILT / name / LIBRARY
@@ -131,15 +134,15 @@ def locate_library(target: Target) -> Path:
     try:
         folder = build_once(cache_directory() / "kernels" / name, partial(compile_kernels, target))
     except OSError as error:
-        raise KernelsUnavailable(f"they cannot be kept: {error}") from None
+        raise KernelsUnavailable(f"they cannot be written to the cache: {error}") from None
     return folder / LIBRARY
 
 
 def build_all(folder: Path, targets: Sequence[Target] = TARGETS) -> None:
-    """Compile the kernels for all kinds of CPU, as a container image does; none of them is run.
+    """Compile the kernels of all targets into a folder, as for a container image; none of them is run.
 
     Raises:
-        KernelsUnavailable: there is no C++ compiler, or it fails.
+        KernelsUnavailable: no C++ compiler is installed, or it fails.
     """
     for target in targets:
         name = f"{target.name}-{source_digest(target)}"

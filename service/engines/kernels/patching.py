@@ -1,7 +1,8 @@
-"""Lets a model's own modules compute with the kernels, wherever they do what the kernels do.
+"""Replaces the forwards of a model's modules by kernel forwards, wherever these compute the same.
 
-No family is named here. What a module computes is found out by trying it: a norm, a gate or a rotation whose numbers
-differ from the kernel's stays as transformers wrote it. The parity probe judges the whole afterwards.
+No model family is named here. Whether a kernel computes the same as a module is determined by a trial: a norm, a gate
+or a rotary embedding whose results differ keeps transformers' own forward. The parity probe then checks the whole
+model.
 """
 
 from __future__ import annotations
@@ -11,55 +12,55 @@ from collections.abc import Iterator, Mapping
 from torch import nn
 
 from service.engines.kernels.bindings import Kernels
-from service.engines.kernels.blocks import block_of
-from service.engines.kernels.fused_modules import KernelForward, forward_of
+from service.engines.kernels.blocks import match_block
+from service.engines.kernels.fused_modules import KernelForward, match_module
 from service.engines.linear.int8 import Int8Linear
 
 
 def attach_kernels(body: nn.Module, kernels: Kernels) -> None:
-    """Let the norms, rotations, gated layers and linear layers of a bfloat16 decoder run on the kernels.
+    """Replace forwards of a bfloat16 decoder: of blocks, norms, rotary attention, gated and linear layers.
 
-    With kernels for int8 only layers that ``quantize_int8`` changed are taken. Weights are packed,
-    so they take twice the memory until ``drop_plain_weights``.
+    With int8 kernels only the linear layers that ``quantize_int8`` changed are replaced. Packed weights are copies, so
+    the weights take twice the memory until ``drop_plain_weights``.
     """
     _attach(body, kernels, {})
 
 
-def _attach(module: nn.Module, kernels: Kernels, parts: Mapping[nn.Module, KernelForward | None]) -> None:
-    """Attach to a module and to what is in it; ``parts``: what those around it have settled already."""
-    forward = parts[module] if module in parts else block_of(module, kernels) or forward_of(module, kernels)
+def _attach(module: nn.Module, kernels: Kernels, decided: Mapping[nn.Module, KernelForward | None]) -> None:
+    """Replace the forwards of a module and its submodules; ``decided``: by the forwards of the modules around it."""
+    forward = decided[module] if module in decided else match_block(module, kernels) or match_module(module, kernels)
     if forward is not None:
-        module.forward = forward  # an attribute is called in the method's place
-        parts = {**parts, **forward.parts}
-    elif module in parts:
+        module.forward = forward  # an instance attribute hides the method of the class
+        decided = {**decided, **forward.replacements}
+    elif module in decided:
         return
     for child in module.children():
-        _attach(child, kernels, parts)
+        _attach(child, kernels, decided)
 
 
 def detach_kernels(body: nn.Module) -> None:
-    """Let every module run as transformers wrote it again.
+    """Restore the own forward of every module.
 
     Raises:
-        RuntimeError: its plain weights were dropped.
+        RuntimeError: its unpacked weights were dropped.
     """
     for module, forward in list(_attached(body)):
         if any(layer.weight.numel() == 0 for layer in forward.packed_layers):
-            raise RuntimeError("The plain weights were dropped: this model runs on the kernels alone")
+            raise RuntimeError("The unpacked weights were dropped: this model runs on the CPU kernels only")
         del module.forward
 
 
 def drop_plain_weights(body: nn.Module) -> None:
-    """Free the weights that were packed; from here on the model runs on the kernels or not at all."""
+    """Free the weights that exist in packed form too; from now on the model runs on the kernels only."""
     for _, forward in _attached(body):
         for layer in forward.packed_layers:
             layer.weight.data = layer.weight.new_empty(0)
             if isinstance(layer, Int8Linear):
-                layer.left_of_weight = layer.weight
+                layer.dequantized_weight = layer.weight
 
 
-def multiplies_on_kernels(body: nn.Module) -> bool:
-    """Whether no linear layer is left whose result may depend on the number of rows."""
+def packs_all_linear_layers(body: nn.Module) -> bool:
+    """Whether all linear layers run on the kernels, where a row's result does not depend on the number of rows."""
     packed = {layer for _, forward in _attached(body) for layer in forward.packed_layers}
     return all(module in packed for module in body.modules() if isinstance(module, nn.Linear))
 

@@ -16,7 +16,7 @@ from torch import nn
 from service.engines.base import StatePooling, StateTap
 from service.engines.devices.staging import copy_to_device
 from service.errors import SettingsError
-from service.scheduling.prefix_tree import Span
+from service.scheduling.prefix_tree import TokenSpan
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Readout:
     last: int
     """The position that ``last`` pooling reads."""
 
-    spans: tuple[Span, ...]
+    spans: tuple[TokenSpan, ...]
     """The ranges of positions that ``mean`` pooling includes."""
 
 

@@ -33,7 +33,10 @@ class PathSpec:
     """Whether the model's blocks run compiled by ``torch.compile``."""
 
     cascade: bool = False
-    """Whether attention to shared prefixes is computed once and merged; requires ``share_prefixes``."""
+    """Whether attention to a shared prefix is computed once for all its sequences; requires ``share_prefixes``.
+
+    Otherwise the variable-length kernel gets the prefix's keys gathered for each sequence.
+    """
 
     @property
     def description(self) -> str:

@@ -15,10 +15,10 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
-from service.engines.attention.layout import AttentionChunk, Packing, SequenceSpan
+from service.engines.attention.layout import AttentionChunk, PackedLayout, SequenceSpan
 from service.engines.model.classifier import Classifier
 from service.errors import SettingsError
-from service.scheduling.prefix_tree import Branch
+from service.scheduling.prefix_tree import SequenceLayout
 
 logger = logging.getLogger(__name__)
 
@@ -158,8 +158,8 @@ class StaticPass:
         chunk = AttentionChunk(
             (whole,), (0, length), no_indices, no_indices, self.buffers.cu_seqlens, self.buffers.cu_seqlens
         )
-        branch = Branch(((0, length),), 0, (0, length))
-        self._packing = Packing((branch,), device, staged_chunks=(chunk,), is_static=True)
+        sequence = SequenceLayout(((0, length),), 0, (0, length))
+        self._layout = PackedLayout((sequence,), device, staged_chunks=(chunk,), is_static=True)
         # As in PackedForward: without a mask transformers would wait for the device.
         self._mask = torch.empty((1, 1, 1, 0), dtype=torch.bool, device=device)
 
@@ -176,7 +176,7 @@ class StaticPass:
             attention_mask=self._mask,
             position_ids=self.buffers.positions,
             use_cache=False,
-            packing=self._packing,
+            packed_layout=self._layout,
         ).last_hidden_state[0]
         return self._classifier.rewards_of(states.index_select(0, self.buffers.pooled))
 

@@ -1,7 +1,7 @@
-"""The packed path: the sequences of a batch stand in one row, without padding, and what they share stands there once.
+"""The packed path: the sequences of a batch are concatenated without padding, and computed in one pass.
 
-The model's own transformers code runs unchanged, with the attention of ``attention``. Where prompts are kept for later
-passes, a pass computes what is new.
+Prefixes that several sequences share are computed once. The model's own transformers code runs unchanged, with the
+attention of ``engines.attention``. With a prefix cache a pass computes only tokens that no earlier pass has computed.
 """
 
 from __future__ import annotations
@@ -13,249 +13,269 @@ from math import isfinite
 
 import torch
 
-from service.engines.attention.interface import ATTENTION, PackingUnsupportedError
-from service.engines.attention.kv_cache import CacheTransaction, KVCache
-from service.engines.attention.layout import BLOCK, Packing
+from service.engines.attention.call import PackingUnsupportedError
+from service.engines.attention.interface import register_packed_attention
+from service.engines.attention.kv_cache import KVCache
+from service.engines.attention.layout import BLOCK, PackedLayout
 from service.engines.base import BatchCost, Deferred, EngineOutput, Pending, StateTap
-from service.engines.compilation import COMPILED_ATTENTION
+from service.engines.compilation import register_compiled_attention
 from service.engines.devices.staging import staging_for
-from service.engines.kernels.attention import register_attention
+from service.engines.kernels.attention import register_kernel_attention
 from service.engines.kernels.bindings import Kernels
-from service.engines.kernels.patching import multiplies_on_kernels
+from service.engines.kernels.patching import packs_all_linear_layers
 from service.engines.model.classifier import Classifier
 from service.engines.model.taps import Readout, StateQuery
+from service.engines.paths.base import PathSpec
 from service.engines.paths.cuda_graphs import Bucket, PassLibrary, StaticPass, fill_bucket
 from service.engines.rewiring import rewire
-from service.scheduling.prefix_tree import grow_branches
+from service.scheduling.prefix_tree import TokenIds, TokenSpan, has_shared_prefix
 
-FILLER_ID = 0
-"""The token at the end of a row that belongs to nobody: any will do, its states are computed and never read."""
+PADDING_ID = 0
+"""The token of padding at the end of a packed batch. Any will do: its states are computed and never read."""
 
-SHORTEST_SHARED = 8
-"""A common beginning of fewer tokens costs in attention what it saves in linear layers (24M parameters, two cores)."""
+MIN_SHARED_TOKENS = 8
+"""Sharing a shorter prefix costs as much in attention as it saves in linear layers (24M parameters, two cores)."""
 
 
 class PackedForward:
-    """Runs a batch as one row. What a batch costs is the sum of its tokens, shared ones counted once.
+    """Runs a batch as one packed sequence of tokens. The cost of a batch is the number of its tokens, shared ones once.
 
-    On a CPU in half precision the linear layers multiply in row blocks, so that a reward does not depend on the batch.
+    On a CPU in half precision linear layers multiply blocks of a fixed number of tokens, so that a reward does not
+    depend on the composition of the batch.
 
     Args:
-        classifier: left with the attention of this path.
-        share_prefixes: whether sequences that begin alike compute their beginning once.
-        compiled: whether the model's blocks run compiled.
-        kernels: on which its modules run where they can; None: transformers' own code runs.
-        cache_bytes: bytes of the prefix cache; 0: none. It needs shared prefixes.
-        cascade: whether the variable-length kernel attends to a shared beginning once for all and the rest is merged
-            with that; else its keys are gathered for each sequence.
-
-    ``library``: passes of fixed shapes, which run rows that share nothing and whose states nobody reads; empty until
-    somebody sets it.
+        classifier: its attention is replaced by that of this path.
+        spec: of a packed path.
     """
 
     name = "packed"
     cost: BatchCost = "packed"
 
-    def __init__(
-        self,
-        classifier: Classifier,
-        *,
-        share_prefixes: bool = True,
-        compiled: bool = False,
-        kernels: Kernels | None = None,
-        cache_bytes: int = 0,
-        cascade: bool = False,
-    ) -> None:
+    def __init__(self, classifier: Classifier, spec: PathSpec) -> None:
         if classifier.linear_head is None:
-            raise PackingUnsupportedError(f"{classifier.architecture} does not read its reward off one token's state")
+            raise PackingUnsupportedError(
+                f"{classifier.architecture} does not compute its reward from the state of one token"
+            )
         batch_invariant_linear = classifier.is_on_cpu and classifier.is_half_precision
-        attention = COMPILED_ATTENTION if compiled else ATTENTION
-        if kernels is not None:
-            attention = register_attention(kernels)
-        rewire(classifier, attention, batch_invariant_linear=batch_invariant_linear, compiled=compiled, kernels=kernels)
+        rewire(
+            classifier,
+            _register_attention(compiled=spec.compiled, kernels=spec.kernels),
+            batch_invariant_linear=batch_invariant_linear,
+            compiled=spec.compiled,
+            kernels=spec.kernels,
+        )
         self._classifier = classifier
-        self._batch_invariant_linear = batch_invariant_linear and not multiplies_on_kernels(classifier.body)
-        self.kernels = kernels
-        self._cascade = cascade
+        self._batch_invariant_linear = batch_invariant_linear and not packs_all_linear_layers(classifier.body)
+        self.kernels = spec.kernels
+        self._cascade = spec.cascade
         self._staging = staging_for(classifier.device)
         self._mask: torch.Tensor | None = None
         self.library = PassLibrary({})
-        self.min_shared_prefix_tokens = SHORTEST_SHARED if share_prefixes else None
-        self.kept = KVCache(cache_bytes, SHORTEST_SHARED) if cache_bytes and share_prefixes else None
-        self.caches_prefixes = self.kept is not None
+        """Passes of fixed shapes, for batches that share no prefix and whose states are not read; set by the engine."""
+        self.min_shared_prefix_tokens = MIN_SHARED_TOKENS if spec.share_prefixes else None
+        has_cache = spec.share_prefixes and spec.cache_bytes > 0
+        self.kv_cache = KVCache(spec.cache_bytes, MIN_SHARED_TOKENS) if has_cache else None
+        self.caches_prefixes = self.kv_cache is not None
 
     @torch.inference_mode()
     def run(
         self,
-        rows: Sequence[tuple[int, ...]],
+        rows: Sequence[TokenIds],
         query: StateQuery | None = None,
         prompts: Sequence[int | None] | None = None,
     ) -> EngineOutput:
-        """Score rows of token ids in one pass; see ``ForwardPath.run``."""
-        if self.kept is None or prompts is None:
+        """Score sequences in one pass; see ``ForwardPath.run``."""
+        if self.kv_cache is None or prompts is None:
             return self.launch(rows, query).result()
-        return self._settle(rows, query, self._visiting_pass(self.kept, rows, query, prompts))
+        return self._recompute_non_finite(rows, query, self._run_cached(self.kv_cache, rows, query, prompts))
 
-    def launch(self, rows: Sequence[tuple[int, ...]], query: StateQuery | None = None) -> Pending[EngineOutput]:
-        """Hand a pass to the device; see ``LaunchingPath.launch``. On CUDA the host waits for nothing here.
+    def launch(self, rows: Sequence[TokenIds], query: StateQuery | None = None) -> Pending[EngineOutput]:
+        """Launch a pass on the device; see ``LaunchingPath.launch``. On CUDA the host waits for nothing here.
 
-        Nothing is taken from earlier passes or kept for later ones, for a pass is trusted only when it has ended.
+        The prefix cache is neither read nor written, because what a pass computed is cached only after it has ended.
         """
         return Deferred(partial(self._finish, rows, query, self._launch(rows, query)))
 
+    def clear_cache(self) -> None:
+        """Clear the prefix cache."""
+        if self.kv_cache is not None:
+            self.kv_cache.prefix_index.clear()
+
+    def num_cached_tokens(self, row: TokenIds, mean_start: int | None) -> int:
+        """Return how many leading tokens of a sequence are cached; see ``ForwardPath.num_cached_tokens``.
+
+        The queue calls this while it holds the scorer's lock, because which sequences fit a batch depends on it. That
+        lookup is a bisection of the cached prefixes (some 30 microseconds for 500 prompts of 1,000 tokens). The lookup
+        of the pass that follows reuses its result (``PrefixIndex.longest``), so each sequence is compared once.
+        """
+        if self.kv_cache is None or not row:
+            return 0
+        return self.kv_cache.prefix_index.longest(row, self._max_cached(row, mean_start))[1]
+
     @torch.inference_mode()
     def _finish(
-        self, rows: Sequence[tuple[int, ...]], query: StateQuery | None, launched: Pending[EngineOutput]
+        self, rows: Sequence[TokenIds], query: StateQuery | None, launched: Pending[EngineOutput]
     ) -> EngineOutput:
-        return self._settle(rows, query, launched.result())
+        return self._recompute_non_finite(rows, query, launched.result())
 
-    def _settle(self, rows: Sequence[tuple[int, ...]], query: StateQuery | None, output: EngineOutput) -> EngineOutput:
-        """Compute rows without a finite reward again, by themselves and by nothing kept.
+    # --- One pass ----------------------------------------------------------------------------------------------------
 
-        A state that is not finite reaches all that share its row's beginning, even from behind it: in a sum, zero times
-        infinity is no number.
+    def _run_cached(
+        self,
+        cache: KVCache,
+        rows: Sequence[TokenIds],
+        query: StateQuery | None,
+        prompts: Sequence[int | None],
+    ) -> EngineOutput:
+        """Run a pass that reads the prefix cache, and adds to it if all that it computed is finite."""
+        limits = [self._max_cached(row, start) for row, start in zip(rows, _mean_starts(rows, query), strict=True)]
+        cached = cache.lookup(rows, limits)
+        layout = self._layout_of(rows, cached.spans)
+        with cache.begin(cached, rows, layout.sequences, prompts, self._classifier.device) as transaction:
+            output = self._launch_packed(rows, query, layout.with_cache(transaction)).result()
+            if all(map(isfinite, output.rewards)):
+                transaction.commit()
+        return replace(output, cached_tokens=cached.num_saved)
+
+    def _launch(self, rows: Sequence[TokenIds], query: StateQuery | None) -> Pending[EngineOutput]:
+        """Launch a pass without the prefix cache: a recorded one where it fits, else a packed one."""
+        recorded = self._choose_recorded(rows, query)
+        if recorded is not None:
+            return self._launch_recorded(*recorded, rows)
+        return self._launch_packed(rows, query, self._layout_of(rows))
+
+    def _choose_recorded(self, rows: Sequence[TokenIds], query: StateQuery | None) -> tuple[Bucket, StaticPass] | None:
+        """Return the recorded pass for a batch that shares no prefix and reads no states; None where there is none."""
+        if query is not None and query.readings:
+            return None
+        recorded = self.library.choose(rows)
+        if recorded is None or has_shared_prefix(rows, self.min_shared_prefix_tokens):
+            return None
+        return recorded
+
+    @torch.inference_mode()
+    def _launch_recorded(self, bucket: Bucket, recorded: StaticPass, rows: Sequence[TokenIds]) -> Pending[EngineOutput]:
+        pooled = [self._classifier.pooled_position(row) for row in rows]
+        recorded.load(self._staging.to_device(fill_bucket(bucket, rows, pooled, PADDING_ID).tensors))
+        return _output_of(self._staging.to_host([recorded.compute()[: len(rows)]]), [0] * len(rows))
+
+    def _layout_of(self, rows: Sequence[TokenIds], cached: Sequence[TokenSpan] | None = None) -> PackedLayout:
+        return PackedLayout.of(
+            rows,
+            self._classifier.device,
+            block=BLOCK if self._classifier.is_on_cpu else 1,
+            min_shared_tokens=self.min_shared_prefix_tokens,
+            batch_invariant_linear=self._batch_invariant_linear,
+            cached=cached,
+            cascade=self._cascade,
+        )
+
+    @torch.inference_mode()
+    def _launch_packed(
+        self, rows: Sequence[TokenIds], query: StateQuery | None, layout: PackedLayout
+    ) -> Pending[EngineOutput]:
+        classifier = self._classifier
+        pooled = [
+            sequence.index_of(classifier.pooled_position(row))
+            for sequence, row in zip(layout.sequences, rows, strict=True)
+        ]
+        layout, (ids, positions, read) = layout.to_device(
+            self._staging,
+            [torch.tensor([layout.token_ids(rows, PADDING_ID)]), layout.position_ids(), torch.tensor(pooled)],
+        )
+        with classifier.recording(*_readouts_of(query, layout, pooled)) as recorded:
+            states = classifier.body(
+                input_ids=ids, attention_mask=self._mask, position_ids=positions, use_cache=False, packed_layout=layout
+            ).last_hidden_state[0]
+        self._skip_mask_inference()
+        rewards, tapped_states = classifier.rewards_of(states.index_select(0, read)), recorded.stacked()
+        results = [rewards] if tapped_states is None else [rewards, tapped_states]
+        return _output_of(self._staging.to_host(results), [sequence.num_shared for sequence in layout.sequences])
+
+    def _skip_mask_inference(self) -> None:
+        """From the second pass on, pass a mask that is not read.
+
+        Without a mask transformers searches the position ids for sequence limits, and waits for the device to do so.
+        The first pass has none, so that a model which adds a pattern of its own to the mask is detected (``no_mask``).
+        """
+        if self._mask is None and not self._classifier.is_on_cpu:
+            self._mask = torch.empty((1, 1, 1, 0), dtype=torch.bool, device=self._classifier.device)
+
+    # --- Which states are read ---------------------------------------------------------------------------------------
+
+    def _max_cached(self, row: TokenIds, mean_start: int | None) -> int:
+        """Return how many leading tokens a pass may take from the cache: none whose state is read."""
+        pooled = self._classifier.pooled_position(row)
+        return pooled if mean_start is None else min(pooled, _first_counted(row, mean_start))
+
+    # --- Results that are not finite ---------------------------------------------------------------------------------
+
+    def _recompute_non_finite(
+        self, rows: Sequence[TokenIds], query: StateQuery | None, output: EngineOutput
+    ) -> EngineOutput:
+        """Compute sequences without a finite reward again, each alone and without the cache.
+
+        A state that is not finite reaches all sequences that share a prefix with its own, even from behind that prefix:
+        in the sum of attention, zero times infinity is NaN.
         """
         if not any(output.shared_tokens):
             return output
         rewards = list(output.rewards)
-        for place, reward in enumerate(rewards):
+        for index, reward in enumerate(rewards):
             if not isfinite(reward):
-                rewards[place] = self._replace(output, place, rows[place], query)
+                rewards[index] = self._recompute(output, index, rows[index], query)
         return replace(output, rewards=rewards)
 
-    def clear_cache(self) -> None:
-        """Let go of all that is kept."""
-        if self.kept is not None:
-            self.kept.prefixes.clear()
-
-    def num_cached_tokens(self, row: tuple[int, ...], mean_start: int | None) -> int:
-        """Return how many leading tokens of a row are cached; see ``ForwardPath.num_cached_tokens``."""
-        if self.kept is None or not row:
-            return 0
-        return self.kept.prefixes.longest(row, self._limit(row, mean_start))[1]
-
-    def _limit(self, row: tuple[int, ...], mean_start: int | None) -> int:
-        """Return how many leading tokens a pass may leave out: none whose state is read."""
-        pooled = self._classifier.pooled_position(row)
-        return pooled if mean_start is None else min(pooled, _first_counted(row, mean_start))
-
-    def _replace(self, output: EngineOutput, place: int, row: tuple[int, ...], query: StateQuery | None) -> float:
-        readings = [] if query is None else [index for index, (owner, _) in enumerate(query.readings) if owner == place]
-        own = query and StateQuery(query.taps, tuple((0, query.readings[index][1]) for index in readings))
+    def _recompute(self, output: EngineOutput, index: int, row: TokenIds, query: StateQuery | None) -> float:
+        """Return the reward of a sequence computed alone, and write its states into the output."""
+        readings = [] if query is None else [place for place, (owner, _) in enumerate(query.readings) if owner == index]
+        own = query and StateQuery(query.taps, tuple((0, query.readings[place][1]) for place in readings))
         alone = self._launch([row], own if readings else None).result()
         if output.states is not None and alone.states is not None:
             output.states[readings] = alone.states
         return alone.rewards[0]
 
-    def _visiting_pass(
-        self,
-        kept: KVCache,
-        rows: Sequence[tuple[int, ...]],
-        query: StateQuery | None,
-        prompts: Sequence[int | None],
-    ) -> EngineOutput:
-        """Run a pass that uses what is kept and keeps what it finds, unless something in it is not finite."""
-        limits = [self._limit(row, first) for row, first in zip(rows, _first_wanted(rows, query), strict=True)]
-        with kept.visit(rows, limits) as visit:
-            output = self._launch(rows, query, visit, prompts).result()
-            if all(map(isfinite, output.rewards)):
-                visit.confirm()
-        return output
 
-    @torch.inference_mode()
-    def _launch(
-        self,
-        rows: Sequence[tuple[int, ...]],
-        query: StateQuery | None,
-        visit: CacheTransaction | None = None,
-        prompts: Sequence[int | None] = (),
-    ) -> Pending[EngineOutput]:
-        classifier = self._classifier
-        pooled = [classifier.pooled_position(row) for row in rows]
-        reads_states = query is not None and bool(query.readings)
-        if visit is None and (static := None if reads_states else self.library.choose(rows)) and not self._shares(rows):
-            return self._launch_static(*static, rows, pooled)
-        packing = Packing.of(
-            rows,
-            classifier.device,
-            block=BLOCK if classifier.is_on_cpu else 1,
-            shortest_shared=self.min_shared_prefix_tokens,
-            batch_invariant_linear=self._batch_invariant_linear,
-            visit=visit,
-            cascade=self._cascade,
-        )
-        if visit is not None:
-            visit.plan(packing.branches, prompts, classifier.device)
-        places = [branch.place(position) for branch, position in zip(packing.branches, pooled, strict=True)]
-        packing, (ids, positions, read) = packing.staged(
-            self._staging,
-            [torch.tensor([packing.token_ids(rows, FILLER_ID)]), packing.position_ids(), torch.tensor(places)],
-        )
-        with classifier.recording(*_tapping(query, packing, places)) as recorded:
-            states = classifier.body(
-                input_ids=ids, attention_mask=self._mask, position_ids=positions, use_cache=False, packing=packing
-            ).last_hidden_state[0]
-        self._settle_masks()
-        rewards, tapped_states = classifier.rewards_of(states.index_select(0, read)), recorded.stacked()
-        found = [rewards] if tapped_states is None else [rewards, tapped_states]
-        num_taken = 0 if visit is None else visit.num_taken
-        shared_tokens = [branch.num_shared for branch in packing.branches]
-        return _output_of(self._staging.to_host(found), shared_tokens, num_taken)
-
-    def _shares(self, rows: Sequence[tuple[int, ...]]) -> bool:
-        return any(branch.num_shared for branch in grow_branches(rows, self.min_shared_prefix_tokens))
-
-    def _launch_static(
-        self, bucket: Bucket, static: StaticPass, rows: Sequence[tuple[int, ...]], pooled: Sequence[int]
-    ) -> Pending[EngineOutput]:
-        static.load(self._staging.to_device(fill_bucket(bucket, rows, pooled, FILLER_ID).tensors))
-        return _output_of(self._staging.to_host([static.compute()[: len(rows)]]), [0] * len(rows))
-
-    def _settle_masks(self) -> None:
-        """From the second pass on, hand a mask through that nobody reads.
-
-        Without one transformers looks for borders in the position ids and waits for the device to do so. The first pass
-        goes without, so that a model which lays a pattern of its own over the mask is found.
-        """
-        if self._mask is None and not self._classifier.is_on_cpu:
-            self._mask = torch.empty((1, 1, 1, 0), dtype=torch.bool, device=self._classifier.device)
+def _register_attention(*, compiled: bool, kernels: Kernels | None) -> str:
+    """Register the attention of a path with transformers, and return its name."""
+    if kernels is not None:
+        return register_kernel_attention(kernels)
+    return register_compiled_attention() if compiled else register_packed_attention()
 
 
-def _output_of(
-    copies: Pending[list[torch.Tensor]], shared_tokens: list[int], cached_tokens: int = 0
-) -> Pending[EngineOutput]:
+def _output_of(copies: Pending[list[torch.Tensor]], shared_tokens: list[int]) -> Pending[EngineOutput]:
     """Return the output of a launched pass, finite or not; ``copies``: its rewards, and the states if requested."""
 
     def complete() -> EngineOutput:
         rewards, *states = copies.result()
-        return EngineOutput(rewards.tolist(), shared_tokens, states[0].numpy() if states else None, cached_tokens)
+        return EngineOutput(rewards.tolist(), shared_tokens, states[0].numpy() if states else None)
 
     return Deferred(complete)
 
 
-def _first_wanted(rows: Sequence[tuple[int, ...]], query: StateQuery | None) -> list[int | None]:
-    """Return of each row the first token whose state is asked for beside the pooled one's; None where none is."""
-    found: list[int | None] = [None] * len(rows)
+def _mean_starts(rows: Sequence[TokenIds], query: StateQuery | None) -> list[int | None]:
+    """Return of each sequence the first token that ``mean`` pooling reads; None where only the pooled one is read."""
+    starts: list[int | None] = [None] * len(rows)
     if query is not None and any(tap.pooling == "mean" for tap in query.taps):
-        for place, first in query.readings:
-            counted, known = _first_counted(rows[place], first), found[place]
-            found[place] = counted if known is None else min(known, counted)
-    return found
+        for index, requested in query.readings:
+            counted, known = _first_counted(rows[index], requested), starts[index]
+            starts[index] = counted if known is None else min(known, counted)
+    return starts
 
 
-def _first_counted(row: tuple[int, ...], first: int) -> int:
-    """Return from which token on a mean counts, asked to begin with this one: of nothing it counts all."""
-    return first if first < len(row) else 0
+def _first_counted(row: TokenIds, requested: int) -> int:
+    """Return the first token that a mean counts: the requested one, or the first of all where none would be left."""
+    return requested if requested < len(row) else 0
 
 
-def _tapping(
-    query: StateQuery | None, packing: Packing, places: Sequence[int]
+def _readouts_of(
+    query: StateQuery | None, layout: PackedLayout, pooled: Sequence[int]
 ) -> tuple[tuple[StateTap, ...], list[Readout]]:
-    """Say where in the row the states stand that are asked for."""
+    """Return the taps of a query, and where in the packed batch its readings are."""
     if query is None:
         return (), []
     readouts = []
-    for row, first in query.readings:
-        branch = packing.branches[row]
-        readouts.append(Readout(0, places[row], branch.spans_from(first) or branch.spans))
+    for index, first in query.readings:
+        sequence = layout.sequences[index]
+        readouts.append(Readout(0, pooled[index], sequence.spans_from(first) or sequence.spans))
     return query.taps, readouts

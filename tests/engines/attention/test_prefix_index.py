@@ -1,122 +1,162 @@
-"""The books of what is kept: a slot holds the token that its beginnings say, and what is used last stays longest."""
+"""The index of cached prefixes: slots hold the tokens of their prefixes, and the least recently used one is evicted."""
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from service.engines.attention import prefix_index
 from service.engines.attention.prefix_index import CachedPrefix, PrefixIndex
-from service.scheduling.prefix_tree import num_common
+from service.scheduling.prefix_tree import common_prefix_length
 
 LAW = settings(max_examples=150, deadline=None)
 
-beginnings = st.lists(st.integers(0, 1), min_size=1, max_size=9).map(tuple)
+token_ids = st.lists(st.integers(0, 1), min_size=1, max_size=9).map(tuple)
 
 
-def add(prefixes: PrefixIndex, tokens: tuple[int, ...]) -> CachedPrefix | None:
-    """Add a beginning in a pass of its own."""
-    prefixes.begin_pass()
-    added = prefixes.add(tokens)
+def add(index: PrefixIndex, tokens: tuple[int, ...]) -> CachedPrefix | None:
+    """Add a prefix in a pass of its own."""
+    index.begin_pass()
+    added = index.add(tokens)
     return added[0] if added else None
 
 
 @LAW
-@given(st.lists(st.lists(beginnings, max_size=4), max_size=12), st.integers(1, 24), st.integers(1, 3), st.data())
-def test_a_slot_holds_the_token_that_all_its_beginnings_say(
-    passes: list[list[tuple[int, ...]]], num_slots: int, shortest: int, data: st.DataObject
+@given(st.lists(st.lists(token_ids, max_size=4), max_size=12), st.integers(1, 24), st.integers(1, 3), st.data())
+def test_a_slot_holds_the_token_of_all_its_prefixes(
+    passes: list[list[tuple[int, ...]]], num_slots: int, min_tokens: int, data: st.DataObject
 ) -> None:
-    """Whatever is added, evicted or taken back, the slots of a kept beginning spell it, and free slots are counted."""
-    prefixes = PrefixIndex(num_slots, shortest)
+    """Whatever is added, evicted or rolled back, a prefix's slots hold its tokens, and free slots are counted."""
+    index = PrefixIndex(num_slots, min_tokens)
     written: dict[int, int] = {}
-    kept: list[CachedPrefix] = []
-    for beginnings_of_pass in passes:
-        prefixes.begin_pass()
+    cached: list[CachedPrefix] = []
+    for prefixes_of_pass in passes:
+        index.begin_pass()
         added = []
-        for tokens in beginnings_of_pass:
-            found = prefixes.add(tokens)
+        for tokens in prefixes_of_pass:
+            found = index.add(tokens)
             if found:
                 prefix, num_known = found
                 written.update(zip(prefix.slots[num_known:].tolist(), tokens[num_known:], strict=True))
                 added.append(prefix)
         if added and data.draw(st.booleans()):
             for prefix in added:
-                prefixes.remove(prefix)
-        kept = list(prefixes._sorted)
-        for prefix in kept:
+                index.remove(prefix)
+        cached = list(index._sorted)
+        for prefix in cached:
             assert tuple(written[slot] for slot in prefix.slots.tolist()) == prefix.tokens
-        assert prefixes.num_tokens == len({slot for prefix in kept for slot in prefix.slots.tolist()}) <= num_slots
-    assert [prefix.tokens for prefix in kept] == sorted({prefix.tokens for prefix in kept})
+        assert index.num_tokens == len({slot for prefix in cached for slot in prefix.slots.tolist()}) <= num_slots
+    assert [prefix.tokens for prefix in cached] == sorted({prefix.tokens for prefix in cached})
 
 
 @LAW
-@given(st.lists(beginnings, max_size=8), beginnings, st.integers(0, 9))
-def test_the_longest_beginning_is_found(kept: list[tuple[int, ...]], row: tuple[int, ...], limit: int) -> None:
-    """A look-up finds as many common tokens as any kept beginning has, up to its limit, and none below the shortest."""
-    prefixes = PrefixIndex(100, shortest=2)
-    for tokens in kept:
-        add(prefixes, tokens)
+@given(st.lists(token_ids, max_size=8), token_ids, st.integers(0, 9))
+def test_the_longest_prefix_is_found(cached: list[tuple[int, ...]], tokens: tuple[int, ...], limit: int) -> None:
+    """A lookup finds as many common tokens as any cached prefix has, up to its limit, and none below the minimum."""
+    index = PrefixIndex(100, min_tokens=2)
+    for prefix_tokens in cached:
+        add(index, prefix_tokens)
 
-    prefix, depth = prefixes.longest(row, limit)
+    prefix, num_common = index.longest(tokens, limit)
 
-    most = min(max((num_common(tokens, row) for tokens in kept if len(tokens) >= 2), default=0), limit)
-    assert depth == (most if most >= 2 else 0)
-    assert (prefix is None) == (depth == 0)
-    assert prefix is None or prefix.tokens[:depth] == row[:depth]
+    most = max((common_prefix_length(known, tokens) for known in cached if len(known) >= 2), default=0)
+    most = min(most, limit)
+    assert num_common == (most if most >= 2 else 0)
+    assert (prefix is None) == (num_common == 0)
+    assert prefix is None or prefix.tokens[:num_common] == tokens[:num_common]
 
 
-def test_beginnings_share_the_slots_of_what_they_begin_alike() -> None:
-    """A second prompt behind the same system prompt takes slots for its own tokens alone, also when the first goes."""
-    prefixes = PrefixIndex(10, shortest=2)
-    first = add(prefixes, (1, 2, 3, 4))
-    second = add(prefixes, (1, 2, 3, 9, 9))
+@LAW
+@given(st.lists(token_ids, max_size=12), st.lists(token_ids, min_size=1, max_size=4), st.integers(1, 16), st.data())
+def test_a_repeated_lookup_is_never_stale(
+    passes: list[tuple[int, ...]], sequences: list[tuple[int, ...]], num_slots: int, data: st.DataObject
+) -> None:
+    """Whatever was added, evicted or removed since, a lookup returns what a lookup of equal, new token ids returns."""
+    index = PrefixIndex(num_slots, min_tokens=1)
+    for tokens in passes:
+        added = add(index, tokens)
+        if added is not None and data.draw(st.booleans()):
+            index.remove(added)
+        for sequence in sequences:
+            limit = data.draw(st.integers(0, 9))
+            assert index.longest(sequence, limit) == index.longest(tuple(iter(sequence)), limit)
+
+
+def test_a_sequence_is_compared_once_between_two_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lookup of a pass reuses the comparisons of the one by which the queue computed the cost of the sequence."""
+    compared: list[tuple[int, ...]] = []
+
+    def counting(first: tuple[int, ...], second: tuple[int, ...]) -> int:
+        compared.append(second)
+        return common_prefix_length(first, second)
+
+    index = PrefixIndex(100, min_tokens=2)
+    add(index, (1, 2, 3))
+    sequence = (1, 2, 3, 4)
+    monkeypatch.setattr(prefix_index, "common_prefix_length", counting)
+
+    assert [index.longest(sequence, limit)[1] for limit in (4, 2, 4)] == [3, 2, 3]
+    assert len(compared) == 1
+
+    index.end_lookups()
+    index.longest(sequence, 4)
+    assert len(compared) == 2
+
+
+def test_prefixes_share_the_slots_of_their_common_part() -> None:
+    """A second prompt with the same system prompt takes slots for its own tokens alone, also when the first goes."""
+    index = PrefixIndex(10, min_tokens=2)
+    first = add(index, (1, 2, 3, 4))
+    second = add(index, (1, 2, 3, 9, 9))
     assert first is not None
     assert second is not None
     assert first.slots[:3].tolist() == second.slots[:3].tolist()
-    assert prefixes.num_tokens == 6
+    assert index.num_tokens == 6
 
-    prefixes.remove(first)
+    index.remove(first)
 
-    assert prefixes.num_tokens == 5
-    assert prefixes.longest((1, 2, 3, 4), 4) == (second, 3)
+    assert index.num_tokens == 5
+    assert index.longest((1, 2, 3, 4), 4) == (second, 3)
 
 
-def test_what_was_not_used_for_longest_makes_room() -> None:
-    """A new prompt takes the place of the one that was used longest ago, and not of the one that was kept first."""
-    prefixes = PrefixIndex(6, shortest=2)
-    old, other = add(prefixes, (1, 1, 1)), add(prefixes, (2, 2, 2))
+def test_the_least_recently_used_prefix_is_evicted() -> None:
+    """A new prompt evicts the least recently used one, not the one that was added first."""
+    index = PrefixIndex(6, min_tokens=2)
+    old, other = add(index, (1, 1, 1)), add(index, (2, 2, 2))
     assert old is not None
-    prefixes.begin_pass()
-    prefixes.use(old)
+    index.begin_pass()
+    index.use(old)
 
-    new = add(prefixes, (3, 3, 3))
+    new = add(index, (3, 3, 3))
 
     assert other is not None
-    assert [prefixes.longest(tokens, 3)[0] for tokens in ((1, 1, 1), (2, 2, 2), (3, 3, 3))] == [old, None, new]
+    assert [index.longest(tokens, 3)[0] for tokens in ((1, 1, 1), (2, 2, 2), (3, 3, 3))] == [old, None, new]
 
 
-def test_a_pass_never_loses_what_it_uses() -> None:
-    """What finds no room beside the beginnings of its own pass is not kept."""
-    prefixes = PrefixIndex(4, shortest=2)
-    kept = add(prefixes, (1, 1, 1))
-    assert kept is not None
-    prefixes.begin_pass()
-    prefixes.use(kept)
+def test_a_pass_never_evicts_what_it_uses() -> None:
+    """A prefix for which there are no slots beside those that its pass uses is not cached."""
+    index = PrefixIndex(4, min_tokens=2)
+    cached = add(index, (1, 1, 1))
+    assert cached is not None
+    index.begin_pass()
+    index.use(cached)
 
-    assert prefixes.add((2, 2, 2)) is None
-    assert prefixes.add((3,) * 5) is None
-    assert prefixes.longest((1, 1, 1), 3) == (kept, 3)
+    assert index.add((2, 2, 2)) is None
+    assert index.add((3,) * 5) is None
+    assert index.longest((1, 1, 1), 3) == (cached, 3)
 
 
-def test_neighbouring_slots_are_taken_together() -> None:
-    """What is kept one after the other stands in one run of slots, from the lowest on once all was forgotten."""
-    prefixes = PrefixIndex(5000, shortest=2)
-    first, second = add(prefixes, tuple(range(1500))), add(prefixes, tuple(range(1, 1400)))
+def test_slots_are_taken_contiguously() -> None:
+    """Prefixes added one after the other have contiguous slots, from the lowest on again after all were removed."""
+    index = PrefixIndex(5000, min_tokens=2)
+    first, second = add(index, tuple(range(1500))), add(index, tuple(range(1, 1400)))
     assert first is not None
     assert second is not None
     assert [*first.slots, *second.slots] == list(range(1500 + 1399))
 
-    prefixes.clear()
+    index.clear()
 
-    third = add(prefixes, (7, 8, 9))
+    third = add(index, (7, 8, 9))
     assert third is not None
     assert third.slots.tolist() == [0, 1, 2]

@@ -10,17 +10,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_classifiers import load_tiny, random_rows, rows_that_share, sequences_of
+from tiny_classifiers import load_tiny, packed_path, random_rows, rows_that_share, sequences_of
 from tiny_models import DECODER_FAMILIES
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from service.engines.attention import interface as attention
-from service.engines.attention.layout import Packing
+from service.engines.attention.layout import PackedLayout
 from service.engines.base import EngineInfo, Ready, StateTap
 from service.engines.devices.staging import ALIGNMENT, PlainStaging, buffer_offsets, buffer_views, staging_for
 from service.engines.model.scalar_head import batch_invariant_head
 from service.engines.model.taps import StateQuery
-from service.engines.paths.packed import PackedForward
 from service.engines.torch import TorchEngine
 from service.errors import EngineUnavailable
 
@@ -115,7 +114,8 @@ def like_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
         "service.engines.model.taps.copy_to_device", lambda tensor, _: torch.empty_like(tensor, device="meta")
     )
     monkeypatch.setattr(
-        "service.engines.attention.interface.copy_to_device", lambda tensor, _: torch.empty_like(tensor, device="meta")
+        "service.engines.attention.per_sequence.copy_to_device",
+        lambda tensor, _: torch.empty_like(tensor, device="meta"),
     )
     return torch.device("meta")
 
@@ -125,9 +125,9 @@ def test_a_launch_does_not_synchronize(tiny_checkpoint, like_cuda: torch.device,
     """From the second pass on, a launch reads no device values and copies inputs through the staging alone."""
     on_cpu = load_tiny(tiny_checkpoint(family))
     rows = rows_that_share(on_cpu)
-    path = PackedForward(load_tiny(tiny_checkpoint(family), torch.bfloat16, device=like_cuda))
+    path = packed_path(load_tiny(tiny_checkpoint(family), torch.bfloat16, device=like_cuda))
     taps = (StateTap(1, "mean"), StateTap(2, "last"))
-    path._settle_masks()  # the first pass asks transformers for masks, and meta tensors have no values to answer with
+    path._skip_mask_inference()  # in the first pass transformers would read values, which meta tensors do not have
 
     with RefusesToSynchronize():
         pending = path.launch(rows, StateQuery(taps, ((0, 0), (3, 5))))
@@ -156,7 +156,7 @@ def test_the_empty_mask_changes_nothing(tiny_checkpoint, family: str) -> None:
     """With the empty mask, with which transformers does not read position ids, rewards are the same, bit for bit."""
     classifier = load_tiny(tiny_checkpoint(family))
     rows = rows_that_share(classifier)
-    path = PackedForward(classifier)
+    path = packed_path(classifier)
     without = path.run(rows).rewards
 
     path._mask = torch.empty((1, 1, 1, 0), dtype=torch.bool)
@@ -174,9 +174,9 @@ def test_attention_inputs_are_copied_with_the_other_inputs() -> None:
             return [tensor.clone() for tensor in tensors]
 
     rows = [tuple(range(40)) + (place,) * 9 for place in range(6)]
-    cut = Packing.of(rows, torch.device("meta"), shortest_shared=8)
+    cut = PackedLayout.of(rows, torch.device("meta"), min_shared_tokens=8)
 
-    staged, (ids,) = cut.staged(Counting(CPU), [torch.arange(5)])
+    staged, (ids,) = cut.to_device(Counting(CPU), [torch.arange(5)])
 
     assert calls == [1 + 4 * len(cut.chunks)]
     assert ids.tolist() == list(range(5))
@@ -212,7 +212,7 @@ def test_a_lost_device_is_distinguished_from_a_failed_pass(monkeypatch: pytest.M
 def test_a_launch_does_not_wait_for_a_gpu(tiny_checkpoint, family: str) -> None:
     """Torch detects no synchronization in a launch, and two passes in flight have their own rewards and states."""
     classifier = load_tiny(tiny_checkpoint(family), torch.bfloat16, device=torch.device("cuda"))
-    path = PackedForward(classifier)
+    path = packed_path(classifier)
     batches = [rows_that_share(classifier, seed) for seed in range(2)]
     query = StateQuery((StateTap(1, "mean"), StateTap(2, "last")), ((0, 0), (3, 5)))
     expected = [path.run(rows, query) for rows in batches]
@@ -234,7 +234,7 @@ def test_a_launch_does_not_wait_for_a_gpu(tiny_checkpoint, family: str) -> None:
 def test_many_passes_in_flight_do_not_overwrite_each_other(tiny_checkpoint) -> None:
     """Pinned memory is not reused too early: each of fifty launched passes has the rewards it has alone."""
     classifier = load_tiny(tiny_checkpoint("llama"), device=torch.device("cuda"))
-    path = PackedForward(classifier)
+    path = packed_path(classifier)
     batches = [random_rows(classifier, seed=seed) for seed in range(50)]
     expected = [path.run(rows).rewards for rows in batches]
 

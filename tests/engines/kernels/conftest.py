@@ -1,4 +1,4 @@
-"""The kernels for each kind of CPU, as far as this one can run them, for tests that need them."""
+"""Fixtures: the CPU kernels of each target that this machine can run, and those that it would choose."""
 
 from __future__ import annotations
 
@@ -22,36 +22,42 @@ from service.engines.kernels.build import (
     locate_library,
 )
 
-EMULATED_TILES = Target(
+EMULATED_AMX = Target(
     AMX_BF16.name,
-    (*AVX512_BF16.flags, "-UWITH_PAIRS", "-DWITH_AMX", "-include", str(Path(__file__).parent / "emulated_tiles.h")),
+    (
+        *AVX512_BF16.flags,
+        "-UUSE_AVX512_BF16",
+        "-DUSE_AMX_BF16",
+        "-include",
+        str(Path(__file__).parent / "emulated_amx.h"),
+    ),
 )
-"""The kernels for matrix tiles, on a CPU that has none."""
+"""The kernels for AMX, on a CPU without it."""
 
 
 @pytest.fixture(scope="session", params=TARGETS, ids=lambda target: target.name)
 def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
-    """Kernels of each kind; matrix tiles are emulated where there are none."""
+    """The kernels of each target; AMX is emulated on a CPU without it."""
     target: Target = request.param
     runs = {AVX512_F32: True, AVX512_VNNI: has_avx512_vnni()}.get(target, has_avx512_bf16())
     if not has_avx512() or not runs:
-        pytest.skip(f"this CPU runs no kernels for {target.name}")
+        pytest.skip(f"this CPU does not support the kernels for {target.name}")
     try:
         if target is not AMX_BF16:
             return Kernels(ctypes.CDLL(str(locate_library(target))), target)
         if has_amx():
-            return load_kernels()  # which asks the operating system for its tiles
+            return load_kernels()  # requests permission to use AMX
         folder = tmp_path_factory.mktemp("emulated")
-        compile_kernels(EMULATED_TILES, folder)
+        compile_kernels(EMULATED_AMX, folder)
     except KernelsUnavailable as reason:
-        pytest.skip(f"no kernels here: {reason}")
-    return Kernels(ctypes.CDLL(str(folder / LIBRARY)), EMULATED_TILES)
+        pytest.skip(f"the CPU kernels are not available: {reason}")
+    return Kernels(ctypes.CDLL(str(folder / LIBRARY)), EMULATED_AMX)
 
 
 @pytest.fixture(scope="session")
 def machine_kernels() -> Kernels:
-    """The kernels that this machine would take."""
+    """The kernels that this machine would choose."""
     try:
         return load_kernels()
     except KernelsUnavailable as reason:
-        pytest.skip(f"no kernels here: {reason}")
+        pytest.skip(f"the CPU kernels are not available: {reason}")

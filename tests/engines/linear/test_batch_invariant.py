@@ -1,4 +1,4 @@
-"""Row-blocked linear layers compute what plain ones do, and a row's result does not depend on the others."""
+"""Batch-invariant linear layers compute what plain ones do, and a row's result does not depend on other rows."""
 
 from __future__ import annotations
 
@@ -9,31 +9,33 @@ from hypothesis import strategies as st
 from torch import nn
 
 from service.engines.linear.batch_invariant import (
-    LARGEST,
-    SMALLEST,
+    MAX_BLOCK_ROWS,
+    MIN_BLOCK_ROWS,
     STEP,
-    RowBlockedLinear,
-    agreeing_sizes,
+    BatchInvariantLinear,
+    equivalent_sizes,
     padded_rows,
     plan_blocks,
     set_batch_invariant_linear,
 )
 
 
-def blocked_linear(*, bias: bool, dtype: torch.dtype, in_features: int = 576, out_features: int = 320) -> nn.Module:
+def invariant_layer(*, bias: bool, dtype: torch.dtype, in_features: int = 576, out_features: int = 320) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(in_features, out_features, bias=bias, dtype=dtype))
-    set_batch_invariant_linear(model, blocked=True)
-    assert isinstance(model[0], RowBlockedLinear)
+    set_batch_invariant_linear(model, enabled=True)
+    assert isinstance(model[0], BatchInvariantLinear)
     return model[0]
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
-@pytest.mark.parametrize("num_rows", [1, SMALLEST - 1, SMALLEST, SMALLEST + 1, LARGEST, LARGEST + 5])
+@pytest.mark.parametrize(
+    "num_rows", [1, MIN_BLOCK_ROWS - 1, MIN_BLOCK_ROWS, MIN_BLOCK_ROWS + 1, MAX_BLOCK_ROWS, MAX_BLOCK_ROWS + 5]
+)
 @torch.inference_mode()
 def test_blocks_compute_the_linear_layer(num_rows: int, bias: bool) -> None:
-    """Whole and filled-up blocks give what the plain layer gives, in the shape of the input."""
-    linear = blocked_linear(bias=bias, dtype=torch.float32)
+    """Full and padded blocks give the plain layer's result, in the shape of the input."""
+    linear = invariant_layer(bias=bias, dtype=torch.float32)
     states = torch.randn(1, num_rows, 576)
 
     output = linear(states)
@@ -43,9 +45,9 @@ def test_blocks_compute_the_linear_layer(num_rows: int, bias: bool) -> None:
 
 @pytest.mark.parametrize("shape", [(576, 320), (1536, 576), (576, 1536), (384, 384)], ids=str)
 @torch.inference_mode()
-def test_a_row_is_the_same_bits_in_any_company(shape: tuple[int, int]) -> None:
-    """The same row gives the same bits alone, first, last and among any number of others."""
-    linear = blocked_linear(bias=True, dtype=torch.bfloat16, in_features=shape[0], out_features=shape[1])
+def test_a_row_has_the_same_bits_among_any_others(shape: tuple[int, int]) -> None:
+    """A row's result has the same bits alone, first, last and among any number of other rows."""
+    linear = invariant_layer(bias=True, dtype=torch.bfloat16, in_features=shape[0], out_features=shape[1])
     states = torch.randn(2600, shape[0], dtype=torch.bfloat16)
     together = linear(states)
 
@@ -53,24 +55,27 @@ def test_a_row_is_the_same_bits_in_any_company(shape: tuple[int, int]) -> None:
         assert torch.equal(linear(states[begin:end]), together[begin:end])
 
 
-def test_sizes_are_tried_and_not_assumed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A number of rows that gives other bits is found out and left out."""
+def test_block_sizes_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number of rows that gives other bits is detected and not used."""
 
-    def moody(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return nn.functional.linear(rows, weight, bias) + (len(rows) == 3 * SMALLEST) * 1e-3
+    def linear_with_an_odd_size(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return nn.functional.linear(rows, weight, bias) + (len(rows) == 3 * MIN_BLOCK_ROWS) * 1e-3
 
-    monkeypatch.setattr("service.engines.linear.batch_invariant.linear", moody)
+    monkeypatch.setattr("service.engines.linear.batch_invariant.linear", linear_with_an_odd_size)
 
-    sizes = agreeing_sizes.__wrapped__(16, 8, True, torch.float32, 1)  # not the cached ones
+    sizes = equivalent_sizes.__wrapped__(16, 8, True, torch.float32, 1)  # not the cached ones
 
-    assert 3 * SMALLEST not in sizes
-    assert sizes[0] == SMALLEST
+    assert 3 * MIN_BLOCK_ROWS not in sizes
+    assert sizes[0] == MIN_BLOCK_ROWS
 
 
-@given(num_rows=st.integers(1, 20_000), larger=st.sets(st.sampled_from(range(SMALLEST + STEP, LARGEST + 1, STEP))))
+@given(
+    num_rows=st.integers(1, 20_000),
+    larger=st.sets(st.sampled_from(range(MIN_BLOCK_ROWS + STEP, MAX_BLOCK_ROWS + 1, STEP))),
+)
 def test_plan_covers_all_rows(num_rows: int, larger: set[int]) -> None:
-    """Blocks have allowed sizes, cover every row, and none of them is empty."""
-    sizes = (SMALLEST, *sorted(larger))
+    """Blocks have allowed sizes, cover every row, and none is empty."""
+    sizes = (MIN_BLOCK_ROWS, *sorted(larger))
 
     blocks = plan_blocks(num_rows, sizes)
 
@@ -78,32 +83,32 @@ def test_plan_covers_all_rows(num_rows: int, larger: set[int]) -> None:
     assert sum(blocks) >= num_rows > sum(blocks) - max(blocks)
 
 
-def test_plan_spares_rows_before_blocks() -> None:
-    """Two blocks that fit are better than one that is half empty."""
+def test_plan_avoids_padding_before_blocks() -> None:
+    """Two full blocks are better than one that is half padding."""
     assert sorted(plan_blocks(1024, (384, 512, 640, 2048))) in ([384, 640], [512, 512])
     assert plan_blocks(2000, (384, 512, 640, 2048)) == (2048,)
 
 
 @given(num_rows=st.integers(1, 20_000))
-def test_a_row_ends_where_blocks_end(num_rows: int) -> None:
-    """A packed row is filled up by less than a step, but never to fewer rows than the smallest block has."""
+def test_a_packed_batch_is_padded_to_a_block_size(num_rows: int) -> None:
+    """A packed batch is padded by less than a step, but to no fewer rows than the smallest block."""
     padded = padded_rows(num_rows)
 
     assert padded % STEP == 0
-    assert padded == SMALLEST or num_rows <= padded < num_rows + STEP
+    assert padded == MIN_BLOCK_ROWS or num_rows <= padded < num_rows + STEP
 
 
-def test_blocks_are_taken_off_again() -> None:
-    """Switching back leaves plain layers with the very same weights, and other layer classes are never touched."""
-    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), RowlessLinear(8, 8))
+def test_disabling_restores_plain_layers() -> None:
+    """Disabling leaves plain layers with the same weights, and layers of other classes are never changed."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), ForeignLinear(8, 8))
     weight = model[0].weight
 
-    set_batch_invariant_linear(model, blocked=True)
-    set_batch_invariant_linear(model, blocked=False)
+    set_batch_invariant_linear(model, enabled=True)
+    set_batch_invariant_linear(model, enabled=False)
 
-    assert [type(layer) for layer in model] == [nn.Linear, nn.LayerNorm, RowlessLinear]
+    assert [type(layer) for layer in model] == [nn.Linear, nn.LayerNorm, ForeignLinear]
     assert model[0].weight is weight
 
 
-class RowlessLinear(nn.Linear):
-    """A linear layer of a class that is not ours to change."""
+class ForeignLinear(nn.Linear):
+    """A linear layer of another class, which must not be changed."""

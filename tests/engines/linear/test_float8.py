@@ -1,4 +1,4 @@
-"""fp8 is refused where it cannot be, names what it changes, and never passes for the model it was made of."""
+"""fp8 is refused where it is not possible, names the layers that it changes, and is another model version."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from service.assembly import arithmetic_of
 from service.engines.base import EngineInfo
-from service.engines.linear.float8 import layers_for_float8, quantize_float8, refusal_of
+from service.engines.linear.float8 import float8_refusal, layers_for_float8, quantize_float8
 from service.engines.parity import plain_rewards, probes_for, quantization_error
 from service.engines.torch import load_torch_engine
 from service.errors import SettingsError
@@ -25,7 +25,7 @@ INFO = EngineInfo("torch", "Llama", "packed", "cuda:0", "bfloat16", "packed", ma
     [
         (None, torch.bfloat16, True, "on a CPU"),
         ((8, 0), torch.bfloat16, True, "capability 8.0"),
-        ((9, 0), torch.float16, True, "must be in bfloat16"),
+        ((9, 0), torch.float16, True, "needs bfloat16"),
         ((9, 0), torch.bfloat16, False, "pip install"),
         ((8, 9), torch.bfloat16, True, ""),
         ((10, 0), torch.bfloat16, True, ""),
@@ -35,15 +35,15 @@ INFO = EngineInfo("torch", "Llama", "packed", "cuda:0", "bfloat16", "packed", ma
 def test_fp8_is_refused_with_one_reason(
     capability: tuple[int, int] | None, dtype: torch.dtype, has_torchao: bool, reason: str
 ) -> None:
-    """Each thing that is missing has its own words; where nothing is, there are none."""
-    refusal = refusal_of(capability, dtype, has_torchao=has_torchao)
+    """Each missing requirement has its own reason; where none is missing, the reason is empty."""
+    refusal = float8_refusal(capability, dtype, has_torchao=has_torchao)
 
     assert reason in refusal
     assert bool(refusal) == bool(reason)
 
 
 def test_an_engine_on_a_cpu_refuses_fp8(tiny_checkpoint) -> None:
-    """The start ends with one sentence and goes on with nothing else in silence."""
+    """The start ends with one error and does not fall back silently."""
     with pytest.raises(SettingsError, match="quantization is fp8, but the model runs on a CPU"):
         load_torch_engine(
             tiny_checkpoint("llama"),
@@ -55,7 +55,7 @@ def test_an_engine_on_a_cpu_refuses_fp8(tiny_checkpoint) -> None:
 
 
 def test_linear_layers_of_the_body_are_quantized(tiny_checkpoint) -> None:
-    """Every projection of every block is named, embeddings and head are not, nor what has odd sizes."""
+    """Every projection of every block is named; embeddings, head and layers of unsuitable sizes are not."""
     classifier = load_tiny(tiny_checkpoint("llama"))
     names = layers_for_float8(classifier.body)
 
@@ -65,8 +65,8 @@ def test_linear_layers_of_the_body_are_quantized(tiny_checkpoint) -> None:
     assert layers_for_float8(nn.ModuleDict({"odd": nn.Linear(16, 24), "even": nn.Linear(32, 48)})) == ["even"]
 
 
-def test_a_quantized_model_has_another_version() -> None:
-    """Arithmetic, from which version and calibration are bound, says fp8; without it nothing changes."""
+def test_a_quantized_model_is_another_version() -> None:
+    """The arithmetic, a part of version and calibration, includes fp8; without fp8 it does not change."""
     quantized = replace(INFO, quantization="fp8")
 
     assert (INFO.arithmetic, quantized.arithmetic) == ("bfloat16", "bfloat16, fp8")
@@ -74,8 +74,8 @@ def test_a_quantized_model_has_another_version() -> None:
     assert arithmetic_of(INFO) != arithmetic_of(quantized)
 
 
-def test_what_quantization_changed_is_told_apart_from_what_a_path_changes(tiny_checkpoint) -> None:
-    """A path is held against the plain forward of the changed weights, and the change itself is shown."""
+def test_quantization_loss_is_separate_from_parity(tiny_checkpoint) -> None:
+    """A path is compared with the plain forward of the quantized weights, and the quantization loss is reported."""
     classifier = load_tiny(tiny_checkpoint("llama"))
 
     probes = probes_for(classifier, max_tokens=400)
@@ -93,8 +93,8 @@ def test_what_quantization_changed_is_told_apart_from_what_a_path_changes(tiny_c
     assert 0.5 < error["spearman"] <= 1
 
 
-def test_a_changed_order_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    """Equal ranks say nothing; reversed ones are a warning with the figure."""
+def test_a_changed_ranking_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    """Equal ranks log nothing; reversed ranks log a warning with the correlation."""
     assert quantization_error([1.0, 2.0, 3.0], [1.1, 2.5, 2.6])["spearman"] == 1
     assert not caplog.records
 
@@ -104,7 +104,7 @@ def test_a_changed_order_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.gpu
 def test_fp8_rewards_rank_as_bf16_ones(tiny_checkpoint) -> None:
-    """On a GPU that multiplies fp8 the layers are quantized, the probe accepts the path, and ranks mostly stay."""
+    """On a GPU with fp8 the layers are quantized, the parity probe accepts the path, and most ranks stay."""
     pytest.importorskip("torchao")
     if torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("this GPU does not multiply fp8")

@@ -1,4 +1,4 @@
-"""int8 rounds groups of 32 numbers by themselves, runs on kernels or not at all, and never passes for bfloat16."""
+"""int8 quantizes groups of 32 elements, runs on the CPU kernels or not at all, and is another model version."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 from service.assembly import arithmetic_of
 from service.engines.devices.device import has_avx512_vnni
 from service.engines.kernels import bindings, build
-from service.engines.linear.int8 import GROUP, Int8Linear, grouped, layers_for_int8, quantize_int8
+from service.engines.linear.int8 import GROUP_SIZE, Int8Linear, fake_quantize, layers_for_int8, quantize_int8
 from service.engines.torch import load_torch_engine
 from service.errors import SettingsError
 from service.records import TokenSequence
@@ -29,31 +29,33 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_a_group_is_rounded_by_its_largest_number() -> None:
-    """No number moves by more than half a step of its own group, and the largest one of a group stays."""
-    numbers = random(5, 4 * GROUP) * torch.tensor([1.0, 100.0, 1e-4, 1.0]).repeat_interleave(GROUP)
-    tops = numbers.unflatten(-1, (4, GROUP)).abs().amax(dim=-1, keepdim=True)
+def test_the_scale_of_a_group_is_its_largest_magnitude() -> None:
+    """No element changes by more than half a step of its own group, and the largest one of a group does not change."""
+    elements = random(5, 4 * GROUP_SIZE) * torch.tensor([1.0, 100.0, 1e-4, 1.0]).repeat_interleave(GROUP_SIZE)
+    largest = elements.unflatten(-1, (4, GROUP_SIZE)).abs().amax(dim=-1, keepdim=True)
 
-    moved = (grouped(numbers) - numbers).abs().unflatten(-1, (4, GROUP))
+    moved = (fake_quantize(elements) - elements).abs().unflatten(-1, (4, GROUP_SIZE))
 
-    assert (moved <= tops / 127 / 2 * 1.001).all()
-    assert torch.allclose(grouped(numbers).unflatten(-1, (4, GROUP)).abs().amax(dim=-1, keepdim=True), tops)
+    assert (moved <= largest / 127 / 2 * 1.001).all()
+    assert torch.allclose(
+        fake_quantize(elements).unflatten(-1, (4, GROUP_SIZE)).abs().amax(dim=-1, keepdim=True), largest
+    )
 
 
 def test_zeros_stay_zeros_and_nan_stays_in_its_group() -> None:
-    """A group of zeros has no scale to divide by, and a number that is none spoils its own group."""
-    numbers = random(1, 2 * GROUP)
-    numbers[0, 3] = torch.nan
+    """A group of zeros is not divided by zero, and NaN affects its own group only."""
+    elements = random(1, 2 * GROUP_SIZE)
+    elements[0, 3] = torch.nan
 
-    found = grouped(numbers)
+    found = fake_quantize(elements)
 
-    assert found[0, :GROUP].isnan().any()
-    assert torch.equal(found[0, GROUP:], grouped(numbers[:, GROUP:])[0])
-    assert torch.equal(grouped(torch.zeros(2, GROUP)), torch.zeros(2, GROUP))
+    assert found[0, :GROUP_SIZE].isnan().any()
+    assert torch.equal(found[0, GROUP_SIZE:], fake_quantize(elements[:, GROUP_SIZE:])[0])
+    assert torch.equal(fake_quantize(torch.zeros(2, GROUP_SIZE)), torch.zeros(2, GROUP_SIZE))
 
 
 def test_linear_layers_of_the_body_are_quantized(tiny_checkpoint: Checkpoint) -> None:
-    """Every projection of every block multiplies in int8, the head does not, nor what is not whole groups wide."""
+    """Every projection of every block multiplies in int8; the head and layers of unsuitable widths do not."""
     classifier = load_tiny(tiny_checkpoint("llama"), torch.bfloat16)
     before = classifier.body.layers[0].self_attn.q_proj.weight.clone()
 
@@ -63,16 +65,16 @@ def test_linear_layers_of_the_body_are_quantized(tiny_checkpoint: Checkpoint) ->
     states = random(3, layer.in_features, seed=1).to(torch.bfloat16)
     assert isinstance(layer, Int8Linear)
     assert torch.equal(layer.weight, before)
-    assert torch.equal(layer(states), (grouped(states) @ grouped(before).T).to(torch.bfloat16))
+    assert torch.equal(layer(states), (fake_quantize(states) @ fake_quantize(before).T).to(torch.bfloat16))
     assert type(classifier.model.score) is nn.Linear
     assert layers_for_int8(nn.ModuleDict({"odd": nn.Linear(48, 64)})) == []
     with pytest.raises(SettingsError, match="no layer has a width"):
         quantize_int8(nn.ModuleDict({"odd": nn.Linear(48, 64)}))
 
 
-@pytest.mark.skipif(not has_avx512_vnni(), reason="this CPU has no vectors of int8")
+@pytest.mark.skipif(not has_avx512_vnni(), reason="this CPU has no AVX-512 VNNI")
 def test_an_engine_multiplies_in_int8(tiny_checkpoint: Checkpoint) -> None:
-    """It says so, is another model version than bfloat16, moves rewards a little, and keeps bits in any batch."""
+    """It reports int8, is another version than bfloat16, changes rewards a little, and is batch-invariant."""
     folder = tiny_checkpoint("qwen2", hidden_size=128, intermediate_size=256)
     settings = ModelSettings(device="cpu", quantization="int8", num_threads=1)
     engine = load_torch_engine(folder, settings, BatchingSettings(), **LOAD)
@@ -93,7 +95,7 @@ def test_an_engine_multiplies_in_int8(tiny_checkpoint: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wish", "reason"),
+    ("other", "reason"),
     [
         ({"compile": True}, "compiled blocks"),
         ({"forward": "padded"}, "padded batches"),
@@ -102,18 +104,20 @@ def test_an_engine_multiplies_in_int8(tiny_checkpoint: Checkpoint) -> None:
     ],
     ids=["compiled", "padded", "without-kernels", "fp32"],
 )
-def test_what_excludes_int8_is_refused(tiny_checkpoint: Checkpoint, wish: dict[str, object], reason: str) -> None:
-    """The start ends with one sentence and goes on with nothing else in silence."""
-    settings = ModelSettings.model_validate({"device": "cpu", "quantization": "int8", **wish})
+def test_settings_that_exclude_int8_are_refused(
+    tiny_checkpoint: Checkpoint, other: dict[str, object], reason: str
+) -> None:
+    """The start ends with one error and does not fall back silently."""
+    settings = ModelSettings.model_validate({"device": "cpu", "quantization": "int8", **other})
 
     with pytest.raises(SettingsError, match=f"quantization is int8.*{reason}"):
         load_torch_engine(tiny_checkpoint("llama"), settings, BatchingSettings(), **LOAD)
 
 
-def test_a_cpu_without_vectors_of_int8_is_refused(tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the units there is no start, and the sentence names them."""
+def test_a_cpu_without_vnni_is_refused(tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the instruction set there is no start, and the error names it."""
     monkeypatch.setattr(build, "has_avx512_vnni", lambda: False)
-    monkeypatch.setattr(bindings, "load_kernels", bindings.load_kernels.__wrapped__)  # not what was loaded before
+    monkeypatch.setattr(bindings, "load_kernels", bindings.load_kernels.__wrapped__)  # without the cache
 
     with pytest.raises(SettingsError, match=r"quantization is int8.*(VNNI|AVX-512)"):
         load_torch_engine(
@@ -121,8 +125,8 @@ def test_a_cpu_without_vectors_of_int8_is_refused(tiny_checkpoint: Checkpoint, m
         )
 
 
-def test_a_model_that_has_no_path_on_kernels_is_refused(tiny_checkpoint: Checkpoint) -> None:
-    """An encoder runs padded, where there is no int8: it does not start in bfloat16 instead."""
+def test_a_model_without_a_path_on_kernels_is_refused(tiny_checkpoint: Checkpoint) -> None:
+    """An encoder runs padded, which has no int8: it does not start in bfloat16 instead."""
     with pytest.raises(SettingsError, match="quantization is int8"):
         load_torch_engine(
             tiny_checkpoint("bert"), ModelSettings(device="cpu", quantization="int8"), BatchingSettings(), **LOAD

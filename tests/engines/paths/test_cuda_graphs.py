@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_classifiers import load_tiny, random_rows, rows_that_share, rows_with_endings
+from tiny_classifiers import load_tiny, packed_path, random_rows, rows_that_share, rows_with_endings
 from tiny_models import DECODER_FAMILIES
 
 from service.engines.attention import interface as attention
-from service.engines.attention.interface import PackingUnsupportedError
+from service.engines.attention.call import PackingUnsupportedError
 from service.engines.base import StateTap
 from service.engines.model.taps import StateQuery
 from service.engines.paths.cuda_graphs import (
@@ -28,7 +28,6 @@ from service.engines.paths.cuda_graphs import (
     record_library,
     resolve_graphs,
 )
-from service.engines.paths.packed import PackedForward
 from service.engines.torch import load_torch_engine
 from service.errors import SettingsError
 from service.settings import BatchingSettings, ModelSettings
@@ -97,7 +96,7 @@ def test_a_full_bucket_needs_no_padding() -> None:
 def test_static_rewards_are_the_packed_ones(tiny_checkpoint, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     """Batch after batch through the same buffers, each text has its ordinary reward."""
     classifier = load_tiny(tiny_checkpoint(family))
-    path = PackedForward(classifier)
+    path = packed_path(classifier)
     texts = random_rows(classifier, lengths=(70, 33, 129, 2, 64, 17, 5, 90))
     batches = [texts[:2], texts[2:4], texts[:7], texts[4:6], [texts[3]], texts]
     expected = [path.run(rows).rewards for rows in batches]
@@ -113,7 +112,7 @@ def test_static_rewards_are_the_packed_ones(tiny_checkpoint, monkeypatch: pytest
 def test_the_head_reads_the_same_token(tiny_checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sequences that end in EOS or pads are pooled at the position of the ordinary path."""
     classifier = load_tiny(tiny_checkpoint("llama", pad_is_eos=True))
-    path = PackedForward(classifier, share_prefixes=False)
+    path = packed_path(classifier, share_prefixes=False)
     batches = [[row] for row in rows_with_endings(classifier)]
     expected = [path.run(rows).rewards for rows in batches]
     path.library = library = static_library(classifier)
@@ -126,7 +125,7 @@ def test_the_head_reads_the_same_token(tiny_checkpoint, monkeypatch: pytest.Monk
 def test_what_a_bucket_does_not_support_runs_the_ordinary_way(tiny_checkpoint) -> None:
     """Shared prefixes, states and batches without a bucket give the same output as without a library."""
     classifier = load_tiny(tiny_checkpoint("llama"))
-    path = PackedForward(classifier)
+    path = packed_path(classifier)
     shared = rows_that_share(classifier)[:6]
     long = random_rows(classifier, lengths=(300, 250))
     query = StateQuery((StateTap(1, "last"),), ((0, 0),))
@@ -146,7 +145,7 @@ def test_what_a_bucket_does_not_support_runs_the_ordinary_way(tiny_checkpoint) -
 def test_without_the_kernel_nothing_is_recorded(tiny_checkpoint, family: str) -> None:
     """Where attention runs one sequence at a time, a batch of unknown cu_seqlens is refused, not computed wrongly."""
     classifier = load_tiny(tiny_checkpoint(family))
-    PackedForward(classifier)
+    packed_path(classifier)
 
     with pytest.raises(PackingUnsupportedError, match="variable-length kernel"):
         StaticPass(classifier, SMALL[0]).compute()
@@ -186,7 +185,7 @@ def record_on_cpu(classifier, max_batch_tokens: int) -> PassLibrary:
 def test_each_recorded_pass_is_compared_with_an_ordinary_one(tiny_checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """Passes that agree are used; if one does not, the log has an error and none is used."""
     classifier = load_tiny(tiny_checkpoint("llama"))
-    path = PackedForward(classifier, share_prefixes=False)
+    path = packed_path(classifier, share_prefixes=False)
     probes = {bucket: probe_of(bucket, classifier.config.vocab_size) for bucket in SMALL}
     ordinary = {tuple(rows): path.run(rows).rewards for rows in probes.values()}
     attend_as_a_gpu(monkeypatch)
@@ -203,7 +202,7 @@ def test_each_recorded_pass_is_compared_with_an_ordinary_one(tiny_checkpoint, mo
 def test_a_failure_to_record_is_logged(tiny_checkpoint, caplog: pytest.LogCaptureFixture) -> None:
     """A capture that raises leaves the model able to serve, and the reason is logged and returned."""
     classifier = load_tiny(tiny_checkpoint("gemma2"))
-    path = PackedForward(classifier)
+    path = packed_path(classifier)
 
     library, failure = record_library(classifier, lambda rows: path.run(rows).rewards, 4096, 1e-5, record_on_cpu)
 
@@ -235,7 +234,7 @@ def test_an_engine_on_a_cpu_refuses_graphs(tiny_checkpoint) -> None:
 def test_recorded_rewards_equal_the_packed_ones(tiny_checkpoint, family: str) -> None:
     """On CUDA every recorded pass gives the rewards of the ordinary one, also when several are in flight."""
     classifier = load_tiny(tiny_checkpoint(family), torch.bfloat16, device=CUDA)
-    path = PackedForward(classifier, share_prefixes=False)
+    path = packed_path(classifier, share_prefixes=False)
     batches = [probe_of(bucket, classifier.config.vocab_size) for bucket in BUCKETS if bucket.num_tokens <= 512]
     expected = [path.run(rows).rewards for rows in batches]
 

@@ -13,9 +13,10 @@ from tiny_calibration import calibrate, write_calibrated_checkpoint, write_pairs
 from export.calibration.scoring import score_items
 from service import assembly
 from service.assembly import ServedModel, assemble
-from service.checkpoints.demo import CALIBRATION_FILE
+from service.checkpoints.files import CALIBRATION_FILE
 from service.diagnostics.calibration import read_calibration
 from service.diagnostics.candidate_taps import candidate_taps
+from service.diagnostics.item_state import ItemState
 from service.engines import torch as torch_engine
 from service.engines.base import EngineOutput
 from service.errors import CalibrationError
@@ -37,8 +38,11 @@ def score(served: ServedModel, items: list[Item]) -> list[Score]:
     encoded = served.tokenization.encode(items, Encoding())
     sequences = [sequence for sequence in encoded if isinstance(sequence, TokenSequence)]
     outcomes = pipeline.run(sequences, ["full"] * len(sequences)).outcomes
-    texts = pipeline.diagnostician.read_texts(items, encoded, "full")
-    completed = pipeline.diagnostician.complete(items, encoded, outcomes, texts, "full")
+    states = [
+        ItemState(item, sequence, outcome=outcome)
+        for item, sequence, outcome in zip(items, encoded, outcomes, strict=True)
+    ]
+    completed = pipeline.diagnostician.diagnose(states, "full")
     return [outcome for outcome in completed if isinstance(outcome, Score)]
 
 

@@ -1,8 +1,8 @@
-// Causal attention within each sequence of a packed row, whose keys may stand in several pieces of it.
+// Causal attention within each sequence of a packed batch, whose keys may lie in several spans of it.
 //
-// A task is some queries of one sequence with all query heads that share one head of keys. Keys come in blocks of 32
-// counted from the sequence's beginning, and what a query must not see counts zero, so a query's result depends on its
-// own keys alone: not on which queries are asked for, nor on where in the row anything stands.
+// A task is some queries of one sequence with all query heads of one key head. Keys are processed in blocks of 32,
+// counted from the first token of the sequence, and a masked key has a weight of exactly zero. The result of a query
+// therefore depends on its own keys alone: neither on the other queries of the task nor on positions in the batch.
 
 #include <algorithm>
 #include <cmath>
@@ -10,235 +10,241 @@
 #include <utility>
 #include <vector>
 
-#include "products.h"
-#include "scratch.h"
+#include "gemm.h"
+#include "kernel_args.h"
+#include "scratch_buffer.h"
 
 namespace {
 
-constexpr int QUERIES_OF_TASK = 256;
+constexpr int TASK_QUERIES = 256;
 
-thread_local Scratch task_scratch;
-
-// A sequence as `packing.py` lays it out: its own tokens in the row, how many stand before them, its pieces.
-struct Strand {
-    std::int32_t own_begin, num_own, num_shared, first_span, num_spans;
-};
-
-struct Span {
-    std::int32_t begin, end;
-};
-
-// States [tokens, heads, numbers], with strides in numbers.
-struct Heads {
-    const bf16* states;
-    std::int64_t token_stride, head_stride;
-
-    const bf16* at(std::int64_t token, int head) const { return states + token * token_stride + head * head_stride; }
-};
+thread_local ScratchBuffer task_buffer;
 
 struct Task {
-    const Strand* strand;
-    int first_query, num_queries, key_head;
+    const SequenceSpan* sequence;
+    int first_query, num_queries, kv_head;
 };
 
-struct Work {
-    Heads query, key, value;
-    bf16* output;
-    int num_heads, num_key_heads, head_size;
-    const Span* spans;
-    float scale, soft_cap;
-    int window;
+const bf16* head_of(const HeadsView& view, std::int64_t token, int head) {
+    return view.states + token * view.token_stride + head * view.head_stride;
+}
 
-    int filled_size() const { return (head_size + BLOCK - 1) / BLOCK * BLOCK; }
-};
+// The head size padded with zeros to a multiple of BLOCK, as products need it.
+int padded_head_size(const AttentionArgs& args) { return (args.head_size + BLOCK - 1) / BLOCK * BLOCK; }
 
-std::size_t in_lines(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
+std::size_t cache_line_multiple(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
 
-// What a task works on, cut out of its thread's scratch memory.
-struct Desk {
-    operand *keys, *values, *queries, *weights;
-    float *scores, *sums;
-    const bf16** key_rows;
+// The working memory of a task, allocated from its thread's scratch memory. `size` is the padded head size.
+struct TaskBuffers {
+    operand *keys, *values;  // packed panels of all keys of the task
+    operand *queries, *weights;  // [BLOCK, size], [BLOCK, num_keys]
+    float *scores, *sums;  // [BLOCK, num_keys], [BLOCK, size]
+    const bf16** key_rows;  // [num_keys]: the state of each key; null for padding
     const bf16** value_rows;
 
-    Desk(int num_keys, int size) {
-        const std::size_t panel = in_lines(sizeof(operand) * num_keys * size);
-        const std::size_t square = in_lines(sizeof(float) * BLOCK * num_keys);
-        const std::size_t block = in_lines(sizeof(float) * BLOCK * size);
-        const std::size_t rows = in_lines(sizeof(bf16*) * num_keys);
-        auto* place = static_cast<std::uint8_t*>(task_scratch.bytes(2 * panel + 2 * square + 2 * block + 2 * rows));
-        auto cut = [&place](std::size_t bytes) { return std::exchange(place, place + bytes); };
-        keys = reinterpret_cast<operand*>(cut(panel));
-        values = reinterpret_cast<operand*>(cut(panel));
-        weights = reinterpret_cast<operand*>(cut(square));
-        scores = reinterpret_cast<float*>(cut(square));
-        queries = reinterpret_cast<operand*>(cut(block));
-        sums = reinterpret_cast<float*>(cut(block));
-        key_rows = reinterpret_cast<const bf16**>(cut(rows));
-        value_rows = reinterpret_cast<const bf16**>(cut(rows));
+    TaskBuffers(int num_keys, int size) {
+        const std::size_t panels = cache_line_multiple(sizeof(operand) * num_keys * size);
+        const std::size_t per_key = cache_line_multiple(sizeof(float) * BLOCK * num_keys);
+        const std::size_t per_element = cache_line_multiple(sizeof(float) * BLOCK * size);
+        const std::size_t rows = cache_line_multiple(sizeof(bf16*) * num_keys);
+        auto* next = static_cast<std::uint8_t*>(
+            task_buffer.reserve(2 * panels + 2 * per_key + 2 * per_element + 2 * rows));
+        auto allocate = [&next](std::size_t bytes) { return std::exchange(next, next + bytes); };
+        keys = reinterpret_cast<operand*>(allocate(panels));
+        values = reinterpret_cast<operand*>(allocate(panels));
+        weights = reinterpret_cast<operand*>(allocate(per_key));
+        scores = reinterpret_cast<float*>(allocate(per_key));
+        queries = reinterpret_cast<operand*>(allocate(per_element));
+        sums = reinterpret_cast<float*>(allocate(per_element));
+        key_rows = reinterpret_cast<const bf16**>(allocate(rows));
+        value_rows = reinterpret_cast<const bf16**>(allocate(rows));
     }
 };
 
-// Finds the tokens from `oldest` up to `newest` of a sequence in the row; null where there is none, up to num_keys.
-void find_rows(const Work& work, const Task& task, int oldest, int newest, int num_keys, const Desk& desk) {
-    int depth = 0, found = 0;
-    for (int piece = 0; piece < task.strand->num_spans; ++piece) {
-        const Span span = work.spans[task.strand->first_span + piece];
+// Finds the states of the keys from `begin_key` up to `end_key` of a sequence; the rest of num_keys is padding.
+void find_rows(
+    const AttentionArgs& args, const Task& task, int begin_key, int end_key, int num_keys, const TaskBuffers& buffers) {
+    int span_begin = 0, found = 0;
+    for (int index = 0; index < task.sequence->num_spans; ++index) {
+        const KeySpan span = args.spans[task.sequence->first_span + index];
         const int length = span.end - span.begin;
-        for (int place = std::max(0, oldest - depth); place < length && depth + place < newest; ++place) {
-            desk.key_rows[found] = work.key.at(span.begin + place, task.key_head);
-            desk.value_rows[found] = work.value.at(span.begin + place, task.key_head);
+        for (int offset = std::max(0, begin_key - span_begin); offset < length && span_begin + offset < end_key;
+             ++offset) {
+            buffers.key_rows[found] = head_of(args.key, span.begin + offset, task.kv_head);
+            buffers.value_rows[found] = head_of(args.value, span.begin + offset, task.kv_head);
             ++found;
         }
-        depth += length;
+        span_begin += length;
     }
-    std::fill(desk.key_rows + found, desk.key_rows + num_keys, nullptr);
-    std::fill(desk.value_rows + found, desk.value_rows + num_keys, nullptr);
+    std::fill(buffers.key_rows + found, buffers.key_rows + num_keys, nullptr);
+    std::fill(buffers.value_rows + found, buffers.value_rows + num_keys, nullptr);
 }
 
-// Packs the keys as the right-hand side of query times key: columns are keys.
+// Packs the keys as the right-hand matrix of queries x keys: a column is a key.
 void pack_keys(const bf16* const* rows, int num_keys, int head_size, int size, operand* panels) {
-    alignas(64) bf16 filled[TILE][BLOCK];
+    alignas(64) bf16 padded[TILE][BLOCK];
     for (int first = 0; first < num_keys; first += TILE)
         for (int step = 0; step < size / BLOCK; ++step) {
-            operand* tile = panels + std::size_t(first / BLOCK) * size * BLOCK + step * STEP_NUMBERS +
-                         first % BLOCK / TILE * STEP_NUMBERS / 2;
-            const int present = std::min(BLOCK, head_size - step * BLOCK);
-            const bf16* lines[TILE];
-            for (int row = 0; row < TILE; ++row) {
-                const bf16* line = rows[first + row] ? rows[first + row] + step * BLOCK : nullptr;
-                if (line && present < BLOCK) {
-                    std::memset(filled[row], 0, sizeof(filled[row]));
-                    std::memcpy(filled[row], line, sizeof(bf16) * present);
-                    line = filled[row];
+            operand* tile = panels + std::size_t(first / BLOCK) * size * BLOCK + step * STEP_SIZE +
+                            first % BLOCK / TILE * TILE_SIZE;
+            const int num_present = std::min(BLOCK, head_size - step * BLOCK);
+            const bf16* columns[TILE];
+            for (int key = 0; key < TILE; ++key) {
+                const bf16* elements = rows[first + key] ? rows[first + key] + step * BLOCK : nullptr;
+                if (elements && num_present < BLOCK) {
+                    std::memset(padded[key], 0, sizeof(padded[key]));
+                    std::memcpy(padded[key], elements, sizeof(bf16) * num_present);
+                    elements = padded[key];
                 }
-                lines[row] = line;
+                columns[key] = elements;
             }
-            pack_tile(lines, tile);
+            pack_tile(columns, tile);
         }
 }
 
-// Packs the values as the right-hand side of weights times values: columns are numbers of a head.
+// Packs the values as the right-hand matrix of weights x values: a column is an element of the head.
 void pack_values(const bf16* const* rows, int num_keys, int head_size, int size, operand* panels) {
     for (int key = 0; key < num_keys; key += 2)
         for (int column = 0; column < size; column += LANES) {
             const __mmask16 lanes = first_lanes(head_size - column);
-            auto read = [&](const bf16* row) {
+            auto load_bits = [&](const bf16* row) {
                 return row ? _mm256_maskz_loadu_epi16(lanes, row + column) : _mm256_setzero_si256();
             };
-            const __m512i even = _mm512_cvtepu16_epi32(read(rows[key]));
-            const __m512i odd = _mm512_cvtepu16_epi32(read(rows[key + 1]));
-            operand* tile = panels + std::size_t(column / BLOCK) * num_keys * BLOCK + key / BLOCK * STEP_NUMBERS +
-                            column % BLOCK / TILE * STEP_NUMBERS / 2;
-            put_pairs(tile, key % BLOCK / 2, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+            const __m512i even = _mm512_cvtepu16_epi32(load_bits(rows[key]));
+            const __m512i odd = _mm512_cvtepu16_epi32(load_bits(rows[key + 1]));
+            operand* tile = panels + std::size_t(column / BLOCK) * num_keys * BLOCK + key / BLOCK * STEP_SIZE +
+                            column % BLOCK / TILE * TILE_SIZE;
+            store_pairs(tile, key % BLOCK / 2, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
         }
 }
 
-// Bends the products of a query and its keys to cap * tanh(product * scale / cap), which is divided by the scale again.
-void bend(float* products, int num_keys, const Work& work) {
-    const __m512 inner = _mm512_set1_ps(work.scale / work.soft_cap), outer = _mm512_set1_ps(work.soft_cap / work.scale);
+// Replaces the products of a query with its keys by cap * tanh(product * scale / cap) / scale.
+void apply_softcap(float* products, int num_keys, const AttentionArgs& args) {
+    const __m512 inner = _mm512_set1_ps(args.scale / args.soft_cap), outer = _mm512_set1_ps(args.soft_cap / args.scale);
     for (int key = 0; key < num_keys; key += LANES) {
         const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(products + key), inner);
-        _mm512_storeu_ps(products + key, _mm512_mul_ps(hyperbolic_tangent(scaled), outer));
+        _mm512_storeu_ps(products + key, _mm512_mul_ps(tanh(scaled), outer));
     }
 }
 
-// Turns one query's products with its keys into weights that are not yet divided by their sum, and returns that sum.
-// What lies outside of [first, end) weighs zero.
-float weigh(const float* products, int first, int end, int num_keys, const Work& work, operand* weights) {
-    __m512 largest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-    auto seen = [&](int key) { return __mmask16(first_lanes(end - key) & ~first_lanes(first - key)); };
+// Writes the unnormalized softmax weights exp(scale * (product - largest product)) of one query's keys and returns
+// their sum. The weights of keys outside of [first, end) are zero.
+float exp_weights(
+    const float* products, int first, int end, int num_keys, const AttentionArgs& args, operand* weights) {
+    __m512 maxima = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+    auto visible = [&](int key) { return __mmask16(first_lanes(end - key) & ~first_lanes(first - key)); };
     const int begin = first / LANES * LANES;
     for (int key = begin; key < end; key += LANES)
-        largest = _mm512_mask_max_ps(largest, seen(key), largest, _mm512_loadu_ps(products + key));
-    const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(largest)), scale = _mm512_set1_ps(work.scale * LOG2_OF_E);
+        maxima = _mm512_mask_max_ps(maxima, visible(key), maxima, _mm512_loadu_ps(products + key));
+    const __m512 largest = _mm512_set1_ps(_mm512_reduce_max_ps(maxima)), scale = _mm512_set1_ps(args.scale * LOG2_E);
     __m512 sum = _mm512_setzero_ps();
     if (begin) std::memset(weights, 0, sizeof(operand) * begin);
     for (int key = begin; key < num_keys; key += LANES) {
-        const __m512 below = _mm512_sub_ps(_mm512_loadu_ps(products + key), top);
-        const __m512 numbers = _mm512_maskz_mov_ps(seen(key), power_of_two(_mm512_mul_ps(below, scale)));
-        sum = _mm512_add_ps(sum, numbers);
-        store(weights + key, numbers);
+        const __m512 difference = _mm512_sub_ps(_mm512_loadu_ps(products + key), largest);
+        const __m512 exponentials = _mm512_maskz_mov_ps(visible(key), exp2(_mm512_mul_ps(difference, scale)));
+        sum = _mm512_add_ps(sum, exponentials);
+        store(weights + key, exponentials);
     }
     return _mm512_reduce_add_ps(sum);
 }
 
-// Copies up to 32 queries of one head, filled up with zeros.
-void copy_queries(const Work& work, std::int64_t token, int count, int head, int size, operand* queries) {
+// Copies up to 32 queries of one head, padded with zeros to [BLOCK, size].
+void copy_queries(const AttentionArgs& args, std::int64_t token, int count, int head, int size, operand* queries) {
     std::memset(queries, 0, sizeof(operand) * BLOCK * size);
     for (int query = 0; query < count; ++query)
-        copy_numbers(work.query.at(token + query, head), work.head_size, queries + query * size);
+        copy_elements(head_of(args.query, token + query, head), args.head_size, queries + query * size);
 }
 
-void write_output(const Work& work, const float* sums, int size, int count, const float* totals, bf16* output) {
-    const std::int64_t stride = std::int64_t(work.num_heads) * work.head_size;
+// Divides the weighted sums of values by the sums of the weights and writes them.
+void write_output(
+    const AttentionArgs& args, const float* sums, int size, int count, const float* weight_sums, bf16* output) {
+    const std::int64_t stride = std::int64_t(args.num_heads) * args.head_size;
     for (int query = 0; query < count; ++query) {
-        const __m512 share = _mm512_set1_ps(1.0f / totals[query]);
-        for (int column = 0; column < work.head_size; column += LANES)
+        const __m512 factor = _mm512_set1_ps(1.0f / weight_sums[query]);
+        for (int column = 0; column < args.head_size; column += LANES)
             store(
-                output + query * stride + column, _mm512_mul_ps(_mm512_loadu_ps(sums + query * size + column), share),
-                first_lanes(work.head_size - column));
+                output + query * stride + column, _mm512_mul_ps(_mm512_loadu_ps(sums + query * size + column), factor),
+                first_lanes(args.head_size - column));
     }
 }
 
-void attend_task(const Work& work, const Task& task) {
-    const int size = work.filled_size();
-    const int depth = task.strand->num_shared + task.first_query;
-    const int newest = depth + task.num_queries;
-    const int oldest = work.window ? std::max(0, depth - work.window + 1) / BLOCK * BLOCK : 0;
-    const int num_keys = (newest - oldest + BLOCK - 1) / BLOCK * BLOCK;
-    const Desk desk(num_keys, size);
-    find_rows(work, task, oldest, newest, num_keys, desk);
-    pack_keys(desk.key_rows, num_keys, work.head_size, size, desk.keys);
-    pack_values(desk.value_rows, num_keys, work.head_size, size, desk.values);
+// Up to 32 queries of a task, with the keys that any of them attends to. Keys are counted from the task's first key,
+// which `TaskBuffers` begin with; `position` is the first query's.
+struct QueryBlock {
+    std::int64_t token;  // of the first query in the packed batch
+    int count, position, begin_key, num_keys;
+};
 
-    const int sharers = work.num_heads / work.num_key_heads;
+QueryBlock query_block(const AttentionArgs& args, const Task& task, int first, int position) {
+    const int count = std::min(BLOCK, task.num_queries - first);
+    // Queries attend to keys up to their own; whole blocks of keys outside of every query's window are skipped.
+    const int begin_key = args.window ? std::max(0, position - args.window + 1) / BLOCK * BLOCK : 0;
+    const int num_keys = (position + count - begin_key + BLOCK - 1) / BLOCK * BLOCK;
+    return {task.sequence->own_begin + task.first_query + first, count, position, begin_key, num_keys};
+}
+
+// Attention of one head for a block of queries; `num_task_keys` and `size` are the dimensions of the buffers.
+void attend_head(
+    const AttentionArgs& args, const QueryBlock& block, int head, int num_task_keys, int size,
+    const TaskBuffers& buffers) {
+    const int count = block.count, num_keys = block.num_keys;
+    copy_queries(args, block.token, count, head, size, buffers.queries);
+    for (int key = 0; key < num_keys; key += BLOCK)
+        multiply(
+            buffers.queries, size, buffers.keys + std::size_t(block.begin_key + key) * size, size / BLOCK, count,
+            buffers.scores + key, num_keys);
+    float weight_sums[BLOCK];
+    for (int query = 0; query < count; ++query) {
+        const int own = block.position + query - block.begin_key;
+        const int first = args.window ? std::max(0, own - args.window + 1) : 0;
+        float* products = buffers.scores + std::size_t(query) * num_keys;
+        if (args.soft_cap > 0) apply_softcap(products, num_keys, args);
+        weight_sums[query] =
+            exp_weights(products, first, own + 1, num_keys, args, buffers.weights + std::size_t(query) * num_keys);
+    }
+    if (count < BLOCK)
+        std::memset(
+            buffers.weights + std::size_t(count) * num_keys, 0, sizeof(operand) * (BLOCK - count) * num_keys);
+    for (int column = 0; column < size; column += BLOCK)
+        multiply(
+            buffers.weights, num_keys,
+            buffers.values + std::size_t(column) * num_task_keys + block.begin_key / BLOCK * STEP_SIZE,
+            num_keys / BLOCK, count, buffers.sums + column, size);
+    write_output(
+        args, buffers.sums, size, count, weight_sums,
+        args.output + (block.token * args.num_heads + head) * args.head_size);
+}
+
+void run_task(const AttentionArgs& args, const Task& task) {
+    const int size = padded_head_size(args);
+    const int position = task.sequence->num_shared + task.first_query;  // of the first query in the sequence
+    const int end_key = position + task.num_queries;
+    const int begin_key = args.window ? std::max(0, position - args.window + 1) / BLOCK * BLOCK : 0;
+    const int num_keys = (end_key - begin_key + BLOCK - 1) / BLOCK * BLOCK;
+    const TaskBuffers buffers(num_keys, size);
+    find_rows(args, task, begin_key, end_key, num_keys, buffers);
+    pack_keys(buffers.key_rows, num_keys, args.head_size, size, buffers.keys);
+    pack_values(buffers.value_rows, num_keys, args.head_size, size, buffers.values);
+
+    const int group_size = args.num_heads / args.num_kv_heads;  // query heads of one key head
     for (int first = 0; first < task.num_queries; first += BLOCK) {
-        const int count = std::min(BLOCK, task.num_queries - first);
-        const std::int64_t token = task.strand->own_begin + task.first_query + first;
-        // These queries see keys up to their own; blocks of keys out of the window of all of them are left out.
-        const int last_key = depth + first + count - oldest;
-        const int begin_key =
-            work.window ? std::max(0, depth + first - work.window + 1 - oldest) / BLOCK * BLOCK : 0;
-        const int keys = (last_key - begin_key + BLOCK - 1) / BLOCK * BLOCK;
-        for (int head = task.key_head * sharers; head < (task.key_head + 1) * sharers; ++head) {
-            copy_queries(work, token, count, head, size, desk.queries);
-            for (int key = 0; key < keys; key += BLOCK)
-                multiply(
-                    desk.queries, size, desk.keys + std::size_t(begin_key + key) * size, size / BLOCK,
-                    count, desk.scores + key, keys);
-            float totals[BLOCK];
-            for (int query = 0; query < count; ++query) {
-                const int own = depth + first + query - oldest - begin_key;
-                const int eldest = work.window ? std::max(0, own - work.window + 1) : 0;
-                float* products = desk.scores + std::size_t(query) * keys;
-                if (work.soft_cap > 0) bend(products, keys, work);
-                totals[query] =
-                    weigh(products, eldest, own + 1, keys, work, desk.weights + std::size_t(query) * keys);
-            }
-            if (count < BLOCK)
-                std::memset(desk.weights + std::size_t(count) * keys, 0, sizeof(operand) * (BLOCK - count) * keys);
-            for (int column = 0; column < size; column += BLOCK)
-                multiply(
-                    desk.weights, keys,
-                    desk.values + std::size_t(column) * num_keys + begin_key / BLOCK * STEP_NUMBERS, keys / BLOCK,
-                    count, desk.sums + column, size);
-            write_output(
-                work, desk.sums, size, count, totals,
-                work.output + (token * work.num_heads + head) * work.head_size);
-        }
+        const QueryBlock block = query_block(args, task, first, position + first - begin_key);
+        for (int head = task.kv_head * group_size; head < (task.kv_head + 1) * group_size; ++head)
+            attend_head(args, block, head, num_keys, size, buffers);
     }
 }
 
-std::vector<Task> tasks_of(const Strand* strands, int num_strands, int num_key_heads) {
+// Returns all tasks, the most expensive first, so that threads end at about the same time.
+std::vector<Task> plan_tasks(const AttentionArgs& args) {
     std::vector<Task> tasks;
-    for (int strand = 0; strand < num_strands; ++strand)
-        for (int first = 0; first < strands[strand].num_own; first += QUERIES_OF_TASK)
-            for (int head = 0; head < num_key_heads; ++head)
-                tasks.push_back(
-                    {&strands[strand], first, std::min(QUERIES_OF_TASK, strands[strand].num_own - first), head});
+    for (int index = 0; index < args.num_sequences; ++index) {
+        const SequenceSpan& sequence = args.sequences[index];
+        for (int first = 0; first < sequence.num_own; first += TASK_QUERIES)
+            for (int head = 0; head < args.num_kv_heads; ++head)
+                tasks.push_back({&sequence, first, std::min(TASK_QUERIES, sequence.num_own - first), head});
+    }
     auto cost = [](const Task& task) {
-        return std::int64_t(task.num_queries) * (task.strand->num_shared + task.first_query + task.num_queries);
+        return std::int64_t(task.num_queries) * (task.sequence->num_shared + task.first_query + task.num_queries);
     };
     std::stable_sort(
         tasks.begin(), tasks.end(), [&](const Task& one, const Task& other) { return cost(one) > cost(other); });
@@ -249,31 +255,14 @@ std::vector<Task> tasks_of(const Strand* strands, int num_strands, int num_key_h
 
 extern "C" {
 
-// Attention of all strands; output is [tokens, heads, head size]. `window`: keys that a query sees, 0: all before it;
-// `soft_cap`: scores are bent to cap * tanh(score / cap), 0: not at all.
-void attend(
-    const bf16* query, std::int64_t query_token, std::int64_t query_head, const bf16* key, std::int64_t key_token,
-    std::int64_t key_head, const bf16* value, std::int64_t value_token, std::int64_t value_head, bf16* output,
-    int num_heads, int num_key_heads, int head_size, const std::int32_t* strands, int num_strands,
-    const std::int32_t* spans, float scale, int window, float soft_cap, int num_threads) {
-    const Work work{
-        {query, query_token, query_head},
-        {key, key_token, key_head},
-        {value, value_token, value_head},
-        output,
-        num_heads,
-        num_key_heads,
-        head_size,
-        reinterpret_cast<const Span*>(spans),
-        scale,
-        soft_cap,
-        window};
-    const auto tasks = tasks_of(reinterpret_cast<const Strand*>(strands), num_strands, num_key_heads);
-#pragma omp parallel num_threads(num_threads)
+// Attention of all sequences; tokens that belong to no sequence are not written.
+void attention(const AttentionArgs* args) {
+    const auto tasks = plan_tasks(*args);
+#pragma omp parallel num_threads(args->num_threads)
     {
-        const Unit unit;
+        const ThreadConfig config;
 #pragma omp for schedule(dynamic)
-        for (std::size_t task = 0; task < tasks.size(); ++task) attend_task(work, tasks[task]);
+        for (std::size_t task = 0; task < tasks.size(); ++task) run_task(*args, tasks[task]);
     }
 }
 

@@ -1,39 +1,41 @@
-// Products on AMX tiles, 32 rows with 32 columns at a time.
+// Products on AMX tiles, 32 rows by 32 columns at a time.
 #pragma once
 
-#include "panels.h"
+#include "panel_packing.h"
 
-// While it lives, this thread's tiles have 16 lines of 64 bytes.
-class Unit {
+// Configures this thread's tiles with 16 rows of 64 bytes, and releases them at the end of its life.
+class AmxTileConfig {
 public:
-    Unit() {
+    AmxTileConfig() {
         alignas(64) struct {
             std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
-            std::uint16_t bytes_per_line[16] = {};
-            std::uint8_t lines[16] = {};
-        } shape;
+            std::uint16_t bytes_per_row[16] = {};
+            std::uint8_t rows[16] = {};
+        } config;
         for (int tile = 0; tile < 8; ++tile) {
-            shape.bytes_per_line[tile] = 64;
-            shape.lines[tile] = TILE;
+            config.bytes_per_row[tile] = 64;
+            config.rows[tile] = TILE;
         }
-        _tile_loadconfig(&shape);
+        _tile_loadconfig(&config);
     }
-    ~Unit() { _tile_release(); }
-    Unit(const Unit&) = delete;
-    Unit& operator=(const Unit&) = delete;
+    ~AmxTileConfig() { _tile_release(); }
+    AmxTileConfig(const AmxTileConfig&) = delete;
+    AmxTileConfig& operator=(const AmxTileConfig&) = delete;
 };
 
-// All 32 rows of a product are computed, however many are asked for.
+using ThreadConfig = AmxTileConfig;
+
+// Rows of a product are computed in multiples of this.
 constexpr int ROW_STEP = BLOCK;
 
-// Writes [32, 32] into `product`, or adds to what stands there; all 32 rows of `left` are read. Strides are in numbers.
-// `meanwhile(step)` is what this core's vector units do while its tile unit multiplies.
-template <class Meanwhile>
+// Writes left x panel [32, 32] into `product`, or adds it to the product if `accumulate`; 32 rows of `left` are read.
+// Strides are in elements. `interleave(step)` runs on the vector units while the tile unit multiplies.
+template <class Interleave>
 inline void multiply(
     const bf16* left, std::size_t left_stride, const bf16* panel, int num_steps, int /*num_rows*/, float* product,
-    std::size_t product_stride, bool adds, Meanwhile meanwhile) {
-    const std::size_t stride = left_stride * sizeof(bf16), product_bytes = product_stride * sizeof(float);
-    if (adds) {
+    std::size_t product_stride, bool accumulate, Interleave interleave) {
+    const std::size_t left_bytes = left_stride * sizeof(bf16), product_bytes = product_stride * sizeof(float);
+    if (accumulate) {
         _tile_loadd(0, product, product_bytes);
         _tile_loadd(1, product + TILE, product_bytes);
         _tile_loadd(2, product + TILE * product_stride, product_bytes);
@@ -45,15 +47,15 @@ inline void multiply(
         _tile_zero(3);
     }
     for (int step = 0; step < num_steps; ++step) {
-        _tile_loadd(4, left + step * BLOCK, stride);
-        _tile_loadd(6, panel + step * STEP_NUMBERS, 64);
-        _tile_loadd(7, panel + step * STEP_NUMBERS + STEP_NUMBERS / 2, 64);
-        _tile_loadd(5, left + TILE * left_stride + step * BLOCK, stride);
+        _tile_loadd(4, left + step * BLOCK, left_bytes);
+        _tile_loadd(6, panel + step * STEP_SIZE, 64);
+        _tile_loadd(7, panel + step * STEP_SIZE + TILE_SIZE, 64);
+        _tile_loadd(5, left + TILE * left_stride + step * BLOCK, left_bytes);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
-        meanwhile(step);
+        interleave(step);
     }
     _tile_stored(0, product, product_bytes);
     _tile_stored(1, product + TILE, product_bytes);

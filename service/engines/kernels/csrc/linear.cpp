@@ -1,168 +1,174 @@
-// Linear layers, gated feed-forward layers and the two halves of a block around attention, with weights packed ahead.
+// Linear layers, gated feed-forward layers, and the two halves of a decoder block around attention, on packed weights.
 //
-// Each thread takes blocks of rows that stay in its own cache while all weights pass by. What follows each other without
-// looking at other rows (norms, products, gates, residuals) runs whole for a block, so that states in between never
-// leave that cache.
+// Each thread takes blocks of rows that stay in its core's cache while all weights are read. Consecutive operations
+// that need no other rows (norms, products, gates, residuals) run completely for one block, so that intermediate states
+// never leave that cache.
 
 #include <algorithm>
 
-#include "norms.h"
-#ifdef WITH_INT8
-#include "quantized.h"
+#include "kernel_args.h"
+#include "rms_norm.h"
+#ifdef USE_AVX512_VNNI
+#include "linear_int8.h"
 #else
-#include "plain.h"
+#include "linear_bf16.h"
 #endif
 
 namespace {
 
-constexpr int ROWS_AT_ONCE = 256;  // of a block at most: with its inner states about a core's second-level cache
+constexpr int MAX_BLOCK_ROWS = 256;  // with its intermediate states about the size of a core's second-level cache
 
-thread_local Scratch product_scratch;
-thread_local Scratch norm_scratch;
-thread_local Scratch inner_scratch;
+thread_local ScratchBuffer product_buffer;
+thread_local ScratchBuffer norm_buffer;
+thread_local ScratchBuffer inner_buffer;
 
-int num_blocks_of(int num, int block) { return (num + block - 1) / block; }
+int ceil_div(int count, int divisor) { return (count + divisor - 1) / divisor; }
 
-int filled(int num, int step) { return num_blocks_of(num, step) * step; }
+int round_up(int count, int multiple) { return ceil_div(count, multiple) * multiple; }
 
-// Rows of the blocks that share `num_rows` out evenly, in whole tiles.
-int rows_of_block(int num_rows, int num_threads) {
-    const int blocks = num_threads * num_blocks_of(num_rows, num_threads * ROWS_AT_ONCE);
-    return filled(num_blocks_of(num_rows, blocks), BLOCK);
+// Rows of a block, so that blocks divide `num_rows` evenly among the threads, in multiples of BLOCK.
+int rows_per_block(int num_rows, int num_threads) {
+    const int num_blocks = num_threads * ceil_div(num_rows, num_threads * MAX_BLOCK_ROWS);
+    return round_up(ceil_div(num_rows, num_blocks), BLOCK);
 }
 
-// A product [32, 32] whose lines wait to be finished, a few at a time.
-template <class Finish>
-class Waiting {
+// A product [32, 32] whose epilogue (activation, bias, rounding) runs later, a few rows at a time.
+template <class Epilogue>
+class DeferredEpilogue {
 public:
-    explicit Waiting(Finish finish) : finish_(finish) {}
+    explicit DeferredEpilogue(Epilogue epilogue) : epilogue_(epilogue) {}
 
-    void take(const float* sums, int row, int num_lines, int panel) {
-        finish_lines(BLOCK);
-        sums_ = sums, row_ = row, num_lines_ = num_lines, panel_ = panel, next_ = 0;
+    // Completes the previous product and takes the next one.
+    void take(const float* product, int first_row, int num_rows, int panel) {
+        advance(BLOCK);
+        product_ = product, first_row_ = first_row, num_rows_ = num_rows, panel_ = panel, next_row_ = 0;
     }
-    void finish_lines(int count) {
-        for (const int end = std::min(next_ + count, num_lines_); next_ < end; ++next_)
-            finish_(sums_ + next_ * BLOCK, row_, next_, panel_);
+    // Runs the epilogue of up to `count` more rows.
+    void advance(int count) {
+        for (const int end = std::min(next_row_ + count, num_rows_); next_row_ < end; ++next_row_)
+            epilogue_(product_ + next_row_ * BLOCK, first_row_ + next_row_, panel_);
     }
 
 private:
-    Finish finish_;
-    const float* sums_ = nullptr;
-    int row_ = 0, num_lines_ = 0, panel_ = 0, next_ = 0;
+    Epilogue epilogue_;
+    const float* product_ = nullptr;
+    int first_row_ = 0, num_rows_ = 0, panel_ = 0, next_row_ = 0;
 };
 
-// Multiplies a block of rows with some panels and lets `finish(sums, row, line, panel)` finish each line of each product.
-// A product is finished while the next one is multiplied, by units that have nothing else to do. A long inner dimension
-// goes in parts, so that the part of a panel stays in the first-level cache for all rows.
-template <class Finish>
+// Multiplies a block of rows by panels and calls `epilogue(products, row, panel)` for each row of each product.
+//
+// The epilogue of a product runs while the next product is multiplied, on units that are otherwise idle. A long inner
+// dimension is processed in slices, so that a slice of a panel stays in the first-level cache for all rows.
+template <class Epilogue>
 void multiply_block(
-    const Rows& rows, int num_rows, const std::uint8_t* panels, int first_panel, int end_panel, Finish finish) {
-    const int width = rows.width(), num_steps = width / BLOCK, row_tiles = num_blocks_of(num_rows, BLOCK);
-    const int num_parts = num_blocks_of(num_steps, STEPS_AT_ONCE);
-    const int steps = num_blocks_of(num_steps, num_parts);
-    const int kept = num_parts > 1 ? row_tiles + 1 : 2;  // products: of all rows and the one that waits, or by turns
-    float* products = static_cast<float*>(product_scratch.bytes(sizeof(float) * kept * BLOCK * BLOCK));
-    Waiting<Finish> waiting(finish);
-    int turn = 0;
+    const InputRows& rows, int num_rows, const std::uint8_t* panels, int first_panel, int end_panel,
+    Epilogue epilogue) {
+    const int width = rows.width(), num_steps = width / BLOCK, num_row_tiles = ceil_div(num_rows, BLOCK);
+    const int num_slices = ceil_div(num_steps, MAX_SLICE_STEPS);
+    const int slice_steps = ceil_div(num_steps, num_slices);
+    // Products in memory: with several slices those of all row tiles, else one; and one whose epilogue is pending.
+    const int num_products = num_slices > 1 ? num_row_tiles + 1 : 2;
+    float* products = static_cast<float*>(product_buffer.reserve(sizeof(float) * num_products * BLOCK * BLOCK));
+    DeferredEpilogue<Epilogue> pending(epilogue);
+    int next_product = 0;
     for (int panel = first_panel; panel < end_panel; ++panel) {
-        const int base = turn;
-        for (int step = 0; step < num_steps; step += steps) {
-            const int count = std::min(steps, num_steps - step);
-            const int lines_at_once = num_blocks_of(BLOCK, count);
-            const Part part(panels + panel * panel_bytes(width), width, step, count);
-            for (int tile = 0; tile < row_tiles; ++tile) {
-                const int lines = filled(std::min(BLOCK, num_rows - tile * BLOCK), ROW_STEP);
-                float* sums = products + (base + tile) % kept * BLOCK * BLOCK;
-                part.multiply(rows, tile * BLOCK, lines, sums, [&](int) { waiting.finish_lines(lines_at_once); });
-                if (step + count == num_steps) waiting.take(sums, tile * BLOCK, lines, panel);
+        const int base = next_product;
+        for (int step = 0; step < num_steps; step += slice_steps) {
+            const int count = std::min(slice_steps, num_steps - step);
+            const int rows_per_step = ceil_div(BLOCK, count);
+            const PanelSlice slice(panels + panel * panel_bytes(width), width, step, count);
+            for (int tile = 0; tile < num_row_tiles; ++tile) {
+                const int tile_rows = round_up(std::min(BLOCK, num_rows - tile * BLOCK), ROW_STEP);
+                float* product = products + (base + tile) % num_products * BLOCK * BLOCK;
+                slice.multiply(rows, tile * BLOCK, tile_rows, product, [&](int) { pending.advance(rows_per_step); });
+                if (step + count == num_steps) pending.take(product, tile * BLOCK, tile_rows, panel);
             }
         }
-        turn = (base + row_tiles) % kept;
+        next_product = (base + num_row_tiles) % num_products;
     }
-    waiting.finish_lines(BLOCK);
+    pending.advance(BLOCK);
 }
 
-// Writes 32 columns of a product, bias added, as far as the output is wide.
-struct Output {
-    bf16* states;
+// Epilogue: writes 32 columns of a product, bias added, as far as the output is wide.
+struct StoreEpilogue {
+    bf16* output;
     int num_rows, width;
     const bf16* bias;
 
-    void operator()(const float* sums, int row, int line, int panel) const {
-        if (row + line >= num_rows) return;
+    void operator()(const float* products, int row, int panel) const {
+        if (row >= num_rows) return;
         for (int column = panel * BLOCK, half = 0; half < 2; ++half, column += LANES) {
             const __mmask16 lanes = first_lanes(width - column);
             const __m512 added = bias ? load(bias + column, lanes) : _mm512_setzero_ps();
             store(
-                states + std::size_t(row + line) * width + column,
-                _mm512_add_ps(_mm512_load_ps(sums + half * LANES), added), lanes);
+                output + std::size_t(row) * width + column,
+                _mm512_add_ps(_mm512_load_ps(products + half * LANES), added), lanes);
         }
     }
 };
 
-// Adds 32 columns of a product, and a bias if there is one, to what stands in the output.
-struct Addition {
-    Output output;
+// Epilogue: adds 32 columns of a product, and a bias if there is one, to the states (the residual connection).
+struct ResidualEpilogue {
+    bf16* states;
+    int num_rows, width;
+    const bf16* bias;
 
-    void operator()(const float* sums, int row, int line, int panel) const {
-        if (row + line >= output.num_rows) return;
+    void operator()(const float* products, int row, int panel) const {
+        if (row >= num_rows) return;
         for (int column = panel * BLOCK, half = 0; half < 2; ++half, column += LANES) {
-            const __mmask16 lanes = first_lanes(output.width - column);
-            bf16* place = output.states + std::size_t(row + line) * output.width + column;
-            __m512 sum = _mm512_add_ps(_mm512_load_ps(sums + half * LANES), load(place, lanes));
-            if (output.bias) sum = _mm512_add_ps(sum, load(output.bias + column, lanes));
-            store(place, sum, lanes);
+            const __mmask16 lanes = first_lanes(width - column);
+            bf16* output = states + std::size_t(row) * width + column;
+            __m512 sum = _mm512_add_ps(_mm512_load_ps(products + half * LANES), load(output, lanes));
+            if (bias) sum = _mm512_add_ps(sum, load(bias + column, lanes));
+            store(output, sum, lanes);
         }
     }
 };
 
-// Writes 16 columns of act(gate) * up; a panel has 16 columns of both.
+// Epilogue: writes 16 columns of act(gate) * up; a panel has 16 columns of gate and 16 of up.
 template <Activation ACTIVATION>
-struct Gate {
-    operand* states;
+struct GateEpilogue {
+    operand* output;
     int width;
 
-    void operator()(const float* sums, int row, int line, int panel) const {
-        const __m512 gate = _mm512_load_ps(sums), up = _mm512_load_ps(sums + LANES);
+    void operator()(const float* products, int row, int panel) const {
+        const __m512 gate = _mm512_load_ps(products), up = _mm512_load_ps(products + LANES);
         store(
-            states + std::size_t(row + line) * width + panel * LANES,
-            _mm512_mul_ps(activated<ACTIVATION>(gate), up));
+            output + std::size_t(row) * width + panel * LANES,
+            _mm512_mul_ps(activate<ACTIVATION>(gate), up));
     }
 };
 
-// A gated feed-forward layer for a block of rows; `finish` takes the products of its last weight.
-template <class Finish>
-void run_gated(
-    const Rows& rows, int num_rows, const std::uint8_t* gated_panels, int inner, const std::uint8_t* down_panels,
-    int activation, Finish finish) {
-    const int num_filled = filled(num_rows, BLOCK);
-    auto* opened = static_cast<operand*>(inner_scratch.bytes(sizeof(operand) * num_filled * inner));
-    if (activation == SILU)
-        multiply_block(rows, num_rows, gated_panels, 0, inner / TILE, Gate<SILU>{opened, inner});
+// Runs a gated feed-forward layer for a block of rows; `epilogue` receives the products of the down projection.
+template <class Epilogue>
+void run_gated_mlp(const InputRows& rows, int num_rows, const GatedMlpWeights& mlp, Epilogue epilogue) {
+    const int num_padded = round_up(num_rows, BLOCK), inner = mlp.inner;
+    auto* gated = static_cast<operand*>(inner_buffer.reserve(sizeof(operand) * num_padded * inner));
+    if (mlp.activation == SILU)
+        multiply_block(rows, num_rows, mlp.gate_up_panels, 0, inner / TILE, GateEpilogue<SILU>{gated, inner});
     else
-        multiply_block(rows, num_rows, gated_panels, 0, inner / TILE, Gate<GELU_TANH>{opened, inner});
-    const int num_panels = num_blocks_of(rows.width(), BLOCK);
-    multiply_block(Rows(opened, num_filled, inner), num_rows, down_panels, 0, num_panels, finish);
+        multiply_block(rows, num_rows, mlp.gate_up_panels, 0, inner / TILE, GateEpilogue<GELU_TANH>{gated, inner});
+    const int num_panels = ceil_div(rows.width(), BLOCK);
+    multiply_block(InputRows(gated, num_padded, inner), num_rows, mlp.down_panels, 0, num_panels, epilogue);
 }
 
-// The norms of a block of rows in this thread's scratch memory, filled up with zeros.
-Rows norms_of(const bf16* states, int num_rows, int width, const RmsNorm& norm) {
-    const int num_filled = filled(num_rows, BLOCK);
-    auto* normed = static_cast<operand*>(norm_scratch.bytes(sizeof(operand) * num_filled * width));
+// Returns the norms of a block of rows, in this thread's scratch memory and padded with zeros.
+InputRows normalized_rows(const bf16* states, int num_rows, int width, const NormParams& norm) {
+    const int num_padded = round_up(num_rows, BLOCK);
+    auto* normalized = static_cast<operand*>(norm_buffer.reserve(sizeof(operand) * num_padded * width));
     for (int row = 0; row < num_rows; ++row)
-        normalize(states + std::size_t(row) * width, width, norm, normed + std::size_t(row) * width);
-    std::memset(normed + std::size_t(num_rows) * width, 0, sizeof(operand) * (num_filled - num_rows) * width);
-    return Rows(normed, num_filled, width);
+        normalize(states + std::size_t(row) * width, width, norm, normalized + std::size_t(row) * width);
+    std::memset(normalized + std::size_t(num_rows) * width, 0, sizeof(operand) * (num_padded - num_rows) * width);
+    return InputRows(normalized, num_padded, width);
 }
 
-// Hands each thread blocks of rows, first row and count.
+// Calls `run(first row, number of rows)` for each block of rows, on `num_threads` threads.
 template <class Run>
-void for_blocks(int num_rows, int num_threads, Run run) {
-    const int block = rows_of_block(num_rows, num_threads);
+void for_each_block(int num_rows, int num_threads, Run run) {
+    const int block = rows_per_block(num_rows, num_threads);
 #pragma omp parallel num_threads(num_threads)
     {
-        const Unit unit;
+        const ThreadConfig config;
 #pragma omp for schedule(static)
         for (int first = 0; first < num_rows; first += block) run(first, std::min(block, num_rows - first));
     }
@@ -172,13 +178,13 @@ void for_blocks(int num_rows, int num_threads, Run run) {
 
 extern "C" {
 
-// Bytes of 32 packed rows of a weight.
-std::int64_t bytes_of_panel(int width) { return std::int64_t(panel_bytes(width)); }
+// Returns the bytes of a packed panel: 32 rows of a weight of this width.
+std::int64_t packed_panel_bytes(int width) { return std::int64_t(panel_bytes(width)); }
 
 // Packs a weight [outputs, width] into ceil(outputs / 32) panels.
 void pack_weight(const bf16* weight, int outputs, int width, std::uint8_t* panels, int num_threads) {
 #pragma omp parallel for num_threads(num_threads)
-    for (int panel = 0; panel < num_blocks_of(outputs, BLOCK); ++panel) {
+    for (int panel = 0; panel < ceil_div(outputs, BLOCK); ++panel) {
         const bf16* first = weight + std::size_t(panel) * BLOCK * width;
         const int left = outputs - panel * BLOCK;
         pack_panel(
@@ -186,83 +192,78 @@ void pack_weight(const bf16* weight, int outputs, int width, std::uint8_t* panel
     }
 }
 
-// Packs the weights [outputs, width] of gate and up by turns of 16 rows into outputs / 16 panels.
-void pack_gated(const bf16* gate, const bf16* up, int outputs, int width, std::uint8_t* panels, int num_threads) {
+// Packs the weights [outputs, width] of gate and up into outputs / 16 panels, of 16 columns of each.
+void pack_gate_up(const bf16* gate, const bf16* up, int outputs, int width, std::uint8_t* panels, int num_threads) {
 #pragma omp parallel for num_threads(num_threads)
     for (int panel = 0; panel < outputs / TILE; ++panel) {
-        const std::size_t place = std::size_t(panel) * TILE * width;
-        pack_panel(gate + place, TILE, up + place, TILE, width, panels + panel * panel_bytes(width));
+        const std::size_t offset = std::size_t(panel) * TILE * width;
+        pack_panel(gate + offset, TILE, up + offset, TILE, width, panels + panel * panel_bytes(width));
     }
 }
 
-// states [rows, width] times weight, plus bias if there is one: output [rows, outputs].
-void linear(
-    const bf16* states, int num_rows, int width, const std::uint8_t* panels, int outputs, const bf16* bias, bf16* output,
-    int num_threads) {
-    const int num_panels = num_blocks_of(outputs, BLOCK);
-    const int block = rows_of_block(num_rows, num_threads);
-    const int row_blocks = num_blocks_of(num_rows, block);
-    // Too few rows for all threads: they share the columns out instead.
-    const int column_blocks = row_blocks >= num_threads ? 1 : std::min(num_panels, num_threads);
+// output = states x weight + bias.
+void linear(const LinearArgs* args) {
+    const int num_rows = args->num_rows, width = args->width, num_threads = args->num_threads;
+    const int outputs = args->weight.outputs, num_panels = ceil_div(outputs, BLOCK);
+    const int block = rows_per_block(num_rows, num_threads);
+    const int num_row_blocks = ceil_div(num_rows, block);
+    // With fewer blocks of rows than threads, the columns are divided among the threads too.
+    const int num_column_blocks = num_row_blocks >= num_threads ? 1 : std::min(num_panels, num_threads);
 #pragma omp parallel num_threads(num_threads)
     {
-        const Unit unit;
+        const ThreadConfig config;
 #pragma omp for schedule(static)
-        for (int task = 0; task < row_blocks * column_blocks; ++task) {
-            const int first = task / column_blocks * block;
+        for (int task = 0; task < num_row_blocks * num_column_blocks; ++task) {
+            const int first = task / num_column_blocks * block;
             const int count = std::min(block, num_rows - first);
-            const int part = task % column_blocks;
-            const Rows rows = rows_of(states + std::size_t(first) * width, count, width);
+            const int column = task % num_column_blocks;
+            const InputRows rows = input_rows(args->states + std::size_t(first) * width, count, width);
             multiply_block(
-                rows, count, panels, num_panels * part / column_blocks, num_panels * (part + 1) / column_blocks,
-                Output{output + std::size_t(first) * outputs, count, outputs, bias});
+                rows, count, args->weight.panels, num_panels * column / num_column_blocks,
+                num_panels * (column + 1) / num_column_blocks,
+                StoreEpilogue{args->output + std::size_t(first) * outputs, count, outputs, args->weight.bias});
         }
     }
 }
 
-// down(act(gate(states)) * up(states)): states and output [rows, width]; inner states have `inner` numbers.
-void gated_layer(
-    const bf16* states, int num_rows, int width, const std::uint8_t* gated_panels, int inner, const std::uint8_t* down_panels,
-    int activation, bf16* output, int num_threads) {
-    for_blocks(num_rows, num_threads, [=](int first, int count) {
-        const std::size_t place = std::size_t(first) * width;
-        run_gated(
-            rows_of(states + place, count, width), count, gated_panels, inner, down_panels, activation,
-            Output{output + place, count, width, nullptr});
+// output = down(act(gate(states)) * up(states)).
+void gated_mlp(const GatedMlpArgs* args) {
+    const int width = args->width;
+    for_each_block(args->num_rows, args->num_threads, [=](int first, int count) {
+        const std::size_t offset = std::size_t(first) * width;
+        run_gated_mlp(
+            input_rows(args->states + offset, count, width), count, args->mlp,
+            StoreEpilogue{args->output + offset, count, width, nullptr});
     });
 }
 
-// What comes before attention in a block: the norm of states [rows, width], times each of some packed weights.
-void project(
-    const bf16* states, int num_rows, int width, const bf16* norm_weight, float epsilon, int norm_kind, int num_weights,
-    const std::uint8_t* const* panels, const int* outputs, const bf16* const* biases, bf16* const* products, int num_threads) {
-    const RmsNorm norm{norm_weight, epsilon, norm_kind};
-    for_blocks(num_rows, num_threads, [=](int first, int count) {
-        const Rows normed = norms_of(states + std::size_t(first) * width, count, width, norm);
-        for (int weight = 0; weight < num_weights; ++weight) {
-            const int wide = outputs[weight];
+// The part of a block before attention: outputs[i] = norm(states) x projections[i] + bias.
+void norm_qkv(const NormQkvArgs* args) {
+    const int width = args->width;
+    for_each_block(args->num_rows, args->num_threads, [=](int first, int count) {
+        const InputRows rows = normalized_rows(args->states + std::size_t(first) * width, count, width, args->norm);
+        for (int index = 0; index < args->num_projections; ++index) {
+            const LinearWeight& weight = args->projections[index];
+            bf16* output = args->outputs[index] + std::size_t(first) * weight.outputs;
             multiply_block(
-                normed, count, panels[weight], 0, num_blocks_of(wide, BLOCK),
-                Output{products[weight] + std::size_t(first) * wide, count, wide, biases[weight]});
+                rows, count, weight.panels, 0, ceil_div(weight.outputs, BLOCK),
+                StoreEpilogue{output, count, weight.outputs, weight.bias});
         }
     });
 }
 
-// What comes behind attention in a block, in place: states += output weight times attended [rows, attended width];
-// states += feed-forward layer of their norm.
-void conclude(
-    bf16* states, const bf16* attended, int num_rows, int width, int attended_width, const std::uint8_t* output_panels,
-    const bf16* output_bias, const bf16* norm_weight, float epsilon, int norm_kind, const std::uint8_t* gated_panels, int inner,
-    const std::uint8_t* down_panels, int activation, int num_threads) {
-    const RmsNorm norm{norm_weight, epsilon, norm_kind};
-    for_blocks(num_rows, num_threads, [=](int first, int count) {
-        bf16* own = states + std::size_t(first) * width;
+// The part of a block after attention: states += attended x attn_out + bias; states += mlp(norm(states)).
+void attn_out_mlp(const AttnOutMlpArgs* args) {
+    const int width = args->width, attended_width = args->attended_width;
+    for_each_block(args->num_rows, args->num_threads, [=](int first, int count) {
+        bf16* states = args->states + std::size_t(first) * width;
+        const bf16* attended = args->attended + std::size_t(first) * attended_width;
         multiply_block(
-            rows_of(attended + std::size_t(first) * attended_width, count, attended_width), count,
-            output_panels, 0, num_blocks_of(width, BLOCK), Addition{{own, count, width, output_bias}});
-        run_gated(
-            norms_of(own, count, width, norm), count, gated_panels, inner, down_panels, activation,
-            Addition{{own, count, width, nullptr}});
+            input_rows(attended, count, attended_width), count, args->attn_out.panels, 0, ceil_div(width, BLOCK),
+            ResidualEpilogue{states, count, width, args->attn_out.bias});
+        run_gated_mlp(
+            normalized_rows(states, count, width, args->norm), count, args->mlp,
+            ResidualEpilogue{states, count, width, nullptr});
     });
 }
 

@@ -1,0 +1,8 @@
+"""Names of files in a checkpoint folder that several modules read or write."""
+
+CONFIG_FILE = "config.json"
+TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+
+CALIBRATION_FILE = "calibration.safetensors"
+"""The calibration of the checkpoint; ``service.diagnostics.calibration`` reads and writes it."""

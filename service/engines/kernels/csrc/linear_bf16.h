@@ -1,0 +1,73 @@
+// The operands of linear layers with bfloat16 weights: packed panels, input rows and the product of both.
+#pragma once
+
+#include "gemm.h"
+
+// Most steps of the inner dimension in one slice of a panel: a slice must stay in the first-level cache.
+constexpr int MAX_SLICE_STEPS = 40 / int(sizeof(operand));
+
+// Bytes of one panel of a weight of this width.
+inline std::size_t panel_bytes(int width) { return sizeof(bf16) * std::size_t(width) * BLOCK; }
+
+// Packs two groups of up to 16 weight rows each as the 32 columns of one panel; missing rows are zeros.
+inline void pack_panel(
+    const bf16* first, int num_first, const bf16* second, int num_second, int width, std::uint8_t* panel) {
+    for (int step = 0; step < width / BLOCK; ++step)
+        for (int half = 0; half < 2; ++half) {
+            const bf16* weights = half ? second : first;
+            const int num_present = half ? num_second : num_first;
+            const bf16* columns[TILE];
+            for (int row = 0; row < TILE; ++row)
+                columns[row] = row < num_present ? weights + std::size_t(row) * width + step * BLOCK : nullptr;
+            pack_tile(columns, reinterpret_cast<bf16*>(panel) + step * STEP_SIZE + half * TILE_SIZE);
+        }
+}
+
+// The input rows of a product, read 32 at a time; a last incomplete group is copied and padded with zeros.
+class InputRows {
+public:
+    InputRows(const operand* rows, int num_rows, int width) : rows_(rows), num_rows_(num_rows), width_(width) {
+        static thread_local ScratchBuffer buffer;
+        const int first = num_rows / BLOCK * BLOCK;
+        if (first == num_rows) return;
+        tail_ = static_cast<operand*>(buffer.reserve(sizeof(operand) * BLOCK * width));
+        std::memset(tail_, 0, sizeof(operand) * BLOCK * width);
+        std::memcpy(tail_, rows + std::size_t(first) * width, sizeof(operand) * (num_rows - first) * width);
+    }
+    int width() const { return width_; }
+    const operand* from(int row) const { return row + BLOCK <= num_rows_ ? rows_ + std::size_t(row) * width_ : tail_; }
+
+private:
+    const operand* rows_;
+    int num_rows_, width_;
+    operand* tail_ = nullptr;
+};
+
+// The input rows of bfloat16 states [num_rows, width].
+inline InputRows input_rows(const bf16* states, int num_rows, int width) {
+    static thread_local ScratchBuffer buffer;
+    return InputRows(as_operands<operand>(states, std::size_t(num_rows) * width, buffer), num_rows, width);
+}
+
+// Consecutive steps of a panel, as operands of a product.
+class PanelSlice {
+public:
+    PanelSlice(const std::uint8_t* panel, int /*width*/, int first_step, int num_steps)
+        : first_step_(first_step), num_steps_(num_steps) {
+        static thread_local ScratchBuffer buffer;
+        operands_ = panel_as_operands<operand>(
+            reinterpret_cast<const bf16*>(panel) + std::size_t(first_step) * STEP_SIZE, num_steps, buffer);
+    }
+
+    // Writes the product with `num_rows` <= 32 rows from `row` on; slices after the first add to it.
+    template <class Interleave>
+    void multiply(const InputRows& rows, int row, int num_rows, float* product, Interleave interleave) const {
+        ::multiply(
+            rows.from(row) + first_step_ * BLOCK, rows.width(), operands_, num_steps_, num_rows, product, BLOCK,
+            first_step_ > 0, interleave);
+    }
+
+private:
+    const operand* operands_;
+    int first_step_, num_steps_;
+};

@@ -1,0 +1,63 @@
+"""What the access log and the response headers report about one request."""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+from dataclasses import dataclass, field
+
+from starlette.requests import Request
+from starlette.types import Scope
+
+from service.errors import InvalidRequest
+from service.records import Timings
+
+_IDENTIFIER = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+
+
+@dataclass(slots=True)
+class RequestFacts:
+    """Facts about one request; each is set by the code that learns it."""
+
+    request_id: str
+    """``X-Request-Id`` of the client if it is valid, else a new one."""
+    code: str | None = None
+    """Problem code of the answer; None: no problem."""
+    items: int | None = None
+    """Number of items."""
+    failed: int | None = None
+    """Number of items without a reward."""
+    scored_tokens: int | None = None
+    """Number of tokens of the scored sequences."""
+    timings: Timings | None = None
+    """Seconds of each stage; None: nothing was scored."""
+    started_at: float = field(default_factory=time.perf_counter)
+    """``time.perf_counter()`` at arrival."""
+
+
+def facts_of(request: Request) -> RequestFacts:
+    """The facts that the middleware attached to a request."""
+    facts: RequestFacts = request.state.facts
+    return facts
+
+
+def request_id_of(scope: Scope) -> str:
+    """The client's ``X-Request-Id`` if it can be logged as it is, else a new random one."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id":
+            given: str = value.decode("latin-1")
+            return given if _IDENTIFIER.fullmatch(given) else uuid.uuid4().hex
+    return uuid.uuid4().hex
+
+
+def run_id_of(request: Request) -> str | None:
+    """The training run of a request, from ``X-Run-Id``; None without the header.
+
+    Raises:
+        InvalidRequest: the header is not an identifier of 1 to 128 permitted characters.
+    """
+    given = request.headers.get("X-Run-Id")
+    if given is not None and not _IDENTIFIER.fullmatch(given):
+        raise InvalidRequest("X-Run-Id must be 1 to 128 of A-Z a-z 0-9 _ . : -")
+    return given

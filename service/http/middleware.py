@@ -1,0 +1,112 @@
+"""What every request gets on any route: a request id, the model's headers, an access log line, and an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.errors import ClientGone, InternalError
+from service.http.access_log import AccessLog
+from service.http.facts import RequestFacts, request_id_of
+from service.http.open_requests import OpenRequests
+from service.http.problems import problem_response
+from service.metrics import Metrics
+
+QUIET_ROUTES = frozenset({"/livez", "/readyz", "/metrics"})
+"""Requested every few seconds by machines; only their failures are logged."""
+OTHER = "other"
+"""Route of a request for a path that has none; paths of clients appear in no log and no metric."""
+
+
+class RequestMiddleware:
+    """ASGI middleware outside the routes: an exception that no route expected ends here as a 500 without details."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        model_version: str,
+        metrics: Metrics,
+        access_log: AccessLog,
+        open_requests: OpenRequests,
+        path_of: Mapping[Any, str],
+        echoes_request_id: bool,
+    ) -> None:
+        self._app = app
+        self._model_version = model_version
+        self._metrics = metrics
+        self._access_log = access_log
+        self._open_requests = open_requests
+        self._path_of = path_of
+        self._echoes_request_id = echoes_request_id
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one ASGI connection."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        with self._open_requests:
+            await self._answer(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        facts = RequestFacts(request_id_of(scope))
+        scope.setdefault("state", {})["facts"] = facts
+        status: list[int] = []
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                status.append(message["status"])
+                self._add_headers(message, facts)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_headers)
+        except asyncio.CancelledError:
+            facts.code = ClientGone.code
+            status[:] = [ClientGone.status]
+            raise
+        except Exception as error:  # noqa: BLE001 - the last handler: the client gets an answer whatever a bug raised
+            facts.code = InternalError.code
+            self._access_log.write_exception(error, request_id=facts.request_id)
+            if not status:
+                await problem_response(InternalError(), facts)(scope, receive, send_with_headers)
+        finally:
+            self._finish(scope, facts, status[0] if status else InternalError.status)
+
+    def _add_headers(self, message: Message, facts: RequestFacts) -> None:
+        headers = MutableHeaders(scope=message)
+        if self._echoes_request_id:
+            headers["X-Request-Id"] = facts.request_id
+        headers["X-Model-Version"] = self._model_version
+        headers["Server-Timing"] = _server_timing(facts)
+
+    def _finish(self, scope: Scope, facts: RequestFacts, status: int) -> None:
+        route = self._path_of.get(scope.get("endpoint"), OTHER)
+        total_s = time.perf_counter() - facts.started_at
+        self._metrics.observe_request(route, facts.code or str(status), total_s)
+        if route in QUIET_ROUTES and status < 400:
+            return
+        stages = facts.timings.by_stage if facts.timings else {"total": total_s}
+        self._access_log.write(
+            "scored" if facts.timings else "answered",
+            request_id=facts.request_id,
+            route=route,
+            status=status,
+            code=facts.code,
+            model_version=self._model_version,
+            items=facts.items,
+            failed=facts.failed,
+            scored_tokens=facts.scored_tokens,
+            **{f"{stage}_s": round(seconds, 6) for stage, seconds in stages.items()},
+        )
+
+
+def _server_timing(facts: RequestFacts) -> str:
+    if facts.timings is None:
+        return f"total;dur={(time.perf_counter() - facts.started_at) * 1000:.3f}"
+    return ", ".join(f"{stage};dur={seconds * 1000:.3f}" for stage, seconds in facts.timings.by_stage.items())

@@ -1,0 +1,49 @@
+"""Responses for errors: every refusal, also one of the web framework, becomes an RFC 9457 problem."""
+
+from __future__ import annotations
+
+import random
+
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from service.errors import ClientGone, HttpError, InternalError, MethodNotAllowed, RouteNotFound
+from service.http.facts import RequestFacts, facts_of
+from service.protocols.problem import MEDIA_TYPE, render_problem, retry_after_s
+
+
+def problem_response(error: HttpError, facts: RequestFacts) -> Response:
+    """The response for an error; its code goes into the facts."""
+    facts.code = error.code
+    wait_s = retry_after_s(error, random.random())  # noqa: S311 - spreads clients over time, protects nothing
+    headers = {} if wait_s is None else {"Retry-After": str(wait_s)}
+    return Response(render_problem(error, facts.request_id), error.status, headers, MEDIA_TYPE)
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HttpError)  # noqa: S101 - Starlette looks handlers up by class
+    return problem_response(error, facts_of(request))
+
+
+async def _on_framework_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)  # noqa: S101 - as above
+    known: dict[int, HttpError] = {
+        404: RouteNotFound("There is no such route here; /openapi.json lists them"),
+        405: MethodNotAllowed(f"The route does not take {request.method}"),
+    }
+    response = problem_response(known.get(error.status_code, InternalError()), facts_of(request))
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _on_disconnect(request: Request, _: Exception) -> Response:
+    return problem_response(ClientGone("The client left before its request was complete"), facts_of(request))
+
+
+EXCEPTION_HANDLERS = {
+    HttpError: _on_http_error,
+    HTTPException: _on_framework_error,
+    ClientDisconnect: _on_disconnect,
+}
+"""Starlette's handlers by exception class."""

@@ -1,0 +1,92 @@
+"""The command line of ``reward-serve``: one option per setting, made from the settings tree, and a few of its own."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from pydantic_settings import CliSettingsSource
+
+from service.launch.start_settings import NULL, SHORT_OPTIONS, StartSettings
+from service.settings import did_you_mean
+from service.version import add_version_option
+
+_METAVARS = {"model.path": "DIR", "model.revision": "REV", "diagnostics.calibration": "FILE", "log": "FILE"}
+_EPILOG = """\
+Every setting can also be given in the environment and in the configuration file. Precedence: command line, then
+environment, then configuration file, then default. null stands for no value. docs/operations.md has all settings.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """A parsed command line."""
+
+    settings: CliSettingsSource[Any]
+    """The settings that were given as options."""
+    config: str | None
+    """Path of the configuration file."""
+    check: bool
+    """Whether the checkpoint is only checked and nothing is served."""
+
+
+def parse_options(arguments: Sequence[str] | None = None) -> Options:
+    """Parse the command line.
+
+    Raises:
+        SystemExit: ``--help`` or ``--version`` (status 0), or an option that does not exist or lacks its value (2).
+    """
+    parser = _OneLineErrors(
+        prog="reward-serve",
+        usage="%(prog)s [--model DIR] [--port PORT] [--config FILE] [option ...]",
+        description="Serve a scalar-head reward model over HTTP.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_version_option(parser)
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file with settings, the tree of args in serve_config.yaml"
+    )
+    parser.add_argument(
+        "--check", metavar="DIR", help="check this checkpoint and its parity with transformers, serve nothing"
+    )
+    source: CliSettingsSource[Any] = CliSettingsSource(
+        StartSettings, root_parser=parser, add_argument_method=_add_setting
+    )
+    given, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parser.refuse_unknown(unknown)
+    values = vars(given)
+    config, check = values.pop("config"), values.pop("check")
+    if check is not None:
+        values["model.path"] = check
+    return Options(source(parsed_args=values), config, check is not None)
+
+
+def _add_setting(container: Any, *names: str, dest: str, **keywords: Any) -> None:
+    """Add the option of one setting under its dotted and its short name; sections as a whole get none."""
+    if dest in StartSettings.model_fields and "." not in dest and keywords.get("const") == "{}":
+        return
+    if dest in _METAVARS:
+        keywords["metavar"] = _METAVARS[dest]
+    keywords["help"] = keywords["help"].replace("(default: None)", f"(default: {NULL})")
+    short = [SHORT_OPTIONS[dest]] if dest in SHORT_OPTIONS else []
+    container.add_argument(*short, *names, dest=dest, **keywords)
+
+
+class _OneLineErrors(argparse.ArgumentParser):
+    """Reports an error of the command line as one sentence, without pages of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help.\n")
+
+    def refuse_unknown(self, arguments: Sequence[str]) -> NoReturn:
+        """End the command because of arguments that it does not have; values are not repeated."""
+        names = [argument.partition("=")[0] for argument in arguments if argument.startswith("-")]
+        if not names:
+            self.error("an argument has no option in front of it; a checkpoint is given with --model DIR")
+        known = [option for action in self._actions for option in action.option_strings]
+        self.error("; ".join(f"there is no option {name}{did_you_mean(name, known)}" for name in names))

@@ -1,0 +1,67 @@
+"""Show the progress of a start and a stop on the terminal."""
+
+from __future__ import annotations
+
+import time
+from typing import Self
+
+from rich.console import Console
+from rich.status import Status
+
+_STAGES = {
+    "checkpoint": "Checking the checkpoint",
+    "ray": "Starting Ray",
+    "serve": "Starting Ray Serve",
+    "model": "Loading the model and warming up",
+    "running": "Waiting for the first answer through the proxy",
+}
+_EXAMPLE = """\
+curl -s {url}/v1/score -H 'Content-Type: application/json' -d '{{"items": [
+  {{"prompt": "How do I boil an egg?", "completion": "Put it in boiling water for eight minutes."}},
+  {{"prompt": "How do I boil an egg?", "completion": "No."}}]}}'"""
+
+
+class TerminalProgress:
+    """Shows each stage: as a spinner on a terminal, as a plain line elsewhere."""
+
+    def __init__(self, console: Console, url: str) -> None:
+        self._console = console
+        self._url = url
+        self._status: Status | None = None
+        self._started_at = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end_status()
+
+    def stage(self, name: str) -> None:
+        """Show that a stage has begun."""
+        # While the checkpoint is checked a download may show its own progress, which a spinner would overwrite.
+        self._show(_STAGES[name], spinner=name != "checkpoint")
+
+    def ready(self) -> None:
+        """Show that the service answers, with a request to paste."""
+        self._end_status()
+        elapsed_s = time.monotonic() - self._started_at
+        self._console.print(
+            f"Ready in {elapsed_s:.0f} s: {self._url}\n\n{_EXAMPLE.format(url=self._url)}\n", markup=False
+        )
+
+    def stopping(self) -> None:
+        """Show that the shutdown has begun."""
+        self._show("Stopping: accepted requests are answered first")
+
+    def _show(self, text: str, *, spinner: bool = True) -> None:
+        self._end_status()
+        if spinner and self._console.is_terminal:
+            self._status = self._console.status(text)
+            self._status.start()
+        else:
+            self._console.print(f"{text} ...", markup=False)
+
+    def _end_status(self) -> None:
+        if self._status is not None:
+            self._status.stop()
+            self._status = None

@@ -1,0 +1,111 @@
+"""Start the service on this machine: check the checkpoint, decide what each replica gets, and supervise Ray.
+
+Ray runs in a child process under the supervisor; this process imports neither Ray nor torch.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from service.errors import SettingsError
+from service.launch.inspection import Inspection, inspect_checkpoint
+from service.launch.launch import Launch
+from service.launch.ports import choose_ports, reachable
+from service.launch.private_folder import private_folder, write_token
+from service.launch.progress import TerminalProgress
+from service.launch.ray_environment import ray_environment
+from service.launch.start_settings import ServerSettings, StartSettings
+from service.launch.supervisor import supervise
+from service.settings import Settings
+
+DRAIN_S = 6.0
+"""Seconds that accepted requests get after Ctrl-C; with Serve's own shutdown this stays below ``STOP_AFTER_S``."""
+REPLICA_DRAIN_S = 1.0
+"""Seconds that a leaving replica stays reachable, so that HAProxy learns of it first."""
+
+
+def serve(settings: StartSettings, console: Console) -> None:
+    """Run the service until SIGINT or SIGTERM.
+
+    Raises:
+        StartupError: a port is taken, the checkpoint is refused, or the server failed.
+        StopRequested: the server was asked to stop, and has stopped.
+    """
+    server = settings.server
+    ports = choose_ports(server.host, server.port)
+    with TerminalProgress(console, f"http://{reachable(server.host)}:{server.port}") as progress:
+        if settings.model.engine != "oracle":
+            progress.stage("checkpoint")
+        inspection = inspect_checkpoint(settings.model)
+        with private_folder() as folder:
+            log = log_path(settings.log, folder)
+            launch = _launch(resolve(settings, inspection, log), server, folder, needs_gpu=inspection.needs_gpu)
+            environment = ray_environment(
+                folder,
+                ports,
+                write_token(folder),
+                cores=os.cpu_count() or 1,
+                deadline_s=settings.limits.deadline_s,
+                drain_s=REPLICA_DRAIN_S,
+            )
+            supervise(launch, environment | visible_devices(settings.model.device), progress)
+
+
+def resolve(settings: StartSettings, inspection: Inspection, log: str) -> Settings:
+    """The settings of a replica, with what has been found out, so that replicas neither search nor download again."""
+    found: dict[str, Any] = {}
+    if inspection.path is not None:
+        found |= {"path": inspection.path, "name": inspection.name}
+    if inspection.needs_gpu:
+        found["device"] = "cuda"  # Ray shows each replica its own device only, whatever its number
+    if settings.model.num_threads is None:
+        found["num_threads"] = cores_per_replica(settings.server.replicas)
+    model = settings.model.model_copy(update=found)
+    return settings.served_model().model_copy(update={"model": model, "log": log})
+
+
+def _launch(settings: Settings, server: ServerSettings, folder: Path, *, needs_gpu: bool) -> Launch:
+    return Launch(
+        settings=settings.model_dump(mode="json"),
+        folder=str(folder),
+        host=server.host,
+        port=server.port,
+        replicas=server.replicas,
+        cpus=cores_per_replica(server.replicas),
+        gpus=int(needs_gpu),
+        drain_s=DRAIN_S,
+    )
+
+
+def visible_devices(device: str) -> dict[str, str]:
+    """The environment that shows Ray a single CUDA device, if the settings name one by number."""
+    name, _, number = device.partition(":")
+    return {"CUDA_VISIBLE_DEVICES": number} if name == "cuda" and number else {}
+
+
+def log_path(choice: str | None, folder: Path) -> str:
+    """The file to which replicas append; they are other processes, so standard output has to have a path.
+
+    Raises:
+        SettingsError: ``choice`` is ``-``, but standard output cannot be opened by other processes.
+    """
+    if choice not in {None, "-"}:
+        return str(Path(str(choice)).absolute())
+    stdout = Path(f"/proc/{os.getpid()}/fd/1")
+    try:
+        stdout.open("ab").close()
+    except OSError:  # a socket, as under systemd, has no path
+        if choice == "-":
+            raise SettingsError("Standard output cannot be shared with the replicas; name a file with --log.") from None
+        return str(folder / "requests.jsonl")
+    return str(folder / "requests.jsonl" if choice is None and sys.stdout.isatty() else stdout)
+
+
+def cores_per_replica(replicas: int) -> int:
+    """CPU cores of this machine that each replica gets, at least one."""
+    return max(1, len(os.sched_getaffinity(0)) // replicas)

@@ -1,0 +1,52 @@
+"""The settings tree as plain data: names, special values, error messages."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from service.checkpoints import checkpoint
+from service.checkpoints.checkpoint import checkpoint_name, locate_checkpoint
+from service.errors import SettingsError
+from service.settings import ModelSettings, Settings, did_you_mean, read_settings, setting_names
+
+
+@pytest.mark.parametrize("path", [None, "demo"])
+def test_demo_is_the_demo_model(path: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+    """The path ``demo`` names the demo model, as no path does, also beside a folder of that name."""
+    monkeypatch.setattr(checkpoint, "obtain_demo_model", lambda: tmp_path)
+    settings = ModelSettings(path=path)
+
+    assert locate_checkpoint(settings) == tmp_path
+    assert checkpoint_name(settings) == "demo"
+
+
+@pytest.mark.parametrize(("text", "value"), [("on", "on"), ("off", "off"), ("auto", "auto"), ("'on'", "on")])
+def test_bare_on_and_off_in_yaml(text: str, value: str) -> None:
+    """YAML reads a bare ``on`` as a boolean; the setting takes it as the word."""
+    assert read_settings(yaml.safe_load(f"model: {{kernels: {text}}}")).model.kernels == value
+
+
+def test_names_are_unique_and_complete() -> None:
+    """Every section contributes its settings under its own name."""
+    names = list(setting_names())
+
+    assert len(set(names)) == len(names)
+    assert {name.split(".")[0] for name in names} == set(Settings.model_fields)
+
+
+def test_suggestion() -> None:
+    """A name close to a known one is suggested; for others nothing is."""
+    assert did_you_mean("model.dtyp", setting_names()) == " (did you mean model.dtype?)"
+    assert did_you_mean("something.else", setting_names()) == ""
+
+
+def test_all_errors_are_in_one_sentence() -> None:
+    """Every invalid setting is named, once."""
+    with pytest.raises(SettingsError) as caught:
+        read_settings({"modle": {}, "limits": {"deadline_s": 0}})
+
+    assert str(caught.value) == (
+        "The settings are not valid: limits.deadline_s: Input should be greater than 0; "
+        "modle: is not a setting (did you mean model?)."
+    )
