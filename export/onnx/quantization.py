@@ -203,9 +203,9 @@ class _Rewriting:
 
     def _settle(self) -> None:
         used = {name for node in self._nodes for name in node.input}
-        kept = [tensor for name, tensor in self._weights.items() if name in used]
+        retained = [tensor for name, tensor in self._weights.items() if name in used]
         self._put(self._graph.node, self._nodes)
-        self._put(self._graph.initializer, [*kept, *self._constants.values()])
+        self._put(self._graph.initializer, [*retained, *self._constants.values()])
 
     @staticmethod
     def _put(field: object, values: Collection[object]) -> None:
