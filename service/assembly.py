@@ -1,4 +1,4 @@
-"""Builds what one replica serves from its settings: checkpoint, tokenization, engine, pipeline, scorer.
+"""Builds the parts of one replica from its settings: checkpoint, tokenization, engine, pipeline, scorer.
 
 The only module that joins these parts; it starts no thread that outlives it. Torch is imported only where an engine
 needs it.
@@ -116,11 +116,11 @@ def open_model(settings: ModelSettings) -> OpenedModel:
 def assemble(
     settings: Settings, *, taps: tuple[StateTap, ...] | None = None, opened: OpenedModel | None = None
 ) -> ServedModel:
-    """Load the model that the settings name and put its parts together; nothing runs yet.
+    """Load the model that the settings name and assemble its parts; nothing runs yet.
 
     Args:
-        settings: of everything.
-        taps: where to read states, without a calibration; None: where the model's own calibration does.
+        settings: all settings.
+        taps: taps at which states are read, without a calibration; None: the taps of the model's own calibration.
         opened: the result of `open_model` for the same settings; None: the checkpoint is opened here.
 
     Raises:
@@ -130,9 +130,9 @@ def assemble(
     if settings.model.engine == "oracle":
         return _assemble_oracle(settings)
     with ThreadPoolExecutor(1, thread_name_prefix="assemble") as loader:
-        # OpenMP keeps a team of threads for each thread that has ever computed, for as long as that one lives. With the
-        # loader's beside the engine's there are more of them than cores, and both sleep between kernels instead of
-        # spinning: a third of the throughput of a small model, measured on two cores.
+        # OpenMP creates a team of threads for each thread that computes, and ends it with that thread. A team of the
+        # loading thread in addition to the engine's would exceed the number of cores, and both would sleep between
+        # kernels instead of spinning. That costs a third of the throughput of a small model, measured on two cores.
         return loader.submit(_assemble_model, settings, taps, opened).result()
 
 
@@ -278,5 +278,5 @@ def _describe_calibration(metrics: Metrics, calibration: Calibration) -> None:
 
 
 def arithmetic_of(info: EngineInfo) -> dict[str, str]:
-    """Return what of the engine changes rewards and states by rounding only; a calibration stores it."""
+    """Return the properties of the engine that affect rewards by rounding only; a calibration stores them."""
     return {"engine": info.engine, "dtype": info.arithmetic, "forward": info.forward}

@@ -1,4 +1,4 @@
-"""Folders in the user's cache that are built once: merged checkpoints, compiled kernels."""
+"""Folders that are built once and stored in the user's cache: merged checkpoints, compiled CPU kernels."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from pathlib import Path
 
 
 def cache_directory() -> Path:
-    """The service's folder in this user's cache: ``$XDG_CACHE_HOME/reward-service``, else under ``~/.cache``."""
+    """Return the cache folder: ``$XDG_CACHE_HOME/reward-service``, else ``~/.cache/reward-service``."""
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "reward-service"
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
-    """Return ``folder``, filled by ``build`` if it does not exist yet; it is never incomplete.
+    """Return ``folder``, after filling it by ``build`` if it does not exist yet; it is never incomplete.
 
-    ``build`` fills a temporary folder beside it, which is then renamed. Of two processes that build at the same time,
-    the first to finish wins and the other uses its result, so a crash leaves no lock behind.
+    ``build`` fills a temporary folder in the same parent folder, which is then renamed. If two processes build at the
+    same time, the first result is used and the second is dropped. There is no lock that a crash could leave behind.
     """
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-        unfinished = Path(temporary) / "unfinished"
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as build_dir:
+        unfinished = Path(build_dir) / "unfinished"
         unfinished.mkdir()
         build(unfinished)
         try:

@@ -1,6 +1,6 @@
-"""How commands show what they do: a progress bar over items, or the stage that is running.
+"""Progress display of commands: a progress bar over items, or the running stage.
 
-On a terminal both are a moving line; where the output is a file, stages are plain lines.
+On a terminal both are animated; where the output is a file, stages are plain lines.
 """
 
 from __future__ import annotations

@@ -1,36 +1,36 @@
-"""The one tree of exceptions. Each class knows its HTTP status, its code on the wire and who can act on it.
+"""The tree of exceptions. Each class has an HTTP status and a code on the wire; its branch defines who can act on it.
 
     RewardServiceError
     ├── RequestRefused                    the caller can act on it; nothing was computed
     │   ├── MalformedBody          400    the body is not JSON, not UTF-8, or holds NaN
     │   ├── RouteNotFound          404
-    │   ├── RunNotFound            404    no items of that training run are remembered
+    │   ├── RunNotFound            404    no monitor has items of that training run
     │   ├── MethodNotAllowed       405
     │   ├── BodyTooLarge           413    more bytes than one request may have
     │   ├── TooManyItems           413    more items than one request may have
     │   ├── ItemTooLong            413    more characters than one item may have
-    │   ├── UnsupportedMediaType   415    a Content-Type or Content-Encoding that we do not read
+    │   ├── UnsupportedMediaType   415    a Content-Type or Content-Encoding that is not supported
     │   ├── InvalidRequest         422    a field is missing, unknown, of the wrong type or out of range
-    │   ├── SequenceTooLong        422    more tokens than the model takes, and truncation cannot help
-    │   └── Overloaded             503    the line is full; carries retry_after_s
-    ├── ScoringFailed                     we accepted it and failed, or cannot accept it now
-    │   ├── ClientGone             499    the caller has left; for logs and metrics only
+    │   ├── SequenceTooLong        422    more tokens than the model's limit, and truncation cannot help
+    │   └── Overloaded             503    the queue is full; carries retry_after_s
+    ├── ScoringFailed                     the service fails on it, or cannot accept it now
+    │   ├── ClientGone             499    the client disconnected; for logs and metrics only
     │   ├── EngineFailed           500    the forward pass raised on this item
-    │   │   └── EngineOutOfMemory  500    the device had no room for it, even alone
-    │   ├── NonFiniteReward        500    the model answered NaN or infinity
-    │   ├── OutputMismatch         500    the engine returned another number of rewards than it was given
-    │   ├── InternalError          500    a bug of ours; details are in the log only
+    │   │   └── EngineOutOfMemory  500    the device does not have enough memory for it, even alone
+    │   ├── NonFiniteReward        500    the model returned NaN or infinity
+    │   ├── OutputMismatch         500    the numbers of rewards and of sequences differ
+    │   ├── InternalError          500    a bug in the service; the details are in the log only
     │   ├── EngineUnavailable      503    the engine thread has died; the replica must be replaced
     │   ├── NotReady               503    still loading or warming up
     │   ├── Draining               503    shutting down; another replica will answer
     │   └── DeadlineExceeded       504    the answer would come too late
-    ├── StartupError                      the process ends with one clear sentence; never crosses HTTP
+    ├── StartupError                      the process exits with one sentence; never sent over HTTP
     │   ├── SettingsError                 a setting is unknown, malformed or contradicts another
-    │   ├── CheckpointError               the checkpoint cannot be trusted or read
-    │   ├── CalibrationError              a calibration cannot be read, or cannot be made of the data
+    │   ├── CheckpointError               the checkpoint is invalid or cannot be read
+    │   ├── CalibrationError              a calibration cannot be read, or cannot be fitted to the data
     │   ├── DatasetError                  a data file cannot be read, or a row is not what the command needs
     │   ├── ParityError                   no forward path agrees with plain transformers
-    │   ├── ServerStartError              Ray or the HTTP server did not come up
+    │   ├── ServerStartError              Ray or the HTTP server did not start
     │   └── WarmUpFailed                  the largest legal batch does not run on this device
     └── ClientError                       raised by the client in the caller's process; see reward_client.errors
 
@@ -47,10 +47,10 @@ from reward_client.errors import RewardServiceError
 
 
 class HttpError(RewardServiceError):
-    """An error that can cross HTTP as an RFC 9457 problem.
+    """An error that can be sent over HTTP as an RFC 9457 problem.
 
-    ``status``: HTTP status. ``code``: the stable word that programs compare. ``title``: the stable sentence for people.
-    ``retryable``: whether the same request may succeed later, unchanged.
+    ``status``: HTTP status. ``code``: the stable identifier that programs compare. ``title``: the stable sentence for
+    people. ``retryable``: whether the same request may succeed later, unchanged.
     """
 
     status: ClassVar[int] = 500
@@ -60,7 +60,7 @@ class HttpError(RewardServiceError):
 
     @property
     def detail(self) -> str:
-        """What happened this time, in sizes, limits and positions."""
+        """Description of this occurrence, in sizes, limits and positions."""
         return str(self)
 
 
@@ -73,7 +73,7 @@ class RequestRefused(HttpError):
 class MalformedBody(RequestRefused):
     """The body is not JSON, not UTF-8, or holds a number that JSON does not have."""
 
-    status, code, title = 400, "malformed_body", "The body does not parse"
+    status, code, title = 400, "malformed_body", "The body cannot be parsed"
 
 
 class RouteNotFound(RequestRefused):
@@ -83,7 +83,7 @@ class RouteNotFound(RequestRefused):
 
 
 class RunNotFound(RequestRefused):
-    """No items of that training run are remembered."""
+    """No monitor has items of that training run."""
 
     status, code, title = 404, "run_not_found", "No such run"
 
@@ -91,7 +91,7 @@ class RunNotFound(RequestRefused):
 class MethodNotAllowed(RequestRefused):
     """The route exists, but not for this method."""
 
-    status, code, title = 405, "method_not_allowed", "The route does not take this method"
+    status, code, title = 405, "method_not_allowed", "The route does not support this method"
 
 
 class BodyTooLarge(RequestRefused):
@@ -107,20 +107,20 @@ class TooManyItems(RequestRefused):
 
 
 class ItemTooLong(RequestRefused):
-    """An item has more characters than the limit; checked before tokenizing, which is what costs."""
+    """An item has more characters than the limit; checked before tokenization, which is the expensive step."""
 
     status, code, title = 413, "item_too_long", "An item has too many characters"
 
 
 class UnsupportedMediaType(RequestRefused):
-    """The Content-Type or Content-Encoding is one that we do not read."""
+    """The Content-Type or Content-Encoding is not supported."""
 
     status, code, title = 415, "unsupported_media_type", "The media type is not supported"
 
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """One broken rule of a request: an RFC 6901 pointer to the place, and what is wrong there."""
+    """One violation in a request: an RFC 6901 pointer to the value, and what is wrong with it."""
 
     pointer: str
     code: str
@@ -137,13 +137,13 @@ class InvalidRequest(RequestRefused):
 
 
 class SequenceTooLong(RequestRefused):
-    """More tokens than the model takes; an item error on the native route."""
+    """The item has more tokens than the model's limit; an item error on the native route."""
 
     status, code, title = 422, "sequence_too_long", "The item has too many tokens"
 
 
 class Overloaded(RequestRefused):
-    """The line is full. ``retry_after_s``: seconds until there should be room, computed from the queue."""
+    """The queue is full. ``retry_after_s``: estimated seconds until it has room again, computed from its length."""
 
     status, code, title, retryable = 503, "overloaded", "The service is overloaded", True
 
@@ -153,13 +153,13 @@ class Overloaded(RequestRefused):
 
 
 class ScoringFailed(HttpError):
-    """We accepted it and failed, or cannot accept it now."""
+    """The service fails on the request or the item, or cannot accept it now."""
 
 
 class ClientGone(ScoringFailed):
-    """The caller has left before the answer; nobody reads this."""
+    """The client disconnected before the answer, so it does not receive this error."""
 
-    status, code, title = 499, "client_gone", "The client has gone"
+    status, code, title = 499, "client_gone", "The client has disconnected"
 
 
 class EngineFailed(ScoringFailed):
@@ -169,25 +169,25 @@ class EngineFailed(ScoringFailed):
 
 
 class EngineOutOfMemory(EngineFailed):
-    """The device had no room for the batch; for an item: not even alone."""
+    """The device does not have enough memory for the batch; as an item's error: not even for that item alone."""
 
-    code, title = "engine_out_of_memory", "The device has no room for this item"
+    code, title = "engine_out_of_memory", "The device does not have enough memory for this item"
 
 
 class NonFiniteReward(ScoringFailed):
-    """The model answered NaN or infinity. Never passed on as a number."""
+    """The model returned NaN or infinity, which is never sent as a reward."""
 
-    status, code, title = 500, "non_finite_reward", "The model gave no finite reward"
+    status, code, title = 500, "non_finite_reward", "The model returned no finite reward"
 
 
 class OutputMismatch(ScoringFailed):
-    """The engine returned another number of rewards than it was given sequences."""
+    """The number of rewards that the engine returned differs from the number of sequences."""
 
     status, code, title = 500, "output_mismatch", "The engine returned the wrong number of rewards"
 
 
 class InternalError(ScoringFailed):
-    """A bug of ours. The log has the details; the wire has the request id."""
+    """A bug in the service. The details are in the log; the response has only the request id."""
 
 
 class EngineUnavailable(ScoringFailed):
@@ -209,13 +209,13 @@ class Draining(ScoringFailed):
 
 
 class DeadlineExceeded(ScoringFailed):
-    """The answer would come too late. 504, because some trainers take any 4xx for fatal."""
+    """The answer would come too late. The status is 504 because some trainers treat every 4xx as fatal."""
 
     status, code, title = 504, "deadline_exceeded", "The deadline has passed"
 
 
 class StartupError(RewardServiceError):
-    """The process ends with this one sentence."""
+    """The process exits with this message."""
 
 
 class SettingsError(StartupError):
@@ -223,23 +223,23 @@ class SettingsError(StartupError):
 
 
 class CheckpointError(StartupError):
-    """The checkpoint cannot be trusted or read; the message says what to do."""
+    """The checkpoint is invalid or cannot be read; the message contains the remedy."""
 
 
 class CalibrationError(StartupError):
-    """A calibration cannot be read, or cannot be made of the data; the service starts without one all the same."""
+    """A calibration cannot be read, or cannot be fitted to the data; the service also starts without one."""
 
 
 class DatasetError(StartupError):
-    """A data file cannot be read, or a row is not what the command needs; names file and line, never the text."""
+    """A data file cannot be read, or a row is invalid; the message names file and line, never the text."""
 
 
 class ParityError(StartupError):
-    """No forward path of ours agrees with plain transformers on this checkpoint."""
+    """No forward path agrees with plain transformers on this checkpoint."""
 
 
 class ServerStartError(StartupError):
-    """Ray or the HTTP server did not come up."""
+    """Ray or the HTTP server did not start."""
 
 
 class WarmUpFailed(StartupError):

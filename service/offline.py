@@ -38,7 +38,7 @@ ITEMS_PER_ENCODING = 256
 """Items that are tokenized in one call."""
 
 _NO_GROUP = Item(Exchange("", ""))
-"""Stands for the item of a sequence, whose prefix is determined by its tokens alone."""
+"""A placeholder for the item of a sequence: the prefix key is then computed from the tokens alone."""
 
 _Key: TypeAlias = tuple[tuple[int, ...], int | None]
 
@@ -71,15 +71,16 @@ class ScoredBatch:
 class BatchPlanner:
     """Forms batches of the sequences of an iterable and reads only a limited number of them ahead.
 
-    Equal sequences that wait at the same time are computed once. For a packed engine every group of one prompt is a
-    request of its own to the queue, which finds groups that fill a batch together. For a padded engine all sequences
-    that were read together are one request, sorted by length, so that a batch takes similar lengths.
+    Equal sequences that wait at the same time are computed once. For a packed engine every prefix group is queued as a
+    separate request, so that the queue can combine groups into full batches. For a padded engine all sequences that
+    were read together are one request, sorted by length, so that a batch has similar lengths.
 
     Args:
         encoded: token sequences, and errors in the positions of items that could not be encoded; read once, in order.
-        min_shared_prefix_tokens: common prefixes of at least so many tokens are computed once in a pass; None: none is.
-        look_ahead_tokens: more is read when less than half of this waits, until this many tokens wait; an error counts
-            as one token. At least a few batches, or batches are smaller than they could be. None: read everything.
+        min_shared_prefix_tokens: common prefixes of at least this many tokens are computed once in a pass; None: prefixes are not
+            shared.
+        look_ahead_tokens: the number of tokens to read ahead; more input is read when less than half of them wait. An
+            error counts as one token. It should cover several batches, so that batches are full. None: read everything.
     """
 
     def __init__(
@@ -135,7 +136,7 @@ class BatchPlanner:
 def plan_batches(
     sequences: Iterable[TokenSequence], budget: BatchBudget, min_shared_prefix_tokens: int | None = None
 ) -> Iterator[PlannedBatch]:
-    """Yield batches within the budget that hold every sequence once; for what has a forward pass of its own."""
+    """Yield batches within the budget that contain every sequence once, for callers that run their own forward pass."""
     planner = BatchPlanner(sequences, min_shared_prefix_tokens)
     while (batch := planner.take(budget)[0]) is not None:
         yield batch
@@ -147,7 +148,7 @@ def _requests(sequences: Iterable[TokenSequence], budget: BatchBudget) -> list[l
     groups: dict[object, list[TokenSequence]] = {}
     for sequence in sequences:
         groups.setdefault(prefix_key(_NO_GROUP, sequence), []).append(sequence)
-    # Sorted by token ids, sequences that share more than the prompt are adjacent, where the queue sees what they share.
+    # Sorted by token ids, sequences that share more than the prompt are adjacent, which the queue's cost accounts for.
     return [sorted(group, key=lambda sequence: sequence.token_ids) for group in groups.values()]
 
 
@@ -162,7 +163,7 @@ def _key(sequence: TokenSequence) -> _Key:
 def encode_items(
     tokenization: Tokenization, items: Iterable[Item], encoding: Encoding
 ) -> Iterator[TokenSequence | HttpError]:
-    """Yield the token sequence or the error of each item, in order; tokenizes some hundred items at a time."""
+    """Yield the token sequence or the error of each item, in order; tokenizes `ITEMS_PER_ENCODING` items at a time."""
     iterator = iter(items)
     while chunk := list(itertools.islice(iterator, ITEMS_PER_ENCODING)):
         yield from tokenization.encode(chunk, encoding)
@@ -177,17 +178,18 @@ def score_offline(
     look_ahead_tokens: int | None = None,
     advance: Advance = lambda _: None,
 ) -> Iterator[tuple[int, Outcome]]:
-    """Score sequences of any number and yield each result as soon as it is known.
+    """Score any number of sequences and yield each result as soon as it is known.
 
     Memory is bounded by ``look_ahead_tokens``: inputs are read only as batches complete. When the caller stops early,
     passes that were already launched are completed, so the engine is usable afterwards.
 
     Args:
-        pipeline: of an engine that nothing else uses meanwhile.
+        pipeline: the pipeline of an engine that nothing else uses meanwhile.
         encoded: token sequences, each within the engine's ``max_input_tokens``, and errors of items that could not be
             encoded, which become their outcomes.
-        level: of diagnostics that need hidden states; Scores are completed by ``Diagnostician.complete``.
-        max_batch_sequences: of one pass.
+        level: the level of diagnostics, which decides whether hidden states are read; ``Diagnostician.complete``
+            completes the Scores.
+        max_batch_sequences: maximum of sequences in one pass.
         look_ahead_tokens: how much is read ahead; see `BatchPlanner`. None: everything, which forms the best batches.
         advance: called with the number of further inputs that are complete, before their results are yielded.
 
@@ -223,13 +225,13 @@ def score_batches(
     """Yield the results of `score_offline` by batch, for a caller that measures batches.
 
     Args:
-        pipeline: as of `score_offline`, like the other arguments.
-        encoded: likewise.
-        level: likewise.
-        max_batch_sequences: likewise.
-        look_ahead_tokens: likewise.
-        launch_ahead: whether an engine that can is given the next pass before the one before it is complete.
-        advance: likewise.
+        pipeline: as for `score_offline`.
+        encoded: as for `score_offline`.
+        level: as for `score_offline`.
+        max_batch_sequences: as for `score_offline`.
+        look_ahead_tokens: as for `score_offline`.
+        launch_ahead: whether the next pass is launched before the previous one is complete, if the engine supports it.
+        advance: as for `score_offline`.
     """
     info = pipeline.engine.info
     budget = BatchBudget(info.cost, info.max_batch_tokens, max_batch_sequences)
@@ -239,7 +241,7 @@ def score_batches(
         while (batch := run.next_batch()) is not None:
             advance(len(batch.results))
             yield batch
-    finally:  # the caller stops early, or reading the input failed: an engine expects that launched passes are awaited
+    finally:  # also when the caller stops early or reading the input fails: launched passes must be awaited
         run.complete_all()
 
 
@@ -291,7 +293,7 @@ class _Run:
         except EngineUnavailable:
             self._in_flight.clear()  # the other passes were lost with the device
             raise
-        # A batch that was formed before the budget shrank is no reason to shrink it again.
+        # A batch that was formed under an earlier, larger budget is no reason to shrink it again.
         if outcome.out_of_memory and len(batch.planned.sequences) > 1 and batch.budget == self._budget:
             self._budget = self._budget.halved()
             logger.warning("Out of memory: a pass now holds at most %d tokens.", self._budget.max_tokens)

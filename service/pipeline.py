@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class BatchOutcome:
-    """The result of a batch and what it took."""
+    """The result of a batch and its cost."""
 
     outcomes: tuple[Outcome, ...]
     """A Score or an error for each sequence, in order."""
@@ -50,16 +50,16 @@ class BatchOutcome:
     """Whether some pass did not fit the device."""
 
     shared_tokens: tuple[int, ...]
-    """Of each sequence, the tokens that were computed for another one or by an earlier pass; 0 without a reward."""
+    """Tokens of each sequence that were computed for another one or by an earlier pass; 0 without a reward."""
 
     forward_s: float
-    """Seconds of the passes."""
+    """Duration of the passes, in seconds."""
 
     diagnose_s: float
-    """Seconds that reading the states took after the passes."""
+    """Duration of reading the states after the passes, in seconds."""
 
     cached_tokens: int = 0
-    """The part of all shared tokens that earlier passes computed."""
+    """The part of all shared tokens that was taken from the prefix cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class WarmUp:
     """The result of a warm-up."""
 
     budget: BatchBudget
-    """The largest budget that fits the device, at most the wanted one."""
+    """The largest budget that fits the device, at most the requested one."""
 
     num_tokens: int
     """Tokens of the passes within that budget."""
@@ -83,7 +83,7 @@ class StartedBatch:
     run: _BatchRun
 
     needs_states: tuple[bool, ...]
-    """For each sequence, whether its Score is to hold what the states show."""
+    """For each sequence, whether its Score includes the statistics of its states."""
 
     started: float
     """In seconds of the clock."""
@@ -93,7 +93,7 @@ class Pipeline:
     """Scores batches on one engine; it is called from the engine's own thread only.
 
     Args:
-        engine: that nobody else uses.
+        engine: the engine, which nothing else uses.
         diagnostician: measures the states of a batch; None: one without a calibration.
         clock: seconds.
     """
@@ -110,7 +110,7 @@ class Pipeline:
         self._last_end = -math.inf
 
     def run(self, sequences: Sequence[TokenSequence], levels: Sequence[DiagnosticsLevel]) -> BatchOutcome:
-        """Score a batch; every sequence gets exactly one outcome, whatever the engine does.
+        """Score a batch; every sequence gets exactly one outcome, also if the engine fails.
 
         A batch whose pass raises is halved until the sequences that cannot be scored are alone in their passes; the
         other sequences of the batch get their rewards. The reward does not depend on the level. A Score holds only what
@@ -118,7 +118,7 @@ class Pipeline:
 
         Args:
             sequences: within the batch budget.
-            levels: of diagnostics, one for each sequence.
+            levels: the level of diagnostics of each sequence.
 
         Returns:
             Scores and errors in the order of the sequences. The errors are EngineFailed, EngineOutOfMemory,
@@ -137,7 +137,7 @@ class Pipeline:
     def start(self, sequences: Sequence[TokenSequence], levels: Sequence[DiagnosticsLevel]) -> StartedBatch:
         """Launch a batch on an engine that launches ahead; elsewhere nothing runs before ``finish``.
 
-        Whatever the engine raises here is handled by ``finish``, like what a pass raises.
+        An error that the engine raises here is handled by ``finish``, like an error of a pass.
 
         Args:
             sequences: as ``run``.
@@ -173,7 +173,7 @@ class Pipeline:
         )
 
     def _read_states(self, outcomes: list[Outcome], run: _BatchRun, needed: Sequence[bool]) -> None:
-        """Replace the Scores that need states by ones that hold what the states show."""
+        """Replace the Scores that need states by Scores with the statistics of the states."""
         rewards = {index: outcome.reward for index, outcome in enumerate(outcomes) if isinstance(outcome, Score)}
         indices = [index for index in rewards if needed[index] and index in run.states]
         if indices:
@@ -188,7 +188,7 @@ class Pipeline:
         One sequence of the maximal length must fit; a budget that does not fit is halved until it does.
 
         Args:
-            budget: wanted for a pass.
+            budget: the requested budget of a pass.
             token_ids: ordinary ids of the vocabulary, not the pad token. The sequences begin with different ids where
                 there are enough, so that no engine saves memory by sharing prefixes.
 
@@ -251,7 +251,7 @@ class _BatchRun:
         return [self._found[index] for index in range(len(self.sequences))]
 
     def launch(self) -> None:
-        """Hand the whole batch to the device. What that raises is raised again by the first pass of ``run_all``."""
+        """Launch the whole batch on the device; an error is raised again by the first pass of ``run_all``."""
         if not isinstance(self._engine, LaunchingEngine):
             return
         try:
@@ -271,13 +271,14 @@ class _BatchRun:
         try:
             output = self._output_of(part)
         except EngineOutOfMemory as error:
-            # A new error, because this one's traceback keeps the tensors of the pass alive while its halves need room.
+            # A new error, because the traceback of this one would keep the tensors of the pass in memory during the
+            # retries.
             self.out_of_memory = True
             self._found.update(dict.fromkeys(part, EngineOutOfMemory(str(error))))
             return False
         except EngineUnavailable:
             raise
-        except Exception as error:  # noqa: BLE001 - whatever a pass raises fails its sequences, not the engine thread
+        except Exception as error:  # noqa: BLE001 - an error of a pass fails its sequences, not the engine thread
             self._log_first(error, len(part))
             self._found.update(dict.fromkeys(part, EngineFailed(f"The forward pass raised {type(error).__name__}.")))
             return False
@@ -350,12 +351,12 @@ def score_of(reward: float | HttpError, sequence: TokenSequence) -> Outcome:
     if isinstance(reward, HttpError):
         return reward
     if not math.isfinite(reward):
-        return NonFiniteReward(f"The model answered {reward} for {sequence.num_tokens} tokens.")
+        return NonFiniteReward(f"The model returned {reward} for {sequence.num_tokens} tokens.")
     return Score(reward)
 
 
 def largest_batches(budget: BatchBudget, max_input_tokens: int, token_ids: Sequence[int]) -> list[list[TokenSequence]]:
-    """Return the batches that need most memory.
+    """Return the batches that need the most memory.
 
     They are one sequence of the maximal length, a full budget of sequences as long as possible, and a full budget of as
     many sequences as possible.
@@ -369,7 +370,7 @@ def largest_batches(budget: BatchBudget, max_input_tokens: int, token_ids: Seque
 
 
 def _varied_sequences(count: int, length: int, token_ids: Sequence[int]) -> list[TokenSequence]:
-    # Each round through the ids takes larger steps, so that two sequences share at most their first token.
+    # Every pass through the vocabulary uses a larger step, so that two sequences share at most their first token.
     num_ids = len(token_ids)
     return [
         TokenSequence(

@@ -133,7 +133,7 @@ class Tokenization:
     def estimate_tokens(self, items: Sequence[Item]) -> int:
         """Estimate the tokens of the items from their characters; at least one per item, exact for token ids.
 
-        Used for admission, because to tokenize requests that are then refused would make an overload expensive.
+        Used for admission: tokenizing requests that are then refused would make an overload expensive.
         """
         return sum(self._estimate(item) for item in items)
 
@@ -233,14 +233,14 @@ class Tokenization:
         return self._sequence(prepared, self._backend.encode(prepared.text, add_special_tokens=False)).token_ids
 
     def _measure_sample(self) -> tuple[float, int]:
-        """Return the tokens per character of plain text, and the tokens that an item has in addition to its texts'."""
+        """Return the tokens per character of plain text, and the tokens that the template adds to an item."""
         plain = SAMPLE_PROMPT + SAMPLE_COMPLETION
         num_tokens = len(self._backend.encode(plain, add_special_tokens=False))
         return num_tokens / len(plain), max(0, len(self.sample_token_ids) - num_tokens)
 
 
 def _private_backend(tokenizer: Any) -> Any:
-    """Return a copy of the Rust tokenizer: every call of transformers changes the padding and truncation of its own."""
+    """Return a copy of the Rust tokenizer, because transformers changes its padding and truncation in every call."""
     from tokenizers import Tokenizer
 
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())

@@ -1,6 +1,6 @@
 """Parses and validates responses against the request.
 
-Pure: bytes in, records out, BadAnswer for whatever violates the protocol.
+Pure: bytes in, records out; a response that violates the protocol raises BadAnswer.
 """
 
 from __future__ import annotations
@@ -134,8 +134,8 @@ def _scored(version: str, result: Mapping[str, Any]) -> ScoredItem:
 
 
 def _failure(index: int, error: object) -> ItemFailure:
-    said = error if isinstance(error, dict) else {}
-    return ItemFailure(index, str(said.get("code", "unknown")), str(said.get("detail", "no detail was given")))
+    fields = error if isinstance(error, dict) else {}
+    return ItemFailure(index, str(fields.get("code", "unknown")), str(fields.get("detail", "no detail was given")))
 
 
 def _model_version(answer: Mapping[str, Any]) -> str:

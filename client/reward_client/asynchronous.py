@@ -161,16 +161,16 @@ class AsyncRewardClient:
             ItemsFailed: some items have no reward; carries the rewards of the others.
             BadAnswer: the response violates the protocol, or the model changed during every attempt.
             ServiceUnavailable: every attempt ended in a 5xx or a broken connection.
-            ClientDeadlineExceeded: ``deadline_s`` passed, or the service asked for a delay beyond it.
+            ClientDeadlineExceeded: ``deadline_s`` passed, or the Retry-After of the service exceeds it.
             ReferenceMismatch: ``require_reference`` is set and the check failed.
             ValueError: an item cannot be written as JSON.
         """
-        listed = list(items)
-        if not listed:
+        item_list = list(items)
+        if not item_list:
             return []
-        encoded = encode_items(listed)
-        ranges = chunk_ranges([len(item) for item in encoded], [group_key(item) for item in listed], self.chunks)
-        chunks = [encoded[places.start : places.stop] for places in ranges]
+        encoded = encode_items(item_list)
+        ranges = chunk_ranges([len(item) for item in encoded], [group_key(item) for item in item_list], self.chunks)
+        chunks = [encoded[part.start : part.stop] for part in ranges]
         options = without_none({"diagnostics": diagnostics, "truncation": truncation, "template": template})
         async with _deadline(self.deadline_s) as time_left:
             await self._check_reference_once(time_left)
@@ -206,7 +206,7 @@ class AsyncRewardClient:
             return read_object(await self._call("GET", "/v1/model", time_left))
 
     async def check_reference(self, reference: Reference) -> ReferenceCheck:
-        """Ask whether a checkpoint is the one that the served model was initialised from; ``same`` is None if unknown.
+        """Check whether the served model was initialised from a checkpoint; ``same`` is None if that is unknown.
 
         Args:
             reference: its folder here (compared by its weights), the hash over its weights, or its name.
@@ -250,7 +250,7 @@ class AsyncRewardClient:
         loop = asyncio.get_running_loop()
         pool = self._pools.get(loop)
         if pool is None:
-            for ended in [known for known in list(self._pools) if known.is_closed()]:
+            for ended in [loop for loop in list(self._pools) if loop.is_closed()]:
                 self._pools.pop(ended, None)
             pool = self._pools[loop] = self._open_pool()
         return pool
@@ -282,7 +282,8 @@ class AsyncRewardClient:
         try:
             check = await self._check_reference(self.reference, time_left)
         except (RequestRejected, BadAnswer) as error:
-            # A service that cannot answer the check may still score; ``require_reference`` decides.
+            # A service that cannot answer the check may still score; ``require_reference`` decides whether that is an
+            # error.
             check = refusal_of_check(self.reference, error)
         report_reference_check(check, required=self.require_reference)
         self._reference_checked = True
@@ -326,7 +327,7 @@ class AsyncRewardClient:
         if answer.is_client_error:
             raise RequestRejected(answer.status_code, read_problem(answer.content))
         if answer.status_code != httpx2.codes.OK:
-            raise BadAnswer(f"The status is {answer.status_code}; the protocol knows 200, 4xx and 5xx")
+            raise BadAnswer(f"The status is {answer.status_code}; the protocol defines 200, 4xx and 5xx")
         return answer.content
 
 

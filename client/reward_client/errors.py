@@ -1,7 +1,7 @@
 """The exceptions that the client raises, and the root that it shares with the service.
 
     RewardServiceError
-    └── ClientError                       raised by our client inside the caller's process
+    └── ClientError                       raised by the client inside the caller's process
         ├── RequestRejected               the service refused the request (4xx)
         ├── ItemsFailed                   some items have no reward; carries them and the rewards of the others
         ├── BadAnswer                     the response violates the protocol
@@ -19,11 +19,11 @@ from dataclasses import dataclass
 
 
 class RewardServiceError(Exception):
-    """The root: catch this to catch everything that this project raises on purpose."""
+    """The root of all exceptions that this project raises on purpose."""
 
 
 class ClientError(RewardServiceError):
-    """Raised by our client inside the caller's process."""
+    """Raised by the client inside the caller's process."""
 
 
 class RequestRejected(ClientError):
@@ -62,7 +62,7 @@ class BadAnswer(ClientError):
 
 
 class ReferenceMismatch(ClientError):
-    """The caller requires its KL reference to be what the reward model was initialised from, and that is not known."""
+    """The caller requires that the reward model was initialised from its KL reference, which is false or unknown."""
 
 
 class ServiceUnavailable(ClientError):

@@ -1,4 +1,4 @@
-"""The options of a scoring request, as client and service both speak them."""
+"""The options of a scoring request, shared by client and service."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """The base of a reward model: the checkpoint that its training started from, as its training manifest names it.
 
 Reinforcement learning keeps its policy close to a reference model by a KL penalty. A reward model is most reliable on
-texts like those of its own base. Where reference and base are two different checkpoints, the penalty keeps the policy
-close to one kind of text and the rewards are reliable for another, so a client may compare the two. This module needs
-the standard library alone, because trainers and the client use it too.
+texts like those of its own base. If reference and base are different checkpoints, the penalty keeps the policy close to
+one kind of text and the rewards are reliable for another, so a client may compare the two. This module needs the
+standard library alone, because trainers and the client use it too.
 """
 
 from __future__ import annotations

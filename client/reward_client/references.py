@@ -24,7 +24,7 @@ class ReferenceWarning(UserWarning):
 
 
 def reference_name(reference: Reference) -> str:
-    """Return the name to ask the service for: the hash over a folder's weights; anything else unchanged.
+    """Return the reference as it is sent to the service: the hash over a folder's weights; anything else unchanged.
 
     Raises:
         ValueError: the folder holds no safetensors files.
@@ -60,7 +60,7 @@ def read_reference_check(content: bytes, name: str) -> ReferenceCheck:
 
 def refusal_of_check(name: str, error: RequestRejected | BadAnswer) -> ReferenceCheck:
     """Return the check's result where the service answered it with an error: unknown."""
-    return ReferenceCheck(name, None, f"The service could not be asked ({type(error).__name__}).")
+    return ReferenceCheck(name, None, f"The service did not answer the check ({type(error).__name__}).")
 
 
 def report_reference_check(check: ReferenceCheck, *, required: bool) -> None:

@@ -48,7 +48,7 @@ DEFAULT_RETRY_POLICY = RetryPolicy()
 
 
 class AttemptFailedError(Exception):
-    """An attempt failed in a way that a retry may mend; ``retry_after_s``: the delay that the service asked for."""
+    """An attempt failed and a retry may succeed; ``retry_after_s``: the delay that the service requested."""
 
     def __init__(self, reason: str, retry_after_s: float | None = None) -> None:
         super().__init__(reason)
@@ -60,7 +60,7 @@ class MixedVersionsError(AttemptFailedError):
 
 
 async def call_with_retries(once: Callable[[], Awaitable[T]], policy: RetryPolicy, time_left: Callable[[], float]) -> T:
-    """Return the result of ``once``, called again after each AttemptFailedError as the policy says.
+    """Return the result of ``once``, called again after each AttemptFailedError according to the policy.
 
     Args:
         once: one attempt; any other exception is raised at once.
@@ -69,7 +69,7 @@ async def call_with_retries(once: Callable[[], Awaitable[T]], policy: RetryPolic
 
     Raises:
         ServiceUnavailable: all attempts failed.
-        ClientDeadlineExceeded: the service asked for a delay beyond the deadline.
+        ClientDeadlineExceeded: the service requested a delay beyond the deadline.
         BadAnswer: the model changed during the call in every attempt.
     """
 

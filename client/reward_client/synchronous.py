@@ -98,7 +98,7 @@ class RewardClient:
         return self._run(self._client.model())
 
     def check_reference(self, reference: Reference) -> ReferenceCheck:
-        """Ask whether the model was initialised from a checkpoint; see ``AsyncRewardClient.check_reference``."""
+        """Check whether the model was initialised from a checkpoint; see ``AsyncRewardClient.check_reference``."""
         return self._run(self._client.check_reference(reference))
 
     def wait_until_ready(self, timeout_s: float = 600.0) -> None:

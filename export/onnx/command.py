@@ -1,7 +1,7 @@
 """The command ``reward-export``: exports a valid checkpoint to an ONNX bundle and compares it with plain transformers.
 
-The bundle's folder appears complete, with the comparison in its manifest, or not at all. The other modules of this
-package trace, quantize and compare the graph.
+The bundle's folder is created by one rename, after the comparison, whose result is in the manifest. The other modules
+of this package trace, quantize and compare the graph.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from service.settings import BatchingSettings, ModelSettings, TokenizationSettin
 from service.tokenization import Tokenization
 from service.version import add_version_option
 
-COPIED = (
+COPIED_PATTERNS = (
     CONFIG_FILE,
     "tokenizer*.json",
     "special_tokens_map.json",
@@ -55,39 +55,42 @@ COPIED = (
     TRAINING_MANIFEST_FILE,
     PROVENANCE_FILE,
 )
-"""What goes along byte for byte: saving a tokenizer again could change what it does."""
+"""Files that are copied unchanged: saving a tokenizer again could change its token ids."""
 LIBRARIES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")
-LONGEST_PROBE = 256
-"""Tokens; every start computes the probes."""
+MAX_PROBE_TOKENS = 256
+"""No recorded probe is longer, because the engine computes all probes at every start."""
 
-MEASURING_STEP = 4
-"""Of the built-in texts each so manyth shows how large an activation's channels get."""
+CHANNEL_TEXT_STEP = 4
+"""Every fourth built-in text is used to measure channel magnitudes (SmoothQuant)."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExportPlan:
-    """What to make of a checkpoint.
-
-    ``taps``: where states can be read; None: wherever a calibration may want them. ``items``: a data file; None: the
-    built-in texts. ``bounds``: None: those of the precision. ``max_input_tokens``: the longest text that
-    may ever be scored; None: the checkpoint's limit.
-    """
+    """The options of an export."""
 
     precision: Precision = "fp32"
+
     taps: tuple[StateTap, ...] | None = None
+    """Where the graph outputs hidden states; None: at all taps from which a calibration chooses."""
+
     items: Path | None = None
+    """Data file of the texts to compare on; None: the built-in texts."""
+
     bounds: Bounds | None = None
+    """Limits of the comparison; None: those of the precision."""
+
     max_input_tokens: int | None = None
+    """Tokens of the longest text that may be scored; None: the checkpoint's limit."""
 
 
 def export_bundle(source: str, out: Path, plan: ExportPlan, stage: Stage = lambda _: None) -> Manifest:
-    """Write an ONNX bundle made from the checkpoint to ``out``, whole and compared, or not at all.
+    """Export a checkpoint to an ONNX bundle in ``out``; nothing is written unless the comparison passes.
 
     Args:
         source: a checkpoint folder, a PEFT adapter with a scalar head, a hub id, or ``demo``.
         out: a folder that does not exist or is empty.
-        plan: precision, taps and what to compare on.
-        stage: is told what happens.
+        plan: the options of the export.
+        stage: called with the name of each stage.
 
     Raises:
         CheckpointError: the checkpoint is refused, ``out`` is not empty, or torch cannot trace the architecture.
@@ -95,30 +98,30 @@ def export_bundle(source: str, out: Path, plan: ExportPlan, stage: Stage = lambd
         ParityError: the graph's rewards are not those of plain transformers.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out} exists and is not empty: name another folder, so that nothing is overwritten.")
+        raise CheckpointError(f"{out} exists and is not empty: choose another folder, so that nothing is overwritten.")
     settings = ModelSettings(path=source, max_input_tokens=plan.max_input_tokens)
     stage("Validating the checkpoint")
     checkpoint = open_checkpoint(locate_checkpoint(settings), settings)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as workplace:
-        unfinished = Path(workplace) / "bundle"
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as work_dir:
+        unfinished = Path(work_dir) / "bundle"
         unfinished.mkdir()
-        manifest = _fill(unfinished, checkpoint, plan, stage)
+        manifest = _build_bundle(unfinished, checkpoint, plan, stage)
         unfinished.rename(out)
     return manifest
 
 
-def _fill(folder: Path, checkpoint: Checkpoint, plan: ExportPlan, stage: Stage) -> Manifest:
+def _build_bundle(folder: Path, checkpoint: Checkpoint, plan: ExportPlan, stage: Stage) -> Manifest:
     from export.onnx.graph import OPSET
     from service.engines.onnx import load_onnx_engine
 
     sequences = _sequences(checkpoint, plan)
-    stage(f"Asking plain transformers for the rewards of {len(sequences)} texts")
+    stage(f"Computing the rewards of {len(sequences)} texts with plain transformers")
     has_linear_head, reference = _reference(checkpoint, sequences)
     taps = candidate_taps(checkpoint.config.get_text_config().num_hidden_layers) if plan.taps is None else plan.taps
-    stage("Tracing the model; deep ones take minutes")
+    stage("Tracing the model, which takes minutes for many layers")
     _write_graph(folder, checkpoint, plan, taps)
-    _copy_companions(checkpoint.path, folder)
+    _copy_files(checkpoint.path, folder)
     items = plan.items.name if plan.items else "built-in"
     draft = Manifest(
         format_version=FORMAT_VERSION,
@@ -171,7 +174,7 @@ def _sequences(checkpoint: Checkpoint, plan: ExportPlan) -> list[TokenSequence]:
 
 
 def _reference(checkpoint: Checkpoint, sequences: Sequence[TokenSequence]) -> tuple[bool, list[float]]:
-    """Whether the head is linear, and the rewards of plain transformers in fp32, text by text."""
+    """Return whether the head is linear, and the rewards of plain transformers in fp32, one text at a time."""
     from service.engines.parity import plain_rewards
 
     classifier = _load(checkpoint, "float32")
@@ -188,15 +191,15 @@ def _write_graph(folder: Path, checkpoint: Checkpoint, plan: ExportPlan, taps: t
     if plan.precision != "int8":
         return
     padding = Padding(pooling="hf", pad_token_id=checkpoint.pad_token_id, reads_first=False)
-    feeds = (padding.feed([Reading(tokens.token_ids, 0)]) for tokens in _measuring_texts(checkpoint))
+    feeds = (padding.feed([Reading(tokens.token_ids, 0)]) for tokens in _channel_texts(checkpoint))
     if not quantize_graph(folder, feeds):
-        raise CheckpointError(f"The graph of {checkpoint.architecture} holds no multiplication that int8 would serve.")
+        raise CheckpointError(f"The graph of {checkpoint.architecture} has no matrix product that can be quantized.")
 
 
-def _measuring_texts(checkpoint: Checkpoint) -> list[TokenSequence]:
-    """Return built-in texts to measure channels on, also where other texts are compared, so that the two differ."""
-    short = [tokens for tokens in _sequences(checkpoint, ExportPlan()) if tokens.num_tokens <= LONGEST_PROBE]
-    return short[::MEASURING_STEP]
+def _channel_texts(checkpoint: Checkpoint) -> list[TokenSequence]:
+    """Return the texts on which channel magnitudes are measured: built-in ones, also if others are compared."""
+    short = [tokens for tokens in _sequences(checkpoint, ExportPlan()) if tokens.num_tokens <= MAX_PROBE_TOKENS]
+    return short[::CHANNEL_TEXT_STEP]
 
 
 def _load(checkpoint: Checkpoint, dtype: str) -> Any:
@@ -207,8 +210,8 @@ def _load(checkpoint: Checkpoint, dtype: str) -> Any:
 
     if rope_length_limit(checkpoint.config.get_text_config(), checkpoint.max_input_tokens) is not None:
         raise CheckpointError(
-            f"{checkpoint.architecture} turns long texts by other frequencies than short ones, which a graph cannot: "
-            "limit --max-input-tokens to the shorter ones, or serve the checkpoint with the torch engine."
+            f"{checkpoint.architecture} has other rotary frequencies for long texts, which a graph cannot select: "
+            "lower --max-input-tokens to the limit of the short ones, or serve the checkpoint with the torch engine."
         )
     return load_classifier(
         checkpoint.path,
@@ -219,8 +222,8 @@ def _load(checkpoint: Checkpoint, dtype: str) -> Any:
     )
 
 
-def _copy_companions(source: Path, folder: Path) -> None:
-    for pattern in (*COPIED, CALIBRATION_FILE):
+def _copy_files(source: Path, folder: Path) -> None:
+    for pattern in (*COPIED_PATTERNS, CALIBRATION_FILE):
         for file in sorted(source.glob(pattern)):
             shutil.copy(file, folder)
 
@@ -247,15 +250,15 @@ def score(engine: Engine, sequences: Sequence[TokenSequence]) -> list[float]:
 
 
 def choose_probes(sequences: Sequence[TokenSequence], rewards: Sequence[float], count: int = 8) -> tuple[Probe, ...]:
-    """Return some of the texts with their rewards: from the shortest up to a few hundred tokens, evenly."""
-    by_length = sorted(range(len(sequences)), key=lambda place: sequences[place].num_tokens)
-    short = [place for place in by_length if sequences[place].num_tokens <= LONGEST_PROBE] or by_length[:1]
-    places = dict.fromkeys(short[int(index)] for index in np.linspace(0, len(short) - 1, count))
-    return tuple(Probe(sequences[place].token_ids, rewards[place]) for place in places)
+    """Return some of the texts with their rewards, evenly spaced by length up to `MAX_PROBE_TOKENS` tokens."""
+    by_length = sorted(range(len(sequences)), key=lambda index: sequences[index].num_tokens)
+    short = [index for index in by_length if sequences[index].num_tokens <= MAX_PROBE_TOKENS] or by_length[:1]
+    chosen = dict.fromkeys(short[int(rank)] for rank in np.linspace(0, len(short) - 1, count))
+    return tuple(Probe(sequences[index].token_ids, rewards[index]) for index in chosen)
 
 
 def probe_tolerance(precision: Precision, reference: Sequence[float]) -> float:
-    """Return how far a recorded reward may move on another machine: rounding in fp32, a part of the spread else."""
+    """Return the accepted change of a recorded reward on another machine: rounding, or 5 percent of the deviation."""
     if precision == "fp32":
         return 1e-4 * max(1.0, *(abs(reward) for reward in reference))
     return 0.05 * float(np.std(reference))
@@ -290,23 +293,23 @@ def _plan(options: argparse.Namespace) -> ExportPlan:
 
 
 def report(manifest: Manifest, out: Path) -> list[str]:
-    """Return the outcome as lines for people."""
+    """Return the result as lines for a terminal."""
     parity = manifest.parity
     return [
         f"{out} is an ONNX bundle of {manifest.architecture} in {manifest.precision}.",
         f"  compared with     plain transformers in float32, {parity.num_texts} texts ({parity.text_source})",
         f"  difference        {parity.max_difference:.3g} at most, {parity.mean_difference:.3g} on average",
         f"  rank correlation  {parity.spearman:.5f}",
-        f"  pairs alike       {parity.pair_agreement:.2%}",
+        f"  pairs in order    {parity.pair_agreement:.2%}",
         f"Serve it with: reward-serve --model {out}",
     ]
 
 
-def tap(text: str) -> StateTap:
-    """Read a tap as the command line writes it: ``12:mean``.
+def parse_tap(text: str) -> StateTap:
+    """Parse a tap of the command line, such as ``12:mean``.
 
     Raises:
-        ValueError: it is written otherwise.
+        ValueError: it has another form.
     """
     layer, _, pooling = text.partition(":")
     if pooling == "mean":
@@ -318,7 +321,7 @@ def tap(text: str) -> StateTap:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="reward-export", description="Export a scalar-head checkpoint to an ONNX bundle that reward-serve takes."
+        prog="reward-export", description="Export a scalar-head checkpoint to an ONNX bundle for reward-serve."
     )
     add_version_option(parser)
     add = parser.add_argument
@@ -326,12 +329,15 @@ def _parser() -> argparse.ArgumentParser:
     add("out", type=Path, metavar="OUT", help="the folder to write; must not exist or be empty")
     add("--precision", choices=list(BOUNDS), default="fp32", help="fp16: for GPUs; int8: for CPUs (default: fp32)")
     add(
-        "--items", type=Path, metavar="FILE", help="items or pairs to compare on (JSONL, Parquet); none: built-in texts"
+        "--items",
+        type=Path,
+        metavar="FILE",
+        help="items or pairs to compare on (JSON lines, Parquet); default: built-in texts",
     )
-    add("--taps", type=tap, nargs="*", metavar="LAYER:POOLING", help="where states are read, for example 12:mean")
-    add("--max-input-tokens", type=int, metavar="N", help="longest sequence that may ever be scored")
-    add("--max-difference", type=float, metavar="X", help="bound on the largest difference, in place of the default")
-    add("--min-spearman", type=float, metavar="X", help="bound on the rank correlation, in place of the default")
+    add("--taps", type=parse_tap, nargs="*", metavar="LAYER:POOLING", help="where states are read, for example 12:mean")
+    add("--max-input-tokens", type=int, metavar="N", help="tokens of the longest text that may be scored")
+    add("--max-difference", type=float, metavar="X", help="limit of the largest difference, instead of the default")
+    add("--min-spearman", type=float, metavar="X", help="limit of the rank correlation, instead of the default")
     return parser
 
 

@@ -61,7 +61,7 @@ class ExportParity:
     """Rank correlation of the two lists of rewards."""
 
     pair_agreement: float
-    """Of all pairs of texts with different reference rewards, the share that both order alike."""
+    """Share of the pairs of texts with different reference rewards that both order in the same way."""
 
     num_texts: int
 
@@ -87,13 +87,13 @@ class Manifest:
     name: str
 
     precision: Precision
-    """Of the graph's weights and arithmetic; ``int8`` is weights and activations in int8."""
+    """Precision of the graph's weights and arithmetic; ``int8`` is weights and activations in int8."""
 
     architecture: str
     """Name of transformers' class that was exported."""
 
     checkpoint_sha256: Hashes
-    """Of the checkpoint that was exported."""
+    """Weights hash of the checkpoint that was exported."""
 
     num_parameters: int
 
@@ -112,7 +112,7 @@ class Manifest:
     """The longest input that may be scored; a setting can only lower it."""
 
     opset_version: int
-    """Of the standard ONNX operators."""
+    """Version of the standard ONNX operators."""
 
     library_versions: dict[str, str]
     """Versions of the libraries that exported the graph."""
@@ -143,7 +143,7 @@ class Bundle:
 
     @property
     def arithmetic(self) -> str:
-        """What changes rewards beyond rounding: the dtype, and below fp32 the hash of this very graph."""
+        """What changes rewards beyond rounding: the dtype, and below fp32 the hash of the graph."""
         dtype = DTYPES[self.manifest.precision]
         return dtype if self.manifest.precision == "fp32" else f"{dtype} {hash_graph(self.manifest.files)}"
 

@@ -1,4 +1,4 @@
-"""Locates a checkpoint, validates it, and returns one record with everything that the service needs of it.
+"""Locates a checkpoint, validates it, and returns one record of everything that the service reads from it.
 
 The settings name a folder, an adapter, a hub id, or nothing (the demo model); each becomes a plain checkpoint folder.
 Opening a folder reads all of its weights once, to hash them and to search them for NaN. The resulting `Checkpoint` is

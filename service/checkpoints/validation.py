@@ -1,4 +1,4 @@
-"""Validates what a checkpoint folder holds; each refusal is one sentence that names the problem and the remedy.
+"""Validates a checkpoint folder; each refusal is one sentence that names the problem and the remedy.
 
 Nothing here runs the model or retains a weight: headers are compared with the architecture, and files are read as data.
 The functions return values or raise; none changes its arguments.
@@ -197,8 +197,8 @@ def validate_vocabulary(path: Path, tokenizer: Any, embedding_size: int) -> None
 def resolve_pad_token_id(path: Path, config: Any, tokenizer: Any, embedding_size: int) -> int:
     """Return the pad token that pooling skips.
 
-    It is the config's, because transformers pools by it and by nothing else. Without one in the config transformers
-    could not have trained in batches, so the tokenizer's is taken, with which the batches must have been padded.
+    It is the config's, because transformers' pooling reads no other. Without one in the config, transformers could not
+    have trained in batches, so the tokenizer's is used, by which the training batches must have been padded.
 
     Raises:
         CheckpointError: neither has one, or it has no row in the embedding.

@@ -1,7 +1,8 @@
-"""The calibration artifact: what was fitted to a model's own scores, in one safetensors file with a JSON header.
+"""The calibration artifact: statistics fitted to a model's own scores, in one safetensors file with a JSON header.
 
-The reader owns the format, so the writer is in this module too; what is written is decided in ``export``. A calibration
-is valid for one model under one set of settings: it is bound to them by hash and by value, and is not used for others.
+Reading and writing are both defined here, because the service defines the format; ``export`` fits the content. A
+calibration is valid for one model under one set of settings: it is bound to them by hash and by value, and is not used
+for others.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The hidden states of a model from which a calibration chooses.
 
 Taps cost memory and time in every forward pass that reads them, so only a few layers are offered; `reward-calibrate`
-keeps those that improve the detectors, and an ONNX export has to name them before a calibration exists.
+selects those that improve the detectors, and an ONNX export must include them before a calibration exists.
 """
 
 from __future__ import annotations

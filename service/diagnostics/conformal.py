@@ -43,7 +43,7 @@ class TailMap:
     """Sorted scores of the reference items, or quantiles of them."""
 
     num_reference: int
-    """Number of reference items that ``reference`` stands for."""
+    """Number of reference items that ``reference`` summarises."""
 
     num_tail: int
     """Number of items at or above the threshold."""

@@ -74,7 +74,7 @@ def distance_column(tap: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """The calibration data by which scores become p-values."""
+    """The calibration data that map scores to p-values."""
 
     maps: Mapping[Component, TailMap]
     """Maps each admitted component's scores to -ln p."""
@@ -180,7 +180,7 @@ class OodDetector:
         )
 
     def _unusual(self, mode: OodMode, whole: bool) -> OodReport:
-        """Return the report of an item whose statistics are not finite: the least p-value that can be."""
+        """Return the report of an item whose statistics are not finite: the lowest possible p-value."""
         resolution = 1.0 / (len(self._ranking.references[mode]) + 1)
         return OodReport(
             p_value=resolution,

@@ -48,7 +48,7 @@ ZLIB_CHARS = 6000
 
 MIN_ZLIB_BYTES = 40
 SHORT_ZLIB_RATIO = 0.9
-"""Ratio of a text below `MIN_ZLIB_BYTES`, whose compressed form would be mostly header."""
+"""The ratio assigned to a text below `MIN_ZLIB_BYTES`, whose compressed form would be mostly header."""
 
 TYPE_TOKEN_WINDOW = 100
 MIN_FOUR_GRAMS = 20

@@ -104,7 +104,7 @@ class EngineInfo:
     """Where hidden states can be read, in the order of ``EngineOutput.states``."""
 
     min_shared_prefix_tokens: int | None = None
-    """Sequences of a pass with a common prefix of at least so many tokens compute it once; None: nothing is shared."""
+    """Common prefixes of at least this many tokens are computed once in a pass; None: prefixes are not shared."""
 
     providers: tuple[str, ...] = ()
     """ONNX Runtime's execution providers, first choice first; empty for other engines."""
@@ -122,7 +122,7 @@ class EngineInfo:
     """Whether a pass can be launched while the one before it is still running; then it is a ``LaunchingEngine``."""
 
     cuda_graph_max_tokens: int = 0
-    """Tokens of the longest packed batch that is replayed from a CUDA graph; 0: none is."""
+    """Tokens of the longest packed batch that is replayed from a CUDA graph; 0: there are no CUDA graphs."""
 
     cuda_graph_failure: str = ""
     """Why there are no CUDA graphs where they were requested; empty otherwise."""
@@ -151,14 +151,14 @@ class EngineOutput:
     """One raw logit per sequence: float32 values as Python floats."""
 
     shared_tokens: Sequence[int] = ()
-    """Of each sequence, the tokens computed for another sequence of the pass or in an earlier pass; empty: none are."""
+    """Tokens of each sequence that were computed for another one or in an earlier pass; empty: none were."""
 
     states: NDArray[np.float32] | None = None
     """Float32 [readings, taps, hidden], on the host; an engine has one reading per sequence. None: none were requested.
     """
 
     cached_tokens: int = 0
-    """The part of all shared tokens that earlier passes computed."""
+    """The part of all shared tokens that was taken from the prefix cache."""
 
 
 class Engine(Protocol):
@@ -188,7 +188,7 @@ class Engine(Protocol):
         ...
 
     def num_cached_tokens(self, sequence: TokenSequence) -> int:
-        """Return how many leading tokens the next `forward` takes from the prefix cache, whatever the batch.
+        """Return how many leading tokens the next `forward` takes from the prefix cache, in any batch.
 
         A lower bound, found quickly; called from the thread that calls `forward`.
         """

@@ -65,7 +65,7 @@ def compile_blocks(blocks: nn.ModuleList) -> None:
 
 
 def restore_blocks(body: nn.Module) -> None:
-    """Restore the own forward of every compiled block."""
+    """Restore the original forward of every compiled block."""
     for module in body.modules():
         if isinstance(vars(module).get("forward"), CompiledBlock):
             del module.forward

@@ -1,4 +1,4 @@
-"""Equal sequences of a batch are computed once: what remains to compute, and how results reach all sequences.
+"""Equal sequences of a batch are computed once: removal of duplicates, and scattering of results to all sequences.
 
 Pure: the engines decide which of the remaining computations share a pass, and run them.
 """
@@ -34,10 +34,10 @@ class Reading(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class UniquePass:
-    """What one pass computes."""
+    """The content of one pass, without duplicates."""
 
     token_ids: Sequence[tuple[int, ...]]
-    """Of each sequence of the pass; all different."""
+    """The token ids of each sequence of the pass; all different."""
 
     readings: Sequence[Reading]
     """The readings whose states the pass returns, in order; empty where states are not requested."""
@@ -56,14 +56,14 @@ def unique_readings(sequences: Iterable[TokenSequence]) -> list[Reading]:
 def scatter(
     sequences: Sequence[TokenSequence], outputs: Iterable[tuple[UniquePass, EngineOutput]], *, states: bool
 ) -> EngineOutput:
-    """Return the output of a batch, made of the outputs of the passes over its different sequences.
+    """Return the output of a batch, assembled from the outputs of the passes over its different sequences.
 
     All tokens of a repeated sequence count as shared. Where several passes give the reward of the same token ids, the
     first one counts.
 
     Args:
         sequences: the batch, with repetitions.
-        outputs: of every pass, in the order of the passes; consumed one by one.
+        outputs: the output of every pass, in the order of the passes; consumed one by one.
         states: whether the passes read states.
     """
     first_index = {sequence.token_ids: index for index, sequence in reversed(list(enumerate(sequences)))}

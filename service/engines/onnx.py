@@ -1,7 +1,7 @@
 """The ONNX engine: an exported graph run by ONNX Runtime, on batches padded on the right.
 
-It decides how a batch becomes the graph's inputs and where the graph runs. What the graph computes was decided by
-``reward-export``; whether this machine computes the same rewards is tested once at start.
+This module converts a batch to the graph's inputs and runs the graph on a device. The graph itself was made by
+``reward-export``; a comparison at start verifies that this machine computes the same rewards.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from service.settings import BatchingSettings, ModelSettings
 logger = logging.getLogger(__name__)
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 65_536}
-"""Default batch budget, as of the torch engine; here padding counts too."""
+"""Default batch budget, the same as the torch engine's; here padding counts too."""
 
 CUDA_LENGTH_STEP = 8
-"""Matrix units of GPUs work on multiples of eight, so batches there are padded to a length that is one."""
+"""On GPUs batches are padded to a multiple of this length, because matrix units work on multiples of eight."""
 
 INPUTS = ("input_ids", "attention_mask", "position_ids", "pooled_position", "mean_weights")
 REWARD, STATES = "reward", "states"
@@ -210,7 +210,7 @@ def load_onnx_engine(
 
     Args:
         bundle: graph and manifest.
-        model: device, pooling and threads; dtype and path only to refuse values that contradict the bundle.
+        model: device, pooling and threads; dtype and path are only compared with the bundle, to refuse contradictions.
         batching: budget and determinism.
         taps: where states are read; None: wherever the graph reads them.
         check: whether to compare with the recorded rewards; not while the export records them.
@@ -296,7 +296,7 @@ def refuse_missing_taps(manifest: Manifest, taps: tuple[StateTap, ...]) -> None:
 
 
 def refuse_contradictions(manifest: Manifest, model: ModelSettings) -> None:
-    """Verify that the settings request nothing that was decided otherwise at export.
+    """Verify that the settings do not contradict the export.
 
     Raises:
         SettingsError: they do.
@@ -320,7 +320,7 @@ def refuse_contradictions(manifest: Manifest, model: ModelSettings) -> None:
 
 
 def resolve_bundle_device(precision: Precision, choice: str) -> str:
-    """Return where a bundle runs: ``cpu`` or ``cuda:N``. ``auto`` takes CUDA when there is one, but never for int8.
+    """Return where a bundle runs: ``cpu`` or ``cuda:N``. ``auto`` prefers CUDA, but never for int8.
 
     Raises:
         SettingsError: the name is no device, this machine lacks it, or it cannot run this precision.

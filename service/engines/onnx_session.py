@@ -1,4 +1,4 @@
-"""ONNX Runtime's sessions: on the requested device or not at all, with options for one engine thread."""
+"""ONNX Runtime's sessions: on the requested device without fallback, with options for one engine thread."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from service.errors import SettingsError
 
 
 def open_session(graph: Path, device: str, num_threads: int | None) -> Any:
-    """Return ONNX Runtime's session on the device, and on no other.
+    """Return ONNX Runtime's session on the device, without fallback to another device.
 
     Raises:
         SettingsError: ONNX Runtime cannot run there, or cannot read the graph.
@@ -25,7 +25,7 @@ def open_session(graph: Path, device: str, num_threads: int | None) -> Any:
             "instead of onnxruntime, or set model.device to cpu."
         )
     if device != "cpu":
-        onnxruntime.preload_dlls()  # CUDA and cuDNN as torch brings them; otherwise the provider would not load
+        onnxruntime.preload_dlls()  # those that torch contains; otherwise the provider would not load
     try:
         session = onnxruntime.InferenceSession(graph, session_options(num_threads), providers=providers)
     except Exception as error:  # ONNX Runtime's exceptions have no common class of their own
@@ -77,7 +77,7 @@ def session_options(num_threads: int | None) -> Any:
     options.inter_op_num_threads = 1
     # Spinning threads would take cores from tokenization and the event loop of the same process.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # Memory plans are made per shape, and shapes hardly repeat. The arena stays: fresh pages cost more than they save.
+    # Memory plans are made per shape, and shapes hardly repeat. The arena is used: new pages cost more than they save.
     options.enable_mem_pattern = False
     if not multiplies_int8_exactly():
         # ONNX Runtime then multiplies uint8 by uint8, which is slower and does not saturate.

@@ -43,12 +43,12 @@ FP32_TOLERANCE = 1e-4
 """Largest difference in fp32, for rewards up to one in magnitude; in proportion above."""
 
 NOISE_FACTOR = 4.0
-"""How many times the noise of half precision a path may differ from plain transformers."""
+"""The accepted difference between a path and plain transformers in half precision, as a multiple of the noise."""
 
 NOISE_RUN_LENGTHS = (1, 2, 4)
 """Adjacent elements of an embedding that are perturbed in the same direction, in each perturbation that is tried. A
-single perturbation may happen to barely move a sequence that others move far: one of two tokens, through the demo
-model, by 0.007, 0.063 and 0.049."""
+single perturbation may by chance hardly change the reward of a sequence that others change much: one of two tokens,
+through the demo model, by 0.007, 0.063 and 0.049."""
 
 MIN_SPEARMAN = 0.95
 """Rank correlation of probes before and after quantization below which the log warns."""

@@ -1,7 +1,7 @@
 """How the torch engine will run: settings, machine and model configuration resolved into one frozen plan.
 
-Pure: what the machine offers is passed in, and nothing is loaded. Which of the plan's forward paths serves is decided
-afterwards by the parity probe.
+Pure: what the machine offers is passed in, and nothing is loaded. The parity probe chooses among the plan's forward
+paths afterwards.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ PREFIX_CACHE_MIB = {"cpu": 512, "cuda": 0}
 as prompts arrive; on CUDA nothing was measured yet."""
 
 KernelChoice: TypeAlias = Literal["off", "auto", "on", "int8"]
-"""Whether the CPU kernels are used: never, where available, or required, as they are for int8."""
+"""Whether the CPU kernels are used: never, where available, or required (as for int8)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What of the machine decides how the engine runs."""
+    """The properties of the machine that determine how the engine runs."""
 
     device: torch.device
     """Where the forward pass runs."""

@@ -20,7 +20,7 @@ def rewire(
     compiled: bool = False,
     kernels: Kernels | None = None,
 ) -> None:
-    """Restore all that an earlier call replaced, then replace what a forward path requires.
+    """Undo the replacements of earlier calls, then apply those that a forward path requires.
 
     Args:
         classifier: changed in place.

@@ -1,7 +1,7 @@
 """The torch engine: a transformers classifier on one device, run by the forward path that the parity probe chose.
 
-It decides which sequences share a pass and translates out-of-memory errors. How a pass runs is the forward path's task,
-what a batch contains the queue's.
+This module decides which sequences share a pass and translates out-of-memory errors. The forward path runs a pass; the
+queue forms the batches.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class TorchEngine:
         release_memory(torch.device(self._info.device))
 
     def _passes_over(self, token_ids: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
-        """Distribute different sequences over as few passes as prevent them from changing each other's rewards."""
+        """Distribute different sequences over the fewest passes in which they cannot change each other's rewards."""
         if self._deterministic:
             return [[one] for one in token_ids]
         limit = self._rope_length_limit

@@ -1,4 +1,4 @@
-"""Admission: whether more work may wait, and when a refused caller should come back.
+"""Admission: whether more work may be queued, and after which delay a refused caller should retry.
 
 Pure: no clock and no lock. A request is admitted with an estimate of its tokens, because tokenizing first would make an
 overload expensive.
@@ -14,7 +14,7 @@ THROUGHPUT_HALF_LIFE_S = 10.0
 """Engine seconds after which a measurement of the throughput has half its weight."""
 
 DEFAULT_RETRY_AFTER_S = 1.0
-"""``retry_after_s`` of a refusal before any throughput was measured."""
+"""``retry_after_s`` of a refusal where no throughput has been measured yet."""
 
 
 class Throughput:
@@ -52,7 +52,7 @@ class Admission:
     def reserve(self, request: Hashable, num_tokens: int, num_queued_tokens: int) -> None:
         """Reserve room for a request; O(1), because under overload nothing else is done for it.
 
-        Where nothing waits any request is admitted, so that the limit never refuses a legal request for good.
+        If the queue is empty, any request is admitted, so that no legal request is refused permanently.
 
         Args:
             request: a key without a reservation.

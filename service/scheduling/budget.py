@@ -1,4 +1,4 @@
-"""The budget of one forward pass, and what a batch costs of it. Pure arithmetic on lengths."""
+"""The budget of one forward pass, and the cost of a batch. Pure arithmetic on lengths."""
 
 from __future__ import annotations
 

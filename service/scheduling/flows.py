@@ -2,8 +2,8 @@
 
 Goyal, Vin and Cheng, "Start-time Fair Queuing" (SIGCOMM 1996). Each request is a flow. The flow with the lowest virtual
 time is served next, and being served advances its virtual time by the tokens computed for it. A new flow starts at the
-lowest virtual time in the queue: it is in the next batch however large the other requests are, and it is owed nothing
-for the time before it came.
+lowest virtual time in the queue: it is in the next batch however large the other requests are, and it gets no
+compensation for the time before it arrived.
 
 Among flows of equal virtual time the smaller request is served first, with two bounds. A request that fits a batch is
 overtaken only until `OVERTAKE_LIMIT_RATIO` times its own tokens were computed, so requests of similar size are served
@@ -49,7 +49,7 @@ class Entry:
     """When it began to wait, in seconds of the caller's clock."""
 
     deadline: float
-    """Until when it may be computed, in seconds of the caller's clock."""
+    """Its deadline, in seconds of the caller's clock."""
 
     num_shared: int = 0
     """Leading tokens that a pass does not compute again if it also holds the entry before this one in its group."""
@@ -78,7 +78,7 @@ class PrefixGroup:
     def cost(self) -> int:
         """Tokens of a pass over the whole group.
 
-        What the first entry shared with one that was taken already has to be computed again.
+        Tokens that the first entry shared with one that was taken earlier are computed again.
         """
         return self.num_own + next(iter(self.entries.values())).num_shared
 
@@ -138,12 +138,12 @@ HeapItem: TypeAlias = tuple[float, float, int, int, Flow]
 
 
 def num_shared_tokens(before: TokenSequence, sequence: TokenSequence, min_shared_prefix_tokens: int | None) -> int:
-    """Return how many leading tokens a pass computes once for both sequences: never more than it does.
+    """Return how many leading tokens a pass computes once for both sequences, or a lower bound of it.
 
     Args:
         before: the sequence before this one in the batch.
         sequence: that may share tokens with it.
-        min_shared_prefix_tokens: common prefixes of fewer tokens are not shared; None: none is.
+        min_shared_prefix_tokens: common prefixes of fewer tokens are not shared; None: prefixes are not shared.
     """
     if min_shared_prefix_tokens is None:
         return 0
@@ -157,8 +157,9 @@ class FlowTable:
     """All waiting flows: in order of fairness, by prefix, by arrival and by last service. Not thread-safe.
 
     Args:
-        min_shared_prefix_tokens: common prefixes of at least so many tokens are computed once in a pass; None: none is.
-        batch_tokens: budget of a usual batch: requests within it have an overtake limit; 0: none has.
+        min_shared_prefix_tokens: common prefixes of at least this many tokens are computed once in a pass; None: prefixes are not
+            shared.
+        batch_tokens: usual batch budget: requests within it have an overtake limit; 0: no request has one.
     """
 
     def __init__(self, min_shared_prefix_tokens: int | None, batch_tokens: int) -> None:
@@ -280,7 +281,7 @@ class FlowTable:
             heapify(self._heap)
 
     def _pop_skipped_too_often(self) -> Flow | None:
-        """Remove from the order the flow served least recently, if it was skipped too often and none was lately."""
+        """Pop the least recently served flow if it was skipped too often; once in `MAX_SKIPPED_BATCHES` batches."""
         if not self._least_recent or self._num_batches - self._last_aged_batch <= MAX_SKIPPED_BATCHES:
             return None
         flow = next(iter(self._least_recent.values()))

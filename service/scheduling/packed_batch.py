@@ -1,8 +1,8 @@
 """Chooses the entries of a packed batch: whole prefix groups, in order of fairness.
 
-A pass is priced at the tokens that it computes: a prefix that its sequences share counts once where the engine shares
-it, and what the engine has in its prefix cache counts nothing. The price may be too high, where unrelated sequences
-happen to share a prefix, and is never too low, because memory is planned by it.
+The cost of a pass is the number of tokens that it computes: a prefix that its sequences share counts once where the
+engine shares it, and cached tokens do not count. The cost may be too high, where unrelated sequences happen to share a
+prefix, and is never too low, because memory is planned by it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from service.scheduling.budget import BatchBudget
 from service.scheduling.flows import Entry, Flow, FlowTable, PrefixGroup, num_shared_tokens
 
 MAX_UNFIT_FLOWS = 8
-"""A batch is closed after so many requests whose next group did not fit; limits the search, not the fairness."""
+"""A batch is closed after this many requests whose next group did not fit; limits the search, not the fairness."""
 
 NumCachedTokens: TypeAlias = Callable[[TokenSequence], int]
 """Returns how many leading tokens of a sequence the next pass need not compute."""
@@ -71,7 +71,7 @@ class PackedBatchBuilder:
     budget: BatchBudget
 
     min_shared_prefix_tokens: int | None
-    """Common prefixes of at least so many tokens are computed once in a pass; None: none is."""
+    """Common prefixes of at least this many tokens are computed once in a pass; None: prefixes are not shared."""
 
     num_cached_tokens: NumCachedTokens = nothing_cached
 
@@ -79,7 +79,7 @@ class PackedBatchBuilder:
     _capacity: _Capacity = field(init=False)
 
     _same_prefix_capacity: _Capacity = field(init=False)
-    """What entries taken out of order, because of their prefix, may still use."""
+    """Remaining capacity for entries that are taken out of order because of their prefix."""
 
     _last_cached: int = field(init=False, default=0)
     """Leading tokens of the last entry that the pass need not compute."""
@@ -91,7 +91,7 @@ class PackedBatchBuilder:
         self._same_prefix_capacity = _Capacity(max_tokens // 2, max_sequences // 2)
 
     def fill(self, now: float, expired: list[Entry]) -> list[Entry]:
-        """Take a batch out of the flows and return it; entries that are too late go to ``expired``."""
+        """Take a batch out of the flows and return it; expired entries are appended to ``expired``."""
         unfit: list[Flow] = []
         for flow in self.flows.by_priority(now, expired):
             group = flow.first_group
@@ -150,8 +150,8 @@ class PackedBatchBuilder:
     def _num_saved(self, entry: Entry, cached: int, before: Sequence[Entry], before_cached: int) -> int:
         """Return how many tokens of an entry a pass need not compute, given the entry before it, if there is one.
 
-        Tokens that the pass leaves out for the entry before, because they are cached, but that it cannot leave out for
-        this entry, are computed for this entry.
+        Tokens that are taken from the cache for the entry before, but cannot be for this entry, are computed for this
+        entry.
         """
         if not before:
             return cached

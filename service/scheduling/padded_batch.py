@@ -9,14 +9,14 @@ from service.scheduling.budget import BatchBudget
 from service.scheduling.flows import Entry, Flow, FlowTable
 
 LENGTH_WINDOW_BATCHES = 4
-"""How many budgets of work, in order of fairness, a padded batch chooses sequences of similar length from."""
+"""Sequences of similar length are chosen from this many batch budgets of work, in order of fairness."""
 
 PASS_OVERHEAD_TOKENS = 256
-"""What one more padded pass costs, in tokens it could have computed: to save a pass a small batch may be padded."""
+"""Overhead of a padded pass, in computed tokens: up to that, padding is accepted to save a pass."""
 
 
 def take_padded_batch(flows: FlowTable, budget: BatchBudget, now: float, expired: list[Entry]) -> list[Entry]:
-    """Take a padded batch out of the flows and return it; entries that are too late go to ``expired``."""
+    """Take a padded batch out of the flows and return it; expired entries are appended to ``expired``."""
     window, candidates = _window(flows, budget, now, expired)
     if not window:
         return []

@@ -1,8 +1,8 @@
-"""Prefix sharing between token sequences: which sequence computes which tokens, and where they stand in a packed batch.
+"""Prefix sharing between token sequences: which sequence computes which tokens, at which indices of the packed batch.
 
 The sequences form a radix tree over token ids; the packed batch holds the tokens of each node once. Pure: lists of ids
 in, positions out, no torch. The queue computes the cost of a batch with it, and an engine builds its layout from it.
-The tokens of cached prefixes follow behind the packed batch.
+The tokens of cached prefixes follow the packed batch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TokenSpan: TypeAlias = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class SequenceLayout:
-    """Where the tokens of one sequence stand in the packed batch."""
+    """The indices of one sequence's tokens in the packed batch."""
 
     spans: tuple[TokenSpan, ...]
     """The spans of the packed batch that hold the whole sequence, in order."""
@@ -70,7 +70,7 @@ def plan_prefix_sharing(
         sequences: token ids.
         min_shared_tokens: a shorter common prefix is not shared; None: nothing is shared, and the sequences keep their
             order in the packed batch.
-        cached: of each sequence the prefix that need not be computed, as a span of all cached tokens, which follow the
+        cached: each sequence's prefix that need not be computed, as a span of all cached tokens, which follow the
             packed batch; empty where there is none. None: nothing is cached.
 
     Returns:
@@ -119,7 +119,7 @@ def _find_owners(
     Args:
         sequences: token ids.
         order: indices of the sequences in lexicographic order.
-        num_cached: of each sequence the leading tokens that need not be computed.
+        num_cached: leading tokens of each sequence that need not be computed.
         min_shared_tokens: a shorter common prefix is not shared.
     """
     common = [common_prefix_length(sequences[before], sequences[index]) for before, index in pairwise(order)]

@@ -20,13 +20,13 @@ from service.scheduling.padded_batch import take_padded_batch
 
 @dataclass(frozen=True, slots=True)
 class TakenBatch:
-    """What left the queue."""
+    """Entries that were taken out of the queue."""
 
     entries: tuple[Entry, ...] = ()
     """To compute now."""
 
     expired: tuple[Entry, ...] = ()
-    """Entries whose deadline had passed; they count nothing in the budget."""
+    """Entries whose deadline had passed; they do not count in the budget."""
 
 
 class Queue:
@@ -37,8 +37,10 @@ class Queue:
 
     Args:
         max_waiting_tokens: requests that would exceed it are refused.
-        min_shared_prefix_tokens: common prefixes of at least so many tokens are computed once in a pass; None: none is.
-        batch_tokens: budget of a usual batch: requests within it leave nearly in order of arrival; 0: none does.
+        min_shared_prefix_tokens: common prefixes of at least this many tokens are computed once in a pass; None: prefixes are not
+            shared.
+        batch_tokens: usual batch budget: requests within it leave nearly in order of arrival; 0: no request has an
+            overtake limit.
     """
 
     def __init__(
@@ -114,8 +116,8 @@ class Queue:
         packed batch takes the entries of one prefix together where a batch can hold them, also from other requests. A
         padded batch takes sequences of similar length to its first entry, as long as they make the pass more efficient.
 
-        An expired request is noticed when it would be served; a caller that gives up earlier calls `cancel`. The time
-        this takes depends on the size of the batch, not on the length of the queue.
+        An expired request is detected when it would be served; a caller that gives up earlier calls `cancel`. The run
+        time depends on the size of the batch, not on the length of the queue.
 
         Args:
             now: compared with the deadlines.

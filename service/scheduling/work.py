@@ -1,4 +1,4 @@
-"""Planning of a request's work: in which pieces it is tokenized, and which sequences the engine computes for it.
+"""Planning of a request's work: the chunks in which it is tokenized, and the sequences that the engine computes.
 
 Pure functions on items and token sequences.
 """
@@ -12,16 +12,16 @@ from service.errors import HttpError
 from service.records import Item, TokenSequence
 
 CHUNK_CHARS = 65_536
-"""Characters that are tokenized in one call; between two chunks of a large request small ones get their turn."""
+"""Characters that are tokenized in one call; small requests are tokenized between two chunks of a large one."""
 
 MIN_ITEM_CHARS = 1024
-"""What an item counts in a chunk at least; 64 items fill one, however short they are."""
+"""Minimum of characters that an item counts in a chunk, so that a chunk has at most 64 items."""
 
 SMALL_REQUEST_ITEMS = CHUNK_CHARS // MIN_ITEM_CHARS
-"""Up to so many items the event loop plans and completes a request itself: handing it to a thread takes longer."""
+"""Up to this many items the event loop plans and completes a request itself: handing it to a thread takes longer."""
 
 SMALL_CHUNK_CHARS = 4096
-"""Up to so many characters the event loop also tokenizes and analyses texts itself: it takes about a millisecond."""
+"""Up to this many characters the event loop also tokenizes and analyses texts: it takes about a millisecond."""
 
 PREFIX_KEY_TOKENS = 64
 """Leading tokens that make the prefix key of a sequence whose prompt length is unknown."""
@@ -32,7 +32,7 @@ class Work:
     """What the engine computes for a request: each distinct token sequence once."""
 
     sequences: tuple[TokenSequence, ...]
-    """In lexical order of their ids, so that sequences with a common prefix stand next to each other."""
+    """In lexical order of their ids, so that sequences with a common prefix are adjacent."""
 
     prefixes: tuple[Hashable, ...]
     """For each sequence a key that is equal for sequences of one prompt."""
@@ -44,7 +44,7 @@ class Work:
 def chunks_of(items: Sequence[Item]) -> Iterator[list[Item]]:
     """Split the items, in order, into lists of about `CHUNK_CHARS` characters.
 
-    A list ends with the item that reaches the limit, however long that one is.
+    The item that reaches the limit is the last of its list, however long it is.
     """
     chunk: list[Item] = []
     num_chars = 0

@@ -1,7 +1,7 @@
 """The distribution of the monitored signals on the calibration's own items, from which drift is measured.
 
-Fitted once by ``reward-calibrate``, on items scored through the serving path whose prompts nothing else was fitted to,
-and stored in its artifact as a few small arrays. The format of these arrays is defined here.
+Fitted once by ``reward-calibrate``, on items that were scored through the serving path and whose prompts were used for
+no other fit, and stored in its artifact as a few small arrays. The format of these arrays is defined here.
 """
 
 from __future__ import annotations

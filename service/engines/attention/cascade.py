@@ -36,7 +36,7 @@ class PrefixChunk:
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        """All that attention reads on the device."""
+        """All tensors that attention reads on the device."""
         return [self.queries, self.keys, self.metadata.cu_seqlens_q, self.metadata.cu_seqlens_k]
 
     def with_tensors(self, tensors: Iterator[torch.Tensor]) -> PrefixChunk:
@@ -61,7 +61,7 @@ class CascadePlan:
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        """All that attention reads on the device."""
+        """All tensors that attention reads on the device."""
         return [self.own.cu_seqlens_q, *(tensor for chunk in self.prefix_chunks for tensor in chunk.tensors)]
 
     def with_tensors(self, tensors: Iterator[torch.Tensor]) -> CascadePlan:

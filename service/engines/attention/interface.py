@@ -1,7 +1,7 @@
 """Attention within each sequence of a packed batch, as transformers' attention layers call it.
 
 ``register_packed_attention`` registers it with transformers, together with a mask function that builds no mask. CUDA
-runs one variable-length kernel for all sequences; a CPU runs batched tiles or one sequence after the other. Where
+runs one variable-length kernel for all sequences; a CPU runs tiled attention or one sequence after the other. Where
 sequences share a prefix, only their own tokens are queries.
 """
 
@@ -85,8 +85,8 @@ packed_attention = transformers_attention(attend)
 def prefers_tiled_attention(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether attention in batched matrix products is faster than torch's fused kernel.
 
-    The fused kernel multiplies bfloat16 well with AMX alone; elsewhere it has a tenth of the rate of ``bmm``. The
-    choice does not depend on lengths, so that a prefix has the same bits whichever sequences share it.
+    The fused kernel multiplies bfloat16 fast only with AMX; elsewhere it has a tenth of the rate of ``bmm``. The
+    choice does not depend on lengths, so that the states of a prefix have the same bits whichever sequences share it.
     """
     return device.type == "cpu" and dtype == torch.bfloat16 and has_native_bfloat16() and not has_amx()
 

@@ -1,7 +1,8 @@
 """The prefix cache: keys and values of prefixes, cached between passes so that a prompt is computed once.
 
-What a slot holds, and for how long, is decided in ``prefix_index``. Weights do not change while an engine lives, so
-cached states never become stale; and a prefix is cached only after its pass has ended with finite results.
+``prefix_index`` decides which tokens are in which slots, and when they are evicted. Weights do not change while an
+engine lives, so cached states never become stale; and a prefix is cached only after its pass has ended with finite
+results.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ from service.engines.attention.prefix_index import CachedPrefix, PrefixIndex
 from service.scheduling.prefix_tree import SequenceLayout, TokenIds, TokenSpan
 
 MAX_COPIED_RUNS = 8
-"""Runs of contiguous slots up to which each run is written by itself; with more, one indexed copy takes less time."""
+"""Up to this many runs of contiguous slots, each run is written separately; with more, one indexed copy is faster."""
 
 
 @dataclass(frozen=True, slots=True)
 class CachedTokens:
-    """What the cache has of the sequences of a pass: the result of a lookup."""
+    """The cached tokens of the sequences of a pass: the result of a lookup."""
 
     spans: tuple[TokenSpan, ...]
-    """Of each sequence its cached prefix, as a span of all cached tokens of the pass; empty where nothing is cached."""
+    """The cached prefix of each sequence, as a span of all cached tokens of the pass; empty where nothing is cached."""
 
     slots: NDArray[np.int64]
     """The slot of each cached token of the pass. Sequences that found the same prefix share its tokens."""
@@ -41,12 +42,12 @@ class CachedTokens:
 class KVCache:
     """A pool of keys and values, [slots, key heads, head dimension] for each attention layer of the model.
 
-    A pass calls ``lookup``, builds its layout with the cached tokens found, and runs within ``begin``. The first pass
-    shows the shapes of the states: its commit allocates the pool, and states are cached from the second pass on.
-    On a CPU a slot occupies no memory before it is used.
+    A pass calls ``lookup``, builds its layout with the cached tokens found, and runs within ``begin``. The shapes of
+    the states are known after the first pass: its commit allocates the pool, and states are cached from the second pass
+    on. On a CPU a slot occupies no memory before it is used.
 
     Args:
-        max_bytes: of all tensors together.
+        max_bytes: memory limit of all tensors together.
         min_tokens: a shorter prefix is not cached.
     """
 
@@ -61,7 +62,7 @@ class KVCache:
 
         Args:
             sequences: token ids of the pass.
-            limits: of each sequence how many leading tokens the pass may leave out.
+            limits: how many leading tokens of each sequence may be taken from the cache.
         """
         index = self.prefix_index
         index.begin_pass()
@@ -88,14 +89,15 @@ class KVCache:
     ) -> Iterator[CacheTransaction]:
         """Reserve slots for the pass's prompts, or for its shared prefixes where the end of a prompt is unknown.
 
-        The pass runs while the context is open. What it added is removed again unless the transaction was committed.
+        The pass runs while the context is open. The prefixes that it added are removed again unless the transaction was
+        committed.
 
         Args:
             cached: of the lookup for this pass.
             sequences: token ids of the pass.
-            layouts: of each sequence, with its cached tokens.
-            prompts: of each sequence how many leading tokens are its prompt; None where that is unknown.
-            device: of the model.
+            layouts: the layout of each sequence, with its cached tokens.
+            prompts: how many leading tokens of each sequence are its prompt; None where that is unknown.
+            device: the device of the model.
         """
         added: list[CachedPrefix] = []
         transaction: CacheTransaction | None = None
@@ -144,16 +146,16 @@ class KVCache:
 
 
 class CacheTransaction:
-    """What one pass reads from the pool and writes to it; made by ``KVCache.begin``.
+    """What one pass reads from the pool and writes to it; created by ``KVCache.begin``.
 
     Each attention layer calls ``append`` once, in the order of the layers; then the pass calls ``commit``, or leaves
     the context without it, which rolls back.
 
     Args:
-        cache: read and written.
-        slots: of the cached tokens, int64 on the device.
+        cache: the cache to read and write.
+        slots: the slots of the cached tokens, int64 on the device.
         num_packed: tokens of the packed batch without padding.
-        new_tokens: what to write; None: nothing.
+        new_tokens: the tokens to write; None: none.
     """
 
     def __init__(self, cache: KVCache, slots: torch.Tensor, num_packed: int, new_tokens: _NewTokens | None) -> None:
@@ -166,7 +168,7 @@ class CacheTransaction:
         self._examples: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a layer's keys and values with the cached ones behind them, and write the new ones to the pool.
+        """Return a layer's keys and values, followed by the cached ones, and write the new ones to the pool.
 
         Called once by each layer of the pass, in their order; [1, key heads, tokens, head dimension] in and out.
         """
@@ -183,7 +185,7 @@ class CacheTransaction:
         return key, value
 
     def commit(self) -> None:
-        """Cache what the pass has written if all of it is finite; called when the rewards of the pass were.
+        """Cache what the pass has written if all of it is finite; called if the rewards of the pass are finite.
 
         The commit of the first pass allocates the pool instead.
         """
@@ -199,7 +201,7 @@ class CacheTransaction:
     def _is_finite(self) -> bool:
         """Whether all new keys and values of the last layer are finite, which requires that all before them are.
 
-        A state that is not finite makes their sum so.
+        A single state that is not finite makes their sum not finite.
         """
         if self._new_tokens is None:
             return True

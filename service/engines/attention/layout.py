@@ -35,13 +35,13 @@ class SequenceSpan:
     """Its own tokens in the packed batch."""
 
     num_shared: int
-    """Its tokens before those."""
+    """Its tokens that precede its own."""
 
     queries: TokenSpan
-    """Its queries among those gathered for the chunk, padding included."""
+    """Its range in the queries that are gathered for the chunk, padding included."""
 
     keys: TokenSpan
-    """Its keys among those gathered for the chunk, padding included."""
+    """Its range in the keys that are gathered for the chunk, padding included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class AttentionChunk:
     """Indices in the packed batch of the gathered queries: int64, on the device."""
 
     keys: torch.Tensor
-    """Indices of the gathered keys in the packed batch and the cached tokens behind it: int64, on the device."""
+    """Indices of the gathered keys in the packed batch and the cached tokens that follow it: int64, on the device."""
 
     cu_seqlens_q: torch.Tensor
     """Cumulative numbers of gathered queries: int32 [sequences + 1] on the device."""
@@ -127,13 +127,14 @@ class PackedLayout:
 
         Args:
             sequences: token ids; at least one sequence, none empty.
-            device: of the model.
+            device: the device of the model.
             block: the queries and keys of each sequence are padded to a multiple of this with its last token, which is
                 after all that the real queries attend to.
-            min_shared_tokens: common prefixes of at least so many tokens are in the batch once; None: none is shared.
+            min_shared_tokens: common prefixes of at least this many tokens are in the batch once; None: prefixes are
+                not shared.
             batch_invariant_linear: whether linear layers multiply blocks of a fixed number of tokens, to a multiple of
                 which the batch is padded.
-            cached: of each sequence its cached prefix, as in ``CachedTokens.spans``; None: nothing is cached.
+            cached: the cached prefix of each sequence, as in ``CachedTokens.spans``; None: nothing is cached.
             cascade: whether shared prefixes are attended to by cascade attention.
         """
         layouts = tuple(plan_prefix_sharing(sequences, min_shared_tokens, cached))
@@ -226,7 +227,7 @@ class PackedLayout:
 def _split_chunks(sequences: Sequence[SequenceLayout], block: int) -> Iterator[AttentionChunk]:
     """Yield chunks that gather as many keys at once as the packed batch has tokens, or those of one sequence.
 
-    Sequences that share much have far more tokens together than the batch, and memory is planned by the batch.
+    With shared prefixes the sequences have far more tokens in total than the batch, and memory is planned by the batch.
     """
     owners = sorted((sequence for sequence in sequences if sequence.num_own), key=lambda sequence: sequence.own)
     max_keys = sum(_padded(sequence.num_own, block) for sequence in owners)

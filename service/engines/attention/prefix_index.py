@@ -1,7 +1,7 @@
 """Which prefixes are cached between passes, and in which slots of the pool their tokens are: the index of ``kv_cache``.
 
-Pure: token ids and slot numbers, no states and no torch. A slot holds one token of one prefix. Prefixes with a common
-part share its slots, which are reference-counted.
+Pure: token ids and slot numbers, no states and no torch. A slot holds one token of one prefix. Prefixes that have
+leading tokens in common share the slots of those tokens, which are reference-counted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from service.scheduling.prefix_tree import TokenIds, common_prefix_length, shareable_tokens
 
 SEARCH_SLOTS = 1024
-"""Slots that are searched for free ones at once."""
+"""Number of slots that one step of the search for free slots covers."""
 
 
 @dataclass(slots=True, eq=False)
@@ -49,11 +49,11 @@ class PrefixIndex:
         self._min_tokens = min_tokens
         self._use_counts = np.zeros(num_slots, np.int32)
         self._num_free = num_slots
-        self._next_slot = 0  # where the search for free slots goes on, cyclically: contiguous slots are copied fastest
+        self._next_slot = 0  # start of the cyclic search for free slots: contiguous slots are copied fastest
         self._sorted: list[CachedPrefix] = []  # in lexicographic order
         self._by_age: OrderedDict[CachedPrefix, None] = OrderedDict()
         self._pass = 0
-        # Results of lookups by the identity of the token ids; these are held, so that no other tuple gets the same one.
+        # Results of lookups by the identity of the token ids, which are stored too, so that no other tuple gets it.
         self._matches: dict[int, tuple[TokenIds, list[_Match]]] = {}
 
     def __len__(self) -> int:
@@ -69,10 +69,10 @@ class PrefixIndex:
         self._pass += 1
 
     def longest(self, tokens: TokenIds, limit: int) -> tuple[CachedPrefix | None, int]:
-        """Return the cached prefix with most leading tokens in common with a sequence, and how many, at most ``limit``.
+        """Return the cached prefix with the longest common prefix with a sequence, and its length, at most ``limit``.
 
-        The comparison is remembered for this very tuple until a prefix is added or removed, or ``end_lookups``: the
-        queue looks a sequence up for its cost, the pass that computes it then looks it up again.
+        The comparison is stored for this tuple object until a prefix is added or removed, or ``end_lookups`` is called:
+        the queue looks a sequence up to compute its cost, and the pass that computes the sequence looks it up again.
         """
         known = self._matches.get(id(tokens))
         if known is None:
@@ -80,7 +80,7 @@ class PrefixIndex:
         return self._longest_of(known[1], limit)
 
     def end_lookups(self) -> None:
-        """Forget the results of lookups; each pass calls it, so that no tokens of finished requests are held."""
+        """Drop the stored results of lookups; called by each pass, so that no finished request is referenced."""
         self._matches.clear()
 
     def use(self, prefix: CachedPrefix) -> None:
@@ -91,7 +91,7 @@ class PrefixIndex:
     def add(self, tokens: TokenIds) -> tuple[CachedPrefix, int] | None:
         """Reserve slots for a prefix; return it with how many of its leading tokens were cached already.
 
-        None where it is too short, is cached whole already, or finds no slots beside those that this pass uses.
+        None where it is too short, is already cached completely, or would need slots that this pass uses.
         """
         if not shareable_tokens(len(tokens), self._min_tokens):
             return None
@@ -128,7 +128,7 @@ class PrefixIndex:
         return bisect_left(self._sorted, tokens, key=_tokens_of)
 
     def _adjacent(self, tokens: TokenIds) -> list[_Match]:
-        """Compare a sequence with the prefixes adjacent in lexicographic order: one of them has most in common."""
+        """Compare a sequence with the prefixes adjacent to it in lexicographic order; one is the longest match."""
         rank = self._rank(tokens)
         return [
             (prefix, common_prefix_length(prefix.tokens, tokens))
@@ -144,7 +144,7 @@ class PrefixIndex:
         return (found, num_common) if shareable_tokens(num_common, self._min_tokens) else (None, 0)
 
     def _evict_until_free(self, num_slots: int) -> bool:
-        """Free slots for so many tokens; return whether that was possible without prefixes that this pass uses."""
+        """Free this many slots; return whether that was possible without evicting prefixes that this pass uses."""
         if num_slots > len(self._use_counts):
             return False
         while self._num_free < num_slots:

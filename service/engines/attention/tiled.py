@@ -23,7 +23,7 @@ MIN_TILE_QUERIES = 32
 
 TILE_KEY_MULTIPLE = 64
 """The keys of a tile are padded to a multiple of this, so that many tiles have equal sizes. It must be a multiple of
-32: among such, CPU matrix products give a token the same bits however many hidden keys follow it."""
+32: with such sizes, CPU matrix products give a token the same bits however many hidden keys follow it."""
 
 MAX_SCORES = 1 << 18
 """Scores of one head that are computed at once: with a few heads they fit a core's share of the cache."""
@@ -37,13 +37,13 @@ class TileBatch:
     """Indices in the packed batch, int64 [tiles, queries], padded with the sequence's last token."""
 
     keys: torch.Tensor
-    """Indices in the packed batch and the cached tokens behind it, int64 [tiles, keys], padded in the same way."""
+    """Indices in the packed batch and the cached tokens that follow it, int64 [tiles, keys], padded in the same way."""
 
     mask: torch.Tensor
     """[tiles, queries, keys], added to the scores: zero, or minus infinity where a key is hidden."""
 
     real_queries: torch.Tensor
-    """Indices of the queries that are no padding, among the flattened ``queries``: int64."""
+    """Indices of the queries that are not padding, in the flattened ``queries``: int64."""
 
     output_indices: torch.Tensor
     """Indices of those queries in the packed batch: int64."""

@@ -1,1 +1,1 @@
-"""Devices: what they can do, and how tensors get there and back."""
+"""Devices: their capabilities, and copies between them and the host."""

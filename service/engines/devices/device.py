@@ -1,4 +1,4 @@
-"""Where the forward pass runs and in which dtype: settings resolved against this machine, and its memory allocators.
+"""Device and dtype of the forward pass, resolved from the settings and this machine; its memory allocators.
 
 It loads no model and changes nothing at import. ``/v1/model`` shows what "auto" was resolved to.
 """
@@ -31,7 +31,7 @@ def enable_huge_pages() -> None:
 
 
 def resolve_device(choice: str) -> torch.device:
-    """Return the device of the setting; ``auto`` takes CUDA when there is one.
+    """Return the device of the setting; ``auto`` is CUDA where a CUDA device exists.
 
     Raises:
         SettingsError: the name is no device, or this machine lacks it.
@@ -54,8 +54,8 @@ def resolve_dtype(choice: str, stored: torch.dtype, device: torch.device, *, nat
 
     Args:
         choice: the setting: ``auto`` or the name of a torch dtype.
-        stored: in which dtype the checkpoint was saved.
-        device: where the forward pass runs; ``auto`` is the stored dtype on CUDA.
+        stored: the dtype in which the checkpoint was saved.
+        device: the device of the forward pass; ``auto`` is the stored dtype on CUDA.
         native_bfloat16: whether the CPU multiplies bfloat16 natively; ``auto`` is then bfloat16, else float32.
     """
     if choice != "auto":
@@ -135,7 +135,7 @@ def retain_freed_memory() -> None:
 
     Every pass allocates and frees the same tens of megabytes. By default glibc returns them to the operating system,
     which clears every page on the next use: a tenth to a third of the time of a small model (measured on two cores).
-    One arena, because the others cannot grow beyond 64 MiB in one piece. Without glibc nothing happens.
+    One arena, because the others cannot grow beyond 64 MiB of contiguous memory. Without glibc this has no effect.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
@@ -147,7 +147,7 @@ def retain_freed_memory() -> None:
 
 
 def release_memory(device: torch.device) -> None:
-    """Return cached memory to the device, so that a smaller batch can be allocated in one piece."""
+    """Return cached memory to the device, so that the contiguous tensors of a smaller batch can be allocated."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
 

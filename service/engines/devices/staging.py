@@ -1,4 +1,4 @@
-"""Copies a pass's inputs to the device and its results to the host, without the host waiting for either.
+"""Copies a pass's inputs to the device and its results to the host; the host waits for neither.
 
 On CUDA all inputs are packed into one pinned buffer, which is copied once on a separate stream while the previous pass
 still computes. Results are copied into pinned memory after their pass, and reading them waits for that copy alone. On a
@@ -17,7 +17,7 @@ import torch
 from service.engines.base import Pending, Ready
 
 ALIGNMENT = 16
-"""Tensors of a buffer start at multiples of so many bytes; no element is longer."""
+"""Tensors of a buffer start at multiples of this many bytes; no element is longer."""
 
 
 class Staging(Protocol):

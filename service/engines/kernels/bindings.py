@@ -1,7 +1,7 @@
 """The compiled CPU kernels as functions of tensors, and the choice of the library for this machine.
 
 All tensors are on the CPU: states, weights and biases in bfloat16, with contiguous rows; packed weights in bytes.
-Models and modules are left to ``fused_modules``, C types and struct layouts to ``abi``.
+``fused_modules`` applies them to modules; ``abi`` defines the C types and struct layouts.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Fused decoder blocks: one kernel before and one after attention, each on blocks of rows that stay in a core's cache.
 
-They fit blocks that add attention and a gated feed-forward layer, each behind a norm, to the residual stream (Llama and
-its relatives). Whether a block is one of these is determined by a trial on random states.
+They replace pre-norm blocks, which add attention and a gated feed-forward layer, each of a norm of the states, to the
+residual stream (Llama and similar families). A trial on random states determines whether a block is one of these.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class _PrecomputedProjection(KernelForward):
     product: torch.Tensor | None = None
 
     def __call__(self, _states: torch.Tensor) -> torch.Tensor:
-        """Return the product [..., outputs], once: keeping a reference would keep its memory."""
+        """Return the product [..., outputs], once: a stored reference would keep its memory allocated."""
         product, self.product = self.product, None
         if product is None:
             raise RuntimeError("An attention layer called a projection twice, or outside of its fused block")

@@ -39,7 +39,7 @@ class Target:
     """An instruction set for which the kernels are compiled."""
 
     name: str
-    """As in the description of the engine."""
+    """The name in the description of the engine."""
 
     flags: tuple[str, ...]
     """Compiler options, macros included."""

@@ -39,7 +39,7 @@ class KernelForward(ABC):
 
     @property
     def replacements(self) -> Mapping[nn.Module, KernelForward | None]:
-        """The submodules that this forward decides on: their forward, or None where they are not called any more."""
+        """The submodules that this forward controls: their new forward, or None where they are no longer called."""
         return dict.fromkeys(self.packed_layers)
 
     @abstractmethod
@@ -96,7 +96,7 @@ def match_norm(module: Any, kernels: Kernels) -> FusedRmsNorm | None:
 
 
 class RopeAttention(KernelForward):
-    """An attention layer as transformers wrote it, except for the function that rotates queries and keys."""
+    """The attention layer of transformers, with another function that rotates queries and keys."""
 
     def __init__(self, module: nn.Module, original: FunctionType, kernels: Kernels) -> None:
         names = {**original.__globals__, ROPE_FUNCTION: _rope_function(original.__globals__[ROPE_FUNCTION], kernels)}
@@ -257,7 +257,7 @@ def can_pack(module: nn.Module, kernels: Kernels) -> bool:
 
 
 def original_forward(module: nn.Module) -> Callable[..., torch.Tensor]:
-    """Return the forward of a module's class, whatever replaces it at present."""
+    """Return the forward of a module's class, ignoring a replacement on the instance."""
     forward: Callable[..., torch.Tensor] = type(module).forward.__get__(module)
     return forward
 

@@ -27,7 +27,7 @@ def attach_kernels(body: nn.Module, kernels: Kernels) -> None:
 
 
 def _attach(module: nn.Module, kernels: Kernels, decided: Mapping[nn.Module, KernelForward | None]) -> None:
-    """Replace the forwards of a module and its submodules; ``decided``: by the forwards of the modules around it."""
+    """Replace the forwards of a module and its submodules; ``decided``: by the forwards of enclosing modules."""
     forward = decided[module] if module in decided else match_block(module, kernels) or match_module(module, kernels)
     if forward is not None:
         module.forward = forward  # an instance attribute hides the method of the class
@@ -39,7 +39,7 @@ def _attach(module: nn.Module, kernels: Kernels, decided: Mapping[nn.Module, Ker
 
 
 def detach_kernels(body: nn.Module) -> None:
-    """Restore the own forward of every module.
+    """Restore the original forward of every module.
 
     Raises:
         RuntimeError: its unpacked weights were dropped.
@@ -51,7 +51,7 @@ def detach_kernels(body: nn.Module) -> None:
 
 
 def drop_plain_weights(body: nn.Module) -> None:
-    """Free the weights that exist in packed form too; from now on the model runs on the kernels only."""
+    """Free the weights that exist in packed form too; the model then runs on the kernels only."""
     for _, forward in _attached(body):
         for layer in forward.packed_layers:
             layer.weight.data = layer.weight.new_empty(0)

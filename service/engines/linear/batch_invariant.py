@@ -1,9 +1,9 @@
 """Linear layers on a CPU whose result for a token does not depend on the number of tokens in the product.
 
-CPU libraries choose their kernel, and with it the order of additions, by the number of rows. In half precision this one
-rounding grows through the layers to some hundredths of the rewards' spread, far above the accepted effect
-of the batch composition. Most numbers of rows share a kernel, though: those that give the same bits are determined once
-for each shape, and products are computed in blocks of these sizes only.
+CPU libraries choose their kernel, and with it the order of additions, by the number of rows. In half precision this
+rounding grows through the layers to some hundredths of the rewards' standard deviation, far above the accepted effect
+of the batch composition. But most numbers of rows share a kernel: the numbers that give the same bits are determined
+once for each shape, and products are computed in blocks of these sizes only.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def equivalent_sizes(
     """Return the block sizes that give each row the same bits as ``MIN_BLOCK_ROWS`` rows do; ascending.
 
     They are found by trial on random inputs: the kernel depends on the shape and on the number of threads, not on the
-    values, and a different order of additions changes some of so many results.
+    values, and a different order of additions changes at least some of the results.
     """
     del num_threads  # a part of the cache key: it decides how rows are divided among threads
     generator = torch.Generator().manual_seed(0)

@@ -11,7 +11,7 @@ from transformers.activations import SiLUActivation
 
 
 def gate_in_place(body: nn.Module) -> None:
-    """Apply SiLU in place wherever its input is a gate projection, whose output nothing else reads."""
+    """Apply SiLU in place wherever its input is a gate projection, whose output is read by nothing else."""
     for module in body.modules():
         is_gated = isinstance(getattr(module, "gate_proj", None), nn.Linear) and hasattr(module, "up_proj")
         if is_gated and isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation):

@@ -110,8 +110,9 @@ class Classifier:
     def rewards_of(self, pooled: torch.Tensor) -> torch.Tensor:
         """Run the linear head on pooled states [rows, hidden]; float32 [rows], on the device.
 
-        A matrix product's order of additions depends on its number of rows, so on a CPU the states are multiplied one
-        by one. On a GPU, where each of them would be a kernel launch, ``batch_invariant_head`` multiplies all at once.
+        The order of additions of a matrix product depends on its number of rows, so on a CPU the states are multiplied
+        one by one. On a GPU, where each product would be a kernel launch, ``batch_invariant_head`` multiplies all at
+        once.
         """
         head = self.linear_head
         if head is None:
@@ -130,7 +131,8 @@ def pooled_position(ids: Sequence[int], pooling: Pooling, pad_token_id: int | No
     """Return the position whose hidden state the head reads.
 
     ``hf`` is the rule of transformers' ``GenericForSequenceClassification``: the rightmost token that is not the pad
-    token, whatever the attention mask says; the first position when all are pad, the last when no pad token is defined.
+    token, independent of the attention mask; the first position when all are pad, the last when no pad token is
+    defined.
 
     Raises:
         ValueError: there are no tokens, hence no state and no reward.

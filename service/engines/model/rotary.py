@@ -1,4 +1,4 @@
-"""Rotary embeddings whose frequencies change with the longest sequence of a pass, and what follows for batches.
+"""Rotary embeddings whose frequencies depend on the longest sequence of a pass, and the resulting limit for batches.
 
 Pure: it reads a configuration. Transformers picks such frequencies once a pass, so in a shared pass a long sequence
 would change the rewards of the shorter ones.
@@ -13,7 +13,7 @@ from service.errors import SettingsError
 
 
 def rope_length_limit(config: Any, max_tokens: int) -> int | None:
-    """Return the length up to which sequences have one set of rotary frequencies, and longer ones another.
+    """Return the length above which sequences have another set of rotary frequencies than up to it.
 
     It is the original maximum length of the LongRoPE scaling (``original_max_position_embeddings``).
 

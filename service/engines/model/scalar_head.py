@@ -1,4 +1,4 @@
-"""The linear head on many states at once, with a reward that does not depend on how many there are.
+"""The linear head on many states at once, with rewards that do not depend on the number of states.
 
 Libraries choose a kernel by the number of rows, and with it the order in which a row's products are added, for matrix
 products and for sums alike. Adding halves element by element fixes the order.

@@ -1,4 +1,4 @@
-"""What a forward path is: one way of running a batch of token ids through a classifier."""
+"""The interface of a forward path: one way of running a batch of token ids through a classifier."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PathChoice: TypeAlias = Literal["auto", "packed", "padded"]
 
 @dataclass(frozen=True, slots=True)
 class PathSpec:
-    """A forward path with its optimisations: what the parity probe tries. A padded path has none of them."""
+    """A forward path with its optimisations, as the parity probe tries it. A padded path has none of them."""
 
     name: Literal["packed", "padded"]
 
@@ -74,7 +74,7 @@ class ForwardPath(Protocol):
     """How the size of a batch is counted."""
 
     min_shared_prefix_tokens: int | None
-    """Sequences with a common prefix of at least so many tokens compute it once; None: nothing is shared."""
+    """Common prefixes of at least this many tokens are computed once; None: prefixes are not shared."""
 
     kernels: Kernels | None
     """The compiled CPU kernels that it runs on; None: it runs on none."""
@@ -92,7 +92,7 @@ class ForwardPath(Protocol):
 
         Args:
             rows: token ids of each sequence; not empty, and different from each other.
-            query: which states to read too; changes no bit of a reward.
+            query: the states to read in addition; changes no bit of a reward.
             prompts: how many leading tokens of each sequence are its prompt, None where that is unknown; with them the
                 pass may read the prefix cache and add prompts to it. None: it does neither.
         """
@@ -103,7 +103,7 @@ class ForwardPath(Protocol):
         ...
 
     def num_cached_tokens(self, row: tuple[int, ...], mean_start: int | None) -> int:
-        """Return how many leading tokens of a sequence the next pass takes from the prefix cache, whatever the batch.
+        """Return how many leading tokens of a sequence the next pass takes from the prefix cache, in any batch.
 
         Args:
             row: token ids.

@@ -1,8 +1,8 @@
 """CUDA graphs of short packed batches: recorded once and replayed, so that the host launches a pass with one call.
 
 The device completes a small model's short pass faster than the host launches its hundreds of kernels. A graph has fixed
-shapes, so a packed batch is padded to one of a few lengths; where its sequences begin and end is data. Which length,
-and how its buffers are filled, is decided in pure functions; only ``capture_graphs`` requires a GPU.
+shapes, so a packed batch is padded to one of a few lengths; where its sequences begin and end is data. Pure functions
+choose the length and fill the buffers; only ``capture_graphs`` requires a GPU.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ BATCH_LENGTHS = (128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 A longer batch of a model below ``MAX_PARAMETERS`` keeps a GPU busy for longer than its launches take."""
 
 TOKENS_PER_SEQUENCE = 64
-"""A batch holds at most one sequence per so many of its tokens: attention launches thread blocks for the longest
-possible sequence times their number, and blocks without work are not free."""
+"""Tokens of a bucket per sequence that it can hold: attention launches thread blocks for the longest possible sequence
+times the number of sequences, and thread blocks without work cost time."""
 
 MIN_SEQUENCES = 8
-"""Sequences that also the shortest batch can hold."""
+"""Minimum of sequences that every bucket can hold."""
 
 MAX_PARAMETERS = 2_000_000_000
 """Model size up to which ``auto`` records graphs. An estimate that awaits measurement: launching a layer takes the host
@@ -60,12 +60,12 @@ BUCKETS = tuple(Bucket(length, max(MIN_SEQUENCES, length // TOKENS_PER_SEQUENCE)
 
 
 def bucket_for(num_tokens: int, num_sequences: int, buckets: Iterable[Bucket] = BUCKETS) -> Bucket | None:
-    """Return the shortest bucket that holds so much; None where none does, or more than half of it would be padding."""
+    """Return the shortest bucket that is large enough; None where none is, or more than half of it would be padding."""
     fitting = [one for one in buckets if one.num_tokens >= num_tokens and one.num_sequences >= num_sequences]
     if not fitting:
         return None
     best = min(fitting, key=lambda bucket: bucket.num_tokens)
-    is_short = best.num_tokens == BATCH_LENGTHS[0]  # the cost of a pass no longer falls below so few tokens
+    is_short = best.num_tokens == BATCH_LENGTHS[0]  # with fewer tokens the cost of a pass does not decrease further
     return best if is_short or best.num_tokens <= 2 * num_tokens else None
 
 
@@ -99,13 +99,13 @@ def resolve_graphs(
 
 @dataclass(frozen=True, slots=True)
 class StaticInputs:
-    """What differs between two batches of one bucket."""
+    """The inputs of a bucket, which differ from batch to batch."""
 
     ids: torch.Tensor
     """Int64 [1, tokens], the token ids."""
 
     positions: torch.Tensor
-    """Int64 [1, tokens], of each token in its sequence."""
+    """Int64 [1, tokens], the position of each token in its sequence."""
 
     cu_seqlens: torch.Tensor
     """Int32 [sequences + 2], where each sequence begins; unused ones are empty, and the last one is the padding."""
@@ -122,12 +122,12 @@ class StaticInputs:
 def fill_bucket(
     bucket: Bucket, rows: Sequence[tuple[int, ...]], pooled_positions: Sequence[int], pad_id: int
 ) -> StaticInputs:
-    """Return the inputs of a bucket, on the CPU, that hold sequences which share nothing.
+    """Return the inputs of a bucket, on the CPU, for sequences without shared prefixes.
 
     Args:
         bucket: large enough for them.
         rows: token ids.
-        pooled_positions: of the token in each sequence that the head reads.
+        pooled_positions: the position in each sequence that the head reads.
         pad_id: any token.
     """
     num_padding = bucket.num_tokens - sum(map(len, rows))
@@ -223,7 +223,7 @@ class PassLibrary:
         return self._passes.items()
 
     def choose(self, rows: Sequence[tuple[int, ...]]) -> tuple[Bucket, StaticPass] | None:
-        """Return the pass for these sequences, which share nothing, and its bucket; None where no bucket fits."""
+        """Return the pass for these sequences, which share no prefix, and its bucket; None where no bucket fits."""
         bucket = bucket_for(sum(map(len, rows)), len(rows), self._passes)
         return None if bucket is None else (bucket, self._passes[bucket])
 
@@ -261,7 +261,7 @@ def record_library(
     try:
         library = capture(classifier, max_batch_tokens)
         failure = _disagreement(library, classifier, compute, tolerance)
-    except Exception as error:  # noqa: BLE001 - whatever recording raises, the ordinary path serves
+    except Exception as error:  # noqa: BLE001 - if recording fails in any way, the ordinary path serves
         library, failure = PassLibrary({}), f"{type(error).__name__}: {error}"
     if not failure:
         return library, ""

@@ -31,7 +31,7 @@ from service.engines.rewiring import rewire
 from service.scheduling.prefix_tree import TokenIds, TokenSpan, has_shared_prefix
 
 PADDING_ID = 0
-"""The token of padding at the end of a packed batch. Any will do: its states are computed and never read."""
+"""The id of padding tokens at the end of a packed batch. Any id is valid: their states are computed and never read."""
 
 MIN_SHARED_TOKENS = 8
 """Sharing a shorter prefix costs as much in attention as it saves in linear layers (24M parameters, two cores)."""
@@ -92,7 +92,7 @@ class PackedForward:
     def launch(self, rows: Sequence[TokenIds], query: StateQuery | None = None) -> Pending[EngineOutput]:
         """Launch a pass on the device; see ``LaunchingPath.launch``. On CUDA the host waits for nothing here.
 
-        The prefix cache is neither read nor written, because what a pass computed is cached only after it has ended.
+        The prefix cache is neither read nor written, because states are cached only after their pass has ended.
         """
         return Deferred(partial(self._finish, rows, query, self._launch(rows, query)))
 
@@ -215,8 +215,8 @@ class PackedForward:
     ) -> EngineOutput:
         """Compute sequences without a finite reward again, each alone and without the cache.
 
-        A state that is not finite reaches all sequences that share a prefix with its own, even from behind that prefix:
-        in the sum of attention, zero times infinity is NaN.
+        A state that is not finite affects all sequences that share a prefix with its own, even if it is after that
+        prefix: in the sum of attention, zero times infinity is NaN.
         """
         if not any(output.shared_tokens):
             return output
@@ -254,7 +254,7 @@ def _output_of(copies: Pending[list[torch.Tensor]], shared_tokens: list[int]) ->
 
 
 def _mean_starts(rows: Sequence[TokenIds], query: StateQuery | None) -> list[int | None]:
-    """Return of each sequence the first token that ``mean`` pooling reads; None where only the pooled one is read."""
+    """Return the first token of each sequence that ``mean`` pooling reads; None where only the pooled one is read."""
     starts: list[int | None] = [None] * len(rows)
     if query is not None and any(tap.pooling == "mean" for tap in query.taps):
         for index, requested in query.readings:

@@ -71,7 +71,7 @@ class PaddedForward:
     ) -> tuple[list[float], torch.Tensor | None]:
         classifier = self._classifier
         longest = max(len(row) for row in rows)
-        # States of padding are never read; where no pad token is defined any token will do.
+        # States of padding are never read; where no pad token is defined, any token is valid.
         pad = classifier.pad_token_id or 0
         inputs = {
             "input_ids": classifier.token_tensor([[*row, *[pad] * (longest - len(row))] for row in rows]),
@@ -92,7 +92,7 @@ class PaddedForward:
 
 
 def _in_order(readings: Sequence[tuple[int, int]], parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-    """Return the states of all readings in their order; each part has those of one sequence in their order."""
+    """Return the states of all readings in order; each part has the states of one sequence, in order."""
     states_of = [iter(()) if part is None else iter(part) for part in parts]
     found = [next(states_of[index]) for index, _ in readings]
     return torch.stack(found) if found else None

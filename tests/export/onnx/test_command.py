@@ -1,4 +1,4 @@
-"""``reward-export`` writes bundles that answer as plain transformers does, and writes nothing that does not."""
+"""``reward-export`` writes a bundle only if its rewards agree with those of plain transformers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tiny_models import FAMILIES, write_tiny_causal_lm, write_tiny_checkpoint
 from transformers import AutoModelForSequenceClassification
 
 from export.onnx import command as bundle_command
-from export.onnx.command import ExportPlan, choose_probes, export_bundle, main, probe_tolerance, tap
+from export.onnx.command import ExportPlan, choose_probes, export_bundle, main, parse_tap, probe_tolerance
 from export.onnx.reward_comparison import Bounds
 from service.assembly import assemble
 from service.checkpoints.bundle import BUNDLE_MANIFEST_FILE, GRAPH_FILE, open_bundle, read_manifest
@@ -27,7 +27,7 @@ from service.records import Encoding, Exchange, Item, ScoreRequest, StateTap, To
 from service.settings import BatchingSettings, ModelSettings, Settings
 
 ITEMS = [{"prompt": f"How do I boil {number} eggs?", "completion": "In water. " * (number + 1)} for number in range(12)]
-pytestmark = pytest.mark.timeout(900)  # the tracer is slow where other processes want the cores too
+pytestmark = pytest.mark.timeout(900)  # the tracer is slow where other processes use the cores too
 
 TAPS = (StateTap(0, "mean"), StateTap(1, "mean"), StateTap(2, "last"), StateTap(3, "mean"), StateTap(3, "last"))
 
@@ -75,8 +75,8 @@ def plain(folder: Path, rows: list[tuple[int, ...]]) -> list[float]:
         return [model(input_ids=torch.tensor([row])).logits.item() for row in rows]
 
 
-def test_the_bundle_answers_as_plain_transformers(llama: Path, llama_bundle: Path) -> None:
-    """Rows of different lengths in one batch, lengths that the tracer never saw: within 1e-4."""
+def test_rewards_of_the_bundle_are_those_of_plain_transformers(llama: Path, llama_bundle: Path) -> None:
+    """For sequences of different lengths in one batch, which were not used for tracing, they agree within 1e-4."""
     engine = engine_of(llama_bundle)
     rows = random_rows(engine._padding.pad_token_id + 300)
 
@@ -85,8 +85,8 @@ def test_the_bundle_answers_as_plain_transformers(llama: Path, llama_bundle: Pat
     assert list(rewards) == pytest.approx(plain(llama, rows), abs=1e-4)
 
 
-def test_the_manifest_vouches_for_every_file_but_itself(llama: Path, llama_bundle: Path) -> None:
-    """Graph, tokenizer, template and configuration are hashed; parity, opset and versions stand beside."""
+def test_the_manifest_has_the_hash_of_every_file_but_itself(llama: Path, llama_bundle: Path) -> None:
+    """Graph, tokenizer, template and configuration are hashed; it also has parity, opset and library versions."""
     manifest = read_manifest(llama_bundle)
 
     assert set(manifest.files) == {file.name for file in llama_bundle.iterdir()} - {BUNDLE_MANIFEST_FILE}
@@ -98,8 +98,8 @@ def test_the_manifest_vouches_for_every_file_but_itself(llama: Path, llama_bundl
     assert manifest.probes
 
 
-async def test_the_service_takes_the_bundle_as_it_takes_a_checkpoint(llama: Path, llama_bundle: Path) -> None:
-    """``auto`` on either folder: the same rewards for the same texts through the whole service, the same version."""
+async def test_bundle_and_checkpoint_are_served_with_the_same_rewards(llama: Path, llama_bundle: Path) -> None:
+    """With the engine ``auto`` both folders give the same rewards through the whole service, and the same version."""
     model = {"device": "cpu", "dtype": "float32", "num_threads": 1, "name": "llama"}
     rewards, versions = [], []
     for folder in (llama, llama_bundle):
@@ -120,7 +120,7 @@ async def test_the_service_takes_the_bundle_as_it_takes_a_checkpoint(llama: Path
 
 
 def test_a_graph_that_disagrees_is_not_written(llama: Path, items: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    """Another model's graph is found out, and neither the folder nor a half-written one remains."""
+    """The graph of another model is detected, and no folder remains, complete or incomplete."""
     monkeypatch.setattr(
         bundle_command, "_write_graph", lambda folder, _checkpoint, _plan, _taps: write_tiny_graph(folder)
     )
@@ -132,8 +132,8 @@ def test_a_graph_that_disagrees_is_not_written(llama: Path, items: Path, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_wider_bounds_let_a_graph_through(llama: Path, items: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    """The caller may judge for themselves; the report says what they let pass."""
+def test_wider_bounds_accept_a_graph(llama: Path, items: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """The caller may set other bounds; the manifest reports the accepted difference."""
     monkeypatch.setattr(
         bundle_command, "_write_graph", lambda folder, _checkpoint, _plan, _taps: write_tiny_graph(folder)
     )
@@ -148,8 +148,8 @@ def test_wider_bounds_let_a_graph_through(llama: Path, items: Path, tmp_path: Pa
     assert "calibration.safetensors" not in manifest.files
 
 
-def test_the_command_says_why_it_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A model without a scalar head ends with status 1 and the judge's sentence."""
+def test_the_command_prints_the_reason_of_a_refusal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """For a model without a scalar head the status is 1, and the message is that of the validation."""
     folder = write_tiny_causal_lm(tmp_path / "model")
 
     assert main([str(folder), str(tmp_path / "out")]) == 1
@@ -158,7 +158,7 @@ def test_the_command_says_why_it_refuses(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_nothing_is_overwritten(llama: Path, tmp_path: Path) -> None:
-    """A folder with anything in it is left as it is."""
+    """A folder that is not empty is not changed."""
     (tmp_path / "notes.txt").write_text("mine")
 
     with pytest.raises(CheckpointError, match="not empty"):
@@ -186,7 +186,7 @@ def test_rotary_frequencies_that_change_with_the_length_are_refused(llama: Path,
 
 
 def test_probes_are_spread_over_the_lengths() -> None:
-    """The shortest and the longest that a start can afford are among them, and none beyond."""
+    """They include the shortest sequence and the longest one below the limit for probes, and none above it."""
     sequences = [TokenSequence((1,) * length) for length in (300, 5, 10, 20, 40, 80, 160, 250, 900)]
     rewards = [float(sequence.num_tokens) for sequence in sequences]
 
@@ -197,17 +197,17 @@ def test_probes_are_spread_over_the_lengths() -> None:
 
 
 def test_tolerances_follow_the_precision() -> None:
-    """In fp32 rounding alone is allowed; in fewer bits a part of how far rewards lie apart."""
+    """In fp32 only rounding is accepted; in lower precisions a part of the standard deviation of the rewards."""
     assert probe_tolerance("fp32", [0.5, -4.0]) == pytest.approx(4e-4)
     assert probe_tolerance("int8", [-1.0, 1.0]) == pytest.approx(0.05)
 
 
 @pytest.mark.parametrize("text", ["mean", "3", "3:max", "x:mean"])
-def test_taps_are_written_with_layer_and_pooling(text: str) -> None:
-    """``12:mean`` is a tap; anything else is not."""
-    assert tap("12:mean") == StateTap(12, "mean")
+def test_taps_have_a_layer_and_a_pooling(text: str) -> None:
+    """``12:mean`` is parsed; other forms are errors."""
+    assert parse_tap("12:mean") == StateTap(12, "mean")
     with pytest.raises(ValueError, match=r".*"):
-        tap(text)
+        parse_tap(text)
 
 
 @pytest.mark.slow
@@ -236,8 +236,8 @@ def test_every_family_is_exported(family: str, items: Path, tmp_path: Path) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "precision"), [("qwen2", "int8"), ("bert", "int8"), ("qwen2", "fp16")])
-def test_fewer_bits_keep_the_order(family: str, precision: Any, tmp_path: Path) -> None:
-    """On the built-in texts the ranks are those of fp32 within the default bound, and neighbours change little."""
+def test_lower_precisions_preserve_the_order(family: str, precision: Any, tmp_path: Path) -> None:
+    """Ranks of the built-in texts agree with fp32 within the default bound, and batch composition changes little."""
     folder = write_tiny_checkpoint(tmp_path / "model", family)
 
     manifest = export_bundle(str(folder), tmp_path / "out", ExportPlan(precision=precision))

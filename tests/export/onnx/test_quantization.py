@@ -1,4 +1,4 @@
-"""The int8 graph is close to its fp32 twin, keeps rows apart, and leaves alone what is not worth it."""
+"""The int8 graph is close to the fp32 graph, its rows are independent, and narrow weights are not quantized."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from export.onnx.quantization import MIGRATION, channel_sizes, quantize_graph, quantize_weight, smoothing
+from export.onnx.quantization import (
+    MIGRATION_STRENGTH,
+    channel_magnitudes,
+    quantize_graph,
+    quantize_weight,
+    smoothing_factors,
+)
 from service.checkpoints.bundle import GRAPH_DATA_FILE, GRAPH_FILE
 from service.engines.onnx_session import session_options
 
@@ -24,7 +30,7 @@ NARROW = DICE.standard_normal((48, 1)).astype(np.float32)
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Holds a graph with two wide multiplications of one input, and a head of one column."""
+    """A folder with a graph of two wide matrix products of one input, and a head of one column."""
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", "length", 32])
     outputs = [
         helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", "length", width])
@@ -62,8 +68,8 @@ def operators(folder: Path) -> list[str]:
     return [node.op_type for node in onnx.load(folder / GRAPH_FILE).graph.node]
 
 
-def test_products_stay_within_a_percent(folder: Path) -> None:
-    """Eight bits per row and per column: the typical error is below two percent of the typical value."""
+def test_products_have_a_small_error(folder: Path) -> None:
+    """With eight bits per row and per column the root mean square error is below two percent of the deviation."""
     x = texts(3, 7)
 
     assert quantize_graph(folder, FEEDS) == 2
@@ -74,7 +80,7 @@ def test_products_stay_within_a_percent(folder: Path) -> None:
 
 
 def test_the_graph_is_the_same_without_vnni(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ONNX Runtime's mode for CPUs without VNNI takes the graph and gives the same bits: integers do not round."""
+    """ONNX Runtime's mode for CPUs without VNNI gives the same bits, because products of integers are exact."""
     quantize_graph(folder, FEEDS)
     x = texts(3, 7)
     exact = run(folder, x)
@@ -85,19 +91,19 @@ def test_the_graph_is_the_same_without_vnni(folder: Path, monkeypatch: pytest.Mo
         assert np.array_equal(other, product)
 
 
-def test_a_row_does_not_depend_on_its_neighbours(folder: Path) -> None:
-    """A neighbour a thousand times larger changes no bit, which one scale per batch could not promise."""
+def test_a_row_does_not_depend_on_other_rows(folder: Path) -> None:
+    """Another row that is a thousand times larger changes no bit, as it would with one scale per batch."""
     quantize_graph(folder, FEEDS)
     x = texts(2, 5)
     alone = run(folder, x[:1])
     x[1] *= 1000
 
-    for beside, own in zip(run(folder, x), alone, strict=True):
-        assert np.array_equal(beside[:1], own)
+    for batched, single in zip(run(folder, x), alone, strict=True):
+        assert np.array_equal(batched[:1], single)
 
 
 def test_rows_of_zeros_stay_zero(folder: Path) -> None:
-    """Nothing is divided by zero."""
+    """Their scale has a lower limit, so nothing is divided by zero."""
     quantize_graph(folder, FEEDS)
 
     for product in run(folder, np.zeros((1, 2, 32), dtype=np.float32)):
@@ -105,7 +111,7 @@ def test_rows_of_zeros_stay_zero(folder: Path) -> None:
 
 
 def test_the_head_is_left_in_fp32_and_inputs_are_quantized_once(folder: Path) -> None:
-    """A column or two are not worth the rounding; multiplications of the same input share its integers."""
+    """Weights of few columns stay in fp32; products of the same input share its quantized rows."""
     quantize_graph(folder, FEEDS)
 
     found = operators(folder)
@@ -115,7 +121,7 @@ def test_the_head_is_left_in_fp32_and_inputs_are_quantized_once(folder: Path) ->
 
 
 def test_fp32_weights_do_not_remain(folder: Path) -> None:
-    """What was replaced is gone from the file, else int8 would be larger than fp32."""
+    """Replaced weights are removed from the file, which would otherwise be larger than in fp32."""
     quantize_graph(folder, FEEDS)
 
     names = {tensor.name for tensor in onnx.load(folder / GRAPH_FILE).graph.initializer}
@@ -123,16 +129,16 @@ def test_fp32_weights_do_not_remain(folder: Path) -> None:
     assert not {"wide", "also_wide"} & names
 
 
-def test_integers_use_their_range_and_no_more() -> None:
-    """Each column's largest weight becomes the largest integer, and scales bring it back."""
+def test_quantized_weights_use_the_whole_range() -> None:
+    """The largest weight of each column becomes 127, and the scales restore the weights up to rounding."""
     integers, scale = quantize_weight(WIDE)
 
     assert (np.abs(integers).max(axis=0) == 127).all()
     assert np.abs(integers * scale - WIDE).max() <= scale.max() / 2 + 1e-6
 
 
-def test_weights_in_a_file_of_their_own_stay_there(folder: Path) -> None:
-    """A graph too large for one file is still two files afterwards, and no stale weights remain."""
+def test_external_weights_remain_external(folder: Path) -> None:
+    """A graph with weights in a separate file has two files afterwards, without the replaced weights."""
     model = onnx.load(folder / GRAPH_FILE)
     (folder / GRAPH_FILE).unlink()
     onnx.save(model, folder / GRAPH_FILE, save_as_external_data=True, location=GRAPH_DATA_FILE, size_threshold=0)
@@ -144,14 +150,14 @@ def test_weights_in_a_file_of_their_own_stay_there(folder: Path) -> None:
     assert np.abs(run(folder, texts(1, 4))[0] - exact).max() < 0.2
 
 
-def test_a_channel_that_towers_above_the_rest_spoils_nothing(folder: Path) -> None:
-    """Its size moves into the weights, so that the others keep their bits: a third of the error that it would cost."""
-    tower = np.ones(32, dtype=np.float32)
-    tower[3] = 100.0
-    x = texts(3, 7) * tower
+def test_an_outlier_channel_does_not_reduce_the_precision_of_others(folder: Path) -> None:
+    """Its magnitude is moved into the weights, so the error is at most a third of the one without smoothing."""
+    outlier = np.ones(32, dtype=np.float32)
+    outlier[3] = 100.0
+    x = texts(3, 7) * outlier
     exact = run(folder, x)[0]
 
-    quantize_graph(folder, [{"x": feed["x"] * tower} for feed in FEEDS])
+    quantize_graph(folder, [{"x": feed["x"] * outlier} for feed in FEEDS])
     error = np.sqrt(((run(folder, x)[0] - exact) ** 2).mean())
 
     scale = np.abs(x).max(axis=-1, keepdims=True) / 127
@@ -159,16 +165,18 @@ def test_a_channel_that_towers_above_the_rest_spoils_nothing(folder: Path) -> No
     assert error < plain_error / 3
 
 
-def test_channels_are_measured_where_they_are_multiplied(folder: Path) -> None:
-    """The largest magnitude over all texts and tokens, by the name of the activation; narrow weights do not count."""
-    sizes = channel_sizes(folder, FEEDS)
+def test_channel_magnitudes_are_measured_at_quantized_products(folder: Path) -> None:
+    """The largest magnitude over all texts and tokens, by the name of the activation; narrow weights have none."""
+    magnitudes = channel_magnitudes(folder, FEEDS)
 
-    assert set(sizes) == {"x"}
-    assert np.allclose(sizes["x"], np.abs(np.concatenate([feed["x"] for feed in FEEDS])).max(axis=(0, 1)))
+    assert set(magnitudes) == {"x"}
+    assert np.allclose(magnitudes["x"], np.abs(np.concatenate([feed["x"] for feed in FEEDS])).max(axis=(0, 1)))
 
 
-def test_a_channel_that_was_never_seen_alive_keeps_its_size() -> None:
-    """Nothing is known of it, so nothing is moved; of the others, the power that is to be moved."""
-    factors = smoothing(np.array([0.0, 4.0, 9.0], dtype=np.float32), np.array([1.0, 1.0, 0.0], dtype=np.float32))
+def test_a_channel_that_is_always_zero_is_not_scaled() -> None:
+    """Its factor is 1; the factor of the others is their magnitude to the power of the migration strength."""
+    factors = smoothing_factors(
+        np.array([0.0, 4.0, 9.0], dtype=np.float32), np.array([1.0, 1.0, 0.0], dtype=np.float32)
+    )
 
-    assert factors.tolist() == pytest.approx([1.0, 4.0**MIGRATION, 1.0])
+    assert factors.tolist() == pytest.approx([1.0, 4.0**MIGRATION_STRENGTH, 1.0])

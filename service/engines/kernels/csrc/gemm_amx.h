@@ -3,7 +3,7 @@
 
 #include "panel_packing.h"
 
-// Configures this thread's tiles with 16 rows of 64 bytes, and releases them at the end of its life.
+// Configures this thread's tiles with 16 rows of 64 bytes; the destructor releases them.
 class AmxTileConfig {
 public:
     AmxTileConfig() {

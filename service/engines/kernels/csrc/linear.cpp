@@ -89,7 +89,7 @@ void multiply_block(
     pending.advance(BLOCK);
 }
 
-// Epilogue: writes 32 columns of a product, bias added, as far as the output is wide.
+// Epilogue: writes 32 columns of a product, bias added; columns beyond the output's width are left out.
 struct StoreEpilogue {
     bf16* output;
     int num_rows, width;
