@@ -182,15 +182,26 @@ def _parser() -> argparse.ArgumentParser:
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--model", type=Path, metavar="DIR", help="checkpoint folder (default: a random model)")
     model.add_argument("--shape", choices=SHAPES, default="24M", help="size of the random model (default: %(default)s)")
-    parser.add_argument(
-        "--onnx", type=Path, nargs="+", default=[], metavar="DIR", help="bundles exported from the same checkpoint"
-    )
-    parser.add_argument("--compile", action="store_true", help="also measure the engine with compiled blocks")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
+    _add_ways(parser.add_argument_group("further ways of scoring"))
+    _add_work(parser)
+    _add_machine(parser.add_argument_group("machine and batches"))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write findings and measurements")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the findings; the suffix determines the format")
+    return parser
+
+
+def _add_ways(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--onnx", type=Path, nargs="+", default=[], metavar="DIR", help="bundles exported from the same checkpoint")
+    add("--compile", action="store_true", help="also measure the engine with compiled blocks")
     for option, meaning in GPU_OPTIONS.items():
-        parser.add_argument(option, action="store_true", help=f"on a GPU, also measure the engine {meaning}")
-    parser.add_argument(
-        "--int8", action="store_true", help="on a CPU, also measure the engine with linear layers in int8"
-    )
+        add(option, action="store_true", help=f"on a GPU, also measure the engine {meaning}")
+    add("--int8", action="store_true", help="on a CPU, also measure the engine with linear layers in int8")
+
+
+def _add_work(parser: argparse.ArgumentParser) -> None:
+    names = ", ".join(WORKLOADS)
     work = parser.add_mutually_exclusive_group()
     work.add_argument(
         "--workloads",
@@ -198,33 +209,29 @@ def _parser() -> argparse.ArgumentParser:
         choices=WORKLOADS,
         default=list(WORKLOADS),
         metavar="NAME",
-        help="any of: " + ", ".join(WORKLOADS),
+        help=f"any of: {names} (default: all)",
     )
     work.add_argument(
         "--rows", type=Path, metavar="FILE", help="score the items or pairs of a data file instead of a workload"
     )
-    parser.add_argument("--items", type=int, help="items of each workload (default: 128 on CPU, 1,024 on CUDA)")
-    parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default: %(default)s)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--items", type=int, help="items of each workload (default: 128 on CPU, 1,024 on CUDA)")
+    add("--rounds", type=int, default=3, help="interleaved rounds (default: %(default)s)")
+    add("--seed", type=int, default=1, help="seed of the texts (default: %(default)s)")
+
+
+def _add_machine(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    add("--threads", type=int, help="CPU threads (default: all cores)")
+    add(
         "--clock",
         choices=CLOCKS,
         default="wall",
         help="cpu: CPU seconds, for a CPU that other processes use too; with --threads 1 (default: %(default)s)",
     )
-    parser.add_argument("--batch-tokens", type=int, help="batch budget of the engine (default: as the service)")
-    parser.add_argument(
-        "--padded-items",
-        type=int,
-        default=16,
-        help="items of a padded batch of plain transformers (default: %(default)s)",
-    )
-    parser.add_argument("--seed", type=int, default=1, help="seed of the texts (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write findings and measurements")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the findings; the suffix determines the format")
-    return parser
+    add("--batch-tokens", type=int, help="batch budget of the engine (default: as the service)")
+    add("--padded-items", type=int, default=16, help="items of a padded batch of transformers (default: %(default)s)")
 
 
 if __name__ == "__main__":

@@ -8,9 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loadtest.workload import draw_groups
 from service.transformers_logging import transformers_silenced
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast, Qwen2Config
 
 SPECIAL_TOKENS = {"pad_token": "<pad>", "eos_token": "<eos>"}
 
@@ -54,8 +58,22 @@ def write_random_checkpoint(
         device: on which the weights are drawn; a GPU is faster for billions of them and draws different ones.
     """
     import torch
+    from transformers import Qwen2ForSequenceClassification
+
+    tokenizer = _train_tokenizer(shape, seed)
+    config = _qwen2_config(shape, tokenizer)
+    with torch.random.fork_rng(), torch.device(device):
+        torch.manual_seed(seed)
+        model = Qwen2ForSequenceClassification(config).to(getattr(torch, dtype))
+    with transformers_silenced():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _train_tokenizer(shape: ModelShape, seed: int) -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForSequenceClassification
+    from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -68,8 +86,13 @@ def write_random_checkpoint(
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=shape.positions, **SPECIAL_TOKENS)
-    config = Qwen2Config(
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=shape.positions, **SPECIAL_TOKENS)
+
+
+def _qwen2_config(shape: ModelShape, tokenizer: PreTrainedTokenizerFast) -> Qwen2Config:
+    from transformers import Qwen2Config
+
+    return Qwen2Config(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
@@ -82,10 +105,3 @@ def write_random_checkpoint(
         bos_token_id=None,
         num_labels=1,
     )
-    with torch.random.fork_rng(), torch.device(device):
-        torch.manual_seed(seed)
-        model = Qwen2ForSequenceClassification(config).to(getattr(torch, dtype))
-    with transformers_silenced():
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    return folder

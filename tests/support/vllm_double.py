@@ -1,6 +1,6 @@
-"""A server that takes vLLM's flags, speaks its ``/classify``, and scores with plain transformers.
+"""A double of vLLM's server: it accepts vLLM's flags, implements ``/classify`` and scores with plain transformers.
 
-Run as a program in the place of an interpreter that has vLLM; it says what vLLM 0.32 says.
+It is run as a program instead of the interpreter of vLLM's environment; its responses have the format of vLLM 0.32.
 """
 
 from __future__ import annotations
