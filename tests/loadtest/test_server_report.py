@@ -59,11 +59,12 @@ def test_one_disagreement_spoils_the_report(max_difference: float, agrees: bool)
         "plain against transformers in fp32": Agreement(8, max_difference, spread=1.0, spearman=1.0),
     }
     report = ServerReport("plain", "bfloat16", shapes, found, agreements)
-    console = Console(file=io.StringIO(), width=200)
+    output = io.StringIO()
+    console = Console(file=output, width=200)
 
     report.print(console)
 
-    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    printed = output.getvalue()
     said = json.loads(json.dumps(report.as_json()))
     assert report.agrees is said["agrees"] is agrees
     assert ("DISAGREE" in printed) is not agrees

@@ -98,7 +98,9 @@ def test_a_majority_is_wiser_than_one() -> None:
 
 def test_labels_made_of_the_reviews_do_not_hide_agreement() -> None:
     """Nearly all reviews say "chosen", since the label came from them; alpha is as high as the reviewers deserve."""
-    votes: list[tuple[Vote, Vote]] = [("chosen", "chosen")] * 95 + [("chosen", "rejected")] * 5
+    same: tuple[Vote, Vote] = ("chosen", "chosen")
+    different: tuple[Vote, Vote] = ("chosen", "rejected")
+    votes = [same] * 95 + [different] * 5
 
     agreement = measure_agreement(reviewed(number, *both) for number, both in enumerate(votes))
 

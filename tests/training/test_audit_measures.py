@@ -146,7 +146,8 @@ def test_rewards_that_never_change_are_no_length() -> None:
 
 def test_overlap_of_equal_and_of_separate_rewards() -> None:
     """The same distribution overlaps fully, separate ones not at all; the gap is the difference of means."""
-    same = measure_gaps(ScoredPairs(scored([0] * 40).pairs, *([np.arange(40.0)] * 2), *([np.ones(40)] * 2)))
+    rewards, lengths = np.arange(40.0), np.ones(40)
+    same = measure_gaps(ScoredPairs(scored([0] * 40).pairs, rewards, rewards, lengths, lengths))
     apart = measure_gaps(scored([5.0] * 40))
 
     assert (same.overlap, same.mean_gap.value) == (1.0, 0.0)
