@@ -84,7 +84,7 @@ def _rows(layers: Sequence[Sequence[str]], steps: Mapping[str, list[int]]) -> It
     for row, layer in enumerate(layers):
         top = 40 + ROW * row
         yield f'<rect class="layer" x="{LEFT}" y="{top}" width="{LEGEND - LEFT - 30}" height="{ROW - 8}" rx="6"/>'
-        left = LEFT + GAP
+        left: float = LEFT + GAP
         for module in layer:
             width = 2 * PAD + CHAR * len(module)
             yield f'<rect class="box" x="{left}" y="{top + 6}" width="{width:.0f}" height="{BOX_HEIGHT}" rx="5"/>'

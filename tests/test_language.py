@@ -18,7 +18,7 @@ PACKAGES = ("service", "export", "training", "loadtest", "monitoring", "client/r
 
 def banned_synonyms(glossary: str) -> dict[str, str]:
     """Return the term to use for each banned word; words are lower case, with underscores, and may end in ``*``."""
-    found = {}
+    found: dict[str, str] = {}
     for line in glossary.splitlines():
         cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
         if line.startswith("|") and len(cells) == 3 and cells[0] != "term" and not set(cells[0]) <= {"-"}:

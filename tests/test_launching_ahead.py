@@ -7,6 +7,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from itertools import count
+from typing import Any
 
 import pytest
 from launching_engine import LaunchingOracle
@@ -115,7 +116,8 @@ def test_a_pass_that_fails_late_is_bisected(where: str, error: Exception) -> Non
     """Wherever a launched batch raises, only the failing sequence gets an error, and the others get their rewards."""
     sequences = [TokenSequence((60 + index, 9)) for index in range(16)]
     sequences[5] = TokenSequence((BAD, 9))
-    pipeline = Pipeline(LaunchingOracle(**{where: raising(error)}))
+    faults: dict[str, Any] = {where: raising(error)}
+    pipeline = Pipeline(LaunchingOracle(**faults))
 
     outcome = pipeline.finish(pipeline.start(sequences, ["none"] * 16))
 
@@ -173,7 +175,8 @@ def test_an_engine_that_cannot_launch_ahead_runs_in_finish() -> None:
 @pytest.mark.parametrize("where", ["at_launch", "on_device"])
 def test_a_lost_device_is_not_bisected(where: str) -> None:
     """If the device is lost no smaller batch is tried: the error is raised to the owner of the thread."""
-    pipeline = Pipeline(LaunchingOracle(**{where: raising(EngineUnavailable("lost"))}))
+    faults: dict[str, Any] = {where: raising(EngineUnavailable("lost"))}
+    pipeline = Pipeline(LaunchingOracle(**faults))
     batch = pipeline.start([TokenSequence((BAD,)), TokenSequence((9,))], ["none"] * 2)
 
     with pytest.raises(EngineUnavailable):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -82,10 +83,10 @@ def expected(entry: TokenSequence | HttpError) -> Outcome:
     return Score(oracle_reward(entry.token_ids)) if isinstance(entry, TokenSequence) else entry
 
 
-def collect(pipeline: Pipeline, encoded: Iterable[TokenSequence | HttpError], **options: object) -> dict[int, Outcome]:
+def collect(pipeline: Pipeline, encoded: Iterable[TokenSequence | HttpError], **options: Any) -> dict[int, Outcome]:
     """Score everything; an index that comes twice is an error."""
     found: dict[int, Outcome] = {}
-    for index, outcome in score_offline(pipeline, encoded, **options):  # type: ignore[arg-type]
+    for index, outcome in score_offline(pipeline, encoded, **options):
         assert index not in found
         found[index] = outcome
     return found

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reward_client.options import DiagnosticsLevel
 
-from service.engines.base import EngineInfo, EngineOutput
+from service.engines.base import EngineOutput
 from service.engines.oracle import OracleEngine, OracleFaults, oracle_reward
 from service.errors import EngineFailed, EngineOutOfMemory, HttpError, NonFiniteReward, OutputMismatch, WarmUpFailed
 from service.pipeline import Pipeline, isolate_failures
@@ -21,7 +21,7 @@ from service.scheduling.budget import BatchBudget
 RAISES, NAN, INFINITY = 1, 2, 3
 
 
-class ScriptedEngine:
+class ScriptedEngine(OracleEngine):
     """The oracle with a function of the test that changes its rewards; records the batches."""
 
     def __init__(
@@ -31,21 +31,14 @@ class ScriptedEngine:
         max_input_tokens: int = 64,
         faults: OracleFaults | None = None,
     ) -> None:
-        self._oracle = OracleEngine(max_input_tokens=max_input_tokens, faults=faults)
+        super().__init__(max_input_tokens=max_input_tokens, faults=faults)
         self._script = script
         self.batches: list[list[TokenSequence]] = []
 
-    @property
-    def info(self) -> EngineInfo:
-        return self._oracle.info
-
     def forward(self, sequences: Sequence[TokenSequence], *, states: bool = False) -> EngineOutput:
         self.batches.append(list(sequences))
-        rewards = self._script(sequences, list(self._oracle.forward(sequences).rewards))
+        rewards = self._script(sequences, list(super().forward(sequences).rewards))
         return EngineOutput(rewards, shared_tokens=[1] * len(sequences))
-
-    def close(self) -> None:
-        pass
 
 
 def distinct(count: int, length: int = 4) -> list[TokenSequence]:

@@ -25,7 +25,8 @@ def rewards(model: PreTrainedModel | PeftModel, tokenizer_dir: Path) -> torch.Te
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     batch = tokenizer(list(SENTENCES), padding=True, return_tensors="pt")
     with torch.inference_mode():
-        return model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        logits: torch.Tensor = model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return logits
 
 
 @pytest.fixture

@@ -134,7 +134,8 @@ def test_the_shipped_demo_model_is_what_was_trained(tmp_path: Path) -> None:
         ]
         batch = tokenizer.apply_chat_template(turns, padding=True, return_tensors="pt", return_dict=True)
         with torch.inference_mode():
-            return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            logits: torch.Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        return logits
 
     expected = rewards(trained)
     assert AutoModelForSequenceClassification.from_pretrained(folder).dtype == torch.bfloat16

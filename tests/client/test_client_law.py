@@ -31,6 +31,13 @@ PATIENCE: dict[str, Any] = {
 }
 
 
+class BadWorld(World):
+    """A service that never gives a reward."""
+
+    expected: ClassVar[type[ClientError]]
+    """What a call raises."""
+
+
 class Honest(World):
     """Everything works."""
 
@@ -57,17 +64,18 @@ class ChangesModelOnce(World):
         yield ok(scores(request, version="old" if request.number == 0 else "new"))
 
 
-class ClosesWithoutAnswer(World):
+class ClosesWithoutAnswer(BadWorld):
     """Takes the request and hangs up."""
 
     expected = ServiceUnavailable
 
     async def answer(self, request: Request) -> AsyncIterator[bytes]:
-        return
-        yield b""
+        nothing: tuple[bytes, ...] = ()
+        for part in nothing:
+            yield part
 
 
-class HangsUpHalfway(World):
+class HangsUpHalfway(BadWorld):
     """Promises more bytes than it sends."""
 
     expected = ServiceUnavailable
@@ -76,7 +84,7 @@ class HangsUpHalfway(World):
         yield response("200 OK", b'{"results": [', "Connection: close", length=5000)
 
 
-class AlwaysOverloaded(World):
+class AlwaysOverloaded(BadWorld):
     """Answers 503 to everything."""
 
     expected = ServiceUnavailable
@@ -85,7 +93,7 @@ class AlwaysOverloaded(World):
         yield problem("503 Service Unavailable", "overloaded", "Retry-After: 0")
 
 
-class AsksToComeBackTomorrow(World):
+class AsksToComeBackTomorrow(BadWorld):
     """Answers 503 with a Retry-After beyond every deadline."""
 
     expected = ClientDeadlineExceeded
@@ -94,7 +102,7 @@ class AsksToComeBackTomorrow(World):
         yield problem("503 Service Unavailable", "draining", "Retry-After: 86400")
 
 
-class Refuses(World):
+class Refuses(BadWorld):
     """Answers 422, once and for all."""
 
     expected = RequestRejected
@@ -103,7 +111,7 @@ class Refuses(World):
         yield problem("422 Unprocessable Content", "invalid_request")
 
 
-class Redirects(World):
+class Redirects(BadWorld):
     """Sends us elsewhere."""
 
     expected = BadAnswer
@@ -112,7 +120,7 @@ class Redirects(World):
         yield response("302 Found", b"", "Location: /elsewhere")
 
 
-class NeverAnswers(World):
+class NeverAnswers(BadWorld):
     """Takes the request and falls silent."""
 
     expected = ClientDeadlineExceeded
@@ -122,7 +130,7 @@ class NeverAnswers(World):
         yield b""
 
 
-class Drips(World):
+class Drips(BadWorld):
     """Sends a byte now and then, so that no single read ever waits long."""
 
     expected = ClientDeadlineExceeded
@@ -133,7 +141,7 @@ class Drips(World):
             await asyncio.sleep(0.1)
 
 
-class KeepsChangingModels(World):
+class KeepsChangingModels(BadWorld):
     """No two requests are answered by the same model."""
 
     expected = BadAnswer
@@ -142,7 +150,7 @@ class KeepsChangingModels(World):
         yield ok(scores(request, version=f"v{request.number}"))
 
 
-class LosesItems(World):
+class LosesItems(BadWorld):
     """Two items have an error instead of a reward."""
 
     expected = ItemsFailed
@@ -156,7 +164,7 @@ class LosesItems(World):
         yield ok(answer)
 
 
-class SaysNotJson(World):
+class SaysNotJson(BadWorld):
     """Answers 200 with a page of a proxy."""
 
     expected = BadAnswer
@@ -165,7 +173,7 @@ class SaysNotJson(World):
         yield response("200 OK", b"<html>Welcome</html>", "Content-Type: text/html")
 
 
-class BreaksCompression(World):
+class BreaksCompression(BadWorld):
     """Announces gzip and sends half of it."""
 
     expected = BadAnswer
@@ -175,7 +183,7 @@ class BreaksCompression(World):
         yield response("200 OK", b"\0" + content[5:], "Content-Encoding: gzip")
 
 
-class Tampers(World):
+class Tampers(BadWorld):
     """An honest answer with one thing changed."""
 
     expected = BadAnswer
@@ -190,7 +198,7 @@ class Tampers(World):
         yield ok(answer)
 
 
-class NoSuchServer(World):
+class NoSuchServer(BadWorld):
     """Nobody listens."""
 
     expected = ServiceUnavailable
@@ -258,7 +266,7 @@ def test_passing_trouble_ends_with_true_rewards(make_world: Callable[[], World],
 
 @pytest.mark.parametrize("name", Caller.names)
 @pytest.mark.parametrize("make_world", BAD_WORLDS.values(), ids=BAD_WORLDS.keys())
-def test_lasting_trouble_ends_with_its_exception_in_time(make_world: Callable[[], Any], name: str) -> None:
+def test_lasting_trouble_ends_with_its_exception_in_time(make_world: Callable[[], BadWorld], name: str) -> None:
     """No bad world yields a number: each ends, within the deadline, with the exception that names it."""
     with running(make_world()) as world:
         url = f"http://127.0.0.1:{unused_port()}" if isinstance(world, NoSuchServer) else world.url

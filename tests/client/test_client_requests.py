@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import groupby, pairwise
 
 import pytest
@@ -13,7 +14,7 @@ from reward_client.retries import read_retry_after
 A_DAY_OF_2026 = 1795392000.0
 
 
-def chunks(sizes: list[int], groups: list[object], max_items: int, max_bytes: int) -> list[tuple[int, int]]:
+def chunks(sizes: list[int], groups: Sequence[object], max_items: int, max_bytes: int) -> list[tuple[int, int]]:
     limits = ChunkLimits(max_items, max_bytes)
     return [(places.start, places.stop) for places in chunk_ranges(sizes, groups, limits)]
 

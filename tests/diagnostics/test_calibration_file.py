@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,7 +62,7 @@ def test_a_calibration_that_was_read_gives_the_same_reports(calibration: Calibra
     ids=lambda change: next(iter(change)),
 )
 def test_it_is_refused_for_another_model_or_setting(
-    calibration: Calibration, tmp_path: Path, change: dict[str, object]
+    calibration: Calibration, tmp_path: Path, change: dict[str, Any]
 ) -> None:
     """A calibration is used only for its own model and settings, and the reason names the difference."""
     write_calibration(calibration, tmp_path / CALIBRATION_FILE)

@@ -45,10 +45,13 @@ class StateEngine:
         self.states = states
         self.num_state_passes = 0
 
-    def forward(self, sequences: list[TokenSequence], *, states: bool = False) -> EngineOutput:
+    def forward(self, sequences: Sequence[TokenSequence], *, states: bool = False) -> EngineOutput:
         self.num_state_passes += states
         rewards = [float(sequence.num_tokens) for sequence in sequences]
         return EngineOutput(rewards, states=self.states[[one.token_ids[0] for one in sequences]] if states else None)
+
+    def num_cached_tokens(self, sequence: TokenSequence) -> int:
+        return 0
 
     def close(self) -> None: ...
 
@@ -129,7 +132,8 @@ def test_without_a_calibration_its_fields_are_none() -> None:
 
     for score in scores:
         assert score.gap == "missing"
-        assert score.ood is score.reward_z is score.reward_percentile is score.reward_std_epistemic is None
+        assert score.ood is None
+        assert score.reward_z is score.reward_percentile is score.reward_std_epistemic is None
         assert score.style is not None
         assert score.style.style_p is None
         assert score.style.repeat4 is not None

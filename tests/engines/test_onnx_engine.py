@@ -213,7 +213,7 @@ def test_rewards_that_differ_from_the_recorded_ones_are_refused(folder: Path) ->
     [({"dtype": "bfloat16"}, "exported as fp32"), ({"forward": "packed"}, "packed")],
     ids=["another-dtype", "another-path"],
 )
-def test_settings_that_contradict_the_export_are_refused(folder: Path, settings: dict[str, str], said: str) -> None:
+def test_settings_that_contradict_the_export_are_refused(folder: Path, settings: dict[str, Any], said: str) -> None:
     """No setting is silently ignored."""
     with pytest.raises(SettingsError, match=said):
         load(folder, **settings)

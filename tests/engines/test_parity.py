@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from tiny_classifiers import load_tiny, probe_and_choose
+from tiny_classifiers import head_of, load_tiny, probe_and_choose
 from tiny_models import DECODER_FAMILIES, ENCODER_FAMILIES
 from transformers import AttentionInterface
 
@@ -192,7 +192,7 @@ def test_a_dtype_that_overflows_is_refused(tiny_checkpoint) -> None:
     """Where plain transformers itself gives no finite reward there is nothing to compare with: the start fails."""
     classifier = load_tiny(tiny_checkpoint("llama"), torch.float16)
     with torch.no_grad():
-        classifier.linear_head.weight.fill_(math.inf)
+        head_of(classifier).weight.fill_(math.inf)
 
     with pytest.raises(ParityError, match=r"no finite reward .* model\.dtype"):
         probe_and_choose(classifier, "auto", 400)
@@ -202,7 +202,7 @@ def test_a_head_of_zeros_is_probed(tiny_checkpoint) -> None:
     """Rewards that are all zero in half precision agree, and the comparison is inconclusive."""
     classifier = load_tiny(tiny_checkpoint("llama"), torch.bfloat16)
     with torch.no_grad():
-        classifier.linear_head.weight.zero_()
+        head_of(classifier).weight.zero_()
 
     _, found = probe_and_choose(classifier, "auto", 400)
 
@@ -214,7 +214,7 @@ def test_rewards_that_hardly_differ_are_inconclusive(tiny_checkpoint, caplog) ->
     """Where rounding is as large as the differences between rewards, the log warns that the probe is inconclusive."""
     classifier = load_tiny(tiny_checkpoint("llama"))
     with torch.no_grad():
-        classifier.linear_head.weight.mul_(1e-7)
+        head_of(classifier).weight.mul_(1e-7)
 
     _, found = probe_and_choose(classifier, "auto", 400)
 

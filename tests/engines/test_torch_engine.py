@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_classifiers import load_tiny, random_rows, sequences_of, shuffled_batches
+from scripted_path import ScriptedPath
+from tiny_classifiers import load_tiny, measured, random_rows, sequences_of, shuffled_batches
 from tiny_models import DECODER_FAMILIES, ENCODER_FAMILIES
 from transformers import AutoModelForSequenceClassification
 
@@ -54,7 +55,7 @@ def test_info_describes_how_rewards_are_computed(tiny_checkpoint, family: str, p
     assert info.architecture.lower().startswith(family)
     uses_amx = info.kernels == AMX_BF16.name
     assert (info.max_input_tokens, info.max_batch_tokens) == (400, 4096 if uses_amx else 2048)
-    assert info.parity["max_difference"] <= info.parity["tolerance"]
+    assert measured(info, "max_difference") <= measured(info, "tolerance")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -111,12 +112,8 @@ def test_an_empty_sequence_is_an_error(tiny_checkpoint) -> None:
         load(tiny_checkpoint("llama")).forward([TokenSequence((5, 6)), TokenSequence(())])
 
 
-class OneSequenceMemory:
+class OneSequenceMemory(ScriptedPath):
     """A path on a device that runs out of memory for more than one sequence."""
-
-    name = "packed"
-    cost = "packed"
-    min_shared_prefix_tokens = None
 
     def run(self, rows, query=None, prompts=None):
         if len(rows) > 1:
@@ -124,12 +121,8 @@ class OneSequenceMemory:
         return EngineOutput([float(row[0]) for row in rows], [0] * len(rows))
 
 
-class Broken:
+class Broken(ScriptedPath):
     """A path with a bug that has nothing to do with memory."""
-
-    name = "packed"
-    cost = "packed"
-    min_shared_prefix_tokens = None
 
     def run(self, rows, query=None, prompts=None):
         raise RuntimeError("shapes do not match")

@@ -59,7 +59,11 @@ def test_blocked_reader(tmp_path: Path) -> None:
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     log = AccessLog(str(pipe))
 
-    writing = threading.Thread(target=lambda: [log.write("scored", text="x" * 1000) for _ in range(30_000)])
+    def write_lines() -> None:
+        for _ in range(30_000):
+            log.write("scored", text="x" * 1000)
+
+    writing = threading.Thread(target=write_lines)
     writing.start()
     writing.join(20.0)
 

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def config() -> dict[str, Any]:
+def config() -> Any:
     return yaml.safe_load((ROOT / "serve_config.yaml").read_text())
 
 

@@ -9,7 +9,7 @@ import torch
 from fastapi.testclient import TestClient
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from loadtest.baseline import MAX_BATCH_ITEMS, PaddedScorer, make_app
+from loadtest.baseline import MAX_BATCH_ITEMS, Item, PaddedScorer, make_app
 from loadtest.random_checkpoint import ModelShape, write_random_checkpoint
 from loadtest.workload import LengthDistribution, draw_groups
 
@@ -44,7 +44,12 @@ def test_a_bulk_request_is_split_into_batches_of_sixteen_in_arrival_order(checkp
     scorer = PaddedScorer(checkpoint, torch.float32)
     batches: list[list[str]] = []
     score = scorer.score
-    scorer.score = lambda items: batches.append([item.prompt for item in items]) or score(items)  # type: ignore[method-assign]
+
+    def record(items: list[Item]) -> list[float]:
+        batches.append([item.prompt for item in items])
+        return score(items)
+
+    scorer.score = record  # type: ignore[method-assign]  # the test observes this one scorer
     items = [{"prompt": f"word {number}", "completion": " end"} for number in range(MAX_BATCH_ITEMS * 2 + 3)]
 
     with TestClient(make_app(scorer)) as client:
@@ -60,12 +65,12 @@ def test_an_error_fails_its_batch_and_not_the_next(checkpoint: Path) -> None:
     score = scorer.score
     outcomes = iter([True, False])
 
-    def fail_once(items: list) -> list[float]:
+    def fail_once(items: list[Item]) -> list[float]:
         if next(outcomes):
             raise RuntimeError("the first batch fails")
         return score(items)
 
-    scorer.score = fail_once  # type: ignore[method-assign]
+    scorer.score = fail_once  # type: ignore[method-assign]  # only this one scorer fails
     body = {"items": [{"prompt": "a", "completion": " b"}]}
 
     with TestClient(make_app(scorer), raise_server_exceptions=False) as client:

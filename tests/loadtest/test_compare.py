@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,7 +60,7 @@ def test_wrong_rewards_fail_the_command(tmp_path: Path) -> None:
 
 def compare(
     model: Path, folder: Path, peer: str, *, wrong_rewards: bool = False
-) -> tuple[subprocess.CompletedProcess[str], dict]:
+) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
     report = folder / "report.json"
     command = [sys.executable, "-m", "loadtest.compare", "--model", str(model), "--dtype", "float32", "--rounds", "1"]
     command += ["--single-groups", "2", "--bulk-groups", "2", "--json", str(report), "--peer", peer]

@@ -18,6 +18,7 @@ from loadtest import matmul_limit
 from loadtest.contenders import (
     LIMIT,
     REFERENCE,
+    Contender,
     Outcome,
     Setup,
     Way,
@@ -249,10 +250,10 @@ def fails_to_score(_: Setup) -> Mapping[str, Way]:
 @pytest.mark.parametrize(
     ("contender", "words"), [(fails_to_load, "no such weights"), (fails_to_score, "no such kernel")]
 )
-def test_contender_that_fails_ends_the_run_with_its_own_words(contender: object, words: str, setup: Setup) -> None:
+def test_contender_that_fails_ends_the_run_with_its_own_words(contender: Contender, words: str, setup: Setup) -> None:
     """A way that fails ends the measurement with its exception's message."""
     with pytest.raises(ContenderFailedError, match=f"broken: ValueError: {words}"):
-        run_rounds({"broken": contender}, setup, {"work": Work((), ())}, 1, lambda *_: None)  # type: ignore[dict-item]
+        run_rounds({"broken": contender}, setup, {"work": Work((), ())}, 1, lambda *_: None)
 
 
 @pytest.mark.slow

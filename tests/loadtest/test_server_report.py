@@ -59,11 +59,12 @@ def test_one_difference_fails_the_report(max_difference: float, matches: bool) -
         "plain against transformers in fp32": RewardComparison(8, max_difference, spread=1.0, spearman=1.0),
     }
     report = ServerReport("plain", "bfloat16", shapes, found, comparisons)
-    console = Console(file=io.StringIO(), width=200)
+    output = io.StringIO()
+    console = Console(file=output, width=200)
 
     report.print(console)
 
-    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    printed = output.getvalue()
     written = json.loads(json.dumps(report.as_json()))
     assert report.rewards_match is written["rewards_match"] is matches
     assert ("DIFFER" in printed) is not matches

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -55,7 +56,7 @@ def test_vllm_gets_rendered_texts_and_returns_raw_logits(
     ],
     ids=["native", "vllm"],
 )
-def test_rewards_are_read_in_the_order_of_the_items(wire: WireFormat, answer: dict) -> None:
+def test_rewards_are_read_in_the_order_of_the_items(wire: WireFormat, answer: dict[str, Any]) -> None:
     """Each format assigns rewards to items in its own way."""
     assert wire.rewards(json.dumps(answer).encode()) == [0.5, -1.0]
 
@@ -70,7 +71,7 @@ def test_rewards_are_read_in_the_order_of_the_items(wire: WireFormat, answer: di
     ],
     ids=["item-error", "native-nan", "vllm-nan", "two-labels"],
 )
-def test_a_response_without_a_reward_is_refused(wire: WireFormat, answer: dict) -> None:
+def test_a_response_without_a_reward_is_refused(wire: WireFormat, answer: dict[str, Any]) -> None:
     """An item error, a NaN and several labels end the measurement."""
     with pytest.raises(UnexpectedAnswer):
         wire.rewards(json.dumps(answer).encode())

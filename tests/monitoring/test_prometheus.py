@@ -136,8 +136,13 @@ def expected_correlations(observed: Observed) -> dict[str, float]:
     lengths = np.log1p([len(item["completion"].encode()) for item in observed.items])
     prompts = np.unique([item["prompt"] for item in observed.items], return_inverse=True)[1]
     sizes = np.bincount(prompts)
-    centred = [column - (np.bincount(prompts, column) / sizes)[prompts] for column in (rewards, lengths)]
-    return {"pooled": np.corrcoef(rewards, lengths)[0, 1], "within": np.corrcoef(*centred)[0, 1]}
+    centred_rewards, centred_lengths = (
+        column - (np.bincount(prompts, column) / sizes)[prompts] for column in (rewards, lengths)
+    )
+    return {
+        "pooled": np.corrcoef(rewards, lengths)[0, 1],
+        "within": np.corrcoef(centred_rewards, centred_lengths)[0, 1],
+    }
 
 
 def test_correlation_over_replicas_is_numpys(observed: Observed) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -82,7 +84,7 @@ def test_cached_prefixes_follow_the_packed_batch(
     spans: list[tuple[int, int]] = []
     cached_tokens: list[int] = []
     for ids in sequences:
-        best = max(cached, key=lambda prefix, ids=ids: common_prefix_length(prefix, ids))
+        best = max(cached, key=partial(common_prefix_length, ids))
         most = min(common_prefix_length(best, ids), data.draw(st.integers(0, len(ids))))
         counts.append(shareable_tokens(most, shortest))
         spans.append((len(cached_tokens), len(cached_tokens) + counts[-1]))

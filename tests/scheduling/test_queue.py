@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.errors import Overloaded
-from service.records import TokenSequence
+from service.records import BatchCost, TokenSequence
 from service.scheduling.admission import DEFAULT_RETRY_AFTER_S, Throughput
 from service.scheduling.budget import BatchBudget, batch_cost
 from service.scheduling.flows import MAX_SKIPPED_BATCHES, OVERTAKE_LIMIT_RATIO, Entry
@@ -659,7 +659,7 @@ def test_halved_budget_is_never_empty() -> None:
 
 @pytest.mark.parametrize("num_requests", [1, 100_000], ids=["one-request", "one-item-requests"])
 @pytest.mark.parametrize("cost", ["packed", "padded"])
-def test_taking_a_batch_is_not_slower_from_a_long_queue(num_requests: int, cost: str) -> None:
+def test_taking_a_batch_is_not_slower_from_a_long_queue(num_requests: int, cost: BatchCost) -> None:
     """Taking a batch out of 100,000 waiting sequences takes as long as out of 1,000, apart from noise."""
 
     def seconds_per_batch(num_entries: int) -> float:
@@ -667,7 +667,7 @@ def test_taking_a_batch_is_not_slower_from_a_long_queue(num_requests: int, cost:
         per_request = max(1, num_entries // num_requests)
         for name in range(num_entries // per_request):
             put(queue, str(name), [8] * per_request, [index // 4 for index in range(per_request)])
-        budget = BatchBudget(cost, max_tokens=512, max_sequences=64)  # type: ignore[arg-type]
+        budget = BatchBudget(cost, max_tokens=512, max_sequences=64)
         times = []
         for _ in range(12):
             begin = time.process_time()

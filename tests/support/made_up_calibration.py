@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from export.calibration.fit import fit_gaussian, fit_laplace, fit_siblings, fit_state_form, fit_trees
 from service.diagnostics.calibration import Binding, Calibration
@@ -72,7 +73,7 @@ def made_up_calibration(*, siblings: bool = True, seed: int = 0) -> Calibration:
     scores = detectors.scores(statistics)
     maps: dict[Component, TailMap] = {name: TailMap.of_component(scores[name]) for name in ("text", "feature", "oe")}
     surprise = np.max([maps[name](scores[name]) for name in maps], axis=0)
-    references = {name: np.sort(values) for name, values in scores.items()}
+    references: dict[str, NDArray[np.float64]] = {name: np.sort(values) for name, values in scores.items()}
     references |= {"single": np.sort(surprise), "style": np.sort(detectors.style.distance(statistics))}
     if siblings:
         deviations = rng.chisquare(COLUMNS, NUM_ITEMS)

@@ -8,7 +8,7 @@ import json
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 VERSION = "v1"
 
@@ -63,8 +63,11 @@ class World:
         return Request(len(self.requests), method, path, headers, json.loads(content) if content else None)
 
 
+AnyWorld = TypeVar("AnyWorld", bound=World)
+
+
 @contextlib.contextmanager
-def running(world: World) -> Iterator[World]:
+def running(world: AnyWorld) -> Iterator[AnyWorld]:
     """Serve the world on a free port of 127.0.0.1, from a thread with an event loop of its own."""
     started = threading.Event()
     stop: list[Callable[[], object]] = []

@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from service.console import Advance
 from service.records import Exchange
 from training.audit.findings import Findings, investigate
 from training.audit.scored_pairs import ScoredPairs
-from training.audit.scoring import Advance, ScoredCompletion, score_pairs
+from training.audit.scoring import ScoredCompletion, score_pairs
 from training.preferences import PreferencePair
 
 MODEL = {"name": "example", "version": "0123"}
@@ -37,7 +39,10 @@ class FunctionScorer:
 
 
 def scored(
-    gaps: Sequence[float], *, lengths: Sequence[tuple[int, int]] | None = None, prompts: Sequence[str] | None = None
+    gaps: Sequence[float] | NDArray[np.float64],
+    *,
+    lengths: Sequence[tuple[int, int]] | None = None,
+    prompts: Sequence[str] | None = None,
 ) -> ScoredPairs:
     """Pairs with these gaps of rewards (the rejected one has reward 0), lengths (chosen, rejected) and prompts."""
     number = len(gaps)

@@ -113,19 +113,19 @@ def stop(process: subprocess.Popen[bytes], number: int = signal.SIGTERM) -> int:
 def listening_ports(processes: list[psutil.Process]) -> set[int]:
     """TCP ports on which any of the processes listens."""
     ids = {process.pid for process in processes}
-    return {
-        connection.laddr.port
-        for connection in psutil.net_connections("tcp")
-        if connection.status == psutil.CONN_LISTEN and connection.pid in ids
-    }
+    return {port for port, process_id in _listeners() if process_id in ids}
 
 
 def open_ports(ports: set[int]) -> set[int]:
     """Those of the ports on which a process listens."""
-    listening = {
-        connection.laddr.port for connection in psutil.net_connections("tcp") if connection.status == psutil.CONN_LISTEN
-    }
-    return ports & listening
+    return ports & {port for port, _ in _listeners()}
+
+
+def _listeners() -> Iterator[tuple[int, int | None]]:
+    """Yield the port and the process id of each listening TCP socket."""
+    for connection in psutil.net_connections("tcp"):
+        if connection.status == psutil.CONN_LISTEN and connection.laddr:
+            yield connection.laddr.port, connection.pid
 
 
 def alive(processes: list[psutil.Process]) -> list[psutil.Process]:

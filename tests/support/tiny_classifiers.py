@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from service.engines.base import EngineInfo
 from service.engines.model.classifier import Classifier, load_classifier, read_config
 from service.engines.parity import Parity, choose_path, probes_for, reference_of
 from service.engines.paths.base import ForwardPath, PathChoice, PathSpec, candidate_paths
@@ -47,6 +48,11 @@ def probe_and_choose(
     return choose_path(classifier, candidate_paths(choice, fastest), reference)
 
 
+def measured(info: EngineInfo, name: str) -> float:
+    """Return a number that the parity probe measured."""
+    return float(info.parity[name])
+
+
 def random_rows(classifier: Classifier, lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> list[tuple[int, ...]]:
     """Return random token ids of these lengths, without the special tokens (the first five ids)."""
     dice = random.Random(seed)
@@ -67,6 +73,18 @@ def rows_that_share(classifier: Classifier, seed: int = 0) -> list[tuple[int, ..
         rows += [system + prompt, *(system + prompt + completion for completion in completions)]
     rows.append(rows[5] + rows[6][:33])
     return dice.sample(rows, len(rows))
+
+
+def with_pad(classifier: Classifier, rows: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Return the rows, each with the pad token at its end."""
+    assert classifier.pad_token_id is not None
+    return [(*row, classifier.pad_token_id) for row in rows]
+
+
+def head_of(classifier: Classifier) -> torch.nn.Linear:
+    """Return the linear head, which the tiny classifiers of decoders have."""
+    assert classifier.linear_head is not None
+    return classifier.linear_head
 
 
 def rows_with_endings(classifier: Classifier) -> list[tuple[int, ...]]:

@@ -24,7 +24,8 @@ def make_app(folder: Path, *, wrong_rewards: bool) -> FastAPI:
     def reward(text: str, *, add_special_tokens: bool) -> float:
         if wrong_rewards:
             return len(text) / 1000
-        return model(**tokenizer(text, add_special_tokens=add_special_tokens, return_tensors="pt")).logits.item()
+        inputs = tokenizer(text, add_special_tokens=add_special_tokens, return_tensors="pt")
+        return float(model(**inputs).logits.item())
 
     @app.get("/health")
     def health() -> None:

@@ -101,7 +101,9 @@ def test_a_majority_has_a_higher_ceiling_than_one_annotator() -> None:
 
 def test_labels_derived_from_the_reviews_do_not_lower_alpha() -> None:
     """Nearly all votes are "chosen", because the label was derived from them; alpha is high all the same."""
-    votes: list[tuple[Vote, Vote]] = [("chosen", "chosen")] * 95 + [("chosen", "rejected")] * 5
+    same: tuple[Vote, Vote] = ("chosen", "chosen")
+    different: tuple[Vote, Vote] = ("chosen", "rejected")
+    votes = [same] * 95 + [different] * 5
 
     agreement = measure_annotator_agreement(reviewed(number, *both) for number, both in enumerate(votes))
 

@@ -146,7 +146,8 @@ def test_constant_rewards_have_a_correlation_of_zero() -> None:
 
 def test_overlap_of_equal_and_of_separate_rewards() -> None:
     """Equal distributions have an overlap of 1, separate ones of 0; the gap is the difference of the means."""
-    same = measure_gaps(ScoredPairs(scored([0] * 40).pairs, *([np.arange(40.0)] * 2), *([np.ones(40)] * 2)))
+    rewards, lengths = np.arange(40.0), np.ones(40)
+    same = measure_gaps(ScoredPairs(scored([0] * 40).pairs, rewards, rewards, lengths, lengths))
     apart = measure_gaps(scored([5.0] * 40))
 
     assert (same.overlap, same.mean_gap.value) == (1.0, 0.0)

@@ -9,7 +9,7 @@ import pytest
 from service.data.holdout import is_held_out
 from service.errors import DatasetError
 from training.pairs import TokenizedPair
-from training.preferences import PreferencePair, Review
+from training.preferences import PreferencePair, Review, Vote
 from training.recipe import Recipe
 from training.selection import balance_lengths, select_pairs, watched_pairs
 
@@ -85,7 +85,11 @@ def test_the_watched_pairs_are_a_fixed_sample() -> None:
 
 def test_disputed_pairs_are_left_out() -> None:
     """Pairs on which too few annotators agree with the label are left out; pairs without reviews are not."""
-    votes = {"clear": ("chosen", "chosen", "chosen"), "split": ("chosen", "chosen", "rejected"), "unknown": ()}
+    votes: dict[str, tuple[Vote, ...]] = {
+        "clear": ("chosen", "chosen", "chosen"),
+        "split": ("chosen", "chosen", "rejected"),
+        "unknown": (),
+    }
     pairs = {
         name: TokenizedPair(
             PreferencePair(name, "c", "r", reviews=tuple(Review(str(n), vote) for n, vote in enumerate(given))),

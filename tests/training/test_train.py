@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from service.checkpoints.adapter import merge_adapter
 from service.data.holdout import is_held_out
 from service.errors import CheckpointError, SettingsError
+from service.records import Message
 from training import reward_model
 from training import train as reward_train
 from training.evaluation import Share, evaluate, rewards
@@ -114,7 +115,7 @@ async def test_the_served_checkpoint_has_the_accuracy_of_the_manifest(run: Run, 
     merged = merge_adapter(run.out, tmp_path / "merged")
     pairs = list(read_pairs([run.base.parent / "dev.jsonl"]))
     items = [
-        {"prompt": [{"role": turn.role, "content": turn.content} for turn in pair.prompt], "completion": completion}
+        {"prompt": [asdict(turn) for turn in pair.prompt if isinstance(turn, Message)], "completion": completion}
         for pair in pairs
         for completion in (pair.chosen, pair.rejected)
     ]

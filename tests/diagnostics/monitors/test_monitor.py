@@ -172,6 +172,7 @@ def test_replicas_merge_exactly(clean: MonitorReference) -> None:
     replicas = [fed(Monitor(wide, clean), seen) for seen in shares]
 
     merged = merge_states(replica.state() for replica in replicas)
+    assert merged is not None
     together = fed(Monitor(wide, clean), [item for seen in shares for item in seen])
 
     found, expected = (describe_state(state, clean, wide)["monitors"] for state in (merged, together.state()))

@@ -72,9 +72,12 @@ def test_correlation_of_three_replicas_from_counters(calibrated: bool) -> None:
     prompts = np.array([item.prompt for item in seen])
     members = np.unique(prompts, return_inverse=True)[1]
     sizes = np.bincount(members)
-    within = [column - (np.bincount(members, column) / sizes)[members] for column in (rewards, lengths)]
+    reward_deviations, length_deviations = (
+        column - (np.bincount(members, column) / sizes)[members] for column in (rewards, lengths)
+    )
     assert correlation(found, "pooled") == pytest.approx(np.corrcoef(rewards, lengths)[0, 1], abs=1e-9)
-    assert correlation(found, "within") == pytest.approx(np.corrcoef(*within)[0, 1], abs=1e-9)
+    within = np.corrcoef(reward_deviations, length_deviations)[0, 1]
+    assert correlation(found, "within") == pytest.approx(within, abs=1e-9)
     assert found["rm_moment_total", frozenset({("stat", "groups"), ("scope", "within")})] == 1800
 
 

@@ -61,10 +61,12 @@ def test_the_reference_is_scaled_dot_product_attention(window: int | None, key_h
     found, _ = attend_varlen(query, key, value, VarlenMetadata(begins, begins, 23, 23), scaling=0.3, window=window)
 
     for begin, length in zip(begins.tolist(), lengths, strict=False):
-        own = [states[begin : begin + length].transpose(0, 1) for states in (query, key, value)]
+        queries, keys, values = (states[begin : begin + length].transpose(0, 1) for states in (query, key, value))
         distance = torch.arange(length)[:, None] - torch.arange(length)
         seen = (distance >= 0) & (distance < (window or length + 1))
-        expected = scaled_dot_product_attention(*own, attn_mask=seen, scale=0.3, enable_gqa=True).transpose(0, 1)
+        expected = scaled_dot_product_attention(
+            queries, keys, values, attn_mask=seen, scale=0.3, enable_gqa=True
+        ).transpose(0, 1)
         assert torch.allclose(found[begin : begin + length], expected, atol=1e-6)
 
 

@@ -12,7 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_classifiers import load_tiny, packed_path, random_rows, rows_that_share, rows_with_endings, shuffled_batches
+from tiny_classifiers import (
+    load_tiny,
+    packed_path,
+    random_rows,
+    rows_that_share,
+    rows_with_endings,
+    shuffled_batches,
+    with_pad,
+)
 from tiny_models import DECODER_FAMILIES
 
 from service.engines.attention import prefix_index
@@ -94,9 +102,7 @@ def test_warm_rewards_are_plain_transformers_rewards(tiny_checkpoint, family: st
     """In fp32 rewards from cached prompts equal the plain forward one by one, also with pads after the pooled token."""
     classifier = load_tiny(tiny_checkpoint(family, pad_is_eos=True))
     shared = rows_that_share(classifier)
-    rows = list(
-        dict.fromkeys([*shared, *((*row, classifier.pad_token_id) for row in shared), *rows_with_endings(classifier)])
-    )
+    rows = list(dict.fromkeys([*shared, *with_pad(classifier, shared), *rows_with_endings(classifier)]))
     plain = plain_rewards(classifier, rows)
     path = path_with_cache(classifier)
 
@@ -207,6 +213,8 @@ def test_states_are_read_as_without_a_cache(tiny_checkpoint, family: str) -> Non
             output, wanted = engine.forward(sequences, states=True), uncached.forward(sequences, states=True)
 
             num_cached_tokens += output.cached_tokens
+            assert output.states is not None
+            assert wanted.states is not None
             assert np.allclose(output.states, wanted.states, atol=1e-4, rtol=0)
             assert list(output.rewards) == pytest.approx(list(wanted.rewards), abs=1e-5, rel=0)
     assert num_cached_tokens > 0

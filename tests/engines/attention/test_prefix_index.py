@@ -33,14 +33,15 @@ def test_a_slot_holds_the_token_of_all_its_prefixes(
     cached: list[CachedPrefix] = []
     for prefixes_of_pass in passes:
         index.begin_pass()
-        added = []
+        added: list[CachedPrefix] = []
         for tokens in prefixes_of_pass:
             found = index.add(tokens)
             if found:
                 prefix, num_known = found
                 written.update(zip(prefix.slots[num_known:].tolist(), tokens[num_known:], strict=True))
                 added.append(prefix)
-        if added and data.draw(st.booleans()):
+        is_rolled_back: bool = data.draw(st.booleans()) if added else False
+        if is_rolled_back:
             for prefix in added:
                 index.remove(prefix)
         cached = list(index._sorted)

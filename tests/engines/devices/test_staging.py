@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scripted_path import ScriptedPath
 from tiny_classifiers import load_tiny, packed_path, random_rows, rows_that_share, sequences_of
 from tiny_models import DECODER_FAMILIES
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -106,7 +106,7 @@ class MetaStaging(PlainStaging):
 
 
 @pytest.fixture
-def like_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+def like_cuda(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """The meta device, with the variable-length kernel reported as available."""
     monkeypatch.setattr(attention, "_has_varlen_kernel", lambda *_: True)
     monkeypatch.setattr("service.engines.paths.packed.staging_for", MetaStaging)
@@ -188,9 +188,7 @@ def test_attention_inputs_are_copied_with_the_other_inputs() -> None:
 def test_a_lost_device_is_distinguished_from_a_failed_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """An error after which the device fails at every call is EngineUnavailable; any other one is unchanged."""
 
-    class Asserts:
-        name, cost, min_shared_prefix_tokens = "packed", "packed", None
-
+    class Asserts(ScriptedPath):
         def run(self, rows, query=None, prompts=None):
             raise RuntimeError("CUDA error: device-side assert triggered")
 
@@ -227,6 +225,7 @@ def test_a_launch_does_not_wait_for_a_gpu(tiny_checkpoint, family: str) -> None:
         output = waiting.result()
         assert output.rewards == wanted.rewards
         assert output.states is not None
+        assert wanted.states is not None
         assert np.array_equal(output.states, wanted.states)
 
 

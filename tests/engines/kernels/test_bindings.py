@@ -72,8 +72,8 @@ def test_gated_mlp(kernels: Kernels, rows: int, activation: Activation) -> None:
 
     found = kernels.gated_mlp(states, kernels.pack_gated_mlp(gate, up, down, activation))
 
-    rows, gate, up, down = (operands(kernels, elements) for elements in (states, gate, up, down))
-    inner = ACTIVATIONS[activation](rows @ gate.T) * (rows @ up.T)
+    states, gate, up, down = (operands(kernels, elements) for elements in (states, gate, up, down))
+    inner = ACTIVATIONS[activation](states @ gate.T) * (states @ up.T)
     assert_rounded(found, operands(kernels, inner) @ down.T)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,9 @@ from tiny_classifiers import (
     shuffled_batches,
 )
 from tiny_models import DECODER_FAMILIES
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from service.engines import torch as torch_engine
+from service.engines.kernels import bindings
 from service.engines.kernels.bindings import Kernels
 from service.engines.kernels.blocks import FusedDecoderBlock
 from service.engines.kernels.build import KernelsUnavailable
@@ -182,10 +184,10 @@ def test_unpacked_weights_are_dropped(tiny_checkpoint: Checkpoint, kernels: Kern
 class MeanMagnitudeNorm(torch.nn.Module):
     """Has the name and the parameters of a norm, but computes the mean magnitude."""
 
-    def __init__(self, norm: torch.nn.Module) -> None:
+    def __init__(self, norm: LlamaRMSNorm) -> None:
         super().__init__()
-        self.weight = norm.weight
-        self.variance_epsilon = norm.variance_epsilon
+        self.weight: torch.nn.Parameter = norm.weight
+        self.variance_epsilon: float = norm.variance_epsilon
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         return self.weight * states / (states.abs().mean(-1, keepdim=True) + self.variance_epsilon)
@@ -209,12 +211,10 @@ def test_a_module_that_computes_something_else_is_not_replaced(tiny_checkpoint: 
 def test_the_engine_reports_its_kernels(tiny_checkpoint: Checkpoint, machine_kernels: Kernels) -> None:
     """In bfloat16 on a CPU an engine uses the kernels by default, and its description names them."""
     settings = ModelSettings(device="cpu", dtype="bfloat16", num_threads=1)
-    load = {"pad_token_id": 0, "max_input_tokens": 200}
+    load = partial(load_torch_engine, pad_token_id=0, max_input_tokens=200)
 
-    engine = load_torch_engine(tiny_checkpoint("llama"), settings, BatchingSettings(), **load)
-    without = load_torch_engine(
-        tiny_checkpoint("llama"), settings.model_copy(update={"kernels": "off"}), BatchingSettings(), **load
-    )
+    engine = load(tiny_checkpoint("llama"), settings, BatchingSettings())
+    without = load(tiny_checkpoint("llama"), settings.model_copy(update={"kernels": "off"}), BatchingSettings())
 
     assert engine.info.kernels == machine_kernels.name
     assert without.info.kernels is None
@@ -230,19 +230,17 @@ def test_missing_kernels_are_logged(
     def missing() -> Kernels:
         raise KernelsUnavailable("no C++ compiler (g++) is installed to compile them: install g++")
 
-    monkeypatch.setattr(torch_engine.bindings, "load_kernels", missing)
+    monkeypatch.setattr(bindings, "load_kernels", missing)
     settings = ModelSettings(device="cpu", dtype="bfloat16", num_threads=1)
-    load = {"pad_token_id": 0, "max_input_tokens": 200}
+    load = partial(load_torch_engine, pad_token_id=0, max_input_tokens=200)
 
     with caplog.at_level(logging.WARNING):
-        engine = load_torch_engine(tiny_checkpoint("llama"), settings, BatchingSettings(), **load)
+        engine = load(tiny_checkpoint("llama"), settings, BatchingSettings())
 
     assert engine.info.kernels is None
     assert "install g++" in caplog.text
     with pytest.raises(SettingsError, match=r"model\.kernels is on.*install g"):
-        load_torch_engine(
-            tiny_checkpoint("llama"), settings.model_copy(update={"kernels": "on"}), BatchingSettings(), **load
-        )
+        load(tiny_checkpoint("llama"), settings.model_copy(update={"kernels": "on"}), BatchingSettings())
 
 
 @pytest.mark.parametrize("other", [{"compile": True}, {"forward": "padded"}], ids=str)

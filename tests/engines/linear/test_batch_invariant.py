@@ -20,7 +20,9 @@ from service.engines.linear.batch_invariant import (
 )
 
 
-def invariant_layer(*, bias: bool, dtype: torch.dtype, in_features: int = 576, out_features: int = 320) -> nn.Module:
+def invariant_layer(
+    *, bias: bool, dtype: torch.dtype, in_features: int = 576, out_features: int = 320
+) -> BatchInvariantLinear:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(in_features, out_features, bias=bias, dtype=dtype))
     set_batch_invariant_linear(model, enabled=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from service.settings import BatchingSettings, ModelSettings
 
 Checkpoint = Callable[..., Path]
 
-LOAD = {"pad_token_id": 0, "max_input_tokens": 200}
+load_engine = partial(load_torch_engine, pad_token_id=0, max_input_tokens=200)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -77,10 +78,8 @@ def test_an_engine_multiplies_in_int8(tiny_checkpoint: Checkpoint) -> None:
     """It reports int8, is another version than bfloat16, changes rewards a little, and is batch-invariant."""
     folder = tiny_checkpoint("qwen2", hidden_size=128, intermediate_size=256)
     settings = ModelSettings(device="cpu", quantization="int8", num_threads=1)
-    engine = load_torch_engine(folder, settings, BatchingSettings(), **LOAD)
-    plain = load_torch_engine(
-        folder, ModelSettings(device="cpu", dtype="bfloat16", num_threads=1), BatchingSettings(), **LOAD
-    )
+    engine = load_engine(folder, settings, BatchingSettings())
+    plain = load_engine(folder, ModelSettings(device="cpu", dtype="bfloat16", num_threads=1), BatchingSettings())
     classifier = load_tiny(folder)
     sequences = [TokenSequence(row) for row in random_rows(classifier, lengths=tuple(range(3, 150, 3)))]
 
@@ -111,7 +110,7 @@ def test_settings_that_exclude_int8_are_refused(
     settings = ModelSettings.model_validate({"device": "cpu", "quantization": "int8", **other})
 
     with pytest.raises(SettingsError, match=f"quantization is int8.*{reason}"):
-        load_torch_engine(tiny_checkpoint("llama"), settings, BatchingSettings(), **LOAD)
+        load_engine(tiny_checkpoint("llama"), settings, BatchingSettings())
 
 
 def test_a_cpu_without_vnni_is_refused(tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,14 +119,10 @@ def test_a_cpu_without_vnni_is_refused(tiny_checkpoint: Checkpoint, monkeypatch:
     monkeypatch.setattr(bindings, "load_kernels", bindings.load_kernels.__wrapped__)  # without the cache
 
     with pytest.raises(SettingsError, match=r"quantization is int8.*(VNNI|AVX-512)"):
-        load_torch_engine(
-            tiny_checkpoint("llama"), ModelSettings(device="cpu", quantization="int8"), BatchingSettings(), **LOAD
-        )
+        load_engine(tiny_checkpoint("llama"), ModelSettings(device="cpu", quantization="int8"), BatchingSettings())
 
 
 def test_a_model_without_a_path_on_kernels_is_refused(tiny_checkpoint: Checkpoint) -> None:
     """An encoder runs padded, which has no int8: it does not start in bfloat16 instead."""
     with pytest.raises(SettingsError, match="quantization is int8"):
-        load_torch_engine(
-            tiny_checkpoint("bert"), ModelSettings(device="cpu", quantization="int8"), BatchingSettings(), **LOAD
-        )
+        load_engine(tiny_checkpoint("bert"), ModelSettings(device="cpu", quantization="int8"), BatchingSettings())

@@ -12,6 +12,7 @@ from tiny_models import DECODER_FAMILIES, FAMILIES
 from transformers import AutoModelForSequenceClassification
 
 from service.engines.model.classifier import read_config
+from service.engines.paths.packed import PackedForward
 from service.engines.torch import TorchEngine, load_torch_engine
 from service.errors import SettingsError
 from service.records import StateTap, TokenSequence
@@ -126,6 +127,7 @@ def test_an_engine_without_taps_has_no_states(tiny_checkpoint) -> None:
 
     assert load(folder, taps=()).forward([TokenSequence(row)], states=True).states is None
     engine.forward([TokenSequence(row)], states=True)
+    assert isinstance(engine._path, PackedForward)
     body = engine._path._classifier.body
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in body.modules())
 

@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_classifiers import load_tiny, packed_path, random_rows, rows_that_share, rows_with_endings, shuffled_batches
+from tiny_classifiers import (
+    load_tiny,
+    packed_path,
+    random_rows,
+    rows_that_share,
+    rows_with_endings,
+    shuffled_batches,
+    with_pad,
+)
 from tiny_models import DECODER_FAMILIES
 
 from service.engines.attention.layout import PackedLayout
@@ -28,8 +36,7 @@ def test_shared_rewards_are_plain_transformers_rewards(tiny_checkpoint, family: 
     """
     classifier = load_tiny(tiny_checkpoint(family, pad_is_eos=True))
     rows = rows_that_share(classifier)
-    ended = [(*row, classifier.pad_token_id) for row in rows]
-    rows = list(dict.fromkeys([*rows, *ended, *rows_with_endings(classifier)]))
+    rows = list(dict.fromkeys([*rows, *with_pad(classifier, rows), *rows_with_endings(classifier)]))
 
     output = packed_path(classifier).run(rows)
 
@@ -121,12 +128,13 @@ def test_attention_gathers_no_more_than_the_batch(block: int) -> None:
 
     num_tokens = layout.num_tokens
     assert num_tokens < sum(map(len, rows)) / 5
-    own_tokens = []
+    own_tokens: list[int] = []
     for chunk in layout.chunks:
         assert len(chunk.keys) <= num_tokens + 64 * (block - 1) or len(chunk.sequences) == 1
         assert chunk.queries.max() < num_tokens
         assert chunk.keys.max() < num_tokens
-        assert (chunk.cu_seqlens_q[-1], chunk.cu_seqlens_k[-1]) == (len(chunk.queries), len(chunk.keys))
+        assert chunk.cu_seqlens_q[-1] == len(chunk.queries)
+        assert chunk.cu_seqlens_k[-1] == len(chunk.keys)
         for span in chunk.sequences:
             begin, end = span.own
             own_tokens += range(begin, end)

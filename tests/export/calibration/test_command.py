@@ -13,6 +13,7 @@ from tiny_calibration import calibrate, write_calibrated_checkpoint, write_pairs
 from export.calibration.scoring import score_items
 from service import assembly
 from service.assembly import ServedModel, assemble
+from service.checkpoints.checkpoint import open_checkpoint
 from service.checkpoints.files import CALIBRATION_FILE
 from service.diagnostics.calibration import read_calibration
 from service.diagnostics.candidate_taps import candidate_taps
@@ -132,7 +133,7 @@ def test_a_calibration_is_made_and_tested_with_one_load(
 
         return call
 
-    monkeypatch.setattr(assembly, "open_checkpoint", counted("open", assembly.open_checkpoint))
+    monkeypatch.setattr(assembly, "open_checkpoint", counted("open", open_checkpoint))
     monkeypatch.setattr(torch_engine, "load_torch_engine", counted("load", torch_engine.load_torch_engine))
     pairs = write_pairs(tmp_path / "pairs.jsonl")
     test = write_pairs(tmp_path / "fresh.jsonl", 60, seed=5)

@@ -23,7 +23,7 @@ from service.checkpoints.bundle import BUNDLE_MANIFEST_FILE, GRAPH_FILE, open_bu
 from service.engines.onnx import OnnxEngine, load_onnx_engine
 from service.engines.torch import load_torch_engine
 from service.errors import CheckpointError, ParityError
-from service.records import Encoding, Exchange, Item, ScoreRequest, StateTap, TokenSequence
+from service.records import Encoding, Exchange, Item, Score, ScoreRequest, StateTap, TokenSequence
 from service.settings import BatchingSettings, ModelSettings, Settings
 
 ITEMS = [{"prompt": f"How do I boil {number} eggs?", "completion": "In water. " * (number + 1)} for number in range(12)]
@@ -112,9 +112,10 @@ async def test_bundle_and_checkpoint_are_served_with_the_same_rewards(llama: Pat
             result = await asyncio.wait_for(served.scorer.score(request), 60)
         finally:
             await served.scorer.stop(0)
-        rewards.append([outcome.reward for outcome in result.outcomes])
+        rewards.append([outcome.reward for outcome in result.outcomes if isinstance(outcome, Score)])
         versions.append(served.description()["model"]["version"])
 
+    assert len(rewards[0]) == len(ITEMS)
     assert rewards[0] == pytest.approx(rewards[1], abs=1e-4)
     assert versions[0] == versions[1]
 
