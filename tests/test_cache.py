@@ -1,4 +1,4 @@
-"""Folders in the cache are made once, whole or not at all."""
+"""Folders in the cache are built once, completely or not at all."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ def fill(folder: Path) -> None:
     (folder / "weights").write_text("whole")
 
 
-def break_halfway(folder: Path) -> None:
+def fail_halfway(folder: Path) -> None:
     (folder / "weights").write_text("half")
-    raise CheckpointError("the power went out")
+    raise CheckpointError("the build failed")
 
 
 def test_a_folder_is_built_once(tmp_path: Path) -> None:
     """The second call finds the folder and builds nothing."""
     folder = build_once(tmp_path / "cache" / "model", fill)
 
-    assert build_once(folder, break_halfway) == folder
+    assert build_once(folder, fail_halfway) == folder
     assert (folder / "weights").read_text() == "whole"
 
 
 def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
-    """No half-filled folder is ever found under the final name, and no temporary one stays behind."""
+    """There is no incomplete folder under the final name, and no temporary folder remains."""
     with pytest.raises(CheckpointError):
-        build_once(tmp_path / "model", break_halfway)
+        build_once(tmp_path / "model", fail_halfway)
 
     assert list(tmp_path.iterdir()) == []
 
 
 def test_two_builders_at_once_agree(tmp_path: Path) -> None:
-    """Both get the one whole folder; the slower one's work is dropped."""
+    """Both get the same complete folder; the result of the slower one is dropped."""
     both_started = threading.Barrier(2, timeout=10)
     found: list[Path] = []
 
@@ -59,8 +59,8 @@ def test_two_builders_at_once_agree(tmp_path: Path) -> None:
     assert (tmp_path / "model" / "weights").read_text() == "whole"
 
 
-def test_the_cache_is_where_the_user_wants_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """XDG_CACHE_HOME decides, else ~/.cache."""
+def test_the_location_of_the_cache_is_configurable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It is in XDG_CACHE_HOME if that is set, else in ~/.cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_directory() == tmp_path / "reward-service"
 

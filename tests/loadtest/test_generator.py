@@ -6,7 +6,7 @@ import json
 from collections.abc import AsyncIterator
 
 import pytest
-from misbehaving_server import Request, World, ok, problem, response, running
+from misbehaving_server import FakeServer, Request, ok, problem, response, running
 
 from loadtest.generator import send_all
 from loadtest.wire import UnexpectedAnswer, VllmWire
@@ -15,7 +15,7 @@ from loadtest.wire import UnexpectedAnswer, VllmWire
 def test_replies_stand_in_the_order_of_the_requests_and_connections_are_kept() -> None:
     """Whatever answers first, replies are those of their requests, and only so many connections are used."""
 
-    class Counting(World):
+    class Counting(FakeServer):
         """Rewards are prompt numbers; counts its connections."""
 
         connections = 0
@@ -39,7 +39,7 @@ def test_replies_stand_in_the_order_of_the_requests_and_connections_are_kept() -
 def test_a_connection_that_is_given_up_is_opened_anew() -> None:
     """A server that says it closes, as a proxy does on its way out, loses no request."""
 
-    class Leaving(World):
+    class Leaving(FakeServer):
         """Closes each connection behind its second answer."""
 
         async def answer(self, request: Request) -> AsyncIterator[bytes]:
@@ -65,7 +65,7 @@ def test_a_connection_that_is_given_up_is_opened_anew() -> None:
 def test_anything_but_rewards_ends_the_measurement(said: bytes) -> None:
     """A fast refusal must never count as fast scoring."""
 
-    class Saying(World):
+    class Saying(FakeServer):
         """Says one thing."""
 
         async def answer(self, request: Request) -> AsyncIterator[bytes]:
@@ -78,7 +78,7 @@ def test_anything_but_rewards_ends_the_measurement(said: bytes) -> None:
 def test_a_wire_format_has_its_own_path_and_reading() -> None:
     """Requests go where the format says, and its answers are read as it says."""
 
-    class Classifier(World):
+    class Classifier(FakeServer):
         """Says where it was asked."""
 
         async def answer(self, request: Request) -> AsyncIterator[bytes]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import psutil
 import pytest
-from misbehaving_server import World, ok, running
+from misbehaving_server import FakeServer, ok, running
 
 from loadtest.load_shapes import Pass, passes, shapes_against_plain
 from loadtest.server_rounds import Measurement, measure_in_turns
 from loadtest.servers import RunningServer
 
 
-class Lengths(World):
+class Lengths(FakeServer):
     """The reward of an item is how long its completion is."""
 
     async def answer(self, request):
@@ -19,7 +19,7 @@ class Lengths(World):
 
 
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Pass], list[Measurement], list[World]]:
+def measured(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Pass], list[Measurement], list[FakeServer]]:
     """Two rounds of two small shapes, without a pause for polling servers."""
     monkeypatch.setattr("loadtest.server_rounds.QUIET_FOR_S", 0.0)
     planned = list(passes(shapes_against_plain(1, 1)[:2], rounds=2, seed=1))
@@ -31,7 +31,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Pass], list[Measurem
         return planned, list(measure_in_turns(servers, planned)), [peer, ours]
 
 
-def test_servers_take_turns_in_going_first(measured: tuple[list[Pass], list[Measurement], list[World]]) -> None:
+def test_servers_take_turns_in_going_first(measured: tuple[list[Pass], list[Measurement], list[FakeServer]]) -> None:
     """Each pass goes to both, one after the other, and the one that went first is second in the next round."""
     _, found, _ = measured
 
@@ -48,7 +48,7 @@ def test_servers_take_turns_in_going_first(measured: tuple[list[Pass], list[Meas
 
 
 def test_both_get_the_same_items_and_rewards_stand_in_their_order(
-    measured: tuple[list[Pass], list[Measurement], list[World]],
+    measured: tuple[list[Pass], list[Measurement], list[FakeServer]],
 ) -> None:
     """What is compared item by item is the same item."""
     planned, found, worlds = measured

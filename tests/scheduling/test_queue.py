@@ -1,4 +1,4 @@
-"""The laws of the queue: every sequence leaves once, within the budget, in a fair order, together with its prefix."""
+"""Properties of the queue: every sequence leaves once, within the budget, in a fair order, with its prefix group."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ def test_skipped_requests_are_served_first_in_few_batches() -> None:
     assert at_once >= 30
 
 
-def test_new_request_is_owed_nothing_for_the_past() -> None:
+def test_a_late_request_gets_no_compensation_for_the_past() -> None:
     """A large request that arrives late gets an equal share from then on, and no compensation for the time before."""
     queue = new_queue()
     put(queue, "old", [10] * 1000)
@@ -455,7 +455,7 @@ class PrefixCache:
     prefixes: list[tuple[int, ...]]
 
     limits: dict[tuple[int, ...], int] = field(default_factory=dict)
-    """Of some sequences, how many cached tokens a pass may leave out at most."""
+    """The maximum of cached tokens that a pass may take, for some sequences."""
 
     def num_cached_tokens(self, sequence: TokenSequence) -> int:
         """Return the leading tokens of a sequence that a pass need not compute."""

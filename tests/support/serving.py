@@ -1,4 +1,4 @@
-"""Real servers for tests: start ``reward-serve``, wait until it is ready, stop it, and see what it leaves behind."""
+"""Real servers for tests: start ``reward-serve``, wait until it is ready, stop it, and list what remains."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class RunningServer:
     messages: Path
 
     def descendants(self) -> list[psutil.Process]:
-        """Everything below the start command; it inherits its orphans, so nothing can hide elsewhere."""
+        """All processes below the start command, which adopts orphans, so that none is missed."""
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def folder(self) -> Path:
@@ -43,7 +43,7 @@ class RunningServer:
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on just now."""
+    """A TCP port of the loopback interface on which no process listens at present."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -71,7 +71,7 @@ def serving(folder: Path, *options: str) -> Iterator[RunningServer]:
 
 
 def await_ready(server: RunningServer) -> None:
-    """Return once the command says that all replicas answer; fail with its own words when it ends or takes too long."""
+    """Return once the command reports that all replicas are ready; fail with its output if it does not."""
 
     def is_ready() -> bool:
         assert server.process.poll() is None, server.messages.read_text()
@@ -88,18 +88,18 @@ def answers_ready(url: str) -> bool:
         return False
 
 
-def eventually(holds: Callable[[], bool], timeout_s: float) -> bool:
-    """Whether the condition comes to hold in time."""
+def eventually(condition: Callable[[], bool], timeout_s: float) -> bool:
+    """Whether the condition becomes true within the timeout."""
     give_up_at = time.monotonic() + timeout_s
     while time.monotonic() < give_up_at:
-        if holds():
+        if condition():
             return True
         time.sleep(0.1)
     return False
 
 
 def stop(process: subprocess.Popen[bytes], number: int = signal.SIGTERM) -> int:
-    """Send the signal and return the exit status; kill what does not end, which fails the test."""
+    """Send the signal and return the exit status; a process that does not end is killed, which fails the test."""
     if process.poll() is None:
         process.send_signal(number)
     try:
@@ -121,7 +121,7 @@ def listening_ports(processes: list[psutil.Process]) -> set[int]:
 
 
 def open_ports(ports: set[int]) -> set[int]:
-    """Those of the ports on which anybody listens."""
+    """The ports on which a process listens."""
     listening = {
         connection.laddr.port for connection in psutil.net_connections("tcp") if connection.status == psutil.CONN_LISTEN
     }
@@ -129,5 +129,5 @@ def open_ports(ports: set[int]) -> set[int]:
 
 
 def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
-    """Those of the processes that still run; a reused process id does not count."""
+    """The processes that still run; a reused process id does not count."""
     return [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]

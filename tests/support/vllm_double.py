@@ -1,4 +1,4 @@
-"""A server that takes vLLM's flags, speaks its ``/classify``, and scores with plain transformers.
+"""A server with vLLM's command line and ``/classify`` route, which scores with plain transformers.
 
 Run as a program in the place of an interpreter that has vLLM; it says what vLLM 0.32 says.
 """

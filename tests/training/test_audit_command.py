@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from misbehaving_server import Request, World, ok, running, scores
+from misbehaving_server import FakeServer, Request, ok, running, scores
 from preference_rows import longer_wins_pairs, polite_pairs, with_slips, write_pairs
 from reward_client import RewardClient
 from serving import serving
@@ -62,7 +62,7 @@ def test_a_pair_that_is_too_long_is_left_out(tmp_path: Path) -> None:
     assert (scored.num_failed, sum(counted)) == (1, 4)
 
 
-class Sized(World):
+class Sized(FakeServer):
     """Says how long completions are, in tokens; one that spells 13 has no reward."""
 
     async def answer(self, request: Request) -> AsyncIterator[bytes]:
@@ -96,7 +96,7 @@ def test_a_service_is_judged_by_what_it_answers() -> None:
 
 def test_without_token_counts_lengths_are_characters() -> None:
     """A service that says nothing of lengths is judged by characters, for all pairs alike."""
-    with running(World()) as world, RewardClient(world.url) as client:
+    with running(FakeServer()) as world, RewardClient(world.url) as client:
         scored = score_pairs([PreferencePair("p", "100", "20")], ServiceScorer(client), silent)
 
     assert (scored.unit, scored.chosen_lengths.tolist(), scored.rejected_lengths.tolist()) == ("characters", [3], [2])
