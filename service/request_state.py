@@ -1,4 +1,4 @@
-"""The state of one accepted request, from its texts to its answer.
+"""The state of one accepted request, from tokenization to the answer.
 
 It is changed on the event loop only; threads get the values they need as arguments.
 """
@@ -55,10 +55,10 @@ class ItemState:
 
 
 class RequestState:
-    """An accepted request and what is known of it so far.
+    """An accepted request and its results so far.
 
     Args:
-        request: as the protocol parsed it.
+        request: the parsed request.
         encoded: the token sequence or the error of each item, in order.
         work: what the engine computes for it.
         queued_at: when it was put into the queue, in seconds of the scorer's clock.

@@ -152,7 +152,7 @@ class AsyncRewardClient:
         Args:
             items: objects of the wire format: ``prompt`` and ``completion``, or ``text``, or ``token_ids``; and ``id``,
                 ``group``.
-            diagnostics: which diagnostics are returned beside the reward.
+            diagnostics: which diagnostics are returned in addition to the reward.
             truncation: as for ``score``.
             template: as for ``score``.
 

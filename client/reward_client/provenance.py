@@ -17,7 +17,7 @@ from pathlib import Path
 from reward_client.hashing import file_sha256
 
 TRAINING_MANIFEST_FILE = "training.json"
-"""What a training run writes beside its model; its entries ``base`` and ``base_hash`` are read here."""
+"""The manifest that a training run writes next to its model; its entries ``base`` and ``base_hash`` are read here."""
 
 _HASH = re.compile(r"[0-9a-f]{8,64}")
 

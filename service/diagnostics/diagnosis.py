@@ -26,7 +26,7 @@ from service.errors import HttpError
 from service.records import Exchange, GroupReport, Item, LengthReport, Score, StateTap, TokenSequence
 
 Outcome: TypeAlias = Score | HttpError
-"""What becomes of an item: its Score, or the error that is reported in its place."""
+"""The outcome of an item: its Score, or the error that is reported instead."""
 
 ALPHA = 0.01
 """Default of the p-value up to which an item is flagged."""

@@ -233,7 +233,7 @@ def choose_path(
             path = open_path(classifier, spec)
             rewards_of_passes = probed_rewards(path, reference.probes)
             parity = max(map(reference.compare, rewards_of_passes), key=lambda found: found.relative_difference)
-        except Exception as error:  # noqa: BLE001 - whatever a foreign model raises here, it does not run on this path
+        except Exception as error:  # noqa: BLE001 - a model that raises here, for any reason, does not run on this path
             refusals.append(f"{spec.description} does not run ({type(error).__name__}: {error})")
             continue
         if parity.agrees:

@@ -63,6 +63,6 @@ def test_the_wheel_of_the_service_contains_it(source: Path, tmp_path: Path) -> N
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         [metadata] = [archive.read(name).decode() for name in names if name.endswith("/METADATA")]
-    carried = {name.partition("/")[2] for name in names if name.startswith("reward_client/")}
-    assert carried == {file.name for file in (source / "client" / "reward_client").iterdir() if file.is_file()}
+    packaged = {name.partition("/")[2] for name in names if name.startswith("reward_client/")}
+    assert packaged == {file.name for file in (source / "client" / "reward_client").iterdir() if file.is_file()}
     assert not [line for line in metadata.splitlines() if line.startswith("Requires-Dist: reward-client")]

@@ -66,7 +66,7 @@ def names(batch: Sequence[Entry]) -> list[tuple[object, int]]:
     return [(entry.request, entry.index) for entry in batch]
 
 
-# --- Laws for any work -----------------------------------------------------------------------------------------------
+# --- Properties for any work -----------------------------------------------------------------------------------------
 
 requests = st.lists(
     st.lists(st.tuples(st.integers(1, 100), st.integers(0, 3)), min_size=1, max_size=12), min_size=1, max_size=12
@@ -501,7 +501,7 @@ def test_a_cached_prompt_counts_for_a_whole_group() -> None:
 def test_no_batch_computes_more_than_its_budget_however_much_is_cached(
     work: list[list[tuple[int, int, int]]], max_tokens: int, prompts_known: bool, data: st.DataObject
 ) -> None:
-    """The cost is never too low, whatever is cached, and if some sequences must compute cached tokens all the same."""
+    """The cost is never too low, whatever is cached, and also if some sequences must compute cached tokens."""
     queue = Queue(10**9, SHARED_FROM)
     cache = PrefixCache([])
     for name, items in enumerate(work):

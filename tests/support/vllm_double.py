@@ -1,6 +1,6 @@
 """A server with vLLM's command line and ``/classify`` route, which scores with plain transformers.
 
-Run as a program in the place of an interpreter that has vLLM; it says what vLLM 0.32 says.
+Run as a program instead of an interpreter that has vLLM; its messages are those of vLLM 0.32.
 """
 
 from __future__ import annotations

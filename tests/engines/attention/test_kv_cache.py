@@ -204,11 +204,11 @@ def test_states_are_read_as_without_a_cache(tiny_checkpoint, family: str) -> Non
         for batch in shuffled_batches(rows, seed):
             sequences = [TokenSequence(*known) for known in zip(batch, prompts_of(batch, seed), strict=True)]
 
-            output, wanted = engine.forward(sequences, states=True), uncached.forward(sequences, states=True)
+            output, expected = engine.forward(sequences, states=True), uncached.forward(sequences, states=True)
 
             num_cached_tokens += output.cached_tokens
-            assert np.allclose(output.states, wanted.states, atol=1e-4, rtol=0)
-            assert list(output.rewards) == pytest.approx(list(wanted.rewards), abs=1e-5, rel=0)
+            assert np.allclose(output.states, expected.states, atol=1e-4, rtol=0)
+            assert list(output.rewards) == pytest.approx(list(expected.rewards), abs=1e-5, rel=0)
     assert num_cached_tokens > 0
 
 
