@@ -103,8 +103,8 @@ class WorkQueue:
         """Take the next batch.
 
         Args:
-            budget: of one pass.
-            num_cached_tokens: as `Queue.take_batch`.
+            budget: the budget of one pass.
+            num_cached_tokens: as for `Queue.take_batch`.
             wait: whether to block while nothing waits.
 
         Returns:

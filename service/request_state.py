@@ -104,9 +104,9 @@ class RequestState:
         """Record the outcome of one sequence, for all the items that it answers.
 
         Args:
-            index: of the sequence in ``work.sequences``; each is resolved once.
+            index: index of the sequence in ``work.sequences``; each is resolved once.
             outcome: from the engine.
-            shared_tokens: of the sequence, tokens that were not computed for it.
+            shared_tokens: tokens of the sequence that were not computed for it.
         """
         if isinstance(outcome, Score):
             self._shared_tokens += shared_tokens

@@ -66,7 +66,7 @@ def check_reference(origin: Origin | None, asked: str) -> ReferenceCheck:
     """Compare a reference with a model's origin.
 
     Args:
-        origin: of the served model; None where it is not known.
+        origin: origin of the served model; None where it is unknown.
         asked: a hash over weights (at least its first 8 hexadecimal digits, lower case), or else a name, which is
             compared with the origin's full name and with its last part.
     """

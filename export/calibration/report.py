@@ -36,13 +36,13 @@ class TestedItem:
     sequence: TokenSequence
 
     raw: Score
-    """Before it was completed by the diagnostics."""
+    """The Score before `Diagnostician.complete`."""
 
     score: Score
-    """In a request of its own."""
+    """Score in a request with this item only."""
 
     score_with_siblings: Score | None = None
-    """In a request with all plausible completions of its prompt; None where these are fewer than `MIN_GROUP`."""
+    """Score in a request with all plausible completions of its prompt; None for fewer than `MIN_GROUP`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class TestReport:
     __test__ = False
 
     rates: list[Rate]
-    """Realised false-alarm rates of clean items, each in a request of its own."""
+    """Realised false-alarm rates of clean items, each in a separate request."""
 
     sibling_rates: list[Rate]
     """The same with_siblings siblings."""

@@ -184,7 +184,7 @@ def find_value_head(folder: Path, tensors: Mapping[str, TensorInfo], hidden_size
     ``value_head.safetensors`` in the folder.
 
     Args:
-        folder: of the checkpoint.
+        folder: the checkpoint folder.
         tensors: the stored tensors that the classifier does not use.
         hidden_size: width of the last hidden state.
 

@@ -59,7 +59,7 @@ class Parity:
     """What the probe measured on the path that serves; rewards and differences in raw logits."""
 
     max_difference: float
-    """Largest difference to plain transformers, of the probe that is closest to its tolerance or exceeds it most."""
+    """Difference to plain transformers of the probe that is closest to its tolerance, or exceeds it most."""
 
     tolerance: float
     """The tolerance of that probe."""
@@ -222,7 +222,7 @@ def choose_path(
     Args:
         classifier: left with the attention and the modules of the path that is returned.
         candidates: fastest first. The path that is returned has an empty prefix cache.
-        reference: of the classifier as it is, quantized or not.
+        reference: reference of the classifier in its present state, quantized or not.
 
     Raises:
         ParityError: none agrees.
