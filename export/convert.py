@@ -56,7 +56,7 @@ WRAPPER_PREFIX = "pretrained_model."
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """What a conversion did; written beside the result as ``conversion.json``."""
+    """What a conversion changed; written into the result as ``conversion.json``."""
 
     source: str
     """The folder that was converted."""
@@ -321,7 +321,7 @@ def _save(source: Path, unfinished: Path, config: Any, tensors: Mapping[str, Any
             None, config=config, state_dict=dict(tensors), dtype=dtype
         )
         for name in head:
-            # The head is small and often stored in fp32 beside a bf16 body; its dtype is preserved.
+            # The head is small and often stored in fp32 although the body is bf16; its dtype is preserved.
             model.get_parameter(name).data = tensors[name].contiguous()
         model.save_pretrained(unfinished)
 

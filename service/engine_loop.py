@@ -39,10 +39,10 @@ class _InFlightBatch:
     """The request of each entry."""
 
     started: StartedBatch | None
-    """None where the start failed outside of what the pipeline guards itself."""
+    """None where ``Pipeline.start`` itself failed."""
 
     budget: BatchBudget
-    """Under which the batch was taken."""
+    """The budget under which the batch was taken."""
 
     begin: float
     """When it was started, in seconds of the clock."""
@@ -57,11 +57,11 @@ class EngineLoop:
     """Runs the engine in a thread of its own.
 
     Args:
-        pipeline: on an engine that nobody else uses.
-        queue: to take batches from; closed by whoever ends the loop.
-        budget: wanted for a pass; the warm-up and a lack of memory make it smaller.
+        pipeline: the pipeline of an engine that nothing else uses.
+        queue: the queue to take batches from; the owner closes it to end the loop.
+        budget: the requested budget of a pass; the warm-up and out-of-memory errors reduce it.
         sample_token_ids: ordinary token ids, for the warm-up.
-        metrics: of this replica.
+        metrics: the metrics of this replica.
         clock: seconds, monotonic.
     """
 
@@ -91,7 +91,7 @@ class EngineLoop:
 
     @property
     def budget(self) -> BatchBudget:
-        """What a pass may hold now."""
+        """The current budget of a pass."""
         return self._budget
 
     @property
@@ -121,7 +121,7 @@ class EngineLoop:
         await self._started
 
     async def join(self, timeout_s: float) -> None:
-        """Wait for the end of the thread, for so long; a pass that hangs is left behind."""
+        """Wait up to ``timeout_s`` for the thread to end; a pass that hangs is abandoned."""
         if self.is_alive:
             await asyncio.to_thread(self._thread.join, timeout_s)
 
@@ -133,7 +133,7 @@ class EngineLoop:
             self._call_event_loop(self._finish_start, None)
             self._serve()
             self._pipeline.engine.close()
-        except BaseException as error:  # whatever ends this thread, the requests that wait for it must get an answer
+        except BaseException as error:  # for any error that ends this thread, the waiting requests must get an answer
             logger.critical("The engine thread has died.", exc_info=True)
             self._call_event_loop(self._die, error)
 
@@ -182,7 +182,7 @@ class EngineLoop:
         self._busy_since = end if in_flight else None
         lengths = batch.lengths
         self._queue.record_throughput(sum(lengths), busy_s)
-        # A batch that was taken before the budget shrank is no evidence against the new budget.
+        # A batch that was taken under an earlier, larger budget is no reason to shrink it again.
         if outcome.out_of_memory and len(lengths) > 1 and batch.budget == self._budget:
             self._set_budget(self._budget.halved())
         self._metrics.observe_batch(lengths, outcome, self._budget)
@@ -233,7 +233,7 @@ def _outcome_of(pipeline: Pipeline, batch: _InFlightBatch) -> BatchOutcome:
 
 
 def _guarded(num_sequences: int, step: Callable[[], _Result]) -> _Result | None:
-    """Return what a step of the pipeline returns; None where it failed outside of what the pipeline guards itself."""
+    """Return the result of a step of the pipeline; None where the pipeline itself failed, which is logged."""
     try:
         return step()
     except EngineUnavailable:

@@ -140,8 +140,8 @@ class Pipeline:
         An error that the engine raises here is handled by ``finish``, like an error of a pass.
 
         Args:
-            sequences: as ``run``.
-            levels: as ``run``.
+            sequences: as for ``run``.
+            levels: as for ``run``.
         """
         needs_states = tuple(self.diagnostician.needs_states(level) for level in levels)
         run = _BatchRun(self.engine, sequences, states=any(needs_states))
@@ -322,7 +322,7 @@ def isolate_failures(num_sequences: int, try_pass: Callable[[range], bool]) -> l
     One failing sequence among n costs at most 2 log2(n) + 1 passes (n a power of two); none costs one.
 
     Args:
-        num_sequences: in the batch; parts are ranges over their indices.
+        num_sequences: number of sequences in the batch; parts are ranges over their indices.
         try_pass: tries a part and returns whether it passed. Each index ends up in exactly one part that passed, or
             failed alone.
 

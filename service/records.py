@@ -24,7 +24,8 @@ OodMode: TypeAlias = Literal["single", "group"]
 
 Scope: TypeAlias = Literal["pooled", "within"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
-"""Of a correlation. ``pooled``: over all items; ``within``: of the deviations from the means of their prompts."""
+"""Scope of a correlation. ``pooled``: over all items; ``within``: of the deviations from the means of their prompts.
+"""
 
 CalibrationGap: TypeAlias = Literal["missing", "inapplicable"]
 """Why an item has no calibrated diagnostics: there is no calibration, or its completion is unknown."""
@@ -234,10 +235,10 @@ class LayerPValues:
     """Conformal p-values of the pooled states; None where the calibration does not include the component."""
 
     mid: float | None = None
-    """In the middle of the model."""
+    """p-value at a tap in the middle of the model."""
 
     last: float | None = None
-    """At the end of the model."""
+    """p-value at the last tap of the model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,18 +272,18 @@ class OodReport:
     """Whether the model read the whole item; if not, its small p-values are not reliable."""
 
     p_text: float | None = None
-    """Of the text statistics. Each ``p_*`` is None where its component is not calibrated or not applicable."""
+    """p-value of the text statistics. Each ``p_*`` is None where its component is not calibrated or not applicable."""
 
     p_feature: float | None = None
-    """Of text and state statistics together."""
+    """p-value of text and state statistics together."""
 
     p_layers: LayerPValues = LayerPValues()
 
     p_oe: float | None = None
-    """Of the detector that was trained on examples of reward hacking (outlier exposure)."""
+    """p-value of the detector that was trained on examples of reward hacking (outlier exposure)."""
 
     p_group: float | None = None
-    """Of the item compared with the other completions of its prompt."""
+    """p-value of the comparison with the other completions of the prompt."""
 
     score: float | None = None
     """Squared Mahalanobis distance that ``p_feature`` ranks."""
@@ -341,13 +342,13 @@ class Usage:
     """Tokens of one request."""
 
     prompt_tokens: int = 0
-    """Of the full prompts, before truncation."""
+    """Tokens of the full prompts, before truncation."""
 
     completion_tokens: int = 0
-    """Of the completions."""
+    """Tokens of the completions."""
 
     scored_tokens: int = 0
-    """That the model read, of items with a reward."""
+    """Tokens that the model read, of items with a reward."""
 
     shared_tokens: int = 0
     """The part of ``scored_tokens`` that was not computed for this request."""
@@ -361,13 +362,13 @@ class Timings:
     tokenize_s: float = 0.0
 
     queue_s: float = 0.0
-    """Of the request's slowest item."""
+    """Seconds of the request's slowest item in this stage."""
 
     engine_s: float = 0.0
-    """Of the request's slowest item."""
+    """Seconds of the request's slowest item in this stage."""
 
     total_s: float = 0.0
-    """From arrival to answer."""
+    """Seconds from arrival to answer."""
 
     @property
     def by_stage(self) -> dict[str, float]:

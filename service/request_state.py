@@ -1,4 +1,4 @@
-"""The state of one accepted request, from its texts to its answer.
+"""The state of one accepted request, from tokenization to the answer.
 
 It is changed on the event loop only; threads return what they compute of its items.
 """
@@ -34,10 +34,10 @@ class ScoredRequest:
 
 
 class RequestState:
-    """An accepted request and what is known of it so far.
+    """An accepted request and its results so far.
 
     Args:
-        request: as the protocol parsed it.
+        request: the parsed request.
         encoded: the token sequence or the error of each item, in order.
         work: what the engine computes for it.
         queued_at: when it was put into the queue, in seconds of the scorer's clock.
@@ -75,9 +75,9 @@ class RequestState:
         """Record the outcome of one sequence, for all the items that it answers.
 
         Args:
-            index: of the sequence in ``work.sequences``; each is resolved once.
+            index: index of the sequence in ``work.sequences``; each is resolved once.
             outcome: from the engine.
-            shared_tokens: of the sequence, tokens that were not computed for it.
+            shared_tokens: tokens of the sequence that were not computed for it.
         """
         if isinstance(outcome, Score):
             self._shared_tokens += shared_tokens

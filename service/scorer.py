@@ -35,11 +35,11 @@ _Result = TypeVar("_Result")
 _TextReading: TypeAlias = "asyncio.Future[list[TextFacts | None]]"
 
 ENGINE_STOP_S = 5.0
-"""How long `Scorer.stop` waits for the pass that is running; the process may end without it."""
+"""How long `Scorer.stop` waits for the running pass; afterwards the process may end without it."""
 
 
 class Encoder(Protocol):
-    """What the scorer needs of tokenization; safe to call from several threads."""
+    """The methods of tokenization that the scorer calls; safe to call from several threads."""
 
     @property
     def sample_token_ids(self) -> Sequence[int]:
@@ -60,12 +60,12 @@ class Scorer:
 
     Args:
         encoder: turns items into token sequences.
-        pipeline: on an engine that nobody else uses.
-        limits: on requests and on what may wait.
+        pipeline: the pipeline of an engine that nothing else uses.
+        limits: limits of requests and of waiting work.
         batching: the budget of a pass.
-        metrics: of this replica.
+        metrics: the metrics of this replica.
         monitors: that observe the answers; None: there are none.
-        num_tokenizer_threads: beside the event loop.
+        num_tokenizer_threads: threads in addition to the event loop.
         clock: seconds, monotonic.
     """
 
@@ -113,7 +113,7 @@ class Scorer:
 
     @property
     def pipeline(self) -> Pipeline:
-        """What batches run through; for jobs that bring their own batches while the scorer is not started."""
+        """The pipeline of the batches; for jobs that run their own batches while the scorer is not started."""
         return self._pipeline
 
     @property
@@ -123,7 +123,7 @@ class Scorer:
 
     @property
     def budget(self) -> BatchBudget:
-        """What a pass may hold now; it shrinks when the device runs out of memory."""
+        """The current budget of a pass; it shrinks when the device runs out of memory."""
         return self._engine_loop.budget
 
     @property
@@ -144,7 +144,7 @@ class Scorer:
     async def stop(self, drain_s: float) -> None:
         """Accept no more requests, answer the accepted ones for up to ``drain_s``, then end the engine thread.
 
-        Requests that are not answered by then get Draining. May be called again; a pass that hangs is left behind.
+        Requests that are not answered by then get Draining. May be called again; a pass that hangs is abandoned.
         """
         if self._state != "failed":
             self._enter("draining")
@@ -178,9 +178,9 @@ class Scorer:
 
         Raises:
             Overloaded, NotReady, Draining, EngineUnavailable: it was refused before any work.
-            DeadlineExceeded: its time is over; what was still waiting is not computed.
+            DeadlineExceeded: its deadline has passed; sequences that still wait are not computed.
             EngineUnavailable, Draining: the replica ended before it was answered.
-            CancelledError: the caller left; what was still waiting is not computed.
+            CancelledError: the client disconnected; sequences that still wait are not computed.
         """
         num_items = len(request.items)
         arrived = self._clock()
@@ -222,7 +222,7 @@ class Scorer:
             raise engine_died()
 
     def _refuse_if_stopped(self) -> None:
-        """Raise where nobody would serve what is queued now; checked wherever a request resumes after an await."""
+        """Raise if the queue is no longer served; checked wherever a request resumes after an await."""
         if self._state == "failed":
             raise engine_died()
         if self._queue.is_closed:
@@ -301,4 +301,4 @@ class Scorer:
 
 
 def _shut_down() -> Draining:
-    return Draining("The replica shut down before this request's turn came.")
+    return Draining("The replica shut down before it answered this request.")

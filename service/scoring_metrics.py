@@ -1,4 +1,4 @@
-"""Observes requests and batches in the metrics of a replica. It decides nothing."""
+"""Records requests and batches in the metrics of a replica."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ScoringMetrics:
         self._metrics.queue_oldest.set_function(oldest_wait_s)
 
     def set_ready(self, *, is_ready: bool) -> None:
-        """Publish whether the replica takes requests."""
+        """Publish whether the replica accepts requests."""
         self._metrics.ready.set(is_ready)
 
     def set_budget(self, budget: BatchBudget) -> None:
@@ -67,8 +67,8 @@ class ScoringMetrics:
 
         Args:
             lengths: tokens of each of its sequences.
-            outcome: of the batch.
-            budget: that decides how its cost is computed.
+            outcome: outcome of the batch.
+            budget: the budget, which defines how the cost of the batch is computed.
         """
         metrics = self._metrics
         real = sum(lengths)

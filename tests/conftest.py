@@ -1,9 +1,9 @@
-"""What holds for all tests: those that need a GPU are skipped, visibly, where there is none."""
+"""Configuration of all tests: those that need a GPU are skipped, visibly, where there is none."""
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-# How fast inputs are made says how busy the machine is, and nothing about what is tested.
+# The speed of generating inputs depends on the load of the machine, not on the tested code.
 settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("unhurried")
 

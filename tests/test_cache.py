@@ -15,7 +15,7 @@ def fill(folder: Path) -> None:
     (folder / "weights").write_text("whole")
 
 
-def break_halfway(folder: Path) -> None:
+def fail_halfway(folder: Path) -> None:
     (folder / "weights").write_text("half")
     raise CheckpointError("the build failed")
 
@@ -24,14 +24,14 @@ def test_a_folder_is_built_once(tmp_path: Path) -> None:
     """The second call returns the folder and builds nothing."""
     folder = build_once(tmp_path / "cache" / "model", fill)
 
-    assert build_once(folder, break_halfway) == folder
+    assert build_once(folder, fail_halfway) == folder
     assert (folder / "weights").read_text() == "whole"
 
 
 def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
     """A failed build leaves neither an incomplete folder under the final name nor a temporary one."""
     with pytest.raises(CheckpointError):
-        build_once(tmp_path / "model", break_halfway)
+        build_once(tmp_path / "model", fail_halfway)
 
     assert list(tmp_path.iterdir()) == []
 

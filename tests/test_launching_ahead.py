@@ -98,7 +98,7 @@ async def send(scorer: Scorer, engine: LaunchingOracle, *loads: Sequence[str]) -
 
 
 def raising(error: BaseException, *, more_than: int = 0) -> Callable[[Sequence[TokenSequence]], None]:
-    """Return a fault of batches with the bad token and more than so many sequences."""
+    """Return a fault of batches with the bad token and more than this many sequences."""
 
     def fault(sequences: Sequence[TokenSequence]) -> None:
         if len(sequences) > more_than and any(BAD in sequence.token_ids for sequence in sequences):

@@ -31,7 +31,7 @@ from service.settings import TokenizationSettings
 from service.tokenization import Tokenization
 
 LAW = settings(max_examples=60, deadline=None)
-POISON, NAN = 1, 2
+RAISES, NAN = 1, 2
 REFUSED = SequenceTooLong("too long")
 
 
@@ -167,12 +167,12 @@ def test_only_the_look_ahead_is_read(lengths: list[int], look_ahead: int) -> Non
 
 
 @LAW
-@given(st.lists(st.sampled_from(["good", "poison", "nan"]), min_size=1, max_size=30))
-def test_poison_fails_alone(kinds: list[str]) -> None:
+@given(st.lists(st.sampled_from(["good", "raises", "nan"]), min_size=1, max_size=30))
+def test_a_failing_sequence_fails_alone(kinds: list[str]) -> None:
     """A sequence that makes the pass raise, or has no finite reward, fails; the other sequences are scored."""
-    first_id = {"good": 9, "poison": POISON, "nan": NAN}
+    first_id = {"good": 9, "raises": RAISES, "nan": NAN}
     sequences = [TokenSequence((first_id[kind], 100 + number)) for number, kind in enumerate(kinds)]
-    engine = RecordingEngine(faults=OracleFaults(raise_on=POISON, nan_on=NAN))
+    engine = RecordingEngine(faults=OracleFaults(raise_on=RAISES, nan_on=NAN))
 
     found = collect(Pipeline(engine), sequences)
 
@@ -180,7 +180,7 @@ def test_poison_fails_alone(kinds: list[str]) -> None:
         if kind == "good":
             assert found[number] == expected(sequences[number])
         else:
-            assert type(found[number]) is (EngineFailed if kind == "poison" else NonFiniteReward)
+            assert type(found[number]) is (EngineFailed if kind == "raises" else NonFiniteReward)
 
 
 # --- Order and memory ------------------------------------------------------------------------------------------------

@@ -237,7 +237,7 @@ def test_warm_up_runs_the_largest_legal_batches() -> None:
 
 
 def test_warm_up_finds_the_budget_that_fits() -> None:
-    """A device without memory for the wanted budget starts with half of it, or half of that."""
+    """A device without memory for the requested budget starts with half of it, or half of that."""
     pipeline = Pipeline(ScriptedEngine(max_input_tokens=50, faults=OracleFaults(memory_tokens=70)))
 
     assert pipeline.warm_up(BUDGET, IDS).budget.max_tokens == 64

@@ -201,7 +201,7 @@ class SharingEngine(GatedEngine):
 
 
 async def test_shared_tokens_are_counted_for_their_own_request(tokenization: Tokenization) -> None:
-    """In a batch of several requests each is told what was not computed for it, including repeated items."""
+    """In a batch of several requests each has its own count of shared tokens, including repeated items."""
     engine = SharingEngine()
     metrics = Metrics()
     async with running(new_scorer(tokenization, engine, metrics=metrics), engine) as scorer:

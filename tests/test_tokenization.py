@@ -178,7 +178,7 @@ def test_an_encoder_gets_cls_and_sep() -> None:
         (f"{BOS}How?", False, 1),
         (f"{BOS}{BOS}a", True, 2),
     ],
-    ids=["added", "not-wanted", "already-there", "not-removed", "two-of-the-caller"],
+    ids=["added", "not-requested", "already-there", "not-removed", "two-of-the-caller"],
 )
 def test_bos_before_templated_text(text: str, add_bos: bool, num_bos: int) -> None:
     """BOS is added once, if requested and missing; what the caller wrote is never removed."""
@@ -270,7 +270,7 @@ def test_the_limit_is_exact(limit: int) -> None:
         (TemplatedText(LONG_PROMPT), "error"),
         (TokenIds((5,) * 300), "prompt_left"),
     ],
-    ids=["not-asked-for", "completion-alone", "templated-not-asked-for", "token-ids"],
+    ids=["not-requested", "completion-alone", "templated-not-requested", "token-ids"],
 )
 def test_an_item_that_may_not_be_truncated_is_too_long(content: Any, truncation: Any) -> None:
     """If truncation was not requested, or would cut the completion, the item is refused with its sizes."""

@@ -124,7 +124,7 @@ class AsyncRewardClient:
 
         Args:
             prompts: texts, or conversations as lists of ``{"role", "content"}``.
-            completions: as many; texts, or lists of one assistant message (TRL's conversational form).
+            completions: one for each prompt; texts, or lists of one assistant message (TRL's conversational form).
             truncation: what happens to an item that is too long; None: the service's setting.
             template: how a plain-text prompt is rendered; None: the service's setting.
 
@@ -152,7 +152,7 @@ class AsyncRewardClient:
         Args:
             items: objects of the wire format: ``prompt`` and ``completion``, or ``text``, or ``token_ids``; and ``id``,
                 ``group``.
-            diagnostics: which diagnostics are returned beside the reward.
+            diagnostics: which diagnostics are returned in addition to the reward.
             truncation: as for ``score``.
             template: as for ``score``.
 

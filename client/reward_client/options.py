@@ -11,4 +11,4 @@ Truncation: TypeAlias = Literal["error", "prompt_left"]
 """What happens to an item over the token limit: an item error, or tokens are removed from the left of its prompt."""
 
 DiagnosticsLevel: TypeAlias = Literal["none", "basic", "full"]
-"""How much is returned beside the reward."""
+"""Which diagnostics are returned in addition to the reward."""

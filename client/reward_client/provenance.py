@@ -17,7 +17,7 @@ from pathlib import Path
 from reward_client.hashing import file_sha256
 
 TRAINING_MANIFEST_FILE = "training.json"
-"""What a training run writes beside its model; its entries ``base`` and ``base_hash`` are read here."""
+"""The manifest that a training run writes next to its model; its entries ``base`` and ``base_hash`` are read here."""
 
 _HASH = re.compile(r"[0-9a-f]{8,64}")
 
@@ -66,7 +66,7 @@ def check_reference(origin: Origin | None, asked: str) -> ReferenceCheck:
     """Compare a reference with a model's origin.
 
     Args:
-        origin: of the served model; None where it is not known.
+        origin: origin of the served model; None where it is unknown.
         asked: a hash over weights (at least its first 8 hexadecimal digits, lower case), or else a name, which is
             compared with the origin's full name and with its last part.
     """

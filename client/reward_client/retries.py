@@ -119,6 +119,6 @@ def _raise_final(last: AttemptFailedError, left_s: float) -> NoReturn:
         raise BadAnswer(f"In every attempt, {last}") from last
     if last.retry_after_s is not None and last.retry_after_s >= left_s:
         raise ClientDeadlineExceeded(
-            f"The service asks to wait {last.retry_after_s:g} s, {max(left_s, 0.0):.1f} s are left: {last}"
+            f"The service requests a delay of {last.retry_after_s:g} s, but {max(left_s, 0.0):.1f} s are left: {last}"
         ) from last
     raise ServiceUnavailable(f"All attempts failed; the last error: {last}") from last

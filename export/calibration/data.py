@@ -23,7 +23,7 @@ select: the common scale of the components, and which are admitted. calibrate: t
 
 SHARES: dict[Part, float] = {"fit_states": 0.30, "fit_detectors": 0.30, "select": 0.15, "calibrate": 0.25}
 SMALL_SHARES: dict[Part, float] = {"fit_states": 0.24, "fit_detectors": 0.26, "select": 0.13, "calibrate": 0.37}
-"""Of a small data set the p-values get more: the noise of the false-alarm rate depends on their part alone."""
+"""For a small data set the part ``calibrate`` is larger, because the noise of the false-alarm rate depends on it."""
 
 SMALL_ITEMS = 8000
 
@@ -38,10 +38,10 @@ class CleanItem:
     """Identifies the completions that were sampled together."""
 
     category: str = ""
-    """Of test data; empty otherwise."""
+    """Category of test data; empty otherwise."""
 
     is_ood: bool = False
-    """Of test data: whether the item should be detected."""
+    """Whether an item of test data should be detected."""
 
     @property
     def opening(self) -> str:

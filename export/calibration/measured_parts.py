@@ -70,7 +70,7 @@ class MeasuredParts:
         Args:
             scored: everything that was scored.
             taps: taps of the scored states.
-            checkpoint: of the model that the items were scored with.
+            checkpoint: checkpoint of the model that the items were scored with.
 
         Raises:
             CalibrationError: a hidden state is not finite.

@@ -29,15 +29,15 @@ def print_report(console: Console, found: TestReport) -> None:
     for rate in found.rates:
         console.print(_rate_line("Test data", rate), highlight=False)
     for rate in found.sibling_rates:
-        console.print(_rate_line("Test data, beside siblings", rate), highlight=False)
+        console.print(_rate_line("Test data, with siblings", rate), highlight=False)
     _print_length(console, "Test data", found.length)
     if not found.categories:
         return
     console.print(_category_table(found.categories))
-    alone, beside = found.mean_auroc(), found.mean_auroc(siblings=True)
+    alone, with_siblings = found.mean_auroc(), found.mean_auroc(siblings=True)
     console.print(
         f"Mean AUROC over the categories that are out of distribution: {alone:.3f}"
-        + ("" if beside is None else f", beside siblings {beside:.3f}")
+        + ("" if with_siblings is None else f", with siblings {with_siblings:.3f}")
         + f". In brackets: plausible texts. Left out, since the service refuses them: {found.num_left_out}."
         if alone is not None
         else "No category is out of distribution.",

@@ -41,7 +41,7 @@ def rank_items(
         items: clean items of that part.
         detectors: fitted detectors.
         maps: maps of the admitted components to -ln p.
-        sibling_scores: scores of the items beside their siblings, NaN without siblings; None where there are none.
+        sibling_scores: scores of the items relative to their siblings, NaN without siblings; None where there are none.
     """
     scores = detectors.scores(items.statistics)
     references: dict[str, Scores] = {name: np.sort(values) for name, values in scores.items()}

@@ -37,13 +37,13 @@ class TestedItem:
     sequence: TokenSequence
 
     raw: Score
-    """Before it was completed by the diagnostics."""
+    """The Score before `Diagnostician.complete`."""
 
     score: Score
-    """In a request of its own."""
+    """Score in a request with this item only."""
 
-    beside_siblings: Score | None = None
-    """In a request with all plausible completions of its prompt; None where these are fewer than `MIN_GROUP`."""
+    score_with_siblings: Score | None = None
+    """Score in a request with all plausible completions of its prompt; None for fewer than `MIN_GROUP`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class CategoryResult:
     """Mean of the standardised reward."""
 
     sibling_auroc: float | None
-    """AUROC beside siblings; None where no item has enough of them."""
+    """AUROC with_siblings siblings; None where no item has enough of them."""
 
     sibling_flagged: float | None
 
@@ -73,10 +73,10 @@ class TestReport:
     __test__ = False
 
     rates: list[Rate]
-    """Realised false-alarm rates of clean items, each in a request of its own."""
+    """Realised false-alarm rates of clean items, each in a separate request."""
 
     sibling_rates: list[Rate]
-    """The same beside siblings."""
+    """The same with_siblings siblings."""
 
     length: dict[str, LengthCorrelations]
     """Correlations with length of the ``raw`` and the ``adjusted`` reward."""
@@ -126,7 +126,9 @@ def report(served: ServedModel, tested: Sequence[TestedItem], num_left_out: int)
             by_category[one.row.category].append(one)
     return TestReport(
         rates=_rates(clean, [one.score for one in clean]),
-        sibling_rates=_rates([one for one in clean if one.beside_siblings is not None], _beside_siblings(clean)),
+        sibling_rates=_rates(
+            [one for one in clean if one.score_with_siblings is not None], _scores_with_siblings(clean)
+        ),
         length=_length(clean),
         categories={category: _category(clean, members) for category, members in sorted(by_category.items())},
         num_left_out=num_left_out,
@@ -134,8 +136,8 @@ def report(served: ServedModel, tested: Sequence[TestedItem], num_left_out: int)
 
 
 def _category(clean: Sequence[TestedItem], members: Sequence[TestedItem]) -> CategoryResult:
-    clean_beside, beside = _beside_siblings(clean), _beside_siblings(members)
-    has_siblings = bool(beside and clean_beside)
+    clean_scores_with_siblings, with_siblings = _scores_with_siblings(clean), _scores_with_siblings(members)
+    has_siblings = bool(with_siblings and clean_scores_with_siblings)
     alone = [one.score for one in members]
     return CategoryResult(
         is_ood=members[0].row.is_ood,
@@ -143,8 +145,10 @@ def _category(clean: Sequence[TestedItem], members: Sequence[TestedItem]) -> Cat
         auroc=detection(_surprises(one.score for one in clean), _surprises(alone)).auroc,
         flagged=_flagged(alone),
         reward_z=float(np.mean([score.reward_z for score in alone if score.reward_z is not None])),
-        sibling_auroc=detection(_surprises(clean_beside), _surprises(beside)).auroc if has_siblings else None,
-        sibling_flagged=_flagged(beside) if has_siblings else None,
+        sibling_auroc=detection(_surprises(clean_scores_with_siblings), _surprises(with_siblings)).auroc
+        if has_siblings
+        else None,
+        sibling_flagged=_flagged(with_siblings) if has_siblings else None,
     )
 
 
@@ -157,11 +161,12 @@ def _with_siblings(served: ServedModel, tested: Sequence[TestedItem]) -> list[Te
         }:
             plausible[one.row.exchange.prompt].append(one)
     return [
-        replace(one, beside_siblings=_score_beside(served, one, plausible[one.row.exchange.prompt])) for one in tested
+        replace(one, score_with_siblings=_score_with_siblings(served, one, plausible[one.row.exchange.prompt]))
+        for one in tested
     ]
 
 
-def _score_beside(served: ServedModel, one: TestedItem, plausible: Sequence[TestedItem]) -> Score | None:
+def _score_with_siblings(served: ServedModel, one: TestedItem, plausible: Sequence[TestedItem]) -> Score | None:
     completion = one.row.exchange.completion
     group = [one, *(other for other in plausible if other.row.exchange.completion != completion)]
     if len(group) < MIN_GROUP:
@@ -172,8 +177,8 @@ def _score_beside(served: ServedModel, one: TestedItem, plausible: Sequence[Test
     return scored if isinstance(scored, Score) and is_compared else None
 
 
-def _beside_siblings(items: Sequence[TestedItem]) -> list[Score]:
-    return [one.beside_siblings for one in items if one.beside_siblings is not None]
+def _scores_with_siblings(items: Sequence[TestedItem]) -> list[Score]:
+    return [one.score_with_siblings for one in items if one.score_with_siblings is not None]
 
 
 def _rates(clean: Sequence[TestedItem], scores: Sequence[Score]) -> list[Rate]:

@@ -1,6 +1,6 @@
 """Scores items for a calibration as the service would: its tokenization, its batches, its engine.
 
-The reward, the token ids and one pooled state a tap are stored of each item. A cache file makes repeated fits cheap;
+For each item the reward, the token ids and one pooled state a tap are stored. A cache file makes repeated fits cheap;
 its key contains everything that changes a score.
 """
 
@@ -102,7 +102,7 @@ def score_items(
     file = None if cache is None else cache / f"{_key(served, exchanges)}.pickle"
     if file is not None and file.exists():
         advance(len(exchanges))
-        found, indices = pickle.loads(file.read_bytes())  # noqa: S301 - written by us, in the user's own folder
+        found, indices = pickle.loads(file.read_bytes())  # noqa: S301 - written by this command itself
         return found, indices
     scored, indices = _score(served, exchanges, advance)
     if file is not None:

@@ -22,7 +22,7 @@ STYLE = ("md", "emoji", "hedge", "flattery", "rep4", "zratio", "nonascii", "over
 """The statistics behind ``style_p``."""
 
 TAP_COUNTS = (1, 3)
-"""Numbers of taps beside the head's that are tried, before all of them are."""
+"""Numbers of taps, in addition to the head's, that are tried before all of them."""
 
 MIN_GAIN = 0.005
 """Least gain in benefit for which a component or further taps are accepted."""

@@ -18,7 +18,7 @@ MIN_GROUPED_ITEMS = 200
 
 
 def sibling_scores(siblings: ShrunkGaussian | None, items: MeasuredItems, seed: int) -> Scores | None:
-    """Return each item's score beside its siblings, NaN for items without any; None where the data are too few.
+    """Return each item's score relative to its siblings, NaN for items without any; None where the data are too few.
 
     Groups of `MIN_GROUP` or more completions of one prompt are used where there are enough of them. Otherwise groups
     are simulated from pairs of completions, see `_simulated_scores`.

@@ -35,7 +35,7 @@ class RewardGraph(nn.Module):
     """The exported module: the classifier with the pooled position as an input and the tapped states as an output.
 
     Args:
-        classifier: in inference mode; its head remains in fp32.
+        classifier: a classifier in inference mode; its head remains in fp32.
         taps: where states are read, in the order of the output.
     """
 

@@ -46,8 +46,8 @@ def compare_rewards(rewards: Sequence[float], reference: Sequence[float], text_s
     all reference rewards are equal, 0 where only the graph's rewards are, and NaN where one of these is not finite.
 
     Args:
-        rewards: of the graph, at least two.
-        reference: of plain transformers, in the same order.
+        rewards: rewards of the graph, at least two.
+        reference: rewards of plain transformers, in the same order.
         text_source: the origin of the texts, for the report.
     """
     graph, plain = np.asarray(rewards, dtype=np.float64), np.asarray(reference, dtype=np.float64)
@@ -67,7 +67,7 @@ def validate_parity(parity: ExportParity, bounds: Bounds, reference: Sequence[fl
 
     Args:
         parity: the report.
-        bounds: of the precision, or as given by the user.
+        bounds: the limits of the precision, or those given by the user.
         reference: the rewards of plain transformers, whose magnitude scales ``max_difference``.
 
     Raises:

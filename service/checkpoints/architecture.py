@@ -57,7 +57,7 @@ def fit_classifier(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> Fit:
 
     Args:
         config: transformers' configuration, with ``num_labels`` 1; it is not changed.
-        shapes: of the stored tensors, by name.
+        shapes: shapes of the stored tensors, by name.
     """
     import torch
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING

@@ -53,16 +53,16 @@ class Hashes:
     """The sha256 values (hexadecimal) of everything in a checkpoint folder that determines a reward."""
 
     config: str
-    """Of ``config.json`` without the entries that do not change a reward (see `hash_config`)."""
+    """Hash of ``config.json`` without the entries that do not change a reward (see `hash_config`)."""
 
     weights: str
-    """Over the files that the classifier is loaded from (see `service.checkpoints.weights.weights_sha256`)."""
+    """Hash over the files that the classifier is loaded from (see `service.checkpoints.weights.weights_sha256`)."""
 
     tokenizer: str
-    """Of the fast tokenizer's serialisation."""
+    """Hash of the fast tokenizer's serialisation."""
 
     template: str
-    """Of the chat template; empty without one."""
+    """Hash of the chat template; empty without one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ PROVENANCE_FILE = "provenance.json"
 """Records the adapter and base of a merged demo folder, and the sha256 of the weights that the merge wrote."""
 
 FORMAT_VERSION = "2"
-"""Of the merged folder, and part of its name; a new version gets a new folder."""
+"""Format version of the merged folder, a part of its name; a new version gets a new folder."""
 
 
 def obtain_demo_model(cache_root: Path | None = None) -> Path:
@@ -64,7 +64,7 @@ def merged_identity(folder: Path, weights: str) -> str:
     its weights.
 
     Args:
-        folder: of the checkpoint.
+        folder: the checkpoint folder.
         weights: its ``Hashes.weights``.
     """
     try:

@@ -20,7 +20,7 @@ from service.errors import CheckpointError
 SLOW_TOKENIZER_FILES = (TOKENIZER_CONFIG_FILE, "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 MAX_PLAUSIBLE_TOKENIZER_LIMIT = 10_000_000
-"""Tokens. A tokenizer without a limit of its own has a ``model_max_length`` of about 10**30."""
+"""In tokens. A tokenizer without a limit has a ``model_max_length`` of about 10**30."""
 
 
 def load_config(path: Path) -> Any:
@@ -232,7 +232,7 @@ def resolve_max_input_tokens(path: Path, model_limit: int | None, tokenizer: Any
     A tokenizer's limit is often arbitrary, so the setting may exceed it. It may not exceed the model's.
 
     Args:
-        path: of the checkpoint, for messages.
+        path: the checkpoint folder, for messages.
         model_limit: positions of the model; None: no limit.
         tokenizer: its ``model_max_length`` is the tokenizer's limit.
         setting: ``model.max_input_tokens``; None: not set.
@@ -276,7 +276,7 @@ def notes_on(config: Any, tokenizer: Any) -> Iterator[str]:
 
     Args:
         config: with the resolved pad token.
-        tokenizer: of the same checkpoint.
+        tokenizer: tokenizer of the same checkpoint.
     """
     pad_token_id = config.get_text_config().pad_token_id
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != pad_token_id:

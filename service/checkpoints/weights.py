@@ -27,7 +27,7 @@ VALUE_HEAD_FILE = "value_head.safetensors"
 
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 TRAINER_STATE = ("training_args.bin", "optimizer.", "scheduler.", "scaler.", "rng_state")
-"""Prefixes of the names of pickles that trainers write beside the weights, and that hold no weights."""
+"""Prefixes of the names of pickles that trainers write into the folder and that hold no weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,10 +181,10 @@ def find_value_head(folder: Path, tensors: Mapping[str, TensorInfo], hidden_size
     """Return the value head that a training library stored in the folder under another name, or None.
 
     It is the only tensor of shape [1, hidden_size] among ``tensors``, or else the only such tensor of a
-    ``value_head.safetensors`` beside the model.
+    ``value_head.safetensors`` in the folder.
 
     Args:
-        folder: of the checkpoint.
+        folder: the checkpoint folder.
         tensors: the stored tensors that the classifier does not use.
         hidden_size: width of the last hidden state.
 

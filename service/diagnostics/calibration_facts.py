@@ -111,7 +111,7 @@ class CalibrationFacts:
     """What each admitted component added to the benefit of the combination."""
 
     self_test: SelfTest
-    """Of the combination."""
+    """Self-test of the combination."""
 
     realised: dict[str, Rate]
     """Realised false-alarm rate at 1 percent of the combination and of each component."""

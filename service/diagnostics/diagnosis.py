@@ -33,7 +33,7 @@ class Diagnostician:
     """Computes the diagnostics of items; safe to call from several threads.
 
     Args:
-        calibration: of the served model; without one (None) every field that requires it is None.
+        calibration: calibration of the served model; without one (None) every field that requires it is None.
         special_ids: ids of the tokenizer's special tokens.
         alpha: p-values up to this are flagged.
         taps: taps of the engine, which include the calibration's; None: the calibration's, in its order.

@@ -86,9 +86,9 @@ def find_calibration(folder: Path, named: str | None, binding: Binding) -> Looku
     """Look for a calibration that is valid for this binding.
 
     Args:
-        folder: of the checkpoint.
+        folder: the checkpoint folder.
         named: the file that the settings name; None: the default file in the folder.
-        binding: of the served model.
+        binding: binding of the served model.
     """
     path = Path(named).expanduser() if named else folder / CALIBRATION_FILE
     if not path.is_file():

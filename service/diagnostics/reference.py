@@ -1,6 +1,7 @@
 """The distribution of rewards and lengths over the calibration's items, and the reward that length alone predicts.
 
-Plain arithmetic on quantiles and knots. The length-adjusted reward is reported beside the reward and never replaces it.
+Plain arithmetic on quantiles and knots. The length-adjusted reward is reported in addition to the reward and never
+replaces it.
 """
 
 from __future__ import annotations

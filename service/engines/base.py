@@ -41,7 +41,7 @@ class Pending(Protocol[_T_co]):
         """Wait for the result and return it. Called once; several pending passes are awaited in the order of launching.
 
         Raises:
-            Exception: whatever the computation raised; a device reports errors only when its results are awaited.
+            Exception: the error of the computation; a device reports errors only when its results are awaited.
         """
         ...
 

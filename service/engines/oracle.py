@@ -39,7 +39,7 @@ def oracle_reward(token_ids: Sequence[int], salt: str = "") -> float:
 
     Args:
         token_ids: without padding, each in [0, 2^32).
-        salt: at most 64 bytes of UTF-8; different salts stand for different model versions.
+        salt: at most 64 bytes of UTF-8; different salts represent different model versions.
     """
     packed = struct.pack(f"<{len(token_ids)}I", *token_ids)
     digest = blake2b(packed, digest_size=3, key=salt.encode()).digest()
@@ -168,8 +168,8 @@ class OracleEngine:
 def _visible_bytes() -> list[str]:
     """Return the characters by which byte-level BPE writes the bytes 0 to 255.
 
-    Printable Latin-1 bytes stand for themselves; the others take the code points from 256 on, in order (Radford et al.,
-    2019, the GPT-2 encoder).
+    Printable Latin-1 bytes are their own characters; the others take the code points from 256 on, in order (Radford et
+    al., 2019, the GPT-2 encoder).
     """
     unchanged = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     replacements = iter(range(0x100, 0x200))

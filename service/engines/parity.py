@@ -59,7 +59,7 @@ class Parity:
     """What the probe measured on the path that serves; rewards and differences in raw logits."""
 
     max_difference: float
-    """Largest difference to plain transformers, of the probe that is closest to its tolerance or exceeds it most."""
+    """Difference to plain transformers of the probe that is closest to its tolerance, or exceeds it most."""
 
     tolerance: float
     """The tolerance of that probe."""
@@ -222,7 +222,7 @@ def choose_path(
     Args:
         classifier: left with the attention and the modules of the path that is returned.
         candidates: fastest first. The path that is returned has an empty prefix cache.
-        reference: of the classifier as it is, quantized or not.
+        reference: reference of the classifier in its present state, quantized or not.
 
     Raises:
         ParityError: none agrees.
@@ -233,7 +233,7 @@ def choose_path(
             path = open_path(classifier, spec)
             rewards_of_passes = probed_rewards(path, reference.probes)
             parity = max(map(reference.compare, rewards_of_passes), key=lambda found: found.relative_difference)
-        except Exception as error:  # noqa: BLE001 - whatever a foreign model raises here, it does not run on this path
+        except Exception as error:  # noqa: BLE001 - a model that raises here, for any reason, does not run on this path
             refusals.append(f"{spec.description} does not run ({type(error).__name__}: {error})")
             continue
         if parity.agrees:

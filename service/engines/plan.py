@@ -24,7 +24,7 @@ from service.records import Pooling
 from service.settings import BatchingSettings, ModelSettings
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 65_536}
-"""Default batch budget: enough to keep the device busy; more would only make the next request wait longer."""
+"""Default batch budget: enough to keep the device busy; with more, the next request would only wait longer."""
 
 AMX_BATCH_TOKENS = 4096
 """The same on CPU kernels with AMX: such a pass takes no longer than one over half as many tokens without."""

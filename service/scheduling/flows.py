@@ -38,7 +38,7 @@ class Entry:
     """The key of its request."""
 
     index: int
-    """Of the sequence among those of its request."""
+    """Index of the sequence in its request."""
 
     sequence: TokenSequence
 

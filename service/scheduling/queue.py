@@ -121,9 +121,10 @@ class Queue:
 
         Args:
             now: compared with the deadlines.
-            budget: of one pass. A single sequence that exceeds the budget gets a batch of its own: admission accepted
-                it, so it is computed.
-            num_cached_tokens: of a sequence, in the engine's present state; called for candidates of a packed batch.
+            budget: the budget of one pass. A single sequence that exceeds the budget gets a batch of its own: admission
+                accepted it, so it is computed.
+            num_cached_tokens: returns the cached tokens of a sequence in the engine's present state; called for
+                candidates of a packed batch.
 
         Returns:
             The batch, empty only when nothing waits that is in time, and the entries that expired.

@@ -69,7 +69,7 @@ def plan_work(items: Sequence[Item], encoded: Sequence[TokenSequence | HttpError
     Equal token ids are computed once, so equal texts of a request get bit-identical rewards in any batch composition.
 
     Args:
-        items: of the request.
+        items: items of the request.
         encoded: the token sequence or the error of each item, in order.
     """
     first: dict[tuple[int, ...], TokenSequence] = {}

@@ -1,4 +1,4 @@
-"""The client installs alone: its distribution brings two small libraries, and no local folder can shadow it."""
+"""The client can be installed alone: its distribution has two small dependencies, and no local folder shadows it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A copy of the sources: a build in the tree would leave folders there that a later build packs again."""
+    """A copy of the sources, because a build leaves folders in the source tree that a later build would include."""
     ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__", "tests")
     return Path(shutil.copytree(ROOT, tmp_path / "source", ignore=ignored))
 
@@ -38,8 +38,8 @@ def run(*command: str | Path, cwd: Path) -> str:
     return subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, check=True).stdout
 
 
-def test_it_installs_alone_beside_folders_of_the_same_names(source: Path, tmp_path: Path) -> None:
-    """A fresh environment has httpx2, stamina and theirs, and a trainer's own ``service`` and ``training`` import."""
+def test_it_is_installed_alone_and_not_shadowed_by_local_folders(source: Path, tmp_path: Path) -> None:
+    """A new environment has two packages and their dependencies; a local ``service`` or ``training`` is imported."""
     run(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
     python = tmp_path / "venv" / "bin" / "python"
     run(python, "-m", "pip", "install", "--quiet", source / "client", cwd=tmp_path)
@@ -55,14 +55,14 @@ def test_it_installs_alone_beside_folders_of_the_same_names(source: Path, tmp_pa
     assert all(Path(file).is_relative_to(tmp_path) for file in found["local"])
 
 
-def test_the_wheel_of_the_service_carries_it(source: Path, tmp_path: Path) -> None:
-    """The service needs no distribution named reward-client, which a stranger could register on an index."""
+def test_the_wheel_of_the_service_contains_it(source: Path, tmp_path: Path) -> None:
+    """The service does not depend on a distribution named reward-client, which anybody could register on an index."""
     run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, source, cwd=tmp_path)
 
     [wheel] = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         [metadata] = [archive.read(name).decode() for name in names if name.endswith("/METADATA")]
-    carried = {name.partition("/")[2] for name in names if name.startswith("reward_client/")}
-    assert carried == {file.name for file in (source / "client" / "reward_client").iterdir() if file.is_file()}
+    packaged = {name.partition("/")[2] for name in names if name.startswith("reward_client/")}
+    assert packaged == {file.name for file in (source / "client" / "reward_client").iterdir() if file.is_file()}
     assert not [line for line in metadata.splitlines() if line.startswith("Requires-Dist: reward-client")]

@@ -1,4 +1,4 @@
-"""The client's promises beyond the law: what it sends, what it returns, how it waits, where it can live."""
+"""The client: what it sends and returns, its delays, and its use from threads, event loops and processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from concurrent.futures import CancelledError
 
 import pytest
 import stamina.instrumentation
-from misbehaving_server import VERSION, Request, World, ok, problem, running, scores
+from misbehaving_server import VERSION, FakeServer, Request, ok, problem, running, scores
 from reward_client import AsyncRewardClient, ChunkLimits, RetryPolicy, RewardClient
 from reward_client.errors import ClientDeadlineExceeded, ItemsFailed, RequestRejected, ServiceUnavailable
 
@@ -22,30 +22,30 @@ QUICK = RetryPolicy(max_attempts=4, first_wait_s=0.005, max_wait_s=0.02, jitter_
 
 
 @pytest.fixture
-def world() -> Iterator[World]:
-    with running(World()) as honest:
-        yield honest
+def server() -> Iterator[FakeServer]:
+    with running(FakeServer()) as running_server:
+        yield running_server
 
 
 @pytest.fixture
-def waits() -> Iterator[list[float]]:
-    """The waits between tries, in seconds, as they are begun."""
-    begun: list[float] = []
-    stamina.instrumentation.set_on_retry_hooks([lambda details: begun.append(details.wait_for)])
-    yield begun
+def delays() -> Iterator[list[float]]:
+    """The delays between attempts, in seconds."""
+    delays_s: list[float] = []
+    stamina.instrumentation.set_on_retry_hooks([lambda details: delays_s.append(details.wait_for)])
+    yield delays_s
     stamina.instrumentation.set_on_retry_hooks(None)
 
 
-class Slow(World):
-    """Takes a while for each request."""
+class Slow(FakeServer):
+    """Answers every request after 0.05 seconds."""
 
     async def answer(self, request: Request) -> AsyncIterator[bytes]:
         await asyncio.sleep(0.05)
         yield ok(scores(request))
 
 
-class BusyOnce(World):
-    """Asks the first caller to come back in a second."""
+class BusyOnce(FakeServer):
+    """Answers the first request with 503 and a Retry-After of one second."""
 
     async def answer(self, request: Request) -> AsyncIterator[bytes]:
         if request.number == 0:
@@ -54,15 +54,15 @@ class BusyOnce(World):
             yield ok(scores(request))
 
 
-class Refusing(World):
-    """Refuses everything."""
+class Refusing(FakeServer):
+    """Answers 413 to everything."""
 
     async def answer(self, request: Request) -> AsyncIterator[bytes]:
         yield problem("413 Content Too Large", "item_too_long")
 
 
-class Describing(World):
-    """Has diagnostics of its own, some of which no client of today knows."""
+class Describing(FakeServer):
+    """Returns diagnostics, some of which the client does not define."""
 
     async def answer(self, request: Request) -> AsyncIterator[bytes]:
         answer = scores(request)
@@ -70,8 +70,8 @@ class Describing(World):
         yield ok(answer)
 
 
-class Failing(World):
-    """The item that spells 2 has no reward."""
+class Failing(FakeServer):
+    """Returns an error for the item with completion 2."""
 
     async def answer(self, request: Request) -> AsyncIterator[bytes]:
         answer = scores(request)
@@ -82,8 +82,8 @@ class Failing(World):
         yield ok(answer)
 
 
-class Comparing(World):
-    """Knows one comparison and one model."""
+class Comparing(FakeServer):
+    """Answers the routes of comparison and model with constants."""
 
     async def answer(self, request: Request) -> AsyncIterator[bytes]:
         if request.path == "/v1/model":
@@ -93,51 +93,51 @@ class Comparing(World):
             yield ok({"model": {"version": VERSION}, "rewards": [0, 1], "probabilities": table, "results": []})
 
 
-class ReadyLater(World):
-    """Not ready for the first two probes."""
+class ReadyLater(FakeServer):
+    """Answers the first two readiness probes with 503."""
 
     async def answer(self, request: Request) -> AsyncIterator[bytes]:
         yield ok({}) if request.number > 1 else problem("503 Service Unavailable", "not_ready")
 
 
-def test_plain_texts_and_trl_conversations_reach_the_wire_alike(world: World) -> None:
-    """Both forms of texts are sent as the wire format wants them, and keys without a value are left out."""
+def test_plain_texts_and_trl_conversations_are_sent_in_wire_format(server: FakeServer) -> None:
+    """Both forms are converted to the wire format, and keys without a value are left out."""
     question = [{"role": "user", "content": "why?", "name": None}]
     answer = [{"role": "assistant", "content": "2"}]
-    with RewardClient(world.url) as client:
+    with RewardClient(server.url) as client:
         rewards = client.score(["why?", question], ["1", answer])
 
     assert rewards == [1.0, 2.0]
-    assert world.requests[0].body["items"] == [
+    assert server.requests[0].body["items"] == [
         {"prompt": "why?", "completion": "1"},
         {"prompt": [{"role": "user", "content": "why?"}], "completion": "2"},
     ]
 
 
-def test_the_request_says_only_what_the_caller_said(world: World) -> None:
-    """Options left open are the service's to decide, and the service is told how much time is left."""
-    with RewardClient(world.url, deadline_s=30, headers={"X-Run-Id": "ppo-7"}) as client:
+def test_options_that_are_not_given_are_not_sent(server: FakeServer) -> None:
+    """The service then uses its own settings; the remaining time is always sent."""
+    with RewardClient(server.url, deadline_s=30, headers={"X-Run-Id": "ppo-7"}) as client:
         client.score(["q"], ["1"])
         client.score_items([{"text": "q 1", "completion": "1"}], diagnostics="full", truncation="prompt_left")
 
-    plain, full = (request.body for request in world.requests)
+    plain, full = (request.body for request in server.requests)
     assert {"items", "diagnostics", "timeout_ms"} == plain.keys()
     assert 29_000 < plain["timeout_ms"] <= 30_000
     assert (full["diagnostics"], full["truncation"]) == ("full", "prompt_left")
-    assert world.requests[0].headers["x-run-id"] == "ppo-7"
+    assert server.requests[0].headers["x-run-id"] == "ppo-7"
 
 
-def test_nothing_to_score_is_not_sent(world: World) -> None:
+def test_nothing_to_score_is_not_sent(server: FakeServer) -> None:
     """An empty call returns an empty list without a request, which the service would refuse."""
-    with RewardClient(world.url) as client:
+    with RewardClient(server.url) as client:
         assert client.score([], []) == []
 
-    assert not world.requests
+    assert not server.requests
 
 
-def test_diagnostics_are_carried_through_as_they_came() -> None:
-    """Blocks that this client has never heard of reach the caller, beside reward, id and model version."""
-    with running(Describing()) as world, RewardClient(world.url) as client:
+def test_diagnostics_are_returned_unchanged() -> None:
+    """Blocks that the client does not define are returned too, with reward, id and model version."""
+    with running(Describing()) as server, RewardClient(server.url) as client:
         scored = client.score_items([{"prompt": "q", "completion": "1", "id": "a"}, {"prompt": "q", "completion": "2"}])
 
     assert scored[0].diagnostics == {"length": {"scored_tokens": 7}, "ood": {"p_value": None}}
@@ -145,12 +145,12 @@ def test_diagnostics_are_carried_through_as_they_came() -> None:
     assert (scored[1].id, scored[1].diagnostics) == (None, {})
 
 
-def test_failed_items_keep_the_rewards_of_the_others() -> None:
-    """The exception names each failed item by its place in the caller's list, and holds every other reward."""
+def test_failed_items_are_reported_with_the_other_rewards() -> None:
+    """The exception has the index of each failed item in the caller's list, and the rewards of the others."""
     chunks = ChunkLimits(max_items=2)
     with (
-        running(Failing()) as world,
-        RewardClient(world.url, chunks=chunks) as client,
+        running(Failing()) as server,
+        RewardClient(server.url, chunks=chunks) as client,
         pytest.raises(ItemsFailed) as caught,
     ):
         client.score([f"q{number}" for number in range(5)], [str(number) for number in range(5)])
@@ -159,52 +159,52 @@ def test_failed_items_keep_the_rewards_of_the_others() -> None:
     assert [(failure.index, failure.code) for failure in caught.value.failures] == [(2, "engine_failed")]
 
 
-def test_chunks_keep_the_order_and_travel_together() -> None:
-    """A large call is several requests at a time, as many as there may be connections, joined in input order."""
+def test_chunks_are_sent_concurrently_and_joined_in_order() -> None:
+    """A large call is split into requests, of which as many run at a time as connections are allowed."""
     chunks = ChunkLimits(max_items=5)
-    with running(Slow()) as world, RewardClient(world.url, max_connections=3, chunks=chunks) as client:
+    with running(Slow()) as server, RewardClient(server.url, max_connections=3, chunks=chunks) as client:
         rewards = client.score([f"q{number}" for number in range(40)], [str(number) for number in range(40)])
 
     assert list(range(40)) == rewards
-    assert len(world.requests) == 8
-    assert world.most_in_flight == 3
+    assert len(server.requests) == 8
+    assert server.max_in_flight == 3
 
 
-def test_retry_after_is_honoured(waits: list[float]) -> None:
-    """The wait is what the service asked for plus jitter, not our backoff, and the next try is told of less time."""
-    with running(BusyOnce()) as world, RewardClient(world.url, deadline_s=20, retries=QUICK) as client:
+def test_retry_after_determines_the_delay(delays: list[float]) -> None:
+    """The delay is the Retry-After plus jitter, not the backoff, and the next attempt sends the remaining time."""
+    with running(BusyOnce()) as server, RewardClient(server.url, deadline_s=20, retries=QUICK) as client:
         rewards = client.score(["q"], ["1"])
 
     assert rewards == [1.0]
-    assert len(waits) == 1
-    assert 1.0 <= waits[0] <= 1.0 + QUICK.jitter_s
-    first, second = (request.body["timeout_ms"] for request in world.requests)
+    assert len(delays) == 1
+    assert 1.0 <= delays[0] <= 1.0 + QUICK.jitter_s
+    first, second = (request.body["timeout_ms"] for request in server.requests)
     assert second <= first - 1000
 
 
-def test_waits_grow_up_to_their_limit(waits: list[float]) -> None:
-    """Without a Retry-After the backoff doubles, with jitter, and is capped; then the tries are spent."""
+def test_delays_double_up_to_their_limit(delays: list[float]) -> None:
+    """Without a Retry-After the backoff doubles, with jitter, and is capped, until the last attempt fails."""
     policy = RetryPolicy(max_attempts=5, first_wait_s=0.01, max_wait_s=0.03, jitter_s=0.001)
     with RewardClient("http://127.0.0.1:1", retries=policy) as client, pytest.raises(ServiceUnavailable):
         client.score(["q"], ["1"])
 
-    assert pytest.approx(waits, abs=0.0011) == [0.01, 0.02, 0.03, 0.03]
+    assert pytest.approx(delays, abs=0.0011) == [0.01, 0.02, 0.03, 0.03]
 
 
-def test_refusal_is_not_repeated_and_says_why() -> None:
-    """A 4xx is sent once, and its problem reaches the caller."""
+def test_a_refusal_is_not_retried() -> None:
+    """After a 4xx nothing is sent again, and the exception has the problem."""
     refused = pytest.raises(RequestRejected, match="413 item_too_long: a detail")
-    with running(Refusing()) as world, RewardClient(world.url, retries=QUICK) as client, refused as caught:
+    with running(Refusing()) as server, RewardClient(server.url, retries=QUICK) as client, refused as caught:
         client.score(["q"], ["1"])
 
     assert caught.value.status == 413
-    assert len(world.requests) == 1
+    assert len(server.requests) == 1
 
 
-def test_silence_counts_as_broken_when_a_try_may_only_take_so_long(waits: list[float]) -> None:
-    """A connection that died without a word is given up after read_timeout_s, and the next try succeeds."""
+def test_a_silent_connection_fails_after_the_read_timeout(delays: list[float]) -> None:
+    """A connection without a response is given up after read_timeout_s, and the next attempt succeeds."""
 
-    class SilentOnce(World):
+    class SilentOnce(FakeServer):
         """Never answers the first request."""
 
         async def answer(self, request: Request) -> AsyncIterator[bytes]:
@@ -212,50 +212,50 @@ def test_silence_counts_as_broken_when_a_try_may_only_take_so_long(waits: list[f
             yield ok(scores(request))
 
     policy = RetryPolicy(first_wait_s=0.005, jitter_s=0.005, read_timeout_s=0.2)
-    with running(SilentOnce()) as world, RewardClient(world.url, retries=policy) as client:
+    with running(SilentOnce()) as server, RewardClient(server.url, retries=policy) as client:
         assert client.score(["q"], ["1"]) == [1.0]
 
-    assert len(waits) == 1
+    assert len(delays) == 1
 
 
 def test_comparison_and_model_are_read() -> None:
-    """The other two routes answer through the same client, with the same checks."""
-    with running(Comparing()) as world, RewardClient(world.url) as client:
+    """The other two routes are called and validated in the same way."""
+    with running(Comparing()) as server, RewardClient(server.url) as client:
         comparison = client.compare("q", ["a", [{"role": "assistant", "content": "b"}]])
         model = client.model()
 
     assert (comparison.rewards, comparison.probabilities) == ((0.0, 1.0), ((0.5, 0.25), (0.75, 0.5)))
-    assert world.requests[0].body["completions"] == ["a", "b"]
+    assert server.requests[0].body["completions"] == ["a", "b"]
     assert model["forward"] == "packed"
 
 
 def test_waiting_until_ready_ends_with_readiness() -> None:
-    """503 of the readiness probe means wait; 200 ends the wait."""
-    with running(ReadyLater()) as world, RewardClient(world.url) as client:
+    """It delays while the readiness probe answers 503, and returns after a 200."""
+    with running(ReadyLater()) as server, RewardClient(server.url) as client:
         client.wait_until_ready(timeout_s=10)
 
-    assert [request.path for request in world.requests] == ["/readyz"] * 3
+    assert [request.path for request in server.requests] == ["/readyz"] * 3
 
 
-def test_waiting_until_ready_has_an_end() -> None:
-    """A service that never comes up is an exception after timeout_s, not a hang."""
+def test_waiting_until_ready_has_a_timeout() -> None:
+    """If the service does not become ready within timeout_s, an exception is raised."""
     with RewardClient("http://127.0.0.1:1") as client, pytest.raises(ClientDeadlineExceeded):
         client.wait_until_ready(timeout_s=0.3)
 
 
-def test_errors_hold_no_text(world: World) -> None:
-    """An item that JSON cannot carry is named by its place; neither message nor chain quotes it."""
-    with RewardClient(world.url) as client, pytest.raises(ValueError, match="Item 1 is not JSON data") as caught:
+def test_errors_contain_no_text(server: FakeServer) -> None:
+    """The error of an item that is not JSON data has its index; neither message nor cause contains the text."""
+    with RewardClient(server.url) as client, pytest.raises(ValueError, match="Item 1 is not JSON data") as caught:
         client.score(["q", "secret \ud800"], ["1", "2"])
 
     assert caught.value.__cause__ is None
     assert caught.value.__suppress_context__
-    assert not world.requests
+    assert not server.requests
 
 
-def test_one_async_client_serves_several_loops(world: World) -> None:
-    """Trainers call from a new event loop each step: every loop gets its own connections; ended ones are forgotten."""
-    client = AsyncRewardClient(world.url)
+def test_one_async_client_serves_several_loops(server: FakeServer) -> None:
+    """Every event loop gets its own connections, which are dropped when the loop has ended."""
+    client = AsyncRewardClient(server.url)
 
     async def step() -> list[float]:
         async with client:
@@ -265,10 +265,10 @@ def test_one_async_client_serves_several_loops(world: World) -> None:
     assert not client._pools
 
 
-def test_one_sync_client_serves_many_threads(world: World) -> None:
-    """Threads share one client and each gets its own answers."""
+def test_one_sync_client_serves_many_threads(server: FakeServer) -> None:
+    """Threads that share a client get their own rewards."""
     answers: dict[int, list[float]] = {}
-    with RewardClient(world.url) as client:
+    with RewardClient(server.url) as client:
 
         def work(number: int) -> None:
             answers[number] = client.score(["q"] * 3, [str(number), str(number + 0.5), str(-number)])
@@ -282,25 +282,25 @@ def test_one_sync_client_serves_many_threads(world: World) -> None:
     assert answers == {number: [number, number + 0.5, -number] for number in range(12)}
 
 
-async def test_sync_client_works_inside_a_running_loop(world: World) -> None:
-    """A notebook or an asynchronous trainer may call it too."""
-    with RewardClient(world.url) as client:
+async def test_sync_client_works_inside_a_running_loop(server: FakeServer) -> None:
+    """It can be called from a notebook or an asynchronous trainer."""
+    with RewardClient(server.url) as client:
         assert client.score(["q"], ["1"]) == [1.0]
 
 
 def test_close_ends_the_waiting_calls_of_other_threads() -> None:
-    """Nobody waits for ever on a client that somebody else has closed."""
+    """Closing a client cancels the calls of other threads."""
 
-    class Silent(World):
-        """Never answers."""
+    class NeverAnswers(FakeServer):
+        """Reads the request and sends nothing."""
 
         async def answer(self, request: Request) -> AsyncIterator[bytes]:
             await asyncio.sleep(30)
             yield b""
 
     ended = threading.Event()
-    with running(Silent()) as world:
-        client = RewardClient(world.url)
+    with running(NeverAnswers()) as server:
+        client = RewardClient(server.url)
 
         def call() -> None:
             with pytest.raises(CancelledError):
@@ -309,16 +309,16 @@ def test_close_ends_the_waiting_calls_of_other_threads() -> None:
 
         thread = threading.Thread(target=call, daemon=True)
         thread.start()
-        while not world.requests:
+        while not server.requests:
             time.sleep(0.01)
         client.close()
 
         assert ended.wait(5)
 
 
-def test_used_clients_survive_pickling(world: World) -> None:
-    """A client travels to worker processes as its settings, without connections, threads or locks."""
-    with RewardClient(world.url, deadline_s=7) as client:
+def test_used_clients_survive_pickling(server: FakeServer) -> None:
+    """Pickling preserves the settings, without connections, threads and locks."""
+    with RewardClient(server.url, deadline_s=7) as client:
         client.score(["q"], ["1"])
         copy = pickle.loads(pickle.dumps(client))  # noqa: S301  (our own bytes)
 
@@ -328,9 +328,9 @@ def test_used_clients_survive_pickling(world: World) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
-def test_used_client_survives_a_fork(world: World) -> None:
-    """A forked worker opens its own connections instead of waiting for a thread that it does not have."""
-    with RewardClient(world.url) as client:
+def test_used_client_survives_a_fork(server: FakeServer) -> None:
+    """A forked process starts its own thread and connections."""
+    with RewardClient(server.url) as client:
         client.score(["q"], ["1"])
         context = multiprocessing.get_context("fork")
         queue = context.SimpleQueue()
@@ -342,8 +342,8 @@ def test_used_client_survives_a_fork(world: World) -> None:
         assert queue.get() == [3.0]
 
 
-def test_client_brings_no_heavy_package() -> None:
-    """Importing the client loads two small libraries and the standard one, and nothing that a trainer might pin."""
+def test_client_imports_no_heavy_package() -> None:
+    """Importing the client loads the standard library and two small ones, and no package that a trainer may pin."""
     program = (
         "import sys, reward_client; "
         "names = {name.partition('.')[0] for name in sys.modules} - set(sys.stdlib_module_names); "
@@ -357,6 +357,6 @@ def test_client_brings_no_heavy_package() -> None:
 
 
 def test_url_without_a_scheme_is_refused() -> None:
-    """A forgotten http:// is a sentence at construction, not sixteen failed tries."""
+    """A URL without http:// raises at construction, not after all attempts have failed."""
     with pytest.raises(ValueError, match="must start with http"):
         RewardClient("localhost:8000")

@@ -27,7 +27,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
 
 @pytest.fixture(autouse=True)
 def few_threads() -> Iterator[None]:
-    """Tiny matrices are faster on one thread, and much faster where other processes use the cores too."""
+    """Use one thread, which is faster for tiny matrices, above all where other processes use the cores too."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

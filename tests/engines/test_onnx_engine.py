@@ -62,7 +62,7 @@ def recorded(engine: OnnxEngine, failure: Exception | None = None) -> _Recording
 
 
 def test_rewards_equal_a_hand_calculation(folder: Path) -> None:
-    """Padding, mask and pooled position are right for sequences of different lengths, and the order is kept."""
+    """Padding, mask and pooled position are right for sequences of different lengths, and the order is preserved."""
     rewards = rewards_of(load(folder), ROWS)
 
     assert rewards == pytest.approx([reward_by_hand(row) for row in ROWS], abs=1e-5)
@@ -209,13 +209,13 @@ def test_rewards_that_differ_from_the_recorded_ones_are_refused(folder: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [({"dtype": "bfloat16"}, "exported as fp32"), ({"forward": "packed"}, "packed")],
     ids=["another-dtype", "another-path"],
 )
-def test_settings_that_contradict_the_export_are_refused(folder: Path, settings: dict[str, Any], said: str) -> None:
+def test_settings_that_contradict_the_export_are_refused(folder: Path, settings: dict[str, Any], message: str) -> None:
     """No setting is silently ignored."""
-    with pytest.raises(SettingsError, match=said):
+    with pytest.raises(SettingsError, match=message):
         load(folder, **settings)
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import AsyncIterator
 
 import pytest
-from misbehaving_server import Request, World, ok, problem, response, running
+from misbehaving_server import FakeServer, Request, ok, problem, response, running
 
 from loadtest.generator import send_all
 from loadtest.wire import UnexpectedAnswer, VllmWire
@@ -15,7 +15,7 @@ from loadtest.wire import UnexpectedAnswer, VllmWire
 def test_replies_are_in_the_order_of_the_requests_and_connections_are_reused() -> None:
     """Replies are assigned to their requests, and no more than the given number of connections is used."""
 
-    class Counting(World):
+    class Counting(FakeServer):
         """Rewards are prompt numbers; counts its connections."""
 
         connections = 0
@@ -39,7 +39,7 @@ def test_replies_are_in_the_order_of_the_requests_and_connections_are_reused() -
 def test_a_closed_connection_is_opened_again() -> None:
     """No request is lost where the server announces that it closes the connection."""
 
-    class Leaving(World):
+    class Leaving(FakeServer):
         """Closes each connection after its second response."""
 
         async def answer(self, request: Request) -> AsyncIterator[bytes]:
@@ -65,7 +65,7 @@ def test_a_closed_connection_is_opened_again() -> None:
 def test_a_response_without_rewards_ends_the_measurement(given: bytes) -> None:
     """A fast refusal does not count as fast scoring."""
 
-    class Fixed(World):
+    class Fixed(FakeServer):
         """Returns the same response to every request."""
 
         async def answer(self, request: Request) -> AsyncIterator[bytes]:
@@ -78,7 +78,7 @@ def test_a_response_without_rewards_ends_the_measurement(given: bytes) -> None:
 def test_a_wire_format_has_its_own_path_and_reading() -> None:
     """Requests go to the format's path, and responses are parsed by the format."""
 
-    class Classifier(World):
+    class Classifier(FakeServer):
         """Returns a reward for the path of the request."""
 
         async def answer(self, request: Request) -> AsyncIterator[bytes]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import psutil
 import pytest
-from misbehaving_server import World, ok, running
+from misbehaving_server import FakeServer, ok, running
 
 from loadtest.load_shapes import Pass, passes, shapes_against_plain
 from loadtest.server_rounds import Measurement, measure_alternately
 from loadtest.servers import RunningServer
 
 
-class Lengths(World):
+class Lengths(FakeServer):
     """The reward of an item is the length of its completion."""
 
     async def answer(self, request):
@@ -19,7 +19,7 @@ class Lengths(World):
 
 
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Pass], list[Measurement], list[World]]:
+def measured(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Pass], list[Measurement], list[FakeServer]]:
     """Measure two rounds of two small shapes, without waiting for servers that poll."""
     monkeypatch.setattr("loadtest.server_rounds.QUIET_FOR_S", 0.0)
     planned = list(passes(shapes_against_plain(1, 1)[:2], rounds=2, seed=1))
@@ -31,7 +31,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Pass], list[Measurem
         return planned, list(measure_alternately(servers, planned)), [peer, ours]
 
 
-def test_the_server_that_is_first_alternates(measured: tuple[list[Pass], list[Measurement], list[World]]) -> None:
+def test_the_server_that_is_first_alternates(measured: tuple[list[Pass], list[Measurement], list[FakeServer]]) -> None:
     """Each pass is sent to both servers in turn; the one that was first is second in the next round."""
     _, found, _ = measured
 
@@ -48,7 +48,7 @@ def test_the_server_that_is_first_alternates(measured: tuple[list[Pass], list[Me
 
 
 def test_both_get_the_same_items_and_rewards_are_in_their_order(
-    measured: tuple[list[Pass], list[Measurement], list[World]],
+    measured: tuple[list[Pass], list[Measurement], list[FakeServer]],
 ) -> None:
     """The rewards that are compared item by item belong to the same items."""
     planned, found, worlds = measured

@@ -1,4 +1,4 @@
-"""The laws of the queue: every sequence leaves once, within the budget, in a fair order, together with its prefix."""
+"""Properties of the queue: every sequence leaves once, within the budget, in a fair order, with its prefix group."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def names(batch: Sequence[Entry]) -> list[tuple[object, int]]:
     return [(entry.request, entry.index) for entry in batch]
 
 
-# --- Laws for any work -----------------------------------------------------------------------------------------------
+# --- Properties for any work -----------------------------------------------------------------------------------------
 
 requests = st.lists(
     st.lists(st.tuples(st.integers(1, 100), st.integers(0, 3)), min_size=1, max_size=12), min_size=1, max_size=12
@@ -215,7 +215,7 @@ def test_skipped_requests_are_served_first_in_few_batches() -> None:
     assert at_once >= 30
 
 
-def test_new_request_is_owed_nothing_for_the_past() -> None:
+def test_a_late_request_gets_no_compensation_for_the_past() -> None:
     """A large request that arrives late gets an equal share from then on, and no compensation for the time before."""
     queue = new_queue()
     put(queue, "old", [10] * 1000)
@@ -455,7 +455,7 @@ class PrefixCache:
     prefixes: list[tuple[int, ...]]
 
     limits: dict[tuple[int, ...], int] = field(default_factory=dict)
-    """Of some sequences, how many cached tokens a pass may leave out at most."""
+    """The maximum of cached tokens that a pass may take, for some sequences."""
 
     def num_cached_tokens(self, sequence: TokenSequence) -> int:
         """Return the leading tokens of a sequence that a pass need not compute."""
@@ -516,7 +516,7 @@ def test_a_group_that_the_cache_makes_more_expensive_still_leaves() -> None:
 def test_no_batch_computes_more_than_its_budget_however_much_is_cached(
     work: list[list[tuple[int, int, int]]], max_tokens: int, prompts_known: bool, data: st.DataObject
 ) -> None:
-    """The cost is never too low, whatever is cached, and if some sequences must compute cached tokens all the same."""
+    """The cost is never too low, whatever is cached, and also if some sequences must compute cached tokens."""
     queue = Queue(10**9, MIN_SHARED_PREFIX_TOKENS)
     cache = PrefixCache([])
     for name, items in enumerate(work):

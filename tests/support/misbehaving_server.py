@@ -1,4 +1,4 @@
-"""A real HTTP server on loopback whose answers a test writes byte by byte."""
+"""A real HTTP server on the loopback interface, whose responses a test defines byte by byte."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ VERSION = "v1"
 
 @dataclass(frozen=True)
 class Request:
-    """What one client sent, and the how-manieth request of this server's life it is (from 0)."""
+    """A request that the server received; ``number`` counts its requests from 0."""
 
     number: int
     method: str
@@ -25,34 +25,34 @@ class Request:
 
 
 @dataclass
-class World:
-    """An honest service: the reward of an item is the number that its completion spells."""
+class FakeServer:
+    """A service without faults: the reward of an item is the number that its completion contains."""
 
     requests: list[Request] = field(default_factory=list)
     in_flight: int = 0
-    most_in_flight: int = 0
+    max_in_flight: int = 0
     url: str = ""
 
     async def answer(self, request: Request) -> AsyncIterator[bytes]:
         yield ok(scores(request))
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Answer requests of one connection until either side hangs up; an answer without bytes hangs up."""
+        """Answer the requests of one connection until either side closes it; an empty answer closes it."""
         ended = contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError)
         with ended, contextlib.closing(writer):
             while request := await self._read(reader):
                 self.requests.append(request)
                 self.in_flight += 1
-                self.most_in_flight = max(self.most_in_flight, self.in_flight)
-                said = b""
+                self.max_in_flight = max(self.max_in_flight, self.in_flight)
+                sent = b""
                 try:
                     async for part in self.answer(request):
-                        said += part
+                        sent += part
                         writer.write(part)
                         await writer.drain()
                 finally:
                     self.in_flight -= 1
-                if not said or b"Connection: close" in said:
+                if not sent or b"Connection: close" in sent:
                     break
 
     async def _read(self, reader: asyncio.StreamReader) -> Request | None:
@@ -63,12 +63,12 @@ class World:
         return Request(len(self.requests), method, path, headers, json.loads(content) if content else None)
 
 
-AnyWorld = TypeVar("AnyWorld", bound=World)
+AnyServer = TypeVar("AnyServer", bound=FakeServer)
 
 
 @contextlib.contextmanager
-def running(world: AnyWorld) -> Iterator[AnyWorld]:
-    """Serve the world on a free port of 127.0.0.1, from a thread with an event loop of its own."""
+def running(server: AnyServer) -> Iterator[AnyServer]:
+    """Run the server on a free port of 127.0.0.1, in a thread with its own event loop."""
     started = threading.Event()
     stop: list[Callable[[], object]] = []
 
@@ -76,26 +76,26 @@ def running(world: AnyWorld) -> Iterator[AnyWorld]:
         ended = asyncio.Event()
         loop = asyncio.get_running_loop()
         stop.append(lambda: loop.call_soon_threadsafe(ended.set))
-        server = await asyncio.start_server(world.serve, "127.0.0.1", 0)
-        world.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        listener = await asyncio.start_server(server.serve, "127.0.0.1", 0)
+        server.url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
         started.set()
         await ended.wait()
-        server.close()
-        await hang_up()
+        listener.close()
+        await close_connections()
 
     thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
     thread.start()
     if not started.wait(10):
         raise TimeoutError("The server of the test did not start")
     try:
-        yield world
+        yield server
     finally:
         stop[0]()
         thread.join(10)
 
 
-async def hang_up() -> None:
-    """End all connections of the running loop, and let their transports see it."""
+async def close_connections() -> None:
+    """Close all connections of the running loop, and wait until their transports are closed."""
     others = asyncio.all_tasks() - {asyncio.current_task()}
     for task in others:
         task.cancel()
@@ -118,7 +118,7 @@ def problem(status: str, code: str, *headers: str) -> bytes:
 
 
 def scores(request: Request, version: str = VERSION) -> dict[str, Any]:
-    """The honest answer of ``/v1/score``."""
+    """The answer of ``/v1/score`` without faults."""
     results = [
         {"index": index, "reward": float(item["completion"])} | ({"id": item["id"]} if "id" in item else {})
         for index, item in enumerate(request.body["items"])

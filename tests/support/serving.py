@@ -129,5 +129,5 @@ def _listeners() -> Iterator[tuple[int, int | None]]:
 
 
 def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
-    """Those of the processes that still run; a reused process id does not count."""
+    """The processes that still run; a reused process id does not count."""
     return [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]

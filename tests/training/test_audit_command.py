@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
-from misbehaving_server import Request, World, ok, running, scores
+from misbehaving_server import FakeServer, Request, ok, running, scores
 from preference_rows import longer_wins_pairs, polite_pairs, with_slips, write_pairs
 from reward_client import RewardClient
 from serving import serving
@@ -80,7 +80,7 @@ def test_an_audit_names_the_version_that_is_served(tmp_path: Path, write: Callab
     assert (description["name"], description["version"]) == (served.identity.name, served.identity.version)
 
 
-class Sized(World):
+class Sized(FakeServer):
     """Reports the lengths of completions in tokens; the completion "13" has no reward."""
 
     async def answer(self, request: Request) -> AsyncIterator[bytes]:
@@ -114,7 +114,7 @@ def test_a_service_is_scored_over_http() -> None:
 
 def test_without_token_counts_lengths_are_characters() -> None:
     """Where the service reports no lengths, characters are counted, for all pairs."""
-    with running(World()) as world, RewardClient(world.url) as client:
+    with running(FakeServer()) as world, RewardClient(world.url) as client:
         scored = score_pairs([PreferencePair("p", "100", "20")], ServiceScorer(client), silent)
 
     assert (scored.unit, scored.chosen_lengths.tolist(), scored.rejected_lengths.tolist()) == ("characters", [3], [2])

@@ -62,10 +62,10 @@ class MonitorReference:
     """The 95 percent quantile of each of `STYLE_SIGNALS`, [5]."""
 
     styles: Moments
-    """Of `STYLE_COLUMNS`, over all items."""
+    """Moments of `STYLE_COLUMNS`, over all items."""
 
     styles_within: WithinMoments
-    """Of `STYLE_COLUMNS`, about the means of the prompts."""
+    """Co-moments of `STYLE_COLUMNS`, about the means of the prompts."""
 
     @property
     def correlation_intraclass(self) -> float:

@@ -75,22 +75,22 @@ class WindowStatistics:
     rewards: Moments
 
     lengths: Moments
-    """Of (reward, log_tokens), over all items."""
+    """Moments of (reward, log_tokens), over all items."""
 
     lengths_within: WithinMoments
-    """Of (reward, log_tokens), about the means of the prompts."""
+    """Co-moments of (reward, log_tokens), about the means of the prompts."""
 
     styles: Moments
-    """Of `STYLE_COLUMNS`, over all items."""
+    """Moments of `STYLE_COLUMNS`, over all items."""
 
     styles_within: WithinMoments
-    """Of `STYLE_COLUMNS`, about the means of the prompts."""
+    """Co-moments of `STYLE_COLUMNS`, about the means of the prompts."""
 
     surprises: Moments
     oe_surprises: Moments
 
     overlaps: Moments
-    """Of prompt_overlap."""
+    """Moments of prompt_overlap."""
 
     num_flagged: int
     flagged_rewards: Moments

@@ -147,8 +147,8 @@ def attend_cascade(
         key: [tokens, key heads, head dimension].
         value: as ``key``.
         plan: with its tensors on the device.
-        scaling: as of ``attend_varlen``.
-        window: as of ``attend_varlen``.
+        scaling: as for ``attend_varlen``.
+        window: as for ``attend_varlen``.
 
     Returns:
         [tokens, heads, head dimension].

@@ -93,7 +93,7 @@ class KVCache:
         committed.
 
         Args:
-            cached: of the lookup for this pass.
+            cached: the result of the lookup for this pass.
             sequences: token ids of the pass.
             layouts: the layout of each sequence, with its cached tokens.
             prompts: how many leading tokens of each sequence are its prompt; None where that is unknown.

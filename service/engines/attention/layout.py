@@ -23,8 +23,8 @@ from service.scheduling.prefix_tree import SequenceLayout, TokenIds, TokenSpan, 
 
 BLOCK = 32
 """On a CPU the queries and keys of one sequence are padded to a multiple of this. Among such sizes, CPU kernels give a
-token the same bits whatever the length of its sequence and whichever of its queries are computed (seen with AMX and
-bfloat16)."""
+token the same bits independent of the length of its sequence and of the number of computed queries (observed with AMX
+and bfloat16)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ def attend_chunk(output: torch.Tensor, chunk: AttentionChunk, call: AttentionCal
 
     Args:
         output: [1, tokens, heads, value dimension], written in place.
-        chunk: of the call's layout.
+        chunk: a chunk of the call's layout.
         call: its keys and values are followed by the cached ones.
     """
     groups, head_dim = call.query.shape[1] // call.key.shape[1], call.value.shape[3]

@@ -74,9 +74,9 @@ def plan_tiles(sequences: Sequence[SequenceLayout], window: int | None, dtype: t
     """Divide the attention of sequences on a CPU into batches of tiles of equal size.
 
     Args:
-        sequences: of the packed batch.
+        sequences: the sequences of the packed batch.
         window: tokens that a query attends to, itself included; None: all before it.
-        dtype: of the masks.
+        dtype: the dtype of the masks.
     """
     tiles = defaultdict(list)
     for sequence in sequences:
@@ -145,7 +145,7 @@ def attend_tiles(
 
     Args:
         output: [1, tokens, heads, value dimension], written in place.
-        tiles: of the layout of the packed batch.
+        tiles: a batch of tiles of the packed layout.
         query: [1, heads, tokens, head dimension].
         key: [1, key heads, tokens, head dimension], followed by the cached ones.
         value: as ``key``.

@@ -50,7 +50,7 @@ def attend_varlen(
         query: [queries, heads, head dimension].
         key: [keys, key heads, head dimension].
         value: as ``key``.
-        metadata: of the sequences; no query may be without a key.
+        metadata: the limits of the sequences; no query may be without a key.
         scaling: factor on the scores; None: one over the square root of the head dimension.
         window: keys that a query attends to, its own position included; None: all. Only with ``causal``.
         causal: whether a query attends only to its own and earlier positions.
@@ -118,7 +118,7 @@ def reference(
 
 
 def _sequence_and_position(cu_seqlens: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return of each token the index of its sequence, and its position within that sequence."""
+    """Return the index of each token's sequence, and its position within that sequence."""
     indices = torch.arange(num_tokens, dtype=cu_seqlens.dtype)
     sequences = torch.searchsorted(cu_seqlens, indices, right=True) - 1
     return sequences, indices - cu_seqlens[sequences]

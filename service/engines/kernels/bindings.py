@@ -232,7 +232,7 @@ class Kernels:
             gate: [inner, width].
             up: [inner, width].
             down: [width, inner].
-            activation: of the gate.
+            activation: the activation of the gate.
         """
         inner, width = gate.shape
         panels = self._new_panels(2 * inner // STEP, width)

@@ -84,7 +84,7 @@ def plan_blocks(num_rows: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
 
     Args:
         num_rows: at least one.
-        sizes: of blocks that give the same bits; multiples of ``STEP``.
+        sizes: block sizes that give the same bits; multiples of ``STEP``.
     """
     return _best_blocks(-(-num_rows // STEP) * STEP, sizes)
 

@@ -37,8 +37,8 @@ def float8_refusal(capability: tuple[int, int] | None, dtype: torch.dtype, *, ha
     """Return why fp8 is not possible, as the end of a sentence; empty where it is.
 
     Args:
-        capability: of the CUDA device; None: the model runs elsewhere.
-        dtype: of the model's body.
+        capability: compute capability of the CUDA device; None: the model runs elsewhere.
+        dtype: the dtype of the model's body.
         has_torchao: whether the package is installed.
     """
     if capability is None:

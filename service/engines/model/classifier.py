@@ -200,7 +200,7 @@ def load_classifier(
 
 @contextmanager
 def _loaded_in_fp32(model_class: Any, names: Sequence[str]) -> Iterator[None]:
-    """Let transformers load the named top-level modules of a class in fp32, whatever the dtype of the rest."""
+    """Let transformers load the named top-level modules of a class in fp32, independent of the dtype of the rest."""
     declared = model_class._keep_in_fp32_modules_strict  # noqa: SLF001 - as transformers' own models declare it
     model_class._keep_in_fp32_modules_strict = {*(declared or ()), *(rf"^{name}\." for name in names)}  # noqa: SLF001
     try:

@@ -114,7 +114,7 @@ def check_taps(body: nn.Module, num_blocks: int, taps: Sequence[StateTap]) -> No
 
 
 def _hook_layer(body: nn.Module, num_blocks: int, layer: int, read: Any) -> Any:
-    """Hook the states after so many blocks: the input of the next block, or the body's output after its final norm."""
+    """Hook the states after ``layer`` blocks: the next block's input, or the body's output after its final norm."""
     if layer == num_blocks:
         return body.register_forward_hook(lambda _module, _inputs, output: read(layer, output[0]))
 

@@ -80,7 +80,7 @@ def resolve_graphs(
     Args:
         choice: the setting.
         device: where the forward pass runs.
-        num_parameters: of the model; ``auto`` depends on it.
+        num_parameters: number of parameters of the model; ``auto`` depends on it.
         deterministic: the setting ``batching.deterministic``.
 
     Raises:

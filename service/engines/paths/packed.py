@@ -228,8 +228,10 @@ class PackedForward:
 
     def _recompute(self, output: EngineOutput, index: int, row: TokenIds, query: StateQuery | None) -> float:
         """Return the reward of a sequence computed alone, and write its states into the output."""
-        readings = [] if query is None else [place for place, (owner, _) in enumerate(query.readings) if owner == index]
-        own = query and StateQuery(query.taps, tuple((0, query.readings[place][1]) for place in readings))
+        readings = (
+            [] if query is None else [number for number, (owner, _) in enumerate(query.readings) if owner == index]
+        )
+        own = query and StateQuery(query.taps, tuple((0, query.readings[number][1]) for number in readings))
         alone = self._launch([row], own if readings else None).result()
         if output.states is not None and alone.states is not None:
             output.states[readings] = alone.states

@@ -210,13 +210,13 @@ def test_states_are_read_as_without_a_cache(tiny_checkpoint, family: str) -> Non
         for batch in shuffled_batches(rows, seed):
             sequences = [TokenSequence(*known) for known in zip(batch, prompts_of(batch, seed), strict=True)]
 
-            output, wanted = engine.forward(sequences, states=True), uncached.forward(sequences, states=True)
+            output, expected = engine.forward(sequences, states=True), uncached.forward(sequences, states=True)
 
             num_cached_tokens += output.cached_tokens
             assert output.states is not None
-            assert wanted.states is not None
-            assert np.allclose(output.states, wanted.states, atol=1e-4, rtol=0)
-            assert list(output.rewards) == pytest.approx(list(wanted.rewards), abs=1e-5, rel=0)
+            assert expected.states is not None
+            assert np.allclose(output.states, expected.states, atol=1e-4, rtol=0)
+            assert list(output.rewards) == pytest.approx(list(expected.rewards), abs=1e-5, rel=0)
     assert num_cached_tokens > 0
 
 
@@ -338,11 +338,11 @@ def test_a_pass_reuses_the_lookup_of_the_queue(tiny_checkpoint, monkeypatch: pyt
 def test_states_that_are_not_finite_are_not_cached(tiny_checkpoint) -> None:
     """A text whose reward is not finite caches no prompt, even one that it shares with sound texts."""
     classifier = load_tiny(tiny_checkpoint("llama"), torch.bfloat16)
-    poison = 5
+    nan_token = 5
     with torch.no_grad():
-        classifier.model.get_input_embeddings().weight[poison] = torch.nan
-    sound = tuple(6 if token == poison else token for token in answers(classifier)[0].token_ids)
-    bad = (*sound[:40], poison, 9)
+        classifier.model.get_input_embeddings().weight[nan_token] = torch.nan
+    sound = tuple(6 if token == nan_token else token for token in answers(classifier)[0].token_ids)
+    bad = (*sound[:40], nan_token, 9)
     path = path_with_cache(classifier)
     alone = packed_path(classifier).run([sound]).rewards
 
@@ -357,15 +357,15 @@ def test_states_that_are_not_finite_are_not_cached(tiny_checkpoint) -> None:
     assert path.run([sound], prompts=[40]).rewards == alone
 
 
-def test_a_poisoned_prompt_is_not_cached_despite_a_finite_reward(tiny_checkpoint) -> None:
+def test_a_prompt_with_nan_states_is_not_cached_despite_a_finite_reward(tiny_checkpoint) -> None:
     """A NaN outside the sliding window of the pooled token is detected in the states themselves."""
     folder = tiny_checkpoint("mistral", num_hidden_layers=1, max_position_embeddings=2048)
     classifier = load_tiny(folder, torch.bfloat16)
-    poison = 5
+    nan_token = 5
     with torch.no_grad():
-        classifier.model.get_input_embeddings().weight[poison] = torch.nan
+        classifier.model.get_input_embeddings().weight[nan_token] = torch.nan
     (row,) = random_rows(classifier, lengths=(1300,))
-    row = (poison, *(6 if token == poison else token for token in row[1:]))
+    row = (nan_token, *(6 if token == nan_token else token for token in row[1:]))
     path = path_with_cache(classifier)
 
     output = path.run([row], prompts=[40])

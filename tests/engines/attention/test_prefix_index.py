@@ -136,7 +136,7 @@ def test_the_least_recently_used_prefix_is_evicted() -> None:
 
 
 def test_a_pass_never_evicts_what_it_uses() -> None:
-    """A prefix for which there are no slots beside those that its pass uses is not cached."""
+    """A prefix is not cached if it would need slots that its pass uses."""
     index = PrefixIndex(4, min_tokens=2)
     cached = add(index, (1, 1, 1))
     assert cached is not None

@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 @given(st.lists(st.tuples(st.sampled_from([torch.int64, torch.int32, torch.uint8]), st.integers(0, 40)), max_size=9))
 def test_a_buffer_returns_what_was_stored(kinds: list[tuple[torch.dtype, int]]) -> None:
-    """Tensors of any type and length, empty ones too, keep their values in one buffer."""
+    """Tensors of any type and length, empty ones too, have the same values after a copy through one buffer."""
     tensors = [torch.arange(size).to(dtype) for dtype, size in kinds]
     offsets, num_bytes = buffer_offsets(tensors)
     buffer = torch.full((num_bytes,), 255, dtype=torch.uint8)
@@ -95,7 +95,7 @@ class RefusesToSynchronize(TorchDispatchMode):
 
 
 class MetaStaging(PlainStaging):
-    """The meta device in the place of CUDA: tensors have shapes there, and no values are ever copied back."""
+    """The meta device instead of CUDA: tensors have shapes there, and no values are ever copied back."""
 
     def to_device(self, tensors: Any) -> list[torch.Tensor]:
         return [torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device) for tensor in tensors]
@@ -173,7 +173,7 @@ def test_attention_inputs_are_copied_with_the_other_inputs() -> None:
             calls.append(len(tensors))
             return [tensor.clone() for tensor in tensors]
 
-    rows = [tuple(range(40)) + (place,) * 9 for place in range(6)]
+    rows = [tuple(range(40)) + (number,) * 9 for number in range(6)]
     cut = PackedLayout.of(rows, torch.device("meta"), min_shared_tokens=8)
 
     staged, (ids,) = cut.to_device(Counting(CPU), [torch.arange(5)])
@@ -221,12 +221,12 @@ def test_a_launch_does_not_wait_for_a_gpu(tiny_checkpoint, family: str) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
-    for waiting, wanted in zip(pending, expected, strict=True):
+    for waiting, expected_output in zip(pending, expected, strict=True):
         output = waiting.result()
-        assert output.rewards == wanted.rewards
+        assert output.rewards == expected_output.rewards
         assert output.states is not None
-        assert wanted.states is not None
-        assert np.array_equal(output.states, wanted.states)
+        assert expected_output.states is not None
+        assert np.array_equal(output.states, expected_output.states)
 
 
 @pytest.mark.gpu

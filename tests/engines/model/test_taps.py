@@ -66,8 +66,8 @@ def test_states_are_those_of_transformers(tiny_checkpoint, family: str) -> None:
     assert output.states is not None
     assert output.states.dtype == np.float32
     assert output.states.shape == (len(sequences), len(TAPS), 64)
-    wanted = states_of_transformers(folder, sequences, decoder=family in DECODER_FAMILIES)
-    np.testing.assert_allclose(output.states, wanted, atol=2e-5)
+    expected = states_of_transformers(folder, sequences, decoder=family in DECODER_FAMILIES)
+    np.testing.assert_allclose(output.states, expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

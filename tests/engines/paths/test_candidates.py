@@ -8,7 +8,7 @@ from service.engines.kernels.bindings import Kernels
 from service.engines.paths.base import PathSpec, candidate_paths
 
 KERNELS = Kernels.__new__(Kernels)
-"""Stands for the compiled CPU kernels; nothing calls it."""
+"""A placeholder for the compiled CPU kernels, which is not called."""
 
 PLAIN = PathSpec("packed")
 SHARED = PathSpec("packed", share_prefixes=True, cascade=True)

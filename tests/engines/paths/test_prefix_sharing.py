@@ -75,7 +75,7 @@ def test_long_prefixes_do_not_change_a_bit_in_bf16(tiny_checkpoint, family: str)
 
 
 def test_shared_tokens_are_counted(tiny_checkpoint) -> None:
-    """Of each sequence the leading tokens that are computed for another one are counted."""
+    """The leading tokens of each sequence that are computed for another one are counted."""
     classifier = load_tiny(tiny_checkpoint("llama"))
     prompt, first, second, unrelated = random_rows(classifier, lengths=(40, 9, 12, 30))
     rows = [prompt + first, prompt + second, unrelated]
@@ -96,15 +96,15 @@ def test_a_short_prefix_is_not_shared(tiny_checkpoint) -> None:
     assert sorted(packed_path(classifier).run(rows).shared_tokens) == [0, 0, 0, MIN_SHARED_TOKENS]
 
 
-def test_a_poisoned_sequence_changes_no_other_reward(tiny_checkpoint) -> None:
+def test_a_sequence_with_nan_states_changes_no_other_reward(tiny_checkpoint) -> None:
     """A text whose states are not finite changes no other reward, not even of texts that share its prefix."""
     classifier = load_tiny(tiny_checkpoint("llama"), torch.bfloat16)
     prompt, good, other = random_rows(classifier, lengths=(40, 10, 50))
-    poison = 5
+    nan_token = 5
     with torch.no_grad():
-        classifier.model.get_input_embeddings().weight[poison] = torch.nan
-    clean = [tuple(6 if token == poison else token for token in row) for row in (prompt + good, other)]
-    bad = (*clean[0][:40], poison, 9)
+        classifier.model.get_input_embeddings().weight[nan_token] = torch.nan
+    clean = [tuple(6 if token == nan_token else token for token in row) for row in (prompt + good, other)]
+    bad = (*clean[0][:40], nan_token, 9)
     path = packed_path(classifier)
 
     rewards = path.run([clean[0], bad, clean[1]]).rewards

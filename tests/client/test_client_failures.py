@@ -1,4 +1,4 @@
-"""In every bad world a call ends with the rewards that the service gave, or with an exception that says why not."""
+"""Whatever the server does, a call returns the rewards that the service computed, or raises the right exception."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any, ClassVar
 
 import pytest
-from misbehaving_server import Request, World, ok, problem, response, running, scores
+from misbehaving_server import FakeServer, Request, ok, problem, response, running, scores
 from reward_client import AsyncRewardClient, ChunkLimits, RetryPolicy, RewardClient
 from reward_client.errors import (
     BadAnswer,
@@ -23,27 +23,27 @@ from reward_client.errors import (
 )
 
 ITEMS = [{"prompt": f"question {number}", "completion": str(number / 4)} for number in range(6)]
-TRUE_REWARDS = [number / 4 for number in range(6)]
-PATIENCE: dict[str, Any] = {
+EXPECTED_REWARDS = [number / 4 for number in range(6)]
+OPTIONS: dict[str, Any] = {
     "deadline_s": 1.5,
     "chunks": ChunkLimits(max_items=4),
     "retries": RetryPolicy(max_attempts=4, first_wait_s=0.005, max_wait_s=0.02, jitter_s=0.005),
 }
 
 
-class BadWorld(World):
-    """A service that never gives a reward."""
+class FailingServer(FakeServer):
+    """A server that never gives a reward."""
 
     expected: ClassVar[type[ClientError]]
     """What a call raises."""
 
 
-class Honest(World):
-    """Everything works."""
+class WithoutFaults(FakeServer):
+    """Answers every request."""
 
 
-class BreaksForAWhile(World):
-    """The first three requests meet a closed connection, a bare 500 of a proxy and a 503."""
+class FailsThreeTimes(FakeServer):
+    """Answers the first three requests by closing the connection, a 500 of a proxy, and a 503."""
 
     async def answer(self, request: Request) -> AsyncIterator[bytes]:
         match request.number:
@@ -57,15 +57,15 @@ class BreaksForAWhile(World):
                 yield ok(scores(request))
 
 
-class ChangesModelOnce(World):
-    """A rolling update passes through: the second request is answered by the new model, as all later ones."""
+class ChangesModelOnce(FakeServer):
+    """A rolling update: the second request and all later ones are answered by the new model."""
 
     async def answer(self, request: Request) -> AsyncIterator[bytes]:
         yield ok(scores(request, version="old" if request.number == 0 else "new"))
 
 
-class ClosesWithoutAnswer(BadWorld):
-    """Takes the request and hangs up."""
+class ClosesWithoutAnswer(FailingServer):
+    """Reads the request and closes the connection."""
 
     expected = ServiceUnavailable
 
@@ -75,8 +75,8 @@ class ClosesWithoutAnswer(BadWorld):
             yield part
 
 
-class HangsUpHalfway(BadWorld):
-    """Promises more bytes than it sends."""
+class TruncatedResponse(FailingServer):
+    """Sends fewer bytes than its Content-Length."""
 
     expected = ServiceUnavailable
 
@@ -84,7 +84,7 @@ class HangsUpHalfway(BadWorld):
         yield response("200 OK", b'{"results": [', "Connection: close", length=5000)
 
 
-class AlwaysOverloaded(BadWorld):
+class AlwaysOverloaded(FailingServer):
     """Answers 503 to everything."""
 
     expected = ServiceUnavailable
@@ -93,7 +93,7 @@ class AlwaysOverloaded(BadWorld):
         yield problem("503 Service Unavailable", "overloaded", "Retry-After: 0")
 
 
-class AsksToComeBackTomorrow(BadWorld):
+class RetryAfterADay(FailingServer):
     """Answers 503 with a Retry-After beyond every deadline."""
 
     expected = ClientDeadlineExceeded
@@ -102,8 +102,8 @@ class AsksToComeBackTomorrow(BadWorld):
         yield problem("503 Service Unavailable", "draining", "Retry-After: 86400")
 
 
-class Refuses(BadWorld):
-    """Answers 422, once and for all."""
+class Refuses(FailingServer):
+    """Answers 422 to everything."""
 
     expected = RequestRejected
 
@@ -111,8 +111,8 @@ class Refuses(BadWorld):
         yield problem("422 Unprocessable Content", "invalid_request")
 
 
-class Redirects(BadWorld):
-    """Sends us elsewhere."""
+class Redirects(FailingServer):
+    """Redirects to another path."""
 
     expected = BadAnswer
 
@@ -120,8 +120,8 @@ class Redirects(BadWorld):
         yield response("302 Found", b"", "Location: /elsewhere")
 
 
-class NeverAnswers(BadWorld):
-    """Takes the request and falls silent."""
+class NeverAnswers(FailingServer):
+    """Reads the request and sends nothing."""
 
     expected = ClientDeadlineExceeded
 
@@ -130,8 +130,8 @@ class NeverAnswers(BadWorld):
         yield b""
 
 
-class Drips(BadWorld):
-    """Sends a byte now and then, so that no single read ever waits long."""
+class SlowResponse(FailingServer):
+    """Sends a byte every 0.1 seconds, so that no single read waits long."""
 
     expected = ClientDeadlineExceeded
 
@@ -141,8 +141,8 @@ class Drips(BadWorld):
             await asyncio.sleep(0.1)
 
 
-class KeepsChangingModels(BadWorld):
-    """No two requests are answered by the same model."""
+class ChangesModelEveryTime(FailingServer):
+    """Answers every request with another model version."""
 
     expected = BadAnswer
 
@@ -150,22 +150,22 @@ class KeepsChangingModels(BadWorld):
         yield ok(scores(request, version=f"v{request.number}"))
 
 
-class LosesItems(BadWorld):
+class LosesItems(FailingServer):
     """Two items have an error instead of a reward."""
 
     expected = ItemsFailed
 
     async def answer(self, request: Request) -> AsyncIterator[bytes]:
         answer = scores(request)
-        for place, item in enumerate(request.body["items"]):
+        for index, item in enumerate(request.body["items"]):
             if item["completion"] in {"0.25", "1.25"}:
                 error = {"type": "urn:x", "code": "sequence_too_long", "detail": "5,000 tokens; the limit is 4,096"}
-                answer["results"][place] = {"index": place, "error": error}
+                answer["results"][index] = {"index": index, "error": error}
         yield ok(answer)
 
 
-class SaysNotJson(BadWorld):
-    """Answers 200 with a page of a proxy."""
+class AnswersHtml(FailingServer):
+    """Answers 200 with an HTML page of a proxy."""
 
     expected = BadAnswer
 
@@ -173,8 +173,8 @@ class SaysNotJson(BadWorld):
         yield response("200 OK", b"<html>Welcome</html>", "Content-Type: text/html")
 
 
-class BreaksCompression(BadWorld):
-    """Announces gzip and sends half of it."""
+class BreaksCompression(FailingServer):
+    """Declares gzip and sends invalid data."""
 
     expected = BadAnswer
 
@@ -183,8 +183,8 @@ class BreaksCompression(BadWorld):
         yield response("200 OK", b"\0" + content[5:], "Content-Encoding: gzip")
 
 
-class Tampers(BadWorld):
-    """An honest answer with one thing changed."""
+class ChangesAnswer(FailingServer):
+    """Changes one part of a valid answer."""
 
     expected = BadAnswer
 
@@ -198,40 +198,44 @@ class Tampers(BadWorld):
         yield ok(answer)
 
 
-class NoSuchServer(BadWorld):
-    """Nobody listens."""
+class NoSuchServer(FailingServer):
+    """No process listens on the port."""
 
     expected = ServiceUnavailable
 
 
-GOOD_WORLDS = {"honest": Honest, "breaks-for-a-while": BreaksForAWhile, "model-changes-once": ChangesModelOnce}
-BAD_WORLDS: dict[str, Callable[[], Any]] = {
+RECOVERING = {
+    "without-faults": WithoutFaults,
+    "fails-three-times": FailsThreeTimes,
+    "model-changes-once": ChangesModelOnce,
+}
+FAILING: dict[str, Callable[[], Any]] = {
     "closes-without-answer": ClosesWithoutAnswer,
-    "hangs-up-halfway": HangsUpHalfway,
+    "truncated-response": TruncatedResponse,
     "always-overloaded": AlwaysOverloaded,
-    "asks-to-come-back-tomorrow": AsksToComeBackTomorrow,
+    "retry-after-a-day": RetryAfterADay,
     "refuses": Refuses,
     "redirects": Redirects,
     "never-answers": NeverAnswers,
-    "drips": Drips,
-    "keeps-changing-models": KeepsChangingModels,
+    "slow-response": SlowResponse,
+    "changes-model-every-time": ChangesModelEveryTime,
     "loses-items": LosesItems,
-    "says-not-json": SaysNotJson,
+    "answers-html": AnswersHtml,
     "breaks-compression": BreaksCompression,
     "no-such-server": NoSuchServer,
-    "drops-a-result": lambda: Tampers(lambda answer: answer["results"].pop()),
-    "repeats-a-result": lambda: Tampers(lambda answer: answer["results"].append(answer["results"][0])),
-    "swaps-results": lambda: Tampers(lambda answer: answer["results"].reverse()),
-    "has-no-results": lambda: Tampers(lambda answer: answer.pop("results")),
-    "has-no-version": lambda: Tampers(lambda answer: answer.pop("model")),
-    "reward-is-nan": lambda: Tampers(lambda answer: answer["results"][0].update(reward=float("nan"))),
-    "reward-is-infinite": lambda: Tampers(lambda answer: answer["results"][0].update(reward=float("inf"))),
-    "reward-is-too-large": lambda: Tampers(lambda answer: answer["results"][0].update(reward=10**400)),
-    "reward-is-null": lambda: Tampers(lambda answer: answer["results"][0].update(reward=None)),
-    "reward-is-text": lambda: Tampers(lambda answer: answer["results"][0].update(reward="0.5")),
-    "reward-is-true": lambda: Tampers(lambda answer: answer["results"][0].update(reward=True)),
-    "reward-is-missing": lambda: Tampers(lambda answer: answer["results"][0].pop("reward")),
-    "reward-beside-an-error": lambda: Tampers(lambda answer: answer["results"][0].update(error={})),
+    "drops-a-result": lambda: ChangesAnswer(lambda answer: answer["results"].pop()),
+    "repeats-a-result": lambda: ChangesAnswer(lambda answer: answer["results"].append(answer["results"][0])),
+    "swaps-results": lambda: ChangesAnswer(lambda answer: answer["results"].reverse()),
+    "has-no-results": lambda: ChangesAnswer(lambda answer: answer.pop("results")),
+    "has-no-version": lambda: ChangesAnswer(lambda answer: answer.pop("model")),
+    "reward-is-nan": lambda: ChangesAnswer(lambda answer: answer["results"][0].update(reward=float("nan"))),
+    "reward-is-infinite": lambda: ChangesAnswer(lambda answer: answer["results"][0].update(reward=float("inf"))),
+    "reward-is-too-large": lambda: ChangesAnswer(lambda answer: answer["results"][0].update(reward=10**400)),
+    "reward-is-null": lambda: ChangesAnswer(lambda answer: answer["results"][0].update(reward=None)),
+    "reward-is-text": lambda: ChangesAnswer(lambda answer: answer["results"][0].update(reward="0.5")),
+    "reward-is-true": lambda: ChangesAnswer(lambda answer: answer["results"][0].update(reward=True)),
+    "reward-is-missing": lambda: ChangesAnswer(lambda answer: answer["results"][0].pop("reward")),
+    "reward-beside-an-error": lambda: ChangesAnswer(lambda answer: answer["results"][0].update(error={})),
 }
 
 
@@ -245,38 +249,38 @@ class Caller:
 
     def score(self) -> list[float]:
         if self.name == "sync":
-            with RewardClient(self.url, **PATIENCE) as client:
+            with RewardClient(self.url, **OPTIONS) as client:
                 return [item.reward for item in client.score_items(ITEMS)]
         return asyncio.run(self._score())
 
     async def _score(self) -> list[float]:
-        async with AsyncRewardClient(self.url, **PATIENCE) as client:
+        async with AsyncRewardClient(self.url, **OPTIONS) as client:
             return [item.reward for item in await client.score_items(ITEMS)]
 
 
 @pytest.mark.parametrize("name", Caller.names)
-@pytest.mark.parametrize("make_world", GOOD_WORLDS.values(), ids=GOOD_WORLDS.keys())
-def test_passing_trouble_ends_with_true_rewards(make_world: Callable[[], World], name: str) -> None:
-    """The caller does not see what passes within tries and deadline; the rewards come in the order of the items."""
-    with running(make_world()) as world:
-        rewards = Caller(name, world.url).score()
+@pytest.mark.parametrize("make_server", RECOVERING.values(), ids=RECOVERING.keys())
+def test_temporary_failures_are_hidden(make_server: Callable[[], FakeServer], name: str) -> None:
+    """Failures that end within the attempts and the deadline are hidden; the rewards are in the order of the items."""
+    with running(make_server()) as server:
+        rewards = Caller(name, server.url).score()
 
-    assert rewards == TRUE_REWARDS
+    assert rewards == EXPECTED_REWARDS
 
 
 @pytest.mark.parametrize("name", Caller.names)
-@pytest.mark.parametrize("make_world", BAD_WORLDS.values(), ids=BAD_WORLDS.keys())
-def test_lasting_trouble_ends_with_its_exception_in_time(make_world: Callable[[], BadWorld], name: str) -> None:
-    """No bad world yields a number: each ends, within the deadline, with the exception that names it."""
-    with running(make_world()) as world:
-        url = f"http://127.0.0.1:{unused_port()}" if isinstance(world, NoSuchServer) else world.url
+@pytest.mark.parametrize("make_server", FAILING.values(), ids=FAILING.keys())
+def test_lasting_failures_raise_their_exception_in_time(make_server: Callable[[], FailingServer], name: str) -> None:
+    """No failure yields a reward: each raises its exception within the deadline."""
+    with running(make_server()) as server:
+        url = f"http://127.0.0.1:{unused_port()}" if isinstance(server, NoSuchServer) else server.url
         started = time.monotonic()
 
         with pytest.raises(ClientError) as caught:
             Caller(name, url).score()
 
-        assert time.monotonic() - started < PATIENCE["deadline_s"] + 1
-        assert type(caught.value) is world.expected
+        assert time.monotonic() - started < OPTIONS["deadline_s"] + 1
+        assert type(caught.value) is server.expected
 
 
 def unused_port() -> int:
