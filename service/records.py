@@ -24,8 +24,7 @@ OodMode: TypeAlias = Literal["single", "group"]
 
 Scope: TypeAlias = Literal["pooled", "within"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
-"""Scope of a correlation. ``pooled``: over all items; ``within``: of the deviations from the means of their prompts.
-"""
+"""Scope of a correlation. ``pooled``: over all items; ``within``: of deviations from the means of the prompts."""
 
 CalibrationGap: TypeAlias = Literal["missing", "inapplicable"]
 """Why an item has no calibrated diagnostics: there is no calibration, or its completion is unknown."""

@@ -61,7 +61,7 @@ class CategoryResult:
     """Mean of the standardised reward."""
 
     sibling_auroc: float | None
-    """AUROC with_siblings siblings; None where no item has enough of them."""
+    """AUROC with siblings; None where no item has enough of them."""
 
     sibling_flagged: float | None
 
@@ -76,7 +76,7 @@ class TestReport:
     """Realised false-alarm rates of clean items, each in a separate request."""
 
     sibling_rates: list[Rate]
-    """The same with_siblings siblings."""
+    """The same with siblings."""
 
     length: dict[str, LengthCorrelations]
     """Correlations with length of the ``raw`` and the ``adjusted`` reward."""
