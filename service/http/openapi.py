@@ -182,7 +182,7 @@ _MONITORS = {
 }
 
 _SCORING_REFUSALS = {
-    "400": "The body does not parse.",
+    "400": "The body cannot be parsed.",
     "413": "The body, the number of items or an item is over its limit.",
     "415": "Unsupported media type or content coding.",
     "422": "A field is missing, unknown, of the wrong type or out of range.",
