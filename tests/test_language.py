@@ -91,7 +91,7 @@ def test_no_identifier_uses_a_banned_synonym() -> None:
         ("_Flight", ["flight"]),
         ("most_in_flight", []),
         ("keep_freed_memory", []),
-        ("skept", []),
+        ("skeptical", []),
     ],
 )
 def test_synonyms_are_found_as_whole_words(name: str, expected: list[str]) -> None:
