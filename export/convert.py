@@ -349,7 +349,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _report(conversion: Conversion, out: Path) -> list[str]:
     head = f"; its head was {conversion.head}" if conversion.head else ""
-    lines = [f"{out} is a plain scalar-head checkpoint, made from what {conversion.origin} wrote{head}."]
+    lines = [f"{out} is a plain scalar-head checkpoint, converted from {conversion.origin}{head}."]
     if conversion.dropped_bias:
         lines.append(
             f"A bias of {conversion.dropped_bias:.6g} was left out: add it to compare with training's rewards."

@@ -74,7 +74,7 @@ class ServedModel:
         settings = self.settings
         return {
             "model": {"name": self.identity.name, "version": self.identity.version},
-            "revision": settings.code_revision,
+            "code_revision": settings.code_revision,
             "engine": asdict(self.info),
             "activation": "none",
             "pooling": settings.model.pooling,

@@ -5,6 +5,7 @@ Ray runs in a child process under the supervisor; this process imports neither R
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sys
 from pathlib import Path
@@ -44,6 +45,8 @@ def serve(settings: StartSettings, console: Console) -> None:
         inspection = inspect_checkpoint(settings.model)
         with private_folder() as folder:
             log = log_path(settings.log, folder)
+            for descriptor in (1, 2):
+                write_at_the_end(descriptor)
             launch = _launch(resolve(settings, inspection, log), server, folder, needs_gpu=inspection.needs_gpu)
             environment = ray_environment(
                 folder,
@@ -104,6 +107,15 @@ def log_path(choice: str | None, folder: Path) -> str:
             raise SettingsError("Standard output cannot be shared with the replicas; name a file with --log.") from None
         return str(folder / "requests.jsonl")
     return str(folder / "requests.jsonl" if choice is None and sys.stdout.isatty() else stdout)
+
+
+def write_at_the_end(descriptor: int) -> None:
+    """Let every write of an open file append to it, for this process and all that share the open file.
+
+    Replicas append to the file behind standard output. Without this the start command would go on writing at its own
+    offset, over their lines, where standard output or standard error is redirected to the same file.
+    """
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_APPEND)
 
 
 def cores_per_replica(replicas: int) -> int:
