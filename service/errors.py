@@ -135,6 +135,9 @@ class InvalidRequest(RequestRefused):
         super().__init__(detail)
         self.violations = tuple(violations)
 
+    def __reduce__(self) -> tuple[type[InvalidRequest], tuple[str, Sequence[Violation]]]:
+        return type(self), (self.detail, self.violations)
+
 
 class SequenceTooLong(RequestRefused):
     """The item has more tokens than the model's limit; an item error on the native route."""
@@ -150,6 +153,9 @@ class Overloaded(RequestRefused):
     def __init__(self, detail: str, retry_after_s: float) -> None:
         super().__init__(detail)
         self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[type[Overloaded], tuple[str, float]]:
+        return type(self), (self.detail, self.retry_after_s)
 
 
 class ScoringFailed(HttpError):

@@ -89,6 +89,8 @@ class BatchPlanner:
         min_shared_prefix_tokens: int | None = None,
         look_ahead_tokens: int | None = None,
     ) -> None:
+        if look_ahead_tokens is not None and look_ahead_tokens < 1:
+            raise ValueError(f"look_ahead_tokens is {look_ahead_tokens}: at least 1, or None to read everything")
         self._source = enumerate(encoded)
         self._look_ahead_tokens = math.inf if look_ahead_tokens is None else look_ahead_tokens
         self._queue = Queue(0, min_shared_prefix_tokens)  # the limit of waiting tokens applies to admission only

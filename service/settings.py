@@ -134,7 +134,9 @@ class LimitSettings(Section):
         description="Tokens in the queue; requests beyond it are refused with 503. A valid request is always admitted "
         "to an empty queue, however large.",
     )
-    deadline_s: float = Field(600.0, gt=0, description="Maximum and default time to an answer, in seconds.")
+    deadline_s: float = Field(
+        600.0, gt=0, le=86_400, description="Maximum and default time to an answer, in seconds; at most a day."
+    )
 
 
 class BatchingSettings(Section):

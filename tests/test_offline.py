@@ -375,3 +375,10 @@ def test_items_are_encoded_in_order_and_in_parts() -> None:
     assert first.token_ids == tuple(b"abc")
     assert isinstance(second, SequenceTooLong)
     assert num_read == ITEMS_PER_ENCODING
+
+
+@pytest.mark.parametrize("look_ahead_tokens", [0, -3])
+def test_a_look_ahead_of_nothing_is_refused(look_ahead_tokens: int) -> None:
+    """Without a token to read ahead no input would be read, and every index would be lost."""
+    with pytest.raises(ValueError, match="look_ahead_tokens"):
+        BatchPlanner([], look_ahead_tokens=look_ahead_tokens)

@@ -34,6 +34,9 @@ class RequestRejected(ClientError):
         self.status = status
         self.problem = dict(problem)
 
+    def __reduce__(self) -> tuple[type[RequestRejected], tuple[int, Mapping[str, object]]]:
+        return type(self), (self.status, self.problem)
+
 
 @dataclass(frozen=True, slots=True)
 class ItemFailure:
@@ -55,6 +58,9 @@ class ItemsFailed(ClientError):
         )
         self.failures = tuple(failures)
         self.rewards = tuple(rewards)
+
+    def __reduce__(self) -> tuple[type[ItemsFailed], tuple[Sequence[ItemFailure], Sequence[float | None]]]:
+        return type(self), (self.failures, self.rewards)
 
 
 class BadAnswer(ClientError):

@@ -60,6 +60,10 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     if unknown:
         parser.refuse_unknown(unknown)
     values = vars(given)
+    empty = [name for name, value in values.items() if value == ""]
+    if empty:
+        # As from an unset variable of a shell script; the next source, or the demo model, would be taken instead.
+        parser.error(f"{SHORT_OPTIONS.get(empty[0], f'--{empty[0]}')} has an empty value")
     config, check = values.pop("config"), values.pop("check")
     if check is not None:
         values["model.path"] = check

@@ -8,13 +8,14 @@ reads and merges the sources; this module adds error messages, which name the so
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
-from pydantic_settings import EnvSettingsSource, PydanticBaseSettingsSource, YamlConfigSettingsSource
+from pydantic_settings import EnvSettingsSource, InitSettingsSource, PydanticBaseSettingsSource
 
 from service.errors import SettingsError
 from service.launch.options import Options, parse_options
@@ -23,6 +24,9 @@ from service.settings import describe_invalid, did_you_mean
 
 CONFIG_VARIABLE = "REWARD_CONFIG"
 """Names the configuration file if ``--config`` does not."""
+
+_KUBERNETES = re.compile(r"(?!.*__)REWARD_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?)")
+"""Variables that Kubernetes sets in every pod for a Service named ``reward`` or ``reward-…``."""
 
 
 def read_sources(arguments: Sequence[str] | None = None) -> tuple[StartSettings, Options]:
@@ -37,7 +41,7 @@ def read_sources(arguments: Sequence[str] | None = None) -> tuple[StartSettings,
     """
     options = parse_options(arguments)
     refuse_unknown_variables(os.environ)
-    config = options.config or os.environ.get(CONFIG_VARIABLE)
+    config = options.config or _config_of(os.environ)
     sources: tuple[PydanticBaseSettingsSource, ...] = (options.settings, EnvSettingsSource(StartSettings))
     if config is not None:
         sources = (*sources, _read_file(config))
@@ -51,7 +55,7 @@ def read_sources(arguments: Sequence[str] | None = None) -> tuple[StartSettings,
 
 
 def refuse_unknown_variables(environment: Iterable[str]) -> None:
-    """Check that every ``REWARD_*`` variable is the variable of a setting.
+    """Check that every ``REWARD_*`` variable is the variable of a setting, or one of Kubernetes' Service variables.
 
     Args:
         environment: names of variables.
@@ -60,7 +64,11 @@ def refuse_unknown_variables(environment: Iterable[str]) -> None:
         SettingsError: some are not; the message names each of them and the nearest variable that exists.
     """
     known = [CONFIG_VARIABLE, *map(env_variable, SETTING_NAMES)]
-    unknown = [name for name in environment if name.upper().startswith(ENV_PREFIX) and name.upper() not in known]
+    unknown = [
+        name
+        for name in environment
+        if name.upper().startswith(ENV_PREFIX) and name.upper() not in known and not _KUBERNETES.fullmatch(name)
+    ]
     if unknown:
         reasons = "; ".join(
             f"{name} is not a variable of this service{did_you_mean(name.upper(), known)}" for name in sorted(unknown)
@@ -68,20 +76,57 @@ def refuse_unknown_variables(environment: Iterable[str]) -> None:
         raise SettingsError(f"The environment is not valid: {reasons}.")
 
 
-def _read_file(path: str) -> YamlConfigSettingsSource:
-    file = Path(path).expanduser()
+def _config_of(environment: Mapping[str, str]) -> str | None:
+    """The configuration file that the environment names, in any case as all variables; None also where it is empty."""
+    return next((value for name, value in environment.items() if name.upper() == CONFIG_VARIABLE and value), None)
+
+
+class _UniqueKeysLoader(yaml.SafeLoader):
+    """YAML in which a key that stands twice in one mapping is an error, because one of its values would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for number, key in enumerate(keys):
+            if key in keys[:number]:
+                raise yaml.MarkedYAMLError(None, None, f"the key {key} stands twice", node.value[number][0].start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _read_file(path: str) -> InitSettingsSource:
+    tree = _parse_file(path)
+    if not isinstance(tree, dict):
+        raise SettingsError(f"The configuration file {path} is not a mapping of settings.")
+    # Before the sources are merged: a section that is not a mapping would be replaced by another source's.
+    for name, value in tree.items():
+        if name not in StartSettings.model_fields:
+            names = list(StartSettings.model_fields)
+            raise SettingsError(f"{name} (file {path}) is not a setting{did_you_mean(str(name), names)}.")
+        if f"{name}." in _SECTIONS and not isinstance(value, dict):
+            raise SettingsError(f"{name} (file {path}) is a section: it must be a mapping of settings.")
+    return InitSettingsSource(StartSettings, tree)
+
+
+_SECTIONS = {f"{name.partition('.')[0]}." for name in SETTING_NAMES if "." in name}
+
+
+def _parse_file(path: str) -> object:
+    """Return the content of a YAML file; an empty file is an empty mapping."""
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-        if tree is not None and not isinstance(tree, dict):
-            raise SettingsError(f"The configuration file {path} is not a mapping of settings.")
-        return YamlConfigSettingsSource(StartSettings, file)
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+        tree = yaml.load(text, _UniqueKeysLoader)  # noqa: S506 - a SafeLoader
     except OSError as error:
         reason = (error.strerror or type(error).__name__).lower()
         raise SettingsError(f"The configuration file {path} cannot be read: {reason}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
         line = f" (line {mark.line + 1})" if mark else ""
-        raise SettingsError(f"The configuration file {path} is not YAML{line}.") from None
+        twice = str(error.problem).endswith("stands twice")
+        raise SettingsError(
+            f"The configuration file {path} {f'is not valid: {error.problem}' if twice else 'is not YAML'}{line}."
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
+        raise SettingsError(f"The configuration file {path} is not YAML.") from None
+    return {} if tree is None else tree
 
 
 def _source_of(name: str, trees: Sequence[Mapping[str, Any]], config: str | None) -> str | None:

@@ -263,3 +263,61 @@ def test_an_answer_without_heavy_imports(arguments: list[str]) -> None:
     )
 
     assert answer.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("option", ["--model", "--port", "--log", "--config", "--check"])
+def test_an_empty_value_on_the_command_line_is_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """An option with the value of an unset shell variable does not silently serve the demo model."""
+    with pytest.raises(SystemExit) as ended:
+        read_sources([option, ""])
+
+    assert ended.value.code == 2
+    assert f"{option} has an empty value" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: /my/checkpoint", "model .file .*: it must be a mapping"),
+        ("model:", "model .file .*: it must be a mapping"),
+        ("Model: {path: x}", "Model .file .* is not a setting .did you mean model"),
+        ("3: x", "3 .file .* is not a setting"),
+        ("model: {path: a}\nmodel: {path: b}", "the key model stands twice .line 2"),
+        ("model: {path: a, path: b}", "the key path stands twice .line 1"),
+        ("[" * 20_000, "is not YAML"),
+        ("limits: {deadline_s: .inf}", "limits.deadline_s"),
+    ],
+    ids=["no-section", "null-section", "case", "number", "duplicate-section", "duplicate-key", "deep", "infinite"],
+)
+def test_a_malformed_file_is_refused_whatever_other_sources_say(text: str, message: str, tmp_path: Path) -> None:
+    """Sections are checked before the sources are merged, so that no part of a file is lost silently."""
+    file = tmp_path / "settings.yaml"
+    file.write_text(text)
+
+    with pytest.raises(SettingsError, match=message):
+        read_sources(["--config", str(file), "--dtype", "float32"])
+
+
+def test_variables_of_kubernetes_services_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kubernetes sets them in every pod for a Service named ``reward``; a misspelt setting is still found."""
+    for name in ("REWARD_SERVICE_HOST", "REWARD_PORT", "REWARD_PORT_8000_TCP_ADDR", "REWARD_API_SERVICE_PORT_HTTP"):
+        monkeypatch.setenv(name, "10.0.0.1")
+    read_sources([])
+
+    monkeypatch.setenv("REWARD_SERVR__PORT", "1")
+    with pytest.raises(SettingsError, match="REWARD_SERVR__PORT"):
+        read_sources([])
+
+
+def test_the_configuration_variable_follows_the_rules_of_variables(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It may be in lower case, and empty it counts as not set."""
+    file = tmp_path / "settings.yaml"
+    file.write_text("server: {port: 9000}")
+    monkeypatch.setenv("REWARD_CONFIG", "")
+    assert read_sources([])[0].server.port == DEFAULTS.server.port
+
+    monkeypatch.delenv("REWARD_CONFIG")
+    monkeypatch.setenv("reward_config", str(file))
+    assert read_sources([])[0].server.port == 9000
