@@ -66,7 +66,7 @@ _RESULT = {
     "oneOf": [{"required": ["reward"]}, {"required": ["error"]}],
     "properties": {
         "index": {"type": "integer"},
-        "id": {"type": "string"},
+        "id": {"type": ["string", "integer"], "description": "As in the request."},
         "reward": {"type": "number", "description": "The raw output of the scalar head, without an activation."},
         **_DIAGNOSTICS,
         "error": {"$ref": _REF.format(name="ItemError")},
