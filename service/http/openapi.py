@@ -213,9 +213,11 @@ def document() -> dict[str, Any]:
                 | {"parameters": [_RUN_PARAMETER]}
             },
             "/livez": {"get": _reading("The process is alive", "application/json", {"type": "object"})},
+            "/healthz": {"get": _reading("Alias of /livez", "application/json", {"type": "object"})},
             "/readyz": {
                 "get": _reading("The model is loaded and warmed up", "application/json", {"type": "object"}, "503")
             },
+            "/health": {"get": _reading("Alias of /readyz", "application/json", {"type": "object"}, "503")},
             "/metrics": {"get": _reading("Prometheus metrics of all replicas", "text/plain", {"type": "string"})},
             "/openapi.json": {"get": _reading("This document", "application/json", {"type": "object"})},
         },

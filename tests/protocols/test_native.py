@@ -222,8 +222,10 @@ EXPECTATIONS: list[tuple[bytes, str]] = [
     ),
     (
         b'{"items":[{"%s":1}]}' % CANARY.encode(),
-        "Unknown field with a name of 11 characters; "
-        "an item has prompt, completion, text, token_ids, id, group (at /items/0)",
+        (
+            "Unknown field with a name of 11 characters; "
+            "an item has prompt, completion, text, token_ids, id, group (at /items/0)"
+        ),
     ),
     (b"{}", 'Missing field "items": a list of items (at /items)'),
     (b'{"items":{}}', "Expected a list of items, found an object (at /items)"),
@@ -233,8 +235,10 @@ EXPECTATIONS: list[tuple[bytes, str]] = [
     ),
     (
         b'{"items":[{"token_ids":[1,1e5]}]}',
-        "Expected an integer from 0 to 2147483647, found a number with a fraction or an exponent "
-        "(at /items/0/token_ids/1)",
+        (
+            "Expected an integer from 0 to 2147483647, found a number with a fraction or an exponent "
+            "(at /items/0/token_ids/1)"
+        ),
     ),
     (
         b'{"items":[{"id":""}],"timeout_ms":1e400}',
@@ -247,8 +251,10 @@ EXPECTATIONS: list[tuple[bytes, str]] = [
     (b'{"items":[],"diagnostics":"all"}', 'Expected one of "basic", "full", "none" (at /diagnostics)'),
     (
         b'{"items":[{"prompt":"a"}]}',
-        "An item has either prompt and completion, or text, or token_ids, and nothing else; this one has prompt "
-        "(at /items/0)",
+        (
+            "An item has either prompt and completion, or text, or token_ids, and nothing else; this one has prompt "
+            "(at /items/0)"
+        ),
     ),
 ]
 
