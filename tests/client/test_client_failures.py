@@ -20,6 +20,7 @@ from reward_client.errors import (
     ItemsFailed,
     RequestRejected,
     ServiceUnavailable,
+    ServiceUnreachable,
 )
 
 ITEMS = [{"prompt": f"question {number}", "completion": str(number / 4)} for number in range(6)]
@@ -201,7 +202,7 @@ class ChangesAnswer(FailingServer):
 class NoSuchServer(FailingServer):
     """No process listens on the port."""
 
-    expected = ServiceUnavailable
+    expected = ServiceUnreachable
 
 
 RECOVERING = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import multiprocessing
 import pickle
 import subprocess
@@ -13,7 +14,6 @@ from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import CancelledError
 
 import pytest
-import stamina.instrumentation
 from misbehaving_server import VERSION, FakeServer, Request, ok, problem, running, scores
 from reward_client import AsyncRewardClient, ChunkLimits, RetryPolicy, RewardClient
 from reward_client.errors import ClientDeadlineExceeded, ItemsFailed, RequestRejected, ServiceUnavailable
@@ -27,13 +27,27 @@ def server() -> Iterator[FakeServer]:
         yield running_server
 
 
+class Delays(logging.Handler):
+    """Collects the delay of each record of a retry."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: list[float] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        assert isinstance(record.args, tuple)
+        self.seconds.append(float(str(record.args[-1])))
+
+
 @pytest.fixture
 def delays() -> Iterator[list[float]]:
-    """The delays between attempts, in seconds."""
-    delays_s: list[float] = []
-    stamina.instrumentation.set_on_retry_hooks([lambda details: delays_s.append(details.wait_for)])
-    yield delays_s
-    stamina.instrumentation.set_on_retry_hooks(None)
+    """The delays between attempts, in seconds, as the logger reports them."""
+    handler, logger = Delays(), logging.getLogger("reward_client")
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    yield handler.seconds
+    logger.removeHandler(handler)
+    logger.setLevel(logging.NOTSET)
 
 
 class Slow(FakeServer):
@@ -87,7 +101,7 @@ class Comparing(FakeServer):
 
     async def answer(self, request: Request) -> AsyncIterator[bytes]:
         if request.path == "/v1/model":
-            yield ok({"name": "tiny", "forward": "packed"})
+            yield ok({"model": {"name": "tiny", "version": VERSION}, "engine": {"forward": "packed"}, "later": 1})
         else:
             table = [[0.5, 0.25], [0.75, 0.5]]
             yield ok({"model": {"version": VERSION}, "rewards": [0, 1], "probabilities": table, "results": []})
@@ -226,7 +240,9 @@ def test_comparison_and_model_are_read() -> None:
 
     assert (comparison.rewards, comparison.probabilities) == ((0.0, 1.0), ((0.5, 0.25), (0.75, 0.5)))
     assert server.requests[0].body["completions"] == ["a", "b"]
-    assert model["forward"] == "packed"
+    assert (model.name, model.version, model.engine.forward) == ("tiny", VERSION, "packed")
+    assert model.template is None
+    assert model.description["later"] == 1
 
 
 def test_waiting_until_ready_ends_with_readiness() -> None:
@@ -351,9 +367,9 @@ def test_client_imports_no_heavy_package() -> None:
     )
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
 
-    assert {"reward_client", "httpx2", "stamina"} <= set(loaded)
+    assert {"reward_client", "httpx2", "tenacity"} <= set(loaded)
     assert not {"torch", "ray", "numpy", "pydantic", "transformers", "msgspec", "service"} & set(loaded)
-    assert set(loaded) <= {"reward_client", "httpx2", "stamina", "tenacity", "idna", "typing_extensions", "sniffio"}
+    assert set(loaded) <= {"reward_client", "httpx2", "tenacity", "idna", "typing_extensions", "sniffio"}
 
 
 def test_url_without_a_scheme_is_refused() -> None:
