@@ -89,7 +89,7 @@ class AsyncRewardClient:
     (trainers compute rewards on a loop of their own): each gets its own connections. It can be pickled, without them.
 
     Args:
-        url: the root URL of the service, such as ``http://127.0.0.1:8000``; with its path where a proxy has it behind one.
+        url: the root URL of the service, such as ``http://127.0.0.1:8000``, with its path behind a proxy if any.
         deadline_s: seconds within which a call returns or raises; the service receives what is left.
         max_connections: concurrent requests per event loop.
         chunks: how large calls are split into requests.
@@ -328,7 +328,8 @@ class AsyncRewardClient:
             # A transport of our own: the proxy is the one that messages name, and none for this machine.
             transport = httpx2.AsyncHTTPTransport(limits=limits, proxy=self._proxy())
         except (ImportError, ValueError, httpx2.InvalidURL) as error:
-            raise InvalidArgument(f"The proxy of {self._shown()} cannot be used: {type(error).__name__}") from error
+            reason = "SOCKS needs the package socksio" if isinstance(error, ImportError) else "its URL is malformed"
+            raise InvalidArgument(f"The proxy {shown_url(self._proxy() or '')} cannot be used: {reason}") from error
         return httpx2.AsyncClient(
             headers={"Content-Type": "application/json", **self.headers},
             timeout=httpx2.Timeout(self.retries.read_timeout_s, connect=CONNECT_TIMEOUT_S, pool=None),

@@ -26,7 +26,7 @@ def positive_seconds(value: object, name: str) -> float:
     """
     seconds = _finite(value)
     if seconds is None or seconds <= 0:
-        raise InvalidArgument(f"{name} must be a finite number of seconds above 0{_found(value)}")
+        raise InvalidArgument(f"{name} must be a finite number of seconds above 0{_shown(value)}")
     return seconds
 
 
@@ -38,7 +38,7 @@ def seconds_from_zero(value: object, name: str) -> float:
     """
     seconds = _finite(value)
     if seconds is None or seconds < 0:
-        raise InvalidArgument(f"{name} must be a finite number of seconds of at least 0{_found(value)}")
+        raise InvalidArgument(f"{name} must be a finite number of seconds of at least 0{_shown(value)}")
     return seconds
 
 
@@ -49,7 +49,7 @@ def positive_integer(value: object, name: str) -> int:
         InvalidArgument: it is no integer, or below one.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < 1:
-        raise InvalidArgument(f"{name} must be an integer of at least 1{_found(value)}")
+        raise InvalidArgument(f"{name} must be an integer of at least 1{_shown(value)}")
     return int(value)
 
 
@@ -159,8 +159,13 @@ def _finite(value: object) -> float | None:
     return seconds if math.isfinite(seconds) else None
 
 
-def _found(value: object) -> str:
-    """What was passed instead: None, a number, or the type of anything else."""
-    if value is None or isinstance(value, bool | float) or (isinstance(value, int) and abs(value) < 10**9):
+def _shown(value: object) -> str:
+    """What was passed for a number: the number, or the type of anything else."""
+    if isinstance(value, float) or (isinstance(value, int) and abs(value) < 10**9):
         return f"; it is {value}"
-    return f"; it is of type {type(value).__name__}"
+    return _found(value)
+
+
+def _found(value: object) -> str:
+    """What was passed instead: the type alone, because the value may be a user's text."""
+    return "; it is None" if value is None else f"; it is of type {type(value).__name__}"

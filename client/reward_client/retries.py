@@ -165,7 +165,7 @@ async def call_with_retries(once: Callable[[], Awaitable[T]], policy: RetryPolic
 
     retrying = tenacity.AsyncRetrying(
         retry=tenacity.retry_if_exception(lambda error: _is_retried(error, call)),
-        wait=lambda state: _delay_s(_failure_of(state), policy, state.attempt_number, call),
+        wait=lambda state: delay_before_retry(_failure_of(state), policy, state.attempt_number, call),
         stop=lambda state: _is_last(_failure_of(state), policy, state.attempt_number, call),
         before_sleep=lambda state: _log_retry(_failure_of(state), state.attempt_number, state.upcoming_sleep, call),
         reraise=True,
@@ -188,7 +188,8 @@ def _is_last(error: AttemptFailedError, policy: RetryPolicy, attempt: int, call:
     return attempt >= policy.max_attempts and not (call.is_unreached(error) and call.wait_for_start_s is not None)
 
 
-def _delay_s(error: AttemptFailedError, policy: RetryPolicy, attempt: int, call: Call) -> float:
+def delay_before_retry(error: AttemptFailedError, policy: RetryPolicy, attempt: int, call: Call) -> float:
+    """Return the seconds between a failed attempt, the first is 1, and the next one."""
     if error.retry_after_s is not None:
         return error.retry_after_s + random.uniform(0, policy.jitter_s)  # noqa: S311  (jitter, not a secret)
     delay_s = policy.delay_s(attempt)

@@ -12,11 +12,17 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import CancelledError
+from dataclasses import fields
+from typing import Any
 
 import pytest
 from misbehaving_server import VERSION, FakeServer, Request, ok, problem, running, scores
-from reward_client import AsyncRewardClient, ChunkLimits, RetryPolicy, RewardClient
-from reward_client.errors import ClientDeadlineExceeded, ItemsFailed, RequestRejected, ServiceUnavailable
+from reward_client import AsyncRewardClient, ChunkLimits, Diagnostics, RetryPolicy, RewardClient, ScoredItem
+from reward_client.diagnostics import GroupBlock, LengthBlock, OodBlock, StyleBlock
+from reward_client.errors import BadAnswer, ClientDeadlineExceeded, ItemsFailed, RequestRejected, ServiceUnavailable
+
+from service.protocols.native import BASIC_DIAGNOSTICS, FULL_DIAGNOSTICS
+from service.records import GroupReport, LengthReport, OodReport, StyleReport
 
 QUICK = RetryPolicy(max_attempts=4, first_wait_s=0.005, max_wait_s=0.02, jitter_s=0.005)
 
@@ -157,6 +163,42 @@ def test_diagnostics_are_returned_unchanged() -> None:
     assert scored[0].diagnostics == {"length": {"scored_tokens": 7}, "ood": {"p_value": None}}
     assert (scored[0].id, scored[0].reward, scored[0].model_version) == ("a", 1.0, VERSION)
     assert (scored[1].id, scored[1].diagnostics) == (None, {})
+
+
+def test_score_returns_diagnostics_when_asked() -> None:
+    """With a level of diagnostics ``score`` returns items whose details have typed fields; without one, floats."""
+    with running(Describing()) as server, RewardClient(server.url) as client:
+        rewards = client.score(["q", "q"], ["1", "2"])
+        scored = client.score(["q", "q"], ["1", "2"], diagnostics="full")
+
+    assert rewards == [item.reward for item in scored] == [1.0, 2.0]
+    assert [request.body["diagnostics"] for request in server.requests] == ["none", "full"]
+    assert scored[0].details == Diagnostics(length=LengthBlock(scored_tokens=7), ood=OodBlock())
+    assert scored[1].details == Diagnostics()
+
+
+@pytest.mark.parametrize("value", [True, "7", 7.5, [7]])
+def test_details_of_another_type_are_a_bad_answer(value: object) -> None:
+    """A member with another type than the protocol's raises and is never converted."""
+    item = ScoredItem(1.0, "v", None, {"length": {"scored_tokens": value}})
+
+    with pytest.raises(BadAnswer, match="scored_tokens of length of the diagnostics"):
+        _ = item.details
+
+
+@pytest.mark.parametrize(
+    ("block", "report"),
+    [(LengthBlock, LengthReport), (StyleBlock, StyleReport), (OodBlock, OodReport), (GroupBlock, GroupReport)],
+)
+def test_details_have_the_fields_of_the_service(block: Any, report: Any) -> None:
+    """The records of the client have exactly the fields that the service sends."""
+    assert {field.name for field in fields(block)} == {field.name for field in fields(report)}
+    assert {field.name for field in fields(Diagnostics)} == {
+        *BASIC_DIAGNOSTICS,
+        *FULL_DIAGNOSTICS,
+        "group",
+        "calibration",
+    }
 
 
 def test_failed_items_are_reported_with_the_other_rewards() -> None:
