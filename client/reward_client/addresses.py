@@ -10,6 +10,8 @@ import re
 import urllib.request
 from urllib.parse import SplitResult, urlsplit, urlunsplit
 
+import httpx2
+
 from reward_client.errors import InvalidArgument
 
 ROUTES = (
@@ -39,7 +41,12 @@ def service_url(url: object) -> str:
         if path.endswith(route):
             root = urlunsplit((parts.scheme, parts.netloc, path.removesuffix(route), "", ""))
             raise InvalidArgument(f"Give the root URL of the service, without {route}: {shown_url(root)}")
-    return urlunsplit((parts.scheme, parts.netloc, path, "", ""))
+    root = urlunsplit((parts.scheme, parts.netloc, path, "", ""))
+    try:
+        httpx2.URL(root).host.encode("idna")
+    except (httpx2.InvalidURL, UnicodeError):
+        raise InvalidArgument("The URL of the service has a host name that is not valid") from None
+    return root
 
 
 def proxy_url(proxy: object) -> str:

@@ -23,7 +23,11 @@ _PROBLEM = {
         "type": {"type": "string", "format": "uri"},
         "title": {"type": "string"},
         "status": {"type": "integer"},
-        "detail": {"type": "string", "description": "Sizes, limits and positions; never text of the caller."},
+        "detail": {
+            "type": "string",
+            "description": "What is expected, with sizes, limits and positions. "
+            "Of the request it repeats nothing but the name of an unknown field, if that is a short identifier.",
+        },
         "instance": {"type": "string", "description": "urn:request: and the request id."},
         "code": {"type": "string", "description": "Stable identifier for programs."},
         "retryable": {"type": "boolean"},
