@@ -14,6 +14,9 @@ from typing import Any, TypeAlias
 
 import httpx2
 import pytest
+from reward_client.answers import join_scores, read_scores
+from reward_client.diagnostics import GroupBlock, LengthBlock
+from reward_client.models import read_model
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
@@ -609,6 +612,23 @@ async def test_model_route(app: App) -> None:
     assert (model["activation"], model["pooling"], model["template"]) == ("none", "hf", "concat")
     assert model["limits"]["max_input_tokens"] == 64
     assert set(app.served.settings.limits.model_dump()) < set(model["limits"])
+
+
+async def test_client_reads_what_the_service_sends(app: App) -> None:
+    """The records of the client take the model and the diagnostics of a real answer."""
+    described = await app.client.get("/v1/model")
+    body = {"items": [ITEM, ITEM | {"id": 7}], "diagnostics": "full"}
+    scored = join_scores([read_scores((await app.post(body)).content, num_items=2)])
+
+    model = read_model(described.content)
+    assert (model.name, model.version) == ("oracle", app.served.identity.version)
+    assert (model.engine.engine, model.template, model.activation) == ("oracle", "concat", "none")
+    assert (model.calibration.id, model.limits["max_input_tokens"]) == (None, 64)
+    assert model.description == described.json()
+    assert scored[1].id == 7
+    assert scored[1].details.length == LengthBlock(1, 1, 1, 2, truncated=False)
+    assert scored[1].details.group == GroupBlock(2, None, 0.0)
+    assert scored[1].details.calibration == "missing"
 
 
 async def test_openapi_matches_the_routes(app: App) -> None:

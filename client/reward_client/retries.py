@@ -130,7 +130,7 @@ class Call:
     def describe_failure(self) -> str:
         """The last failure and the number of attempts, for a message."""
         if self.last_failure is None:
-            return "the first attempt was still waiting for a response"
+            return "the first attempt still waits for a connection or a response"
         tries = "the only try" if self.num_failed == 1 else f"last of {self.num_failed} tries"
         return f"{self.last_failure} ({tries})"
 

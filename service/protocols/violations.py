@@ -22,7 +22,7 @@ _UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
 _MISSING = re.compile(r"Object missing required field `([a-z_]+)`")
 _FOUND = re.compile(r", got `([a-z]+)`")
 _OUT_OF_RANGE = re.compile(
-    r"Expected `[a-z]+` (?:of length )?[<>]=? |Invalid enum value|Integer value out of range|Number out of range"
+    r"Expected `[a-z]+` (?:of length )?[<>]=? |Invalid (enum )?value|(Integer value|Number) out of range"
 )
 _SYNTAX = re.compile(r"JSON is malformed: (.+) \(byte (\d+)\)\Z")
 _NOT_A_NUMBER = re.compile(rb"NaN|-?Inf")
@@ -80,14 +80,15 @@ def explain_violation(error: msgspec.ValidationError, schema: type[msgspec.Struc
     if unknown := _UNKNOWN.match(message):
         return invalid(pointer, "unknown_field", _unknown_field(unknown[1], root, _type_at(root, steps)))
     if missing := _MISSING.match(message):
-        expected = _expected(_type_at(root, [*steps, missing[1]]))
-        return invalid(f"{pointer}/{missing[1]}", "missing_field", f'Missing field "{missing[1]}": {expected}')
+        kind = _type_at(root, [*steps, missing[1]])
+        detail = f'Missing field "{missing[1]}"' + (f": {_expected(kind)}" if kind else "")
+        return invalid(f"{pointer}/{missing[1]}", "missing_field", detail)
     expected = f"Expected {_expected(_type_at(root, steps))}"
     if _OUT_OF_RANGE.match(message):
         return invalid(pointer, "out_of_range", expected)
-    found = _FOUND.search(message)
-    kind = _KINDS.get(found[1]) if found else None
-    return invalid(pointer, "wrong_type", f"{expected}, found {kind}" if kind else expected)
+    got = _FOUND.search(message)
+    found = _KINDS.get(got[1]) if got else None
+    return invalid(pointer, "wrong_type", f"{expected}, found {found}" if found else expected)
 
 
 def explain_malformed(error: Exception, body: bytes) -> MalformedBody:
@@ -161,6 +162,9 @@ def _type_at(root: inspect.Type, steps: Sequence[str]) -> inspect.Type | None:
 
 
 def _below(parent: inspect.Type, step: str) -> inspect.Type | None:
+    tags = [struct.tag for struct in _structs_of(parent) if struct.tag_field == step and struct.tag is not None]
+    if tags:
+        return inspect.LiteralType(tuple(tags))
     for kind in _members(parent):
         if isinstance(kind, inspect.ListType) and step.isdecimal():
             return kind.item_type
@@ -195,13 +199,17 @@ def _all_structs(kind: inspect.Type) -> Iterator[inspect.StructType]:
 
 
 def _field_names(root: inspect.Type) -> frozenset[str]:
-    return frozenset(field.encode_name for struct in _all_structs(root) for field in struct.fields)
+    structs = list(_all_structs(root))
+    tag_fields = {struct.tag_field for struct in structs if struct.tag_field is not None}
+    return frozenset({field.encode_name for struct in structs for field in struct.fields} | tag_fields)
 
 
 def _expected(kind: inspect.Type | None) -> str:
     if kind is None:
         return "a value of another type"
-    return " or ".join(_one(member) for member in _members(kind)) or "null"
+    # Lists last, because they name alternatives of their own.
+    members = sorted(_members(kind), key=lambda member: isinstance(member, inspect.ListType))
+    return " or ".join(map(_one, members)) or "null"
 
 
 def _one(kind: inspect.Type) -> str:

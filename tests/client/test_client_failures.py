@@ -430,7 +430,10 @@ def test_a_service_that_answered_before_is_retried_until_it_is_back() -> None:
 @pytest.mark.parametrize(
     ("make_server", "message"),
     [
-        (NeverAnswers, "No answer from {url} within 0.4 s: the first attempt was still waiting for a response"),
+        (
+            NeverAnswers,
+            "No answer from {url} within 0.4 s: the first attempt still waits for a connection or a response",
+        ),
         (AlwaysOverloaded, "No answer from {url} within 0.4 s: 503 overloaded .last of [0-9]+ tries."),
         (ClosesWithoutAnswer, "No answer from {url} within 0.4 s: the connection was closed before the response was"),
     ],
