@@ -51,5 +51,5 @@ EXPOSE 8000
 STOPSIGNAL SIGTERM
 # Loading a large model takes minutes; failures within the start period do not count.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=600s --retries=3 \
-  CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/readyz', timeout=4)"]
+  CMD ["python", "-c", "from urllib.request import ProxyHandler, build_opener; build_opener(ProxyHandler({})).open('http://127.0.0.1:8000/readyz', timeout=4)"]
 ENTRYPOINT ["reward-serve", "--host", "0.0.0.0"]

@@ -89,10 +89,10 @@ class Item:
     content: Content
     """What is to be scored."""
 
-    id: str | None = None
-    """The caller's name of the item; it is returned with the answer."""
+    id: str | int | None = None
+    """The caller's name or number of the item; it is returned with the answer."""
 
-    group: str | None = None
+    group: str | int | None = None
     """The caller's name of the items that answer one prompt, where the prompt alone does not identify them."""
 
 

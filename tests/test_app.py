@@ -14,7 +14,11 @@ from typing import Any, TypeAlias
 
 import httpx2
 import pytest
+from reward_client.answers import join_scores, read_scores
+from reward_client.diagnostics import GroupBlock, LengthBlock
+from reward_client.models import read_model
 from starlette.routing import Route
+from starlette.types import Message, Receive, Scope, Send
 
 from service import errors
 from service.assembly import ServedModel, assemble
@@ -22,6 +26,7 @@ from service.engines.oracle import OracleEngine, OracleFaults, byte_tokenizer, o
 from service.errors import HttpError, Overloaded
 from service.http.access_log import AccessLog
 from service.http.open_requests import OpenRequests
+from service.http.request_ids import RequestIdMiddleware, proxy_middlewares
 from service.http.routes import create_app
 from service.pipeline import Pipeline
 from service.protocols.problem import MEDIA_TYPE, render_problem, retry_after_s
@@ -140,6 +145,34 @@ async def test_request_id_that_could_not_be_logged(app: App, given: str) -> None
     assert re.fullmatch("[0-9a-f]{32}", answer.headers["X-Request-Id"])
 
 
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [(b"run-7", True), ("ü".encode(), False), (b"\xff\xfe", False), (b"a b", False), (None, False)],
+)
+async def test_request_id_before_ray(given: bytes | None, kept: bool) -> None:
+    """The middleware for Ray's HTTP servers leaves exactly one id in the headers, which is ASCII and can be logged."""
+    seen: list[list[tuple[bytes, bytes]]] = []
+
+    async def inner(scope: Scope, _receive: Receive, _send: Send) -> None:
+        seen.append(scope["headers"])
+
+    headers = [(b"host", b"h"), *([] if given is None else [(b"x-request-id", given)])]
+    await RequestIdMiddleware(inner)({"type": "http", "headers": headers}, no_message, no_send)
+
+    (host, (name, value)) = seen[0]
+    assert [repr(middleware) for middleware in proxy_middlewares()] == ["Middleware(RequestIdMiddleware)"]
+    assert (host, name) == ((b"host", b"h"), b"x-request-id")
+    assert value == given if kept else re.fullmatch(rb"[0-9a-f]{32}", value)
+
+
+async def no_message() -> Message:
+    raise NotImplementedError
+
+
+async def no_send(_message: Message) -> None:
+    raise NotImplementedError
+
+
 async def test_item_error_in_place(app: App) -> None:
     """An item over the token limit has an error and no reward; the other items of the request have rewards."""
     answer = await app.post({"items": [ITEM, {"prompt": "p" * 60, "completion": "c" * 10}, ITEM]})
@@ -219,6 +252,99 @@ async def test_framework_errors_are_problems(app: App, method: str, path: str, s
     assert_problem(answer, status, code)
     assert "X-Model-Version" in answer.headers
     assert ("Allow" in answer.headers) == (status == 405)
+
+
+async def test_framework_errors_say_what_there_is(app: App) -> None:
+    """A 405 lists the methods of the route in Allow; a 404 names the nearest route, if there is one."""
+    wrong_method = await app.client.get("/v1/score")
+    read_only = await app.client.request("BREW", "/livez")
+    near = await app.client.post("/score", json={})
+    far = await app.client.get("/docs")
+
+    assert (wrong_method.headers["Allow"], wrong_method.json()["detail"]) == ("POST", "This route takes POST")
+    assert (read_only.headers["Allow"], read_only.json()["detail"]) == ("GET, HEAD", "This route takes GET, HEAD")
+    assert near.json()["detail"] == "There is no such route here; did you mean /v1/score?"
+    assert far.json()["detail"] == "There is no such route here; /openapi.json lists the routes"
+
+
+async def test_every_get_route_answers_head(app: App) -> None:
+    """HEAD has the status and the headers of GET."""
+    routes = [route for route in app.asgi_app.routes if isinstance(route, Route) and "GET" in (route.methods or set())]
+    assert len(routes) == 8
+    for route in routes:
+        got, head = await app.client.get(route.path), await app.client.head(route.path)
+        assert (head.status_code, head.headers["Content-Type"]) == (got.status_code, got.headers["Content-Type"])
+
+
+@pytest.mark.parametrize("path", ["/livez", "/readyz", "/v1/model", "/v1/monitor", "/metrics", "/openapi.json"])
+async def test_slash_at_the_end_of_a_path_is_ignored(app: App, path: str) -> None:
+    """A path with slashes at its end is answered as the path without them, and not redirected."""
+    plain, *slashed = [await app.client.get(path + slashes) for slashes in ("", "/", "//")]
+
+    assert plain.status_code == 200
+    assert [answer.status_code for answer in slashed] == [200, 200]
+
+
+async def test_slash_at_the_end_of_a_scoring_route(app: App) -> None:
+    """The same holds for a POST and its body, and the log has the route."""
+    answer = await app.post({"items": [ITEM]}, "/v1/score/")
+    missing = await app.client.get("/")
+
+    assert answer.json()["results"][0]["reward"] == oracle_reward_of_text("p", "c")
+    assert_problem(missing, 404, "not_found")
+    assert [line["route"] for line in app.lines()] == ["/v1/score", "other"]
+
+
+async def test_health_aliases(start: Start) -> None:
+    """``/healthz`` is ``/livez`` and ``/health`` is ``/readyz``, before and after the warm-up, also in the log."""
+    async with start(warm=False) as app:
+        before = [(await app.client.get(path)).status_code for path in ("/livez", "/healthz", "/readyz", "/health")]
+        await app.served.scorer.start()
+        after = [await app.client.get(path) for path in ("/livez", "/healthz", "/readyz", "/health")]
+        await app.served.scorer.stop(0.0)
+        lines = app.lines()
+
+    assert before == [200, 200, 503, 503]
+    assert after[0].json() == after[1].json() == {"status": "alive"}
+    assert after[2].json() == after[3].json() == {"status": "ready"}
+    assert [line["route"] for line in lines] == ["/readyz", "/readyz"]
+
+
+async def test_wrong_content_type_is_told(app: App) -> None:
+    """What curl sends without a header is refused with the header to send."""
+    answer = await app.client.post(
+        "/v1/score", content=b"{}", headers={"Content-Type": "application/x-www-form-urlencoded"}
+    )
+
+    assert_problem(answer, 415, "unsupported_media_type")
+    assert "send Content-Type: application/json" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    "number", ["9" * 401, "-" + "9" * 5000, "1e400", "1e-9000000000"], ids=["401", "5000", "1e400", "tiny"]
+)
+@pytest.mark.parametrize(
+    "field", ['"timeout_ms": %s', '"items": [{"token_ids": [%s]}]', '"items": [{"text": "", "id": %s}]']
+)
+async def test_no_number_is_a_500(app: App, field: str, number: str) -> None:
+    """A number out of the range of its field is a 422 that gives the range, however many digits it has."""
+    body = ('{"items": [{"text": "a"}], ' + field % number + "}").encode()
+
+    answer = await app.post(body)
+
+    assert_problem(answer, 422, "invalid_request")
+    assert " from " in answer.json()["detail"]
+
+
+async def test_null_and_integer_ids_on_the_wire(app: App) -> None:
+    """What pydantic, Java and Go dump for absent fields is accepted, and ids come back as they were sent."""
+    nulls = dict.fromkeys(("text", "token_ids", "group"))
+
+    answer = await app.post({"items": [ITEM | nulls | {"id": 5}, ITEM | nulls | {"id": None}], "timeout_ms": 1000.0})
+
+    first, second = answer.json()["results"]
+    assert first["id"] == 5
+    assert "id" not in second
 
 
 @pytest.mark.parametrize(
@@ -486,6 +612,23 @@ async def test_model_route(app: App) -> None:
     assert (model["activation"], model["pooling"], model["template"]) == ("none", "hf", "concat")
     assert model["limits"]["max_input_tokens"] == 64
     assert set(app.served.settings.limits.model_dump()) < set(model["limits"])
+
+
+async def test_client_reads_what_the_service_sends(app: App) -> None:
+    """The records of the client take the model and the diagnostics of a real answer."""
+    described = await app.client.get("/v1/model")
+    body = {"items": [ITEM, ITEM | {"id": 7}], "diagnostics": "full"}
+    scored = join_scores([read_scores((await app.post(body)).content, num_items=2)])
+
+    model = read_model(described.content)
+    assert (model.name, model.version) == ("oracle", app.served.identity.version)
+    assert (model.engine.engine, model.template, model.activation) == ("oracle", "concat", "none")
+    assert (model.calibration.id, model.limits["max_input_tokens"]) == (None, 64)
+    assert model.description == described.json()
+    assert scored[1].id == 7
+    assert scored[1].details.length == LengthBlock(1, 1, 1, 2, truncated=False)
+    assert scored[1].details.group == GroupBlock(2, None, 0.0)
+    assert scored[1].details.calibration == "missing"
 
 
 async def test_openapi_matches_the_routes(app: App) -> None:

@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from reward_client.diagnostics import Diagnostics
 from reward_client.errors import BadAnswer, ItemFailure, ItemsFailed
+from reward_client.fields import read_fields
 
 _NOT_DIAGNOSTICS = frozenset({"index", "id", "reward"})
 
@@ -26,11 +28,20 @@ class ScoredItem:
     model_version: str
     """Version of the model that computed it."""
 
-    id: str | None = None
+    id: str | int | None = None
     """The item's own id, echoed."""
 
     diagnostics: Mapping[str, Any] = field(default_factory=dict)
     """Every further field of the result, as the service sent it."""
+
+    @property
+    def details(self) -> Diagnostics:
+        """The diagnostics as a record with typed fields.
+
+        Raises:
+            BadAnswer: the service sent a member with another type than the protocol's.
+        """
+        return read_fields(Diagnostics, self.diagnostics, "the diagnostics")
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +134,10 @@ def read_object(content: bytes) -> dict[str, Any]:
 def read_problem(content: bytes) -> dict[str, Any]:
     """Parse an RFC 9457 problem; empty where there is none, because a proxy may answer plain text."""
     try:
-        return read_object(content)
+        answer = read_object(content)
     except BadAnswer:
         return {}
+    return answer if isinstance(answer.get("code"), str) else {}
 
 
 def _scored(version: str, result: Mapping[str, Any]) -> ScoredItem:

@@ -10,21 +10,33 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, get_args, overload
 
 import httpx2
 
+from reward_client.addresses import proxy_of_environment, proxy_url, service_url, shown_url
 from reward_client.answers import (
     ChunkScores,
     Comparison,
     ScoredItem,
     join_scores,
     read_comparison,
-    read_object,
     read_problem,
     read_scores,
 )
-from reward_client.errors import BadAnswer, ClientDeadlineExceeded, RequestRejected
+from reward_client.checks import (
+    check_headers,
+    check_items,
+    elements,
+    instance_of,
+    one_of,
+    positive_integer,
+    positive_seconds,
+    seconds_from_zero,
+)
+from reward_client.errors import BadAnswer, ClientError, InvalidArgument, RequestRejected
+from reward_client.failures import connection_failure, never_connected
+from reward_client.models import ServedModel, read_model
 from reward_client.options import DiagnosticsLevel, TemplateChoice, Truncation
 from reward_client.provenance import ReferenceCheck
 from reward_client.references import (
@@ -55,6 +67,7 @@ from reward_client.requests import (
 from reward_client.retries import (
     DEFAULT_RETRY_POLICY,
     AttemptFailedError,
+    Call,
     MixedVersionsError,
     RetryPolicy,
     call_with_retries,
@@ -76,7 +89,7 @@ class AsyncRewardClient:
     (trainers compute rewards on a loop of their own): each gets its own connections. It can be pickled, without them.
 
     Args:
-        url: where the service listens, such as ``http://127.0.0.1:8000``.
+        url: the root URL of the service, such as ``http://127.0.0.1:8000``, with its path behind a proxy if any.
         deadline_s: seconds within which a call returns or raises; the service receives what is left.
         max_connections: concurrent requests per event loop.
         chunks: how large calls are split into requests.
@@ -85,6 +98,13 @@ class AsyncRewardClient:
         reference: the KL reference of the training run: its checkpoint folder, the hash over its weights, or its name.
             The first call warns (ReferenceWarning) if the reward model was initialised from another checkpoint.
         require_reference: raise ReferenceMismatch instead, also where it is unknown.
+        wait_for_start_s: seconds for which a service that has never answered this client is tried. None: 30, and no
+            more attempts than ``retries`` has. A service that has answered before is retried until ``deadline_s``.
+        proxy: URL of an HTTP or SOCKS proxy. None: the one that ``http_proxy``, ``https_proxy`` or ``all_proxy`` in the
+            environment name for the URL, and none for a service on this machine.
+
+    Raises:
+        InvalidArgument: an argument has another type, is out of range, or the URL is no root URL.
     """
 
     def __init__(
@@ -98,43 +118,75 @@ class AsyncRewardClient:
         headers: Mapping[str, str] | None = None,
         reference: Reference | None = None,
         require_reference: bool = False,
+        wait_for_start_s: float | None = None,
+        proxy: str | None = None,
     ) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise ValueError("The url of the service must start with http:// or https://")
-        self.url = url.rstrip("/")
-        self.deadline_s = deadline_s
-        self.max_connections = max_connections
-        self.chunks = chunks
-        self.retries = retries
-        self.headers = dict(headers or {})
+        self.url = service_url(url)
+        self.deadline_s = positive_seconds(deadline_s, "deadline_s")
+        self.max_connections = positive_integer(max_connections, "max_connections")
+        self.chunks = instance_of(ChunkLimits, chunks, "chunks")
+        self.retries = instance_of(RetryPolicy, retries, "retries")
+        self.headers = check_headers(headers)
         self.reference = None if reference is None else reference_name(reference)
         self.require_reference = require_reference
+        self.wait_for_start_s = (
+            None if wait_for_start_s is None else seconds_from_zero(wait_for_start_s, "wait_for_start_s")
+        )
+        self.proxy = None if proxy is None else proxy_url(proxy)
         self._reference_checked = self.reference is None
+        self._reached = False
         self._pools: dict[asyncio.AbstractEventLoop, httpx2.AsyncClient] = {}
+
+    @overload
+    async def score(
+        self,
+        prompts: Iterable[Prompt],
+        completions: Iterable[Completion],
+        *,
+        diagnostics: None = None,
+        truncation: Truncation | None = None,
+        template: TemplateChoice | None = None,
+    ) -> list[float]: ...
+
+    @overload
+    async def score(
+        self,
+        prompts: Iterable[Prompt],
+        completions: Iterable[Completion],
+        *,
+        diagnostics: DiagnosticsLevel,
+        truncation: Truncation | None = None,
+        template: TemplateChoice | None = None,
+    ) -> list[ScoredItem]: ...
 
     async def score(
         self,
-        prompts: Sequence[Prompt],
-        completions: Sequence[Completion],
+        prompts: Iterable[Prompt],
+        completions: Iterable[Completion],
         *,
+        diagnostics: DiagnosticsLevel | None = None,
         truncation: Truncation | None = None,
         template: TemplateChoice | None = None,
-    ) -> list[float]:
+    ) -> list[float] | list[ScoredItem]:
         """Return the raw reward of each completion, in input order.
 
         Args:
-            prompts: texts, or conversations as lists of ``{"role", "content"}``.
+            prompts: texts, or conversations as lists of ``{"role", "content"}``; a list, tuple, column or generator.
             completions: one for each prompt; texts, or lists of one assistant message (TRL's conversational form).
+            diagnostics: None: return rewards alone, as floats. A level: return ``ScoredItem``, as ``score_items`` does.
             truncation: what happens to an item that is too long; None: the service's setting.
             template: how a plain-text prompt is rendered; None: the service's setting.
 
         Raises:
-            ValueError: the lists differ in length, or a completion is not one text.
+            InvalidArgument: one of the two is no list (a string is none), they differ in length, or an element is
+                neither a text nor a conversation.
             ClientError: no rewards; see ``score_items``.
         """
         items = exchange_items(prompts, completions)
-        scored = await self.score_items(items, diagnostics="none", truncation=truncation, template=template)
-        return [item.reward for item in scored]
+        scored = await self.score_items(
+            items, diagnostics=diagnostics or "none", truncation=truncation, template=template
+        )
+        return [item.reward for item in scored] if diagnostics is None else scored
 
     async def score_items(
         self,
@@ -161,49 +213,56 @@ class AsyncRewardClient:
             ItemsFailed: some items have no reward; carries the rewards of the others.
             BadAnswer: the response violates the protocol, or the model changed during every attempt.
             ServiceUnavailable: every attempt ended in a 5xx or a broken connection.
+            ServiceUnreachable: the service has never answered, within ``wait_for_start_s``.
             ClientDeadlineExceeded: ``deadline_s`` passed, or the Retry-After of the service exceeds it.
             ReferenceMismatch: ``require_reference`` is set and the check failed.
-            ValueError: an item cannot be written as JSON.
+            InvalidArgument: the items are no list of dictionaries, or one cannot be written as JSON; nothing was sent.
         """
-        item_list = list(items)
+        _check_options(diagnostics, truncation, template)
+        item_list = elements(items, "items", "items of the wire format")
+        check_items(item_list)
         if not item_list:
             return []
         encoded = encode_items(item_list)
         ranges = chunk_ranges([len(item) for item in encoded], [group_key(item) for item in item_list], self.chunks)
         chunks = [encoded[part.start : part.stop] for part in ranges]
         options = without_none({"diagnostics": diagnostics, "truncation": truncation, "template": template})
-        async with _deadline(self.deadline_s) as time_left:
-            await self._check_reference_once(time_left)
-            scores = await call_with_retries(
-                lambda: self._score_chunks(chunks, options, time_left), self.retries, time_left
-            )
+        async with self._call() as call:
+            await self._check_reference_once(call)
+            scores = await call_with_retries(lambda: self._score_chunks(chunks, options, call), self.retries, call)
         return join_scores(scores)
 
-    async def compare(self, prompt: Prompt, completions: Sequence[Completion]) -> Comparison:
+    async def compare(self, prompt: Prompt, completions: Iterable[Completion]) -> Comparison:
         """Return rewards and pairwise Bradley-Terry probabilities of two or more completions of one prompt.
 
         Raises:
             ClientError: as ``score_items``; a completion without a reward fails the whole comparison.
-            ValueError: a completion is not one text, or cannot be written as JSON.
+            InvalidArgument: fewer than two completions, one that is not one text, or one that JSON cannot represent.
         """
-        request = {"prompt": prompt_content(prompt), "completions": [completion_text(one) for one in completions]}
+        texts = [
+            completion_text(completion, f"completions[{index}]")
+            for index, completion in enumerate(elements(completions, "completions", "completions of the prompt"))
+        ]
+        if len(texts) < 2:
+            raise InvalidArgument(f"A comparison needs at least two completions, not {len(texts)}")
+        request = {"prompt": prompt_content(prompt), "completions": texts}
         encode_items([request])  # a text that JSON cannot represent is the caller's error, before the first attempt
 
-        async with _deadline(self.deadline_s) as time_left:
-            await self._check_reference_once(time_left)
-            content = await self._call(
-                "POST", "/v1/compare", time_left, lambda: encode({**request, "timeout_ms": timeout_ms(time_left())})
+        async with self._call() as call:
+            await self._check_reference_once(call)
+            content = await self._answer(
+                "POST", "/v1/compare", call, lambda: encode({**request, "timeout_ms": timeout_ms(call.left_s())})
             )
-        return read_comparison(content, len(completions))
+            return read_comparison(content, len(texts))
 
-    async def model(self) -> dict[str, Any]:
-        """Return the description of the served model, the body of ``GET /v1/model``.
+    async def model(self) -> ServedModel:
+        """Return the description of the served model: name, version, rendering, limits, calibration.
 
         Raises:
             ClientError: as ``score_items``.
         """
-        async with _deadline(self.deadline_s) as time_left:
-            return read_object(await self._call("GET", "/v1/model", time_left))
+        async with self._call() as call:
+            return read_model(await self._answer("GET", "/v1/model", call))
 
     async def check_reference(self, reference: Reference) -> ReferenceCheck:
         """Check whether the served model was initialised from a checkpoint; ``same`` is None if that is unknown.
@@ -213,19 +272,23 @@ class AsyncRewardClient:
 
         Raises:
             ClientError: as ``score_items``.
-            ValueError: the folder holds no safetensors files.
+            InvalidArgument: the folder holds no safetensors files.
         """
-        async with _deadline(self.deadline_s) as time_left:
-            return await self._check_reference(reference_name(reference), time_left)
+        name = reference_name(reference)
+        async with self._call() as call:
+            return await self._check_reference(name, call)
 
     async def wait_until_ready(self, timeout_s: float = 600.0) -> None:
         """Return as soon as the service is ready to score.
 
         Raises:
             ClientDeadlineExceeded: it was not, for ``timeout_s`` seconds.
+            InvalidArgument: ``timeout_s`` is no finite number above zero.
         """
-        async with _deadline(timeout_s):
-            while not await self._is_ready():  # noqa: ASYNC110  (the event is in another process)
+        async with self._call(positive_seconds(timeout_s, "timeout_s")) as call:
+            while (failure := await self._try_readiness()) is not None:
+                call.num_failed += 1
+                call.last_failure = failure
                 await asyncio.sleep(READY_POLL_S)
 
     async def aclose(self) -> None:
@@ -256,31 +319,65 @@ class AsyncRewardClient:
         return pool
 
     def _open_pool(self) -> httpx2.AsyncClient:
+        limits = httpx2.Limits(
+            max_connections=self.max_connections,
+            max_keepalive_connections=self.max_connections,
+            keepalive_expiry=IDLE_CONNECTION_S,
+        )
+        try:
+            # A transport of our own: the proxy is the one that messages name, and none for this machine.
+            transport = httpx2.AsyncHTTPTransport(limits=limits, proxy=self._proxy())
+        except (ImportError, ValueError, httpx2.InvalidURL) as error:
+            reason = "SOCKS needs the package socksio" if isinstance(error, ImportError) else "its URL is malformed"
+            raise InvalidArgument(f"The proxy {shown_url(self._proxy() or '')} cannot be used: {reason}") from error
         return httpx2.AsyncClient(
             headers={"Content-Type": "application/json", **self.headers},
             timeout=httpx2.Timeout(self.retries.read_timeout_s, connect=CONNECT_TIMEOUT_S, pool=None),
-            limits=httpx2.Limits(
-                max_connections=self.max_connections,
-                max_keepalive_connections=self.max_connections,
-                keepalive_expiry=IDLE_CONNECTION_S,
-            ),
+            transport=transport,
         )
 
-    async def _is_ready(self) -> bool:
+    def _proxy(self) -> str | None:
+        return self.proxy or proxy_of_environment(self.url)
+
+    def _shown(self) -> str:
+        """The service as messages name it, with the proxy between."""
+        proxy = self._proxy()
+        return shown_url(self.url) + (f" through the proxy {shown_url(proxy)}" if proxy else "")
+
+    @asynccontextmanager
+    async def _call(self, deadline_s: float | None = None) -> AsyncIterator[Call]:
+        """Bound one call of the caller by its deadline, and name the service in its exceptions."""
+        seconds = self.deadline_s if deadline_s is None else deadline_s
+        call = Call(self._shown(), seconds, self.wait_for_start_s, lambda: self._reached)
+        bound = asyncio.timeout(seconds)
+        try:
+            async with bound:
+                yield call
+        except TimeoutError:
+            if not bound.expired():
+                raise
+            message = f"No answer from {call.url} within {seconds:g} s: {call.describe_failure()}"
+            raise call.deadline_exceeded(message) from call.last_failure
+        except BadAnswer as error:
+            raise _with_url(error, call.url) from error.__cause__
+
+    async def _try_readiness(self) -> AttemptFailedError | None:
+        """Return why the service is not ready; None: it is."""
         try:
             answer = await self._pool().get(f"{self.url}/readyz", timeout=CONNECT_TIMEOUT_S)
-        except httpx2.TransportError:
-            return False
-        return answer.status_code == httpx2.codes.OK
+        except httpx2.TransportError as error:
+            return AttemptFailedError(connection_failure(error))
+        self._note_answer(answer)
+        return None if answer.status_code == httpx2.codes.OK else AttemptFailedError(_describe(answer))
 
-    async def _check_reference(self, name: str, time_left: Callable[[], float]) -> ReferenceCheck:
-        return read_reference_check(await self._call("GET", reference_route(name), time_left), name)
+    async def _check_reference(self, name: str, call: Call) -> ReferenceCheck:
+        return read_reference_check(await self._answer("GET", reference_route(name), call), name)
 
-    async def _check_reference_once(self, time_left: Callable[[], float]) -> None:
+    async def _check_reference_once(self, call: Call) -> None:
         if self._reference_checked or self.reference is None:
             return
         try:
-            check = await self._check_reference(self.reference, time_left)
+            check = await self._check_reference(self.reference, call)
         except (RequestRejected, BadAnswer) as error:
             # A service that cannot answer the check may still score; ``require_reference`` decides whether that is an
             # error.
@@ -289,60 +386,66 @@ class AsyncRewardClient:
         self._reference_checked = True
 
     async def _score_chunks(
-        self, chunks: Sequence[Sequence[bytes]], options: Mapping[str, Any], time_left: Callable[[], float]
+        self, chunks: Sequence[Sequence[bytes]], options: Mapping[str, Any], call: Call
     ) -> list[ChunkScores]:
-        scores = await _all_or_first_error([self._score_chunk(chunk, options, time_left) for chunk in chunks])
+        scores = await _all_or_first_error([self._score_chunk(chunk, options, call) for chunk in chunks])
         if len({chunk.model_version for chunk in scores}) > 1:
             raise MixedVersionsError("different model versions scored the chunks of one call")
         return scores
 
-    async def _score_chunk(
-        self, encoded: Sequence[bytes], options: Mapping[str, Any], time_left: Callable[[], float]
-    ) -> ChunkScores:
-        content = await self._call(
-            "POST", "/v1/score", time_left, lambda: score_body(encoded, options, timeout_s=time_left())
+    async def _score_chunk(self, encoded: Sequence[bytes], options: Mapping[str, Any], call: Call) -> ChunkScores:
+        content = await self._answer(
+            "POST", "/v1/score", call, lambda: score_body(encoded, options, timeout_s=call.left_s())
         )
         return read_scores(content, len(encoded))
 
-    async def _call(
-        self, method: str, route: str, time_left: Callable[[], float], body: Callable[[], bytes] | None = None
-    ) -> bytes:
+    async def _answer(self, method: str, route: str, call: Call, body: Callable[[], bytes] | None = None) -> bytes:
         """Return the content of the first 200. ``body`` is built for each attempt, because each has less time left."""
         return await call_with_retries(
-            lambda: self._send(method, route, None if body is None else body()), self.retries, time_left
+            lambda: self._send(method, route, None if body is None else body()), self.retries, call
         )
 
     async def _send(self, method: str, route: str, content: bytes | None) -> bytes:
         """Make one attempt: return the content of a 200, or raise the exception for what came instead."""
         try:
             answer = await self._pool().request(method, self.url + route, content=content)
-        except (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError, httpx2.ProxyError) as error:
-            raise AttemptFailedError(type(error).__name__) from error
         except httpx2.DecodingError as error:
             raise BadAnswer("The response cannot be decompressed") from error
+        except httpx2.TransportError as error:
+            raise AttemptFailedError(connection_failure(error), not_started=never_connected(error)) from error
+        self._note_answer(answer)
+        if answer.status_code == httpx2.codes.OK:
+            return answer.content
+        raise self._failure_of(answer)
+
+    def _note_answer(self, answer: httpx2.Response) -> None:
+        if answer.status_code == httpx2.codes.OK or "X-Model-Version" in answer.headers or _code_of(answer) is not None:
+            self._reached = True
+
+    def _failure_of(self, answer: httpx2.Response) -> ClientError | AttemptFailedError:
+        """Return the exception for an answer that is not a 200."""
         if answer.is_server_error:
-            raise AttemptFailedError(
+            return AttemptFailedError(
                 _describe(answer), read_retry_after(answer.headers.get("Retry-After"), time.time())
             )
+        if answer.status_code == httpx2.codes.NOT_FOUND and _code_of(answer) is None:
+            # The service's own 404 has a code; this one is of a proxy whose service restarts, or of another server.
+            return AttemptFailedError("404 without a problem document, so not of the service", not_started=True)
         if answer.is_client_error:
-            raise RequestRejected(answer.status_code, read_problem(answer.content))
-        if answer.status_code != httpx2.codes.OK:
-            raise BadAnswer(f"The status is {answer.status_code}; the protocol defines 200, 4xx and 5xx")
-        return answer.content
+            return RequestRejected(answer.status_code, read_problem(answer.content), self._shown())
+        return BadAnswer(f"The status is {answer.status_code}; the protocol defines 200, 4xx and 5xx")
 
 
-@asynccontextmanager
-async def _deadline(seconds: float) -> AsyncIterator[Callable[[], float]]:
-    """Bound the block; yields a function that returns the seconds left."""
-    ends_at = time.monotonic() + seconds
-    bound = asyncio.timeout(seconds)
-    try:
-        async with bound:
-            yield lambda: ends_at - time.monotonic()
-    except TimeoutError as error:
-        if not bound.expired():
-            raise
-        raise ClientDeadlineExceeded(f"No complete response within {seconds:g} s") from error
+def _check_options(diagnostics: object, truncation: object, template: object) -> None:
+    one_of(diagnostics, "diagnostics", get_args(DiagnosticsLevel))
+    one_of(truncation, "truncation", get_args(Truncation))
+    one_of(template, "template", get_args(TemplateChoice))
+
+
+def _with_url(error: BadAnswer, url: str) -> BadAnswer:
+    named = BadAnswer(f"{error} (from {url})")
+    named.url = url
+    return named
 
 
 async def _all_or_first_error(calls: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
@@ -356,6 +459,13 @@ async def _all_or_first_error(calls: Sequence[Coroutine[Any, Any, T]]) -> list[T
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+def _code_of(answer: httpx2.Response) -> str | None:
+    """The code of the service's problem document; None: the answer is none of the service's."""
+    code = read_problem(answer.content).get("code")
+    return code if isinstance(code, str) else None
+
+
 def _describe(answer: httpx2.Response) -> str:
-    code = read_problem(answer.content).get("code", answer.reason_phrase)
-    return f"{answer.status_code} {code} (request {answer.headers.get('X-Request-Id', 'without an id')})"
+    code = _code_of(answer) or f"{answer.reason_phrase} without a problem document"
+    request_id = answer.headers.get("X-Request-Id")
+    return f"{answer.status_code} {code}" + (f" (request {request_id})" if request_id else "")

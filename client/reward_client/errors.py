@@ -2,12 +2,15 @@
 
     RewardServiceError
     └── ClientError                       raised by the client inside the caller's process
+        ├── InvalidArgument               an argument is wrong, and nothing was sent; also a ValueError
         ├── RequestRejected               the service refused the request (4xx)
         ├── ItemsFailed                   some items have no reward; carries them and the rewards of the others
         ├── BadAnswer                     the response violates the protocol
         ├── ReferenceMismatch             the KL reference is not the checkpoint that the model was initialised from
-        ├── ServiceUnavailable            all attempts ended in a 5xx or a broken connection
-        └── ClientDeadlineExceeded        the caller's own deadline passed
+        └── NoAnswer                      no complete response; carries url, reason and attempts
+            ├── ServiceUnavailable        all attempts ended in a 5xx or a broken connection
+            │   └── ServiceUnreachable    no connection to it ever succeeded: wrong URL, or it does not run
+            └── ClientDeadlineExceeded    the caller's own deadline passed
 
 Messages give sizes, limits and positions, never the text of a user.
 """
@@ -26,16 +29,26 @@ class ClientError(RewardServiceError):
     """Raised by the client inside the caller's process."""
 
 
+class InvalidArgument(ClientError, ValueError):
+    """An argument of the caller is wrong; nothing was sent. The message says what is wanted."""
+
+
 class RequestRejected(ClientError):
     """The service refused the request (4xx). ``problem`` is the RFC 9457 body, or empty if there was none."""
 
-    def __init__(self, status: int, problem: Mapping[str, object]) -> None:
-        super().__init__(f"{status} {problem.get('code', 'unknown')}: {problem.get('detail', 'no detail was given')}")
+    def __init__(self, status: int, problem: Mapping[str, object], url: str = "") -> None:
+        asked = f"{url} answered " if url else ""
+        if "code" in problem:
+            reason = f"{problem['code']}: {problem.get('detail', 'no detail was given')}"
+        else:
+            reason = "without a problem document; a proxy may have answered instead of the service"
+        super().__init__(f"{asked}{status} {reason}")
         self.status = status
         self.problem = dict(problem)
+        self.url = url
 
-    def __reduce__(self) -> tuple[type[RequestRejected], tuple[int, Mapping[str, object]]]:
-        return type(self), (self.status, self.problem)
+    def __reduce__(self) -> tuple[type[RequestRejected], tuple[int, Mapping[str, object], str]]:
+        return type(self), (self.status, self.problem, self.url)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +79,34 @@ class ItemsFailed(ClientError):
 class BadAnswer(ClientError):
     """The response violates the protocol: wrong count, wrong order, no finite reward, not JSON."""
 
+    url: str = ""
+    """What was asked; empty where the answer was read without asking."""
+
 
 class ReferenceMismatch(ClientError):
     """The caller requires that the reward model was initialised from its KL reference, which is false or unknown."""
 
 
-class ServiceUnavailable(ClientError):
-    """All attempts ended in a 5xx or a broken connection; the cause is chained."""
+class NoAnswer(ClientError):
+    """The common part of the two ways in which a call ends without an answer; the last cause is chained."""
+
+    def __init__(self, message: str, *, url: str = "", reason: str = "", attempts: int = 0) -> None:
+        super().__init__(message)
+        self.url = url
+        """The root URL of the service."""
+        self.reason = reason
+        """Why the last attempt failed; empty if none had ended."""
+        self.attempts = attempts
+        """Attempts that had failed, over all requests of the call."""
 
 
-class ClientDeadlineExceeded(ClientError):
+class ServiceUnavailable(NoAnswer):
+    """All attempts ended in a 5xx or a broken connection."""
+
+
+class ServiceUnreachable(ServiceUnavailable):
+    """No connection to the service succeeded within ``wait_for_start_s``: a wrong URL, or it does not run (yet)."""
+
+
+class ClientDeadlineExceeded(NoAnswer):
     """The caller's deadline passed before a complete response had arrived."""

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 from urllib.parse import quote
 
 from reward_client.answers import read_object
-from reward_client.errors import BadAnswer, ReferenceMismatch, RequestRejected
+from reward_client.errors import BadAnswer, InvalidArgument, ReferenceMismatch, RequestRejected
 from reward_client.provenance import ReferenceCheck, base_hash
 
 Reference: TypeAlias = str | os.PathLike[str]
@@ -23,18 +23,20 @@ class ReferenceWarning(UserWarning):
     """The KL reference is another checkpoint than the one that the reward model was initialised from, or may be."""
 
 
-def reference_name(reference: Reference) -> str:
+def reference_name(reference: object) -> str:
     """Return the reference as it is sent to the service: the hash over a folder's weights; anything else unchanged.
 
     Raises:
-        ValueError: the folder holds no safetensors files.
+        InvalidArgument: it is no name or path, or the folder holds no safetensors files.
     """
+    if not isinstance(reference, str | os.PathLike) or not str(reference):
+        raise InvalidArgument("reference must be a checkpoint folder, a hash over its weights, or a name")
     folder = Path(reference)
     if not folder.is_dir():
         return str(reference)
     name = base_hash(folder)
     if name is None:
-        raise ValueError(f"{folder} holds no safetensors files, so it cannot be compared by its weights")
+        raise InvalidArgument(f"{folder} holds no safetensors files, so it cannot be compared by its weights")
     return name
 
 

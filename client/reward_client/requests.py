@@ -6,10 +6,13 @@ Pure: no socket, no clock. Errors give indices and counts, never a text.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, TypeAlias
+
+from reward_client.checks import check_prompt, elements, is_list, positive_integer
+from reward_client.errors import InvalidArgument
 
 ChatMessage: TypeAlias = Mapping[str, Any]
 Prompt: TypeAlias = str | Sequence[ChatMessage]
@@ -27,51 +30,67 @@ class ChunkLimits:
     max_bytes: int = 16 * 1024 * 1024
     """Bytes of the encoded items of one request."""
 
+    def __post_init__(self) -> None:
+        positive_integer(self.max_items, "max_items")
+        positive_integer(self.max_bytes, "max_bytes")
+
 
 DEFAULT_CHUNKS = ChunkLimits()
 
 
-def exchange_items(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[dict[str, Any]]:
+def exchange_items(prompts: Iterable[Prompt], completions: Iterable[Completion]) -> list[dict[str, Any]]:
     """Return the wire items of prompts and their completions.
 
     Raises:
-        ValueError: the lists differ in length, or a completion is not one text.
+        InvalidArgument: one of the two is no list, the lists differ in length, or an element has another type.
     """
-    if len(prompts) != len(completions):
-        raise ValueError(f"{len(prompts)} prompts, but {len(completions)} completions")
+    hint = "; for several completions of one prompt: [prompt] * len(completions)"
+    prompt_list = elements(prompts, "prompts", "prompts, one for each completion", hint)
+    completion_list = elements(completions, "completions", "completions, one for each prompt")
+    if len(prompt_list) != len(completion_list):
+        raise InvalidArgument(
+            f"{len(prompt_list)} prompts, but {len(completion_list)} completions; each completion needs its prompt"
+        )
     return [
-        {"prompt": prompt_content(prompt), "completion": completion_text(completion)}
-        for prompt, completion in zip(prompts, completions, strict=True)
+        {
+            "prompt": prompt_content(prompt, f"prompts[{index}]"),
+            "completion": completion_text(completion, f"completions[{index}]"),
+        }
+        for index, (prompt, completion) in enumerate(zip(prompt_list, completion_list, strict=True))
     ]
 
 
-def prompt_content(prompt: Prompt) -> str | list[dict[str, Any]]:
-    """Return a prompt in wire format, without keys whose value is None (data sets pad missing keys with None)."""
+def prompt_content(prompt: Prompt, name: str = "prompt") -> str | list[dict[str, Any]]:
+    """Return a prompt in wire format, without keys whose value is None (data sets pad missing keys with None).
+
+    Raises:
+        InvalidArgument: it is neither a string nor a list of messages.
+    """
+    check_prompt(prompt, name)
     return prompt if isinstance(prompt, str) else [without_none(message) for message in prompt]
 
 
-def completion_text(completion: Completion) -> str:
+def completion_text(completion: Completion, name: str = "completion") -> str:
     """Return the text of a completion: itself, or the content of its one assistant message.
 
     Raises:
-        ValueError: it is a conversation of several turns, or its content is no text.
+        InvalidArgument: it is a conversation of several turns, or its content is no text.
     """
     if isinstance(completion, str):
         return completion
-    match list(completion):
+    turns = list(completion) if is_list(completion) else None
+    match turns:
         case [{"role": "assistant", "content": str(content)}]:
             return content
-        case turns:
-            raise ValueError(
-                f"A completion is a text or a list of one assistant message; this one has {len(turns)} turns"
-            )
+    found = f"it has {len(turns)} elements" if turns is not None else f"it is of type {type(completion).__name__}"
+    raise InvalidArgument(f"{name} must be a string or a list of one assistant message with a text; {found}")
 
 
 def encode_items(items: Sequence[WireItem]) -> list[bytes]:
     """Return each item as JSON in UTF-8, in order.
 
     Raises:
-        ValueError: an item is not JSON data; gives its index, never its text.
+        InvalidArgument: an item is not JSON data; gives its index, never its text.
     """
     encoded = []
     for index, item in enumerate(items):
@@ -79,13 +98,16 @@ def encode_items(items: Sequence[WireItem]) -> list[bytes]:
             encoded.append(encode(item))
         except (TypeError, ValueError):
             # The cause is suppressed because it contains the text.
-            raise ValueError(f"Item {index} is not JSON data (a lone surrogate, a NaN or a foreign type)") from None
+            raise InvalidArgument(
+                f"Item {index} is not JSON data (a lone surrogate, a NaN or a foreign type)"
+            ) from None
     return encoded
 
 
 def group_key(item: WireItem) -> object:
     """Return the key that is equal for consecutive items of one prompt."""
-    return item.get("group") or item.get("prompt")
+    group = item.get("group")
+    return item.get("prompt") if group is None else group
 
 
 def chunk_ranges(sizes: Sequence[int], groups: Sequence[object], limits: ChunkLimits) -> Iterator[range]:
@@ -124,8 +146,8 @@ def score_body(encoded: Sequence[bytes], options: Mapping[str, Any], timeout_s: 
 
 
 def timeout_ms(seconds: float) -> int:
-    """Return a remaining time in wire format: whole milliseconds, at least one."""
-    return max(1, int(seconds * 1000))
+    """Return a remaining time in wire format: whole milliseconds, at least one, at most 64 bits."""
+    return max(1, min(int(seconds * 1000), 2**63 - 1))
 
 
 def encode(data: Mapping[str, Any]) -> bytes:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, overload
 
 from reward_client.answers import Comparison, ScoredItem
 from reward_client.asynchronous import AsyncRewardClient
+from reward_client.models import ServedModel
 from reward_client.options import DiagnosticsLevel, TemplateChoice, Truncation
 from reward_client.provenance import ReferenceCheck
 from reward_client.references import Reference
@@ -38,6 +39,11 @@ class RewardClient:
         headers: sent with each request.
         reference: the KL reference of the training run; see ``AsyncRewardClient``.
         require_reference: raise where it is not known that the reward model was initialised from it.
+        wait_for_start_s: seconds for which a service that has never answered is tried; see ``AsyncRewardClient``.
+        proxy: URL of a proxy; None: that of the environment, and none for a service on this machine.
+
+    Raises:
+        InvalidArgument: an argument has another type, is out of range, or the URL is no root URL.
     """
 
     def __init__(
@@ -51,6 +57,8 @@ class RewardClient:
         headers: Mapping[str, str] | None = None,
         reference: Reference | None = None,
         require_reference: bool = False,
+        wait_for_start_s: float | None = None,
+        proxy: str | None = None,
     ) -> None:
         self._client = AsyncRewardClient(
             url,
@@ -61,20 +69,49 @@ class RewardClient:
             headers=headers,
             reference=reference,
             require_reference=require_reference,
+            wait_for_start_s=wait_for_start_s,
+            proxy=proxy,
         )
         self._lock = threading.Lock()
         self._thread: _LoopThread | None = None
 
+    @overload
     def score(
         self,
-        prompts: Sequence[Prompt],
-        completions: Sequence[Completion],
+        prompts: Iterable[Prompt],
+        completions: Iterable[Completion],
         *,
+        diagnostics: None = None,
         truncation: Truncation | None = None,
         template: TemplateChoice | None = None,
-    ) -> list[float]:
+    ) -> list[float]: ...
+
+    @overload
+    def score(
+        self,
+        prompts: Iterable[Prompt],
+        completions: Iterable[Completion],
+        *,
+        diagnostics: DiagnosticsLevel,
+        truncation: Truncation | None = None,
+        template: TemplateChoice | None = None,
+    ) -> list[ScoredItem]: ...
+
+    def score(
+        self,
+        prompts: Iterable[Prompt],
+        completions: Iterable[Completion],
+        *,
+        diagnostics: DiagnosticsLevel | None = None,
+        truncation: Truncation | None = None,
+        template: TemplateChoice | None = None,
+    ) -> list[float] | list[ScoredItem]:
         """Return the raw reward of each completion, in input order; see ``AsyncRewardClient.score``."""
-        return self._run(self._client.score(prompts, completions, truncation=truncation, template=template))
+        if diagnostics is None:
+            return self._run(self._client.score(prompts, completions, truncation=truncation, template=template))
+        return self._run(
+            self._client.score(prompts, completions, diagnostics=diagnostics, truncation=truncation, template=template)
+        )
 
     def score_items(
         self,
@@ -89,11 +126,11 @@ class RewardClient:
             self._client.score_items(items, diagnostics=diagnostics, truncation=truncation, template=template)
         )
 
-    def compare(self, prompt: Prompt, completions: Sequence[Completion]) -> Comparison:
+    def compare(self, prompt: Prompt, completions: Iterable[Completion]) -> Comparison:
         """Return rewards and preference probabilities; see ``AsyncRewardClient.compare``."""
         return self._run(self._client.compare(prompt, completions))
 
-    def model(self) -> dict[str, Any]:
+    def model(self) -> ServedModel:
         """Return the description of the served model; see ``AsyncRewardClient.model``."""
         return self._run(self._client.model())
 

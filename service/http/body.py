@@ -33,7 +33,7 @@ async def read_json_body(headers: Mapping[str, str], chunks: AsyncIterator[bytes
     _check_media_type(headers.get("content-type", ""))
     coding = headers.get("content-encoding", "identity").strip().lower()
     if coding not in {"identity", "gzip"}:
-        raise UnsupportedMediaType("The Content-Encoding is neither gzip nor identity")
+        raise UnsupportedMediaType("The Content-Encoding is neither gzip nor identity; send the body plain or gzipped")
     declared = headers.get("content-length", "")
     if declared.isdecimal() and len(declared) < 20 and int(declared) > max_bytes:
         raise BodyTooLarge(f"The body has {declared} bytes; the limit is {max_bytes}")
@@ -44,10 +44,10 @@ async def read_json_body(headers: Mapping[str, str], chunks: AsyncIterator[bytes
 def _check_media_type(content_type: str) -> None:
     media_type, _, parameters = content_type.lower().partition(";")
     if media_type.strip() not in {"", "application/json", "text/json"}:
-        raise UnsupportedMediaType("The Content-Type is not application/json")
+        raise UnsupportedMediaType("The body is not declared as JSON; send Content-Type: application/json")
     charset = parameters.partition("charset=")[2].strip(' "')
     if charset and charset not in {"utf-8", "utf8"}:
-        raise UnsupportedMediaType("JSON is read as UTF-8 only")
+        raise UnsupportedMediaType("JSON is read as UTF-8 only; send Content-Type: application/json")
 
 
 async def _read(chunks: AsyncIterator[bytes], max_bytes: int) -> bytes:

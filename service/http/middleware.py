@@ -1,4 +1,7 @@
-"""What every request gets on any route: a request id, the model's headers, an access log line, and an answer."""
+"""What every request gets on any route: a request id, the model's headers, an access log line, and an answer.
+
+A slash at the end of the path is ignored.
+"""
 
 from __future__ import annotations
 
@@ -50,6 +53,8 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        # A path means the same with a slash at its end; a redirect would lose the body of a POST in many clients.
+        scope["path"] = scope["path"].rstrip("/") or "/"
         with self._open_requests:
             await self._answer(scope, receive, send)
 

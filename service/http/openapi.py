@@ -23,7 +23,11 @@ _PROBLEM = {
         "type": {"type": "string", "format": "uri"},
         "title": {"type": "string"},
         "status": {"type": "integer"},
-        "detail": {"type": "string", "description": "Sizes, limits and positions; never text of the caller."},
+        "detail": {
+            "type": "string",
+            "description": "What is expected, with sizes, limits and positions. "
+            "Of the request it repeats nothing but the name of an unknown field, if that is a short identifier.",
+        },
         "instance": {"type": "string", "description": "urn:request: and the request id."},
         "code": {"type": "string", "description": "Stable identifier for programs."},
         "retryable": {"type": "boolean"},
@@ -66,7 +70,7 @@ _RESULT = {
     "oneOf": [{"required": ["reward"]}, {"required": ["error"]}],
     "properties": {
         "index": {"type": "integer"},
-        "id": {"type": "string"},
+        "id": {"type": ["string", "integer"], "description": "As in the request."},
         "reward": {"type": "number", "description": "The raw output of the scalar head, without an activation."},
         **_DIAGNOSTICS,
         "error": {"$ref": _REF.format(name="ItemError")},
@@ -213,9 +217,11 @@ def document() -> dict[str, Any]:
                 | {"parameters": [_RUN_PARAMETER]}
             },
             "/livez": {"get": _reading("The process is alive", "application/json", {"type": "object"})},
+            "/healthz": {"get": _reading("Alias of /livez", "application/json", {"type": "object"})},
             "/readyz": {
                 "get": _reading("The model is loaded and warmed up", "application/json", {"type": "object"}, "503")
             },
+            "/health": {"get": _reading("Alias of /readyz", "application/json", {"type": "object"}, "503")},
             "/metrics": {"get": _reading("Prometheus metrics of all replicas", "text/plain", {"type": "string"})},
             "/openapi.json": {"get": _reading("This document", "application/json", {"type": "object"})},
         },

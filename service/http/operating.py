@@ -25,7 +25,10 @@ METRICS_MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def operating_routes(served: ServedModel, exposition: Exposition) -> list[Route]:
-    """The routes ``/v1/model``, ``/livez``, ``/readyz``, ``/metrics`` and ``/openapi.json``."""
+    """The routes ``/v1/model``, ``/livez``, ``/readyz``, ``/metrics`` and ``/openapi.json``, and aliases of two.
+
+    ``/healthz`` is liveness, as it was in Kubernetes; ``/health`` is readiness, as it is in other model servers.
+    """
     schema = msgspec.json.encode(openapi.document())
 
     async def live(_: Request) -> Response:
@@ -49,7 +52,9 @@ def operating_routes(served: ServedModel, exposition: Exposition) -> list[Route]
     return [
         _model_route(served),
         Route("/livez", live),
+        Route("/healthz", live),
         Route("/readyz", ready),
+        Route("/health", ready),
         Route("/metrics", metrics),
         Route("/openapi.json", schemas),
     ]

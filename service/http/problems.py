@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import random
 
 from starlette.exceptions import HTTPException
@@ -11,6 +12,9 @@ from starlette.responses import Response
 from service.errors import ClientGone, HttpError, InternalError, MethodNotAllowed, RouteNotFound
 from service.http.facts import RequestFacts, facts_of
 from service.protocols.problem import MEDIA_TYPE, render_problem, retry_after_s
+
+MAX_COMPARED_CHARS = 64
+"""Characters of a path that is no route which are compared with the routes."""
 
 
 def problem_response(error: HttpError, facts: RequestFacts) -> Response:
@@ -28,13 +32,24 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
 
 async def _on_framework_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)  # noqa: S101 - as above
+    headers = dict(error.headers or {})
+    if "Allow" in headers:
+        headers["Allow"] = ", ".join(sorted(headers["Allow"].split(", ")))
     known: dict[int, HttpError] = {
-        404: RouteNotFound("There is no such route here; /openapi.json lists them"),
-        405: MethodNotAllowed(f"The route does not take {request.method}"),
+        404: RouteNotFound(_no_such_route(request)),
+        405: MethodNotAllowed(f"This route takes {headers.get('Allow', 'other methods')}"),
     }
     response = problem_response(known.get(error.status_code, InternalError()), facts_of(request))
-    response.headers.update(error.headers or {})
+    response.headers.update(headers)
     return response
+
+
+def _no_such_route(request: Request) -> str:
+    """The detail of a 404; it names the nearest route and never the path, which is the client's text."""
+    paths = [route.path for route in request.app.routes]
+    nearest = difflib.get_close_matches(request.url.path[:MAX_COMPARED_CHARS], paths, n=1)
+    hint = f"; did you mean {nearest[0]}?" if nearest else "; /openapi.json lists the routes"
+    return f"There is no such route here{hint}"
 
 
 async def _on_disconnect(request: Request, _: Exception) -> Response:

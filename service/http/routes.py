@@ -42,7 +42,10 @@ def create_app(
         metrics=served.metrics,
         access_log=access_log,
         open_requests=open_requests,
-        path_of={route.endpoint: route.path for route in routes},
+        # An alias has the endpoint of the route that it stands for, which is listed before it and named in logs.
+        path_of={route.endpoint: route.path for route in reversed(routes)},
         echoes_request_id=not host_echoes_request_id,
     )
-    return Starlette(routes=routes, middleware=[middleware], exception_handlers=EXCEPTION_HANDLERS)
+    app = Starlette(routes=routes, middleware=[middleware], exception_handlers=EXCEPTION_HANDLERS)
+    app.router.redirect_slashes = False
+    return app

@@ -19,6 +19,8 @@ _REQUEST_PATH = {
     # Requests and answers need not cross between two event loops: the service never blocks its own, long work runs in
     # threads.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    # Ray answers 500 to an X-Request-Id that is not UTF-8, before the application could replace it.
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "service.http.request_ids.proxy_middlewares",
 }
 
 _QUIET_BACKGROUND = {

@@ -1,7 +1,8 @@
 """The service's own wire format, version 1: request bodies to ScoreRequests, outcomes to answer bodies.
 
-Pure: it depends neither on a web framework nor on an engine. A body is decoded once, from its bytes, and no part of it
-is repeated in an error: errors have JSON pointers and sizes. Of repeated keys in a JSON object the last one counts.
+Pure: it depends neither on a web framework nor on an engine. A body is decoded once, from its bytes. Its errors
+(``violations``) say where and what is expected and repeat no text of it. A field that is null counts as left out. Of
+repeated keys in a JSON object the last one counts.
 """
 
 from __future__ import annotations
@@ -13,20 +14,18 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import UNSET, Meta, UnsetType
+from msgspec import Meta
 from reward_client.options import DiagnosticsLevel, TemplateChoice, Truncation
 
 from service.diagnostics.item_state import Outcome
 from service.errors import (
     HttpError,
-    InvalidRequest,
     ItemTooLong,
-    MalformedBody,
     NonFiniteReward,
     TooManyItems,
-    Violation,
 )
 from service.protocols.problem import item_error
+from service.protocols.violations import explain_malformed, explain_violation, invalid
 from service.records import (
     Content,
     Encoding,
@@ -50,9 +49,9 @@ BASIC_DIAGNOSTICS = ("reward_z", "reward_percentile", "reward_length_adjusted", 
 FULL_DIAGNOSTICS = ("reward_std_epistemic", "ood")
 """Members of a result at level ``basic``, and those that ``full`` adds."""
 
-_Name = Annotated[str, Meta(max_length=MAX_NAME_CHARS)]
+_Name = Annotated[str, Meta(max_length=MAX_NAME_CHARS)] | Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 _TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
-_Timeout = Annotated[int, Meta(ge=1)]
+_Timeout = Annotated[float, Meta(ge=1, le=2**63)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +76,10 @@ class WireMessage(msgspec.Struct, forbid_unknown_fields=True):
 class WireItem(msgspec.Struct, forbid_unknown_fields=True):
     """One text to score, in exactly one of three forms: prompt and completion, templated text, or token ids."""
 
-    prompt: str | list[WireMessage] | UnsetType = UNSET
-    completion: str | UnsetType = UNSET
-    text: str | UnsetType = UNSET
-    token_ids: list[_TokenId] | UnsetType = UNSET
+    prompt: str | list[WireMessage] | None = None
+    completion: str | None = None
+    text: str | None = None
+    token_ids: list[_TokenId] | None = None
     id: _Name | None = None
     group: _Name | None = None
 
@@ -106,6 +105,8 @@ class WireCompareRequest(WireOptions, forbid_unknown_fields=True, kw_only=True):
     prompt: str | list[WireMessage]
     completions: list[str]
 
+
+_FORM_FIELDS = ("prompt", "completion", "text", "token_ids")
 
 _score_decoder = msgspec.json.Decoder(WireScoreRequest)
 _compare_decoder = msgspec.json.Decoder(WireCompareRequest)
@@ -219,14 +220,14 @@ def _request(items: tuple[Item, ...], options: WireOptions, defaults: RequestDef
     return ScoreRequest(items, encoding, options.diagnostics or defaults.diagnostics, timeout_s)
 
 
-def _timeout_s(timeout_ms: int | None, deadline_s: float) -> float:
+def _timeout_s(timeout_ms: float | None, deadline_s: float) -> float:
     # A longer timeout than the service allows is no error: the request gets its 504 at the service's deadline.
     return deadline_s if timeout_ms is None else min(timeout_ms / 1000, deadline_s)
 
 
 def _check_count(count: int, minimum: int, maximum: int, pointer: str, noun: str) -> None:
     if count < minimum:
-        raise _invalid(pointer, "too_few", f"The request has {count} {noun}; it needs at least {minimum}")
+        raise invalid(pointer, "too_few", f"The request has {count} {noun}; it needs at least {minimum}")
     if count > maximum:
         raise TooManyItems(f"The request has {count} {noun}; the limit is {maximum}")
 
@@ -236,20 +237,21 @@ def _read_item(wire: WireItem, index: int) -> Item:
 
 
 def _read_content(wire: WireItem, index: int) -> Content:
-    prompt, completion, text, token_ids = wire.prompt, wire.completion, wire.text, wire.token_ids
-    if prompt is not UNSET and completion is not UNSET and text is UNSET and token_ids is UNSET:
-        return Exchange(_read_prompt(prompt, f"/items/{index}/prompt"), completion)
-    if prompt is UNSET and completion is UNSET:
-        if text is not UNSET and token_ids is UNSET:
+    match wire.prompt, wire.completion, wire.text, wire.token_ids:
+        case (str() | list()) as prompt, str(completion), None, None:
+            return Exchange(_read_prompt(prompt, f"/items/{index}/prompt"), completion)
+        case None, None, str(text), None:
             return TemplatedText(text)
-        if token_ids is not UNSET and text is UNSET:
-            if not token_ids:
-                raise _invalid(f"/items/{index}/token_ids", "too_few", "An item needs at least one token id")
+        case None, None, None, [_, *_] as token_ids:
             return TokenIds(tuple(token_ids))
-    raise _invalid(
+        case None, None, None, []:
+            raise invalid(f"/items/{index}/token_ids", "too_few", "An item needs at least one token id")
+    present = [name for name in _FORM_FIELDS if getattr(wire, name) is not None]
+    raise invalid(
         f"/items/{index}",
         "not_one_form",
-        "An item has either prompt and completion, or text, or token_ids, and nothing else",
+        "An item has either prompt and completion, or text, or token_ids, and nothing else; this one has "
+        + (" and ".join(present) or "none of them"),
     )
 
 
@@ -257,7 +259,7 @@ def _read_prompt(prompt: str | list[WireMessage], pointer: str) -> str | tuple[M
     if isinstance(prompt, str):
         return prompt
     if not prompt:
-        raise _invalid(pointer, "too_few", "A prompt that is a list needs at least one message")
+        raise invalid(pointer, "too_few", "A prompt that is a list needs at least one message")
     return tuple(Message(turn.role, turn.content) for turn in prompt)
 
 
@@ -308,18 +310,6 @@ def diagnostics_of(score: Score, level: DiagnosticsLevel) -> dict[str, Any]:
     return members
 
 
-# How messages of msgspec start, and what replaces them, because they may quote the body.
-_VIOLATIONS = (
-    ("Object contains unknown field", "unknown_field", "An object has a field that this route does not have"),
-    ("Object missing required field", "missing_field", "A required field is missing"),
-    ("Invalid enum value", "out_of_range", "A field does not have one of its permitted values"),
-    ("Integer value out of range", "out_of_range", "A number is out of range"),
-    ("Number out of range", "out_of_range", "A number is out of range"),
-)
-_BOUND = re.compile(r"Expected `[a-z]+` (?:of length )?[<>]=? ")
-_LOCATION = re.compile(r" - at `\$([^`]*)`\Z")
-_MISSING = re.compile(r"required field `([a-z_]+)`")
-_STEP = re.compile(r"\.([a-z_]+)|\[(\d+)\]")
 # An escaped backslash, a complete surrogate pair, or (captured) a lone surrogate.
 _SURROGATE_ESCAPE = re.compile(
     rb"\\\\|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(\\u[dD][89a-fA-F][0-9a-fA-F]{2})"
@@ -330,12 +320,12 @@ def _decode(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
-        raise _violation(str(error)) from None
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        raise _malformed(decoder, body) from None
+        raise explain_violation(error, decoder.type) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise _malformed(decoder, body, error) from None
 
 
-def _malformed(decoder: msgspec.json.Decoder[Any], body: bytes) -> HttpError:
+def _malformed(decoder: msgspec.json.Decoder[Any], body: bytes, error: Exception) -> HttpError:
     """Distinguish a lone surrogate (the caller's tokenizer cut a pair) from a body that is not JSON."""
     repaired = _SURROGATE_ESCAPE.sub(lambda match: b"\\ufffd" if match[1] else match[0], body)
     if repaired != body:
@@ -343,23 +333,7 @@ def _malformed(decoder: msgspec.json.Decoder[Any], body: bytes) -> HttpError:
             decoder.decode(repaired)
         except msgspec.ValidationError:
             pass
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            return MalformedBody("The body is not JSON in UTF-8")
-        return _invalid("", "lone_surrogate", "A string has a lone surrogate, which is not a character")
-    return MalformedBody("The body is not JSON in UTF-8")
-
-
-def _violation(message: str) -> InvalidRequest:
-    location = _LOCATION.search(message)
-    pointer = "".join(f"/{name or number}" for name, number in _STEP.findall(location[1] if location else ""))
-    for start, code, detail in _VIOLATIONS:
-        if message.startswith(start):
-            missing = _MISSING.search(message) if code == "missing_field" else None
-            return _invalid(f"{pointer}/{missing[1]}" if missing else pointer, code, detail)
-    if _BOUND.match(message):
-        return _invalid(pointer, "out_of_range", "A value is out of range")
-    return _invalid(pointer, "wrong_type", "A value has the wrong type")
-
-
-def _invalid(pointer: str, code: str, detail: str) -> InvalidRequest:
-    return InvalidRequest(f"{detail} (at {pointer or 'the whole body'})", [Violation(pointer, code)])
+        except (msgspec.DecodeError, UnicodeDecodeError) as other:
+            return explain_malformed(other, repaired)
+        return invalid("", "lone_surrogate", "A string has a lone surrogate, which is not a character")
+    return explain_malformed(error, body)

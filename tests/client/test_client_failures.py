@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import json
+import logging
+import pickle
+import re
 import socket
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any, ClassVar
@@ -20,7 +27,9 @@ from reward_client.errors import (
     ItemsFailed,
     RequestRejected,
     ServiceUnavailable,
+    ServiceUnreachable,
 )
+from reward_client.retries import AttemptFailedError, Call, delay_before_retry
 
 ITEMS = [{"prompt": f"question {number}", "completion": str(number / 4)} for number in range(6)]
 EXPECTED_REWARDS = [number / 4 for number in range(6)]
@@ -201,7 +210,7 @@ class ChangesAnswer(FailingServer):
 class NoSuchServer(FailingServer):
     """No process listens on the port."""
 
-    expected = ServiceUnavailable
+    expected = ServiceUnreachable
 
 
 RECOVERING = {
@@ -281,6 +290,230 @@ def test_lasting_failures_raise_their_exception_in_time(make_server: Callable[[]
 
         assert time.monotonic() - started < OPTIONS["deadline_s"] + 1
         assert type(caught.value) is server.expected
+
+
+class Restarting(FakeServer):
+    """Answers the first request; then a proxy answers 404 for it, without a problem document."""
+
+    async def answer(self, request: Request) -> AsyncIterator[bytes]:
+        if 0 < request.number < 4:
+            yield response("404 Not Found", b"Path not found", "Content-Type: text/plain")
+        else:
+            yield ok(scores(request))
+
+
+class AnotherServer(FakeServer):
+    """A server that is no reward service."""
+
+    async def answer(self, request: Request) -> AsyncIterator[bytes]:
+        yield response("404 Not Found", b"<html>", "Content-Type: text/html")
+
+
+class WithoutTls(FakeServer):
+    """Answers what is no HTTP as HTTP servers do."""
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            await reader.read(5)
+            writer.write(response("400 Bad Request", b""))
+            await writer.drain()
+            writer.close()
+
+
+class NoSuchRoute(FakeServer):
+    """Answers 404 with the problem document of the service."""
+
+    async def answer(self, request: Request) -> AsyncIterator[bytes]:
+        yield problem("404 Not Found", "not_found")
+
+
+def test_a_404_of_a_proxy_is_retried() -> None:
+    """A 404 without a problem document is not the service's; it is retried until the service answers."""
+    with running(Restarting()) as server, RewardClient(server.url, **OPTIONS) as client:
+        assert client.score(["q"], ["1"]) == [1.0]
+        assert client.score(["q"], ["2"]) == [2.0]
+
+    assert len(server.requests) == 5
+
+
+def test_a_404_of_the_service_is_final() -> None:
+    """A 404 with a problem document is raised at once."""
+    with (
+        running(NoSuchRoute()) as server,
+        RewardClient(server.url, **OPTIONS) as client,
+        pytest.raises(RequestRejected, match=f"{server.url} answered 404 not_found: a detail"),
+    ):
+        client.score(["q"], ["1"])
+
+    assert len(server.requests) == 1
+
+
+def test_a_server_that_is_no_reward_service_is_given_up() -> None:
+    """A server that has only answered 404 is given up after wait_for_start_s, and not at the deadline."""
+    options = OPTIONS | {"deadline_s": 60, "wait_for_start_s": 0.3}
+    with (
+        running(AnotherServer()) as server,
+        RewardClient(server.url, **options) as client,
+        pytest.raises(ServiceUnreachable, match=r"404 without a problem document.*check the URL"),
+    ):
+        client.score(["q"], ["1"])
+
+
+NEVER_STARTED = {
+    "refused": ("http://127.0.0.1:{port}", "connection refused"),
+    "no-such-name": ("http://no-such-name.invalid:{port}", "the name of the host does not resolve"),
+}
+
+
+@pytest.mark.parametrize("name", Caller.names)
+@pytest.mark.parametrize(("url", "reason"), NEVER_STARTED.values(), ids=NEVER_STARTED.keys())
+def test_a_service_that_never_answered_is_given_up(
+    name: str, url: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is tried for wait_for_start_s, whatever max_attempts is; the exception has URL, reason and attempts."""
+    monkeypatch.setitem(OPTIONS, "deadline_s", 60)
+    monkeypatch.setitem(OPTIONS, "wait_for_start_s", 0.5)
+    monkeypatch.setattr(socket, "getaddrinfo", resolve_without_network)
+    address = url.format(port=unused_port())
+    started = time.monotonic()
+
+    with pytest.raises(
+        ServiceUnreachable, match=f"^No answer from {address}: {reason} .last of [0-9]+ tries."
+    ) as caught:
+        Caller(name, address).score()
+
+    assert 0.5 <= time.monotonic() - started < 10
+    assert (caught.value.url, caught.value.reason) == (address, reason)
+    assert caught.value.attempts > OPTIONS["retries"].max_attempts
+    copy = pickle.loads(pickle.dumps(caught.value))  # noqa: S301  (our own bytes)
+    assert (str(copy), copy.url, copy.reason) == (str(caught.value), address, reason)
+
+
+def resolve_without_network(host: Any, *arguments: Any, _resolve: Any = socket.getaddrinfo, **options: Any) -> Any:
+    """Resolve addresses of this machine only; a name fails at once, also where the name server does not answer."""
+    if ".invalid" in str(host):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+    return _resolve(host, *arguments, **options)
+
+
+def test_a_service_that_never_answered_is_given_up_after_half_a_minute() -> None:
+    """By default attempts at a service that has never answered end between 20 and 40 seconds."""
+    policy, call = RetryPolicy(), Call("u", 600.0, None, lambda: False)
+    failure = AttemptFailedError("connection refused", not_started=True)
+    delays = [delay_before_retry(failure, policy, attempt, call) for attempt in range(1, policy.max_attempts)]
+
+    assert 20 < sum(delays) < 40
+    assert call.start_s == 30
+
+
+def test_a_service_that_answered_before_is_retried_until_it_is_back() -> None:
+    """After a first answer a refused connection is retried for longer than wait_for_start_s."""
+    options = OPTIONS | {"deadline_s": 20, "wait_for_start_s": 0.0}
+    policy = RetryPolicy(max_attempts=400, first_wait_s=0.02, max_wait_s=0.02, jitter_s=0.0)
+    with RewardClient("http://127.0.0.1:9", **options | {"retries": policy}) as client:
+        with running(FakeServer()) as server:
+            client._client.url = server.url
+            assert client.score(["q"], ["1"]) == [1.0]
+        client._client.url = f"http://127.0.0.1:{unused_port()}"
+        waiting = threading.Thread(target=lambda: results.append(client.score(["q"], ["2"])), daemon=True)
+        results: list[list[float]] = []
+        waiting.start()
+        time.sleep(0.5)
+        assert waiting.is_alive()
+        with running(FakeServer()) as server:
+            client._client.url = server.url
+            waiting.join(10)
+
+    assert results == [[2.0]]
+
+
+@pytest.mark.parametrize(
+    ("make_server", "message"),
+    [
+        (
+            NeverAnswers,
+            "No answer from {url} within 0.4 s: the first attempt still waits for a connection or a response",
+        ),
+        (AlwaysOverloaded, "No answer from {url} within 0.4 s: 503 overloaded .last of [0-9]+ tries."),
+        (ClosesWithoutAnswer, "No answer from {url} within 0.4 s: the connection was closed before the response was"),
+    ],
+    ids=["silent", "overloaded", "closing"],
+)
+def test_a_deadline_names_the_service_and_the_last_cause(make_server: Callable[[], FakeServer], message: str) -> None:
+    """The exception of a deadline says who was asked, and what happened last."""
+    policy = RetryPolicy(max_attempts=10_000, first_wait_s=0.01, max_wait_s=0.01, jitter_s=0.0)
+    with (
+        running(make_server()) as server,
+        RewardClient(server.url, deadline_s=0.4, retries=policy) as client,
+        pytest.raises(ClientDeadlineExceeded, match=message.format(url=server.url)) as caught,
+    ):
+        client.score(["q"], ["1"])
+
+    assert caught.value.url == server.url
+
+
+def test_a_bad_answer_names_the_service() -> None:
+    """The exception for an answer that violates the protocol says who sent it."""
+    with (
+        running(AnswersHtml()) as server,
+        RewardClient(server.url, **OPTIONS) as client,
+        pytest.raises(BadAnswer, match=f"is not JSON .from {server.url}.") as caught,
+    ):
+        client.model()
+
+    assert caught.value.url == server.url
+
+
+def test_tls_at_a_port_without_it_is_told() -> None:
+    """An https:// URL of a service that speaks HTTP says so."""
+    with running(WithoutTls()) as server:
+        url = server.url.replace("http://", "https://")
+        with (
+            RewardClient(url, **OPTIONS | {"deadline_s": 20}) as client,
+            pytest.raises(ServiceUnreachable, match="the service may speak http:// only"),
+        ):
+            client.score(["q"], ["1"])
+
+
+def test_waiting_until_ready_says_why_it_ended() -> None:
+    """The exception names the last answer of the readiness probe."""
+    with (
+        running(AlwaysOverloaded()) as server,
+        RewardClient(server.url) as client,
+        pytest.raises(ClientDeadlineExceeded, match=f"{server.url} within 0.4 s: 503 overloaded"),
+    ):
+        client.wait_until_ready(0.4)
+
+
+def test_each_retry_is_one_record(caplog: pytest.LogCaptureFixture) -> None:
+    """A retry is one record of the logger reward_client, with service, reason and delay."""
+    caplog.set_level(logging.INFO)
+    with running(FailsThreeTimes()) as server, RewardClient(server.url, **OPTIONS) as client:
+        assert client.score(["q"], ["1"]) == [1.0]
+
+    records = [(record.name, record.levelname) for record in caplog.records if record.name != "httpx2"]
+    assert records == [("reward_client", "WARNING"), ("reward_client", "WARNING"), ("reward_client", "INFO")]
+    first, second, third = (record.getMessage() for record in caplog.records if record.name == "reward_client")
+    assert re.fullmatch(
+        rf"{server.url}: attempt 1 failed: the connection was closed before the response was complete; "
+        r"next attempt in 0\.\d\d s",
+        first,
+    )
+    assert "attempt 2 failed: 500 Internal Server Error without a problem document; next attempt in" in second
+    assert "attempt 3 failed: 503 not_ready; next attempt in" in third
+
+
+def test_retries_are_silent_by_default() -> None:
+    """A program that does not set logging up gets rewards and nothing on standard error."""
+    with running(FailsThreeTimes()) as server:
+        program = (
+            "from reward_client import RewardClient, RetryPolicy\n"
+            "policy = RetryPolicy(first_wait_s=0.01, jitter_s=0.01)\n"
+            f"print(RewardClient({server.url!r}, retries=policy).score(['q'], ['1']))"
+        )
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+
+    assert (done.stdout.strip(), done.stderr) == ("[1.0]", "")
 
 
 def unused_port() -> int:

@@ -49,7 +49,7 @@ def test_it_is_installed_alone_and_not_shadowed_by_local_folders(source: Path, t
 
     found = json.loads(run(python, "-c", PROGRAM, cwd=tmp_path))
 
-    assert {"reward-client", "httpx2", "stamina"} <= set(found["installed"])
+    assert {"reward-client", "httpx2", "tenacity"} <= set(found["installed"])
     unwanted = {"torch", "ray", "numpy", "pydantic", "transformers", "msgspec", "reward-service"}
     assert not unwanted & set(found["installed"])
     assert all(Path(file).is_relative_to(tmp_path) for file in found["local"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import multiprocessing
 import pickle
 import subprocess
@@ -11,12 +12,17 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import CancelledError
+from dataclasses import fields
+from typing import Any
 
 import pytest
-import stamina.instrumentation
 from misbehaving_server import VERSION, FakeServer, Request, ok, problem, running, scores
-from reward_client import AsyncRewardClient, ChunkLimits, RetryPolicy, RewardClient
-from reward_client.errors import ClientDeadlineExceeded, ItemsFailed, RequestRejected, ServiceUnavailable
+from reward_client import AsyncRewardClient, ChunkLimits, Diagnostics, RetryPolicy, RewardClient, ScoredItem
+from reward_client.diagnostics import GroupBlock, LengthBlock, OodBlock, StyleBlock
+from reward_client.errors import BadAnswer, ClientDeadlineExceeded, ItemsFailed, RequestRejected, ServiceUnavailable
+
+from service.protocols.native import BASIC_DIAGNOSTICS, FULL_DIAGNOSTICS
+from service.records import GroupReport, LengthReport, OodReport, StyleReport
 
 QUICK = RetryPolicy(max_attempts=4, first_wait_s=0.005, max_wait_s=0.02, jitter_s=0.005)
 
@@ -27,13 +33,27 @@ def server() -> Iterator[FakeServer]:
         yield running_server
 
 
+class Delays(logging.Handler):
+    """Collects the delay of each record of a retry."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: list[float] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        assert isinstance(record.args, tuple)
+        self.seconds.append(float(str(record.args[-1])))
+
+
 @pytest.fixture
 def delays() -> Iterator[list[float]]:
-    """The delays between attempts, in seconds."""
-    delays_s: list[float] = []
-    stamina.instrumentation.set_on_retry_hooks([lambda details: delays_s.append(details.wait_for)])
-    yield delays_s
-    stamina.instrumentation.set_on_retry_hooks(None)
+    """The delays between attempts, in seconds, as the logger reports them."""
+    handler, logger = Delays(), logging.getLogger("reward_client")
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    yield handler.seconds
+    logger.removeHandler(handler)
+    logger.setLevel(logging.NOTSET)
 
 
 class Slow(FakeServer):
@@ -87,7 +107,7 @@ class Comparing(FakeServer):
 
     async def answer(self, request: Request) -> AsyncIterator[bytes]:
         if request.path == "/v1/model":
-            yield ok({"name": "tiny", "forward": "packed"})
+            yield ok({"model": {"name": "tiny", "version": VERSION}, "engine": {"forward": "packed"}, "later": 1})
         else:
             table = [[0.5, 0.25], [0.75, 0.5]]
             yield ok({"model": {"version": VERSION}, "rewards": [0, 1], "probabilities": table, "results": []})
@@ -143,6 +163,42 @@ def test_diagnostics_are_returned_unchanged() -> None:
     assert scored[0].diagnostics == {"length": {"scored_tokens": 7}, "ood": {"p_value": None}}
     assert (scored[0].id, scored[0].reward, scored[0].model_version) == ("a", 1.0, VERSION)
     assert (scored[1].id, scored[1].diagnostics) == (None, {})
+
+
+def test_score_returns_diagnostics_when_asked() -> None:
+    """With a level of diagnostics ``score`` returns items whose details have typed fields; without one, floats."""
+    with running(Describing()) as server, RewardClient(server.url) as client:
+        rewards = client.score(["q", "q"], ["1", "2"])
+        scored = client.score(["q", "q"], ["1", "2"], diagnostics="full")
+
+    assert rewards == [item.reward for item in scored] == [1.0, 2.0]
+    assert [request.body["diagnostics"] for request in server.requests] == ["none", "full"]
+    assert scored[0].details == Diagnostics(length=LengthBlock(scored_tokens=7), ood=OodBlock())
+    assert scored[1].details == Diagnostics()
+
+
+@pytest.mark.parametrize("value", [True, "7", 7.5, [7]])
+def test_details_of_another_type_are_a_bad_answer(value: object) -> None:
+    """A member with another type than the protocol's raises and is never converted."""
+    item = ScoredItem(1.0, "v", None, {"length": {"scored_tokens": value}})
+
+    with pytest.raises(BadAnswer, match="scored_tokens of length of the diagnostics"):
+        _ = item.details
+
+
+@pytest.mark.parametrize(
+    ("block", "report"),
+    [(LengthBlock, LengthReport), (StyleBlock, StyleReport), (OodBlock, OodReport), (GroupBlock, GroupReport)],
+)
+def test_details_have_the_fields_of_the_service(block: Any, report: Any) -> None:
+    """The records of the client have exactly the fields that the service sends."""
+    assert {field.name for field in fields(block)} == {field.name for field in fields(report)}
+    assert {field.name for field in fields(Diagnostics)} == {
+        *BASIC_DIAGNOSTICS,
+        *FULL_DIAGNOSTICS,
+        "group",
+        "calibration",
+    }
 
 
 def test_failed_items_are_reported_with_the_other_rewards() -> None:
@@ -226,7 +282,9 @@ def test_comparison_and_model_are_read() -> None:
 
     assert (comparison.rewards, comparison.probabilities) == ((0.0, 1.0), ((0.5, 0.25), (0.75, 0.5)))
     assert server.requests[0].body["completions"] == ["a", "b"]
-    assert model["forward"] == "packed"
+    assert (model.name, model.version, model.engine.forward) == ("tiny", VERSION, "packed")
+    assert model.template is None
+    assert model.description["later"] == 1
 
 
 def test_waiting_until_ready_ends_with_readiness() -> None:
@@ -351,9 +409,9 @@ def test_client_imports_no_heavy_package() -> None:
     )
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
 
-    assert {"reward_client", "httpx2", "stamina"} <= set(loaded)
+    assert {"reward_client", "httpx2", "tenacity"} <= set(loaded)
     assert not {"torch", "ray", "numpy", "pydantic", "transformers", "msgspec", "service"} & set(loaded)
-    assert set(loaded) <= {"reward_client", "httpx2", "stamina", "tenacity", "idna", "typing_extensions", "sniffio"}
+    assert set(loaded) <= {"reward_client", "httpx2", "tenacity", "idna", "typing_extensions", "sniffio"}
 
 
 def test_url_without_a_scheme_is_refused() -> None:

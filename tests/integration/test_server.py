@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import time
 from urllib.parse import urlsplit
@@ -15,6 +16,14 @@ from service.engines.oracle import oracle_reward_of_text
 
 pytestmark = pytest.mark.slow
 
+HEALTH = [
+    ("HEAD", "/livez"),
+    ("HEAD", "/readyz"),
+    ("GET", "/health"),
+    ("GET", "/healthz"),
+    ("GET", "/readyz/"),
+    ("GET", "/metrics/"),
+]
 BODY = {"items": [{"prompt": "a", "completion": "b"}]}
 
 
@@ -35,6 +44,33 @@ def test_request_id_is_made_once(server_url: str) -> None:
 
     assert answer.json()["instance"] == f"urn:request:{answer.headers['X-Request-Id']}"
     assert len(answer.headers.get_list("X-Request-Id")) == 1
+
+
+@pytest.mark.parametrize(
+    "given", ["ü".encode(), b"\xff\xfe", b"a b", b"x" * 129], ids=["utf-8", "bytes", "space", "long"]
+)
+def test_request_id_that_cannot_be_logged(server_url: str, given: bytes) -> None:
+    """It is replaced before Ray's HTTP server reads it, which would answer 500 or echo it."""
+    answer = httpx2.post(f"{server_url}/v1/score", json={"items": []}, headers=[(b"X-Request-Id", given)])
+
+    (request_id,) = answer.headers.get_list("X-Request-Id")
+    assert re.fullmatch("[0-9a-f]{32}", request_id)
+    assert (answer.status_code, answer.json()["instance"]) == (422, f"urn:request:{request_id}")
+
+
+def test_health_through_the_proxy(server_url: str) -> None:
+    """Aliases, HEAD and a slash at the end are answered as without a proxy."""
+    answers = [httpx2.request(method, server_url + path) for method, path in HEALTH]
+
+    assert [answer.status_code for answer in answers] == [200] * len(HEALTH)
+    assert [answer.content for answer in answers if answer.request.method == "HEAD"] == [b"", b""]
+
+
+def test_wrong_method_through_the_proxy(server_url: str) -> None:
+    """A 405 says which methods there are."""
+    answer = httpx2.get(f"{server_url}/v1/score/")
+
+    assert (answer.status_code, answer.headers["Allow"]) == (405, "POST")
 
 
 def test_largest_request(server_url: str) -> None:

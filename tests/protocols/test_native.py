@@ -178,7 +178,7 @@ def test_surrogate_pair_and_escaped_backslash() -> None:
         ({"items": []}, "/items", "too_few"),
         ({"items": [ITEM, CANARY]}, "/items/1", "wrong_type"),
         ({"items": [{"prompt": 1, "completion": CANARY}]}, "/items/0/prompt", "wrong_type"),
-        ({"items": [{"prompt": None, "completion": CANARY}]}, "/items/0/prompt", "wrong_type"),
+        ({"items": [{"prompt": None, "completion": CANARY}]}, "/items/0", "not_one_form"),
         ({"items": [{"prompt": [{"role": "user"}], "completion": ""}]}, "/items/0/prompt/0/content", "missing_field"),
         ({"items": [{"prompt": [], "completion": ""}]}, "/items/0/prompt", "too_few"),
         ({"items": [{"prompt": [[[CANARY]]], "completion": ""}]}, "/items/0/prompt/0", "wrong_type"),
@@ -191,11 +191,17 @@ def test_surrogate_pair_and_escaped_backslash() -> None:
         ({"items": [{"token_ids": [1.5]}]}, "/items/0/token_ids/0", "wrong_type"),
         ({"items": [{"token_ids": [2**31]}]}, "/items/0/token_ids/0", "out_of_range"),
         ({"items": [{"token_ids": [10**400]}]}, "/items/0/token_ids/0", "out_of_range"),
-        ({"items": [ITEM | {"id": 7}]}, "/items/0/id", "wrong_type"),
+        ({"items": [ITEM | {"id": 7.5}]}, "/items/0/id", "wrong_type"),
+        ({"items": [ITEM | {"id": True}]}, "/items/0/id", "wrong_type"),
+        ({"items": [ITEM | {"id": 2**63}]}, "/items/0/id", "out_of_range"),
+        ({"items": [ITEM | {"group": -(10**4000)}]}, "/items/0/group", "out_of_range"),
+        ({"items": None}, "/items", "wrong_type"),
         ({"diagnostics": CANARY}, "/diagnostics", "out_of_range"),
         ({"truncation": CANARY}, "/truncation", "out_of_range"),
         ({"template": CANARY}, "/template", "out_of_range"),
         ({"timeout_ms": 0}, "/timeout_ms", "out_of_range"),
+        ({"timeout_ms": 10**401}, "/timeout_ms", "out_of_range"),
+        ({"timeout_ms": 10**4000}, "/timeout_ms", "out_of_range"),
         ({"timeout_ms": True}, "/timeout_ms", "wrong_type"),
         ({"timeout_ms": CANARY}, "/timeout_ms", "wrong_type"),
     ],
@@ -203,6 +209,133 @@ def test_surrogate_pair_and_escaped_backslash() -> None:
 def test_wrong_request(fields: dict[str, object], pointer: str, code: str) -> None:
     """Each violation has a pointer and a stable code, and no part of the body is in the error."""
     assert violations(body_of(**fields)) == [(pointer, code)]
+
+
+EXPECTATIONS: list[tuple[bytes, str]] = [
+    (b'{"items":[{"response":"x"}]}', 'Unknown field "response"; did you mean "completion"? (at /items/0)'),
+    (b'{"item":[]}', 'Unknown field "item"; did you mean "items"? (at the whole body)'),
+    (b'{"prompt":"a"}', 'Unknown field "prompt"; it is a field of an item (at the whole body)'),
+    (b'{"items":[{"timeout_ms":1}]}', 'Unknown field "timeout_ms"; it is a field of a score request (at /items/0)'),
+    (
+        b'{"items":[{"colour":1}]}',
+        'Unknown field "colour"; an item has prompt, completion, text, token_ids, id, group (at /items/0)',
+    ),
+    (
+        b'{"items":[{"%s":1}]}' % CANARY.encode(),
+        (
+            "Unknown field with a name of 11 characters; "
+            "an item has prompt, completion, text, token_ids, id, group (at /items/0)"
+        ),
+    ),
+    (b"{}", 'Missing field "items": a list of items (at /items)'),
+    (b'{"items":{}}', "Expected a list of items, found an object (at /items)"),
+    (
+        b'{"items":[{"prompt":5}]}',
+        "Expected a string or a list of messages, found an integer (at /items/0/prompt)",
+    ),
+    (
+        b'{"items":[{"token_ids":[1,1e5]}]}',
+        (
+            "Expected an integer from 0 to 2147483647, found a number with a fraction or an exponent "
+            "(at /items/0/token_ids/1)"
+        ),
+    ),
+    (
+        b'{"items":[{"id":""}],"timeout_ms":1e400}',
+        "Expected a number from 1 to 9223372036854775808 (at /timeout_ms)",
+    ),
+    (
+        b'{"items":[],"timeout_ms":' + b"9" * 5000 + b"}",
+        "Expected a number from 1 to 9223372036854775808 (at /timeout_ms)",
+    ),
+    (b'{"items":[],"diagnostics":"all"}', 'Expected one of "basic", "full", "none" (at /diagnostics)'),
+    (
+        b'{"items":[{"prompt":"a"}]}',
+        (
+            "An item has either prompt and completion, or text, or token_ids, and nothing else; this one has prompt "
+            "(at /items/0)"
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize(("body", "detail"), EXPECTATIONS, ids=range(len(EXPECTATIONS)))
+def test_violations_name_the_field_and_what_is_expected(body: bytes, detail: str) -> None:
+    """A detail names the field, the nearest name of the schema, the types, ranges and values that are accepted."""
+    with pytest.raises(InvalidRequest) as caught:
+        parse_score_request(body, DEFAULTS)
+
+    assert caught.value.detail == detail
+
+
+@pytest.mark.parametrize("field", ["secret` - at `$.secret.value", "a" * 41, "ünïcode", "two words", 'x"; injected'])
+def test_names_that_are_no_short_identifier_are_not_repeated(field: str) -> None:
+    """A name of an unknown field that may be text of a user is in no message and in no pointer."""
+    with pytest.raises(InvalidRequest) as caught:
+        parse_score_request(json.dumps({"items": [{field: 1}]}).encode(), DEFAULTS)
+
+    assert field not in caught.value.detail
+    assert "secret.value" not in caught.value.detail
+    assert all("secret" not in broken.pointer for broken in caught.value.violations)
+
+
+@pytest.mark.parametrize(
+    ("body", "detail"),
+    [
+        (b" \n", "The body is empty; send a JSON object"),
+        (b'{"items":[\n  {]}', "The body is not JSON: object keys must be strings (byte 14, line 2, column 4)"),
+        (b'{"items":NaN}', "The body is not JSON, which has no NaN and no infinity (byte 9, line 1, column 10)"),
+        (b'{"items":[{"text":"\xff"}]}', "The body is not UTF-8 (byte 19, line 1, column 20)"),
+        (b'{"items":[{"text":"a"', "The body is not complete JSON: it ends after 21 bytes"),
+        (b"\xef\xbb\xbf{}", "The body begins with a byte-order mark; send JSON in UTF-8 without one"),
+    ],
+    ids=["empty", "syntax", "nan", "utf-8", "cut", "byte-order-mark"],
+)
+def test_syntax_errors_have_a_position(body: bytes, detail: str) -> None:
+    """A body that is not JSON is refused with the byte, line and column at which it breaks off."""
+    with pytest.raises(MalformedBody) as caught:
+        parse_score_request(body, DEFAULTS)
+
+    assert caught.value.detail == detail
+
+
+def test_null_counts_as_left_out() -> None:
+    """Fields that are null are those that the request does not have, in the request and in its items."""
+    items = [
+        {"prompt": "p", "completion": "c", "text": None, "token_ids": None, "id": None, "group": None},
+        {"prompt": None, "completion": None, "text": "t", "token_ids": None},
+        {"prompt": None, "completion": None, "text": None, "token_ids": [7]},
+    ]
+    options = dict.fromkeys(("diagnostics", "truncation", "template", "timeout_ms"))
+
+    request = parse_score_request(body_of(items=items, **options), DEFAULTS)
+
+    assert request == parse_score_request(body_of(items=[ITEM, {"text": "t"}, {"token_ids": [7]}]), DEFAULTS)
+
+
+def test_null_counts_as_left_out_of_a_comparison() -> None:
+    """Options of a comparison that are null are the defaults."""
+    options = dict.fromkeys(("diagnostics", "truncation", "template", "timeout_ms"))
+    body = {"prompt": "p", "completions": ["a", "b"]}
+
+    request = parse_compare_request(json.dumps(body | options).encode(), DEFAULTS)
+
+    assert request == parse_compare_request(json.dumps(body).encode(), DEFAULTS)
+
+
+def test_ids_may_be_numbers() -> None:
+    """An integer id comes back as the integer that it was, also beyond the integers of a float."""
+    items = [ITEM | {"id": number, "group": number} for number in (0, -1, 2**53 + 1, 2**63 - 1)]
+    request = parse_score_request(body_of(items=items), DEFAULTS)
+
+    answer = json.loads(render_scores(request, [Score(1.0)] * 4, MODEL, "chat", USAGE, TIMINGS))
+
+    assert [result["id"] for result in answer["results"]] == [0, -1, 2**53 + 1, 2**63 - 1]
+
+
+def test_timeout_may_be_written_as_a_float() -> None:
+    """Milliseconds with a decimal point, as JavaScript and pandas write them, are the same timeout."""
+    assert parse_score_request(body_of(timeout_ms=1500.0), DEFAULTS).timeout_s == 1.5
 
 
 def test_missing_items() -> None:

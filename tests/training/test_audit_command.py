@@ -19,6 +19,7 @@ from service.assembly import assemble
 from service.checkpoints.adapter import merge_adapter
 from service.records import Exchange, Message
 from service.settings import read_settings
+from training.audit import command
 from training.audit.command import audit, main
 from training.audit.scoring import ServiceScorer, load_checkpoint_scorer, score_pairs
 from training.evaluation import evaluate
@@ -149,8 +150,10 @@ def test_the_command_writes_the_report_and_prints_the_conclusions(
         (["."], "Give files of held-out pairs"),
         ([".", "pairs.jsonl"], "."),
         (["--url", "http://127.0.0.1:9", "missing.jsonl"], "missing.jsonl does not exist"),
+        (["--url", "http://127.0.0.1:9", "pairs.jsonl"], "No answer from http://127.0.0.1:9: connection refused"),
+        (["--url", "http://127.0.0.1:9/v1/score", "pairs.jsonl"], "Give the root URL of the service"),
     ],
-    ids=["no-model", "no-pairs", "no-checkpoint", "no-file"],
+    ids=["no-model", "no-pairs", "no-checkpoint", "no-file", "no-service", "no-root"],
 )
 def test_an_error_ends_the_command_with_one_sentence(
     tmp_path: Path,
@@ -161,6 +164,7 @@ def test_an_error_ends_the_command_with_one_sentence(
 ) -> None:
     """The exit status is 1, one sentence is printed, and no report is written."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "START_WAIT_S", 0.1)
     write_pairs(tmp_path / "pairs.jsonl", polite_pairs(2))
 
     status = main([*arguments, "--out", "out"])

@@ -27,6 +27,8 @@ from training.preferences import PreferencePair, read_pairs
 from training.sources import Source, source_hashes
 
 MAX_TRAIN_PAIRS = 1000
+START_WAIT_S = 5.0
+"""Seconds for which a service that does not answer is tried."""
 """Training pairs that are scored for the over-training check; all of them are searched for leaked prompts."""
 
 _COLOURS = {"good": "green", "warning": "yellow", "bad": "red", "unknown": "dim"}
@@ -116,7 +118,7 @@ def _describe_data(sources: Sequence[Source], train_sources: Sequence[Source]) -
 def _scorer_and_pairs(options: argparse.Namespace, opened: ExitStack) -> tuple[Scorer, list[str]]:
     """Create the scorer; without a URL the first input is the model."""
     if options.url is not None:
-        client = opened.enter_context(RewardClient(options.url))
+        client = opened.enter_context(RewardClient(options.url, wait_for_start_s=START_WAIT_S))
         return ServiceScorer(client, options.truncation), options.inputs
     model, *pairs = options.inputs
     if model != DEMO_MODEL and not Path(model).is_dir():

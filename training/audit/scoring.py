@@ -136,7 +136,7 @@ class ServiceScorer:
 
     def description(self) -> Mapping[str, Any]:
         """Return name, version, architecture and arithmetic, as the service reports them."""
-        description = self._client.model()
+        description = self._client.model().description
         engine = description.get("engine", {})
         return dict(description["model"]) | {name: engine[name] for name in ("architecture", "dtype") if name in engine}
 
