@@ -24,9 +24,7 @@ JSON = "application/json"
 METRICS_MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-def operating_routes(
-    served: ServedModel, exposition: Exposition, *, livez_checks_engine: bool = False
-) -> list[Route]:
+def operating_routes(served: ServedModel, exposition: Exposition, *, livez_checks_engine: bool = False) -> list[Route]:
     """The routes ``/v1/model``, ``/livez``, ``/readyz``, ``/metrics`` and ``/openapi.json``."""
     schema = msgspec.json.encode(openapi.document())
 

@@ -7,6 +7,7 @@ imports torch, checks the checkpoint and loads the model; until then ``http.star
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import socket
@@ -35,6 +36,7 @@ from service.settings import Settings
 
 if TYPE_CHECKING:
     from service.assembly import OpenedModel, ServedModel
+    from service.scorer import Scorer
 
 REPLICA = "local"
 """Value of the label ``replica`` in ``/metrics``."""
@@ -189,8 +191,12 @@ class _LocalServer:
             StartupError: the model is refused or does not run, or the engine has failed.
             StopRequested: by a signal; accepted requests have been answered.
         """
-        with asyncio.Runner(loop_factory=self._config.get_loop_factory()) as runner:
+        runner = asyncio.Runner(loop_factory=self._config.get_loop_factory())
+        try:
             runner.run(self._run())
+        finally:
+            if not self.has_running_threads:  # which closing the loop would wait for
+                runner.close()
 
     async def _run(self) -> None:
         self._stop, self._hurry = asyncio.Event(), asyncio.Event()
@@ -226,25 +232,27 @@ class _LocalServer:
 
     async def _load_and_watch(self) -> None:
         """Load the model, report that it is ready, and return only by an exception."""
-        await self._load()
+        scorer = await self._load()
         self._progress.ready()
-        assert self._served is not None  # noqa: S101 - for the type checker
         while True:
             await asyncio.sleep(HEALTH_CHECK_S)
             try:
-                self._served.scorer.check_health()
+                scorer.check_health()
             except EngineUnavailable as error:
                 raise ServerStartError(str(error)) from None
 
-    async def _load(self) -> None:
+    async def _load(self) -> Scorer:
+        """Load and warm up the model, and let its application answer."""
         opened: OpenedModel | None = None
-        if self._settings.model.engine != "oracle":
-            self._progress.stage("checkpoint")
-            opened = await self._in_loader(lambda: _open(self._settings))
-        self._progress.stage("model")
-        self._served, app = await self._in_loader(lambda: self._assemble(opened))
-        self._app.app = app
-        await self._served.scorer.start()
+        with _without_garbage_collection():
+            if self._settings.model.engine != "oracle":
+                self._progress.stage("checkpoint")
+                opened = await self._in_loader(lambda: _open(self._settings))
+            self._progress.stage("model")
+            served, self._app.app = await self._in_loader(lambda: self._assemble(opened))
+        self._served = served
+        await served.scorer.start()
+        return served.scorer
 
     def _assemble(self, opened: OpenedModel | None) -> tuple[ServedModel, ASGIApp]:
         from service.assembly import assemble
@@ -286,10 +294,10 @@ class _LocalServer:
 
     async def _drain(self) -> None:
         """Answer what is accepted for up to ``DRAIN_S``, or until a second signal; what is left gets Draining."""
-        self._progress.stopping()
         _end_process_after(STOP_AFTER_S)
         if self._served is None or self._served.scorer.state == "starting":
-            return
+            return  # nothing has been accepted
+        self._progress.stopping()
         scorer = self._served.scorer
         draining = asyncio.create_task(scorer.stop(DRAIN_S))
         hurrying = asyncio.create_task(self._hurry.wait())
@@ -302,6 +310,20 @@ def _open(settings: Settings) -> OpenedModel:
     from service.assembly import open_model
 
     return open_model(settings.model)
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Collect no cycles while modules are imported and the model is loaded, nor ever again among what is made then.
+
+    Nearly all of it lives as long as the process. Searching it again and again takes a tenth of the imports' time.
+    """
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        gc.enable()
 
 
 def _start_error(error: BaseException) -> BaseException:
