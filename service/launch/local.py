@@ -214,6 +214,9 @@ class _LocalServer:
             running.cancel()
             await self._drain()
             raise StopRequested
+        except StartupError:
+            await self._refuse_accepted()
+            raise
         finally:
             await self._open_requests.wait_until_none(ANSWER_S)
             server.should_exit = True
@@ -303,7 +306,12 @@ class _LocalServer:
         hurrying = asyncio.create_task(self._hurry.wait())
         await asyncio.wait({draining, hurrying}, return_when=asyncio.FIRST_COMPLETED)
         if not draining.done():
-            await asyncio.wait({asyncio.create_task(scorer.stop(0.0))}, timeout=ANSWER_S)
+            await self._refuse_accepted()
+
+    async def _refuse_accepted(self) -> None:
+        """Answer every accepted request with an error now, without waiting for a pass that runs."""
+        if self._served is not None:
+            await asyncio.wait({asyncio.create_task(self._served.scorer.stop(0.0))}, timeout=ANSWER_S)
 
 
 def _open(settings: Settings) -> OpenedModel:

@@ -139,14 +139,16 @@ def begin_pass(server: RunningServer, pool: ThreadPoolExecutor) -> Future[httpx2
 
 
 @pytest.mark.slow
-def test_rewards_of_a_checkpoint(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+def test_rewards_of_a_checkpoint(tmp_path: Path, record_testsuite_property: Callable[[str, object], None]) -> None:
     """The rewards are those of plain transformers; the seconds of the start are recorded beside the result."""
     folder = write_tiny_checkpoint(tmp_path / "model")
     texts = ["one", "a longer text than the first", "and a third"]
     begin = time.monotonic()
     with serving(tmp_path, "--model", str(folder), "--dtype", "float32", runtime="local") as server:
-        record_property("ready_s", round(time.monotonic() - begin, 2))
-        record_property("cpu_s", round(sum(psutil.Process(server.process.pid).cpu_times()[:2]), 2))
+        record_testsuite_property("local_start_ready_s", round(time.monotonic() - begin, 2))
+        record_testsuite_property(
+            "local_start_cpu_s", round(sum(psutil.Process(server.process.pid).cpu_times()[:2]), 2)
+        )
         answer = httpx2.post(f"{server.url}/v1/score", json={"items": [{"text": text} for text in texts]}, timeout=60)
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
