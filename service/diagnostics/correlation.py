@@ -9,7 +9,6 @@ import math
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import spearmanr
 
 
 def pearson_correlation(left: ArrayLike, right: ArrayLike) -> float:
@@ -32,6 +31,8 @@ def spearman_correlation(left: ArrayLike, right: ArrayLike) -> float:
         left: [n].
         right: [n].
     """
+    from scipy.stats import spearmanr  # half a second, which a replica that needs no coefficient does not wait for
+
     return float(spearmanr(left, right).statistic) if _have_variation(left, right) else math.nan
 
 

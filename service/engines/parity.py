@@ -15,7 +15,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from scipy.stats import spearmanr
 
 from service.engines.model.classifier import Classifier
 from service.engines.paths.base import ForwardPath, PathSpec
@@ -165,6 +164,8 @@ def quantization_error(unquantized: Sequence[float], quantized: Sequence[float])
     A large error is reported and logged, not refused: rewards of random probes lie close together, so their order says
     little about real texts.
     """
+    from scipy.stats import spearmanr  # half a second, which a start without quantization does not wait for
+
     spearman = float(spearmanr(unquantized, quantized).statistic)
     error: dict[str, float | int] = {
         "spearman": spearman,

@@ -24,11 +24,16 @@ APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT
 
 
 class AccessLog:
-    """An open log. ``path``: a file to which lines are appended; None: standard error, which Ray stores in its logs."""
+    """An open log.
 
-    def __init__(self, path: str | None = None) -> None:
+    Args:
+        path: a file to which lines are appended; None: the open file of the descriptor.
+        descriptor: standard error, which Ray stores in its logs, or another open file.
+    """
+
+    def __init__(self, path: str | None = None, *, descriptor: int = STDERR) -> None:
         # A bare descriptor: a line is one write, so the lines of several replicas do not mix.
-        self._descriptor = os.dup(STDERR) if path is None else os.open(path, APPEND, 0o644)
+        self._descriptor = os.dup(descriptor) if path is None else os.open(path, APPEND, 0o644)
         self._queue: queue.Queue[bytes | None] = queue.Queue(MAX_QUEUED_LINES)
         self._writer = threading.Thread(target=self._write_all, name="access-log", daemon=True)
         self._writer.start()

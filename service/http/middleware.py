@@ -27,13 +27,16 @@ OTHER = "other"
 
 
 class RequestMiddleware:
-    """ASGI middleware outside the routes: an exception that no route expected ends here as a 500 without details."""
+    """ASGI middleware outside the routes: an exception that no route expected ends here as a 500 without details.
+
+    ``model_version`` is None while no model is loaded.
+    """
 
     def __init__(
         self,
         app: ASGIApp,
         *,
-        model_version: str,
+        model_version: str | None,
         metrics: Metrics,
         access_log: AccessLog,
         open_requests: OpenRequests,
@@ -87,7 +90,8 @@ class RequestMiddleware:
         headers = MutableHeaders(scope=message)
         if self._echoes_request_id:
             headers["X-Request-Id"] = facts.request_id
-        headers["X-Model-Version"] = self._model_version
+        if self._model_version is not None:
+            headers["X-Model-Version"] = self._model_version
         headers["Server-Timing"] = _server_timing(facts)
 
     def _finish(self, scope: Scope, facts: RequestFacts, status: int) -> None:

@@ -24,7 +24,7 @@ JSON = "application/json"
 METRICS_MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-def operating_routes(served: ServedModel, exposition: Exposition) -> list[Route]:
+def operating_routes(served: ServedModel, exposition: Exposition, *, livez_checks_engine: bool = False) -> list[Route]:
     """The routes ``/v1/model``, ``/livez``, ``/readyz``, ``/metrics`` and ``/openapi.json``, and aliases of two.
 
     ``/healthz`` is liveness, as it was in Kubernetes; ``/health`` is readiness, as it is in other model servers.
@@ -32,6 +32,8 @@ def operating_routes(served: ServedModel, exposition: Exposition) -> list[Route]
     schema = msgspec.json.encode(openapi.document())
 
     async def live(_: Request) -> Response:
+        if livez_checks_engine:
+            served.scorer.check_health()
         return Response(b'{"status":"alive"}', media_type=JSON)
 
     async def ready(_: Request) -> Response:

@@ -23,6 +23,7 @@ def create_app(
     *,
     monitors: GatherMonitors | None = None,
     host_echoes_request_id: bool = False,
+    livez_checks_engine: bool = False,
 ) -> Starlette:
     """Build the application that answers for one replica.
 
@@ -34,8 +35,14 @@ def create_app(
         monitors: what ``/v1/monitor`` answers; None: this replica alone.
         host_echoes_request_id: whether the server of the application adds ``X-Request-Id`` to answers itself, as Ray
             does.
+        livez_checks_engine: whether ``/livez`` fails once the engine has died; where the process has to be restarted
+            then. Ray replaces the replica instead.
     """
-    routes = [*scoring_routes(served), *operating_routes(served, exposition), monitor_route(served, monitors)]
+    routes = [
+        *scoring_routes(served),
+        *operating_routes(served, exposition, livez_checks_engine=livez_checks_engine),
+        monitor_route(served, monitors),
+    ]
     middleware = Middleware(
         RequestMiddleware,
         model_version=served.identity.version,

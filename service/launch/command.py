@@ -27,7 +27,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from rich.console import Console
 
-    from service.launch.start import serve
     from service.launch.supervisor import StopRequested, raise_on_stop_signals
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -35,7 +34,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.check:
             check(settings.served_model(), console)
+        elif settings.runtime == "local":
+            from service.launch.local import serve_locally
+
+            serve_locally(settings, console)
         else:
+            from service.launch.start import serve
+
             serve(settings, console)
     except StartupError as error:
         console.print(f"reward-serve: {error}", markup=False, style="red")

@@ -26,6 +26,8 @@ from service.settings import Settings
 
 DRAIN_S = 6.0
 """Seconds that accepted requests get after Ctrl-C; with Serve's own shutdown this stays below ``STOP_AFTER_S``."""
+ANSWER_S = 0.5
+"""Seconds for sending answers that are already computed once the scorer has stopped."""
 REPLICA_DRAIN_S = 1.0
 """Seconds that a leaving replica stays reachable, so that HAProxy learns of it first."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -68,11 +70,16 @@ class StartSettings(Settings, BaseSettings):
         cli_use_class_docs_for_groups=True,
     )
 
+    runtime: Literal["ray", "local"] = Field(
+        "ray",
+        description="What runs the service. ray: Ray Serve, any number of replicas, each replaced when it fails; "
+        "local: one replica and its HTTP server in one process without Ray, which starts in seconds.",
+    )
     server: ServerSettings = ServerSettings()
 
     def served_model(self) -> Settings:
         """The part that each replica gets."""
-        return Settings.model_validate(self.model_dump(exclude={"server"}))
+        return Settings.model_validate(self.model_dump(exclude={"runtime", "server"}))
 
 
 SETTING_NAMES = tuple(setting_names(StartSettings))

@@ -10,24 +10,29 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx2
+import psutil
 import pytest
-from serving import RunningServer, alive, eventually, listening_ports, open_ports, serving, started, stop
+from serving import RUNTIMES, RunningServer, alive, eventually, listening_ports, open_ports, serving, started, stop
 from tiny_models import write_tiny_checkpoint
 
 from service.engines.oracle import oracle_reward_of_text
-
-pytestmark = pytest.mark.slow
 
 STOP_WITHIN_S = 15.0
 ORACLE = ("--engine", "oracle")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_stop_answers_accepted_requests_and_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=["SIGTERM", "SIGINT"]
+)
+def test_stop_answers_accepted_requests_and_leaves_nothing(
+    tmp_path: Path, number: signal.Signals, runtime: str
+) -> None:
     """Under load the signal stops everything within 15 s: complete answers or 503 draining, exit status 0."""
-    with serving(tmp_path, *ORACLE) as server, ThreadPoolExecutor(8) as pool:
-        processes, folder = server.descendants(), server.folder()
-        ports = listening_ports(processes)
+    with serving(tmp_path, *ORACLE, runtime=runtime) as server, ThreadPoolExecutor(8) as pool:
+        processes = server.descendants()
+        folder = server.folder() if runtime == "ray" else None
+        ports = listening_ports([psutil.Process(server.process.pid), *processes])
         answers = [pool.submit(send_large_request, server.url) for _ in range(8)]
         assert eventually(lambda: is_working(server), 20.0)
         begin = time.monotonic()
@@ -40,9 +45,10 @@ def test_stop_answers_accepted_requests_and_leaves_nothing(tmp_path: Path, numbe
     assert alive(processes) == []
     assert ports
     assert open_ports(ports) == set()
-    assert not folder.exists()
+    assert folder is None or not folder.exists()
     assert "scored" in outcomes
     assert set(outcomes) <= {"scored", "draining"}
+    assert server.output.read_text().count('"event": "scored"') == outcomes.count("scored")
 
 
 def is_working(server: RunningServer) -> bool:
@@ -64,6 +70,7 @@ def send_large_request(url: str) -> str:
     return "scored"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["Starting Ray ...", "Loading the model"])
 def test_stop_during_the_start(tmp_path: Path, stage: str) -> None:
     """A server that is stopped while it starts ends at once, with status 0, and leaves nothing."""
@@ -80,6 +87,7 @@ def test_stop_during_the_start(tmp_path: Path, stage: str) -> None:
     assert open_ports(ports) == set()
 
 
+@pytest.mark.slow
 def test_stop_while_the_checkpoint_is_checked(tmp_path: Path) -> None:
     """A server that is stopped while its checkpoint is checked ends at once and prints no more."""
     with started(tmp_path, "--model", str(write_tiny_checkpoint(tmp_path / "model"))) as server:
@@ -94,6 +102,7 @@ def test_stop_while_the_checkpoint_is_checked(tmp_path: Path) -> None:
     assert server.messages.read_text() == "Checking the checkpoint ...\n"
 
 
+@pytest.mark.slow
 def test_replica_that_cannot_start(tmp_path: Path) -> None:
     """When a replica fails to start, the command prints its reason in one sentence."""
     with started(tmp_path, *ORACLE, "--log", str(tmp_path / "nowhere" / "log")) as server:
@@ -105,6 +114,7 @@ def test_replica_that_cannot_start(tmp_path: Path) -> None:
     shutil.rmtree(Path(last_line.partition("The log is ")[2].rstrip(".")).parent)
 
 
+@pytest.mark.slow
 def test_crash_of_ray_ends_the_command(tmp_path: Path) -> None:
     """When Ray's driver dies, the start command reports it, kills the other processes and exits with status 1."""
     with serving(tmp_path, *ORACLE) as server:
@@ -123,6 +133,7 @@ def test_crash_of_ray_ends_the_command(tmp_path: Path) -> None:
     shutil.rmtree(folder)
 
 
+@pytest.mark.slow
 def test_killed_command_ends_ray(tmp_path: Path) -> None:
     """When the start command is killed, the Ray driver sees the end of its pipe and shuts down in order."""
     with serving(tmp_path, *ORACLE) as server:
@@ -134,6 +145,7 @@ def test_killed_command_ends_ray(tmp_path: Path) -> None:
     shutil.rmtree(folder)
 
 
+@pytest.mark.slow
 def test_two_servers_side_by_side(server_url: str, tmp_path: Path) -> None:
     """A second server on the same machine chooses other ports; one scrape shows all its replicas."""
     with serving(tmp_path, *ORACLE, "--replicas", "2") as second:
@@ -147,21 +159,27 @@ def test_two_servers_side_by_side(server_url: str, tmp_path: Path) -> None:
     assert "rm_metrics_scrape_incomplete 0.0" in exposition
 
 
-def test_messages_of_a_start(tmp_path: Path) -> None:
-    """Without a terminal the start prints a few plain lines and a command to paste; Ray prints nothing."""
-    with serving(tmp_path, *ORACLE) as server:
-        lines = server.messages.read_text().splitlines()
-        httpx2.post(f"{server.url}/v1/score", json={"items": [{"text": "a"}]})
-        assert eventually(lambda: bool(server.output.read_text()), 5.0)
-        logged = [json.loads(line) for line in server.output.read_text().splitlines()]
-
-    assert lines[:4] == [
+STAGES = {
+    "ray": [
         "Starting Ray ...",
         "Starting Ray Serve ...",
         "Loading the model and warming up ...",
         "Waiting for the first answer through the proxy ...",
-    ]
-    assert lines[4].startswith("Ready in ")
-    assert lines[6].startswith("curl ")
-    assert len(lines) == 10
-    assert [line["event"] for line in logged] == ["scored"]
+    ],
+    "local": ["Loading the model and warming up ..."],
+}
+
+
+def test_messages_of_a_start(oracle_server: RunningServer) -> None:
+    """Without a terminal the start prints a few plain lines and a command to paste; Ray and uvicorn print nothing."""
+    lines = oracle_server.messages.read_text().splitlines()
+    httpx2.post(f"{oracle_server.url}/v1/score", json={"items": [{"text": "a"}]}, headers={"X-Request-Id": "messages"})
+
+    assert eventually(lambda: '"messages"' in oracle_server.output.read_text(), 5.0)
+    logged = [json.loads(line) for line in oracle_server.output.read_text().splitlines()]
+    stages = STAGES[oracle_server.runtime]
+    assert lines[: len(stages)] == stages
+    assert lines[len(stages)].startswith("Ready in ")
+    assert lines[len(stages) + 2].startswith("curl ")
+    assert len(lines) == len(stages) + 6
+    assert [line["event"] for line in logged if line["request_id"] == "messages"] == ["scored"]

@@ -33,14 +33,15 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return sentence.removeprefix("reward-serve: ")
 
 
-def test_port_in_use(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("runtime", ["ray", "local"])
+def test_port_in_use(capsys: pytest.CaptureFixture[str], runtime: str) -> None:
     """A port in use ends the command before any process is started."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         port = str(listener.getsockname()[1])
 
-        assert refusal(capsys, "--engine", "oracle", "--port", port) == (
+        assert refusal(capsys, "--engine", "oracle", "--port", port, "--runtime", runtime) == (
             f"Cannot listen on 127.0.0.1 port {port}: address already in use."
         )
 
@@ -60,12 +61,36 @@ def test_replicas_are_one_or_more(capsys: pytest.CaptureFixture[str], replicas: 
     assert "server.replicas (--replicas)" in refusal(capsys, "--replicas", replicas)
 
 
-@pytest.mark.parametrize("option", ["--model", "--check"])
-def test_refused_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path, option: str) -> None:
+@pytest.mark.parametrize("options", [("--model",), ("--runtime", "local", "--model"), ("--check",)])
+def test_refused_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path, options: tuple[str, ...]) -> None:
     """A checkpoint without a scalar head is refused, with what to do about it, and Ray is not started."""
     write_tiny_causal_lm(tmp_path)
 
-    assert "reward-convert" in refusal(capsys, option, str(tmp_path), "--port", "0")
+    assert "reward-convert" in refusal(capsys, "--port", "0", *options, str(tmp_path))
+
+
+def test_local_runtime_has_one_replica(capsys: pytest.CaptureFixture[str]) -> None:
+    """Several replicas on the local runtime are refused, with the two ways out."""
+    assert refusal(capsys, "--runtime", "local", "--replicas", "2") == (
+        "runtime is local, which runs one replica, but server.replicas is 2: leave --replicas out, or take --runtime "
+        "ray."
+    )
+
+
+def test_runtime_in_the_environment(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runtime is a setting as any other: its variable is read, and a value that does not exist is refused."""
+    monkeypatch.setenv("REWARD_RUNTIME", "docker")
+
+    assert "runtime (REWARD_RUNTIME): Input should be 'ray' or 'local'" in refusal(capsys)
+
+
+def test_log_that_cannot_be_opened(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A log file in a folder that does not exist ends the local start with one sentence."""
+    log = tmp_path / "nowhere" / "log"
+
+    assert refusal(capsys, "--runtime", "local", "--engine", "oracle", "--port", "0", "--log", str(log)) == (
+        f"The log {log} cannot be opened: no such file or directory."
+    )
 
 
 @pytest.mark.parametrize(

@@ -7,15 +7,18 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2
 import psutil
+import pytest
 
 COMMAND = (sys.executable, "-m", "service.launch.command")
+RUNTIMES = (pytest.param("ray", marks=pytest.mark.slow), "local")
+"""What a test of a server runs on; without Ray a server starts fast enough for the fast tests."""
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 20.0
 
@@ -28,14 +31,20 @@ class RunningServer:
     process: subprocess.Popen[bytes]
     output: Path
     messages: Path
+    runtime: str = "ray"
 
     def descendants(self) -> list[psutil.Process]:
         """All processes below the start command; it adopts orphans, so there are none elsewhere."""
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def folder(self) -> Path:
-        """The private folder of sockets and logs."""
+        """The private folder of Ray's sockets and logs."""
         return Path(self.ray_driver().environ()["RAY_SERVE_HAPROXY_SERVER_STATE_BASE"])
+
+    def written_files(self) -> list[Path]:
+        """All files to which the server has written, Ray's logs among them."""
+        of_ray = self.folder().rglob("*") if self.runtime == "ray" else ()
+        return [self.output, self.messages, *(path for path in of_ray if path.is_file())]
 
     def ray_driver(self) -> psutil.Process:
         """The child of the start command, which is Ray's driver."""
@@ -50,22 +59,28 @@ def free_port() -> int:
 
 
 @contextmanager
-def started(folder: Path, *options: str) -> Iterator[RunningServer]:
+def started(
+    folder: Path, *options: str, runtime: str = "ray", command: Sequence[str] = COMMAND
+) -> Iterator[RunningServer]:
     """Run ``reward-serve`` with the options on a free port, its output in the folder; it may not be ready yet."""
     port = free_port()
     output, messages = folder / "stdout.txt", folder / "stderr.txt"
     with output.open("wb") as out, messages.open("wb") as err:
-        process = subprocess.Popen([*COMMAND, "--port", str(port), *options], stdout=out, stderr=err)
+        process = subprocess.Popen(
+            [*command, "--port", str(port), "--runtime", runtime, *options], stdout=out, stderr=err
+        )
     try:
-        yield RunningServer(f"http://127.0.0.1:{port}", process, output, messages)
+        yield RunningServer(f"http://127.0.0.1:{port}", process, output, messages, runtime)
     finally:
         stop(process)
 
 
 @contextmanager
-def serving(folder: Path, *options: str) -> Iterator[RunningServer]:
+def serving(
+    folder: Path, *options: str, runtime: str = "ray", command: Sequence[str] = COMMAND
+) -> Iterator[RunningServer]:
     """Run ``reward-serve`` as `started` does, and wait until it is ready."""
-    with started(folder, *options) as server:
+    with started(folder, *options, runtime=runtime, command=command) as server:
         await_ready(server)
         yield server
 
