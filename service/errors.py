@@ -29,6 +29,8 @@
     │   ├── CheckpointError               the checkpoint is invalid or cannot be read
     │   ├── CalibrationError              a calibration cannot be read, or cannot be fitted to the data
     │   ├── DatasetError                  a data file cannot be read, or a row is not what the command needs
+    │   ├── OutputError                   a result cannot be written: no space, no permission, files in the way
+    │   ├── TrainingError                 training cannot continue, such as after a loss that is not finite
     │   ├── ParityError                   no forward path agrees with plain transformers
     │   ├── ServerStartError              Ray or the HTTP server did not start
     │   └── WarmUpFailed                  the largest legal batch does not run on this device
@@ -238,6 +240,14 @@ class CalibrationError(StartupError):
 
 class DatasetError(StartupError):
     """A data file cannot be read, or a row is invalid; the message names file and line, never the text."""
+
+
+class OutputError(StartupError):
+    """A result cannot be written where it was requested; the message contains the remedy."""
+
+
+class TrainingError(StartupError):
+    """Training cannot continue; the message contains the remedy."""
 
 
 class ParityError(StartupError):
