@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from training.sources import Source, is_on_hub
 
 CHECKPOINTS_FOLDER = "checkpoints"
 """Within the model's folder; removed after success unless requested."""
+
+TRAINER_STATE_FILE = "trainer_state.json"
 
 REPORT_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
 """Where metrics can be reported to, with the packages of which one is needed."""
@@ -103,7 +106,9 @@ def check_folders(out: Path, inputs: Sequence[Source], run: RunOptions) -> None:
     merged = run.merged_dir
     check_output_folder(out, "--out", may_have_files=True)
     if run.resume and not list_checkpoints(out):
-        raise SettingsError(f"--resume: {out / CHECKPOINTS_FOLDER} has no checkpoint to continue from; leave it out.")
+        raise SettingsError(
+            f"--resume: {out / CHECKPOINTS_FOLDER} has no complete checkpoint to continue from; leave it out."
+        )
     if not run.overwrite:
         _check_unused(out, run)
     if merged is not None:
@@ -149,9 +154,24 @@ def _contains(folder: Path, path: Path) -> bool:
 
 
 def list_checkpoints(out: Path) -> list[Path]:
-    """Return the checkpoints of a run in its output folder, oldest first."""
-    folders = [path for path in (out / CHECKPOINTS_FOLDER).glob("checkpoint-*") if path.name[11:].isdigit()]
+    """Return the complete checkpoints of a run in its output folder, oldest first.
+
+    The trainer's state is the file that is written last; a checkpoint without it was interrupted.
+    """
+    folders = [
+        path
+        for path in (out / CHECKPOINTS_FOLDER).glob("checkpoint-*")
+        if path.name[11:].isdigit() and _is_json(path / TRAINER_STATE_FILE)
+    ]
     return sorted(folders, key=lambda path: int(path.name[11:]))
+
+
+def _is_json(file: Path) -> bool:
+    try:
+        json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def check_first_rows(sources: Sequence[Source]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,10 @@ WRITE_ERRORS = frozenset(
 )
 """Errors of the operating system that mean that a file cannot be written."""
 
-_WRITE_ERROR_TEXTS = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS))
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)")
+"""The number of the operating system's error in messages of libraries in Rust, such as safetensors."""
+
+_FULL_DISK_TEXTS = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS))
 _ARCHIVE_WRITER = ("PytorchStreamWriter", "unexpected pos")
 """Words in the messages of torch's archive writer, which does not repeat the operating system's error."""
 
@@ -76,7 +80,11 @@ def write_failure(error: BaseException) -> str | None:
     if isinstance(error, OSError):
         return error.strerror if error.errno in WRITE_ERRORS else None
     text = str(error)
-    reason = next((sign for sign in _WRITE_ERROR_TEXTS if sign in text), None)
-    if reason is None and any(name in text for name in _ARCHIVE_WRITER):
+    rust_error = _RUST_ERROR.search(text)
+    if rust_error:
+        code = int(rust_error[1])
+        return os.strerror(code) if code in WRITE_ERRORS else None
+    reason = next((text_part for text_part in _FULL_DISK_TEXTS if text_part in text), None)
+    if reason is None and any(words in text for words in _ARCHIVE_WRITER):
         return "a file could not be completed"
     return reason

@@ -42,7 +42,7 @@ HELD_OUT = "held-out pairs"
 MAX_HELD_OUT_PAIRS = 1000
 """Pairs of that evaluation: its standard error is then 1.6 points at most."""
 
-RESUME_REMEDY = "free space, then continue with --resume"
+WRITE_REMEDY = "free space, then start again, with --resume if a checkpoint was complete"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ def run(
     if processes.is_main:
         with writing_to(out_dir):
             _prepare_folder(out_dir, options)
-    with writing_to(out_dir, RESUME_REMEDY), _memory_errors(recipe):
+    with writing_to(out_dir, WRITE_REMEDY), _memory_errors(recipe):
         result = run_training(
             model,
             tokenizer,
@@ -207,7 +207,7 @@ def _write(
     out_dir: Path,
     options: RunOptions,
 ) -> None:
-    with writing_to(out_dir, RESUME_REMEDY):
+    with writing_to(out_dir, WRITE_REMEDY):
         write_model(model, tokenizer, manifest, base_dir, out_dir)
     if options.merged_dir is not None:
         with writing_to(options.merged_dir):

@@ -28,7 +28,7 @@ from transformers import (
 from trl import RewardConfig, RewardTrainer
 
 from service.transformers_logging import transformers_silenced
-from training.arguments import CHECKPOINTS_FOLDER, LOG_FILE, RunOptions
+from training.arguments import CHECKPOINTS_FOLDER, LOG_FILE, RunOptions, list_checkpoints
 from training.pairs import TokenizedPair
 from training.processes import Processes
 from training.progress import ProgressCallback, ProgressLine
@@ -117,7 +117,7 @@ def run_training(
         )
         trainer.remove_callback(PrinterCallback)
         with prompts_shared(model), line.shown():
-            trainer.train(resume_from_checkpoint=options.resume)
+            trainer.train(resume_from_checkpoint=str(list_checkpoints(out_dir)[-1]) if options.resume else None)
     trained = trainer.accelerator.unwrap_model(trainer.model).to(TORCH_DTYPES[recipe.dtype])
     if processes.count > 1:
         trainer.accelerator.end_training()

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,11 +27,12 @@ from service.data.holdout import is_held_out
 from service.errors import CheckpointError, SettingsError
 from service.records import Message
 from training import train as reward_train
-from training.arguments import RunOptions
+from training.arguments import RunOptions, check_folders, list_checkpoints
 from training.evaluation import Share, evaluate, rewards
 from training.manifest import Manifest
 from training.pairs import TokenizedPair, tokenize_pairs
 from training.preferences import read_pairs
+from training.progress import ProgressCallback
 from training.recipe import Recipe
 from training.reward_model import load_base, lora_config, scalar_head
 from training.train import train
@@ -291,3 +298,141 @@ def test_an_error_ends_the_command_with_one_sentence(
     assert status == 1
     assert complaint in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def small_run(folder: Path, *arguments: str) -> list[str]:
+    """A command line that trains on 32 pairs in four steps, within ``folder``."""
+    if not (folder / "base").exists():
+        write_tiny_causal_lm(folder / "base")
+        write_pairs(folder / "pairs.jsonl", polite_pairs(32))
+    usual = ["--data", str(folder / "pairs.jsonl"), "--base", str(folder / "base"), "--out", str(folder / "out")]
+    return [*usual, "--dtype", "fp32", "--batch-pairs", "8", "--max-length", "128", *arguments]
+
+
+def test_a_finished_folder_has_the_model_its_card_and_no_leftovers(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Only the model's files, manifest, card and log stay; the output has neither bars nor raw dictionaries."""
+    status = reward_train.main(small_run(tmp_path))
+
+    assert status == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "chat_template.jinja",
+        "log.jsonl",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "training.json",
+    }
+    shown = capfd.readouterr()
+    assert shown.out == ""
+    assert "step 1/" in shown.err
+    assert not any(sign in shown.err for sign in ("Warning", "{", "it/s", "%|"))
+
+
+def test_held_out_pairs_are_evaluated_where_no_others_are_given(tmp_path: Path) -> None:
+    """Manifest and model card have the accuracy on pairs that were not trained on, beside the length rule."""
+    assert reward_train.main(small_run(tmp_path)) == 0
+
+    manifest = json.loads((tmp_path / "out" / TRAINING_MANIFEST_FILE).read_text())
+    result = manifest["evaluations"]["held-out pairs"]
+    assert result["num_pairs"] == manifest["pairs"]["held_out"] > 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| held-out pairs | {result['num_pairs']} | {result['accuracy']['value']:.1%} ±" in card
+    assert f"| {result['longer_wins']['value']:.1%} ±" in card
+    assert manifest["data_hashes"]["pairs.jsonl"] in card
+    assert f"| trained on | {manifest['pairs']['trained']} |" in card
+
+
+def test_an_interrupted_run_continues_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After Ctrl-C between two checkpoints --resume gives the weights of a run that was never interrupted."""
+    assert reward_train.main(small_run(tmp_path, "--checkpoint-steps", "1")) == 0
+    whole = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    take_step = ProgressCallback.on_step_end
+
+    def interrupt(self: ProgressCallback, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+        take_step(self, args, state, control, **rest)
+
+    monkeypatch.setattr(ProgressCallback, "on_step_end", interrupt)
+    assert reward_train.main(small_run(tmp_path, "--checkpoint-steps", "1", "--overwrite")) == 130
+    monkeypatch.undo()
+    assert not (tmp_path / "out" / TRAINING_MANIFEST_FILE).exists()
+
+    assert reward_train.main(small_run(tmp_path, "--checkpoint-steps", "1", "--resume")) == 0
+
+    resumed = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+    steps = [json.loads(line)["step"] for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert sorted(set(steps)) == list(range(1, max(steps) + 1))
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+@pytest.fixture
+def files_of_at_most_50_kb() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
+    """A checkpoint that cannot be written ends the command with the reason; the incomplete one is not resumed from."""
+    command = small_run(tmp_path, "--checkpoint-steps", "1")
+    request.getfixturevalue("files_of_at_most_50_kb")
+
+    status = reward_train.main(command)
+
+    assert status == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"reward-train: {tmp_path / 'out'} cannot be written (File too large): free space")
+    assert list_checkpoints(tmp_path / "out") == []
+
+
+def test_a_diverging_run_writes_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A loss that is not finite ends the command with one sentence, and the folder can be used again."""
+    status = reward_train.main(small_run(tmp_path, "--learning-rate", "1e30", "--center-coefficient", "1"))
+
+    assert status == 1
+    assert "so the weights are useless" in capsys.readouterr().err
+    assert not (tmp_path / "out" / TRAINING_MANIFEST_FILE).exists()
+    check_folders(tmp_path / "out", [], RunOptions())
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_model_of_one(tmp_path: Path) -> None:
+    """Under accelerate's launcher the steps have as many pairs; one process writes and prints, and both end."""
+    assert reward_train.main(small_run(tmp_path, "--micro-batch-pairs", "2")) == 0
+    alone = json.loads((tmp_path / "out" / TRAINING_MANIFEST_FILE).read_text())
+
+    launcher = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    module = ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "training.train"]
+    finished = subprocess.run(
+        [*launcher, *module, *small_run(tmp_path, "--micro-batch-pairs", "2", "--overwrite")],
+        env=os.environ | {"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=250,
+    )
+
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stderr.count("Trained on") == 1
+    together = json.loads((tmp_path / "out" / TRAINING_MANIFEST_FILE).read_text())
+    assert together["num_steps"] == alone["num_steps"]
+    assert together["pairs"] == alone["pairs"]
+    assert len((tmp_path / "out" / "log.jsonl").read_text().splitlines()) == alone["num_steps"] + 1
