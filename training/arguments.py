@@ -81,7 +81,9 @@ def read_run_options(options: argparse.Namespace) -> RunOptions:
         if name not in REPORT_PACKAGES:
             raise SettingsError(f"--report-to does not know {name!r}: use {', '.join(REPORT_PACKAGES)} or none.")
         if not any(importlib.util.find_spec(package) for package in REPORT_PACKAGES[name]):
-            raise SettingsError(f"--report-to {name} needs a package that is not installed: pip install {name}.")
+            raise SettingsError(
+                f"--report-to {name} needs a package that is not installed: pip install {name} (in the extra report)."
+            )
     return RunOptions(
         resume=options.resume,
         overwrite=options.overwrite,

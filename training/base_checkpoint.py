@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from service.checkpoints.adapter import is_adapter
-from service.checkpoints.checkpoint import download_checkpoint
 from service.checkpoints.demo_base import DEMO_BASE, obtain_demo_base
 from service.checkpoints.files import CONFIG_FILE
+from service.checkpoints.hub import local_folder
 from service.checkpoints.validation import read_json
 from service.checkpoints.weights import read_tensor_infos, weight_files
 from service.errors import CheckpointError, SettingsError
@@ -45,8 +45,7 @@ def locate_base(base: str) -> tuple[Path, str]:
     """
     if base == DEMO:
         return obtain_demo_base(), DEMO_BASE
-    folder = Path(base).expanduser()
-    return (folder if folder.is_dir() else download_checkpoint(base)), base
+    return local_folder(base), base
 
 
 def read_base_facts(folder: Path) -> BaseFacts:

@@ -6,6 +6,7 @@ Pure: it takes the manifest and returns the text of ``README.md``. It holds hash
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,7 +79,7 @@ def _accuracy(manifest: Manifest) -> Iterator[str]:
         accuracy, longer = result.accuracy, result.longer_wins
         yield (
             f"| {_cell(name)} | {result.num_pairs} | {accuracy.value:.1%} ± {accuracy.standard_error:.1%} "
-            f"| {longer.value:.1%} ± {longer.standard_error:.1%} | {result.log_length_correlation:+.2f} |"
+            f"| {longer.value:.1%} ± {longer.standard_error:.1%} | {_correlation(result.log_length_correlation)} |"
         )
     yield ""
 
@@ -139,6 +140,10 @@ def _serving(folder: Path) -> Iterator[str]:
     yield f"reward-audit {name} held-out-pairs.jsonl --out report"
     yield "```"
     yield ""
+
+
+def _correlation(value: float) -> str:
+    return "undefined" if math.isnan(value) else f"{value:+.2f}"
 
 
 def _cell(text: str) -> str:

@@ -42,6 +42,8 @@ HELD_OUT = "held-out pairs"
 MAX_HELD_OUT_PAIRS = 1000
 """Pairs of that evaluation: its standard error is then 1.6 points at most."""
 
+TENSORBOARD_VARIABLE = "TENSORBOARD_LOGGING_DIR"
+
 WRITE_REMEDY = "free space, then start again, with --resume if a checkpoint was complete"
 
 
@@ -97,7 +99,7 @@ def run(
     if processes.is_main:
         with writing_to(out_dir):
             _prepare_folder(out_dir, options)
-    with writing_to(out_dir, WRITE_REMEDY), _memory_errors(recipe):
+    with writing_to(out_dir, WRITE_REMEDY), _memory_errors(recipe), _tensorboard_folder(out_dir):
         result = run_training(
             model,
             tokenizer,
@@ -180,9 +182,22 @@ def _prepare_folder(out_dir: Path, options: RunOptions) -> None:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-    if "tensorboard" in options.report_to:
-        # Its default is within the checkpoints, which are removed; transformers reads this variable.
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(out_dir / TENSORBOARD_FOLDER))
+
+
+@contextmanager
+def _tensorboard_folder(out_dir: Path) -> Iterator[None]:
+    """Let transformers write TensorBoard's files into the model's folder, unless the user has set another one.
+
+    Its default is within the checkpoints, which are removed.
+    """
+    if TENSORBOARD_VARIABLE in os.environ:
+        yield
+        return
+    os.environ[TENSORBOARD_VARIABLE] = str(out_dir / TENSORBOARD_FOLDER)
+    try:
+        yield
+    finally:
+        del os.environ[TENSORBOARD_VARIABLE]
 
 
 @contextmanager

@@ -120,16 +120,11 @@ def locate_checkpoint(settings: ModelSettings) -> Path:
         return obtain_demo_model()
     folder = Path(settings.path).expanduser()
     if not folder.is_dir():
-        folder = download_checkpoint(settings.path, settings.revision)
+        folder = _download(settings.path, settings.revision)
     return _merge_once(folder) if is_adapter(folder) else folder
 
 
-def download_checkpoint(hub_id: str, revision: str | None = None) -> Path:
-    """Return the folder of a hub's checkpoint, after downloading its weights and plain data; no code is downloaded.
-
-    Raises:
-        CheckpointError: it is no hub id, or cannot be downloaded.
-    """
+def _download(hub_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RevisionResolutionError
 

@@ -206,13 +206,16 @@ def test_early_stopping_needs_evaluation_pairs(tmp_path: Path) -> None:
 
 
 def test_the_recipe_reaches_the_trainer(tmp_path: Path) -> None:
-    """Centring and gradient accumulation are in TRL's settings."""
+    """Centring, gradient accumulation per process and the reports are in TRL's settings."""
     recipe = Recipe(center_coefficient=0.01, batch_pairs=32, micro_batch_pairs=4)
 
-    settings = _trainer_settings(recipe, num_pairs=320, evaluates=False, out_dir=tmp_path)
+    settings = _trainer_settings(
+        recipe, num_pairs=320, evaluates=False, out_dir=tmp_path, num_processes=2, report_to=["tensorboard", "wandb"]
+    )
 
     assert settings.center_rewards_coefficient == 0.01
-    assert settings.gradient_accumulation_steps == 8
+    assert settings.gradient_accumulation_steps == 4
+    assert settings.report_to == ["tensorboard", "wandb"]
 
 
 def test_only_the_topmost_layers_are_adapted(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import subprocess
 import sys
@@ -15,7 +16,14 @@ from transformers import AutoModelForSequenceClassification
 
 from service.errors import OutputError, SettingsError
 from service.transformers_logging import transformers_silenced
-from training.arguments import RunOptions, argument_parser, check_folders, list_checkpoints, read_recipe
+from training.arguments import (
+    RunOptions,
+    argument_parser,
+    check_folders,
+    list_checkpoints,
+    read_recipe,
+    read_run_options,
+)
 from training.processes import Processes, read_processes
 from training.recipe import Recipe, check_recipe, resolve_dtype
 
@@ -247,3 +255,17 @@ def test_no_abbreviations_and_no_values_in_uppercase_twice() -> None:
     actions = [action for action in argument_parser()._actions if isinstance(action, argparse._StoreAction)]
 
     assert all(action.metavar or action.choices or action.dest == "base" for action in actions)
+
+
+def test_a_missing_report_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard and wandb are optional: without their package the command says what to install."""
+    usual = ["--data", "pairs.jsonl", "--out", "out"]
+    options = argument_parser().parse_args([*usual, "--report-to", "wandb, tensorboard"])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else name)
+    with pytest.raises(SettingsError, match="needs a package that is not installed: pip install wandb"):
+        read_run_options(options)
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+
+    assert read_run_options(options).report_to == ("wandb", "tensorboard")
+    assert read_run_options(argument_parser().parse_args(usual)).report_to == ()
