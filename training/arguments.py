@@ -26,6 +26,9 @@ from training.sources import Source, is_on_hub
 CHECKPOINTS_FOLDER = "checkpoints"
 """Within the model's folder; removed after success unless requested."""
 
+RUN_FILE = "run.json"
+"""Within the checkpoints: the options that a resumed run must have in common with them."""
+
 TRAINER_STATE_FILE = "trainer_state.json"
 
 REPORT_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
@@ -166,6 +169,42 @@ def list_checkpoints(out: Path) -> list[Path]:
         if path.name[11:].isdigit() and _is_json(path / TRAINER_STATE_FILE)
     ]
     return sorted(folders, key=lambda path: int(path.name[11:]))
+
+
+def write_run_file(out: Path, recipe: Recipe, base: str) -> None:
+    """Record beside the checkpoints what a resumed run must have in common with this one."""
+    folder = out / CHECKPOINTS_FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RUN_FILE).write_text(json.dumps(_fixed_options(recipe, base)) + "\n", encoding="utf-8")
+
+
+def check_resumed_run(out: Path, recipe: Recipe, base: str) -> None:
+    """Check that a run which is resumed has the weights that it started with: the same base, and an adapter as large.
+
+    Raises:
+        SettingsError: an option differs; names it with the value that the checkpoints have.
+    """
+    try:
+        started = json.loads((out / CHECKPOINTS_FOLDER / RUN_FILE).read_bytes())
+    except (OSError, ValueError):
+        return  # checkpoints of an older version; the trainer compares the weights itself
+    for option, value in _fixed_options(recipe, base).items():
+        if started.get(option) != value:
+            raise SettingsError(
+                f"--resume: the run in {out} was started with {option} {started.get(option)}, and {option} is now "
+                f"{value}: use the same, or pass --overwrite without --resume to start again."
+            )
+
+
+def _fixed_options(recipe: Recipe, base: str) -> dict[str, str]:
+    folder = Path(base).expanduser()
+    name = folder.resolve() if folder.is_dir() else base
+    values = {"--base": name, "--full": recipe.full} | ({} if recipe.full else _adapter_options(recipe))
+    return {option: str(value) for option, value in values.items()}
+
+
+def _adapter_options(recipe: Recipe) -> dict[str, object]:
+    return {"--lora-rank": recipe.lora_rank, "--lora-layers": recipe.lora_layers or "all"}
 
 
 def _is_json(file: Path) -> bool:

@@ -21,7 +21,7 @@ from service.console import stages
 from service.engines.devices.device import is_out_of_memory
 from service.errors import SettingsError, TrainingError
 from training.annotator_agreement import measure_annotator_agreement
-from training.arguments import CHECKPOINTS_FOLDER, LEFTOVERS, TENSORBOARD_FOLDER, RunOptions
+from training.arguments import CHECKPOINTS_FOLDER, LEFTOVERS, TENSORBOARD_FOLDER, RunOptions, write_run_file
 from training.evaluation import evaluate
 from training.manifest import Manifest
 from training.model_folder import clear_folder, write_merged, write_model
@@ -99,6 +99,7 @@ def run(
     if processes.is_main:
         with writing_to(out_dir):
             _prepare_folder(out_dir, options)
+            write_run_file(out_dir, recipe, inputs.base_name)
     with writing_to(out_dir, WRITE_REMEDY), _memory_errors(recipe), _tensorboard_folder(out_dir):
         result = run_training(
             model,

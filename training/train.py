@@ -18,6 +18,7 @@ from training.arguments import (
     argument_parser,
     check_first_rows,
     check_folders,
+    check_resumed_run,
     read_recipe,
     read_run_options,
 )
@@ -89,6 +90,8 @@ def _train_on(
 
     folder, name, facts = base
     check_against_base(recipe, facts.num_layers, facts.max_positions)
+    if options.resume:
+        check_resumed_run(out_dir, recipe, name)
 
     from training.run import Inputs, run
 

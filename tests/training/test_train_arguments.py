@@ -20,9 +20,11 @@ from training.arguments import (
     RunOptions,
     argument_parser,
     check_folders,
+    check_resumed_run,
     list_checkpoints,
     read_recipe,
     read_run_options,
+    write_run_file,
 )
 from training.processes import Processes, read_processes
 from training.recipe import Recipe, check_recipe, resolve_dtype
@@ -236,6 +238,22 @@ def test_an_unfinished_run_is_resumed_or_overwritten(tmp_path: Path) -> None:
         check_folders(tmp_path, [], RunOptions())
     check_folders(tmp_path, [], RunOptions(resume=True))
     check_folders(tmp_path, [], RunOptions(overwrite=True))
+
+
+def test_a_run_is_resumed_with_the_weights_that_it_started_with(tmp_path: Path) -> None:
+    """Another base or another size of the adapter is refused by the option's name; other options may change."""
+    write_run_file(tmp_path, Recipe(lora_rank=8), "org/sft")
+
+    check_resumed_run(tmp_path, Recipe(lora_rank=8, epochs=2, micro_batch_pairs=8), "org/sft")
+
+    for recipe, base, complaint in (
+        (Recipe(lora_rank=16), "org/sft", "started with --lora-rank 8, and --lora-rank is now 16"),
+        (Recipe(lora_rank=8, lora_layers=2), "org/sft", "started with --lora-layers all"),
+        (Recipe(full=True), "org/sft", "started with --full False"),
+        (Recipe(lora_rank=8), "org/other", "started with --base org/sft"),
+    ):
+        with pytest.raises(SettingsError, match=complaint):
+            check_resumed_run(tmp_path, recipe, base)
 
 
 def test_a_finished_model_is_overwritten_on_request_only(tmp_path: Path) -> None:
