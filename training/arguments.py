@@ -18,6 +18,7 @@ from reward_client.provenance import TRAINING_MANIFEST_FILE
 
 from service.errors import DatasetError, OutputError, SettingsError
 from service.version import add_version_option
+from training.hub_datasets import check_hub_dataset
 from training.output_folder import check_output_folder
 from training.preferences import read_pairs
 from training.recipe import DtypeChoice, Recipe
@@ -218,11 +219,15 @@ def _is_json(file: Path) -> bool:
 def check_first_rows(sources: Sequence[Source]) -> None:
     """Read the first pair of every local source, so that a wrong file or column is found before a model is loaded.
 
+    Of a data set on the hub only its existence is checked.
+
     Raises:
         DatasetError: a source is missing or empty, or its first row is not a pair.
     """
     for source in sources:
-        if not is_on_hub(source) and next(iter(read_pairs([source])), None) is None:
+        if is_on_hub(source):
+            check_hub_dataset(str(source))
+        elif next(iter(read_pairs([source])), None) is None:
             raise DatasetError(f"{source} has no rows.")
 
 

@@ -19,6 +19,7 @@ from service.transformers_logging import transformers_silenced
 from training.arguments import (
     RunOptions,
     argument_parser,
+    check_first_rows,
     check_folders,
     check_resumed_run,
     list_checkpoints,
@@ -141,15 +142,29 @@ def test_help_and_version_need_no_heavy_import(folder: Path) -> None:
     assert "LORA_RANK" not in help_text
 
 
-def test_a_hub_id_that_cannot_be_reached_is_one_sentence(folder: Path) -> None:
-    """Without a network a base on the hub is refused at once, not after retries."""
-    command = ["--data", "pairs.jsonl", "--out", "out", "--base", "org/model"]
-
-    ((status, errors, _, heavy),) = run_all(folder, [command])
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--data", "pairs.jsonl", "--base", "org/model"], "org/model is not a local folder, and could not be downl"),
+        (["--data", "org/pairs:test", "--base", "base"], "org/pairs:test is not a local file, and there is no such"),
+    ],
+    ids=["base", "data"],
+)
+def test_a_hub_that_cannot_be_reached_is_one_sentence(folder: Path, arguments: list[str], complaint: str) -> None:
+    """Without a network a base or a data set on the hub is refused at once, not after retries."""
+    ((status, errors, _, heavy),) = run_all(folder, [[*arguments, "--out", "out"]])
 
     assert status == 1
-    assert "org/model is not a local folder, and could not be downloaded" in errors
+    assert complaint in errors
     assert (errors.count("\n"), heavy) == (1, [])
+
+
+def test_a_cached_data_set_needs_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the library `datasets` has prepared is accepted without a request."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    (tmp_path / "org___pairs").mkdir()
+
+    check_first_rows(["org/pairs:test"])
 
 
 @pytest.mark.parametrize(
