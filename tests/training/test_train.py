@@ -439,3 +439,23 @@ def test_two_processes_train_the_model_of_one(tmp_path: Path) -> None:
     assert together["num_steps"] == alone["num_steps"]
     assert together["pairs"] == alone["pairs"]
     assert len((tmp_path / "out" / "log.jsonl").read_text().splitlines()) == alone["num_steps"] + 1
+
+
+def test_a_base_with_other_shapes_than_its_configuration_is_refused(tmp_path: Path) -> None:
+    """Transformers would leave such weights random; the message names the tensor and both shapes."""
+    folder = write_tiny_causal_lm(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 128}))
+
+    with pytest.raises(CheckpointError, match=r"mlp\..*_proj\.weight of .* has the shape \[.*96.*describes \[.*128"):
+        load_base(folder, RECIPE)
+
+
+def test_the_hyperparameters_must_fit_the_base(tmp_path: Path) -> None:
+    """More layers or positions than the loaded model has are refused by the option's name."""
+    folder = write_tiny_causal_lm(tmp_path)
+
+    with pytest.raises(SettingsError, match="--lora-layers is 4, but the base has 3 layers"):
+        load_base(folder, replace(RECIPE, lora_layers=4))
+    with pytest.raises(SettingsError, match=r"--max-length is 1,024, but the base has 512 positions"):
+        load_base(folder, replace(RECIPE, max_length=1024))
