@@ -29,7 +29,9 @@
     │   ├── CheckpointError               the checkpoint is invalid or cannot be read
     │   ├── CalibrationError              a calibration cannot be read, or cannot be fitted to the data
     │   ├── DatasetError                  a data file cannot be read, or a row is not what the command needs
+    │   ├── OutputError                   an output exists already, cannot be written, or the disk is full
     │   ├── ParityError                   no forward path agrees with plain transformers
+    │   ├── TrainingError                 training cannot continue, such as after a loss that is not finite
     │   ├── ServerStartError              Ray or the HTTP server did not start
     │   └── WarmUpFailed                  the largest legal batch does not run on this device
     └── ClientError                       raised by the client in the caller's process; see reward_client.errors
@@ -240,8 +242,16 @@ class DatasetError(StartupError):
     """A data file cannot be read, or a row is invalid; the message names file and line, never the text."""
 
 
+class OutputError(StartupError):
+    """An output exists already, cannot be written, or the disk is full; nothing is left under its name."""
+
+
 class ParityError(StartupError):
     """No forward path agrees with plain transformers on this checkpoint."""
+
+
+class TrainingError(StartupError):
+    """Training cannot continue; the message contains the remedy."""
 
 
 class ServerStartError(StartupError):

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from service.data.holdout import HOLD_OUT_PERCENT
+from service.errors import SettingsError
+
+DtypeChoice: TypeAlias = Literal["auto", "bf16", "fp32"]
+
+MAX_SEED = 2**32 - 1
+"""The largest seed that NumPy accepts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +55,9 @@ class Recipe:
     balance_lengths: bool = False
     """Leave pairs out until the longer completion is chosen as often as the shorter one."""
 
-    dtype: Literal["bf16", "fp32"] = "bf16"
-    """Of the frozen weights, the computation and the saved weights; weights in training are fp32."""
+    dtype: DtypeChoice = "auto"
+    """Of the frozen weights, the computation and the saved weights; weights in training are fp32. ``auto`` is bf16
+    where the device multiplies it natively, else fp32 (see `resolve_dtype`)."""
 
     checkpoint_steps: int = 50
     """Optimizer steps between saved checkpoints."""
@@ -73,7 +81,70 @@ class Recipe:
     seed: int = 0
     """Of the order of pairs and of random draws."""
 
-    @property
-    def accumulation_steps(self) -> int:
-        """Backward passes per optimizer step."""
-        return max(1, self.batch_pairs // self.micro_batch_pairs)
+    def accumulation_steps(self, num_processes: int = 1) -> int:
+        """Backward passes of each process per optimizer step.
+
+        Raises:
+            SettingsError: the pairs of a step are not a multiple of the pairs of a pass of all processes.
+        """
+        pairs_per_pass = self.micro_batch_pairs * num_processes
+        if self.batch_pairs % pairs_per_pass:
+            passes = f"--micro-batch-pairs {self.micro_batch_pairs}"
+            if num_processes > 1:
+                passes += f" in {num_processes} processes"
+            raise SettingsError(f"--batch-pairs {self.batch_pairs} is not a multiple of {passes}: change one of them.")
+        return self.batch_pairs // pairs_per_pass
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Check every hyperparameter by itself, and the batch of one process.
+
+    Raises:
+        SettingsError: a value is out of range; names the option.
+    """
+    # Each line: option, value, whether it is in range, and the range. Comparisons with NaN are false.
+    ranges = (
+        ("--lora-rank", recipe.lora_rank, recipe.lora_rank >= 1, "at least 1"),
+        ("--lora-layers", recipe.lora_layers, _is_positive(recipe.lora_layers), "at least 1"),
+        ("--learning-rate", recipe.learning_rate, 0 < recipe.learning_rate < math.inf, "greater than 0"),
+        ("--warmup-share", recipe.warmup_share, 0 <= recipe.warmup_share <= 1, "from 0 to 1"),
+        ("--epochs", recipe.epochs, 0 < recipe.epochs < math.inf, "greater than 0"),
+        ("--max-length", recipe.max_length, recipe.max_length >= 1, "at least 1"),
+        ("--batch-pairs", recipe.batch_pairs, recipe.batch_pairs >= 1, "at least 1"),
+        ("--micro-batch-pairs", recipe.micro_batch_pairs, recipe.micro_batch_pairs >= 1, "at least 1"),
+        ("--hold-out-percent", recipe.hold_out_percent, 0 <= recipe.hold_out_percent < 100, "from 0 to less than 100"),
+        (
+            "--min-support",
+            recipe.min_support,
+            recipe.min_support is None or 0 <= recipe.min_support <= 1,
+            "from 0 to 1",
+        ),
+        ("--center-coefficient", recipe.center_coefficient, _is_coefficient(recipe.center_coefficient), "at least 0"),
+        ("--patience", recipe.patience, _is_positive(recipe.patience), "at least 1"),
+        ("--eval-steps", recipe.eval_steps, recipe.eval_steps >= 1, "at least 1"),
+        ("--eval-pairs", recipe.eval_pairs, recipe.eval_pairs >= 1, "at least 1"),
+        ("--checkpoint-steps", recipe.checkpoint_steps, recipe.checkpoint_steps >= 1, "at least 1"),
+        ("--seed", recipe.seed, 0 <= recipe.seed <= MAX_SEED, f"from 0 to {MAX_SEED}"),
+    )
+    for option, value, is_in_range, wanted in ranges:
+        if not is_in_range:
+            raise SettingsError(f"{option} is {value}; it must be {wanted}.")
+    recipe.accumulation_steps()
+
+
+def resolve_dtype(choice: DtypeChoice, *, native_bfloat16: bool) -> Literal["bf16", "fp32"]:
+    """Return the dtype of a run: the choice, or for ``auto`` bf16 where the device multiplies it natively, else fp32.
+
+    Without native products bf16 is several times slower than fp32, as for the service (``model.dtype``).
+    """
+    if choice != "auto":
+        return choice
+    return "bf16" if native_bfloat16 else "fp32"
+
+
+def _is_positive(count: int | None) -> bool:
+    return count is None or count >= 1
+
+
+def _is_coefficient(value: float | None) -> bool:
+    return value is None or 0 <= value < math.inf

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from peft import LoraConfig, TaskType
 from transformers import (
     AutoModelForSequenceClassification,
@@ -14,48 +14,70 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from service.checkpoints.architecture import max_positions
+from service.engines.devices.device import has_native_bfloat16
 from service.errors import CheckpointError
 from service.transformers_logging import transformers_silenced
+from training.base_checkpoint import check_against_base, several_outputs
 from training.recipe import Recipe
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def load_base(base: str | Path, recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a checkpoint folder or hub id as a reward model.
+def multiplies_bfloat16() -> bool:
+    """Whether the device that trains, CUDA where there is one, multiplies bfloat16 natively."""
+    if torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return has_native_bfloat16()
+
+
+def load_base(base: Path, recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a checkpoint folder as a reward model; the recipe's dtype is resolved.
 
     A base without a scalar head gets one of zeros, so that all initial rewards are equal; the head of a reward model is
     retained. Weights to be trained are in fp32, because small updates are lost in bf16; others have the recipe's dtype.
     A base without a pad token pads with its end-of-sequence token, which pooling then skips (transformers' rule).
 
     Raises:
-        CheckpointError: the base cannot be loaded, has neither a pad nor an end-of-sequence token, or lacks weights
-            other than the head, which an adapter would leave random.
+        CheckpointError: the base cannot be loaded, has neither a pad nor an end-of-sequence token, has weights of
+            another shape than a model with a scalar head, or lacks weights other than the head, which an adapter would
+            leave random.
+        SettingsError: the recipe has more layers or positions than the base.
     """
     dtype = torch.float32 if recipe.full else TORCH_DTYPES[recipe.dtype]
     try:
         # Transformers warns about a missing head, which is expected here.
         with transformers_silenced():
-            tokenizer = AutoTokenizer.from_pretrained(base)
+            tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
             model, report = AutoModelForSequenceClassification.from_pretrained(
-                base, num_labels=1, dtype=dtype, output_loading_info=True
+                base,
+                num_labels=1,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                trust_remote_code=False,
             )
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"The base model {base} cannot be loaded ({type(error).__name__}); "
             "give a checkpoint folder, a hub id that can be reached, or 'demo'."
         ) from error
+    _refuse_other_shapes(base, report["mismatched_keys"])
+    check_against_base(recipe, model.config.get_text_config().num_hidden_layers, max_positions(model))
     _set_pad_token(model, tokenizer)
     _prepare_head(model, missing=set(report["missing_keys"]), full=recipe.full)
     return model, tokenizer
 
 
-def local_folder(base: Path) -> Path:
-    """Return the folder of a base's files: the base itself, or the snapshot in the hub's cache after it was loaded."""
-    if base.is_dir():
-        return base
-    cached = try_to_load_from_cache(str(base), "config.json")
-    return Path(cached).parent if isinstance(cached, str) else base
+def _refuse_other_shapes(base: Path, mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]]) -> None:
+    """Refuse weights that were left random because their stored shape (the second entry) is not the model's."""
+    for name, stored, wanted in mismatched:
+        if wanted[0] == 1 and stored[1:] == wanted[1:]:
+            raise CheckpointError(several_outputs(str(base), name, stored[0]))
+        raise CheckpointError(
+            f"{name} of {base} has the shape {list(stored)}, but its config.json describes {list(wanted)}: "
+            "copy or save the checkpoint again."
+        )
 
 
 def _set_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -98,7 +120,7 @@ def lora_config(model: PreTrainedModel, recipe: Recipe) -> LoraConfig:
     The task type makes PEFT train and save the classification head beside the adapter.
     """
     num_layers = model.config.get_text_config().num_hidden_layers
-    num_adapted = num_layers if recipe.lora_layers is None else min(recipe.lora_layers, num_layers)
+    num_adapted = num_layers if recipe.lora_layers is None else recipe.lora_layers
     _, head = scalar_head(model)
     linear_names = {
         name.rpartition(".")[2]

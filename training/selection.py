@@ -88,6 +88,17 @@ def balance_lengths(pairs: Sequence[TokenizedPair], seed: int) -> list[Tokenized
     return [pair for index, pair in enumerate(pairs) if index not in left_out]
 
 
+def held_out_pairs(pairs: Sequence[TokenizedPair], recipe: Recipe, max_pairs: int) -> list[TokenizedPair]:
+    """Return the held-out pairs within the length limit; of more than ``max_pairs`` a fixed sample."""
+    held_out = [
+        pair
+        for pair in pairs
+        if is_held_out(pair.pair.prompt, recipe.hold_out_percent) and pair.num_tokens <= recipe.max_length
+    ]
+    num_drawn = min(max_pairs, len(held_out))
+    return random.Random(recipe.seed).sample(held_out, num_drawn)  # noqa: S311 - no secret
+
+
 def watched_pairs(pairs: Sequence[TokenizedPair], recipe: Recipe) -> list[TokenizedPair]:
     """Return the pairs to evaluate during training: a fixed sample of ``eval_pairs`` pairs within the length limit."""
     short_enough = [pair for pair in pairs if pair.num_tokens <= recipe.max_length]

@@ -27,7 +27,7 @@ def read_source(source: Source) -> Iterator[Row]:
     Raises:
         DatasetError: it does not exist, cannot be read, or cannot be downloaded; names file and row, never the text.
     """
-    if not _is_on_hub(source):
+    if not is_on_hub(source):
         yield from read_rows(Path(source))
         return
     for number, values in enumerate(_load_from_hub(str(source)), start=1):
@@ -36,7 +36,7 @@ def read_source(source: Source) -> Iterator[Row]:
 
 def source_name(source: Source) -> str:
     """Return the source's name in reports: a file's name without folder and ending, or a data set's id."""
-    if _is_on_hub(source):
+    if is_on_hub(source):
         return str(source)
     name = Path(source).name
     return next((name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(suffix)), name)
@@ -46,14 +46,15 @@ def source_hashes(sources: Iterable[Source]) -> dict[str, str]:
     """Return SHA-256 by name: of a data file its bytes, of a data set on the hub its rows (as JSON, in order)."""
     hashes: dict[str, str] = {}
     for source in sources:
-        if _is_on_hub(source):
+        if is_on_hub(source):
             hashes[str(source)] = _rows_hash(read_source(source))
         else:
             hashes.update({file.name: file_sha256(file) for file in dataset_files(Path(source))})
     return hashes
 
 
-def _is_on_hub(source: Source) -> bool:
+def is_on_hub(source: Source) -> bool:
+    """Whether a source is a data set on the hub: a string that is no path and has the form of a hub id."""
     # A path that does not exist but ends like a data file is a mistyped path, not a data set on the hub.
     return (
         isinstance(source, str)

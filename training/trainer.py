@@ -19,6 +19,7 @@ from transformers import (
     EarlyStoppingCallback,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -26,10 +27,17 @@ from transformers import (
 )
 from trl import RewardConfig, RewardTrainer
 
+from service.transformers_logging import transformers_silenced
+from training.arguments import CHECKPOINTS_FOLDER, LOG_FILE, RunOptions, list_checkpoints
 from training.pairs import TokenizedPair
+from training.processes import Processes
+from training.progress import ProgressCallback, ProgressLine
 from training.recipe import Recipe
 from training.reward_model import TORCH_DTYPES, lora_config
 from training.shared_prompts import prompts_shared
+
+LOGGING_STEPS = 10
+"""Optimizer steps between logged metrics; a run of fewer than a hundred steps logs more often."""
 
 
 class LogFile(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
@@ -46,7 +54,9 @@ class LogFile(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """Append one line."""
+        """Append one line, in the first process only."""
+        if not state.is_world_process_zero:
+            return
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
 
@@ -73,52 +83,79 @@ def run_training(
     recipe: Recipe,
     out_dir: Path,
     *,
-    resume: bool = False,
+    options: RunOptions,
+    processes: Processes,
+    line: ProgressLine,
 ) -> TrainingRun:
     """Train, and return the trained model, rounded to the recipe's dtype.
 
     It is rounded because that is how it is saved, so that an evaluation afterwards is one of the saved weights.
-    Checkpoints go to ``out_dir/checkpoints`` and metrics to ``out_dir/log.jsonl``; ``resume`` continues from the last
-    checkpoint. Pairs longer than the recipe's limit must have been left out before. With ``recipe.patience`` training
-    stops when the loss on ``eval_pairs`` no longer falls, and the model is the one with the lowest loss.
+    Checkpoints go to ``out_dir/checkpoints`` and metrics to ``out_dir/log.jsonl``. Pairs longer than the recipe's limit
+    must have been left out before, and its dtype must be resolved. With ``recipe.patience`` training stops when the
+    loss on ``eval_pairs`` no longer falls, and the model is the one with the lowest loss.
+
+    Raises:
+        TrainingError: the loss is not finite.
     """
-    trainer = RewardTrainer(
-        model=model,
-        args=_trainer_settings(recipe, num_pairs=len(train_pairs), evaluates=bool(eval_pairs), out_dir=out_dir),
-        train_dataset=_as_dataset(train_pairs),
-        eval_dataset=_as_dataset(sorted(eval_pairs, key=lambda pair: pair.num_tokens)) if eval_pairs else None,
-        processing_class=tokenizer,
-        peft_config=None if recipe.full else lora_config(model, recipe),
-        callbacks=_callbacks(recipe, out_dir),
-    )
-    with prompts_shared(model):
-        trainer.train(resume_from_checkpoint=resume)
+    # TRL and PEFT use names that transformers deprecates, and report what is done on purpose here.
+    with transformers_silenced():
+        trainer = RewardTrainer(
+            model=model,
+            args=_trainer_settings(
+                recipe,
+                num_pairs=len(train_pairs),
+                evaluates=bool(eval_pairs),
+                out_dir=out_dir,
+                num_processes=processes.count,
+                report_to=options.report_to,
+            ),
+            train_dataset=_as_dataset(train_pairs),
+            eval_dataset=_as_dataset(sorted(eval_pairs, key=lambda pair: pair.num_tokens)) if eval_pairs else None,
+            processing_class=tokenizer,
+            peft_config=None if recipe.full else lora_config(model, recipe),
+            callbacks=[ProgressCallback(line, recipe.batch_pairs), *_callbacks(recipe, out_dir)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        with prompts_shared(model), line.shown():
+            trainer.train(resume_from_checkpoint=str(list_checkpoints(out_dir)[-1]) if options.resume else None)
+    trained = trainer.accelerator.unwrap_model(trainer.model).to(TORCH_DTYPES[recipe.dtype])
+    if processes.count > 1:
+        trainer.accelerator.end_training()
     return TrainingRun(
-        model=trainer.accelerator.unwrap_model(trainer.model).to(TORCH_DTYPES[recipe.dtype]),
+        model=trained,
         num_steps=trainer.state.global_step,
         selected_step=trainer.state.global_step if recipe.patience is None else trainer.state.best_global_step,
     )
 
 
 def _callbacks(recipe: Recipe, out_dir: Path) -> list[TrainerCallback]:
-    log = LogFile(out_dir / "log.jsonl")
+    log = LogFile(out_dir / LOG_FILE)
     return [log] if recipe.patience is None else [log, EarlyStoppingCallback(recipe.patience)]
 
 
-def _trainer_settings(recipe: Recipe, *, num_pairs: int, evaluates: bool, out_dir: Path) -> RewardConfig:
+def _trainer_settings(
+    recipe: Recipe,
+    *,
+    num_pairs: int,
+    evaluates: bool,
+    out_dir: Path,
+    num_processes: int = 1,
+    report_to: Sequence[str] = (),
+) -> RewardConfig:
     num_steps = math.ceil(recipe.epochs * math.ceil(num_pairs / recipe.batch_pairs))
     stops_early = recipe.patience is not None
     return RewardConfig(
-        output_dir=str(out_dir / "checkpoints"),
+        output_dir=str(out_dir / CHECKPOINTS_FOLDER),
+        run_name=out_dir.resolve().name,
         num_train_epochs=recipe.epochs,
         per_device_train_batch_size=recipe.micro_batch_pairs,
         per_device_eval_batch_size=2 * recipe.micro_batch_pairs,
-        gradient_accumulation_steps=recipe.accumulation_steps,
+        gradient_accumulation_steps=recipe.accumulation_steps(num_processes),
         activation_checkpointing=False,
         learning_rate=recipe.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=round(recipe.warmup_share * num_steps),
-        max_length=recipe.max_length,
+        max_length=None,  # longer pairs were left out and counted before
         center_rewards_coefficient=recipe.center_coefficient,
         bf16=recipe.dtype == "bf16",
         use_cpu=not torch.cuda.is_available(),
@@ -127,7 +164,10 @@ def _trainer_settings(recipe: Recipe, *, num_pairs: int, evaluates: bool, out_di
         length_column_name="num_tokens",
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
-        logging_steps=10,
+        logging_steps=max(1, min(LOGGING_STEPS, num_steps // 10)),
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # the progress callback ends the run instead
+        disable_tqdm=True,
         # The best weights can only be restored from a saved checkpoint.
         save_steps=recipe.eval_steps if stops_early else recipe.checkpoint_steps,
         save_total_limit=2,
@@ -136,7 +176,7 @@ def _trainer_settings(recipe: Recipe, *, num_pairs: int, evaluates: bool, out_di
         eval_strategy="steps" if evaluates else "no",
         eval_steps=recipe.eval_steps,
         seed=recipe.seed,
-        report_to="none",
+        report_to=list(report_to) or "none",
     )
 
 

@@ -81,7 +81,7 @@ def fit_classifier(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> Fit:
     return Fit(
         architecture=architecture.__name__,
         embedding_size=model.get_input_embeddings().weight.shape[0],
-        max_positions=_max_positions(model),
+        max_positions=max_positions(model),
         head=tuple(name for name, _ in model.named_parameters() if not in_body(name)),
         missing_head=tuple(name for name in missing if not in_body(name)),
         missing_body=tuple(name for name in missing if in_body(name)),
@@ -91,7 +91,8 @@ def fit_classifier(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> Fit:
     )
 
 
-def _max_positions(model: Any) -> int | None:
+def max_positions(model: Any) -> int | None:
+    """Return the largest number of tokens that the model has positions for; None: no limit."""
     from torch import nn
 
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)

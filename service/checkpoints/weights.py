@@ -118,7 +118,8 @@ def read_tensor_infos(files: Iterable[Path]) -> dict[str, TensorInfo]:
     """
     infos: dict[str, TensorInfo] = {}
     for file in files:
-        with open_weights(file) as weights:
+        # Headers need no framework, and importing torch takes seconds.
+        with open_weights(file, framework="np") as weights:
             for name in weights.keys():  # noqa: SIM118 - the handle is not a mapping
                 tensor = weights.get_slice(name)
                 infos[name] = TensorInfo(file, tuple(tensor.get_shape()), tensor.get_dtype())
@@ -126,8 +127,12 @@ def read_tensor_infos(files: Iterable[Path]) -> dict[str, TensorInfo]:
 
 
 @contextmanager
-def open_weights(file: Path) -> Iterator[Any]:
+def open_weights(file: Path, framework: str = "pt") -> Iterator[Any]:
     """Open a safetensors file for reading tensor by tensor, on the CPU, mapped into memory.
+
+    Args:
+        file: the file.
+        framework: whose tensors are returned: ``pt`` for torch, ``np`` for NumPy.
 
     Raises:
         CheckpointError: the file is truncated or is not a safetensors file.
@@ -135,7 +140,7 @@ def open_weights(file: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(file, framework="pt") as weights:
+        with safe_open(file, framework=framework) as weights:
             yield weights
     except SafetensorError as error:
         raise CheckpointError(

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,19 +26,20 @@ from service.checkpoints.adapter import merge_adapter
 from service.data.holdout import is_held_out
 from service.errors import CheckpointError, SettingsError
 from service.records import Message
-from training import reward_model
 from training import train as reward_train
+from training.arguments import RunOptions, check_folders, list_checkpoints
 from training.evaluation import Share, evaluate, rewards
 from training.manifest import Manifest
 from training.pairs import TokenizedPair, tokenize_pairs
 from training.preferences import read_pairs
+from training.progress import ProgressCallback
 from training.recipe import Recipe
 from training.reward_model import load_base, lora_config, scalar_head
 from training.train import train
 from training.trainer import _trainer_settings
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*will be removed in v6:FutureWarning")
-"""PEFT and TRL use deprecated names of transformers."""
+"""PEFT, with which tests load adapters, uses deprecated names of transformers."""
 
 RECIPE = Recipe(
     lora_rank=8,
@@ -67,7 +74,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     base = write_tiny_causal_lm(folder / "base")
     data = write_pairs(folder / "train.jsonl", polite_pairs(NUM_PAIRS))
     watched = write_pairs(folder / "dev.jsonl", with_slips(polite_pairs(40, seed=1), every=5))
-    manifest = train([data], str(base), folder / "out", RECIPE, [watched])
+    manifest = train([data], str(base), folder / "out", RECIPE, [watched], RunOptions(keep_checkpoints=True))
     tokenizer = AutoTokenizer.from_pretrained(base)
     held_out = [pair for pair in read_pairs([data]) if is_held_out(pair.prompt)]
     return Run(base, folder / "out", manifest, tokenize_pairs(held_out, tokenizer))
@@ -177,7 +184,7 @@ def test_training_stops_on_a_plateau(tmp_path: Path) -> None:
     watched = write_pairs(tmp_path / "dev.jsonl", with_slips(polite_pairs(16, seed=1), every=2))
     recipe = replace(RECIPE, hold_out_percent=0, epochs=8, eval_steps=2, eval_pairs=16, patience=2, full=True)
 
-    manifest = train([data], str(base), tmp_path / "out", recipe, [watched])
+    manifest = train([data], str(base), tmp_path / "out", recipe, [watched], RunOptions(keep_checkpoints=True))
 
     losses = {
         line["step"]: line["eval_loss"]
@@ -199,24 +206,16 @@ def test_early_stopping_needs_evaluation_pairs(tmp_path: Path) -> None:
 
 
 def test_the_recipe_reaches_the_trainer(tmp_path: Path) -> None:
-    """Centring and gradient accumulation are in TRL's settings."""
+    """Centring, gradient accumulation per process and the reports are in TRL's settings."""
     recipe = Recipe(center_coefficient=0.01, batch_pairs=32, micro_batch_pairs=4)
 
-    settings = _trainer_settings(recipe, num_pairs=320, evaluates=False, out_dir=tmp_path)
+    settings = _trainer_settings(
+        recipe, num_pairs=320, evaluates=False, out_dir=tmp_path, num_processes=2, report_to=["tensorboard", "wandb"]
+    )
 
     assert settings.center_rewards_coefficient == 0.01
-    assert settings.gradient_accumulation_steps == 8
-
-
-def test_the_files_of_a_hub_base_are_in_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The folder of a hub id is its cached snapshot; an id that is not cached is returned unchanged."""
-    snapshot = tmp_path / "snapshots" / "abc"
-    cached = {"org/sft": str(snapshot / "config.json")}
-    monkeypatch.setattr(reward_model, "try_to_load_from_cache", lambda name, _: cached.get(name))
-
-    assert reward_model.local_folder(tmp_path) == tmp_path
-    assert reward_model.local_folder(Path("org/sft")) == snapshot
-    assert reward_model.local_folder(Path("org/other")) == Path("org/other")
+    assert settings.gradient_accumulation_steps == 4
+    assert settings.report_to == ["tensorboard", "wandb"]
 
 
 def test_only_the_topmost_layers_are_adapted(tmp_path: Path) -> None:
@@ -279,7 +278,7 @@ def test_the_command_merges_on_request(tmp_path: Path) -> None:
     ("arguments", "complaint"),
     [
         (["--data", "missing.jsonl"], "missing.jsonl does not exist"),
-        (["--data", "pairs.jsonl", "--base", "no/such/model/here"], "cannot be loaded"),
+        (["--data", "pairs.jsonl", "--base", "no/such/model/here"], "no folder no/such/model/here, nor is it a hub id"),
         (["--data", "pairs.jsonl", "--max-length", "3"], "No pair is left to train on"),
         (["--data", "pairs.jsonl", "--full", "--merge", "merged"], "--merge is for adapters"),
     ],
@@ -302,3 +301,161 @@ def test_an_error_ends_the_command_with_one_sentence(
     assert status == 1
     assert complaint in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def small_run(folder: Path, *arguments: str) -> list[str]:
+    """A command line that trains on 32 pairs in four steps, within ``folder``."""
+    if not (folder / "base").exists():
+        write_tiny_causal_lm(folder / "base")
+        write_pairs(folder / "pairs.jsonl", polite_pairs(32))
+    usual = ["--data", str(folder / "pairs.jsonl"), "--base", str(folder / "base"), "--out", str(folder / "out")]
+    return [*usual, "--dtype", "fp32", "--batch-pairs", "8", "--max-length", "128", *arguments]
+
+
+def test_a_finished_folder_has_the_model_its_card_and_no_leftovers(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Only the model's files, manifest, card and log stay; the output has neither bars nor raw dictionaries."""
+    status = reward_train.main(small_run(tmp_path))
+
+    assert status == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "chat_template.jinja",
+        "log.jsonl",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "training.json",
+    }
+    shown = capfd.readouterr()
+    assert shown.out == ""
+    assert "step 1/" in shown.err
+    assert not any(sign in shown.err for sign in ("Warning", "{", "it/s", "%|"))
+
+
+def test_held_out_pairs_are_evaluated_where_no_others_are_given(tmp_path: Path) -> None:
+    """Manifest and model card have the accuracy on pairs that were not trained on, beside the length rule."""
+    assert reward_train.main(small_run(tmp_path)) == 0
+
+    manifest = json.loads((tmp_path / "out" / TRAINING_MANIFEST_FILE).read_text())
+    result = manifest["evaluations"]["held-out pairs"]
+    assert result["num_pairs"] == manifest["pairs"]["held_out"] > 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| held-out pairs | {result['num_pairs']} | {result['accuracy']['value']:.1%} ±" in card
+    assert f"| {result['longer_wins']['value']:.1%} ±" in card
+    assert manifest["data_hashes"]["pairs.jsonl"] in card
+    assert f"| trained on | {manifest['pairs']['trained']} |" in card
+
+
+def test_an_interrupted_run_continues_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After Ctrl-C between two checkpoints --resume gives the weights of a run that was never interrupted."""
+    assert reward_train.main(small_run(tmp_path, "--checkpoint-steps", "1")) == 0
+    whole = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    take_step = ProgressCallback.on_step_end
+
+    def interrupt(self: ProgressCallback, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+        take_step(self, args, state, control, **rest)
+
+    monkeypatch.setattr(ProgressCallback, "on_step_end", interrupt)
+    assert reward_train.main(small_run(tmp_path, "--checkpoint-steps", "1", "--overwrite")) == 130
+    monkeypatch.undo()
+    assert not (tmp_path / "out" / TRAINING_MANIFEST_FILE).exists()
+
+    assert reward_train.main(small_run(tmp_path, "--checkpoint-steps", "1", "--resume")) == 0
+
+    resumed = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+    steps = [json.loads(line)["step"] for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert sorted(set(steps)) == list(range(1, max(steps) + 1))
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+@pytest.fixture
+def files_of_at_most_50_kb() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
+    """A checkpoint that cannot be written ends the command with the reason; the incomplete one is not resumed from."""
+    command = small_run(tmp_path, "--checkpoint-steps", "1")
+    request.getfixturevalue("files_of_at_most_50_kb")
+
+    status = reward_train.main(command)
+
+    assert status == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"reward-train: {tmp_path / 'out'} cannot be written (File too large): free space")
+    assert list_checkpoints(tmp_path / "out") == []
+
+
+def test_a_diverging_run_writes_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A loss that is not finite ends the command with one sentence, and the folder can be used again."""
+    status = reward_train.main(small_run(tmp_path, "--learning-rate", "1e30", "--center-coefficient", "1"))
+
+    assert status == 1
+    assert "so the weights are useless" in capsys.readouterr().err
+    assert not (tmp_path / "out" / TRAINING_MANIFEST_FILE).exists()
+    check_folders(tmp_path / "out", [], RunOptions())
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_model_of_one(tmp_path: Path) -> None:
+    """Under accelerate's launcher the steps have as many pairs; one process writes and prints, and both end."""
+    assert reward_train.main(small_run(tmp_path, "--micro-batch-pairs", "2")) == 0
+    alone = json.loads((tmp_path / "out" / TRAINING_MANIFEST_FILE).read_text())
+
+    launcher = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    module = ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "training.train"]
+    finished = subprocess.run(
+        [*launcher, *module, *small_run(tmp_path, "--micro-batch-pairs", "2", "--overwrite")],
+        env=os.environ | {"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=250,
+    )
+
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stderr.count("Trained on") == 1
+    together = json.loads((tmp_path / "out" / TRAINING_MANIFEST_FILE).read_text())
+    assert together["num_steps"] == alone["num_steps"]
+    assert together["pairs"] == alone["pairs"]
+    assert len((tmp_path / "out" / "log.jsonl").read_text().splitlines()) == alone["num_steps"] + 1
+
+
+def test_a_base_with_other_shapes_than_its_configuration_is_refused(tmp_path: Path) -> None:
+    """Transformers would leave such weights random; the message names the tensor and both shapes."""
+    folder = write_tiny_causal_lm(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 128}))
+
+    with pytest.raises(CheckpointError, match=r"mlp\..*_proj\.weight of .* has the shape \[.*96.*describes \[.*128"):
+        load_base(folder, RECIPE)
+
+
+def test_the_hyperparameters_must_fit_the_base(tmp_path: Path) -> None:
+    """More layers or positions than the loaded model has are refused by the option's name."""
+    folder = write_tiny_causal_lm(tmp_path)
+
+    with pytest.raises(SettingsError, match="--lora-layers is 4, but the base has 3 layers"):
+        load_base(folder, replace(RECIPE, lora_layers=4))
+    with pytest.raises(SettingsError, match=r"--max-length is 1,024, but the base has 512 positions"):
+        load_base(folder, replace(RECIPE, max_length=1024))
