@@ -39,8 +39,8 @@ def test_a_prompt_is_a_string_or_a_conversation(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": USER_TEXT, "chosen": USER_TEXT}, '"rejected" must be a string'),
-        (PAIR | {"chosen": [USER_TEXT]}, '"chosen" must be a string'),
+        ({"prompt": USER_TEXT, "chosen": USER_TEXT}, 'must have "chosen" and "rejected"'),
+        (PAIR | {"chosen": [USER_TEXT]}, '"chosen" must be a string or a list of messages'),
         (PAIR | {"prompt": []}, '"prompt" must be a string or a list of messages'),
         (PAIR | {"prompt": [USER_TEXT]}, '"prompt" must be a string or a list of messages'),
         (PAIR | {"prompt": [{"role": "user", "text": USER_TEXT}]}, '"content" must be a string'),
