@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,13 +17,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from service.checkpoints.adapter import merge_adapter
 from service.checkpoints.checkpoint import open_checkpoint
 from service.checkpoints.demo_base import DEMO_BASE, obtain_demo_base
+from service.data.reading import Tell
 from service.errors import SettingsError, StartupError
 from service.settings import ModelSettings
 from service.version import add_version_option
 from training.annotator_agreement import describe_annotator_agreement, measure_annotator_agreement
 from training.evaluation import describe, evaluate
 from training.manifest import Manifest
-from training.pairs import TokenizedPair, shorten_prompts, tokenize_pairs
+from training.pairs import TokenizedPair, shorten_prompts, tokenize_usable_pairs
 from training.preferences import PreferencePair, read_pairs
 from training.recipe import Recipe
 from training.reward_model import load_base, local_folder
@@ -42,6 +44,7 @@ def train(
     eval_sources: Sequence[Source] = (),
     *,
     resume: bool = False,
+    tell: Tell | None = None,
 ) -> Manifest:
     """Train a reward model and write it to ``out_dir``: a PEFT adapter, or a whole checkpoint if ``recipe.full``.
 
@@ -55,6 +58,7 @@ def train(
         recipe: the hyperparameters of the run.
         eval_sources: pairs to evaluate on at the end; a sample of the first source is also evaluated during training.
         resume: continue from the last checkpoint in ``out_dir``.
+        tell: called with what was found in each data file, and with the pairs that cannot be tokenized.
 
     Raises:
         DatasetError: a source cannot be read, or no pair is left to train on.
@@ -67,9 +71,12 @@ def train(
         )
     base_path, base_name = (obtain_demo_base(), DEMO_BASE) if base == DEMO else (Path(base), base)
     model, tokenizer = load_base(base_path if base_path.is_dir() else base, recipe)
-    pairs = list(read_pairs(data))
-    selection = select_pairs(_tokenize(pairs, tokenizer, recipe), recipe)
-    evaluated = {_name(source): tokenize_pairs(read_pairs([source]), tokenizer) for source in eval_sources}
+    pairs = list(read_pairs(data, tell))
+    tokenized = _tokenize(pairs, tokenizer, recipe, tell)
+    selection = select_pairs(tokenized, recipe, num_refused=len(pairs) - len(tokenized))
+    evaluated = {
+        _name(source): tokenize_usable_pairs(read_pairs([source], tell), tokenizer, tell) for source in eval_sources
+    }
     watched = watched_pairs(next(iter(evaluated.values()), []), recipe)
 
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -96,9 +103,9 @@ def _name(source: Source) -> str:
 
 
 def _tokenize(
-    pairs: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerBase, recipe: Recipe
+    pairs: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerBase, recipe: Recipe, tell: Tell | None
 ) -> list[TokenizedPair]:
-    tokenized = tokenize_pairs(pairs, tokenizer)
+    tokenized = tokenize_usable_pairs(pairs, tokenizer, tell)
     return shorten_prompts(tokenized, tokenizer, recipe.max_length) if recipe.shorten_prompts else tokenized
 
 
@@ -122,7 +129,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recipe = Recipe(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Recipe)})
         if options.merge and recipe.full:
             raise SettingsError("--merge is for adapters; --full writes a whole checkpoint already.")
-        manifest = train(options.data, options.base, options.out, recipe, options.eval, resume=options.resume)
+        tell = functools.partial(console.print, markup=False, highlight=False)
+        manifest = train(
+            options.data, options.base, options.out, recipe, options.eval, resume=options.resume, tell=tell
+        )
         served = _finish_checkpoint(options.out, options.merge, Path(options.base), full=recipe.full)
     except StartupError as error:
         console.print(str(error), style="red", markup=False, highlight=False)
@@ -145,7 +155,8 @@ def _report(manifest: Manifest) -> list[str]:
     counts, recipe = manifest.pairs, manifest.recipe
     summary = (
         f"Trained on {counts.trained} pairs; left out: {counts.held_out} held out, {counts.disputed} disputed, "
-        f"{counts.too_long} longer than {recipe.max_length} tokens, {counts.unbalanced} to balance lengths."
+        f"{counts.too_long} longer than {recipe.max_length} tokens, {counts.unbalanced} to balance lengths, "
+        f"{counts.refused} that cannot be tokenized."
     )
     lines = [summary]
     if recipe.patience is not None:
