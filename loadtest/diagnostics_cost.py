@@ -22,10 +22,10 @@ from reward_client.options import DiagnosticsLevel
 from rich.console import Console
 
 from service.assembly import ServedModel, assemble
-from service.data.rows import read_rows
+from service.data.reading import read_examples
 from service.diagnostics.item_state import ItemState
 from service.errors import StartupError
-from service.records import Encoding, Exchange, Item, Message, ScoreRequest, TokenSequence
+from service.records import Encoding, Exchange, Item, ScoreRequest, TokenSequence
 from service.settings import read_settings
 
 LEVELS: tuple[DiagnosticsLevel, ...] = get_args(DiagnosticsLevel)
@@ -112,15 +112,11 @@ def _request(items: Sequence[Item], level: DiagnosticsLevel) -> ScoreRequest:
 
 
 def _read_items(path: Path) -> list[Item]:
-    items = []
-    for row in read_rows(path):
-        values = row.values
-        prompt = values["prompt"]
-        turns = prompt if isinstance(prompt, str) else tuple(Message(turn["role"], turn["content"]) for turn in prompt)
-        items += [
-            Item(Exchange(turns, values[name])) for name in ("chosen", "rejected", "completion") if name in values
-        ]
-    return items
+    return [
+        Item(Exchange(parsed.prompt, completion))
+        for _, parsed in read_examples(path)
+        for completion in parsed.completions
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

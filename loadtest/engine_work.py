@@ -11,8 +11,7 @@ from pathlib import Path
 
 from loadtest.workload import Group
 from service.checkpoints.checkpoint import Checkpoint
-from service.data.prompts import parse_completions
-from service.data.rows import read_rows
+from service.data.reading import read_examples
 from service.engines.base import EngineInfo
 from service.offline import encode_items
 from service.records import Encoding, Exchange, Item, TokenSequence
@@ -83,8 +82,7 @@ def read_groups(path: Path) -> Iterator[Group]:
     Raises:
         DatasetError: a row is neither.
     """
-    for row in read_rows(path):
-        parsed = parse_completions(row)
+    for _, parsed in read_examples(path):
         prompt = parsed.prompt
         text = prompt if isinstance(prompt, str) else "\n\n".join(message.content for message in prompt)
         yield Group(text, parsed.completions)

@@ -25,7 +25,9 @@ from rich.progress import track
 from rich.table import Table
 
 from loadtest.console import report_console
-from service.data.rows import dataset_files, read_rows
+from service.data.prompts import Prompt
+from service.data.reading import read_examples
+from service.data.rows import read_rows
 from service.diagnostics.calibration import read_calibration
 from service.diagnostics.monitors.alarms import SIGNALS, stepped, steps_of
 from service.diagnostics.monitors.cusum import Cusum, family_threshold
@@ -200,11 +202,11 @@ def score_items(url: str, clean: Path, hacks: Path, output: Path) -> None:
         hacks: a folder of ``{category, prompt, response}``; the category of clean texts is skipped.
         output: JSON lines ``{kind, prompt, result}``, without any text.
     """
-    groups = [(CLEAN, row["prompt"], [row["chosen"], row["rejected"]]) for row in _rows(clean)]
+    groups = [(CLEAN, _wire_prompt(pair.prompt), pair.completions) for _, pair in read_examples(clean)]
     groups += [
-        (row["category"], row["prompt"], [row["response"]])
-        for row in _rows(hacks)
-        if row["category"] != IN_DISTRIBUTION
+        (row.values["category"], _wire_prompt(item.prompt), item.completions)
+        for row, item in read_examples(hacks)
+        if row.values["category"] != IN_DISTRIBUTION
     ]
     with httpx2.Client(base_url=url, timeout=SCORE_TIMEOUT_S) as client, output.open("w", encoding="utf-8") as out:
         starts = range(0, len(groups), PROMPTS_PER_REQUEST)
@@ -223,17 +225,16 @@ def score_items(url: str, clean: Path, hacks: Path, output: Path) -> None:
                     out.write(json.dumps({"kind": kind, "prompt": prompt, "result": result}) + "\n")
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    for file in dataset_files(path):
-        for row in read_rows(file):
-            yield row.values
+def _wire_prompt(prompt: Prompt) -> str | list[dict[str, str]]:
+    return prompt if isinstance(prompt, str) else [asdict(message) for message in prompt]
 
 
 def read_pools(path: Path) -> dict[str, Pool]:
     """Read the output of `score_items`, by kind."""
     found: defaultdict[str, list[Observation]] = defaultdict(list)
-    for row in _rows(path):
-        found[row["kind"]].append(observation_of(row["result"], row["prompt"]))
+    for row in read_rows(path):
+        values = row.values
+        found[values["kind"]].append(observation_of(values["result"], values["prompt"]))
     return {kind: Pool.of(observations) for kind, observations in found.items()}
 
 

@@ -29,6 +29,7 @@
     │   ├── CheckpointError               the checkpoint is invalid or cannot be read
     │   ├── CalibrationError              a calibration cannot be read, or cannot be fitted to the data
     │   ├── DatasetError                  a data file cannot be read, or a row is not what the command needs
+    │   │   └── UnusableRow               a row without a usable completion; such rows are left out and counted
     │   ├── OutputError                   an output exists already, cannot be written, or the disk is full
     │   ├── ParityError                   no forward path agrees with plain transformers
     │   ├── TrainingError                 training cannot continue, such as after a loss that is not finite
@@ -244,6 +245,20 @@ class DatasetError(StartupError):
 
 class OutputError(StartupError):
     """An output exists already, cannot be written, or the disk is full; nothing is left under its name."""
+
+
+class UnusableRow(DatasetError):
+    """A row has an accepted form, but no completion that can be scored; such rows are left out and counted.
+
+    ``reason``: a clause without sizes and positions, so that equal reasons can be counted.
+    """
+
+    def __init__(self, location: str, reason: str) -> None:
+        super().__init__(f"{location}: {reason}.")
+        self.location, self.reason = location, reason
+
+    def __reduce__(self) -> tuple[type[UnusableRow], tuple[str, str]]:
+        return type(self), (self.location, self.reason)
 
 
 class ParityError(StartupError):

@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from service.diagnostics.correlation import pearson_correlation
 from service.offline import MAX_BATCH_SEQUENCES, plan_batches
 from service.records import TokenSequence
 from service.scheduling.budget import BatchBudget
-from training.pairs import TokenizedPair, tokenize_pairs
+from training.pairs import TokenizedPair, tokenize_usable_pairs
 from training.preferences import PreferencePair, read_pairs
 
 MAX_BATCH_TOKENS = 8192
@@ -80,10 +81,13 @@ def evaluate(model: PreTrainedModel, pairs: Sequence[TokenizedPair]) -> Evaluati
 def describe(name: str, evaluation: Evaluation) -> str:
     """Return one line of text: accuracy with its standard error, beside the accuracy of length alone."""
     accuracy, longer_wins = evaluation.accuracy, evaluation.longer_wins
+    if not evaluation.num_pairs:
+        return f"{name}: no pairs"
+    correlation = evaluation.log_length_correlation
     return (
         f"{name}: accuracy {accuracy.value:.1%} ± {accuracy.standard_error:.1%} on {evaluation.num_pairs} pairs; "
         f"longer answer wins {longer_wins.value:.1%} ± {longer_wins.standard_error:.1%}; "
-        f"correlation of reward with log length {evaluation.log_length_correlation:+.2f}"
+        f"correlation of reward with log length {'undefined' if math.isnan(correlation) else f'{correlation:+.2f}'}"
     )
 
 
@@ -134,8 +138,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForSequenceClassification.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
     console = Console(soft_wrap=True)
+    tell = partial(console.print, markup=False, highlight=False)
     for file in options.files:
-        pairs = tokenize_pairs(read_pairs([file]), tokenizer)
+        pairs = tokenize_usable_pairs(read_pairs([file], tell), tokenizer, tell)
         console.print(describe(file.name, evaluate(model, pairs)), markup=False, highlight=False)
     return 0
 

@@ -98,6 +98,7 @@ def _data(manifest: Manifest) -> Iterator[str]:
     yield f"| trained on | {counts.trained} |"
     yield f"| held out | {counts.held_out} |"
     yield f"| longer than {recipe.max_length} tokens | {counts.too_long} |"
+    yield f"| that cannot be tokenized | {counts.refused} |"
     yield f"| left out because annotators disagree | {counts.disputed} |"
     yield f"| left out to balance lengths | {counts.unbalanced} |"
     yield f"| of those trained on, with a shortened prompt | {counts.shortened} |"

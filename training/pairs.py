@@ -1,6 +1,8 @@
 """Preference pairs as the model reads them: rendered, tokenized and, where they are too long, shortened.
 
 Rendering and tokenization are those of the service, because a reward learned on one rendering is not valid for another.
+Pairs that cannot be tokenized, such as conversations with a system message under a chat template that refuses it, are
+left out and counted by reason.
 """
 
 from __future__ import annotations
@@ -11,10 +13,12 @@ from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
 
+from service.data.reading import Tell
 from service.errors import DatasetError, HttpError
 from service.records import Encoding, Exchange, Item, TokenSequence
 from service.settings import TokenizationSettings
 from service.tokenization import Tokenization
+from training.failures import count_reasons, describe_reasons, reason_of
 from training.preferences import PreferencePair
 
 
@@ -37,25 +41,73 @@ class TokenizedPair:
         return max(len(self.chosen_ids), len(self.rejected_ids))
 
 
+@dataclass(frozen=True, slots=True)
+class RefusedPair:
+    """A PreferencePair that cannot be tokenized."""
+
+    pair: PreferencePair
+
+    reason: str
+    """See `training.failures.reason_of`."""
+
+
 def tokenize_pairs(pairs: Iterable[PreferencePair], tokenizer: PreTrainedTokenizerBase) -> list[TokenizedPair]:
     """Tokenize both completions of each pair, in order, with the service's tokenization. Nothing is truncated.
 
     Raises:
         CheckpointError: the tokenizer's chat template renders an empty text.
-        DatasetError: the tokenizer cannot render a prompt (a conversation without a chat template); names the pair.
+        DatasetError: the tokenizer cannot render a prompt (a conversation without a chat template); names file and row.
     """
+    outcomes = _tokenize(pairs, tokenizer)
+    for outcome in outcomes:
+        if isinstance(outcome, RefusedPair):
+            raise DatasetError(f"{_location(outcome)} cannot be tokenized: {outcome.reason}.")
+    return _tokenized(outcomes)
+
+
+def tokenize_usable_pairs(
+    pairs: Iterable[PreferencePair], tokenizer: PreTrainedTokenizerBase, tell: Tell | None = None
+) -> list[TokenizedPair]:
+    """Tokenize pairs as `tokenize_pairs` does, and leave out those that cannot be tokenized.
+
+    Args:
+        pairs: to tokenize.
+        tokenizer: of the model.
+        tell: called with the reasons and counts of pairs that are left out, if there are any.
+
+    Raises:
+        CheckpointError: the tokenizer's chat template renders an empty text.
+        DatasetError: no pair can be tokenized; names the reasons, and file and row of the first pair.
+    """
+    outcomes = _tokenize(pairs, tokenizer)
+    refused = [outcome for outcome in outcomes if isinstance(outcome, RefusedPair)]
+    if refused:
+        reasons = describe_reasons(count_reasons(outcome.reason for outcome in refused))
+        told = f"{len(refused):,} of {len(outcomes):,} pairs cannot be tokenized ({reasons}); the first is "
+        told += f"{_location(refused[0])}."
+        if len(refused) == len(outcomes):
+            raise DatasetError(told)
+        if tell is not None:
+            tell(f"Left out: {told}")
+    return _tokenized(outcomes)
+
+
+def _tokenized(outcomes: Iterable[TokenizedPair | RefusedPair]) -> list[TokenizedPair]:
+    return [outcome for outcome in outcomes if isinstance(outcome, TokenizedPair)]
+
+
+def _location(refused: RefusedPair) -> str:
+    return refused.pair.location or refused.pair.id or "A pair"
+
+
+def _tokenize(pairs: Iterable[PreferencePair], tokenizer: PreTrainedTokenizerBase) -> list[TokenizedPair | RefusedPair]:
     pairs = list(pairs)
     tokenization = Tokenization(
         tokenizer, TokenizationSettings(), max_input_tokens=sys.maxsize, vocab_size=len(tokenizer)
     )
     items = [Item(Exchange(pair.prompt, text)) for pair in pairs for text in (pair.chosen, pair.rejected)]
-    token_ids = [
-        _token_ids(outcome, index // 2) for index, outcome in enumerate(tokenization.encode(items, Encoding()))
-    ]
-    return [
-        TokenizedPair(pair, chosen_ids, rejected_ids)
-        for pair, chosen_ids, rejected_ids in zip(pairs, token_ids[::2], token_ids[1::2], strict=True)
-    ]
+    encoded = tokenization.encode(items, Encoding())
+    return [_outcome(pair, *both) for pair, *both in zip(pairs, encoded[::2], encoded[1::2], strict=True)]
 
 
 def shorten_prompts(
@@ -63,17 +115,19 @@ def shorten_prompts(
 ) -> list[TokenizedPair]:
     """Leave out the oldest exchanges (two messages each) of long pairs' prompts until the pairs fit; keep the order.
 
-    The last message is never left out, so a pair may still be too long. Completions are never changed.
+    The last message is never left out, so a pair may still be too long. Completions are never changed. A rest of a
+    conversation that the chat template refuses is not used.
 
     Raises:
-        CheckpointError, DatasetError: see `tokenize_pairs`.
+        CheckpointError: see `tokenize_pairs`.
     """
     shortened = list(pairs)
     num_turns = 2
     while indices := [n for n, pair in enumerate(shortened) if _may_lose_turns(pair, num_turns, max_length)]:
-        rest = tokenize_pairs([_without_oldest(shortened[index].pair, num_turns) for index in indices], tokenizer)
+        rest = _tokenize([_without_oldest(shortened[index].pair, num_turns) for index in indices], tokenizer)
         for index, short in zip(indices, rest, strict=True):
-            shortened[index] = replace(short, pair=shortened[index].pair, num_dropped_turns=num_turns)
+            if isinstance(short, TokenizedPair):
+                shortened[index] = replace(short, pair=shortened[index].pair, num_dropped_turns=num_turns)
         num_turns += 2
     return shortened
 
@@ -87,7 +141,11 @@ def _without_oldest(pair: PreferencePair, num_turns: int) -> PreferencePair:
     return replace(pair, prompt=pair.prompt[num_turns:])
 
 
-def _token_ids(outcome: TokenSequence | HttpError, index: int) -> tuple[int, ...]:
-    if isinstance(outcome, HttpError):
-        raise DatasetError(f"Pair {index} (counted from 0) cannot be tokenized: {outcome}")
-    return outcome.token_ids
+def _outcome(
+    pair: PreferencePair, chosen: TokenSequence | HttpError, rejected: TokenSequence | HttpError
+) -> TokenizedPair | RefusedPair:
+    if isinstance(chosen, HttpError):
+        return RefusedPair(pair, reason_of(chosen.code, chosen.detail))
+    if isinstance(rejected, HttpError):
+        return RefusedPair(pair, reason_of(rejected.code, rejected.detail))
+    return TokenizedPair(pair, chosen.token_ids, rejected.token_ids)

@@ -6,15 +6,18 @@ tokenized.
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, get_args
 
-from service.data.prompts import Prompt
+from service.data.prompts import Prompt, PromptCompletions
 from service.data.prompts import parse_pair as parse_texts
+from service.data.reading import Tell
 from service.data.rows import Row
 from service.errors import DatasetError
-from training.sources import Source, read_source, source_name
+from training.sources import Source, read_pair_rows, source_name
 
 Vote: TypeAlias = Literal["chosen", "rejected", "tie"]
 """The completion that one annotator preferred, named by the pair's label."""
@@ -47,6 +50,9 @@ class PreferencePair:
     reviews: tuple[Review, ...] = ()
     """The votes of single annotators, where they are known."""
 
+    location: str = field(default="", compare=False)
+    """The row's file and number, for messages."""
+
     @property
     def excess_chars(self) -> int:
         """Characters by which the chosen completion is longer; negative where it is shorter."""
@@ -61,15 +67,19 @@ class PreferencePair:
         return sum(weights[review.vote] for review in self.reviews) / len(self.reviews)
 
 
-def read_pairs(sources: Iterable[Source]) -> Iterator[PreferencePair]:
-    """Yield the pairs of data files, of folders of them and of data sets on the hub, in order.
+def read_pairs(sources: Iterable[Source], tell: Tell | None = None) -> Iterator[PreferencePair]:
+    """Yield the pairs of data files, of folders and patterns of them and of data sets on the hub, in order.
+
+    Args:
+        sources: to read.
+        tell: called with what was found in each file, see `service.data.reading.Reading`.
 
     Raises:
         DatasetError: a source cannot be read, or a row is not a pair; names file and row, never the text.
     """
     for source in sources:
-        for row in read_source(source):
-            yield parse_pair(row, default_source=source_name(source))
+        for row, texts in read_pair_rows(source, tell):
+            yield _pair(row, texts, source_name(source))
 
 
 def parse_pair(row: Row, default_source: str = "") -> PreferencePair:
@@ -83,7 +93,10 @@ def parse_pair(row: Row, default_source: str = "") -> PreferencePair:
     Raises:
         DatasetError: the row is not a pair; names file and row, never the text.
     """
-    texts = parse_texts(row)
+    return _pair(row, parse_texts(row), default_source)
+
+
+def _pair(row: Row, texts: PromptCompletions, default_source: str) -> PreferencePair:
     chosen, rejected = texts.completions
     return PreferencePair(
         prompt=texts.prompt,
@@ -92,6 +105,7 @@ def parse_pair(row: Row, default_source: str = "") -> PreferencePair:
         id=str(row.values.get("id") or row.location),
         source=str(row.values.get("source") or default_source),
         reviews=_parse_reviews(row),
+        location=row.location,
     )
 
 
@@ -99,6 +113,9 @@ def _parse_reviews(row: Row) -> tuple[Review, ...]:
     given = row.values.get("reviews")
     if given is None:
         return ()
+    if isinstance(given, str):  # a field of a CSV file
+        with contextlib.suppress(ValueError):
+            given = json.loads(given)
     if isinstance(given, list):
         given = {str(number): vote for number, vote in enumerate(given, start=1)}
     if not isinstance(given, dict) or not all(vote is None or vote in get_args(Vote) for vote in given.values()):

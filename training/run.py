@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from service.console import stages
+from service.data.reading import Tell
 from service.engines.devices.device import is_out_of_memory
 from service.errors import SettingsError, TrainingError
 from training.annotator_agreement import measure_annotator_agreement
@@ -26,7 +28,7 @@ from training.evaluation import evaluate
 from training.manifest import Manifest
 from training.model_folder import clear_folder, write_merged, write_model
 from training.output_folder import writing_to
-from training.pairs import TokenizedPair, shorten_prompts, tokenize_pairs
+from training.pairs import TokenizedPair, shorten_prompts, tokenize_usable_pairs
 from training.preferences import PreferencePair, read_pairs
 from training.processes import Processes
 from training.progress import ProgressLine
@@ -94,7 +96,8 @@ def run(
         stage("Loading the base")
         model, tokenizer = load_base(inputs.base_dir, recipe)
         stage("Reading and tokenizing the pairs")
-        pairs = _prepare_pairs(inputs, tokenizer, recipe)
+        tell = partial(console.print, markup=False, highlight=False)
+        pairs = _prepare_pairs(inputs, tokenizer, recipe, tell)
         stage(f"Training on {pairs.selection.counts.trained} pairs in {recipe.dtype} on {_device_name()}")
     if processes.is_main:
         with writing_to(out_dir):
@@ -145,21 +148,22 @@ def _device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU"
 
 
-def _prepare_pairs(inputs: Inputs, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> PreparedPairs:
-    pairs = list(read_pairs(inputs.data))
-    tokenized = tokenize_pairs(pairs, tokenizer)
+def _prepare_pairs(inputs: Inputs, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, tell: Tell) -> PreparedPairs:
+    pairs = list(read_pairs(inputs.data, tell))
+    tokenized = tokenize_usable_pairs(pairs, tokenizer, tell)
+    num_refused = len(pairs) - len(tokenized)
     if recipe.shorten_prompts:
         tokenized = shorten_prompts(tokenized, tokenizer, recipe.max_length)
     names = _names(inputs.eval_sources)
     evaluated = {
-        name: tokenize_pairs(read_pairs([source]), tokenizer)
+        name: tokenize_usable_pairs(read_pairs([source], tell), tokenizer, tell)
         for name, source in zip(names, inputs.eval_sources, strict=True)
     }
     watched = watched_pairs(next(iter(evaluated.values()), []), recipe)
     held_out = [] if evaluated else held_out_pairs(tokenized, recipe, MAX_HELD_OUT_PAIRS)
     return PreparedPairs(
         read=pairs,
-        selection=select_pairs(tokenized, recipe),
+        selection=select_pairs(tokenized, recipe, num_refused),
         evaluated=evaluated or ({HELD_OUT: held_out} if held_out else {}),
         watched=watched,
     )

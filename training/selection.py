@@ -33,6 +33,9 @@ class PairCounts:
     disputed: int = 0
     """Left out because too few annotators preferred the chosen completion."""
 
+    refused: int = 0
+    """Left out because they cannot be tokenized, for example because the chat template refuses their messages."""
+
     shortened: int = 0
     """Of the trained pairs, those whose prompt lost its oldest messages."""
 
@@ -45,8 +48,13 @@ class Selection:
     counts: PairCounts
 
 
-def select_pairs(pairs: Sequence[TokenizedPair], recipe: Recipe) -> Selection:
+def select_pairs(pairs: Sequence[TokenizedPair], recipe: Recipe, num_refused: int = 0) -> Selection:
     """Return the pairs that the recipe includes.
+
+    Args:
+        pairs: all that could be tokenized.
+        recipe: of the run.
+        num_refused: number of pairs that could not be tokenized, for the counts.
 
     Raises:
         DatasetError: the recipe includes no pair.
@@ -61,6 +69,7 @@ def select_pairs(pairs: Sequence[TokenizedPair], recipe: Recipe) -> Selection:
         unbalanced=len(short_enough) - len(selected),
         trained=len(selected),
         disputed=len(allowed) - len(undisputed),
+        refused=num_refused,
         shortened=sum(pair.num_dropped_turns > 0 for pair in selected),
     )
     if not selected:

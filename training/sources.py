@@ -11,11 +11,13 @@ from typing import Any, TypeAlias
 
 from reward_client.hashing import file_sha256
 
-from service.data.rows import SUFFIXES, Row, dataset_files, read_rows
+from service.data.decoders import SUFFIXES
+from service.data.reading import Example, Reading, Tell, parse_rows, read_examples
+from service.data.rows import Row, dataset_files, read_rows
 from service.errors import DatasetError
 
 Source: TypeAlias = str | Path
-"""A data file, a folder of them, or ``owner/name`` on the hub, with ``:split`` where that is not ``train``."""
+"""A data file, a folder or glob pattern of them, or ``owner/name`` on the hub (``:split`` unless it is ``train``)."""
 
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+?)(?::(?P<split>\w+))?")
 DEFAULT_SPLIT = "train"
@@ -34,22 +36,38 @@ def read_source(source: Source) -> Iterator[Row]:
         yield Row(dict(values), Path(str(source)), number)
 
 
+def read_pair_rows(source: Source, tell: Tell | None = None) -> Iterator[Example]:
+    """Yield the rows of a source with the pairs that they are; see `service.data.reading.read_examples`.
+
+    Raises:
+        DatasetError: as for `read_source`; a row is not a pair, or no row can be used.
+    """
+    if is_on_hub(source):
+        return parse_rows(read_source(source), Reading(Path(str(source))), pairs_only=True, tell=tell)
+    return read_examples(Path(source), pairs_only=True, tell=tell)
+
+
 def source_name(source: Source) -> str:
     """Return the source's name in reports: a file's name without folder and ending, or a data set's id."""
     if is_on_hub(source):
         return str(source)
     name = Path(source).name
-    return next((name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(suffix)), name)
+    suffix = next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), "")
+    return name[: len(name) - len(suffix)]
 
 
 def source_hashes(sources: Iterable[Source]) -> dict[str, str]:
-    """Return SHA-256 by name: of a data file its bytes, of a data set on the hub its rows (as JSON, in order)."""
+    """Return SHA-256 by name: of a data file its bytes, of a data set on the hub its rows (as JSON, in order).
+
+    A file goes by its name without the folder, or by its path where another file of that name came first.
+    """
     hashes: dict[str, str] = {}
     for source in sources:
         if is_on_hub(source):
             hashes[str(source)] = _rows_hash(read_source(source))
-        else:
-            hashes.update({file.name: file_sha256(file) for file in dataset_files(Path(source))})
+            continue
+        for file in dataset_files(Path(source)):
+            hashes[str(file) if file.name in hashes else file.name] = file_sha256(file)
     return hashes
 
 
@@ -59,7 +77,7 @@ def is_on_hub(source: Source) -> bool:
     return (
         isinstance(source, str)
         and not Path(source).exists()
-        and not source.endswith(SUFFIXES)
+        and not source.lower().endswith(SUFFIXES)
         and _HUB_ID.fullmatch(source) is not None
     )
 

@@ -13,6 +13,7 @@ import random
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -27,6 +28,7 @@ from service.assembly import OpenedModel, ServedModel, assemble, open_model, wit
 from service.checkpoints.demo import ADAPTER_FOLDER
 from service.checkpoints.files import CALIBRATION_FILE
 from service.console import progress_bar, stages
+from service.data.rows import dataset_files
 from service.diagnostics.calibration import read_calibration, write_calibration
 from service.diagnostics.calibration_facts import CalibrationFacts
 from service.diagnostics.candidate_taps import candidate_taps
@@ -77,7 +79,8 @@ def _calibrate(options: argparse.Namespace, console: Console) -> int:
 def _make(
     options: argparse.Namespace, settings: Settings, opened: OpenedModel, out: Path, console: Console
 ) -> tuple[ServedModel, CalibrationFacts]:
-    items = list(read_items(Path(options.data), held_out_only=options.held_out))
+    tell = partial(console.print, markup=False, highlight=False)
+    items = list(read_items(Path(options.data), held_out_only=options.held_out, tell=tell))
     if options.max_items and len(items) > options.max_items:
         items = _some_prompts(items, options.max_items, options.seed)
     sets = [entry for entry in SUITE if entry.name not in options.drop_set]
@@ -105,7 +108,8 @@ def _test(
     paths = [Path(path) for path in (*options.test, *options.ood)]
     if not paths:
         return None
-    rows = [row for path in paths for row in read_items(path)]
+    tell = partial(console.print, markup=False, highlight=False)
+    rows = [row for path in paths for row in read_items(path, tell=tell)]
     served = assemble_model()
     if served.lookup.calibration is None:
         raise CalibrationError(str(served.lookup.reason))
@@ -153,8 +157,8 @@ def _some_prompts(items: Sequence[CleanItem], max_items: int, seed: int) -> list
 
 
 def _hash(path: Path) -> str:
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
+    digests = (hashlib.sha256(file.read_bytes()).digest() for file in dataset_files(path))
+    return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from service.data.holdout import is_held_out
-from service.data.prompts import Prompt, normalized_opening, parse_completions
-from service.data.rows import read_rows
+from service.data.prompts import Prompt, normalized_opening
+from service.data.reading import Tell, read_examples
+from service.data.rows import Row
+from service.errors import DatasetError
 from service.records import Exchange
 
 Part: TypeAlias = Literal["fit_states", "fit_detectors", "select", "calibrate"]
@@ -26,6 +28,8 @@ SMALL_SHARES: dict[Part, float] = {"fit_states": 0.24, "fit_detectors": 0.26, "s
 """For a small data set the part ``calibrate`` is larger, because the noise of the false-alarm rate depends on it."""
 
 SMALL_ITEMS = 8000
+
+_FLAGS = {"true": True, "1": True, "false": False, "0": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,19 +53,18 @@ class CleanItem:
         return normalized_opening(self.exchange.prompt)
 
 
-def read_items(path: Path, *, held_out_only: bool = False) -> Iterator[CleanItem]:
-    """Yield the items of a data file or folder; a pair gives two items.
+def read_items(path: Path, *, held_out_only: bool = False, tell: Tell | None = None) -> Iterator[CleanItem]:
+    """Yield the items of a data file, a folder or a glob pattern; a pair gives two items.
 
     Args:
-        path: JSON lines or Parquet, with rows as `service.data.prompts` defines them; optional further keys are group,
-            category and is_ood.
+        path: rows as `service.data.prompts` defines them; optional further keys are group, category and is_ood.
         held_out_only: leave out the prompts that the demo model was trained on.
+        tell: called with what was found in each file, see `service.data.reading.Reading`.
 
     Raises:
         DatasetError: a file cannot be read, or a row is not valid; names file and row, never the text.
     """
-    for row in read_rows(path):
-        parsed = parse_completions(row)
+    for row, parsed in read_examples(path, tell=tell):
         if held_out_only and not is_held_out(parsed.prompt):
             continue
         group, category = row.values.get("group"), row.values.get("category")
@@ -70,8 +73,16 @@ def read_items(path: Path, *, held_out_only: bool = False) -> Iterator[CleanItem
                 Exchange(parsed.prompt, completion),
                 None if group is None else str(group),
                 "" if category is None else str(category),
-                bool(row.values.get("is_ood", False)),
+                _parse_flag("is_ood", row),
             )
+
+
+def _parse_flag(key: str, row: Row) -> bool:
+    value = row.values.get(key) or False
+    flag = _FLAGS.get(value.strip().lower()) if isinstance(value, str) else value  # a field of a CSV file is a text
+    if not isinstance(flag, bool | int):
+        raise DatasetError(f'{row.location}: "{key}" must be true or false.')
+    return bool(flag)
 
 
 def split(items: Sequence[CleanItem]) -> dict[Part, list[CleanItem]]:

@@ -9,8 +9,7 @@ from __future__ import annotations
 from itertools import islice
 from pathlib import Path
 
-from service.data.prompts import parse_completions
-from service.data.rows import read_rows
+from service.data.reading import read_examples
 from service.errors import DatasetError, HttpError
 from service.records import Encoding, Exchange, Item, Message, TokenSequence
 from service.tokenization import Tokenization
@@ -67,8 +66,8 @@ def read_items(path: Path) -> list[Item]:
     Raises:
         DatasetError: the file cannot be read, or a row is not valid; names the row, never the text.
     """
-    parsed_rows = (parse_completions(row) for row in read_rows(path))
-    items = (Item(Exchange(parsed.prompt, completion)) for parsed in parsed_rows for completion in parsed.completions)
+    examples = (parsed for _, parsed in read_examples(path))
+    items = (Item(Exchange(parsed.prompt, completion)) for parsed in examples for completion in parsed.completions)
     return list(islice(items, MAX_ITEMS))
 
 

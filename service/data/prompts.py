@@ -1,29 +1,91 @@
 """What a row of a data file means: a prompt with one completion, or with a chosen and a rejected one.
 
-Accepted forms, as calibration, export, training and the load test all read them:
+Accepted forms, as training, audit, calibration, export and the load test all read them:
 
-- ``{"prompt", "completion"}`` (or ``"response"``): one completion;
-- ``{"prompt", "chosen", "rejected"}``: a pair with an explicit prompt;
-- ``{"chosen", "rejected"}``: a pair of conversations that differ in their last message only, which is TRL's preference
-  format with an implicit prompt.
+- ``prompt`` with ``completion`` (or ``response``): one completion;
+- ``prompt`` with ``chosen`` and ``rejected``: a pair;
+- ``messages``, or one of the above without ``prompt``: whole conversations. The last message, an assistant's, is the
+  completion; what is before it is the prompt, and must be the same in both conversations of a pair. A ``prompt`` beside
+  whole conversations must be contained in them;
+- ``chosen`` and ``rejected`` as plain texts without ``prompt``: the words that both begin with are the prompt, which is
+  TRL's standard format with an implicit prompt.
 
-A prompt is a string or a list of messages. A completion is a string or a list with one assistant message. Further keys
-are ignored here. Errors name file and row, never the text.
+A prompt is a text, a transcript with role markers (see `service.data.transcripts`) or a list of messages. A completion
+is a text or one assistant message. A conversation is a list of messages, the same list as JSON or Python text (as in
+CSV files), or a transcript. The content of a message is a text or a list of parts of type text, which are joined.
+Further keys are ignored here. Errors name file and row, never the text.
 """
 
 from __future__ import annotations
 
+import ast
 import itertools
-from collections.abc import Iterable, Mapping
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from service.data.rows import Row
-from service.errors import DatasetError
+from service.data.transcripts import is_open_transcript, is_transcript, read_transcript
+from service.errors import DatasetError, UnusableRow
 from service.records import Message
 
 Prompt: TypeAlias = str | tuple[Message, ...]
 """A plain prompt, or the messages of the conversation before the completion."""
+
+Kind: TypeAlias = Literal["text", "transcript", "message", "conversation"]
+"""How a value is written. ``message``: one assistant message in a list."""
+
+PAIR_KEYS = ("chosen", "rejected")
+_SINGLE_KEYS = ("completion", "response", "messages")
+
+_ONE: Mapping[Kind, str] = {
+    "text": "text",
+    "transcript": "text with role markers",
+    "message": "one assistant message",
+    "conversation": "a conversation",
+}
+_SEVERAL: Mapping[Kind, str] = {
+    "text": "texts",
+    "transcript": "texts with role markers",
+    "message": "one assistant message each",
+    "conversation": "conversations",
+}
+
+_MESSAGES_AS_TEXT = re.compile(r"\s*\[\s*\{\s*(['\"])(?:role|content)\1\s*:")
+_LAST_WORD = re.compile(r"\s+\S*\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How a row is written; all rows of a file must be written alike."""
+
+    keys: tuple[str, ...]
+    """The keys of the completions."""
+
+    completion: Kind
+    prompt: Kind | None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the completions are written as whole conversations, which contain the prompt."""
+        return self.completion in {"transcript", "conversation"}
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether a row has a chosen and a rejected completion."""
+        return self.keys == PAIR_KEYS
+
+    def __str__(self) -> str:
+        if self.prompt == self.completion == "text":
+            return f"{', '.join(('prompt', *self.keys[:-1]))} and {self.keys[-1]} as texts"
+        kind = (_SEVERAL if self.is_pair else _ONE)[self.completion]
+        completions = f"{' and '.join(self.keys)} as {kind}"
+        if self.prompt is None:
+            return completions if self.is_whole else f"{completions}; the words that both begin with are the prompt"
+        begin = f" that {'begin' if self.is_pair else 'begins'} with it" if self.is_whole else ""
+        return f"prompt as {_ONE[self.prompt]}, {completions}{begin}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,37 +97,51 @@ class PromptCompletions:
     completions: tuple[str, ...] = field(repr=False)
     """One completion; or two of a pair, the chosen one first."""
 
+    form: Form | None = field(default=None, compare=False)
+    """How the row is written."""
+
 
 def parse_completions(row: Row) -> PromptCompletions:
     """Return the prompt of a row with its completion, or with the two completions of a pair.
 
     Raises:
-        DatasetError: the row has none of the accepted forms; names file and row.
+        UnusableRow: the row has an accepted form, but no completion of a prompt that a reward model can read.
+        DatasetError: the row has none of the accepted forms. Both name file and row.
     """
-    if _has(row, "chosen") and _has(row, "rejected"):
-        return parse_pair(row)
-    key = next((key for key in ("completion", "response") if _has(row, key)), None)
-    if key is None:
-        raise DatasetError(f'{row.location} has neither a "completion" nor a pair of "chosen" and "rejected".')
-    return PromptCompletions(_parse_prompt(row), (_parse_completion(key, row),))
+    if all(_has(row, key) for key in PAIR_KEYS):
+        return _parse(row, PAIR_KEYS)
+    key = next((key for key in _SINGLE_KEYS if _has(row, key)), None)
+    if key is not None:
+        return _parse(row, (key,))
+    check_values(row, PAIR_KEYS)
+    check_values(row, [key for key in _SINGLE_KEYS if key in row.values])
+    raise DatasetError(
+        f'{row.location} has neither a "completion" nor "messages" nor a pair of "chosen" and "rejected".'
+    )
 
 
 def parse_pair(row: Row) -> PromptCompletions:
     """Return the prompt of a row with its chosen and its rejected completion.
 
     Raises:
-        DatasetError: the row is not a pair; names file and row.
+        UnusableRow, DatasetError: as for `parse_completions`; DatasetError also where the row is not a pair.
     """
-    if _has(row, "prompt"):
-        return PromptCompletions(
-            _parse_prompt(row), (_parse_completion("chosen", row), _parse_completion("rejected", row))
-        )
-    if isinstance(row.values.get("chosen"), list) and isinstance(row.values.get("rejected"), list):
-        return _split_conversations(_parse_messages("chosen", row), _parse_messages("rejected", row), row)
-    raise DatasetError(
-        f'{row.location} has no "prompt"; without one, "chosen" and "rejected" must be conversations that start with '
-        "the same messages."
-    )
+    if all(_has(row, key) for key in PAIR_KEYS):
+        return _parse(row, PAIR_KEYS)
+    check_values(row, PAIR_KEYS)
+    raise DatasetError(f'{row.location} is not a pair: it must have "chosen" and "rejected".')
+
+
+def check_values(row: Row, keys: Iterable[str]) -> None:
+    """Check that the row has a value for each of these keys, if it has the keys.
+
+    Raises:
+        UnusableRow: all keys are in the row, and the value of one is null, NaN or an empty field of a CSV file.
+    """
+    keys = list(keys)
+    missing = [key for key in keys if not _has(row, key)]
+    if missing and all(key in row.values for key in keys):
+        raise UnusableRow(row.location, f'"{missing[0]}" has no value')
 
 
 def normalized_opening(prompt: str | Iterable[Message]) -> str:
@@ -85,51 +161,154 @@ def _opening(prompt: str | Iterable[Message]) -> str:
     return (user_messages or [message.content for message in messages[:1]] or [""])[0]
 
 
+# --- Forms -----------------------------------------------------------------------------------------------------------
+
+
+def _parse(row: Row, keys: tuple[str, ...]) -> PromptCompletions:
+    prompt = _parse_prompt(row) if _has(row, "prompt") else None
+    values = [_parse_value(key, row) for key in keys]
+    kinds = {_kind(value, prompt) for value in values}
+    if len(kinds) > 1:
+        first, second = (_ONE[_kind(value, prompt)] for value in values)
+        raise DatasetError(f'{row.location}: "{keys[0]}" is {first}, but "{keys[1]}" is {second}.')
+    (kind,) = kinds
+    form = Form(keys, kind, None if prompt is None else prompt.kind)
+    if kind in {"transcript", "conversation"}:
+        whole, completions = _split_conversations([_messages_of(value) for value in values], prompt, row)
+        return PromptCompletions(whole, completions, form)
+    texts = [value if isinstance(value, str) else value[0].content for value in values]
+    if prompt is None:
+        if kind == "message":
+            raise DatasetError(f'{row.location} has no "prompt", and no message before the completion.')
+        return _split_texts(texts, form, row)
+    if prompt.kind == "transcript" and kind == "text" and not prompt.ends_in_space:
+        texts = [text.removeprefix(" ") for text in texts]
+    return PromptCompletions(prompt.value, tuple(texts), form)
+
+
+@dataclass(frozen=True, slots=True)
+class _ParsedPrompt:
+    value: Prompt = field(repr=False)
+    kind: Kind
+
+    ends_in_space: bool = False
+    """Of a transcript: whether the space after the last marker is part of the prompt."""
+
+    def is_contained_in(self, messages: Sequence[Message]) -> bool:
+        if isinstance(self.value, str):
+            text = self.value.strip()
+            return any(message.role == "user" and message.content.strip() == text for message in messages)
+        return tuple(messages[: len(self.value)]) == self.value
+
+
+def _kind(value: str | tuple[Message, ...], prompt: _ParsedPrompt | None) -> Kind:
+    if isinstance(value, str):
+        # Beside a prompt only a transcript that contains it is a whole conversation: a completion may look like one.
+        is_whole = is_transcript(value) and (prompt is None or prompt.is_contained_in(read_transcript(value)))
+        return "transcript" if is_whole else "text"
+    return "message" if len(value) == 1 and value[0].role == "assistant" else "conversation"
+
+
+def _messages_of(value: str | tuple[Message, ...]) -> tuple[Message, ...]:
+    return read_transcript(value) if isinstance(value, str) else value
+
+
+def _split_conversations(
+    conversations: Sequence[tuple[Message, ...]], prompt: _ParsedPrompt | None, row: Row
+) -> tuple[Prompt, tuple[str, ...]]:
+    """Take the last message of each conversation as the completion, and what they have in common before it."""
+    before = conversations[0][:-1]
+    if any(conversation[-1].role != "assistant" for conversation in conversations):
+        raise UnusableRow(row.location, "the last message is not an assistant's")
+    if not before:
+        raise UnusableRow(row.location, "there is no message before the last one")
+    if any(conversation[:-1] != before for conversation in conversations):
+        raise UnusableRow(row.location, "the conversations differ before their last message")
+    if prompt is not None and not prompt.is_contained_in(before):
+        raise UnusableRow(row.location, "the conversation does not contain the prompt")
+    return before, tuple(conversation[-1].content for conversation in conversations)
+
+
+def _split_texts(texts: Sequence[str], form: Form, row: Row) -> PromptCompletions:
+    """Split two plain texts where their common words end; the space before a completion belongs to the completion."""
+    if not form.is_pair:
+        raise DatasetError(f'{row.location}: "prompt" must be a string or a list of messages.')
+    equal = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*texts, strict=False))
+    common = "".join(char for char, _ in equal)
+    split = _LAST_WORD.search(common)
+    if texts[0] == texts[1]:
+        raise UnusableRow(row.location, "the texts are identical and there is no prompt")
+    if split is None or not split.start():
+        raise DatasetError(
+            f'{row.location} has no "prompt", and "chosen" and "rejected" are texts that do not begin alike.'
+        )
+    return PromptCompletions(common[: split.start()], tuple(text[split.start() :] for text in texts), form)
+
+
+# --- Values ----------------------------------------------------------------------------------------------------------
+
+
 def _has(row: Row, key: str) -> bool:
     # Parquet has the same columns for all rows, so an absent value is a null there.
     return row.values.get(key) is not None
 
 
-def _parse_prompt(row: Row) -> Prompt:
-    prompt = row.values.get("prompt")
-    if isinstance(prompt, str):
-        return prompt
-    if not isinstance(prompt, list) or not prompt:
-        raise DatasetError(f'{row.location}: "prompt" must be a string or a list of messages.')
-    return tuple(_parse_messages("prompt", row))
+def _parse_prompt(row: Row) -> _ParsedPrompt:
+    value = _parse_value("prompt", row)
+    if not isinstance(value, str):
+        return _ParsedPrompt(value, "conversation")
+    if is_open_transcript(value):
+        return _ParsedPrompt(read_transcript(value)[:-1], "transcript", ends_in_space=value.endswith(" "))
+    return _ParsedPrompt(value, "text")
 
 
-def _parse_completion(key: str, row: Row) -> str:
-    if not isinstance(row.values.get(key), list):
-        return _parse_text(row.values, key, row)
-    messages = _parse_messages(key, row)
-    if len(messages) != 1 or messages[0].role != "assistant":
-        raise DatasetError(f'{row.location}: "{key}" must be a string or one assistant message.')
-    return messages[0].content
+def _parse_value(key: str, row: Row) -> str | tuple[Message, ...]:
+    value = row.values[key]
+    if isinstance(value, str) and _MESSAGES_AS_TEXT.match(value):
+        value = _parse_messages_as_text(key, value, row)
+    if isinstance(value, str) and key != "messages":
+        return _check_unicode(value, row)
+    if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
+        wanted = "a list of messages" if key == "messages" else "a string or a list of messages"
+        raise DatasetError(f'{row.location}: "{key}" must be {wanted}.')
+    return tuple(_parse_message(message, row) for message in value)
 
 
-def _split_conversations(chosen: list[Message], rejected: list[Message], row: Row) -> PromptCompletions:
-    """Take the common messages as the prompt; each conversation must continue with one assistant message."""
-    before_last = zip(chosen[:-1], rejected[:-1], strict=False)
-    common = [message for message, _ in itertools.takewhile(lambda messages: messages[0] == messages[1], before_last)]
-    for conversation in (chosen, rejected):
-        if not common or len(conversation) != len(common) + 1 or conversation[-1].role != "assistant":
-            raise DatasetError(
-                f'{row.location}: "chosen" and "rejected" must have the same messages except for the last, an '
-                "assistant's."
-            )
-    return PromptCompletions(tuple(common), (chosen[-1].content, rejected[-1].content))
+def _parse_messages_as_text(key: str, text: str, row: Row) -> Any:
+    """Read messages that were written into one text field: as JSON, or as Python writes them (pandas' ``to_csv``)."""
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            return parse(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue  # the exception contains the text
+    raise DatasetError(f'{row.location}: the messages in "{key}" are written as text, but not as JSON.')
 
 
-def _parse_messages(key: str, row: Row) -> list[Message]:
-    messages = row.values[key]
-    if not all(isinstance(message, dict) for message in messages):
-        raise DatasetError(f'{row.location}: "{key}" must be a string or a list of messages.')
-    return [Message(_parse_text(message, "role", row), _parse_text(message, "content", row)) for message in messages]
+def _parse_message(message: Mapping[str, Any], row: Row) -> Message:
+    if any(message.get(key) for key in ("tool_calls", "function_call")):
+        raise UnusableRow(row.location, "a message has tool calls")
+    role = message.get("role")
+    if not isinstance(role, str):
+        raise DatasetError(f'{row.location}: "role" must be a string.')
+    if "content" in message and message["content"] is None:
+        raise UnusableRow(row.location, "the content of a message is null")
+    return Message(role, _check_unicode(_parse_content(message.get("content"), row), row))
 
 
-def _parse_text(values: Mapping[str, Any], key: str, row: Row) -> str:
-    text = values.get(key)
-    if not isinstance(text, str):
-        raise DatasetError(f'{row.location}: "{key}" must be a string.')
+def _parse_content(content: object, row: Row) -> str:
+    if isinstance(content, list) and all(isinstance(part, dict) and "type" in part for part in content):
+        if any(part["type"] != "text" for part in content):
+            raise UnusableRow(row.location, "a part of a message's content is not text")
+        if all(isinstance(part.get("text"), str) for part in content):
+            return "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise DatasetError(f'{row.location}: "content" must be a string.')
+    return content
+
+
+def _check_unicode(text: str, row: Row) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can write; tokenizers cannot read it
+        raise UnusableRow(row.location, "a text is not valid Unicode") from None
     return text

@@ -1,23 +1,21 @@
-"""Rows of data files: JSON lines (plain or gzipped), Parquet, or a folder of them, as one stream of dictionaries.
+"""Rows of data files: a file, a folder or a glob pattern of files, as one stream of dictionaries.
 
-This module reads files and lines; `service.data.prompts` defines what a row means. Rows are read one at a time, so
-a data set may be larger than memory.
+`service.data.decoders` reads the formats and `service.data.prompts` defines what a row means.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
+import glob
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from service.data.decoders import SUFFIX_RULE, SUFFIXES, FileFacts, read_file
 from service.errors import DatasetError
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
-"""Endings of the files that are read from a folder."""
+_DESCRIPTIONS = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
+"""Files that ``datasets`` writes beside the data; they have no rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +26,8 @@ class Row:
     path: Path
 
     number: int
-    """Counted from 1: the line of a JSON-lines file (empty lines included), or the row of a Parquet file."""
+    """Counted from 1: the line of a JSON-lines or CSV file (empty lines and the header included; of a row of several
+    lines the first), or the row of any other file."""
 
     @property
     def location(self) -> str:
@@ -37,75 +36,55 @@ class Row:
 
 
 def dataset_files(path: Path) -> list[Path]:
-    """Return the data files of a path: the file itself, or a folder's files in the order of their names.
+    """Return the data files of a path: the file itself, or those of a folder or a glob pattern in order of their names.
 
-    Subfolders are not searched.
+    Subfolders are not searched, except by ``**`` in a pattern. Hidden files (such as ``._train.jsonl``, which macOS
+    writes beside ``train.jsonl``) and descriptions of data sets are skipped.
 
     Raises:
-        DatasetError: the path does not exist, the file has another ending, or the folder has no data file.
+        DatasetError: the path does not exist, the file has another ending, or the folder or pattern has no data file.
     """
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.is_file() and file.name.endswith(SUFFIXES))
+        files = sorted(file for file in path.iterdir() if _is_data_file(file))
         if not files:
-            raise DatasetError(f"{path} has no data file; the names of data files end in {', '.join(SUFFIXES)}.")
+            raise DatasetError(f"{path} has no data file; {SUFFIX_RULE}.")
         return files
     if not path.exists():
-        raise DatasetError(f"{path} does not exist.")
-    if not path.name.endswith(SUFFIXES):
-        raise DatasetError(f"{path} is not a data file; the names of data files end in {', '.join(SUFFIXES)}.")
+        return _matching_files(path)
+    if not path.name.lower().endswith(SUFFIXES):
+        raise DatasetError(f"{path} is not a data file; {SUFFIX_RULE}.")
     return [path]
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """Yield the rows of a data file, or of all data files of a folder, in file order.
+    """Yield the rows of a data file, or of all data files of a folder or a glob pattern, in file order.
 
     Raises:
-        DatasetError: a file cannot be read, or a line is not one JSON object; names file and line, never the text.
-            It is raised when that line is reached, after the rows before it were yielded.
+        DatasetError: a file cannot be read, or a line is not a row; names file and line, never the text. It is raised
+            when that line is reached, after the rows before it were yielded.
     """
     for file in dataset_files(path):
-        if file.suffix == ".parquet":
-            yield from _read_parquet(file)
-        else:
-            yield from _read_json_lines(file)
+        yield from read_rows_of(file, FileFacts())
 
 
-def _read_json_lines(path: Path) -> Iterator[Row]:
-    try:
-        with _open_lines(path) as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield Row(_parse_object(line, path, number), path, number)
-    except (OSError, EOFError, zlib.error) as error:
-        # gzip reports a damaged file as any of these three.
-        raise DatasetError(f"{path} cannot be read: {type(error).__name__}.") from error
+def read_rows_of(file: Path, facts: FileFacts) -> Iterator[Row]:
+    """Yield the rows of one data file, and fill ``facts``.
+
+    Raises:
+        DatasetError: see `read_rows`.
+    """
+    return (Row(values, file, number) for number, values in read_file(file, facts))
 
 
-def _open_lines(path: Path) -> gzip.GzipFile | BinaryIO:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+def _is_data_file(file: Path) -> bool:
+    is_hidden = file.name.startswith(".")
+    return not is_hidden and file.name not in _DESCRIPTIONS and file.name.lower().endswith(SUFFIXES) and file.is_file()
 
 
-def _parse_object(line: bytes, path: Path, number: int) -> dict[str, Any]:
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError):
-        # The decoder's exception contains the line, so it is not chained.
-        raise DatasetError(f"{path}, line {number} is not JSON in UTF-8.") from None
-    if not isinstance(values, dict):
-        raise DatasetError(f"{path}, line {number} is not a JSON object, but a {type(values).__name__}.")
-    return values
-
-
-def _read_parquet(path: Path) -> Iterator[Row]:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    number = 0
-    try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                for values in batch.to_pylist():
-                    number += 1
-                    yield Row(values, path, number)
-    except (OSError, pa.ArrowException) as error:
-        raise DatasetError(f"{path} cannot be read as Parquet: {type(error).__name__}.") from error
+def _matching_files(pattern: Path) -> list[Path]:
+    if not glob.has_magic(str(pattern)):
+        raise DatasetError(f"{pattern} does not exist.")
+    files = sorted(file for file in map(Path, glob.glob(str(pattern), recursive=True)) if _is_data_file(file))  # noqa: PTH207 - a pattern may be absolute
+    if not files:
+        raise DatasetError(f"No data file matches {pattern}; {SUFFIX_RULE}.")
+    return files

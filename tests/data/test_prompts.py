@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,13 @@ import pytest
 
 from service.data.prompts import PromptCompletions, normalized_opening, parse_completions, parse_pair
 from service.data.rows import Row
-from service.errors import DatasetError
+from service.errors import DatasetError, UnusableRow
 from service.records import Message
 
 CANARY = "canary-4c1d"
 PROMPT = [{"role": "user", "content": "Why?"}]
 GOOD, POOR = {"role": "assistant", "content": "Because."}, {"role": "assistant", "content": "No."}
+PARTS = [{"role": "user", "content": [{"type": "text", "text": "Wh"}, {"type": "text", "text": "y?"}]}]
 MESSAGES = (Message("user", "Why?"),)
 PAIR = PromptCompletions(MESSAGES, ("Because.", "No."))
 
@@ -30,11 +32,25 @@ def row(**values: Any) -> Row:
         {"prompt": PROMPT, "chosen": [GOOD], "rejected": [POOR]},
         {"chosen": [*PROMPT, GOOD], "rejected": [*PROMPT, POOR]},
         {"prompt": PROMPT, "chosen": "Because.", "rejected": "No.", "completion": None, "response": None},
+        {"prompt": "Why?", "chosen": [*PROMPT, GOOD], "rejected": [*PROMPT, POOR], "messages": [*PROMPT, GOOD]},
+        {"prompt": PROMPT, "chosen": [*PROMPT, GOOD], "rejected": [*PROMPT, POOR]},
+        {"chosen": "\n\nHuman: Why?\n\nAssistant: Because.", "rejected": "\n\nHuman: Why?\n\nAssistant: No."},
+        {"prompt": "\n\nHuman: Why?\n\nAssistant:", "chosen": " Because.", "rejected": " No.", "response": " No."},
+        {"prompt": "\n\nHuman: Why?\n\nAssistant: ", "chosen": "Because.", "rejected": "No."},
+        {
+            "prompt": "\n\nHuman: Why?\n\nAssistant:",
+            "chosen": "\n\nHuman: Why?\n\nAssistant: Because.",
+            "rejected": "\n\nHuman: Why?\n\nAssistant: No.",
+        },
+        {"prompt": PARTS, "chosen": "Because.", "rejected": "No."},
+        {"chosen": json.dumps([*PROMPT, GOOD]), "rejected": json.dumps([*PROMPT, POOR])},
+        {"prompt": str(PROMPT), "chosen": str([GOOD]), "rejected": str([POOR])},
     ],
-    ids=["strings", "explicit-prompt", "implicit-prompt", "parquet-nulls"],
-)
+    ids=["strings", "explicit-prompt", "implicit-prompt", "parquet-nulls", "ultrafeedback", "whole-conversations",
+         "hh", "hh-prompt", "hh-prompt-with-space", "hh-whole", "content-parts", "json-text", "python-text"],
+)  # fmt: skip
 def test_all_forms_of_a_pair_are_the_same_pair(values: dict[str, Any]) -> None:
-    """TRL's conversational forms and plain strings give the same texts, from either function."""
+    """The formats of TRL, UltraFeedback, Skywork and HH and plain strings give the same texts, from either function."""
     assert parse_pair(row(**values)) == parse_completions(row(**values)) == PAIR
 
 
@@ -45,8 +61,21 @@ def test_all_forms_of_a_pair_are_the_same_pair(values: dict[str, Any]) -> None:
         {"prompt": PROMPT, "response": "Because."},
         {"prompt": PROMPT, "completion": [GOOD]},
         {"prompt": PROMPT, "completion": "Because.", "chosen": None, "rejected": None},
+        {"messages": [*PROMPT, GOOD]},
+        {"messages": [*PROMPT, GOOD], "prompt": "Why?"},
+        {"completion": [*PROMPT, GOOD]},
+        {"completion": "\n\nHuman: Why?\n\nAssistant: Because."},
     ],
-    ids=["completion", "response", "assistant-message", "parquet-nulls"],
+    ids=[
+        "completion",
+        "response",
+        "assistant-message",
+        "parquet-nulls",
+        "messages",
+        "messages-and-prompt",
+        "whole",
+        "hh",
+    ],
 )
 def test_a_row_may_have_one_completion(values: dict[str, Any]) -> None:
     """Under either key, as a string or as one assistant message."""
@@ -93,16 +122,17 @@ def test_an_invalid_row_is_named_and_not_shown(values: dict[str, Any], message: 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"chosen": CANARY, "rejected": CANARY}, 'has no "prompt"'),
-        ({"chosen": [GOOD], "rejected": [POOR]}, "must have the same messages except for the last"),
-        ({"chosen": [*PROMPT, GOOD, *PROMPT, GOOD], "rejected": [*PROMPT, POOR, *PROMPT, POOR]}, "the same messages"),
-        ({"chosen": [*PROMPT, *PROMPT], "rejected": [*PROMPT, POOR]}, "an assistant's"),
+        ({"prompt": CANARY, "chosen": CANARY}, "is not a pair"),
+        ({"chosen": CANARY, "rejected": "No."}, 'has no "prompt"'),
+        ({"chosen": [GOOD], "rejected": [POOR]}, 'has no "prompt"'),
         (
             {"prompt": PROMPT, "chosen": [*PROMPT, GOOD], "rejected": "No."},
-            '"chosen" must be a string or one assistant',
+            '"chosen" is a conversation, but "rejected"',
         ),
+        ({"prompt": CANARY, "chosen": [], "rejected": []}, '"chosen" must be a string or a list of messages'),
+        ({"prompt": CANARY, "chosen": f"[{{'role': {CANARY}", "rejected": "No."}, "written as text, but not as JSON"),
     ],
-    ids=["only-strings", "no-prompt", "early-difference", "user-message", "two-messages"],
+    ids=["no-rejected", "only-strings", "no-prompt", "two-kinds", "no-messages", "cut-off"],
 )
 def test_an_invalid_pair_is_named_and_not_shown(values: dict[str, Any], message: str) -> None:
     """The error names file, row and rule, never the text."""
@@ -111,6 +141,53 @@ def test_an_invalid_pair_is_named_and_not_shown(values: dict[str, Any], message:
 
     assert "rows, row 1" in str(caught.value)
     assert CANARY not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"chosen": [*PROMPT, GOOD, *PROMPT, GOOD], "rejected": [*PROMPT, POOR, *PROMPT, POOR]}, "differ before their"),
+        ({"chosen": [*PROMPT, *PROMPT], "rejected": [*PROMPT, POOR]}, "the last message is not an assistant's"),
+        ({"prompt": CANARY, "chosen": [*PROMPT, GOOD], "rejected": [*PROMPT, POOR]}, "does not contain the prompt"),
+        ({"prompt": [GOOD], "chosen": [*PROMPT, GOOD], "rejected": [*PROMPT, POOR]}, "does not contain the prompt"),
+        ({"prompt": CANARY, "chosen": None, "rejected": CANARY}, '"chosen" has no value'),
+        ({"chosen": f"{CANARY} x", "rejected": f"{CANARY} x"}, "the texts are identical and there is no prompt"),
+        ({"prompt": [{"role": "user", "content": None}], "chosen": CANARY, "rejected": "No."}, "content .* is null"),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "image_url"}]}], "chosen": CANARY, "rejected": "No."},
+            "a part of a message's content is not text",
+        ),
+        (
+            {"messages": [*PROMPT, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}, GOOD]},
+            "a message has tool calls",
+        ),
+        ({"prompt": f"{CANARY}\ud83d", "chosen": CANARY, "rejected": "No."}, "not valid Unicode"),
+    ],
+    ids=["early-difference", "user-last", "other-prompt", "other-messages", "null", "tie", "null-content", "image",
+         "tool-calls", "half-a-surrogate-pair"],
+)  # fmt: skip
+def test_a_row_without_a_usable_pair_has_a_reason(values: dict[str, Any], reason: str) -> None:
+    """Such a row can be left out and counted: its error has the location and a reason, never the text."""
+    with pytest.raises(UnusableRow, match=reason) as caught:
+        parse_completions(row(**values))
+
+    assert caught.value.location == "rows, row 1"
+    assert CANARY not in str(caught.value)
+
+
+def test_plain_texts_without_a_prompt_begin_with_it() -> None:
+    """TRL's standard format with an implicit prompt: the split is at a word, and prompt and completion are the text."""
+    pair = parse_pair(row(chosen="Q: Why?\nA: Because it is.", rejected="Q: Why?\nA: Because it was."))
+
+    assert pair.prompt == "Q: Why?\nA: Because it"
+    assert pair.completions == (" is.", " was.")
+
+
+def test_a_completion_that_looks_like_a_transcript_is_a_completion() -> None:
+    """Beside a prompt that it does not contain, a text with role markers is what the model wrote."""
+    text = "\n\nHuman: Other\n\nAssistant: Yes."
+
+    assert parse_pair(row(prompt="Why?", chosen=text, rejected="No.")).completions == (text, "No.")
 
 
 @pytest.mark.parametrize(

@@ -51,13 +51,15 @@ def test_parquet_rows_are_dictionaries(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_its_data_files_in_name_order(tmp_path: Path) -> None:
-    """Files of all formats are read in the order of their names; other files are ignored."""
+    """Files of all formats are read in the order of their names, others are ignored; a pattern selects files too."""
     write_lines(tmp_path / "b.jsonl", [{"n": 2}])
     write_lines(tmp_path / "a.jsonl.gz", [{"n": 1}])
     parquet.write_table(pa.Table.from_pylist([{"n": 3}]), tmp_path / "c.parquet")
     (tmp_path / "README.md").write_text("not a data file")
+    (tmp_path / "._a.jsonl").write_bytes(b"\x00\x05\x16\x07")
+    (tmp_path / "dataset_info.json").write_text("{}")
 
-    assert values(tmp_path) == [{"n": 1}, {"n": 2}, {"n": 3}]
+    assert values(tmp_path) == values(tmp_path / "*") == values(tmp_path / "[a-c].*") == [{"n": 1}, {"n": 2}, {"n": 3}]
 
 
 def test_an_empty_line_is_counted_but_not_a_row(tmp_path: Path) -> None:
@@ -117,14 +119,16 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes) -> N
 
 def test_a_path_without_data_is_refused(tmp_path: Path) -> None:
     """A missing path, a file with another ending and a folder without data files have different messages."""
-    (tmp_path / "rows.csv").write_text("a,b\n")
+    (tmp_path / "rows.txt").write_text("a,b\n")
     (tmp_path / "empty").mkdir()
 
     with pytest.raises(DatasetError, match="does not exist"):
         list(read_rows(tmp_path / "missing.jsonl"))
     with pytest.raises(DatasetError, match="is not a data file"):
-        list(read_rows(tmp_path / "rows.csv"))
-    with pytest.raises(DatasetError, match="has no data file"):
+        list(read_rows(tmp_path / "rows.txt"))
+    with pytest.raises(DatasetError, match="No data file matches"):
+        list(read_rows(tmp_path / "*.jsonl"))
+    with pytest.raises(DatasetError, match=r"has no data file; .* \.csv .* \.parquet"):
         list(read_rows(tmp_path / "empty"))
 
 

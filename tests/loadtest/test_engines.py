@@ -119,19 +119,16 @@ def test_mixed_work_is_longer_than_short_and_shorter_than_long() -> None:
 
 def test_rows_of_a_file_become_groups(tmp_path: Path, checkpoint: Checkpoint) -> None:
     """Items, pairs and conversations are read; a completion above the token limit is counted as refused."""
-    rows = [
+    turns = [{"role": "user", "content": "read"}, {"role": "user", "content": "on"}]
+    rows: list[dict[str, object]] = [
         {"prompt": "new work", "completion": " good day"},
-        {
-            "prompt": [{"role": "user", "content": "read"}, {"role": "user", "content": "on"}],
-            "chosen": "a",
-            "rejected": "b",
-        },
+        {"prompt": turns, "chosen": "a", "rejected": "b"},
         {"prompt": "x", "completion": "word " * 5000},
     ]
-    file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for number, row in enumerate(rows):
+        (tmp_path / f"{number}.jsonl").write_text(json.dumps(row) + "\n")
 
-    groups = list(read_groups(file))
+    groups = list(read_groups(tmp_path))
     work = tokenize(groups, checkpoint)
 
     assert [group.prompt for group in groups] == ["new work", "read\n\non", "x"]

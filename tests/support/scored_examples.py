@@ -12,7 +12,7 @@ from service.console import Advance
 from service.records import Exchange
 from training.audit.findings import Findings, investigate
 from training.audit.scored_pairs import ScoredPairs
-from training.audit.scoring import ScoredCompletion, score_pairs
+from training.audit.scoring import Outcome, ScoredCompletion, UnscoredCompletion, score_pairs
 from training.preferences import PreferencePair
 
 MODEL = {"name": "example", "version": "0123"}
@@ -29,11 +29,13 @@ class FunctionScorer:
     def description(self) -> Mapping[str, Any]:
         return MODEL
 
-    def score(self, exchanges: Sequence[Exchange], advance: Advance) -> list[ScoredCompletion | None]:
+    def score(self, exchanges: Sequence[Exchange], advance: Advance) -> list[Outcome]:
         advance(len(exchanges))
         rewards = [self._reward_of(exchange) for exchange in exchanges]
         return [
-            None if reward is None else ScoredCompletion(reward, len(exchange.completion.split()))
+            UnscoredCompletion("no reward")
+            if reward is None
+            else ScoredCompletion(reward, len(exchange.completion.split()))
             for reward, exchange in zip(rewards, exchanges, strict=True)
         ]
 

@@ -207,3 +207,11 @@ def _save(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFa
     with transformers_silenced():
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def refuse_system_messages(checkpoint: Path) -> None:
+    """Make the chat template of a checkpoint raise on a system message, as Gemma's does."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
+    guard = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    tokenizer.chat_template = guard + tokenizer.chat_template
+    tokenizer.save_pretrained(checkpoint)

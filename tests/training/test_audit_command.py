@@ -12,7 +12,7 @@ from preference_rows import longer_wins_pairs, polite_pairs, with_slips, write_p
 from reward_client import RewardClient
 from serving import serving
 from tiny_bundles import write_tiny_bundle
-from tiny_models import write_tiny_causal_lm, write_tiny_checkpoint
+from tiny_models import refuse_system_messages, write_tiny_causal_lm, write_tiny_checkpoint
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from service.assembly import assemble
@@ -21,7 +21,7 @@ from service.records import Exchange, Message
 from service.settings import read_settings
 from training.audit import command
 from training.audit.command import audit, main
-from training.audit.scoring import ServiceScorer, load_checkpoint_scorer, score_pairs
+from training.audit.scoring import ScoredCompletion, ServiceScorer, load_checkpoint_scorer, score_pairs
 from training.evaluation import evaluate
 from training.pairs import tokenize_pairs
 from training.preferences import PreferencePair, read_pairs
@@ -63,7 +63,36 @@ def test_a_pair_that_is_too_long_is_left_out(tmp_path: Path) -> None:
     scored = score_pairs(pairs, load_checkpoint_scorer(checkpoint, truncation="error", num_threads=1), counted.append)
 
     assert scored.pairs == pairs[1:]
-    assert (scored.num_failed, sum(counted)) == (1, 4)
+    assert (scored.failures, sum(counted)) == ({"The item has too many tokens": 1}, 4)
+
+
+def test_the_reasons_of_missing_rewards_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Pairs that the chat template refuses are counted by reason, in the message and in the report; nothing is nan."""
+    checkpoint = write_tiny_checkpoint(tmp_path / "model")
+    refuse_system_messages(checkpoint)
+    system = {"role": "system", "content": "Be brief."}
+    refused = [row | {"prompt": [system, *row["prompt"]]} for row in polite_pairs(4)]
+    ties = [row | {"chosen": row["rejected"]} for row in polite_pairs(20, seed=1)]
+    options = ["--out", str(tmp_path / "out"), "--threads", "1"]
+
+    too_few = main([str(checkpoint), str(write_pairs(tmp_path / "refused.jsonl", refused)), *options])
+    assert too_few == 1
+    message = capsys.readouterr().err
+    assert "0 pairs have rewards, and 4 have none (4: The model's chat template" in message
+
+    status = main([str(checkpoint), str(write_pairs(tmp_path / "pairs.jsonl", [*refused, *ties])), *options])
+
+    printed = capsys.readouterr().err
+    assert status == 0
+    assert "4 pairs have no reward: 4: The model's chat template" in printed
+    assert "pairs.jsonl: 20 pairs of identical completions (not left out)" in printed
+    assert "nan" not in printed
+    written = json.loads((tmp_path / "out" / "audit.json").read_text())
+    assert list(written["data"]["pairs_without_reward"].values()) == [4]
+    assert written["data"]["pairs_of_identical_completions"] == 20
+    html = (tmp_path / "out" / "audit.html").read_text()
+    assert ">nan" not in html
+    assert "nan%" not in html
 
 
 @pytest.mark.parametrize("write", [write_tiny_checkpoint, write_tiny_bundle], ids=["checkpoint", "onnx-bundle"])
@@ -77,7 +106,7 @@ def test_an_audit_names_the_version_that_is_served(tmp_path: Path, write: Callab
 
     served = assemble(read_settings({"model": {"path": str(folder), "num_threads": 1}}))
     description = scorer.description()
-    assert score is not None
+    assert isinstance(score, ScoredCompletion)
     assert (description["name"], description["version"]) == (served.identity.name, served.identity.version)
 
 
@@ -107,6 +136,7 @@ def test_a_service_is_scored_over_http() -> None:
         scored = score_pairs(pairs, scorer, silent)
         description = scorer.description()
 
+    assert scored.failures == {"The forward pass failed on this item": 2}
     assert [pair.rejected for pair in scored.pairs] == [str(n) for n in range(20) if n not in {12, 13}]
     assert set(scored.gaps) == {1.0}
     assert scored.chosen_lengths[0] == 101

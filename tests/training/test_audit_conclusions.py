@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from scored_examples import audited, human_pairs, scored, scored_by
@@ -99,7 +101,7 @@ def test_shared_prompts_are_reported_as_leakage() -> None:
 
     assert (answer.answer, answer.level) == ("yes: shared prompts", "bad")
     assert "30 of 300 pairs" in answer.reason
-    assert "without them accuracy is" in answer.reason
+    assert "accuracy on the others: " in answer.reason
 
 
 def test_an_accuracy_that_is_too_high_is_suspicious() -> None:
@@ -159,9 +161,23 @@ def test_the_gap_is_compared_with_usual_ones(factor: float, answer: str) -> None
 
 
 def test_too_few_pairs_are_refused() -> None:
-    """The message gives the number of pairs with and without rewards."""
-    with pytest.raises(DatasetError, match="5 pairs have rewards"):
-        investigate(scored([1.0] * 5), model={}, data={})
+    """The message gives the number of pairs with and without rewards, and the reasons."""
+    few = dataclasses.replace(scored([1.0] * 5), failures={"The item has too many tokens": 7})
+
+    with pytest.raises(DatasetError, match=r"5 pairs have rewards, and 7 have none \(7: The item has too many"):
+        investigate(few, model={}, data={})
+
+
+def test_shares_of_no_pairs_are_not_numbers() -> None:
+    """Pairs of identical completions: what needs pairs of unequal length says that there are none, never "nan"."""
+    ties = [PreferencePair(f"{n}", f"answer {n}", f"answer {n}") for n in range(20)]
+
+    found = conclusions_of(audited(hash_reward, ties))
+
+    reasons = " ".join(conclusion.reason for conclusion in found)
+    assert "20 of them have identical completions" in reasons
+    assert "which it prefers the longer answer: no pair of that kind" in reasons
+    assert "nan" not in reasons
 
 
 def test_pairs_without_a_reward_are_left_out_and_counted() -> None:
@@ -170,6 +186,6 @@ def test_pairs_without_a_reward_are_left_out_and_counted() -> None:
 
     found = audited(lambda exchange: None if exchange.completion == failing else human_reward(exchange), PAIRS)
 
-    assert found.scored.num_failed == 1
+    assert found.scored.failures == {"no reward": 1}
     assert len(found.scored) == len(PAIRS) - 1
     assert PAIRS[3] not in found.scored.pairs

@@ -11,7 +11,7 @@ from tiny_models import tiny_tokenizer
 
 from service.errors import DatasetError
 from service.records import Message
-from training.pairs import shorten_prompts, tokenize_pairs
+from training.pairs import shorten_prompts, tokenize_pairs, tokenize_usable_pairs
 from training.preferences import PreferencePair, read_pairs
 
 USER_TEXT = "what a user wrote"
@@ -39,8 +39,8 @@ def test_a_prompt_is_a_string_or_a_conversation(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": USER_TEXT, "chosen": USER_TEXT}, '"rejected" must be a string'),
-        (PAIR | {"chosen": [USER_TEXT]}, '"chosen" must be a string'),
+        ({"prompt": USER_TEXT, "chosen": USER_TEXT}, 'must have "chosen" and "rejected"'),
+        (PAIR | {"chosen": [USER_TEXT]}, '"chosen" must be a string or a list of messages'),
         (PAIR | {"prompt": []}, '"prompt" must be a string or a list of messages'),
         (PAIR | {"prompt": [USER_TEXT]}, '"prompt" must be a string or a list of messages'),
         (PAIR | {"prompt": [{"role": "user", "text": USER_TEXT}]}, '"content" must be a string'),
@@ -81,8 +81,29 @@ def test_without_a_template_plain_text_is_joined() -> None:
     (tokenized,) = tokenize_pairs([plain], tokenizer)
 
     assert list(tokenized.chosen_ids) == tokenizer("Why? Because.")["input_ids"]
-    with pytest.raises(DatasetError, match=r"Pair 1 .* no chat template"):
-        tokenize_pairs([plain, PreferencePair((Message("user", "Why?"),), "Because.", "No.")], tokenizer)
+    conversation = PreferencePair((Message("user", "Why?"),), "Because.", "No.", location="pairs.jsonl, row 7")
+    with pytest.raises(DatasetError, match=r"pairs.jsonl, row 7 cannot be tokenized: .* no chat template"):
+        tokenize_pairs([plain, conversation], tokenizer)
+
+
+def test_pairs_that_cannot_be_tokenized_are_left_out_and_told() -> None:
+    """With their number, the reason, and file and row of the first; if none is left, that is an error."""
+    tokenizer = tiny_tokenizer("llama")
+    tokenizer.chat_template = None
+    plain = PreferencePair("Why? ", "Because.", "No.")
+    conversations = [
+        PreferencePair((Message("user", "Why?"),), "Because.", "No.", location=f"pairs.jsonl, row {n}") for n in (7, 9)
+    ]
+    told: list[str] = []
+
+    tokenized = tokenize_usable_pairs([plain, *conversations], tokenizer, told.append)
+
+    assert tokenized == tokenize_pairs([plain], tokenizer)
+    assert len(told) == 1
+    assert "Left out: 2 of 3 pairs cannot be tokenized (2: The model has no chat template" in told[0]
+    assert "the first is pairs.jsonl, row 7" in told[0]
+    with pytest.raises(DatasetError, match="2 of 2 pairs cannot be tokenized"):
+        tokenize_usable_pairs(conversations, tokenizer)
 
 
 def test_long_conversations_lose_their_oldest_exchanges() -> None:

@@ -66,6 +66,16 @@ def test_hashes_identify_the_content(requested: list[tuple[str, str]], tmp_path:
     assert len(hashes["owner/name"]) == 64
 
 
+def test_files_of_one_name_are_hashed_each(tmp_path: Path) -> None:
+    """The first goes by its name, the next by its path, so that neither hash is lost."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    first = write_pairs(tmp_path / "a" / "pairs.jsonl", ROWS)
+    second = write_pairs(tmp_path / "b" / "pairs.jsonl", ROWS[:1])
+
+    assert source_hashes([first, second]) == {"pairs.jsonl": file_sha256(first), str(second): file_sha256(second)}
+
+
 def test_names_have_no_folder_and_no_ending() -> None:
     """Reports name sources in this way."""
     names = [source_name(source) for source in (Path("a/b/pairs.jsonl.gz"), "a/b/pairs.parquet", "owner/name:test")]

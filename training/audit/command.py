@@ -7,6 +7,7 @@ import random
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from training.audit.findings import Findings, investigate
 from training.audit.report import write_report
 from training.audit.scored_pairs import ScoredPairs
 from training.audit.scoring import Scorer, ServiceScorer, load_checkpoint_scorer, score_pairs
+from training.failures import describe_reasons
 from training.preferences import PreferencePair, read_pairs
 from training.sources import Source, source_hashes
 
@@ -53,19 +55,24 @@ def audit(
         train_sources: pairs that it was trained on, for the checks of leakage and over-training.
         max_train_pairs: number of them that are scored, sampled with a fixed seed.
         hide_texts: leave the texts of the highest completions out of the report.
-        console: for the progress bar; None: no progress bar.
+        console: for the progress bar and for what was found in the data; None: neither is shown.
 
     Raises:
         DatasetError: a source cannot be read, or too few pairs have a reward.
         ClientError: the service refuses a request or cannot be reached.
     """
-    pairs, train_pairs = list(read_pairs(sources)), list(read_pairs(train_sources))
+    console = console or Console(quiet=True)
+    tell = partial(console.print, markup=False, highlight=False)
+    pairs, train_pairs = list(read_pairs(sources, tell)), list(read_pairs(train_sources, tell))
     drawn = random.Random(0).sample(train_pairs, min(max_train_pairs, len(train_pairs)))  # noqa: S311 - no secret
-    scored, trained = _score(scorer, pairs, drawn, console or Console(quiet=True))
+    scored, trained = _score(scorer, pairs, drawn, console)
+    for part, name in ((scored, "pairs"), (trained, "training pairs")):
+        if part.failures:
+            tell(f"{part.num_failed:,} {name} have no reward: {describe_reasons(part.failures)}.")
     findings = investigate(
         scored,
         model=scorer.description(),
-        data=_describe_data(sources, train_sources),
+        data=_describe_data(sources, train_sources, scored),
         trained=trained if train_sources else None,
         train_pairs=train_pairs if train_sources else None,
         hide_texts=hide_texts,
@@ -108,11 +115,18 @@ def _score(
         return score_pairs(pairs, scorer, advance), score_pairs(train_pairs, scorer, advance)
 
 
-def _describe_data(sources: Sequence[Source], train_sources: Sequence[Source]) -> Mapping[str, Any]:
+def _describe_data(
+    sources: Sequence[Source], train_sources: Sequence[Source], scored: ScoredPairs
+) -> Mapping[str, Any]:
     def files(named: Sequence[Source]) -> list[dict[str, str]]:
         return [{"name": name, "sha256": digest} for name, digest in source_hashes(named).items()]
 
-    return {"files": files(sources), "train_files": files(train_sources)}
+    return {
+        "files": files(sources),
+        "train_files": files(train_sources),
+        "pairs_without_reward": dict(scored.failures),
+        "pairs_of_identical_completions": scored.num_ties,
+    }
 
 
 def _scorer_and_pairs(options: argparse.Namespace, opened: ExitStack) -> tuple[Scorer, list[str]]:

@@ -6,6 +6,7 @@ set gives cautious answers.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -22,6 +23,9 @@ SUSPICIOUS_ACCURACY = 0.90
 """On human preferences. Two people agree on 63 (Bai et al. 2022) to 77 percent of the pairs (Ouyang et al. 2022)."""
 
 LARGE_OVERLAP = 0.6
+
+NO_PAIR = "no pair of that kind"
+"""Stands where a share would be of no pairs at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,8 @@ def _chance(findings: Findings) -> Conclusion:
     accuracy = findings.accuracy.accuracy
     question = "Better than chance"
     reason = f"Accuracy {_percent(accuracy)} on {findings.accuracy.num_pairs:,} pairs."
+    if ties := findings.scored.num_ties:
+        reason += f" {ties:,} of them have identical completions, and a tie counts one half."
     if accuracy.low > 0.5:
         return Conclusion(question, "yes", "good", reason)
     if accuracy.high < 0.5:
@@ -76,8 +82,8 @@ def _mostly_length(findings: Findings) -> Conclusion:
         f"Within prompts r = {bias.within:+.2f}, r² = {bias.within_r_squared:.2f}; thresholds: |r| > {WARN_R} "
         f"{'exceeded' if bias.warns else 'not exceeded'}, r² > {CRITICAL_R_SQUARED} "
         f"{'exceeded' if bias.is_critical else 'not exceeded'}. Balanced accuracy over pairs whose longer and whose "
-        f"shorter answer was chosen: {_percent(balanced)}; it prefers the longer answer in "
-        f"{findings.accuracy.prefers_longer.value:.0%} of pairs."
+        f"shorter answer was chosen: {_percent(balanced)}; pairs in "
+        f"which it prefers the longer answer: {_percent(findings.accuracy.prefers_longer)}."
     )
     if bias.is_critical or (bias.warns and not balanced.low > 0.5):
         return Conclusion("Measures mostly length", "yes", "bad", reason)
@@ -94,7 +100,7 @@ def _suspiciously_high(findings: Findings) -> Conclusion:
         limit, basis = agreement.majority.upper, "the disagreement of the annotators allows"
     if leakage.num_seen:
         seen = f"{leakage.num_seen:,} of {findings.accuracy.num_pairs:,} pairs have a prompt of the training pairs"
-        unseen = f"without them accuracy is {_percent(leakage.accuracy_unseen)}" if leakage.accuracy_unseen else ""
+        unseen = f"accuracy on the others: {_percent(leakage.accuracy_unseen)}" if leakage.accuracy_unseen else ""
         return Conclusion(question, "yes: shared prompts", "bad", f"{seen}; {unseen}.")
     if accuracy.low > limit:
         return Conclusion(
@@ -152,6 +158,8 @@ def _overtrained(findings: Findings) -> Conclusion:
 
 
 def _percent(share: Interval) -> str:
+    if math.isnan(share.value):
+        return NO_PAIR
     return f"{share.value:.1%} ({share.low:.1%} to {share.high:.1%})"
 
 

@@ -17,6 +17,7 @@ from training.audit.probability import Probability, measure_probability
 from training.audit.scored_pairs import Completions, ScoredPairs, distinct_completions
 from training.audit.style_slopes import Style, measure_style
 from training.audit.top_completions import TopCompletion, top_completions
+from training.failures import describe_reasons
 from training.preferences import PreferencePair
 
 MIN_PAIRS = 20
@@ -73,8 +74,10 @@ def investigate(
         DatasetError: there are fewer than ``MIN_PAIRS`` pairs with rewards.
     """
     if len(scored) < MIN_PAIRS:
+        reasons = f" ({describe_reasons(scored.failures)})" if scored.failures else ""
         raise DatasetError(
-            f"{len(scored)} pairs have rewards ({scored.num_failed} have none); an audit needs at least {MIN_PAIRS}."
+            f"{len(scored)} pairs have rewards, and {scored.num_failed} have none{reasons}; an audit needs at least "
+            f"{MIN_PAIRS}."
         )
     completions = distinct_completions(scored)
     return Findings(

@@ -17,9 +17,10 @@ import jinja2
 from matplotlib.figure import Figure
 
 from training.audit.charts import draw_all
-from training.audit.conclusions import conclusions_of
+from training.audit.conclusions import NO_PAIR, conclusions_of
 from training.audit.findings import Findings
 from training.audit.intervals import Interval
+from training.failures import describe_reasons
 
 HTML_FILE, JSON_FILE, PICTURE_FOLDER = "audit.html", "audit.json", "pictures"
 PNG_DPI = 160
@@ -60,7 +61,12 @@ def render_html(findings: Findings, figures: Mapping[str, Figure]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "interval": _interval, "signed": _signed_interval}
+    environment.filters |= {
+        "percent": _percent,
+        "interval": _interval,
+        "signed": _signed_interval,
+        "reasons": describe_reasons,
+    }
     return environment.get_template("report.html.jinja").render(
         findings=findings,
         conclusions=conclusions_of(findings),
@@ -77,13 +83,13 @@ def _data_uri(figure: Figure) -> str:
 
 
 def _percent(value: float) -> str:
-    return "none" if math.isnan(value) else f"{value:.1%}"
+    return NO_PAIR if math.isnan(value) else f"{value:.1%}"
 
 
 def _interval(estimate: Interval) -> str:
     """Format a share with its interval, in percent."""
     if math.isnan(estimate.value):
-        return "none"
+        return NO_PAIR
     return f"{_percent(estimate.value)} ({_percent(estimate.low)} to {_percent(estimate.high)})"
 
 

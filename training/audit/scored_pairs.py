@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -36,11 +36,21 @@ class ScoredPairs:
 
     unit: LengthUnit = "tokens"
 
-    num_failed: int = 0
-    """Pairs that were left out because a completion has no reward."""
+    failures: Mapping[str, int] = field(default_factory=dict)
+    """Numbers of the pairs that were left out because a completion has no reward, by reason."""
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+    @property
+    def num_failed(self) -> int:
+        """Pairs that were left out because a completion has no reward."""
+        return sum(self.failures.values())
+
+    @property
+    def num_ties(self) -> int:
+        """Pairs of identical completions."""
+        return sum(pair.chosen == pair.rejected for pair in self.pairs)
 
     @property
     def gaps(self) -> FloatArray:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from reward_client import RewardClient
@@ -17,10 +17,12 @@ from reward_client.options import Truncation
 
 from service.assembly import assemble
 from service.console import Advance
+from service.errors import HttpError
 from service.offline import encode_items, score_offline
 from service.records import Encoding, Exchange, Item, Message, Score, TokenSequence
 from service.settings import Settings
 from training.audit.scored_pairs import ScoredPairs
+from training.failures import count_reasons, reason_of
 from training.preferences import PreferencePair
 
 ITEMS_PER_CALL = 256
@@ -36,6 +38,17 @@ class ScoredCompletion:
     """Tokens of the completion, template suffix included; None where the service does not report them."""
 
 
+@dataclass(frozen=True, slots=True)
+class UnscoredCompletion:
+    """A completion that has no reward."""
+
+    reason: str
+    """See `training.failures.reason_of`."""
+
+
+Outcome: TypeAlias = ScoredCompletion | UnscoredCompletion
+
+
 class Scorer(Protocol):
     """Something that computes rewards of exchanges."""
 
@@ -43,7 +56,7 @@ class Scorer(Protocol):
         """Return a description of the model: at least its ``name`` and ``version``."""
         ...
 
-    def score(self, exchanges: Sequence[Exchange], advance: Advance) -> list[ScoredCompletion | None]:
+    def score(self, exchanges: Sequence[Exchange], advance: Advance) -> list[Outcome]:
         """Score exchanges.
 
         Args:
@@ -51,23 +64,27 @@ class Scorer(Protocol):
             advance: called with the number of further completions that are done, with or without a reward.
 
         Returns:
-            One entry for each exchange, in order; None for one that cannot be scored.
+            One entry for each exchange, in order.
         """
         ...
 
 
 def score_pairs(pairs: Sequence[PreferencePair], scorer: Scorer, advance: Advance) -> ScoredPairs:
-    """Score both completions of each pair; a pair in which one has no reward is left out and counted.
+    """Score both completions of each pair; a pair in which one has no reward is left out and counted by reason.
 
     Lengths are tokens, or characters for all if the tokens of any are unknown.
     """
     exchanges = [Exchange(pair.prompt, text) for pair in pairs for text in (pair.chosen, pair.rejected)]
     scores = scorer.score(exchanges, advance)
-    complete = [
-        (pair, chosen, rejected)
-        for pair, chosen, rejected in zip(pairs, scores[::2], scores[1::2], strict=True)
-        if chosen is not None and rejected is not None
-    ]
+    complete: list[tuple[PreferencePair, ScoredCompletion, ScoredCompletion]] = []
+    reasons: list[str] = []
+    for pair, chosen, rejected in zip(pairs, scores[::2], scores[1::2], strict=True):
+        if isinstance(chosen, UnscoredCompletion):
+            reasons.append(chosen.reason)
+        elif isinstance(rejected, UnscoredCompletion):
+            reasons.append(rejected.reason)
+        else:
+            complete.append((pair, chosen, rejected))
     has_token_counts = all(score.num_tokens is not None for _, *both in complete for score in both)
     return ScoredPairs(
         pairs=[pair for pair, _, _ in complete],
@@ -80,7 +97,7 @@ def score_pairs(pairs: Sequence[PreferencePair], scorer: Scorer, advance: Advanc
             [r.num_tokens if has_token_counts else len(pair.rejected) for pair, _, r in complete], np.float64
         ),
         unit="tokens" if has_token_counts else "characters",
-        num_failed=len(pairs) - len(complete),
+        failures=count_reasons(reasons),
     )
 
 
@@ -108,7 +125,7 @@ class CheckpointScorer:
         }
         return description | ({"parameters": served.checkpoint.num_parameters} if served.checkpoint else {})
 
-    def score(self, exchanges: Sequence[Exchange], advance: Advance) -> list[ScoredCompletion | None]:
+    def score(self, exchanges: Sequence[Exchange], advance: Advance) -> list[Outcome]:
         """Score in batches as the service would; see ``Scorer.score``."""
         settings = self._served.settings
         encoding = Encoding(truncation=settings.tokenization.truncation)
@@ -119,12 +136,8 @@ class CheckpointScorer:
             max_batch_sequences=settings.batching.max_batch_sequences,
             advance=advance,
         )
-        scores: list[ScoredCompletion | None] = [None] * len(exchanges)
-        for index, outcome in results:
-            sequence = encoded[index]
-            if isinstance(outcome, Score) and isinstance(sequence, TokenSequence):
-                scores[index] = ScoredCompletion(outcome.reward, sequence.num_completion_tokens)
-        return scores
+        scores = {index: _outcome(encoded[index], outcome) for index, outcome in results}
+        return [scores[index] for index in range(len(exchanges))]
 
 
 class ServiceScorer:
@@ -140,28 +153,29 @@ class ServiceScorer:
         engine = description.get("engine", {})
         return dict(description["model"]) | {name: engine[name] for name in ("architecture", "dtype") if name in engine}
 
-    def score(self, exchanges: Sequence[Exchange], advance: Advance) -> list[ScoredCompletion | None]:
+    def score(self, exchanges: Sequence[Exchange], advance: Advance) -> list[Outcome]:
         """Score in calls of ``ITEMS_PER_CALL``; see ``Scorer.score``.
 
         Raises:
             ClientError: the service refused a call, or could not be reached.
         """
-        scores: list[ScoredCompletion | None] = []
+        scores: list[Outcome] = []
         for start in range(0, len(exchanges), ITEMS_PER_CALL):
             part = exchanges[start : start + ITEMS_PER_CALL]
             scores += self._score_call(part)
             advance(len(part))
         return scores
 
-    def _score_call(self, exchanges: Sequence[Exchange]) -> list[ScoredCompletion | None]:
+    def _score_call(self, exchanges: Sequence[Exchange]) -> list[Outcome]:
         try:
             scored = self._client.score_items(map(_wire_item, exchanges), truncation=self._truncation)
         except ItemsFailed as error:
             scorable = [index for index, reward in enumerate(error.rewards) if reward is not None]
-            scores: list[ScoredCompletion | None] = [None] * len(exchanges)
-            for index, score in zip(scorable, self._score_call([exchanges[i] for i in scorable]), strict=True):
-                scores[index] = score
-            return scores
+            rescored = self._score_call([exchanges[index] for index in scorable]) if scorable else []
+            scores: dict[int, Outcome] = dict(zip(scorable, rescored, strict=True))
+            for failure in error.failures:
+                scores[failure.index] = UnscoredCompletion(reason_of(failure.code, failure.detail))
+            return [scores[index] for index in range(len(exchanges))]
         return [ScoredCompletion(item.reward, _completion_tokens(item.diagnostics)) for item in scored]
 
 
@@ -175,6 +189,14 @@ def load_checkpoint_scorer(model: Path, *, truncation: Truncation, **options: An
 
     tree = {"model": {"path": str(model), **options}, "tokenization": {"truncation": truncation}}
     return CheckpointScorer(read_settings(tree))
+
+
+def _outcome(sequence: TokenSequence | HttpError, outcome: Score | HttpError) -> Outcome:
+    if isinstance(outcome, HttpError):
+        return UnscoredCompletion(reason_of(outcome.code, outcome.detail))
+    return ScoredCompletion(
+        outcome.reward, sequence.num_completion_tokens if isinstance(sequence, TokenSequence) else None
+    )
 
 
 def _wire_item(exchange: Exchange) -> dict[str, Any]:

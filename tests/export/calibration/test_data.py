@@ -21,19 +21,17 @@ def write(path: Path, *rows: object) -> Path:
 
 
 def test_rows_are_items_or_pairs(tmp_path: Path) -> None:
-    """A pair gives two items of one prompt; test rows have a category."""
-    data = write(
-        tmp_path / "a.jsonl",
-        {"prompt": "p", "chosen": "c", "rejected": "r"},
-        {"prompt": [{"role": "user", "content": "q"}], "completion": "x", "group": 3},
-        {"prompt": "p", "response": "y", "category": "odd", "is_ood": True},
-    )
+    """A pair gives two items of one prompt; test rows have a category; a flag may be written as in a CSV file."""
+    write(tmp_path / "a.jsonl", {"prompt": "p", "chosen": "c", "rejected": "r"})
+    write(tmp_path / "b.jsonl", {"prompt": [{"role": "user", "content": "q"}], "completion": "x", "group": 3})
+    (tmp_path / "c.csv").write_text("prompt,response,category,is_ood\np,y,odd,True\np,z,,False\n")
 
-    items = list(read_items(data))
+    items = list(read_items(tmp_path))
 
-    assert [item.exchange.completion for item in items] == ["c", "r", "x", "y"]
-    assert prompt_numbers([item.exchange for item in items]) == [0, 0, 1, 0]
+    assert [item.exchange.completion for item in items] == ["c", "r", "x", "y", "z"]
+    assert prompt_numbers([item.exchange for item in items]) == [0, 0, 1, 0, 0]
     assert (items[2].group, items[3].category, items[3].is_ood) == ("3", "odd", True)
+    assert (items[4].category, items[4].is_ood) == ("", False)
 
 
 @pytest.mark.parametrize("row", [{"prompt": "p"}, {"prompt": [], "completion": "c"}, {"prompt": "p", "completion": 1}])
