@@ -31,6 +31,7 @@
     │   ├── DatasetError                  a data file cannot be read, or a row is not what the command needs
     │   ├── ParityError                   no forward path agrees with plain transformers
     │   ├── ServerStartError              Ray or the HTTP server did not start
+    │   │   └── RayStartError             for a reason that may not exist at the next try
     │   └── WarmUpFailed                  the largest legal batch does not run on this device
     └── ClientError                       raised by the client in the caller's process; see reward_client.errors
 
@@ -246,6 +247,10 @@ class ParityError(StartupError):
 
 class ServerStartError(StartupError):
     """Ray or the HTTP server did not start."""
+
+
+class RayStartError(ServerStartError):
+    """Ray did not start, for a reason of the machine: time, memory, a port. The next try may succeed."""
 
 
 class WarmUpFailed(StartupError):

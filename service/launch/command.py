@@ -16,6 +16,11 @@ from service.settings import Settings
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from service.launch.supervisor import StopRequested
+
+SIGNAL_STATUS = 128
+"""A shell adds it to the number of the signal that ended a command."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
@@ -40,9 +45,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except StartupError as error:
         console.print(f"reward-serve: {error}", markup=False, style="red")
         return 1
-    except StopRequested:
-        return 0
+    except StopRequested as stop:
+        return _status_of(stop, console)
     return 0
+
+
+def _status_of(stop: StopRequested, console: Console) -> int:
+    """The exit status of a command that a signal has stopped: 0 once the service was ready, else that of the signal."""
+    if stop.after_ready:
+        return 0
+    console.print("reward-serve: Stopped before the service was ready.", markup=False)
+    return SIGNAL_STATUS + stop.number
 
 
 def check(settings: Settings, console: Console) -> None:

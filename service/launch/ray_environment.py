@@ -21,6 +21,17 @@ _REQUEST_PATH = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
 }
 
+_PATIENCE = {
+    # On a busy machine Ray would kill its own proxies, workers and node because they have not started in a few seconds.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
+    "RAY_SERVE_HAPROXY_STARTUP_TIMEOUT_S": "120",
+    "RAY_gcs_server_port_wait_time_s": "120",
+    "RAY_worker_register_timeout_seconds": "300",
+    "RAY_agent_register_timeout_ms": "300000",
+    "RAY_health_check_timeout_ms": "60000",
+}
+
 _QUIET_BACKGROUND = {
     # Serve's controller would run its control loop ten times a second; at twice a second a start, a shutdown and the
     # replacement of a dead replica take as many seconds as before.
@@ -66,6 +77,7 @@ def ray_environment(
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_EXPORT_COUNTER_AS_GAUGE": "0",
         }
+        | _PATIENCE
         | _QUIET_BACKGROUND
     )
 
@@ -79,6 +91,12 @@ def _proxy_environment(folder: Path, ports: Ports, *, cores: int, deadline_s: fl
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports.proxy_metrics),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(ports.proxy_stats),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports.fallback),
+        # The fallback proxy would share its port with whoever asks for it.
+        "SERVE_SOCKET_REUSE_PORT_ENABLED": "0",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(ports.replicas.start),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(ports.replicas.stop),
+        # Until a number is used again. All replicas of these numbers serve the same model.
+        "RAY_SERVE_PORT_QUARANTINE_S": "60",
         # Whoever can open HAProxy's admin socket can control it.
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),

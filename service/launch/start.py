@@ -13,11 +13,11 @@ from typing import Any
 
 from rich.console import Console
 
-from service.errors import SettingsError
+from service.errors import RayStartError, SettingsError
 from service.launch.inspection import Inspection, inspect_checkpoint
 from service.launch.launch import Launch
-from service.launch.ports import choose_ports, reachable
-from service.launch.private_folder import private_folder, write_token
+from service.launch.ports import Owners, reachable, reserved_block, reserved_http
+from service.launch.private_folder import SHORT_FOLDER, is_too_long, private_folder, write_token
 from service.launch.progress import TerminalProgress
 from service.launch.ray_environment import ray_environment
 from service.launch.start_settings import ServerSettings, StartSettings
@@ -26,6 +26,8 @@ from service.settings import Settings
 
 DRAIN_S = 6.0
 """Seconds that accepted requests get after Ctrl-C; with Serve's own shutdown this stays below ``STOP_AFTER_S``."""
+START_ATTEMPTS = 3
+"""Starts of Ray before the command gives up, where a failed one had to do with the machine and not with the model."""
 REPLICA_DRAIN_S = 1.0
 """Seconds that a leaving replica stays reachable, so that HAProxy learns of it first."""
 
@@ -38,25 +40,43 @@ def serve(settings: StartSettings, console: Console) -> None:
         StopRequested: the server was asked to stop, and has stopped.
     """
     server = settings.server
-    ports = choose_ports(server.host, server.port)
-    with TerminalProgress(console, f"http://{reachable(server.host)}:{server.port}") as progress:
+    with (
+        reserved_http(server.host, server.port) as http,
+        TerminalProgress(console, f"http://{reachable(server.host)}:{server.port}") as progress,
+    ):
+        with private_folder():
+            pass  # where it cannot be made, that is said before a model is loaded
+        if is_too_long(os.environ.get("TMPDIR", "")):
+            progress.note(f"TMPDIR has too long a path for Unix sockets: they are made in {SHORT_FOLDER}.")
         if settings.model.engine != "oracle":
             progress.stage("checkpoint")
         inspection = inspect_checkpoint(settings.model)
-        with private_folder() as folder:
-            log = log_path(settings.log, folder)
-            for descriptor in (1, 2):
-                write_at_the_end(descriptor)
-            launch = _launch(resolve(settings, inspection, log), server, folder, needs_gpu=inspection.needs_gpu)
-            environment = ray_environment(
-                folder,
-                ports,
-                write_token(folder),
-                cores=os.cpu_count() or 1,
-                deadline_s=settings.limits.deadline_s,
-                drain_s=REPLICA_DRAIN_S,
-            )
-            supervise(launch, environment | visible_devices(settings.model.device), progress)
+        for attempts_left in range(START_ATTEMPTS - 1, -1, -1):
+            try:
+                _run(settings, inspection, http, progress)
+            except RayStartError as error:
+                if not attempts_left:
+                    raise
+                progress.note(f"{error} Starting Ray once more.")
+
+
+def _run(settings: StartSettings, inspection: Inspection, http: Owners, progress: TerminalProgress) -> None:
+    """Start Ray with ports and a folder of its own, and supervise it; returns only by an exception."""
+    server = settings.server
+    with private_folder() as folder, reserved_block(server.port, server.replicas) as (ports, block):
+        log = log_path(settings.log, folder)
+        for descriptor in (1, 2):
+            write_at_the_end(descriptor)
+        launch = _launch(resolve(settings, inspection, log), server, folder, needs_gpu=inspection.needs_gpu)
+        environment = ray_environment(
+            folder,
+            ports,
+            write_token(folder),
+            cores=os.cpu_count() or 1,
+            deadline_s=settings.limits.deadline_s,
+            drain_s=REPLICA_DRAIN_S,
+        )
+        supervise(launch, environment | visible_devices(settings.model.device), progress, (*http, *block))
 
 
 def resolve(settings: StartSettings, inspection: Inspection, log: str) -> Settings:

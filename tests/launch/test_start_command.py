@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from serving import free_port
 from tiny_models import write_tiny_causal_lm, write_tiny_checkpoint
 
 from service.launch.command import main
@@ -65,7 +66,7 @@ def test_refused_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path, 
     """A checkpoint without a scalar head is refused, with what to do about it, and Ray is not started."""
     write_tiny_causal_lm(tmp_path)
 
-    assert "reward-convert" in refusal(capsys, option, str(tmp_path), "--port", "0")
+    assert "reward-convert" in refusal(capsys, option, str(tmp_path), "--port", str(free_port()))
 
 
 @pytest.mark.parametrize(

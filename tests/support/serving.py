@@ -83,7 +83,7 @@ def await_ready(server: RunningServer) -> None:
 def answers_ready(url: str) -> bool:
     """Whether ``/readyz`` answers 200."""
     try:
-        return httpx2.get(f"{url}/readyz", timeout=2.0).status_code == 200
+        return httpx2.get(f"{url}/readyz", timeout=2.0, trust_env=False).status_code == 200
     except httpx2.HTTPError:
         return False
 
