@@ -44,12 +44,13 @@ LABEL org.opencontainers.image.title="reward-service" \
 RUN useradd --uid 10001 --create-home reward
 COPY --from=build /opt/venv /opt/venv
 ENV PATH="/opt/venv/bin:${PATH}" \
-    PYTHONUNBUFFERED=1
+    PYTHONUNBUFFERED=1 \
+    REWARD_LOG=-
 USER 10001
 WORKDIR /home/reward
 EXPOSE 8000
 STOPSIGNAL SIGTERM
 # Loading a large model takes minutes; failures within the start period do not count.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=600s --retries=3 \
-  CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/readyz', timeout=4)"]
+  CMD ["python", "-c", "from urllib.request import *; build_opener(ProxyHandler({})).open('http://127.0.0.1:8000/readyz', timeout=4)"]
 ENTRYPOINT ["reward-serve", "--host", "0.0.0.0"]

@@ -17,6 +17,8 @@ MAX_TEMPORARY_FOLDER_BYTES = 27 - len("/reward-12345678")
 """Ray puts Unix sockets deep inside, and their paths are limited to 107 bytes: the private folder has 27 of them."""
 SERVER_LOG = "server.log"
 """File in the private folder with the output of the process that runs Ray."""
+ACCESS_LOG = "requests.jsonl"
+"""File in it for the access log, where none is named."""
 MAX_LOG_BYTES = 2**18
 """What ``save_log`` takes from the end of each log."""
 SHORT_FOLDER = "/tmp"  # noqa: S108 - mkdtemp makes a new folder in it, with mode 0700
@@ -63,7 +65,11 @@ def save_log(folder: Path, port: int) -> Path | None:
     """
     saved = cache_directory() / "logs" / f"port-{port}.log"
     logs = (folder / "ray" / "session_latest" / "logs").rglob("*")
-    sources = [folder / SERVER_LOG, *sorted(path for path in logs if path.is_file() and path.stat().st_size)]
+    sources = [
+        folder / SERVER_LOG,
+        folder / ACCESS_LOG,
+        *sorted(path for path in logs if path.is_file() and path.stat().st_size),
+    ]
     try:
         saved.parent.mkdir(parents=True, exist_ok=True)
         with saved.open("wb") as file:

@@ -51,11 +51,15 @@ def free_port() -> int:
 
 @contextmanager
 def started(folder: Path, *options: str) -> Iterator[RunningServer]:
-    """Run ``reward-serve`` with the options on a free port, its output in the folder; it may not be ready yet."""
+    """Run ``reward-serve`` with the options on a free port, its output in the folder; it may not be ready yet.
+
+    Its access log goes to standard output unless the options say otherwise.
+    """
     port = free_port()
+    log = () if "--log" in options else ("--log", "-")
     output, messages = folder / "stdout.txt", folder / "stderr.txt"
     with output.open("wb") as out, messages.open("wb") as err:
-        process = subprocess.Popen([*COMMAND, "--port", str(port), *options], stdout=out, stderr=err)
+        process = subprocess.Popen([*COMMAND, "--port", str(port), *log, *options], stdout=out, stderr=err)
     try:
         yield RunningServer(f"http://127.0.0.1:{port}", process, output, messages)
     finally:
