@@ -7,10 +7,12 @@ means.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from service.launch.ports import Ports
 
+LOOPBACK = "127.0.0.1,localhost,::1"
 _REQUEST_PATH = {
     # Replicas exchange data by value; the default limit of 4 MiB is below one large request.
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
@@ -80,6 +82,16 @@ def ray_environment(
         | _PATIENCE
         | _QUIET_BACKGROUND
     )
+
+
+def direct_loopback(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that keep calls to this machine off the proxies that an environment names.
+
+    gRPC, over which replicas call each other, obeys them too, and has a variable of its own.
+    """
+    names = ("no_proxy", "NO_PROXY", "no_grpc_proxy")
+    given = next((environment[name] for name in names if environment.get(name)), "")
+    return {name: ",".join(filter(None, [environment.get(name) or given, LOOPBACK])) for name in names}
 
 
 def _proxy_environment(folder: Path, ports: Ports, *, cores: int, deadline_s: float, drain_s: float) -> dict[str, str]:

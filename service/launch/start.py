@@ -20,7 +20,7 @@ from service.launch.launch import Launch
 from service.launch.ports import Owners, reachable, reserved_block, reserved_http
 from service.launch.private_folder import ACCESS_LOG, SHORT_FOLDER, is_too_long, private_folder, write_token
 from service.launch.progress import TerminalProgress
-from service.launch.ray_environment import ray_environment
+from service.launch.ray_environment import direct_loopback, ray_environment
 from service.launch.start_settings import ServerSettings, StartSettings
 from service.launch.supervisor import supervise
 from service.settings import Settings, name_as_given
@@ -81,7 +81,8 @@ def _run(settings: StartSettings, inspection: Inspection, http: Owners, progress
             deadline_s=settings.limits.deadline_s,
             drain_s=REPLICA_DRAIN_S,
         )
-        supervise(launch, environment | visible_devices(settings.model.device), progress, (*http, *block))
+        environment |= direct_loopback(os.environ) | visible_devices(settings.model.device)
+        supervise(launch, environment, progress, (*http, *block))
 
 
 @contextmanager

@@ -185,6 +185,9 @@ def test_start_behind_a_proxy_variable(tmp_path: Path, monkeypatch: pytest.Monke
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     with serving(tmp_path, *ORACLE, "--replicas", "2") as server:
-        exposition = httpx2.get(f"{server.url}/metrics", trust_env=False).text
 
-    assert "rm_metrics_scrape_incomplete 0.0" in exposition
+        def is_complete() -> bool:
+            exposition = httpx2.get(f"{server.url}/metrics", trust_env=False, timeout=10).text
+            return "rm_metrics_scrape_incomplete 0.0" in exposition
+
+        assert eventually(is_complete, 20.0)

@@ -12,7 +12,7 @@ import pytest
 from service.errors import ServerStartError
 from service.launch.ports import FIRST_PORT, LAST_PORT, Ports, reserved_block, reserved_http
 from service.launch.private_folder import write_token
-from service.launch.ray_environment import ray_environment
+from service.launch.ray_environment import direct_loopback, ray_environment
 
 
 @pytest.fixture
@@ -142,3 +142,13 @@ def test_token_is_readable_by_its_owner_only(tmp_path: Path) -> None:
 def test_proxy_outlasts_the_deadline(tmp_path: Path) -> None:
     """HAProxy never cuts a connection whose request may still be answered."""
     assert int(environment(tmp_path, deadline_s=900)["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"]) > 900
+
+
+def test_loopback_is_added_to_what_bypasses_proxies() -> None:
+    """Calls to this machine bypass proxies, of gRPC too, and what bypassed them before still does."""
+    variables = direct_loopback({"no_proxy": "intern.example"})
+
+    assert variables == dict.fromkeys(
+        ("no_proxy", "NO_PROXY", "no_grpc_proxy"), "intern.example,127.0.0.1,localhost,::1"
+    )
+    assert direct_loopback({})["no_grpc_proxy"] == "127.0.0.1,localhost,::1"
