@@ -44,7 +44,8 @@ LABEL org.opencontainers.image.title="reward-service" \
 RUN useradd --uid 10001 --create-home reward
 COPY --from=build /opt/venv /opt/venv
 ENV PATH="/opt/venv/bin:${PATH}" \
-    PYTHONUNBUFFERED=1
+    PYTHONUNBUFFERED=1 \
+    REWARD_LOG=-
 USER 10001
 WORKDIR /home/reward
 EXPOSE 8000

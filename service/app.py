@@ -25,6 +25,7 @@ from service.http.access_log import AccessLog
 from service.http.open_requests import OpenRequests
 from service.http.routes import create_app
 from service.launch.launch import Launch
+from service.launch.ray_failures import explain_failure, is_of_ray
 from service.metrics import merge_expositions
 from service.settings import read_settings
 
@@ -144,16 +145,23 @@ def main() -> None:
     launch = Launch(**json.loads(sys.stdin.readline()))
     with os.fdopen(int(sys.argv[1]), "w", encoding="utf-8", buffering=1) as reports:
         try:
-            _start(launch, reports)
+            _start_ray(launch, reports)
         except Exception as error:
-            _report(reports, failed=_reason(error))
+            _report(reports, failed=explain_failure(str(error)), again=True)
+            raise
+        try:
+            _start_replicas(launch, reports)
+        except Exception as error:
+            reason = _reason(error)
+            again = is_of_ray(reason)
+            _report(reports, failed=explain_failure(reason) if again else reason, again=again)
             raise
         _report(reports, stage="running")
         sys.stdin.read()
         _stop(launch.drain_s)
 
 
-def _start(launch: Launch, reports: TextIO) -> None:
+def _start_ray(launch: Launch, reports: TextIO) -> None:
     _report(reports, stage="ray")
     ray.init(
         address="local",  # a Ray instance of its own, also where another one runs
@@ -165,10 +173,18 @@ def _start(launch: Launch, reports: TextIO) -> None:
         _temp_dir=f"{launch.folder}/ray",  # Ray makes its folder readable by all; the one around it is private
     )
     _report(reports, stage="serve")
-    serve.start(
-        http_options={"host": launch.host, "port": launch.port},
-        logging_config={"enable_access_log": False},
-    )
+    for is_last in (False, True):
+        try:
+            serve.start(
+                http_options={"host": launch.host, "port": launch.port}, logging_config={"enable_access_log": False}
+            )
+            break
+        except TimeoutError:  # after a minute, which no setting changes; the next call finds what has started meanwhile
+            if is_last:
+                raise
+
+
+def _start_replicas(launch: Launch, reports: TextIO) -> None:
     _report(reports, stage="model")
     replicas = deployment.options(
         num_replicas=launch.replicas,
@@ -199,5 +215,5 @@ def _reason(error: Exception) -> str:
     return str(own[-1] if own else message.strip().splitlines()[-1])
 
 
-def _report(reports: TextIO, **facts: str) -> None:
+def _report(reports: TextIO, **facts: str | bool) -> None:
     reports.write(json.dumps(facts) + "\n")

@@ -23,12 +23,12 @@ from service.diagnostics.lookup import Lookup, binding_of, find_calibration, wit
 from service.diagnostics.monitors.monitor import Monitors
 from service.diagnostics.monitors.publisher import watch_stream
 from service.engines.base import Engine, EngineInfo
-from service.errors import SettingsError
+from service.errors import SettingsError, StartupError
 from service.metrics import Metrics
 from service.pipeline import Pipeline
 from service.records import Encoding, ModelIdentity, StateTap
 from service.scorer import Scorer
-from service.settings import ModelSettings, Settings
+from service.settings import ModelSettings, Settings, name_as_given
 from service.tokenization import Tokenization
 
 ORACLE_INPUT_TOKENS = 4096
@@ -101,6 +101,13 @@ def open_model(settings: ModelSettings) -> OpenedModel:
         SettingsError: the chosen engine does not run it.
     """
     folder = locate_checkpoint(settings)
+    try:
+        return _open_folder(folder, settings)
+    except StartupError as error:
+        raise type(error)(name_as_given(str(error), folder, settings)) from None
+
+
+def _open_folder(folder: Path, settings: ModelSettings) -> OpenedModel:
     if is_bundle(folder):
         _refuse_settings_of_torch(settings, folder)
         bundle = open_bundle(folder, settings)

@@ -34,6 +34,7 @@
     │   ├── ParityError                   no forward path agrees with plain transformers
     │   ├── TrainingError                 training cannot continue, such as after a loss that is not finite
     │   ├── ServerStartError              Ray or the HTTP server did not start
+    │   │   └── RayStartError             for a reason that may not exist at the next try
     │   └── WarmUpFailed                  the largest legal batch does not run on this device
     └── ClientError                       raised by the client in the caller's process; see reward_client.errors
 
@@ -271,6 +272,10 @@ class TrainingError(StartupError):
 
 class ServerStartError(StartupError):
     """Ray or the HTTP server did not start."""
+
+
+class RayStartError(ServerStartError):
+    """Ray did not start, for a reason of the machine: time, memory, a port. The next try may succeed."""
 
 
 class WarmUpFailed(StartupError):

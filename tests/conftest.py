@@ -1,11 +1,17 @@
 """Configuration of all tests: those that need a GPU are skipped, visibly, where there is none."""
 
+import os
+
 import pytest
 from hypothesis import HealthCheck, settings
 
 # The speed of generating inputs depends on the load of the machine, not on the tested code.
 settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("unhurried")
+
+# Servers of the tests are on this machine, which no proxy of the environment can reach.
+for _name in ("no_proxy", "NO_PROXY"):
+    os.environ[_name] = ",".join(filter(None, [os.environ.get(_name), "127.0.0.1", "localhost", "::1"]))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import yaml
 
 from service.checkpoints import checkpoint
 from service.checkpoints.checkpoint import checkpoint_name, locate_checkpoint
 from service.errors import SettingsError
-from service.settings import ModelSettings, Settings, did_you_mean, read_settings, setting_names
+from service.settings import (
+    ModelSettings,
+    Settings,
+    allowed_values,
+    did_you_mean,
+    name_as_given,
+    read_settings,
+    setting_field,
+    setting_names,
+)
 
 
 @pytest.mark.parametrize("path", [None, "demo"])
@@ -47,6 +58,42 @@ def test_all_errors_are_in_one_sentence() -> None:
         read_settings({"modle": {}, "limits": {"deadline_s": 0}})
 
     assert str(caught.value) == (
-        "The settings are not valid: limits.deadline_s: Input should be greater than 0; "
+        "The settings are not valid: limits.deadline_s: must be a number above 0 and up to 86,400; "
         "modle: is not a setting (did you mean model?)."
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("limits.deadline_s", "a number above 0 and up to 86,400"),
+        ("diagnostics.alpha", "a number above 0 and below 1"),
+        ("model.num_threads", "a whole number of at least 1 or null"),
+        ("model.pooling", "one of hf, last"),
+        ("model.cuda_graphs", "true or false or auto"),
+        ("model.name", "a text or null"),
+        ("batching.deterministic", "true or false"),
+    ],
+)
+def test_allowed_values(name: str, values: str) -> None:
+    """The values that a setting takes are said in words, with the ends of its range."""
+    field = setting_field(name)
+
+    assert field is not None
+    assert allowed_values(field) == values
+
+
+def test_sections_and_unknown_names_have_no_field() -> None:
+    """Only single settings have values."""
+    assert [setting_field(name) for name in ("model", "model.nope", "nope.name", "nope")] == [None] * 4
+
+
+def test_checkpoint_is_named_as_given(tmp_path: Path) -> None:
+    """A message names what the user gave, not the folder in a cache; a relative folder is left as it is."""
+    folder = tmp_path / "snapshot"
+
+    assert name_as_given(f"{folder}/config.json is damaged", folder, ModelSettings(path="owner/name")) == (
+        "owner/name/config.json is damaged"
+    )
+    assert name_as_given(f"{folder} is damaged", folder, ModelSettings()) == "demo is damaged"
+    assert name_as_given("The model m lacks it", Path("m"), ModelSettings(path="./m")) == "The model m lacks it"

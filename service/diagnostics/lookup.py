@@ -98,7 +98,7 @@ def find_calibration(folder: Path, named: str | None, binding: Binding) -> Looku
     try:
         calibration = read_calibration(path)
     except CalibrationError as error:
-        return _refused(str(error))
+        return _refused(str(error).replace(str(path), named or CALIBRATION_FILE))  # the folder may be in a cache
     differences = binding.differences(calibration.binding)
     if differences:
         return _refused(f"it was made for another {', '.join(name.replace('_', ' ') for name in differences)}")

@@ -6,12 +6,12 @@ It imports no more than the settings until they are valid, so ``--help`` and err
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from service.errors import SettingsError, StartupError
 from service.launch.sources import read_sources
-from service.settings import Settings
+from service.settings import Settings, name_as_given
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,8 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except StartupError as error:
         console.print(f"reward-serve: {error}", markup=False, style="red")
         return 1
-    except StopRequested:
-        return 0
+    except StopRequested as stop:
+        if not stop.after_ready:
+            console.print("reward-serve: Stopped before the service was ready.", markup=False)
+        return stop.status
     return 0
 
 
@@ -60,7 +62,7 @@ def check(settings: Settings, console: Console) -> None:
     from service.checkpoints.checkpoint import describe
 
     opened = open_model(settings.model)
-    lines = describe(opened.checkpoint)
+    lines = [name_as_given(line, opened.checkpoint.path, settings.model) for line in describe(opened.checkpoint)]
     served = assemble(settings, opened=opened)
     info = served.info
     facts = [
@@ -68,11 +70,32 @@ def check(settings: Settings, console: Console) -> None:
         ("forward", f"{info.forward}, {info.arithmetic} on {info.device}"),
         ("kernels", info.kernels),
         ("providers", ", ".join(info.providers)),
-        *(("parity", f"{name}: {value}") for name, value in info.parity.items()),
+        ("parity", parity_in_words(info.parity)),
         *(("quantization", f"{name}: {value}") for name, value in info.quantization_error.items()),
     ]
     for line in (*lines, *(f"  {label:<18}{fact}" for label, fact in facts if fact)):
         console.print(line, markup=False)
+
+
+def parity_in_words(parity: Mapping[str, Any]) -> str:
+    """Return what the comparison with plain transformers found; empty without one.
+
+    Args:
+        parity: as ``/v1/model`` has it in ``engine.parity``.
+    """
+    if not parity:
+        return ""
+    difference = parity["max_difference"]
+    found = f"equal to transformers within {difference:.1g}" if difference else "bit-identical to transformers"
+    found += f" on {parity.get('num_probes') or parity.get('num_texts')} texts"
+    if "compared_to" in parity:
+        found += f" ({parity['compared_to']})"
+    if not parity.get("conclusive", True):
+        found += (
+            "; this shows little, because rounding alone moves these rewards as far as they differ from each other: "
+            "an untrained head, or rewards too close together for this dtype"
+        )
+    return found
 
 
 if __name__ == "__main__":

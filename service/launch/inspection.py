@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -42,11 +43,22 @@ def inspect_checkpoint(settings: ModelSettings) -> Inspection:
         start_new_session=True,
     )
     if child.returncode != 0:
-        raise CheckpointError(f"The process that checks the checkpoint failed with status {child.returncode}.")
+        raise CheckpointError(_failure(child.returncode))
     answer = json.loads(child.stdout)
     if "refusal" in answer:
         raise CheckpointError(answer["refusal"])
     return Inspection(**answer)
+
+
+def _failure(status: int) -> str:
+    """The sentence for a child process that ended without an answer, by its exit status."""
+    if status == -signal.SIGKILL:
+        return (
+            "The check of the checkpoint was killed, most likely because the memory did not suffice: free some, or "
+            "raise the limit of the container."
+        )
+    end = f"was ended by {signal.Signals(-status).name}" if status < 0 else "failed"
+    return f"The check of the checkpoint {end}, for the reason above: the checkpoint may be damaged."
 
 
 def print_inspection(model: str) -> None:

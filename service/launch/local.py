@@ -26,10 +26,10 @@ from service.http.access_log import AccessLog
 from service.http.disconnect import CancelOnDisconnect
 from service.http.open_requests import OpenRequests
 from service.http.starting import create_starting_app
-from service.launch.ports import reachable
+from service.launch.ports import reachable, reserved_http
 from service.launch.private_folder import private_folder
 from service.launch.progress import TerminalProgress
-from service.launch.start import ANSWER_S, DRAIN_S, cores_per_replica, write_at_the_end
+from service.launch.start import ANSWER_S, DRAIN_S, cores_per_replica, log_path, write_at_the_end
 from service.launch.start_settings import StartSettings
 from service.launch.supervisor import STOP_AFTER_S, StopRequested, sweep
 from service.settings import Settings
@@ -62,15 +62,16 @@ def serve_locally(settings: StartSettings, console: Console) -> None:
     server: _LocalServer | None = None
     try:
         with ExitStack() as stack:
+            stack.enter_context(reserved_http(settings.server.host, settings.server.port))
             listener = stack.enter_context(_listening(settings.server.host, settings.server.port))
             access_log = stack.enter_context(_access_log(settings.log))
             url = f"http://{reachable(settings.server.host)}:{listener.getsockname()[1]}"
             progress = stack.enter_context(TerminalProgress(console, url))
             server = _LocalServer(replica_settings(settings), listener, access_log, progress)
             server.run()
-    except StopRequested:
+    except StopRequested as stop:
         if server is not None and server.has_running_threads:
-            _end_process(0)
+            _end_process(stop.status)
         raise
 
 
@@ -112,20 +113,17 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
 
 @contextmanager
 def _access_log(choice: str | None) -> Iterator[AccessLog]:
-    """The access log: the file that the settings name, else standard output, else, on a terminal, a private file."""
+    """The access log: standard output for ``-``, the file that the settings name, else a file in a private folder.
+
+    Raises:
+        SettingsError: the file cannot be written.
+        ServerStartError: the private folder cannot be made.
+    """
     with ExitStack() as stack:
-        if choice not in {None, "-"}:
-            path = choice
-        elif choice is None and sys.stdout.isatty():
-            path = str(stack.enter_context(private_folder()) / "requests.jsonl")
-        else:
-            path = None
-            for descriptor in (1, 2):
-                write_at_the_end(descriptor)
-        try:
-            log = AccessLog(path, descriptor=1)
-        except OSError as error:
-            raise ServerStartError(f"The log {path} cannot be opened: {(error.strerror or '').lower()}.") from None
+        path = None if choice == "-" else log_path(choice, stack.enter_context(private_folder()))
+        for descriptor in (1, 2):
+            write_at_the_end(descriptor)
+        log = AccessLog(path, descriptor=1)
         stack.callback(log.close)
         yield log
 
@@ -173,7 +171,8 @@ class _LocalServer:
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=1,
         )
-        self._num_signals = 0
+        self._signals: list[int] = []
+        self._is_ready = False
         self._loader: threading.Thread | None = None
         self._served: ServedModel | None = None
 
@@ -213,7 +212,7 @@ class _LocalServer:
                 raise ServerStartError("The HTTP server has ended by itself.")
             running.cancel()
             await self._drain()
-            raise StopRequested
+            raise self._stop_request()
         except StartupError:
             await self._refuse_accepted()
             raise
@@ -224,18 +223,22 @@ class _LocalServer:
                 await serving
 
     def _handle_signals(self, loop: asyncio.AbstractEventLoop) -> None:
-        def request(_number: int, _frame: object) -> None:
-            self._num_signals += 1
+        def request(number: int, _frame: object) -> None:
+            self._signals.append(number)
             with suppress(RuntimeError):  # the loop is closed: the process is ending
-                loop.call_soon_threadsafe((self._stop if self._num_signals == 1 else self._hurry).set)
+                loop.call_soon_threadsafe((self._stop if len(self._signals) == 1 else self._hurry).set)
 
         # Not add_signal_handler: it would restore the default, which kills, when the loop ends.
         for number in _STOP_SIGNALS:
             signal.signal(number, request)
 
+    def _stop_request(self) -> StopRequested:
+        return StopRequested(self._signals[0], after_ready=self._is_ready)
+
     async def _load_and_watch(self) -> None:
         """Load the model, report that it is ready, and return only by an exception."""
         scorer = await self._load()
+        self._is_ready = True
         self._progress.ready()
         while True:
             await asyncio.sleep(HEALTH_CHECK_S)
@@ -297,10 +300,10 @@ class _LocalServer:
 
     async def _drain(self) -> None:
         """Answer what is accepted for up to ``DRAIN_S``, or until a second signal; what is left gets Draining."""
-        _end_process_after(STOP_AFTER_S)
+        _end_process_after(STOP_AFTER_S, self._stop_request().status)
+        self._progress.stopping(ready=self._is_ready)
         if self._served is None or self._served.scorer.state == "starting":
             return  # nothing has been accepted
-        self._progress.stopping()
         scorer = self._served.scorer
         draining = asyncio.create_task(scorer.stop(DRAIN_S))
         hurrying = asyncio.create_task(self._hurry.wait())
@@ -344,9 +347,9 @@ def _start_error(error: BaseException) -> BaseException:
     return failure
 
 
-def _end_process_after(seconds: float) -> None:
-    """End the process with status 0 after some seconds, if a thread that hangs still keeps it from ending."""
-    timer = threading.Timer(seconds, _end_process, [0])
+def _end_process_after(seconds: float, status: int) -> None:
+    """End the process after some seconds, if a thread that hangs still keeps it from ending."""
+    timer = threading.Timer(seconds, _end_process, [status])
     timer.daemon = True
     timer.start()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -10,10 +11,22 @@ from typing import Any, NoReturn
 from pydantic_settings import CliSettingsSource
 
 from service.launch.start_settings import NULL, SHORT_OPTIONS, StartSettings
-from service.settings import did_you_mean
+from service.settings import allowed_values, did_you_mean, setting_field
 from service.version import add_version_option
 
-_METAVARS = {"model.path": "DIR", "model.revision": "REV", "diagnostics.calibration": "FILE", "log": "FILE"}
+_METAVARS = {
+    "model.path": "DIR",
+    "model.revision": "REV",
+    "model.device": "DEVICE",
+    "model.name": "NAME",
+    "diagnostics.calibration": "FILE",
+    "log": "FILE",
+    "server.host": "HOST",
+    "server.port": "PORT",
+    "code_revision": "REV",
+}
+_KIND_METAVARS = {"int": "N", "float": "X", "str": "TEXT"}
+_TRUE, _FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
 _EPILOG = """\
 Every setting can also be given in the environment and in the configuration file. Precedence: command line, then
 environment, then configuration file, then default. null stands for no value. docs/operations.md has all settings.
@@ -51,12 +64,16 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         "--config", metavar="FILE", help="YAML file with settings, the tree of args in serve_config.yaml"
     )
     parser.add_argument(
-        "--check", metavar="DIR", help="check this checkpoint and its parity with transformers, serve nothing"
+        "--check",
+        metavar="DIR",
+        nargs="?",
+        const=True,
+        help="check this checkpoint, or the one of --model, and its parity with transformers; serve nothing",
     )
     source: CliSettingsSource[Any] = CliSettingsSource(
         StartSettings, root_parser=parser, add_argument_method=_add_setting
     )
-    given, unknown = parser.parse_known_args(arguments)
+    given, unknown = parser.parse_known_args(parser.with_switches(sys.argv[1:] if arguments is None else arguments))
     if unknown:
         parser.refuse_unknown(unknown)
     values = vars(given)
@@ -65,7 +82,9 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         # As from an unset variable of a shell script; the next source, or the demo model, would be taken instead.
         parser.error(f"{SHORT_OPTIONS.get(empty[0], f'--{empty[0]}')} has an empty value")
     config, check = values.pop("config"), values.pop("check")
-    if check is not None:
+    if isinstance(check, str):
+        if values.get("model.path", check) != check:
+            parser.error("--check and --model name two checkpoints: name one")
         values["model.path"] = check
     return Options(source(parsed_args=values), config, check is not None)
 
@@ -74,9 +93,15 @@ def _add_setting(container: Any, *names: str, dest: str, **keywords: Any) -> Non
     """Add the option of one setting under its dotted and its short name; sections as a whole get none."""
     if dest in StartSettings.model_fields and "." not in dest and keywords.get("const") == "{}":
         return
-    if dest in _METAVARS:
-        keywords["metavar"] = _METAVARS[dest]
-    keywords["help"] = keywords["help"].replace("(default: None)", f"(default: {NULL})")
+    if "metavar" in keywords:
+        kind = keywords["metavar"].replace("{bool,", "{true,false,")
+        keywords["metavar"] = _METAVARS.get(dest) or _KIND_METAVARS.get(kind, kind)
+    field = setting_field(dest, StartSettings)
+    values = f"; {allowed_values(field)}" if field and "number" in allowed_values(field) else ""
+    before, mark, after = keywords["help"].replace("(default: None", f"(default: {NULL}").rpartition("(default: ")
+    default, end, environment = after.partition(")")
+    default = default.lower() if default in {"True", "False"} else default
+    keywords["help"] = f"{before}{mark}{default}{values}{end}{environment}"
     short = [SHORT_OPTIONS[dest]] if dest in SHORT_OPTIONS else []
     container.add_argument(*short, *names, dest=dest, **keywords)
 
@@ -86,6 +111,27 @@ class _OneLineErrors(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help.\n")
+
+    def with_switches(self, arguments: Sequence[str]) -> list[str]:
+        """Return the arguments with ``--switch=true``, or false, in the form that argparse takes: ``--no-switch``."""
+        switches = {
+            option: action
+            for action in self._actions
+            if isinstance(action, argparse.BooleanOptionalAction)
+            for option in action.option_strings
+        }
+        taken: list[str] = []
+        for argument in arguments:
+            option, equals, value = argument.partition("=")
+            if argument.lower() in _TRUE | _FALSE and taken and taken[-1] in switches:
+                option, equals, value = taken.pop(), "=", argument
+            if not equals or option not in switches:
+                taken.append(argument)
+            elif option.startswith("--no-") or value.lower() not in _TRUE | _FALSE:
+                self.error(f"{option} is a switch: give it without a value, or give the positive one true or false")
+            else:
+                taken.append(option if value.lower() in _TRUE else f"--no-{option.removeprefix('--')}")
+        return taken
 
     def refuse_unknown(self, arguments: Sequence[str]) -> NoReturn:
         """End the command because of arguments that it does not have; values are not repeated."""

@@ -13,7 +13,7 @@ _STAGES = {
     "ray": "Starting Ray",
     "serve": "Starting Ray Serve",
     "model": "Loading the model and warming up",
-    "running": "Waiting for the first answer through the proxy",
+    "running": "Waiting for the first answer through HAProxy",
 }
 _EXAMPLE = """\
 curl -s {url}/v1/score -H 'Content-Type: application/json' -d '{{"items": [
@@ -49,9 +49,14 @@ class TerminalProgress:
             f"Ready in {elapsed_s:.0f} s: {self._url}\n\n{_EXAMPLE.format(url=self._url)}\n", markup=False
         )
 
-    def stopping(self) -> None:
-        """Show that the shutdown has begun."""
-        self._show("Stopping: accepted requests are answered first")
+    def note(self, sentence: str) -> None:
+        """Show something that the user should know."""
+        self._end_status()
+        self._console.print(sentence, markup=False)
+
+    def stopping(self, *, ready: bool) -> None:
+        """Show that the shutdown has begun, of a server that has been ready or of one that was starting."""
+        self._show("Stopping: accepted requests are answered first" if ready else "Stopping the start")
 
     def _show(self, text: str, *, spinner: bool = True) -> None:
         self._end_status()

@@ -7,10 +7,12 @@ means.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from service.launch.ports import Ports
 
+LOOPBACK = "127.0.0.1,localhost,::1"
 _REQUEST_PATH = {
     # Replicas exchange data by value; the default limit of 4 MiB is below one large request.
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
@@ -21,6 +23,17 @@ _REQUEST_PATH = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     # Ray answers 500 to an X-Request-Id that is not UTF-8, before the application could replace it.
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "service.http.request_ids.proxy_middlewares",
+}
+
+_PATIENCE = {
+    # On a busy machine Ray would kill its own proxies, workers and node because they have not started in a few seconds.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
+    "RAY_SERVE_HAPROXY_STARTUP_TIMEOUT_S": "120",
+    "RAY_gcs_server_port_wait_time_s": "120",
+    "RAY_worker_register_timeout_seconds": "300",
+    "RAY_agent_register_timeout_ms": "300000",
+    "RAY_health_check_timeout_ms": "60000",
 }
 
 _QUIET_BACKGROUND = {
@@ -68,8 +81,19 @@ def ray_environment(
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_EXPORT_COUNTER_AS_GAUGE": "0",
         }
+        | _PATIENCE
         | _QUIET_BACKGROUND
     )
+
+
+def direct_loopback(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that keep calls to this machine off the proxies that an environment names.
+
+    gRPC, over which replicas call each other, obeys them too, and has a variable of its own.
+    """
+    names = ("no_proxy", "NO_PROXY", "no_grpc_proxy")
+    given = next((environment[name] for name in names if environment.get(name)), "")
+    return {name: ",".join(filter(None, [environment.get(name) or given, LOOPBACK])) for name in names}
 
 
 def _proxy_environment(folder: Path, ports: Ports, *, cores: int, deadline_s: float, drain_s: float) -> dict[str, str]:
@@ -81,6 +105,12 @@ def _proxy_environment(folder: Path, ports: Ports, *, cores: int, deadline_s: fl
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports.proxy_metrics),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(ports.proxy_stats),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports.fallback),
+        # The fallback proxy would share its port with whoever asks for it.
+        "SERVE_SOCKET_REUSE_PORT_ENABLED": "0",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(ports.replicas.start),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(ports.replicas.stop),
+        # Until a number is used again. All replicas of these numbers serve the same model.
+        "RAY_SERVE_PORT_QUARANTINE_S": "60",
         # Whoever can open HAProxy's admin socket can control it.
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),

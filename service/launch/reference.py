@@ -9,21 +9,22 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from service.launch.start_settings import SHORT_OPTIONS, StartSettings
+from service.settings import allowed_values, is_section
 
 BEGIN = "<!-- settings: written by python -m service.launch.reference -->"
 END = "<!-- end of settings -->"
 
 
 def settings_reference() -> str:
-    """Return one Markdown table per section: setting, short option, default, description."""
-    single = {name: field for name, field in StartSettings.model_fields.items() if _section(field) is None}
+    """Return one Markdown table per section: setting, short option, default, values, description."""
+    single = {name: field for name, field in StartSettings.model_fields.items() if not is_section(field.annotation)}
     parts = [_table("", single)]
     for name, field in StartSettings.model_fields.items():
-        if section := _section(field):
+        section = field.annotation
+        if is_section(section):
             title = (section.__doc__ or "").splitlines()[0]
             parts.append(f"`{name}`: {title}\n\n{_table(f'{name}.', section.model_fields)}")
     return "\n\n".join(parts)
@@ -36,21 +37,18 @@ def with_reference(page: str) -> str:
     return f"{before}{BEGIN}\n\n{settings_reference()}\n\n{END}{after}"
 
 
-def _section(field: FieldInfo) -> type[BaseModel] | None:
-    """The section's class if a field of the tree is a section; None for a single setting."""
-    annotation = field.annotation
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
-
-
 def _table(prefix: str, fields: dict[str, FieldInfo]) -> str:
-    return "\n".join(["| setting | short option | default | meaning |", "|---|---|---|---|", *_rows(prefix, fields)])
+    return "\n".join(
+        ["| setting | short option | default | values | meaning |", "|---|---|---|---|---|", *_rows(prefix, fields)]
+    )
 
 
 def _rows(prefix: str, fields: dict[str, FieldInfo]) -> Iterator[str]:
     for name, field in fields.items():
         short = SHORT_OPTIONS.get(prefix + name)
         meaning = (field.description or "").replace("|", "\\|")
-        yield f"| `{prefix}{name}` | {f'`{short}`' if short else ''} | `{_yaml(field.default)}` | {meaning} |"
+        facts = [f"`{prefix}{name}`", f"`{short}`" if short else "", f"`{_yaml(field.default)}`", allowed_values(field)]
+        yield f"| {' | '.join([*facts, meaning])} |"
 
 
 def _yaml(value: object) -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,30 @@ def read_sources(arguments: Sequence[str] | None = None) -> tuple[StartSettings,
     sources: tuple[PydanticBaseSettingsSource, ...] = (options.settings, EnvSettingsSource(StartSettings))
     if config is not None:
         sources = (*sources, _read_file(config))
+
+    def source_of(name: str) -> str | None:
+        return _source_of(name, [source() for source in sources], config)
+
     try:
-        return StartSettings(_build_sources=(sources, {})), options
+        settings = StartSettings(_build_sources=(sources, {}))
     except ValidationError as error:
-        trees = [source() for source in sources]
-        raise SettingsError(
-            describe_invalid(error, SETTING_NAMES, lambda name: _source_of(name, trees, config))
-        ) from None
+        raise SettingsError(describe_invalid(error, SETTING_NAMES, source_of, StartSettings)) from None
+    _refuse_other_encodings(settings, source_of)
+    return settings, options
+
+
+def _refuse_other_encodings(settings: StartSettings, source_of: Callable[[str], str | None]) -> None:
+    """Refuse texts that are not UTF-8: Python has them with surrogates, which JSON and other processes cannot take."""
+    for name in SETTING_NAMES:
+        value: Any = settings
+        for part in name.split("."):
+            value = getattr(value, part)
+        if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+            hint = "" if sys.flags.utf8_mode or sys.getfilesystemencoding() == "utf-8" else _UTF8_HINT
+            raise SettingsError(f"{name} ({source_of(name) or 'default'}) is not valid UTF-8{hint}.")
+
+
+_UTF8_HINT = f" in this environment, whose encoding is {sys.getfilesystemencoding()}: set PYTHONUTF8=1"
 
 
 def refuse_unknown_variables(environment: Iterable[str]) -> None:

@@ -7,27 +7,30 @@ from __future__ import annotations
 
 import fcntl
 import os
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from service.errors import SettingsError
+from service.errors import RayStartError, ServerStartError, SettingsError
 from service.launch.inspection import Inspection, inspect_checkpoint
 from service.launch.launch import Launch
-from service.launch.ports import choose_ports, reachable
-from service.launch.private_folder import private_folder, write_token
+from service.launch.ports import Owners, reachable, reserved_block, reserved_http
+from service.launch.private_folder import ACCESS_LOG, SHORT_FOLDER, is_too_long, private_folder, write_token
 from service.launch.progress import TerminalProgress
-from service.launch.ray_environment import ray_environment
+from service.launch.ray_environment import direct_loopback, ray_environment
 from service.launch.start_settings import ServerSettings, StartSettings
 from service.launch.supervisor import supervise
-from service.settings import Settings
+from service.settings import Settings, name_as_given
 
 DRAIN_S = 6.0
 """Seconds that accepted requests get after Ctrl-C; with Serve's own shutdown this stays below ``STOP_AFTER_S``."""
 ANSWER_S = 0.5
 """Seconds for sending answers that are already computed once the scorer has stopped."""
+START_ATTEMPTS = 3
+"""Starts of Ray before the command gives up, where a failed one had to do with the machine and not with the model."""
 REPLICA_DRAIN_S = 1.0
 """Seconds that a leaving replica stays reachable, so that HAProxy learns of it first."""
 
@@ -40,25 +43,59 @@ def serve(settings: StartSettings, console: Console) -> None:
         StopRequested: the server was asked to stop, and has stopped.
     """
     server = settings.server
-    ports = choose_ports(server.host, server.port)
-    with TerminalProgress(console, f"http://{reachable(server.host)}:{server.port}") as progress:
+    with (
+        reserved_http(server.host, server.port) as http,
+        TerminalProgress(console, f"http://{reachable(server.host)}:{server.port}") as progress,
+    ):
+        with private_folder() as folder:  # what cannot be made or written is said before a model is loaded
+            log_path(settings.log, folder)
+        if is_too_long(os.environ.get("TMPDIR", "")):
+            progress.note(f"TMPDIR has too long a path for Unix sockets: they are made in {SHORT_FOLDER}.")
         if settings.model.engine != "oracle":
             progress.stage("checkpoint")
         inspection = inspect_checkpoint(settings.model)
-        with private_folder() as folder:
-            log = log_path(settings.log, folder)
-            for descriptor in (1, 2):
-                write_at_the_end(descriptor)
-            launch = _launch(resolve(settings, inspection, log), server, folder, needs_gpu=inspection.needs_gpu)
-            environment = ray_environment(
-                folder,
-                ports,
-                write_token(folder),
-                cores=os.cpu_count() or 1,
-                deadline_s=settings.limits.deadline_s,
-                drain_s=REPLICA_DRAIN_S,
-            )
-            supervise(launch, environment | visible_devices(settings.model.device), progress)
+        for attempts_left in range(START_ATTEMPTS - 1, -1, -1):
+            try:
+                _run(settings, inspection, http, progress)
+            except RayStartError as error:
+                if not attempts_left:
+                    raise
+                progress.note(f"{error} Starting Ray once more.")
+
+
+def _run(settings: StartSettings, inspection: Inspection, http: Owners, progress: TerminalProgress) -> None:
+    """Start Ray with ports and a folder of its own, and supervise it; returns only by an exception."""
+    server = settings.server
+    with (
+        _checkpoint_named_as_given(settings, inspection),
+        private_folder() as folder,
+        reserved_block(server.port, server.replicas) as (ports, block),
+    ):
+        log = log_path(settings.log, folder)
+        for descriptor in (1, 2):
+            write_at_the_end(descriptor)
+        launch = _launch(resolve(settings, inspection, log), server, folder, needs_gpu=inspection.needs_gpu)
+        environment = ray_environment(
+            folder,
+            ports,
+            write_token(folder),
+            cores=os.cpu_count() or 1,
+            deadline_s=settings.limits.deadline_s,
+            drain_s=REPLICA_DRAIN_S,
+        )
+        environment |= direct_loopback(os.environ) | visible_devices(settings.model.device)
+        supervise(launch, environment, progress, (*http, *block))
+
+
+@contextmanager
+def _checkpoint_named_as_given(settings: StartSettings, inspection: Inspection) -> Iterator[None]:
+    """Let errors of replicas, which know the checkpoint's folder alone, name it as the user did."""
+    try:
+        yield
+    except ServerStartError as error:
+        if inspection.path is None:
+            raise
+        raise type(error)(name_as_given(str(error), Path(inspection.path), settings.model)) from None
 
 
 def resolve(settings: StartSettings, inspection: Inspection, log: str) -> Settings:
@@ -94,21 +131,23 @@ def visible_devices(device: str) -> dict[str, str]:
 
 
 def log_path(choice: str | None, folder: Path) -> str:
-    """The file to which replicas append; they are other processes, so standard output has to have a path.
+    """The file to which replicas append the access log; they are other processes, so standard output must have a path.
 
     Raises:
-        SettingsError: ``choice`` is ``-``, but standard output cannot be opened by other processes.
+        SettingsError: the file that ``choice`` names cannot be written, or standard output cannot be opened by other
+            processes.
     """
-    if choice not in {None, "-"}:
-        return str(Path(str(choice)).absolute())
-    stdout = Path(f"/proc/{os.getpid()}/fd/1")
+    if choice is None:
+        return str(folder / ACCESS_LOG)
+    path = Path(f"/proc/{os.getpid()}/fd/1") if choice == "-" else Path(choice).absolute()
     try:
-        stdout.open("ab").close()
-    except OSError:  # a socket, as under systemd, has no path
-        if choice == "-":
+        path.open("ab").close()
+    except OSError as error:
+        if choice == "-":  # a socket, as under systemd, has no path
             raise SettingsError("Standard output cannot be shared with the replicas; name a file with --log.") from None
-        return str(folder / "requests.jsonl")
-    return str(folder / "requests.jsonl" if choice is None and sys.stdout.isatty() else stdout)
+        reason = (error.strerror or str(error)).lower()
+        raise SettingsError(f"log (--log): {choice} cannot be written ({reason}).") from None
+    return str(path)
 
 
 def write_at_the_end(descriptor: int) -> None:

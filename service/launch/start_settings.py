@@ -48,7 +48,7 @@ class ServerSettings(Section):
     """The HTTP server that ``reward-serve`` starts. Ray's own commands take these from ``http_options`` instead."""
 
     host: str = Field("127.0.0.1", description="Address on which HTTP listens; the default is this machine only.")
-    port: int = Field(8000, ge=0, le=65535, description="TCP port of HTTP.")
+    port: int = Field(8000, ge=1, le=65535, description="TCP port of HTTP.")
     replicas: int = Field(
         1, ge=1, description="Copies of the model; each takes a GPU if the machine has any, else a share of the cores."
     )

@@ -17,17 +17,18 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 import psutil
 
-from service.errors import ServerStartError
+from service.errors import RayStartError, ServerStartError
 from service.launch.launch import Launch
 from service.launch.ports import reachable
+from service.launch.private_folder import SERVER_LOG, save_log
 
 STOP_AFTER_S = 12.0
 """Seconds that the orderly shutdown may take before all remaining processes are killed."""
@@ -35,6 +36,8 @@ SWEEP_S = 2.0
 """Seconds after which ``sweep`` gives up."""
 START_TIMEOUT_S = 1800.0
 """Loading a large model from a slow disk takes long; a start that fails, fails much earlier."""
+SIGNAL_STATUS = 128
+"""A shell adds it to the number of the signal that ended a command."""
 _TICK_S = 0.2
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _PR_SET_CHILD_SUBREAPER = 36
@@ -52,21 +55,34 @@ class Progress(Protocol):
         """The service answers."""
         ...
 
-    def stopping(self) -> None:
-        """The orderly shutdown has begun."""
+    def stopping(self, *, ready: bool) -> None:
+        """The shutdown has begun; ``ready``: of a server that has been ready."""
         ...
 
 
 class StopRequested(BaseException):
-    """SIGINT or SIGTERM. A BaseException, so that no ``except Exception`` catches it."""
+    """SIGINT or SIGTERM. A BaseException, so that no ``except Exception`` catches it.
+
+    ``number``: of the signal. ``after_ready``: whether the service had been ready.
+    """
+
+    def __init__(self, number: int, *, after_ready: bool = False) -> None:
+        super().__init__(number)
+        self.number = number
+        self.after_ready = after_ready
+
+    @property
+    def status(self) -> int:
+        """The exit status: 0 once the service was ready, else that of the signal, as a shell gives it."""
+        return 0 if self.after_ready else SIGNAL_STATUS + self.number
 
 
 def raise_on_stop_signals() -> None:
     """From here on the first SIGINT or SIGTERM raises StopRequested; later ones are ignored."""
 
-    def request(_number: int, _frame: object) -> None:
+    def request(number: int, _frame: object) -> None:
         _ignore_stop_signals()
-        raise StopRequested
+        raise StopRequested(number)
 
     for number in _STOP_SIGNALS:
         signal.signal(number, request)
@@ -77,50 +93,68 @@ def _ignore_stop_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def supervise(launch: Launch, environment: dict[str, str], progress: Progress) -> None:
+@contextmanager
+def _without_stop_signals() -> Iterator[None]:
+    """Let no signal interrupt the end of processes; a signal that arrives meanwhile is raised after it."""
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def supervise(launch: Launch, environment: dict[str, str], progress: Progress, inherited: Sequence[int] = ()) -> None:
     """Run the server until SIGINT or SIGTERM raises StopRequested, then stop all its processes.
 
+    Args:
+        launch: what the process that runs Ray gets.
+        environment: variables for it, beside those of this process.
+        progress: receives the stages.
+        inherited: file descriptors that it holds open.
+
     Raises:
-        ServerStartError: the server did not start, or exited by itself; one sentence with the reason and the log.
+        RayStartError: Ray did not start the server; the next try may succeed.
+        ServerStartError: the server did not start, or exited by itself.
         StopRequested: the server was asked to stop, and all its processes have ended.
     """
     _adopt_orphans()
-    log_path = Path(launch.folder) / "server.log"
     try:
-        with log_path.open("wb") as log:
-            server = _Server(launch, environment, log)
+        with (Path(launch.folder) / SERVER_LOG).open("wb") as log:
+            server = _Server(launch, environment, log, inherited)
         try:
             server.await_ready(progress)
             server.watch()
-        except StopRequested:
-            progress.stopping()
+        except StopRequested as request:
+            request.after_ready = server.is_ready
+            progress.stopping(ready=server.is_ready)
             server.stop()
             raise
     except ServerStartError as error:
-        message = f"{error} The log is {log_path}."
-        raise ServerStartError(message) from None
+        saved = save_log(Path(launch.folder), launch.port)
+        raise type(error)(f"{error} The log is {saved}." if saved else str(error)) from None
     finally:
-        _ignore_stop_signals()
-        sweep()
+        with _without_stop_signals():
+            sweep()
 
 
 class _Server:
     """The process that runs Ray, the pipe whose end stops it, and the pipe on which it reports stages."""
 
-    def __init__(self, launch: Launch, environment: dict[str, str], log: IO[bytes]) -> None:
+    def __init__(self, launch: Launch, environment: dict[str, str], log: IO[bytes], inherited: Sequence[int]) -> None:
         self._url = f"http://{reachable(launch.host)}:{launch.port}/readyz"
         self._started_at = time.monotonic()
         reports, reports_child = os.pipe()
         self._reports = os.fdopen(reports, "rb", buffering=0)
         self._unread = b""
-        self._is_running = False
+        self._stage = "ray"
+        self.is_ready = False
         self._process = subprocess.Popen(  # noqa: S603 - this interpreter and a module of this package
             [sys.executable, "-P", "-c", _CHILD, str(reports_child)],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
             env={**os.environ, **environment},
-            pass_fds=[reports_child],
+            pass_fds=[reports_child, *inherited],
             start_new_session=True,  # Ctrl-C in a terminal is for us alone
         )
         os.close(reports_child)
@@ -131,16 +165,13 @@ class _Server:
             self._stdin.flush()
 
     def await_ready(self, progress: Progress) -> None:
-        """Return once ``/readyz`` answers 200 through the proxy."""
-        while not (self._is_running and _answers_ready(self._url)):
+        """Return once ``/readyz`` answers 200 through HAProxy."""
+        while not (self._stage == "running" and _answers_ready(self._url)):
             if time.monotonic() - self._started_at > START_TIMEOUT_S:
                 raise ServerStartError(f"The server was not ready after {START_TIMEOUT_S:.0f} s.")
-            for report in self._read_reports():
-                if "failed" in report:
-                    raise ServerStartError(_sentence(report["failed"]))
-                self._is_running = report["stage"] == "running"
-                progress.stage(report["stage"])
-            self._check_alive()
+            self._follow_reports(progress)
+            self._check_alive(progress)
+        self.is_ready = True
         progress.ready()
 
     def watch(self) -> None:
@@ -152,7 +183,7 @@ class _Server:
 
     def stop(self) -> None:
         """Request the orderly shutdown, if the server has started, and wait for it for ``STOP_AFTER_S`` at most."""
-        if not self._is_running:
+        if self._stage != "running":
             return
         self._stdin.close()
         try:
@@ -160,10 +191,25 @@ class _Server:
         except subprocess.TimeoutExpired:
             return
 
-    def _check_alive(self) -> None:
+    def _follow_reports(self, progress: Progress | None) -> None:
+        for report in self._read_reports():
+            if "failed" in report:
+                error = RayStartError if report["again"] else ServerStartError
+                raise error(_sentence(report["failed"]))
+            self._stage = report["stage"]
+            if progress is not None:
+                progress.stage(report["stage"])
+
+    def _check_alive(self, progress: Progress | None = None) -> None:
         status = self._process.poll()
-        if status is not None:
-            raise ServerStartError(f"The server process exited by itself with status {status}.")
+        if status is None:
+            return
+        self._follow_reports(progress)  # the last one may have come after it was read
+        end = (
+            f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited by itself with status {status}"
+        )
+        error = RayStartError if self._stage in {"ray", "serve"} else ServerStartError
+        raise error(f"The process that runs Ray {end}.")
 
     def _read_reports(self) -> Iterator[dict[str, Any]]:
         readable, _, _ = select.select([self._reports], [], [], _TICK_S)
@@ -203,9 +249,13 @@ def sweep() -> None:
         time.sleep(0.02)
 
 
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Asks this machine itself, also where the environment names a proxy for HTTP."""
+
+
 def _answers_ready(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=2.0) as answer:  # noqa: S310 - an http URL made here
+        with _DIRECT.open(url, timeout=2.0) as answer:
             return bool(answer.status == 200)
     except (OSError, urllib.error.URLError):
         return False

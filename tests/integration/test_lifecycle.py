@@ -71,20 +71,26 @@ def send_large_request(url: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["Starting Ray ...", "Loading the model"])
-def test_stop_during_the_start(tmp_path: Path, stage: str) -> None:
-    """A server that is stopped while it starts ends at once, with status 0, and leaves nothing."""
+@pytest.mark.parametrize(
+    ("stage", "number"), [("Starting Ray ...", signal.SIGTERM), ("Loading the model", signal.SIGINT)]
+)
+def test_stop_during_the_start(tmp_path: Path, stage: str, number: signal.Signals) -> None:
+    """A server that is stopped while it starts ends at once, with the signal's status, and leaves nothing."""
     with started(tmp_path, *ORACLE) as server:
         assert eventually(lambda: stage in server.messages.read_text(), 60.0)
         time.sleep(1.5)
         processes = server.descendants()
         ports = listening_ports(processes)
-        status = stop(server.process)
+        status = stop(server.process, number)
 
-    assert status == 0
+    assert status == 128 + number
     assert processes
     assert alive(processes) == []
     assert open_ports(ports) == set()
+    assert server.messages.read_text().splitlines()[-2:] == [
+        "Stopping the start ...",
+        "reward-serve: Stopped before the service was ready.",
+    ]
 
 
 @pytest.mark.slow
@@ -96,27 +102,33 @@ def test_stop_while_the_checkpoint_is_checked(tmp_path: Path) -> None:
         processes = server.descendants()
         status = stop(server.process)
 
-    assert status == 0
+    assert status == 128 + signal.SIGTERM
     assert processes
     assert alive(processes) == []
-    assert server.messages.read_text() == "Checking the checkpoint ...\n"
+    assert server.messages.read_text() == (
+        "Checking the checkpoint ...\nreward-serve: Stopped before the service was ready.\n"
+    )
 
 
 @pytest.mark.slow
 def test_replica_that_cannot_start(tmp_path: Path) -> None:
-    """When a replica fails to start, the command prints its reason in one sentence."""
-    with started(tmp_path, *ORACLE, "--log", str(tmp_path / "nowhere" / "log")) as server:
+    """When a replica fails to start, the command prints its reason in one sentence and saves the logs."""
+    folder = tmp_path / "removed"
+    folder.mkdir()
+    with started(tmp_path, *ORACLE, "--log", str(folder / "log")) as server:
+        assert eventually(lambda: "Starting Ray ..." in server.messages.read_text(), 30.0)
+        shutil.rmtree(folder)
         status = server.process.wait(90)
 
     last_line = server.messages.read_text().splitlines()[-1]
     assert status == 1
     assert "reward-serve: FileNotFoundError: " in last_line
-    shutil.rmtree(Path(last_line.partition("The log is ")[2].rstrip(".")).parent)
+    assert Path(last_line.partition("The log is ")[2].rstrip(".")).is_file()
 
 
 @pytest.mark.slow
 def test_crash_of_ray_ends_the_command(tmp_path: Path) -> None:
-    """When Ray's driver dies, the start command reports it, kills the other processes and exits with status 1."""
+    """When Ray's driver dies, the command says so, kills the other processes, saves the logs and exits with 1."""
     with serving(tmp_path, *ORACLE) as server:
         processes, folder = server.descendants(), server.folder()
         ports = listening_ports(processes)
@@ -126,11 +138,10 @@ def test_crash_of_ray_ends_the_command(tmp_path: Path) -> None:
     assert status == 1
     assert alive(processes) == []
     assert open_ports(ports) == set()
+    assert not folder.exists()
     last_line = server.messages.read_text().splitlines()[-1]
-    assert "exited by itself" in last_line
-    assert f"The log is {folder}/server.log." in last_line
-    assert (folder / "server.log").is_file()
-    shutil.rmtree(folder)
+    assert "was killed by SIGKILL" in last_line
+    assert Path(last_line.partition("The log is ")[2].rstrip(".")).is_file()
 
 
 @pytest.mark.slow
@@ -164,7 +175,7 @@ STAGES = {
         "Starting Ray ...",
         "Starting Ray Serve ...",
         "Loading the model and warming up ...",
-        "Waiting for the first answer through the proxy ...",
+        "Waiting for the first answer through HAProxy ...",
     ],
     "local": ["Loading the model and warming up ..."],
 }
@@ -183,3 +194,19 @@ def test_messages_of_a_start(oracle_server: RunningServer) -> None:
     assert lines[len(stages) + 2].startswith("curl ")
     assert len(lines) == len(stages) + 6
     assert [line["event"] for line in logged if line["request_id"] == "messages"] == ["scored"]
+
+
+@pytest.mark.slow
+def test_start_behind_a_proxy_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Variables that name a proxy for HTTP, here one that does not exist, keep no server from becoming ready."""
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "https_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with serving(tmp_path, *ORACLE, "--replicas", "2") as server:
+
+        def is_complete() -> bool:
+            exposition = httpx2.get(f"{server.url}/metrics", trust_env=False, timeout=10).text
+            return "rm_metrics_scrape_incomplete 0.0" in exposition
+
+        assert eventually(is_complete, 20.0)

@@ -97,6 +97,7 @@ def test_documented_environment_is_the_one_of_the_command(tmp_path: Path) -> Non
     """``reward-serve`` sets every line of docs/serve.env, apart from the drain period."""
     lines = (ROOT / "docs" / "serve.env").read_text().splitlines()
     documented = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
-    ours = ray_environment(tmp_path, Ports(8000), tmp_path / "token", cores=2, deadline_s=600.0, drain_s=5)
+    ports = Ports(8000, 21001, 21002, 21003, 21004, 21005, range(21006, 21050))
+    ours = ray_environment(tmp_path, ports, tmp_path / "token", cores=2, deadline_s=600.0, drain_s=5)
 
     assert documented.items() <= ours.items()

@@ -62,12 +62,16 @@ def free_port() -> int:
 def started(
     folder: Path, *options: str, runtime: str = "ray", command: Sequence[str] = COMMAND
 ) -> Iterator[RunningServer]:
-    """Run ``reward-serve`` with the options on a free port, its output in the folder; it may not be ready yet."""
+    """Run ``reward-serve`` with the options on a free port, its output in the folder; it may not be ready yet.
+
+    Its access log goes to standard output unless the options say otherwise.
+    """
     port = free_port()
+    log = () if "--log" in options else ("--log", "-")
     output, messages = folder / "stdout.txt", folder / "stderr.txt"
     with output.open("wb") as out, messages.open("wb") as err:
         process = subprocess.Popen(
-            [*command, "--port", str(port), "--runtime", runtime, *options], stdout=out, stderr=err
+            [*command, "--port", str(port), "--runtime", runtime, *log, *options], stdout=out, stderr=err
         )
     try:
         yield RunningServer(f"http://127.0.0.1:{port}", process, output, messages, runtime)
@@ -98,7 +102,7 @@ def await_ready(server: RunningServer) -> None:
 def answers_ready(url: str) -> bool:
     """Whether ``/readyz`` answers 200."""
     try:
-        return httpx2.get(f"{url}/readyz", timeout=2.0).status_code == 200
+        return httpx2.get(f"{url}/readyz", timeout=2.0, trust_env=False).status_code == 200
     except httpx2.HTTPError:
         return False
 
