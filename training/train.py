@@ -186,7 +186,8 @@ def _report(manifest: Manifest) -> list[str]:
     counts, recipe = manifest.pairs, manifest.recipe
     summary = (
         f"Trained on {counts.trained} pairs; left out: {counts.held_out} held out, {counts.disputed} disputed, "
-        f"{counts.refused} that cannot be tokenized, {counts.too_long} longer than {recipe.max_length} tokens, {counts.unbalanced} to balance lengths."
+        f"{counts.refused} that cannot be "
+        f"tokenized, {counts.too_long} longer than {recipe.max_length} tokens, {counts.unbalanced} to balance lengths."
     )
     lines = [summary]
     if recipe.patience is not None:

@@ -46,7 +46,7 @@ def test_one_process_with_one_port_and_without_ray(local_server: RunningServer) 
 
 
 def test_answers_while_the_model_loads(tmp_path: Path) -> None:
-    """Before the model is loaded the process is alive and not ready, and a stop ends it at once with the signal's status."""
+    """While the model loads the process is alive and not ready; a stop ends it at once with the signal's status."""
     with started(tmp_path, "--model", str(write_tiny_checkpoint(tmp_path / "model")), runtime="local") as server:
         assert eventually(lambda: answers(server), 30.0)
         live = httpx2.get(f"{server.url}/livez", timeout=30)
