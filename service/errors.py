@@ -29,6 +29,7 @@
     │   ├── CheckpointError               the checkpoint is invalid or cannot be read
     │   ├── CalibrationError              a calibration cannot be read, or cannot be fitted to the data
     │   ├── DatasetError                  a data file cannot be read, or a row is not what the command needs
+    │   ├── OutputError                   an output exists already, cannot be written, or the disk is full
     │   ├── ParityError                   no forward path agrees with plain transformers
     │   ├── ServerStartError              Ray or the HTTP server did not start
     │   └── WarmUpFailed                  the largest legal batch does not run on this device
@@ -238,6 +239,10 @@ class CalibrationError(StartupError):
 
 class DatasetError(StartupError):
     """A data file cannot be read, or a row is invalid; the message names file and line, never the text."""
+
+
+class OutputError(StartupError):
+    """An output exists already, cannot be written, or the disk is full; nothing is left under its name."""
 
 
 class ParityError(StartupError):
