@@ -63,13 +63,22 @@ def _sentence(error: Exception, extra: str) -> str | None:
 
 
 def _missing_package(error: ImportError, extra: str) -> str | None:
-    package = (error.name or "").partition(".")[0]
+    package = _package_of(error)
     if not package or package in OUR_PACKAGES:
         return None
     remedy = f"install the extra that this command needs, in a clone of the repository: pip install '.[{extra}]'."
     if isinstance(error, ModuleNotFoundError):
         return f"the Python package {package} is not installed; {remedy}"
     return f"the installed version of the Python package {package} does not fit; {remedy}"
+
+
+def _package_of(error: BaseException | None) -> str:
+    """The package that could not be imported; transformers raises an error without its name from one that has it."""
+    while error is not None:
+        if isinstance(error, ImportError) and error.name:
+            return error.name.partition(".")[0]
+        error = error.__cause__
+    return ""
 
 
 def _run(name: str) -> int:

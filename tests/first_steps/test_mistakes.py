@@ -6,6 +6,7 @@ The cases are in the TOML files of this folder; a field is a field of ``first_st
 from __future__ import annotations
 
 import time
+import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,6 +30,22 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_world(tmp_path_factory.mktemp("world"))
 
 
+@pytest.fixture(scope="module")
+def world_with_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same folder with a checkpoint ``tiny``, its adapter ``lora``, and a base ``qwen-base`` of the same size."""
+    from tiny_adapters import write_adapter
+    from tiny_models import write_tiny_causal_lm, write_tiny_checkpoint
+
+    folder = write_world(tmp_path_factory.mktemp("world"))
+    write_tiny_checkpoint(folder / "tiny")
+    write_tiny_causal_lm(folder / "llama-base")
+    write_tiny_causal_lm(folder / "qwen-base", "qwen2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a property that transformers has renamed
+        write_adapter(folder / "lora", folder / "llama-base")
+    return folder
+
+
 def version_s(world: Path, scratch: Path) -> float:
     """Measure how long the cheapest call of a command takes at this moment."""
     started = time.monotonic()
@@ -39,11 +56,8 @@ def version_s(world: Path, scratch: Path) -> float:
 @pytest.fixture(scope="module")
 def outcomes(request: pytest.FixtureRequest, world: Path, tmp_path_factory: pytest.TempPathFactory):
     """Start the selected cases, two at a time, and return their futures by name."""
-    selected = {
-        item.callspec.params["case"].name
-        for item in request.session.items
-        if "outcomes" in getattr(item, "fixturenames", ())
-    }
+    parameters = [getattr(item, "callspec", None) for item in request.session.items]
+    selected = {one.params["case"].name for one in parameters if one is not None and "case" in one.params}
     with ThreadPoolExecutor(CONCURRENCY) as pool:
         yield {
             case.name: pool.submit(run_case, case, world, tmp_path_factory.mktemp("case"))
@@ -69,7 +83,7 @@ def check(case: Case, outcome: Outcome) -> None:
 
 def test_there_are_enough_cases() -> None:
     """Names are unique, so that every case is run."""
-    assert len({case.name for case in CASES}) == len(CASES) >= 60
+    assert len({case.name for case in CASES}) == len(CASES) >= 80
 
 
 @pytest.mark.parametrize("case", QUICK, ids=lambda case: case.name)

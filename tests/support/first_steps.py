@@ -20,18 +20,15 @@ HEAVY = ("torch", "transformers", "trl", "ray", "onnx", "onnxruntime", "sklearn"
 
 CLOSED_PORT = "http://127.0.0.1:9"
 
-_AS_THE_CONSOLE_SCRIPT = """
+_RECORDED = """
 import os, sys
-sys.argv[0] = {name!r}
 try:
-    from service.commands import {function} as main
-    status = main()
+    {call}
 finally:
     with open(os.environ["LOADED_MODULES"], "w") as file:
         file.write(" ".join(name for name in {heavy!r} if name in sys.modules))
-sys.exit(status)
 """
-"""What the script in ``bin/`` does, and then a list of the heavy modules that it imported."""
+"""Runs a command, and then writes down which heavy modules it imported."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,10 +121,12 @@ def run_case(case: Case, world: Path, scratch: Path) -> Outcome:
 
 def command_line(command: str) -> list[str]:
     """Return how a command is started from the source tree; the environment's scripts may be of another one."""
-    if command.startswith("python "):
-        return [sys.executable, *command.split()[1:]]
-    function = command.replace("-", "_")
-    return [sys.executable, "-c", _AS_THE_CONSOLE_SCRIPT.format(name=command, function=function, heavy=HEAVY)]
+    if command.startswith("python -m "):
+        module = command.removeprefix("python -m ")
+        call = f"import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+    else:  # as the script in bin/ does
+        call = f"from service.commands import {command.replace('-', '_')} as main; sys.exit(main())"
+    return [sys.executable, "-c", _RECORDED.format(call=call, heavy=HEAVY)]
 
 
 def _limit_files(max_bytes: int) -> None:
