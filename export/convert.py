@@ -7,7 +7,6 @@ cannot hold is reported, and the result must pass validation before its folder a
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import shutil
@@ -18,13 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from service.checkpoints.adapter import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, is_adapter, merge_adapter
+from service.checkpoints.adapter import ADAPTER_WEIGHTS_FILE, is_adapter, merge_adapter
 from service.checkpoints.architecture import Fit, fit_classifier, has_classifier
 from service.checkpoints.checkpoint import open_checkpoint
-from service.checkpoints.files import TOKENIZER_FILE
+from service.checkpoints.files import ADAPTER_CONFIG_FILE, CONVERSION_FILE, TOKENIZER_FILE
 from service.checkpoints.weights import (
     VALUE_HEAD_FILE,
     TensorInfo,
@@ -34,12 +32,11 @@ from service.checkpoints.weights import (
     pickled_weights,
     weight_files,
 )
-from service.errors import CheckpointError, StartupError
+from service.errors import CheckpointError
+from service.outputs import new_folder
 from service.settings import ModelSettings
 from service.transformers_logging import transformers_silenced
-from service.version import add_version_option
 
-CONVERSION_FILE = "conversion.json"
 PICKLED_VALUE_HEAD_FILE = "value_head.bin"
 TOKENIZER_FILES = (
     "tokenizer*.json",
@@ -75,7 +72,13 @@ class Conversion:
 
 
 def convert(
-    source: Path, out: Path, *, base: Path | None = None, drop_bias: bool = False, allow_pickle: bool = False
+    source: Path,
+    out: Path,
+    *,
+    base: Path | None = None,
+    drop_bias: bool = False,
+    allow_pickle: bool = False,
+    overwrite: bool = False,
 ) -> Conversion:
     """Write a plain scalar-head checkpoint made from ``source`` to ``out``; nothing is written unless it is valid.
 
@@ -85,16 +88,13 @@ def convert(
         base: the adapter's base model; required where the adapter names none that can be found.
         drop_bias: leave out a bias, which the classifier cannot hold. That shifts all rewards by one constant.
         allow_pickle: also read pickled weights, with torch's restricted unpickler, which allows tensors only.
+        overwrite: replace an earlier conversion in ``out``.
 
     Raises:
         CheckpointError: there is nothing to convert, or the result would be refused; names the remedy.
+        OutputError: ``out`` is not empty, or cannot be written.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out} exists and is not empty: choose another folder, so that nothing is overwritten.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as work_dir:
-        unfinished = Path(work_dir) / "checkpoint"
-        unfinished.mkdir()
+    with new_folder(out, overwrite=overwrite, marker=CONVERSION_FILE) as unfinished:
         if is_adapter(source):
             conversion = _convert_adapter(source, unfinished, base, drop_bias=drop_bias)
         else:
@@ -102,7 +102,6 @@ def convert(
         _validate(unfinished, out)
         manifest = json.dumps(dataclasses.asdict(conversion), indent=2)
         (unfinished / CONVERSION_FILE).write_text(manifest + "\n", encoding="utf-8")
-        unfinished.rename(out)
     return conversion
 
 
@@ -324,58 +323,3 @@ def _save(source: Path, unfinished: Path, config: Any, tensors: Mapping[str, Any
             # The head is small and often stored in fp32 although the body is bf16; its dtype is preserved.
             model.get_parameter(name).data = tensors[name].contiguous()
         model.save_pretrained(unfinished)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run ``reward-convert``; returns the exit status: 0, or 1 after one sentence on standard error."""
-    options = _parser().parse_args(arguments)
-    console = Console(stderr=True, soft_wrap=True)
-    try:
-        with console.status(f"Converting {options.source}"):
-            conversion = convert(
-                options.source,
-                options.out,
-                base=options.base,
-                drop_bias=options.drop_bias,
-                allow_pickle=options.allow_pickle,
-            )
-    except StartupError as error:
-        console.print(str(error), style="red", markup=False, highlight=False)
-        return 1
-    for line in _report(conversion, options.out):
-        console.print(line, markup=False, highlight=False)
-    return 0
-
-
-def _report(conversion: Conversion, out: Path) -> list[str]:
-    head = f"; its head was {conversion.head}" if conversion.head else ""
-    lines = [f"{out} is a plain scalar-head checkpoint, converted from {conversion.origin}{head}."]
-    if conversion.dropped_bias:
-        lines.append(
-            f"A bias of {conversion.dropped_bias:.6g} was left out: add it to compare with training's rewards."
-        )
-    return [*lines, *conversion.notes, f"Serve it with: reward-serve --model {out}"]
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="reward-convert",
-        description="Convert a value-head checkpoint (TRL, OpenRLHF, LLaMA-Factory) or a PEFT adapter into a plain "
-        "scalar-head checkpoint.",
-    )
-    add_version_option(parser)
-    add = parser.add_argument
-    add("source", type=Path, metavar="DIR", help="the checkpoint or adapter")
-    add("out", type=Path, metavar="OUT", help="the folder to write; must not exist or be empty")
-    add("--base", type=Path, metavar="DIR", help="the adapter's base model (default: the one that the adapter names)")
-    add("--drop-bias", action="store_true", help="leave out the head's bias, which shifts all rewards by one constant")
-    add(
-        "--allow-pickle",
-        action="store_true",
-        help="also read pickled weights (.bin), with torch's restricted unpickler; only for files that you trust",
-    )
-    return parser
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,6 +1,6 @@
 """Compares the throughput of the service with that of another server, on the same checkpoint, cores and work.
 
-This module starts both servers and runs the measurement; servers, work, requests and report have modules of their own.
+Servers, work, requests and report have modules of their own; arguments are checked before any of them is imported.
 
     python -m loadtest.compare [--model FOLDER] [--cores 2] [--json FILE]
     python -m loadtest.compare --peer vllm --peer-python VENV/bin/python [--prefix-cache off]
@@ -8,126 +8,38 @@ This module starts both servers and runs the measurement; servers, work, request
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import signal
 import sys
-import tempfile
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import NoReturn
 
-from rich.console import Console
-from rich.progress import Progress
-
-from loadtest.console import report_console
-from loadtest.load_shapes import LoadShape, Pass, passes, shapes_against_plain, shapes_against_vllm
-from loadtest.random_checkpoint import write_random_checkpoint
-from loadtest.reference import reference_rewards
-from loadtest.server_report import ServerReport, compare_servers
-from loadtest.server_rounds import Measurement, measure_alternately, warm_up
-from loadtest.servers import RunningServer, running_baseline, running_service, running_vllm
-from loadtest.vllm_peer import vllm_environment, vllm_flags
-from loadtest.wire import UnexpectedAnswer
-from service.errors import StartupError
-
-MAX_REFERENCE_ITEMS = 128
+from service.arguments import CommandParser, whole_number
+from service.checkpoints.hub import check_source
+from service.commands import run_command
+from service.outputs import check_output_file
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 1 if a server does not start or the rewards differ."""
+    return run_command("python -m loadtest.compare", "dev", lambda: _run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     parser = _parser()
-    options = parser.parse_args(arguments)
+    options = parser.parse(arguments)
     if options.peer == "vllm" and options.peer_python is None:
         parser.error("--peer vllm needs --peer-python: the interpreter of the environment in which vLLM is installed")
-    console = report_console()
-    signal.signal(signal.SIGTERM, _raise_keyboard_interrupt)
-    if options.cores is not None:
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
-    try:
-        with tempfile.TemporaryDirectory(prefix="reward-compare-") as folder:
-            report = _compare(options, Path(folder), console)
-    except (StartupError, UnexpectedAnswer, OSError, EOFError) as error:
-        console.print(f"loadtest.compare: {type(error).__name__}: {error}", markup=False, style="red")
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    report.print(console)
+    if options.model is not None:
+        check_source(str(options.model))
     if options.json is not None:
-        options.json.write_text(json.dumps(_conditions(options) | report.as_json(), indent=2) + "\n")
-    return 0 if report.rewards_match else 1
+        check_output_file(options.json, overwrite=True)
+
+    from loadtest.server_comparison import run
+
+    return run(options)
 
 
-def _compare(options: argparse.Namespace, folder: Path, console: Console) -> ServerReport:
-    model = options.model or write_random_checkpoint(folder / "random-24m", dtype=options.dtype)
-    shapes = _shapes(options)
-    planned = list(passes(shapes, options.rounds, options.seed))
-    with Progress(console=console) as progress:
-        measurements = _measure(options, model, folder, shapes, planned, progress)
-        step = progress.add_task("Computing reference rewards with transformers in fp32", total=None)
-        comparisons = compare_servers(measurements, options.peer, _reference(model, planned))
-        progress.remove_task(step)
-    return ServerReport(options.peer, options.dtype, shapes, measurements, comparisons)
-
-
-def _shapes(options: argparse.Namespace) -> list[LoadShape]:
-    choose = shapes_against_vllm if options.peer == "vllm" else shapes_against_plain
-    return choose(options.single_groups, options.bulk_groups)
-
-
-def _measure(
-    options: argparse.Namespace,
-    model: Path,
-    folder: Path,
-    shapes: Sequence[LoadShape],
-    planned: Sequence[Pass],
-    progress: Progress,
-) -> list[Measurement]:
-    """Start both servers, measure them, and stop them."""
-    step = progress.add_task("Starting the servers", total=2 * len(planned))
-    with _running_peer(options, model, folder) as peer, running_service(model, options.dtype, folder) as ours:
-        progress.update(step, description="Warming up")
-        warm_up((peer, ours), shapes, seed=options.seed - 1)
-        measurements = []
-        for measurement in measure_alternately((peer, ours), planned):
-            measurements.append(measurement)
-            progress.update(step, advance=1, description=f"Round {measurement.round + 1}: {measurement.shape}")
-    return measurements
-
-
-def _running_peer(options: argparse.Namespace, model: Path, folder: Path) -> AbstractContextManager[RunningServer]:
-    if options.peer == "plain":
-        return running_baseline(model, options.dtype, folder)
-    return running_vllm(options.peer_python, model, options.dtype, folder, prefix_cache=options.prefix_cache == "on")
-
-
-def _reference(model: Path, planned: Sequence[Pass]) -> dict[int, float]:
-    """Return the fp32 rewards of evenly spaced items, by their index among all items that were sent."""
-    sent = [item for one_pass in planned for item in one_pass.items]
-    indices = range(0, len(sent), -(-len(sent) // MAX_REFERENCE_ITEMS))
-    return dict(zip(indices, reference_rewards(model, [sent[index] for index in indices]), strict=True))
-
-
-def _conditions(options: argparse.Namespace) -> dict[str, object]:
-    conditions = {
-        "model": str(options.model) if options.model else "random, 24 million parameters",
-        "seed": options.seed,
-        "cores": len(os.sched_getaffinity(0)),
-    }
-    if options.peer == "vllm":
-        conditions["vllm_flags"] = vllm_flags(options.dtype, prefix_cache=options.prefix_cache == "on")
-        conditions["vllm_environment"] = vllm_environment(os.environ, os.sched_getaffinity(0))
-    return conditions
-
-
-def _raise_keyboard_interrupt(*_: object) -> NoReturn:
-    raise KeyboardInterrupt
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m loadtest.compare", description=__doc__.partition("\n")[0])
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="python -m loadtest.compare", description=__doc__.partition("\n")[0])
     parser.add_argument(
         "--model", type=Path, metavar="DIR", help="checkpoint folder (default: a random model of 24M parameters)"
     )
@@ -141,21 +53,23 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--prefix-cache", choices=("on", "off"), default="on", help="prefix cache of vLLM (default: %(default)s)"
     )
-    parser.add_argument("--rounds", type=int, default=3, help="alternating rounds (default: %(default)s)")
+    parser.add_argument("--rounds", type=whole_number(1), default=3, help="alternating rounds (default: %(default)s)")
     parser.add_argument(
         "--single-groups",
-        type=int,
+        type=whole_number(1),
         default=16,
         help="groups of 8 sent as single items in each round (default: %(default)s)",
     )
     parser.add_argument(
         "--bulk-groups",
-        type=int,
+        type=whole_number(1),
         default=16,
         help="groups of 8 in the bulk request of each round (default: %(default)s)",
     )
     parser.add_argument(
-        "--cores", type=int, help="number of cores for both servers and the generator together (default: all)"
+        "--cores",
+        type=whole_number(1),
+        help="number of cores for both servers and the generator together (default: all)",
     )
     parser.add_argument("--seed", type=int, default=1, help="of the texts (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements")

@@ -8,132 +8,37 @@ nor a network.
 
 from __future__ import annotations
 
-import argparse
-import json
-import random
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
-from rich.table import Table
-
-from loadtest.console import report_console
-from loadtest.engine_work import Work, batches_in_order, tokenize
-from loadtest.random_checkpoint import SHAPES, write_random_checkpoint
+from loadtest.random_checkpoint import SHAPES
 from loadtest.workload import WORKLOADS
-from service.checkpoints.bundle import open_bundle
-from service.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from service.engines.base import Engine
-from service.engines.devices.device import resolve_device
-from service.engines.onnx import load_onnx_engine
-from service.engines.torch import load_torch_engine
-from service.errors import StartupError
-from service.settings import BatchingSettings, ModelSettings
-
-SHUFFLES = 3
-
-
-@dataclass(frozen=True, slots=True)
-class BatchEffect:
-    """The effect of the batch composition on the rewards of an engine."""
-
-    engine: str
-    num_items: int
-
-    num_changed: int
-    """Items whose reward alone differs from one of their rewards in a batch."""
-
-    max_difference: float
-    """Largest absolute difference."""
-
-
-def measure_batch_effect(engine: Engine, work: Work, seed: int) -> BatchEffect:
-    """Score each sequence alone, then all of them in batches, in several random orders."""
-    alone = [engine.forward([sequence]).rewards[0] for sequence in work.sequences]
-    changed: set[int] = set()
-    largest = 0.0
-    for order in _orders(len(alone), seed):
-        shuffled = [work.sequences[index] for index in order]
-        for batch in batches_in_order(shuffled, engine.info):
-            rewards = engine.forward(shuffled[batch.start : batch.stop]).rewards
-            for index, reward in zip(order[batch.start : batch.stop], rewards, strict=True):
-                if reward != alone[index]:
-                    changed.add(index)
-                    largest = max(largest, abs(reward - alone[index]))
-    return BatchEffect(describe(engine), len(alone), len(changed), largest)
-
-
-def describe(engine: Engine) -> str:
-    """Return an engine's name with all that determines its rounding."""
-    info = engine.info
-    kernels = f", kernels {info.kernels}" if info.kernels else ""
-    return f"{info.engine}, {info.arithmetic} on {info.device}, {info.forward}{kernels}"
+from service.arguments import CommandParser, device, whole_number
+from service.checkpoints.hub import check_source
+from service.commands import run_command
+from service.outputs import check_output_file
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 1 if an engine cannot be loaded."""
-    options = _parser().parse_args(arguments)
-    console = report_console()
-    try:
-        with tempfile.TemporaryDirectory(prefix="reward-invariance-") as folder:
-            model = options.model or write_random_checkpoint(Path(folder) / "random", SHAPES[options.shape])
-            checkpoint = open_checkpoint(model, ModelSettings())
-            work = tokenize(WORKLOADS[options.workload].draw(options.items, options.seed), checkpoint)
-            found = [measure_batch_effect(engine, work, options.seed) for engine in _engines(options, checkpoint)]
-    except (StartupError, OSError) as error:
-        console.print(f"loadtest.invariance: {type(error).__name__}: {error}", markup=False, style="red")
-        return 1
-    console.print(table(found))
+    return run_command("python -m loadtest.invariance", "dev", lambda: _run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    options = _parser().parse(arguments)
+    for folder in (*([options.model] if options.model else []), *options.onnx):
+        check_source(str(folder))
     if options.json is not None:
-        options.json.write_text(json.dumps([asdict(one) for one in found], indent=2) + "\n")
-    return 0
+        check_output_file(options.json, overwrite=True)
+
+    from loadtest.batch_effect import run
+
+    return run(options)
 
 
-def table(found: Sequence[BatchEffect]) -> Table:
-    """Return the results for a terminal, one engine a row."""
-    drawn = Table()
-    for title in ("engine", "items", "changed by batch composition", "largest difference"):
-        drawn.add_column(title, justify="left" if title == "engine" else "right")
-    for one in found:
-        drawn.add_row(one.engine, str(one.num_items), str(one.num_changed), f"{one.max_difference:.2g}")
-    return drawn
-
-
-def _orders(count: int, seed: int) -> Iterator[list[int]]:
-    rng = random.Random(seed)  # noqa: S311 - an order of texts, not a secret
-    for _ in range(SHUFFLES):
-        yield rng.sample(range(count), count)
-
-
-def _engines(options: argparse.Namespace, checkpoint: Checkpoint) -> Iterator[Engine]:
-    device = str(resolve_device(options.device))
-    for changes in _model_settings(options, device):
-        yield load_torch_engine(
-            checkpoint.path,
-            ModelSettings.model_validate({"device": device, **changes}),
-            BatchingSettings(deterministic=options.deterministic),
-            pad_token_id=checkpoint.pad_token_id,
-            max_input_tokens=checkpoint.max_input_tokens,
-        )
-    for bundle in options.onnx:
-        settings = ModelSettings(device=device)
-        yield load_onnx_engine(
-            open_bundle(bundle, settings), settings, BatchingSettings(deterministic=options.deterministic)
-        )
-
-
-def _model_settings(options: argparse.Namespace, device: str) -> Iterator[dict[str, str]]:
-    for dtype in options.dtypes:
-        for kernels in ("auto", "off") if (dtype, device) == ("bfloat16", "cpu") else ("off",):
-            yield {"dtype": dtype, "kernels": kernels}
-    if options.int8:
-        yield {"quantization": "int8"}
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m loadtest.invariance", description=__doc__.partition("\n")[0])
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="python -m loadtest.invariance", description=__doc__.partition("\n")[0])
     parser.add_argument("--model", type=Path, metavar="DIR", help="checkpoint folder (default: a random model)")
     parser.add_argument(
         "--shape", choices=list(SHAPES), default="24M", help="size of the random model (default: %(default)s)"
@@ -147,8 +52,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--int8", action="store_true", help="on a CPU, also measure linear layers in int8")
     parser.add_argument("--deterministic", action="store_true", help="as the setting: a forward pass for every text")
     parser.add_argument("--workload", choices=list(WORKLOADS), default="groups of 8")
-    parser.add_argument("--items", type=int, default=64, help="number of texts (default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--items", type=whole_number(1), default=64, help="number of texts (default: %(default)s)")
+    parser.add_argument("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--seed", type=int, default=1, help="seed of texts and orders (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results")
     return parser

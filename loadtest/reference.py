@@ -13,7 +13,7 @@ def reference_rewards(model: Path, items: Sequence[Mapping[str, str]]) -> list[f
     """Return the raw logit of each item, in order, as transformers' own classifier computes it in fp32."""
     import torch
 
-    from loadtest.baseline import Item, PaddedScorer
+    from loadtest.padded_server import Item, PaddedScorer
 
     scorer = PaddedScorer(model, torch.float32)
     return [scorer.score([Item.model_validate(item)])[0] for item in items]

@@ -10,6 +10,9 @@ from typing import Literal, TypeAlias, get_args
 
 from reward_client.options import DiagnosticsLevel, TemplateChoice, Truncation
 
+DEMO_MODEL = "demo"
+"""``model.path`` of the demo model, in the settings and in the arguments of every command."""
+
 Pooling: TypeAlias = Literal["hf", "last"]
 """Which token the scalar head reads. ``hf``: the rightmost that is not the pad token; ``last``: the last one."""
 

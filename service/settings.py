@@ -18,10 +18,7 @@ from pydantic.fields import FieldInfo
 from reward_client.options import DiagnosticsLevel, TemplateChoice, Truncation
 
 from service.errors import SettingsError
-from service.records import Pooling
-
-DEMO_MODEL = "demo"
-"""``model.path`` of the demo model, in the settings and in the arguments of every command."""
+from service.records import DEMO_MODEL, Pooling
 
 
 class Section(BaseModel):

@@ -7,6 +7,7 @@ first user message, are in one part, because a detector scores the texts that it
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from service.data.holdout import is_held_out
 from service.data.prompts import Prompt, normalized_opening
 from service.data.reading import Tell, read_examples
 from service.data.rows import Row
-from service.errors import DatasetError
+from service.errors import CalibrationError, DatasetError
 from service.records import Exchange
 
 Part: TypeAlias = Literal["fit_states", "fit_detectors", "select", "calibrate"]
@@ -30,6 +31,11 @@ SMALL_SHARES: dict[Part, float] = {"fit_states": 0.24, "fit_detectors": 0.26, "s
 SMALL_ITEMS = 8000
 
 _FLAGS = {"true": True, "1": True, "false": False, "0": False}
+MIN_PART_ITEMS = 60
+"""Items that each part needs: below, the tail of its distribution is hardly seen."""
+
+ENOUGH_ITEMS = 650
+"""With as many items of different prompts the smallest part (13 percent) has `MIN_PART_ITEMS` with 99 % certainty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +57,16 @@ class CleanItem:
     def opening(self) -> str:
         """The text that determines the part (see `service.data.prompts.normalized_opening`)."""
         return normalized_opening(self.exchange.prompt)
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationData:
+    """All items of one call of the command."""
+
+    items: Sequence[CleanItem] = field(repr=False)
+    """The items to calibrate on; none where an existing calibration is tested."""
+
+    test_items: Sequence[CleanItem] = field(repr=False)
 
 
 def read_items(path: Path, *, held_out_only: bool = False, tell: Tell | None = None) -> Iterator[CleanItem]:
@@ -85,6 +101,14 @@ def _parse_flag(key: str, row: Row) -> bool:
     return bool(flag)
 
 
+def sample_prompts(items: Sequence[CleanItem], max_items: int, seed: int) -> list[CleanItem]:
+    """Return about that many items, of prompts sampled at random; completions of one prompt stay together."""
+    openings = list(dict.fromkeys(item.opening for item in items))
+    random.Random(seed).shuffle(openings)  # noqa: S311 - a choice of items, not a secret
+    sampled = set(openings[: max(1, round(len(openings) * max_items / len(items)))])
+    return [item for item in items if item.opening in sampled]
+
+
 def split(items: Sequence[CleanItem]) -> dict[Part, list[CleanItem]]:
     """Split the items into the parts by a hash of their prompt's opening."""
     shares = SMALL_SHARES if len(items) < SMALL_ITEMS else SHARES
@@ -99,6 +123,27 @@ def split(items: Sequence[CleanItem]) -> dict[Part, list[CleanItem]]:
         else:
             parts["calibrate"].append(item)
     return parts
+
+
+def require_enough(items: Sequence[CleanItem], name: str) -> None:
+    """Check that every part has `MIN_PART_ITEMS` items, before a model is loaded.
+
+    Args:
+        items: the items of a calibration.
+        name: of the data, for the message.
+
+    Raises:
+        CalibrationError: a part has fewer; the message gives the completions that there are and that are needed.
+    """
+    smallest = min(map(len, split(items).values()))
+    if smallest >= MIN_PART_ITEMS:
+        return
+    num_prompts = len({item.opening for item in items})
+    raise CalibrationError(
+        f"{name} has {len(items)} completions of {num_prompts} prompts, which is too few: a calibration needs about "
+        f"{ENOUGH_ITEMS} completions, of as many prompts as possible (they are split by prompt into {len(SHARES)} "
+        f"parts, each with at least {MIN_PART_ITEMS}; the smallest has {smallest})."
+    )
 
 
 def prompt_numbers(exchanges: Sequence[Exchange]) -> list[int]:

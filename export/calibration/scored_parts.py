@@ -7,15 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from export.calibration.data import CleanItem, Part, split
+from export.calibration.data import CleanItem, Part, require_enough, split
 from export.calibration.hacks import SUITE, Base, HackSet, make_hacks
 from export.calibration.scoring import ScoredItems, score_items
 from service.assembly import ServedModel
 from service.checkpoints.checkpoint import Checkpoint
 from service.console import Advance
 from service.errors import CalibrationError
-
-MIN_PART_ITEMS = 60
 
 HACK_SEEDS: Mapping[Part, str] = {"fit_detectors": "detectors", "select": "combine", "calibrate": "conformal"}
 """Seeds of the choice of base items in the parts of which hacks are made. A change would give another calibration from
@@ -71,12 +69,8 @@ def score_parts(
     Raises:
         CalibrationError: a part is too small, or the model gives a reward that is not finite, or no states.
     """
+    require_enough(items, "The data")
     parts = split(items)
-    for part, members in parts.items():
-        if len(members) < MIN_PART_ITEMS:
-            raise CalibrationError(
-                f"Part {part} has {len(members)} items; it needs at least {MIN_PART_ITEMS}. Provide more prompts."
-            )
     clean = {
         part: score_items(served, [item.exchange for item in members], advance, cache)[0]
         for part, members in parts.items()

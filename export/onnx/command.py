@@ -1,285 +1,75 @@
-"""The command ``reward-export``: exports a valid checkpoint to an ONNX bundle and compares it with plain transformers.
-
-The bundle's folder is created by one rename, after the comparison, whose result is in the manifest. The other modules
-of this package trace, quantize and compare the graph.
-"""
+"""The command ``reward-export``: its arguments are checked before anything heavy is imported."""
 
 from __future__ import annotations
 
 import argparse
-import math
-import shutil
-import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-from reward_client.provenance import TRAINING_MANIFEST_FILE
-from rich.console import Console
+from service.arguments import CommandParser, not_empty, number_between, whole_number
+from service.checkpoints.files import BUNDLE_MANIFEST_FILE
+from service.checkpoints.hub import check_source, local_folder
+from service.commands import run_command, tell_on_standard_error
+from service.data.reading import read_examples
+from service.errors import DatasetError, OutputError
+from service.outputs import check_output_folder
+from service.records import DEMO_MODEL, StateTap
 
-from export.onnx.probe_texts import MAX_TOKENS, built_in_items, encode_items, read_items
-from export.onnx.reward_comparison import BOUNDS, Bounds, compare_rewards, validate_parity
-from service.checkpoints.bundle import (
-    FORMAT_VERSION,
-    ExportParity,
-    Manifest,
-    Precision,
-    Probe,
-    hash_bundle_files,
-    open_bundle,
-    write_manifest,
-)
-from service.checkpoints.checkpoint import Checkpoint, locate_checkpoint, open_checkpoint
-from service.checkpoints.demo import PROVENANCE_FILE
-from service.checkpoints.files import CALIBRATION_FILE, CONFIG_FILE
-from service.console import Stage, stages
-from service.diagnostics.candidate_taps import candidate_taps
-from service.engines.base import Engine
-from service.errors import CheckpointError, NonFiniteReward, ParityError, StartupError
-from service.offline import score_offline
-from service.pipeline import Pipeline
-from service.records import Score, StateTap, TokenSequence
-from service.settings import BatchingSettings, ModelSettings, TokenizationSettings
-from service.tokenization import Tokenization
-from service.version import add_version_option
+if TYPE_CHECKING:
+    from export.onnx.bundle_export import ExportPlan
+    from service.checkpoints.bundle import Manifest
 
-COPIED_PATTERNS = (
-    CONFIG_FILE,
-    "tokenizer*.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.*",
-    TRAINING_MANIFEST_FILE,
-    PROVENANCE_FILE,
-)
-"""Files that are copied unchanged: saving a tokenizer again could change its token ids."""
-LIBRARIES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")
-MAX_PROBE_TOKENS = 256
-"""No recorded probe is longer, because the engine computes all probes at every start."""
-
-CHANNEL_TEXT_STEP = 4
-"""Every fourth built-in text is used to measure channel magnitudes (SmoothQuant)."""
-
-
-@dataclass(frozen=True, slots=True)
-class ExportPlan:
-    """The options of an export."""
-
-    precision: Precision = "fp32"
-
-    taps: tuple[StateTap, ...] | None = None
-    """Where the graph outputs hidden states; None: at all taps from which a calibration chooses."""
-
-    items: Path | None = None
-    """Data file of the texts to compare on; None: the built-in texts."""
-
-    bounds: Bounds | None = None
-    """Limits of the comparison; None: those of the precision."""
-
-    max_input_tokens: int | None = None
-    """Tokens of the longest text that may be scored; None: the checkpoint's limit."""
-
-
-def export_bundle(source: str, out: Path, plan: ExportPlan, stage: Stage = lambda _: None) -> Manifest:
-    """Export a checkpoint to an ONNX bundle in ``out``; nothing is written unless the comparison passes.
-
-    Args:
-        source: a checkpoint folder, a PEFT adapter with a scalar head, a hub id, or ``demo``.
-        out: a folder that does not exist or is empty.
-        plan: the options of the export.
-        stage: called with the name of each stage.
-
-    Raises:
-        CheckpointError: the checkpoint is refused, ``out`` is not empty, or torch cannot trace the architecture.
-        DatasetError: the items cannot be read.
-        ParityError: the graph's rewards are not those of plain transformers.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out} exists and is not empty: choose another folder, so that nothing is overwritten.")
-    settings = ModelSettings(path=source, max_input_tokens=plan.max_input_tokens)
-    stage("Validating the checkpoint")
-    checkpoint = open_checkpoint(locate_checkpoint(settings), settings)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as work_dir:
-        unfinished = Path(work_dir) / "bundle"
-        unfinished.mkdir()
-        manifest = _build_bundle(unfinished, checkpoint, plan, stage)
-        unfinished.rename(out)
-    return manifest
-
-
-def _build_bundle(folder: Path, checkpoint: Checkpoint, plan: ExportPlan, stage: Stage) -> Manifest:
-    from export.onnx.graph import OPSET
-    from service.engines.onnx import load_onnx_engine
-
-    sequences = _sequences(checkpoint, plan)
-    stage(f"Computing the rewards of {len(sequences)} texts with plain transformers")
-    has_linear_head, reference = _reference(checkpoint, sequences)
-    taps = candidate_taps(checkpoint.config.get_text_config().num_hidden_layers) if plan.taps is None else plan.taps
-    stage("Tracing the model, which takes minutes for many layers")
-    _write_graph(folder, checkpoint, plan, taps)
-    _copy_files(checkpoint.path, folder)
-    items = plan.items.name if plan.items else "built-in"
-    draft = Manifest(
-        format_version=FORMAT_VERSION,
-        name=checkpoint.name,
-        precision=plan.precision,
-        architecture=checkpoint.architecture,
-        checkpoint_sha256=checkpoint.hashes,
-        num_parameters=checkpoint.num_parameters,
-        stored_dtype=checkpoint.dtype,
-        has_linear_head=has_linear_head,
-        embedding_size=checkpoint.embedding_size,
-        pad_token_id=checkpoint.pad_token_id,
-        max_input_tokens=checkpoint.max_input_tokens,
-        opset_version=OPSET,
-        library_versions=_library_versions(),
-        taps=taps,
-        parity=ExportParity(0.0, 0.0, 0.0, 0.0, 0, items),
-        probes=(),
-        probe_tolerance=0.0,
-        files=hash_bundle_files(
-            folder, sorted(file.name for file in folder.iterdir() if file.name != CALIBRATION_FILE)
-        ),
-    )
-    write_manifest(folder, draft)
-    stage(f"Comparing the graph on {len(sequences)} texts")
-    settings = ModelSettings(path=str(folder), device="auto")
-    engine = load_onnx_engine(open_bundle(folder, settings), settings, BatchingSettings(), check=False)
-    rewards = score(engine, sequences)
-    parity = compare_rewards(rewards, reference, items)
-    validate_parity(parity, plan.bounds or BOUNDS[plan.precision], reference)
-    manifest = replace(
-        draft,
-        parity=parity,
-        probes=choose_probes(sequences, rewards),
-        probe_tolerance=probe_tolerance(plan.precision, reference),
-    )
-    engine.close()
-    write_manifest(folder, manifest)
-    return manifest
-
-
-def _sequences(checkpoint: Checkpoint, plan: ExportPlan) -> list[TokenSequence]:
-    tokenization = Tokenization(
-        checkpoint.tokenizer,
-        TokenizationSettings(),
-        max_input_tokens=min(checkpoint.max_input_tokens, MAX_TOKENS),
-        vocab_size=checkpoint.embedding_size,
-    )
-    return encode_items(read_items(plan.items) if plan.items else built_in_items(), tokenization)
-
-
-def _reference(checkpoint: Checkpoint, sequences: Sequence[TokenSequence]) -> tuple[bool, list[float]]:
-    """Return whether the head is linear, and the rewards of plain transformers in fp32, one text at a time."""
-    from service.engines.parity import plain_rewards
-
-    classifier = _load(checkpoint, "float32")
-    return classifier.linear_head is not None, plain_rewards(classifier, [tokens.token_ids for tokens in sequences])
-
-
-def _write_graph(folder: Path, checkpoint: Checkpoint, plan: ExportPlan, taps: tuple[StateTap, ...]) -> None:
-    from export.onnx.graph import write_graph
-    from export.onnx.quantization import quantize_graph
-    from service.engines.deduplication import Reading
-    from service.engines.onnx import Padding
-
-    write_graph(_load(checkpoint, "float16" if plan.precision == "fp16" else "float32"), taps, folder)
-    if plan.precision != "int8":
-        return
-    padding = Padding(pooling="hf", pad_token_id=checkpoint.pad_token_id, reads_first=False)
-    feeds = (padding.feed([Reading(tokens.token_ids, 0)]) for tokens in _channel_texts(checkpoint))
-    if not quantize_graph(folder, feeds):
-        raise CheckpointError(f"The graph of {checkpoint.architecture} has no matrix product that can be quantized.")
-
-
-def _channel_texts(checkpoint: Checkpoint) -> list[TokenSequence]:
-    """Return the texts on which channel magnitudes are measured: built-in ones, also if others are compared."""
-    short = [tokens for tokens in _sequences(checkpoint, ExportPlan()) if tokens.num_tokens <= MAX_PROBE_TOKENS]
-    return short[::CHANNEL_TEXT_STEP]
-
-
-def _load(checkpoint: Checkpoint, dtype: str) -> Any:
-    import torch
-
-    from service.engines.model.classifier import load_classifier
-    from service.engines.model.rotary import rope_length_limit
-
-    if rope_length_limit(checkpoint.config.get_text_config(), checkpoint.max_input_tokens) is not None:
-        raise CheckpointError(
-            f"{checkpoint.architecture} has other rotary frequencies for long texts, which a graph cannot select: "
-            "lower --max-input-tokens to the limit of the short ones, or serve the checkpoint with the torch engine."
-        )
-    return load_classifier(
-        checkpoint.path,
-        dtype=getattr(torch, dtype),
-        device=torch.device("cpu"),
-        pooling="hf",
-        pad_token_id=checkpoint.pad_token_id,
-    )
-
-
-def _copy_files(source: Path, folder: Path) -> None:
-    for pattern in (*COPIED_PATTERNS, CALIBRATION_FILE):
-        for file in sorted(source.glob(pattern)):
-            shutil.copy(file, folder)
-
-
-def _library_versions() -> dict[str, str]:
-    import onnxruntime
-
-    return {name: onnxruntime.__version__ if name == "onnxruntime" else version(name) for name in LIBRARIES}
-
-
-def score(engine: Engine, sequences: Sequence[TokenSequence]) -> list[float]:
-    """Return the rewards of the sequences, in order; NaN where a reward is not finite.
-
-    Raises:
-        ParityError: the graph does not run on a sequence.
-    """
-    rewards = [math.nan] * len(sequences)
-    for index, outcome in score_offline(Pipeline(engine), sequences):
-        if isinstance(outcome, Score):
-            rewards[index] = outcome.reward
-        elif not isinstance(outcome, NonFiniteReward):
-            raise ParityError(f"The graph does not run on a text of {sequences[index].num_tokens} tokens: {outcome}")
-    return rewards
-
-
-def choose_probes(sequences: Sequence[TokenSequence], rewards: Sequence[float], count: int = 8) -> tuple[Probe, ...]:
-    """Return some of the texts with their rewards, evenly spaced by length up to `MAX_PROBE_TOKENS` tokens."""
-    by_length = sorted(range(len(sequences)), key=lambda index: sequences[index].num_tokens)
-    short = [index for index in by_length if sequences[index].num_tokens <= MAX_PROBE_TOKENS] or by_length[:1]
-    chosen = dict.fromkeys(short[int(rank)] for rank in np.linspace(0, len(short) - 1, count))
-    return tuple(Probe(sequences[index].token_ids, rewards[index]) for index in chosen)
-
-
-def probe_tolerance(precision: Precision, reference: Sequence[float]) -> float:
-    """Return the accepted change of a recorded reward on another machine: rounding, or 5 percent of the deviation."""
-    if precision == "fp32":
-        return 1e-4 * max(1.0, *(abs(reward) for reward in reference))
-    return 0.05 * float(np.std(reference))
+PRECISIONS = ("fp32", "fp16", "int8")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``reward-export``; returns the exit status: 0, or 1 after one sentence on standard error."""
-    options = _parser().parse_args(arguments)
+    return run_command("reward-export", "export", lambda: _run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    options = _parser().parse(arguments)
+    check_output_folder(options.out, overwrite=options.overwrite, marker=BUNDLE_MANIFEST_FILE)
+    source = options.source
+    if source != DEMO_MODEL:
+        check_source(source)
+        if Path(source).expanduser().resolve().is_relative_to(options.out.expanduser().resolve()):
+            raise OutputError(f"{options.out} holds the checkpoint itself: choose another folder.")
+    if options.items is not None:
+        _check_items(options.items)
+    if source != DEMO_MODEL:
+        local_folder(source)  # downloads a hub id
+
+    import onnx  # noqa: F401 - whether the extra is installed shows before the model is loaded
+    import onnxscript  # noqa: F401
+    from rich.console import Console
+
+    from export.onnx.bundle_export import export_bundle
+    from service.console import stages
+
     console = Console(stderr=True, soft_wrap=True)
-    try:
-        with stages(console) as stage:
-            manifest = export_bundle(options.source, options.out, _plan(options), stage)
-    except StartupError as error:
-        console.print(f"reward-export: {error}", style="red", markup=False, highlight=False)
-        return 1
+    with stages(console) as stage:
+        manifest = export_bundle(source, options.out, _plan(options), stage, overwrite=options.overwrite)
     for line in report(manifest, options.out):
         console.print(line, markup=False, highlight=False)
     return 0
 
 
+def _check_items(file: Path) -> None:
+    """Parse the rows of a data file.
+
+    Raises:
+        DatasetError: it cannot be read, has no row, or a row is not valid.
+    """
+    if not any(parsed.completions for _, parsed in read_examples(file, tell=tell_on_standard_error)):
+        raise DatasetError(f"{file} has no row.")
+
+
 def _plan(options: argparse.Namespace) -> ExportPlan:
+    from export.onnx.bundle_export import ExportPlan
+    from export.onnx.reward_comparison import BOUNDS, Bounds
+
     bounds = BOUNDS[options.precision]
     if options.max_difference is not None or options.min_spearman is not None:
         bounds = Bounds(options.max_difference, options.min_spearman)
@@ -319,25 +109,42 @@ def parse_tap(text: str) -> StateTap:
     raise ValueError(text)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _tap(text: str) -> StateTap:
+    try:
+        return parse_tap(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError("give a layer and a pooling, such as 12:mean or 12:last") from None
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="reward-export", description="Export a scalar-head checkpoint to an ONNX bundle for reward-serve."
     )
-    add_version_option(parser)
     add = parser.add_argument
-    add("source", metavar="DIR", help="checkpoint folder, PEFT adapter or hub id, or 'demo'")
+    add("source", type=not_empty, metavar="DIR", help="checkpoint folder, PEFT adapter or hub id, or 'demo'")
     add("out", type=Path, metavar="OUT", help="the folder to write; must not exist or be empty")
-    add("--precision", choices=list(BOUNDS), default="fp32", help="fp16: for GPUs; int8: for CPUs (default: fp32)")
+    add("--overwrite", action="store_true", help="replace an earlier bundle in OUT")
+    add("--precision", choices=PRECISIONS, default="fp32", help="fp16: for GPUs; int8: for CPUs (default: fp32)")
     add(
         "--items",
         type=Path,
         metavar="FILE",
         help="items or pairs to compare on (JSON lines, Parquet); default: built-in texts",
     )
-    add("--taps", type=parse_tap, nargs="*", metavar="LAYER:POOLING", help="where states are read, for example 12:mean")
-    add("--max-input-tokens", type=int, metavar="N", help="tokens of the longest text that may be scored")
-    add("--max-difference", type=float, metavar="X", help="limit of the largest difference, instead of the default")
-    add("--min-spearman", type=float, metavar="X", help="limit of the rank correlation, instead of the default")
+    add("--taps", type=_tap, nargs="+", metavar="LAYER:POOLING", help="where states are read, for example 12:mean")
+    add("--max-input-tokens", type=whole_number(1), metavar="N", help="tokens of the longest text that may be scored")
+    add(
+        "--max-difference",
+        type=number_between(0, float("inf")),
+        metavar="X",
+        help="limit of the largest difference, instead of the default",
+    )
+    add(
+        "--min-spearman",
+        type=number_between(-1, 1),
+        metavar="X",
+        help="limit of the rank correlation, instead of the default",
+    )
     return parser
 
 

@@ -16,11 +16,11 @@ from reward_client.provenance import TRAINING_MANIFEST_FILE
 from safetensors import SafetensorError, safe_open
 
 from service.checkpoints.demo_base import DEMO_BASE, obtain_demo_base
-from service.checkpoints.files import TOKENIZER_CONFIG_FILE
+from service.checkpoints.files import ADAPTER_CONFIG_FILE, TOKENIZER_CONFIG_FILE
+from service.checkpoints.hub import local_folder
 from service.errors import CheckpointError
 from service.transformers_logging import transformers_silenced
 
-ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLED_WEIGHTS_FILE = "adapter_model.bin"
 PEFT_PREFIX = "base_model.model."
@@ -127,7 +127,10 @@ def _locate_base(config: Mapping[str, Any], base_dir: Path | None) -> Path | str
         raise CheckpointError(f"{ADAPTER_CONFIG_FILE} names no base model; give its folder as the base of the adapter.")
     if name == DEMO_BASE:
         return obtain_demo_base()
-    return Path(name) if Path(name).is_dir() else name
+    try:
+        return local_folder(name)
+    except CheckpointError as error:
+        raise CheckpointError(f"The adapter's base model {name} cannot be loaded: {error}") from error
 
 
 def _load_base(base: Path | str, adapter_dir: Path, adapter_tensors: Collection[str]) -> tuple[Any, Any]:

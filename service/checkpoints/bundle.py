@@ -21,6 +21,7 @@ from service.checkpoints.checkpoint import (
     hash_template,
     hash_tokenizer,
 )
+from service.checkpoints.files import BUNDLE_MANIFEST_FILE
 from service.checkpoints.validation import (
     load_config,
     load_tokenizer,
@@ -35,7 +36,6 @@ from service.records import StateTap
 from service.settings import ModelSettings
 from service.transformers_logging import transformers_silenced
 
-BUNDLE_MANIFEST_FILE = "manifest.json"
 GRAPH_FILE = "model.onnx"
 GRAPH_DATA_FILE = "model.onnx.data"
 """Holds the weights where the graph's file cannot (more than 2 GB)."""

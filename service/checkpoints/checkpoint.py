@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,9 +18,10 @@ from typing import Any
 from reward_client.options import TemplateChoice
 
 from service.cache import build_once, cache_directory
-from service.checkpoints.adapter import ADAPTER_CONFIG_FILE, is_adapter, merge_adapter
+from service.checkpoints.adapter import is_adapter, merge_adapter
 from service.checkpoints.demo import obtain_demo_model
-from service.checkpoints.files import CONFIG_FILE
+from service.checkpoints.files import ADAPTER_CONFIG_FILE, CONFIG_FILE
+from service.checkpoints.hub import local_folder
 from service.checkpoints.validation import (
     load_config,
     load_tokenizer,
@@ -35,14 +35,9 @@ from service.checkpoints.validation import (
     with_pad_token_id,
 )
 from service.checkpoints.weights import read_tensor_infos, weight_files, weights_sha256
-from service.errors import CheckpointError
-from service.records import ModelIdentity, Pooling
-from service.settings import DEMO_MODEL, ModelSettings
+from service.records import DEMO_MODEL, ModelIdentity, Pooling
+from service.settings import ModelSettings
 from service.transformers_logging import transformers_silenced
-
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-HUB_FILES = ("*.safetensors", "*.json", "*.jinja")
-"""Patterns of the files that are downloaded from a hub: weights and plain data, no code."""
 
 UNHASHED_CONFIG_KEYS = frozenset({"transformers_version", "_name_or_path", "architectures"})
 """Entries of ``config.json`` that do not change a reward."""
@@ -118,27 +113,8 @@ def locate_checkpoint(settings: ModelSettings) -> Path:
     """
     if settings.path is None or settings.is_demo:
         return obtain_demo_model()
-    folder = Path(settings.path).expanduser()
-    if not folder.is_dir():
-        folder = _download(settings.path, settings.revision)
+    folder = local_folder(settings.path, settings.revision)
     return _merge_once(folder) if is_adapter(folder) else folder
-
-
-def _download(hub_id: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RevisionResolutionError
-
-    if not HUB_ID.fullmatch(hub_id):
-        raise CheckpointError(f"There is no folder {hub_id}, nor is it a hub id (owner/name): check the path.")
-    try:
-        return Path(
-            snapshot_download(hub_id, revision=revision, allow_patterns=list(HUB_FILES), ignore_patterns=["*/*"])
-        )
-    except (HfHubHTTPError, LocalEntryNotFoundError, RevisionResolutionError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{hub_id} is not a local folder, and could not be downloaded from the hub ({type(error).__name__}): check "
-            "the name and the network (HF_TOKEN for a gated model), or download it elsewhere and pass its folder."
-        ) from error
 
 
 def _merge_once(adapter: Path) -> Path:

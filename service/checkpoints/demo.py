@@ -15,9 +15,9 @@ from tempfile import NamedTemporaryFile
 from rich.console import Console
 
 from service.cache import build_once, cache_directory
-from service.checkpoints.adapter import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, merge_adapter
+from service.checkpoints.adapter import ADAPTER_WEIGHTS_FILE, merge_adapter
 from service.checkpoints.demo_base import DEMO_BASE, GGUF_FILE, GGUF_SHA256, obtain_demo_base
-from service.checkpoints.files import CALIBRATION_FILE
+from service.checkpoints.files import ADAPTER_CONFIG_FILE, CALIBRATION_FILE
 from service.checkpoints.weights import weight_files, weights_sha256
 from service.errors import CheckpointError
 

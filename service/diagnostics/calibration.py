@@ -30,6 +30,7 @@ from service.diagnostics.ood import Component, Detectors, Ranking
 from service.diagnostics.reference import LengthCurve, Reference
 from service.diagnostics.states import LaplaceFactor, StateForm, StateReader
 from service.errors import CalibrationError
+from service.outputs import new_file
 from service.records import Pooling, StateTap
 
 FORMAT = "reward-calibration/2"
@@ -102,7 +103,7 @@ def write_calibration(calibration: Calibration, path: Path) -> str:
     """Write the artifact atomically (by one rename) and return its id.
 
     Raises:
-        OSError: the file cannot be written.
+        OutputError: the file cannot be written, or the disk is full.
     """
     arrays, shapes = _pack(calibration)
     header = {
@@ -112,11 +113,10 @@ def write_calibration(calibration: Calibration, path: Path) -> str:
         "facts": calibration.facts.as_json(),
         "shapes": shapes,
     }
-    unfinished = path.with_name(f".{path.name}.unfinished")
     contiguous = {name: np.ascontiguousarray(array) for name, array in sorted(arrays.items())}
-    save_file(contiguous, unfinished, {"calibration": json.dumps(header, sort_keys=True)})
-    unfinished.chmod(0o644)  # safetensors restricts it to its owner, but a replica may run as another user
-    unfinished.replace(path)
+    with new_file(path) as unfinished:
+        save_file(contiguous, unfinished, {"calibration": json.dumps(header, sort_keys=True)})
+        unfinished.chmod(0o644)  # safetensors restricts it to its owner, but a replica may run as another user
     return _id_of(path)
 
 

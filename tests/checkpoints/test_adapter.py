@@ -14,7 +14,8 @@ from tiny_adapters import HEAD, write_adapter
 from tiny_models import SENTENCES, write_tiny_causal_lm, write_tiny_checkpoint
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from service.checkpoints.adapter import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, is_adapter, merge_adapter
+from service.checkpoints.adapter import ADAPTER_WEIGHTS_FILE, is_adapter, merge_adapter
+from service.checkpoints.files import ADAPTER_CONFIG_FILE
 from service.errors import CheckpointError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*will be removed in v6:FutureWarning")

@@ -10,7 +10,6 @@ from tiny_models import write_tiny_checkpoint
 
 from service.assembly import needs_gpu, open_model
 from service.checkpoints.bundle import (
-    BUNDLE_MANIFEST_FILE,
     FORMAT_VERSION,
     GRAPH_DATA_FILE,
     GRAPH_FILE,
@@ -18,6 +17,7 @@ from service.checkpoints.bundle import (
     open_bundle,
     read_manifest,
 )
+from service.checkpoints.files import BUNDLE_MANIFEST_FILE
 from service.errors import CheckpointError, SettingsError
 from service.settings import ModelSettings
 

@@ -15,9 +15,11 @@ from tiny_adapters import write_adapter
 from tiny_models import DECODER_FAMILIES, SENTENCES, write_tiny_causal_lm, write_tiny_checkpoint
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from export.convert import CONVERSION_FILE, convert, main
+from export.conversion_command import main
+from export.convert import convert
 from service.checkpoints.checkpoint import open_checkpoint
-from service.errors import CheckpointError
+from service.checkpoints.files import CONVERSION_FILE
+from service.errors import CheckpointError, OutputError
 from service.settings import ModelSettings
 
 # PEFT 0.21 reads a property that transformers 5.23 has renamed.
@@ -354,7 +356,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").touch()
 
-    with pytest.raises(CheckpointError, match="choose another folder"):
+    with pytest.raises(OutputError, match="choose another folder"):
         convert(source, tmp_path / "out")
 
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]

@@ -21,7 +21,7 @@ from scipy.stats import spearmanr
 from serving import RunningServer, serving
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from export.onnx.command import ExportPlan, export_bundle
+from export.onnx.bundle_export import ExportPlan, export_bundle
 from loadtest.workload import draw_groups
 from service.checkpoints.bundle import open_bundle
 from service.checkpoints.checkpoint import open_checkpoint

@@ -9,7 +9,7 @@ import torch
 from fastapi.testclient import TestClient
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from loadtest.baseline import MAX_BATCH_ITEMS, Item, PaddedScorer, make_app
+from loadtest.padded_server import MAX_BATCH_ITEMS, Item, PaddedScorer, make_app
 from loadtest.random_checkpoint import ModelShape, write_random_checkpoint
 from loadtest.workload import LengthDistribution, draw_groups
 

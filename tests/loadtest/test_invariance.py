@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from loadtest.batch_effect import measure_batch_effect
 from loadtest.engine_work import Work
-from loadtest.invariance import main, measure_batch_effect
+from loadtest.invariance import main
 from loadtest.random_checkpoint import ModelShape, write_random_checkpoint
 from service.engines.base import EngineOutput
 from service.engines.oracle import OracleEngine

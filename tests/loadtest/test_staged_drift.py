@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from observed_streams import ood, reference, stream, style
 
-from loadtest.staged_drift import (
+from loadtest.staged_hacks import (
     CLEAN,
     Pool,
     draw_batch,

@@ -11,7 +11,8 @@ import pytest
 import yaml
 from prometheus_tools import run
 
-from monitoring.dashboard import PATH, build_dashboard
+from monitoring.dashboard import PATH
+from monitoring.grafana import build_dashboard
 from monitoring.panels import ROWS, Panel
 from service.metrics import Metrics
 

@@ -20,8 +20,9 @@ from prometheus_tools import tool
 from serving import eventually, free_port, serving
 
 from monitoring.dashboard import PATH
+from monitoring.pictures import evaluate, unexplained
 from monitoring.prometheus_api import Span, query_range
-from monitoring.render import evaluate, main, unexplained
+from monitoring.render import main
 from service.engines.oracle import oracle_reward_of_text
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

@@ -20,7 +20,9 @@ from service.checkpoints.adapter import merge_adapter
 from service.records import Exchange, Message
 from service.settings import read_settings
 from training.audit import command
-from training.audit.command import audit, main
+from training.audit.command import main
+from training.audit.data import read_data
+from training.audit.run import audit
 from training.audit.scoring import ScoredCompletion, ServiceScorer, load_checkpoint_scorer, score_pairs
 from training.evaluation import evaluate
 from training.pairs import tokenize_pairs
@@ -71,16 +73,16 @@ def test_the_reasons_of_missing_rewards_are_told(tmp_path: Path, capsys: pytest.
     checkpoint = write_tiny_checkpoint(tmp_path / "model")
     refuse_system_messages(checkpoint)
     system = {"role": "system", "content": "Be brief."}
-    refused = [row | {"prompt": [system, *row["prompt"]]} for row in polite_pairs(4)]
+    refused = [row | {"prompt": [system, *row["prompt"]]} for row in polite_pairs(20)]
     ties = [row | {"chosen": row["rejected"]} for row in polite_pairs(20, seed=1)]
     options = ["--out", str(tmp_path / "out"), "--threads", "1"]
 
     too_few = main([str(checkpoint), str(write_pairs(tmp_path / "refused.jsonl", refused)), *options])
     assert too_few == 1
     message = capsys.readouterr().err
-    assert "0 pairs have rewards, and 4 have none (4: The model's chat template" in message
+    assert "0 pairs have rewards, and 20 have none (20: The model's chat template" in message
 
-    status = main([str(checkpoint), str(write_pairs(tmp_path / "pairs.jsonl", [*refused, *ties])), *options])
+    status = main([str(checkpoint), str(write_pairs(tmp_path / "pairs.jsonl", [*refused[:4], *ties])), *options])
 
     printed = capsys.readouterr().err
     assert status == 0
@@ -177,13 +179,15 @@ def test_the_command_writes_the_report_and_prints_the_conclusions(
     ("arguments", "complaint"),
     [
         (["no/such/model", "pairs.jsonl"], "There is no folder no/such/model"),
-        (["."], "Give files of held-out pairs"),
-        ([".", "pairs.jsonl"], "."),
+        (["model"], "Give files of held-out pairs"),
+        ([".", "pairs.jsonl"], ". is not a checkpoint: it has no config.json"),
+        (["model", "few.jsonl"], "There are 2 held-out pairs; an audit needs at least 20"),
+        (["model", "pairs.jsonl", "--url", "not a url"], "must start with http:// or https://"),
         (["--url", "http://127.0.0.1:9", "missing.jsonl"], "missing.jsonl does not exist"),
         (["--url", "http://127.0.0.1:9", "pairs.jsonl"], "No answer from http://127.0.0.1:9: connection refused"),
         (["--url", "http://127.0.0.1:9/v1/score", "pairs.jsonl"], "Give the root URL of the service"),
     ],
-    ids=["no-model", "no-pairs", "no-checkpoint", "no-file", "no-service", "no-root"],
+    ids=["no-model", "no-pairs", "no-checkpoint", "few-pairs", "no-url", "no-file", "no-service", "no-root"],
 )
 def test_an_error_ends_the_command_with_one_sentence(
     tmp_path: Path,
@@ -195,7 +199,10 @@ def test_an_error_ends_the_command_with_one_sentence(
     """The exit status is 1, one sentence is printed, and no report is written."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(command, "START_WAIT_S", 0.1)
-    write_pairs(tmp_path / "pairs.jsonl", polite_pairs(2))
+    write_pairs(tmp_path / "few.jsonl", polite_pairs(2))
+    write_pairs(tmp_path / "pairs.jsonl", polite_pairs(20))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
 
     status = main([*arguments, "--out", "out"])
 
@@ -222,7 +229,7 @@ def test_a_model_trained_on_length_is_recognised(tmp_path: Path) -> None:
     balanced = [*longer_wins_pairs(60, seed=1), *with_slips(longer_wins_pairs(60, seed=2), every=1)]
     pairs = write_pairs(tmp_path / "pairs.jsonl", balanced)
 
-    from_folder = audit(load_checkpoint_scorer(checkpoint, truncation="error"), [pairs], tmp_path / "folder")
+    from_folder = audit(load_checkpoint_scorer(checkpoint, truncation="error"), read_data([pairs]), tmp_path / "folder")
     with serving(tmp_path, "--model", str(checkpoint)) as server:
         status = main(["--url", server.url, str(pairs), "--out", str(tmp_path / "url")])
 
@@ -243,6 +250,6 @@ def test_a_model_trained_on_shuffled_labels_is_at_chance(tmp_path: Path) -> None
     checkpoint = train_tiny(tmp_path, with_slips(polite_pairs(240), every=2))
     pairs = write_pairs(tmp_path / "pairs.jsonl", with_slips(polite_pairs(200, seed=1), every=2))
 
-    found = audit(load_checkpoint_scorer(checkpoint, truncation="error"), [pairs], tmp_path / "out")
+    found = audit(load_checkpoint_scorer(checkpoint, truncation="error"), read_data([pairs]), tmp_path / "out")
 
     assert found.accuracy.accuracy.low < 0.5 < found.accuracy.accuracy.high

@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, PercentFormatter
 from training.audit.accuracy import SubsetAccuracy
 from training.audit.findings import Findings
 from training.audit.gaps import NUM_BINS
-from training.audit.intervals import Interval
+from training.audit.intervals import Interval, significant
 from training.audit.scored_pairs import FloatArray
 
 Draw: TypeAlias = Callable[[Axes, Findings], None]
@@ -178,10 +178,12 @@ def draw_rewards(axes: Axes, findings: Findings) -> None:
         (scored.chosen, found.mean_chosen, CHOSEN, "chosen"),
     ):
         axes.hist(rewards, edges, color=color, alpha=0.25)
-        axes.hist(rewards, edges, color=color, histtype="step", linewidth=1.4, label=f"{name}, mean {mean:.2f}")
+        axes.hist(
+            rewards, edges, color=color, histtype="step", linewidth=1.4, label=f"{name}, mean {significant(mean)}"
+        )
         axes.axvline(mean, color=color, linewidth=1.2, linestyle=(0, (4, 3)))
     axes.set(
-        title=f"Rewards: mean gap {found.mean_gap.value:.2f}, overlap {found.overlap:.0%}",
+        title=f"Rewards: mean gap {significant(found.mean_gap.value)}, overlap {found.overlap:.0%}",
         xlabel="reward",
         ylabel="answers",
     )
@@ -237,8 +239,8 @@ def draw_overtraining(axes: Axes, findings: Findings) -> None:
     axes.set_yticks(
         [1, 0],
         [
-            f"trained on\n{found.num_train_pairs:,} pairs, gap {found.train_gap:.2f}",
-            f"held out\n{findings.accuracy.num_pairs:,} pairs, gap {found.held_out_gap:.2f}",
+            f"trained on\n{found.num_train_pairs:,} pairs, gap {significant(found.train_gap)}",
+            f"held out\n{findings.accuracy.num_pairs:,} pairs, gap {significant(found.held_out_gap)}",
         ],
     )
     estimates = (found.train_accuracy, found.held_out_accuracy)

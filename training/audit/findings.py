@@ -9,6 +9,7 @@ from typing import Any
 from service.errors import DatasetError
 from training.annotator_agreement import AnnotatorAgreement, measure_annotator_agreement
 from training.audit.accuracy import Accuracy, measure_accuracy
+from training.audit.data import MIN_PAIRS
 from training.audit.gaps import Gaps, measure_gaps
 from training.audit.leakage import Leakage, measure_leakage
 from training.audit.length_bias import LengthBias, measure_length_bias
@@ -19,9 +20,6 @@ from training.audit.style_slopes import Style, measure_style
 from training.audit.top_completions import TopCompletion, top_completions
 from training.failures import describe_reasons
 from training.preferences import PreferencePair
-
-MIN_PAIRS = 20
-"""With fewer pairs the interval of an accuracy would be more than 40 points wide."""
 
 
 @dataclass(frozen=True, slots=True)

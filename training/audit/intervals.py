@@ -25,8 +25,22 @@ class Interval:
     low: float
     high: float
 
+    def lies_in(self, low: float, high: float) -> bool:
+        """Whether the whole interval lies in a range, its ends included; an interval of NaN does not."""
+        return low <= self.low and self.high <= high
+
     def __format__(self, spec: str) -> str:
         return f"{self.value:{spec}} ({self.low:{spec}} to {self.high:{spec}})"
+
+
+def significant(value: float) -> str:
+    """Format a figure of arbitrary scale with three significant digits: 0.00124, 0.500, 12.3."""
+    return f"{value:#.3g}".removesuffix(".")
+
+
+def significant_interval(estimate: Interval) -> str:
+    """Format an estimate of arbitrary scale and its interval with three significant digits each."""
+    return f"{significant(estimate.value)} ({significant(estimate.low)} to {significant(estimate.high)})"
 
 
 def share_interval(wins: FloatArray, prompts: IntArray) -> Interval:

@@ -53,6 +53,16 @@ class LengthBias:
         return 0.0 if not low * high > 0 else min(abs(low), abs(high))
 
     @property
+    def is_defined(self) -> bool:
+        """Whether rewards and lengths vary within prompts; without that there is no correlation."""
+        return not self.within.low == self.within.value == self.within.high == 0
+
+    @property
+    def is_excluded(self) -> bool:
+        """Whether r squared within prompts is at most 0.3 on its whole confidence interval."""
+        return max(abs(self.within.low), abs(self.within.high)) ** 2 <= CRITICAL_R_SQUARED
+
+    @property
     def warns(self) -> bool:
         """Whether |r| is above 0.3, at the lower end of its confidence interval."""
         return self.least_within > WARN_R

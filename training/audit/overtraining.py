@@ -41,6 +41,11 @@ class Overtraining:
         """Whether ``lead`` is above ``TOLERATED_LEAD``, at the lower end of its confidence interval."""
         return self.lead.low > TOLERATED_LEAD
 
+    @property
+    def is_excluded(self) -> bool:
+        """Whether ``lead`` is at most ``TOLERATED_LEAD``, at the upper end of its confidence interval."""
+        return self.lead.high <= TOLERATED_LEAD
+
 
 def measure_overtraining(held_out: ScoredPairs, trained: ScoredPairs) -> Overtraining:
     """Compare the rewards of training pairs with those of held-out pairs."""

@@ -14,7 +14,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import expit
 
 from training.audit.accuracy import wins_of
-from training.audit.intervals import Interval, share_interval
+from training.audit.intervals import Interval, bootstrap_interval, share_interval
 from training.audit.scored_pairs import FloatArray, IntArray, ScoredPairs
 from training.bradley_terry import bradley_terry_loss
 
@@ -24,6 +24,9 @@ NUM_DRAWS = 500
 SEED = 0
 TEMPERATURES = (0.02, 50.0)
 """Range in which the best temperature is searched; that of a model at chance is infinite."""
+
+NUM_GRID_TEMPERATURES = 79
+"""Grid of the interval of the temperature; adjacent ones differ by 10.5 percent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,10 @@ class Probability:
     """The T for which sigma(gap / T) has the lowest loss on these pairs (Guo et al. 2017); above 1 for an overconfident
     model."""
 
+    temperature_interval: Interval
+    """95 percent confidence interval of ``temperature`` over prompts, on a grid; it reaches an end of ``TEMPERATURES``
+    where the pairs do not determine a temperature."""
+
     loss_at_temperature: float
     """``loss`` of sigma(gap / T), with a T fitted on other prompts (five-fold)."""
 
@@ -80,6 +87,7 @@ def measure_probability(scored: ScoredPairs) -> Probability:
         ece=expected_calibration_error(gaps),
         calibrated_ece=_calibrated_ece(gaps),
         temperature=fit_temperature(gaps),
+        temperature_interval=_temperature_interval(gaps, prompts),
         loss_at_temperature=_loss(tempered),
         ece_at_temperature=expected_calibration_error(tempered),
     )
@@ -144,6 +152,19 @@ def _temperatures_of_other_folds(gaps: FloatArray, prompts: IntArray) -> FloatAr
     for fold in range(NUM_FOLDS):
         temperatures[folds == fold] = fit_temperature(gaps[folds != fold])
     return temperatures
+
+
+def _temperature_interval(gaps: FloatArray, prompts: IntArray) -> Interval:
+    """Bootstrap the best temperature of a grid; without any best one (all gaps are zero) it is the whole range."""
+    if not np.any(gaps):
+        return Interval(1.0, *TEMPERATURES)
+    grid = np.geomspace(*TEMPERATURES, NUM_GRID_TEMPERATURES)
+    losses = np.logaddexp(0.0, -gaps[:, None] / grid)  # [pair, temperature]
+
+    def best(indices: IntArray) -> float:
+        return float(grid[np.argmin(np.bincount(indices, minlength=len(gaps)) @ losses)])
+
+    return bootstrap_interval(best, prompts)
 
 
 def _loss(gaps: FloatArray) -> float:

@@ -16,39 +16,50 @@ from typing import Any
 import jinja2
 from matplotlib.figure import Figure
 
+from service.outputs import new_folder
 from training.audit.charts import draw_all
-from training.audit.conclusions import NO_PAIR, conclusions_of
+from training.audit.conclusions import NO_PAIR, conclusions_of, summary_of
+from training.audit.files import HTML_FILE, JSON_FILE, PICTURE_FOLDER, REPORT_ENTRIES
 from training.audit.findings import Findings
-from training.audit.intervals import Interval
+from training.audit.intervals import Interval, significant
 from training.failures import describe_reasons
 
-HTML_FILE, JSON_FILE, PICTURE_FOLDER = "audit.html", "audit.json", "pictures"
 PNG_DPI = 160
 _DATA_FIELDS = ("scored", "completions")
 """Fields of the findings that are data and not results; they are not written."""
 
 
-def write_report(findings: Findings, folder: Path) -> Path:
-    """Write ``audit.html``, ``audit.json`` and ``pictures/*.png`` into a folder, created if needed; return the HTML."""
-    pictures = folder / PICTURE_FOLDER
-    pictures.mkdir(parents=True, exist_ok=True)
+def write_report(findings: Findings, folder: Path, *, overwrite: bool = False) -> Path:
+    """Write ``audit.html``, ``audit.json`` and ``pictures/*.png`` into a folder, created if needed; return the HTML.
+
+    Raises:
+        OutputError: the folder has an earlier report that may not be replaced, or it cannot be written.
+    """
     figures = draw_all(findings)
-    for name, figure in figures.items():
-        figure.savefig(pictures / f"{name}.png", dpi=PNG_DPI, metadata={"Software": None})
-    (folder / JSON_FILE).write_text(json.dumps(as_json(findings), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    html = folder / HTML_FILE
-    html.write_text(render_html(findings, figures), encoding="utf-8")
-    return html
+    texts = {
+        JSON_FILE: json.dumps(as_json(findings), indent=2, allow_nan=False) + "\n",
+        HTML_FILE: render_html(findings, figures),
+    }
+    with new_folder(folder, overwrite=overwrite, entries=REPORT_ENTRIES) as unfinished:
+        pictures = unfinished / PICTURE_FOLDER
+        pictures.mkdir()
+        for name, figure in figures.items():
+            figure.savefig(pictures / f"{name}.png", dpi=PNG_DPI, metadata={"Software": None})
+        for name, text in texts.items():
+            (unfinished / name).write_text(text, encoding="utf-8")
+    return folder / HTML_FILE
 
 
 def as_json(findings: Findings) -> dict[str, Any]:
-    """Return the figures, JSON-ready: conclusions first, null where there were no data."""
+    """Return the figures, JSON-ready: summary and conclusions first, null where there were no data."""
     results = {
         field.name: getattr(findings, field.name)
         for field in dataclasses.fields(findings)
         if field.name not in _DATA_FIELDS
     }
-    plain: dict[str, Any] = _plain({"conclusions": conclusions_of(findings), **results})
+    plain: dict[str, Any] = _plain(
+        {"summary": summary_of(findings), "conclusions": conclusions_of(findings), **results}
+    )
     return plain
 
 
@@ -66,9 +77,11 @@ def render_html(findings: Findings, figures: Mapping[str, Figure]) -> str:
         "interval": _interval,
         "signed": _signed_interval,
         "reasons": describe_reasons,
+        "significant": significant,
     }
     return environment.get_template("report.html.jinja").render(
         findings=findings,
+        summary=summary_of(findings),
         conclusions=conclusions_of(findings),
         pictures={name: _data_uri(figure) for name, figure in figures.items() if name != "overview"},
         made_at=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",

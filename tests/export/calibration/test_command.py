@@ -116,7 +116,10 @@ def test_too_little_data_is_an_error(folder: Path, tmp_path: Path, capsys: pytes
     out = tmp_path / "none.safetensors"
 
     assert calibrate(folder, write_pairs(tmp_path / "few.jsonl", 20), "--out", str(out)) == 1
-    assert "Provide more prompts" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert printed.startswith("reward-calibrate: ")
+    assert "has 40 completions of 20 prompts" in printed
+    assert "needs about 650 completions" in printed
     assert not out.exists()
 
 

@@ -15,14 +15,16 @@ from tiny_bundles import write_tiny_graph
 from tiny_models import FAMILIES, write_tiny_causal_lm, write_tiny_checkpoint
 from transformers import AutoModelForSequenceClassification
 
-from export.onnx import command as bundle_command
-from export.onnx.command import ExportPlan, choose_probes, export_bundle, main, parse_tap, probe_tolerance
+from export.onnx import bundle_export
+from export.onnx.bundle_export import ExportPlan, choose_probes, export_bundle, probe_tolerance
+from export.onnx.command import main, parse_tap
 from export.onnx.reward_comparison import Bounds
 from service.assembly import assemble
-from service.checkpoints.bundle import BUNDLE_MANIFEST_FILE, GRAPH_FILE, open_bundle, read_manifest
+from service.checkpoints.bundle import GRAPH_FILE, open_bundle, read_manifest
+from service.checkpoints.files import BUNDLE_MANIFEST_FILE
 from service.engines.onnx import OnnxEngine, load_onnx_engine
 from service.engines.torch import load_torch_engine
-from service.errors import CheckpointError, ParityError
+from service.errors import CheckpointError, OutputError, ParityError
 from service.records import Encoding, Exchange, Item, Score, ScoreRequest, StateTap, TokenSequence
 from service.settings import BatchingSettings, ModelSettings, Settings
 
@@ -123,7 +125,7 @@ async def test_bundle_and_checkpoint_are_served_with_the_same_rewards(llama: Pat
 def test_a_graph_that_disagrees_is_not_written(llama: Path, items: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """The graph of another model is detected, and no folder remains, complete or incomplete."""
     monkeypatch.setattr(
-        bundle_command, "_write_graph", lambda folder, _checkpoint, _plan, _taps: write_tiny_graph(folder)
+        bundle_export, "_write_graph", lambda folder, _checkpoint, _plan, _taps: write_tiny_graph(folder)
     )
     plan = ExportPlan(items=items, taps=(StateTap(0, "mean"), StateTap(0, "last")))
 
@@ -136,7 +138,7 @@ def test_a_graph_that_disagrees_is_not_written(llama: Path, items: Path, tmp_pat
 def test_wider_bounds_accept_a_graph(llama: Path, items: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """The caller may set other bounds; the manifest reports the accepted difference."""
     monkeypatch.setattr(
-        bundle_command, "_write_graph", lambda folder, _checkpoint, _plan, _taps: write_tiny_graph(folder)
+        bundle_export, "_write_graph", lambda folder, _checkpoint, _plan, _taps: write_tiny_graph(folder)
     )
     (llama / "calibration.safetensors").write_bytes(b"fitted")
     plan = ExportPlan(items=items, taps=(StateTap(0, "mean"), StateTap(0, "last")), bounds=Bounds(min_spearman=-1.0))
@@ -162,7 +164,7 @@ def test_nothing_is_overwritten(llama: Path, tmp_path: Path) -> None:
     """A folder that is not empty is not changed."""
     (tmp_path / "notes.txt").write_text("mine")
 
-    with pytest.raises(CheckpointError, match="not empty"):
+    with pytest.raises(OutputError, match="not empty"):
         export_bundle(str(llama), tmp_path, ExportPlan())
 
 

@@ -1,0 +1,93 @@
+"""The command ``reward-convert``: its arguments are checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from service.arguments import CommandParser, not_empty
+from service.checkpoints.adapter_base import check_base
+from service.checkpoints.files import CONVERSION_FILE
+from service.checkpoints.hub import check_source, local_folder
+from service.commands import run_command
+from service.errors import OutputError
+from service.outputs import check_output_folder
+
+if TYPE_CHECKING:
+    from export.convert import Conversion
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``reward-convert``; returns the exit status: 0, or 1 after one sentence on standard error."""
+    return run_command("reward-convert", "serve", lambda: _run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    options = _parser().parse(arguments)
+    check_output_folder(options.out, overwrite=options.overwrite, marker=CONVERSION_FILE)
+    check_source(options.source)
+    if Path(options.source).expanduser().resolve().is_relative_to(options.out.expanduser().resolve()):
+        raise OutputError(f"{options.out} holds the checkpoint itself: choose another folder.")
+    if options.base is not None:
+        check_source(options.base)
+    source = local_folder(options.source)
+    base = None if options.base is None else local_folder(options.base)
+    note = None if base is None else check_base(source, base)
+
+    from rich.console import Console
+
+    from export.convert import convert
+
+    console = Console(stderr=True, soft_wrap=True)
+    with console.status(f"Converting {options.source}"):
+        conversion = convert(
+            source,
+            options.out,
+            base=base,
+            drop_bias=options.drop_bias,
+            allow_pickle=options.allow_pickle,
+            overwrite=options.overwrite,
+        )
+    for line in [*_report(conversion, options.out), *([note] if note else [])]:
+        console.print(line, markup=False, highlight=False)
+    return 0
+
+
+def _report(conversion: Conversion, out: Path) -> list[str]:
+    head = f"; its head was {conversion.head}" if conversion.head else ""
+    lines = [f"{out} is a plain scalar-head checkpoint, converted from {conversion.origin}{head}."]
+    if conversion.dropped_bias:
+        lines.append(
+            f"A bias of {conversion.dropped_bias:.6g} was left out: add it to compare with training's rewards."
+        )
+    return [*lines, *conversion.notes, f"Serve it with: reward-serve --model {out}"]
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        prog="reward-convert",
+        description="Convert a value-head checkpoint (TRL, OpenRLHF, LLaMA-Factory) or a PEFT adapter into a plain "
+        "scalar-head checkpoint.",
+    )
+    add = parser.add_argument
+    add("source", type=not_empty, metavar="DIR", help="the checkpoint or adapter: a folder or hub id")
+    add("out", type=Path, metavar="OUT", help="the folder to write; must not exist or be empty")
+    add("--overwrite", action="store_true", help="replace an earlier conversion in OUT")
+    add(
+        "--base",
+        type=not_empty,
+        metavar="DIR",
+        help="the adapter's base model (default: the one that the adapter names)",
+    )
+    add("--drop-bias", action="store_true", help="leave out the head's bias, which shifts all rewards by one constant")
+    add(
+        "--allow-pickle",
+        action="store_true",
+        help="also read pickled weights (.bin), with torch's restricted unpickler; only for files that you trust",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

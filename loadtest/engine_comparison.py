@@ -1,0 +1,162 @@
+"""A comparison of engines and other ways of scoring on the same work, in interleaved rounds."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import tempfile
+from dataclasses import asdict
+from functools import partial
+from importlib.metadata import version as distribution_version
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from loadtest.console import report_console
+from loadtest.contenders import REFERENCE, Contender, Setup, changed, exported, limit, ours, plain, synchronous
+from loadtest.engine_report import Finding, as_data, draw_plot, findings, speed_ups, table
+from loadtest.engine_rounds import Run, run_rounds
+from loadtest.engine_work import Work, read_groups, tokenize
+from loadtest.random_checkpoint import SHAPES, write_random_checkpoint
+from loadtest.reward_comparison import compare_rewards
+from loadtest.workload import WORKLOADS
+from service.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from service.engines.devices.device import resolve_device, resolve_threads
+from service.engines.kernels.bindings import kernels_for
+from service.engines.plan import default_batch_tokens
+from service.errors import DatasetError, StartupError
+from service.outputs import write_text
+from service.settings import ModelSettings
+
+CONTENDERS: dict[str, Contender] = {"limit": limit, "plain": plain, "ours": ours}
+
+DEFAULT_ITEMS = {"cpu": 128, "cuda": 1024}
+"""Items of a workload, enough for several batches."""
+
+
+def run(options: argparse.Namespace) -> int:
+    """Compare as the command's options say; return the exit status."""
+    console = report_console()
+    try:
+        with tempfile.TemporaryDirectory(prefix="reward-engines-") as folder:
+            report = _compare(options, Path(folder), console)
+    except (StartupError, DatasetError, OSError) as error:
+        console.print(f"loadtest.engines: {type(error).__name__}: {error}", markup=False, style="red")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    if options.json is not None:
+        write_text(options.json, json.dumps(report, indent=2) + "\n")
+    return 0
+
+
+def evaluate(run: Run, baseline: str) -> list[Finding]:
+    """Return the findings of a run; rewards are compared with those of the reference on the same work."""
+    comparisons = {
+        (workload, way): compare_rewards(run.rewards[workload, REFERENCE], rewards)
+        for (workload, way), rewards in run.rewards.items()
+    }
+    return findings(run.measurements, comparisons, baseline, run.busy_shares)
+
+
+def _compare(options: argparse.Namespace, folder: Path, console: Console) -> dict[str, Any]:
+    device = resolve_device(options.device)
+    model = options.model or write_random_checkpoint(
+        folder / "random", SHAPES[options.shape], options.dtype, device=str(device)
+    )
+    checkpoint = open_checkpoint(model, ModelSettings())
+    kernels, _ = kernels_for("auto", device, getattr(torch, options.dtype))
+    setup = Setup(
+        folder=checkpoint.path,
+        device=str(device),
+        dtype=options.dtype,
+        pad_token_id=checkpoint.pad_token_id,
+        max_input_tokens=checkpoint.max_input_tokens,
+        max_batch_tokens=options.batch_tokens or default_batch_tokens(device, kernels),
+        padded_items=options.padded_items,
+        num_threads=resolve_threads(options.threads),
+        clock=options.clock,
+    )
+    works = _works(options, checkpoint, options.items or DEFAULT_ITEMS[device.type])
+    with Progress(console=console) as progress:
+        task = progress.add_task("Loading")
+        run = run_rounds(
+            CONTENDERS
+            | _requested(options)
+            | {str(bundle): partial(exported, bundle=bundle) for bundle in options.onnx},
+            setup,
+            works,
+            options.rounds,
+            tell=lambda doing, step, total: progress.update(task, description=doing, completed=step, total=total),
+        )
+    return _report(options, checkpoint, setup, works, run, console)
+
+
+def _requested(options: argparse.Namespace) -> dict[str, Contender]:
+    """Return the contenders that are measured on request only."""
+    contenders: dict[str, tuple[bool, Contender]] = {
+        "compiled": (options.compile, partial(changed, compile=True)),
+        "synchronous": (options.synchronous, synchronous),
+        "graphs": (options.cuda_graphs, partial(changed, cuda_graphs=True)),
+        "cascade": (options.cascade, partial(changed, cascade_attention=True)),
+        "fp8": (options.fp8, partial(changed, quantization="fp8")),
+        "int8": (options.int8, partial(changed, quantization="int8")),
+    }
+    return {name: contender for name, (is_requested, contender) in contenders.items() if is_requested}
+
+
+def _works(options: argparse.Namespace, checkpoint: Checkpoint, num_items: int) -> dict[str, Work]:
+    if options.rows is not None:
+        return {options.rows.name: tokenize(list(islice(read_groups(options.rows), num_items)), checkpoint)}
+    return {name: tokenize(WORKLOADS[name].draw(num_items, options.seed), checkpoint) for name in options.workloads}
+
+
+def _report(
+    options: argparse.Namespace,
+    checkpoint: Checkpoint,
+    setup: Setup,
+    works: dict[str, Work],
+    run: Run,
+    console: Console,
+) -> dict[str, Any]:
+    """Print the findings, draw them on request, and return them JSON-ready."""
+    name = str(options.model) if options.model else f"random, {options.shape}"
+    machine = f"{setup.num_threads} CPU threads"
+    if setup.device.startswith("cuda"):
+        machine = torch.cuda.get_device_name(setup.device)
+    baseline = f"plain, padded {setup.padded_items}"
+    found = evaluate(run, baseline)
+    limits = {
+        workload: median(one for (name_, _), one in run.limits.items() if name_ == workload) for workload in works
+    }
+    console.print(f"{name} ({checkpoint.architecture}), {setup.dtype}, {machine}", markup=False)
+    console.print(table(found, baseline))
+    for line in speed_ups(found):
+        console.print(f"speed-up, {line}", markup=False)
+    for workload, work in works.items():
+        console.print(
+            f"{workload}: {len(work.sequences)} items with {work.num_tokens:,} tokens, {work.num_refused} refused; "
+            f"the limit is {limits[workload]:,.0f} tokens/s "
+            f"({limits[workload] * run.flops_per_token / 1e12:,.2f} TFLOP/s)"
+        )
+    if options.plot is not None:
+        draw_plot(found, limits, f"{name}, {setup.dtype}, {machine}", options.plot)
+    return {
+        "model": name,
+        "architecture": checkpoint.architecture,
+        "num_parameters": checkpoint.num_parameters,
+        "flops_per_token": run.flops_per_token,
+        "machine": machine,
+        "processor": platform.processor() or platform.machine(),
+        "versions": {"torch": torch.__version__, "transformers": distribution_version("transformers")},
+        "setup": asdict(setup) | {"folder": str(setup.folder)},
+        "seed": options.seed,
+        "limits": limits,
+        **as_data(found, run.measurements),
+    }

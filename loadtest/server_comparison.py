@@ -1,0 +1,116 @@
+"""A comparison of the service with another server: starts both, measures them alternately, and compares rewards."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import tempfile
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import NoReturn
+
+from rich.console import Console
+from rich.progress import Progress
+
+from loadtest.console import report_console
+from loadtest.load_shapes import LoadShape, Pass, passes, shapes_against_plain, shapes_against_vllm
+from loadtest.random_checkpoint import write_random_checkpoint
+from loadtest.reference import reference_rewards
+from loadtest.server_report import ServerReport, compare_servers
+from loadtest.server_rounds import Measurement, measure_alternately, warm_up
+from loadtest.servers import RunningServer, running_baseline, running_service, running_vllm
+from loadtest.vllm_peer import vllm_environment, vllm_flags
+from loadtest.wire import UnexpectedAnswer
+from service.errors import StartupError
+from service.outputs import write_text
+
+MAX_REFERENCE_ITEMS = 128
+
+
+def run(options: argparse.Namespace) -> int:
+    """Compare the servers as the command's options say; return the exit status."""
+    console = report_console()
+    signal.signal(signal.SIGTERM, _raise_keyboard_interrupt)
+    if options.cores is not None:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
+    try:
+        with tempfile.TemporaryDirectory(prefix="reward-compare-") as folder:
+            report = _compare(options, Path(folder), console)
+    except (StartupError, UnexpectedAnswer, OSError, EOFError) as error:
+        console.print(f"loadtest.compare: {type(error).__name__}: {error}", markup=False, style="red")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    report.print(console)
+    if options.json is not None:
+        write_text(options.json, json.dumps(_conditions(options) | report.as_json(), indent=2) + "\n")
+    return 0 if report.rewards_match else 1
+
+
+def _compare(options: argparse.Namespace, folder: Path, console: Console) -> ServerReport:
+    model = options.model or write_random_checkpoint(folder / "random-24m", dtype=options.dtype)
+    shapes = _shapes(options)
+    planned = list(passes(shapes, options.rounds, options.seed))
+    with Progress(console=console) as progress:
+        measurements = _measure(options, model, folder, shapes, planned, progress)
+        step = progress.add_task("Computing reference rewards with transformers in fp32", total=None)
+        comparisons = compare_servers(measurements, options.peer, _reference(model, planned))
+        progress.remove_task(step)
+    return ServerReport(options.peer, options.dtype, shapes, measurements, comparisons)
+
+
+def _shapes(options: argparse.Namespace) -> list[LoadShape]:
+    choose = shapes_against_vllm if options.peer == "vllm" else shapes_against_plain
+    return choose(options.single_groups, options.bulk_groups)
+
+
+def _measure(
+    options: argparse.Namespace,
+    model: Path,
+    folder: Path,
+    shapes: Sequence[LoadShape],
+    planned: Sequence[Pass],
+    progress: Progress,
+) -> list[Measurement]:
+    """Start both servers, measure them, and stop them."""
+    step = progress.add_task("Starting the servers", total=2 * len(planned))
+    with _running_peer(options, model, folder) as peer, running_service(model, options.dtype, folder) as ours:
+        progress.update(step, description="Warming up")
+        warm_up((peer, ours), shapes, seed=options.seed - 1)
+        measurements = []
+        for measurement in measure_alternately((peer, ours), planned):
+            measurements.append(measurement)
+            progress.update(step, advance=1, description=f"Round {measurement.round + 1}: {measurement.shape}")
+    return measurements
+
+
+def _running_peer(options: argparse.Namespace, model: Path, folder: Path) -> AbstractContextManager[RunningServer]:
+    if options.peer == "plain":
+        return running_baseline(model, options.dtype, folder)
+    return running_vllm(options.peer_python, model, options.dtype, folder, prefix_cache=options.prefix_cache == "on")
+
+
+def _reference(model: Path, planned: Sequence[Pass]) -> dict[int, float]:
+    """Return the fp32 rewards of evenly spaced items, by their index among all items that were sent."""
+    sent = [item for one_pass in planned for item in one_pass.items]
+    indices = range(0, len(sent), -(-len(sent) // MAX_REFERENCE_ITEMS))
+    return dict(zip(indices, reference_rewards(model, [sent[index] for index in indices]), strict=True))
+
+
+def _conditions(options: argparse.Namespace) -> dict[str, object]:
+    conditions = {
+        "model": str(options.model) if options.model else "random, 24 million parameters",
+        "seed": options.seed,
+        "cores": len(os.sched_getaffinity(0)),
+    }
+    if options.peer == "vllm":
+        conditions["vllm_flags"] = vllm_flags(options.dtype, prefix_cache=options.prefix_cache == "on")
+        conditions["vllm_environment"] = vllm_environment(os.environ, os.sched_getaffinity(0))
+    return conditions
+
+
+def _raise_keyboard_interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt

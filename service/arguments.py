@@ -1,0 +1,100 @@
+"""Command lines: errors in one line, and types of arguments that are checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+from service.version import add_version_option
+
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser with ``--version`` whose errors are one sentence (exit status 2), without a page of usage.
+
+    Options are not abbreviated, so that a new option never changes the meaning of a script.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+        add_version_option(self)
+
+    def error(self, message: str) -> NoReturn:
+        """Print one sentence and exit with status 2."""
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help.\n")
+
+    def parse(self, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+        """Parse the command line; for an unknown option the nearest one that exists is suggested."""
+        given, unknown = self.parse_known_args(arguments)
+        if unknown:
+            self._refuse(unknown)
+        return given
+
+    def _refuse(self, unknown: Sequence[str]) -> NoReturn:
+        names = [argument.partition("=")[0] for argument in unknown if argument.startswith("-")]
+        if not names:
+            self.error(f"the command line has {len(unknown)} more values than {self.prog} takes")
+        known = [option for action in self._actions for option in action.option_strings]
+        self.error("; ".join(f"there is no option {name}{_nearest(name, known)}" for name in names))
+
+
+def device(text: str) -> str:
+    """Return the name of a device.
+
+    Raises:
+        ArgumentTypeError: it is none of auto, cpu, cuda and cuda:N.
+    """
+    if not _DEVICE.fullmatch(text):
+        raise argparse.ArgumentTypeError("use auto, cpu, cuda or cuda:N")
+    return text
+
+
+def whole_number(minimum: int) -> Callable[[str], int]:
+    """Return a type of arguments: an integer that is not smaller than ``minimum``."""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = None
+        if number is None or number < minimum:
+            raise argparse.ArgumentTypeError(f"give a whole number of at least {minimum}")
+        return number
+
+    return parse
+
+
+def number_between(minimum: float, maximum: float) -> Callable[[str], float]:
+    """Return a type of arguments: a finite number from ``minimum`` to ``maximum``."""
+
+    def parse(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = float("nan")
+        if not minimum <= number <= maximum or number == float("inf"):
+            bounds = f"from {minimum:g} to {maximum:g}" if maximum < float("inf") else f"of at least {minimum:g}"
+            raise argparse.ArgumentTypeError(f"give a number {bounds}")
+        return number
+
+    return parse
+
+
+def not_empty(text: str) -> str:
+    """Return an argument that is not empty, as it would be from an unset variable of a shell script.
+
+    Raises:
+        ArgumentTypeError: it is empty.
+    """
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the value is empty")
+    return text
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = get_close_matches(name, known, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""

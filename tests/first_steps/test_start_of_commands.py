@@ -1,0 +1,152 @@
+"""How commands begin: help and version without heavy imports, and a missing extra as one sentence."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from first_steps import ROOT, Case, run_case, write_world
+
+from service.commands import EXTRAS, OUR_PACKAGES, run_command
+
+CLIENT_PACKAGES = {
+    "httpx2",
+    "stamina",
+    "anyio",
+    "certifi",
+    "h11",
+    "httpcore2",
+    "idna",
+    "sniffio",
+    "tenacity",
+    "socksio",
+}
+"""What ``pip install .`` brings, and may be imported where no extra is installed."""
+
+_OF_EXTRAS = {
+    "torch", "transformers", "ray", "onnxruntime", "gguf", "msgspec", "numpy", "peft", "prometheus_client", "psutil",
+    "pyarrow", "pydantic", "pydantic_settings", "yaml", "rich", "safetensors", "scipy", "starlette", "torchao",
+    "grafana_foundation_sdk", "matplotlib", "onnx", "onnxscript", "sklearn", "trl", "datasets", "jinja2", "statsmodels",
+    "huggingface_hub", "tokenizers", "accelerate", "fastapi", "uvicorn",
+}  # fmt: skip
+_BEYOND_SERVE = {
+    "grafana_foundation_sdk",
+    "matplotlib",
+    "onnx",
+    "onnxscript",
+    "sklearn",
+    "trl",
+    "datasets",
+    "statsmodels",
+}
+
+_BLOCKER = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {blocked!r}:
+            raise ModuleNotFoundError("No module named " + repr(name), name=name)
+sys.meta_path.insert(0, Blocker())
+"""
+"""As ``sitecustomize`` it makes packages look as if they were not installed."""
+
+VALID_ARGUMENTS = {
+    "reward-serve": ["--model", "model"],
+    "reward-train": ["--data", "pairs.jsonl", "--base", "model", "--out", "{out}"],
+    "reward-audit": ["model", "pairs.jsonl", "--out", "{out}"],
+    "reward-calibrate": ["model", "many.jsonl", "--out", "{out}"],
+    "reward-convert": ["model", "{out}"],
+    "reward-export": ["model", "{out}"],
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+def without(blocked: set[str], folder: Path) -> dict[str, str]:
+    """Return the environment in which these packages cannot be imported."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(_BLOCKER.format(blocked=blocked))
+    return {"PYTHONPATH": str(folder)}
+
+
+@pytest.mark.parametrize("command", EXTRAS)
+def test_after_the_plain_install_the_extra_is_named(command: str, world: Path, tmp_path: Path) -> None:
+    """With the client's packages alone, each command says in one sentence which extra to install."""
+    environment = without(_OF_EXTRAS, tmp_path / "blocker")
+    case = Case(command, command, VALID_ARGUMENTS[command], [], environment=environment)
+
+    outcome = run_case(case, world, tmp_path / "case")
+
+    assert outcome.status == 1
+    (line,) = outcome.stderr.strip().splitlines()
+    assert line.startswith(f"{command}: the Python package ")
+    assert line.endswith(f"pip install '.[{EXTRAS[command][1]}]'.")
+    assert (outcome.stdout, outcome.left_behind) == ("", [])
+
+
+@pytest.mark.parametrize("command", [name for name, (_, extra) in EXTRAS.items() if extra != "serve"])
+@pytest.mark.slow
+def test_with_the_extra_serve_alone_the_other_extra_is_named(command: str, world: Path, tmp_path: Path) -> None:
+    """A command of another extra says so before a model is loaded."""
+    environment = without(_BEYOND_SERVE, tmp_path / "blocker")
+    case = Case(command, command, VALID_ARGUMENTS[command], [], environment=environment)
+
+    outcome = run_case(case, world, tmp_path / "case")
+
+    assert outcome.status == 1
+    (line,) = outcome.stderr.strip().splitlines()
+    assert line.startswith(f"{command}: the Python package ")
+    assert line.endswith(f"pip install '.[{EXTRAS[command][1]}]'.")
+    assert outcome.left_behind == []
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+@pytest.mark.parametrize("command", ["reward-audit", "reward-calibrate", "reward-convert", "reward-export"])
+def test_help_and_version_import_nothing_heavy(command: str, option: str, world: Path, tmp_path: Path) -> None:
+    """They print to standard output, end with 0, and load neither torch nor any other heavy package."""
+    outcome = run_case(Case(command, command, [option], []), world, tmp_path / "case")
+
+    assert (outcome.status, outcome.stderr, outcome.loaded) == (0, "", [])
+    assert command in outcome.stdout
+
+
+def test_a_fault_of_the_program_is_not_hidden() -> None:
+    """A module of ours that does not exist, or any other bug, is raised with its traceback."""
+
+    def broken_import() -> int:
+        raise ModuleNotFoundError("No module named 'service.nope'", name="service.nope")
+
+    def broken() -> int:
+        raise ZeroDivisionError
+
+    for body, error in ((broken_import, ModuleNotFoundError), (broken, ZeroDivisionError)):
+        with pytest.raises(error):
+            run_command("reward-audit", "train", body)
+    assert "training" in OUR_PACKAGES
+
+
+def test_the_module_of_the_entry_points_needs_the_standard_library_alone() -> None:
+    """Importing it works where not even the client's packages are installed."""
+    blocked = _OF_EXTRAS | CLIENT_PACKAGES
+    code = f"{_BLOCKER.format(blocked=blocked)}\nimport service.commands"
+
+    completed = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
+    )
+
+    assert completed.returncode == 0, completed.stderr
+
+
+def test_ctrl_c_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    """The status is that of shells, 130, and there is no traceback."""
+
+    def interrupted() -> int:
+        raise KeyboardInterrupt
+
+    assert run_command("reward-audit", "train", interrupted) == 130
+    assert capsys.readouterr().err == "reward-audit: interrupted.\n"
