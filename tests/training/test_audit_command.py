@@ -182,7 +182,7 @@ def test_the_command_writes_the_report_and_prints_the_conclusions(
         (["model"], "Give files of held-out pairs"),
         ([".", "pairs.jsonl"], ". is not a checkpoint: it has no config.json"),
         (["model", "few.jsonl"], "There are 2 held-out pairs; an audit needs at least 20"),
-        (["model", "pairs.jsonl", "--url", "not a url"], "must start with http:// or https://"),
+        (["model", "pairs.jsonl", "--url", "127.0.0.1:9"], "must start with http:// or https://"),
         (["--url", "http://127.0.0.1:9", "missing.jsonl"], "missing.jsonl does not exist"),
         (["--url", "http://127.0.0.1:9", "pairs.jsonl"], "No answer from http://127.0.0.1:9: connection refused"),
         (["--url", "http://127.0.0.1:9/v1/score", "pairs.jsonl"], "Give the root URL of the service"),

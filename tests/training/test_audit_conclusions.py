@@ -248,14 +248,14 @@ def test_too_few_pairs_are_refused() -> None:
 
 
 def test_shares_of_no_pairs_are_not_numbers() -> None:
-    """Pairs of identical completions: what needs pairs of unequal length says that there are none, never "nan"."""
+    """Pairs of identical completions: what needs lengths that differ cannot be told, and nothing is "nan"."""
     ties = [PreferencePair(f"{n}", f"answer {n}", f"answer {n}") for n in range(20)]
 
     found = conclusions_of(audited(hash_reward, ties))
 
     reasons = " ".join(conclusion.reason for conclusion in found)
     assert "20 of them have identical completions" in reasons
-    assert "which it prefers the longer answer: no pair of that kind" in reasons
+    assert "Rewards or lengths do not vary within prompts." in reasons
     assert "nan" not in reasons
 
 

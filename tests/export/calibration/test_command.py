@@ -94,7 +94,7 @@ def test_everything_measured_is_written_down(folder: Path, tmp_path: Path) -> No
     data.write_text(
         "".join(json.dumps({"prompt": row["prompt"], "completion": row["chosen"]}) + "\n" for row in rows)
         + "".join(
-            json.dumps({"prompt": row["prompt"], "response": "\u4f60\u597d", "category": "far", "is_ood": True}) + "\n"
+            json.dumps({"prompt": row["prompt"], "completion": "\u4f60\u597d", "category": "far", "is_ood": True}) + "\n"
             for row in rows
         )
     )
@@ -117,7 +117,7 @@ def test_too_little_data_is_an_error(folder: Path, tmp_path: Path, capsys: pytes
 
     assert calibrate(folder, write_pairs(tmp_path / "few.jsonl", 20), "--out", str(out)) == 1
     printed = capsys.readouterr().err
-    assert printed.startswith("reward-calibrate: ")
+    assert printed.splitlines()[-1].startswith("reward-calibrate: ")
     assert "has 40 completions of 20 prompts" in printed
     assert "needs about 650 completions" in printed
     assert not out.exists()

@@ -39,14 +39,13 @@ def test_built_in_texts_have_lengths_up_to_the_limit() -> None:
 
 
 def test_pairs_are_two_items_and_items_one(tmp_path: Path) -> None:
-    """A file may contain both kinds of rows, with prompts as strings or as messages."""
-    file = write(
-        tmp_path / "rows.jsonl",
-        {"prompt": "a", "chosen": "b", "rejected": "c"},
-        {"prompt": [{"role": "user", "content": "d"}], "completion": "e", "other": 1},
-    )
+    """A folder may have files of both kinds of rows, with prompts as strings or as messages."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    write(folder / "1.jsonl", {"prompt": "a", "chosen": "b", "rejected": "c"})
+    write(folder / "2.jsonl", {"prompt": [{"role": "user", "content": "d"}], "completion": "e", "other": 1})
 
-    assert read_items(file) == [
+    assert read_items(folder) == [
         Item(Exchange("a", "b")),
         Item(Exchange("a", "c")),
         Item(Exchange((Message("user", "d"),), "e")),
