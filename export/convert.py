@@ -25,6 +25,7 @@ from service.checkpoints.adapter import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FIL
 from service.checkpoints.architecture import Fit, fit_classifier, has_classifier
 from service.checkpoints.checkpoint import open_checkpoint
 from service.checkpoints.files import TOKENIZER_FILE
+from service.checkpoints.validation import unplaced_message
 from service.checkpoints.weights import (
     VALUE_HEAD_FILE,
     TensorInfo,
@@ -157,7 +158,7 @@ def _convert_model(source: Path, unfinished: Path, *, drop_bias: bool, allow_pic
     _copy_tokenizer(source, unfinished)
     pad_token_id, pad_notes = _fallback_pad_token(config, unfinished)
     config.get_text_config().pad_token_id = pad_token_id
-    notes = (*_unused_notes(fit, value_head), *_normalisation_notes(config), *pad_notes)
+    notes = (*_normalisation_notes(config), *pad_notes)
     _save(source, unfinished, config, tensors, fit.head)
     return Conversion(
         source=str(source),
@@ -275,14 +276,6 @@ def _fallback_pad_token(config: Any, folder: Path) -> tuple[int | None, Sequence
     return pad_token_id, (f"The config had no pad token; it is now {pad_token_id}, the {fallback}.",)
 
 
-def _unused_notes(fit: Fit, value_head: ValueHead | None) -> Sequence[str]:
-    used = {value_head.weight, value_head.bias} if value_head else set()
-    unused = sorted(name for name in fit.unused - used if not name.startswith("lm_head."))
-    if not unused:
-        return ()
-    return (f"{len(unused)} tensors are not used by {fit.architecture} and were left out; the first is {unused[0]}.",)
-
-
 def _normalisation_notes(config: Any) -> Sequence[str]:
     """Report OpenRLHF's normalisation by a mean and standard deviation of the config, which the service leaves out."""
     if not getattr(config, "normalize_reward", False) or not hasattr(config, "mean"):
@@ -315,6 +308,8 @@ def _save(source: Path, unfinished: Path, config: Any, tensors: Mapping[str, Any
             f"The body in {source} is incomplete: {len(incomplete)} weights are missing or of another shape (the first "
             f"is {incomplete[0]}); save or copy the whole model."
         )
+    if fit.unplaced:
+        raise CheckpointError(unplaced_message(source, fit))
     dtype = Counter(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()).most_common(1)[0][0]
     with transformers_silenced():
         model = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)].from_pretrained(

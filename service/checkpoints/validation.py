@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,8 @@ def validate_weights(path: Path, config: Any, tensors: Mapping[str, TensorInfo])
 
     Raises:
         CheckpointError: a weight of head or body is absent or of another shape, which transformers would initialise
-            with random numbers, or there is not exactly one label.
+            with random numbers, there is not exactly one label, or a stored tensor that may belong to the computation
+            of a reward has no place in the architecture.
     """
     scalar_config = copy.deepcopy(config)
     scalar_config.num_labels = 1
@@ -100,6 +101,8 @@ def validate_weights(path: Path, config: Any, tensors: Mapping[str, TensorInfo])
             "and transformers would initialise them with random numbers: save or copy the whole model again."
         )
     _validate_one_label(path, config.num_labels, fit)
+    if fit.unplaced:
+        raise CheckpointError(unplaced_message(path, fit))
     for name, (stored, required) in (*fit.mismatched_head.items(), *fit.mismatched_body.items()):
         raise CheckpointError(
             f"The weights of {path} do not match its {CONFIG_FILE}: {name} is stored as {list(stored)}, but the config "
@@ -129,6 +132,26 @@ def _missing_head_message(path: Path, config: Any, head: str, unused: Mapping[st
         f"{problem}{kind}, so save the classifier that was trained, train one with `reward-train`, or, if its head is "
         "in a separate file, put that beside the weights as value_head.safetensors and run `reward-convert`."
     )
+
+
+def unplaced_message(path: Path, fit: Fit) -> str:
+    """Return the refusal of a checkpoint with stored tensors that have no place in the architecture."""
+    names = fit.unplaced
+    problem = (
+        f"{path} stores {describe_names(names)}, which {fit.architecture} under this {CONFIG_FILE} has no place for, "
+        "so rewards would be computed without them: "
+    )
+    if any(".lora_" in name for name in names):
+        return f"{problem}merge the LoRA matrices into the base weights (PEFT's merge_and_unload), and save again."
+    if all(name.startswith(tuple(f"{head.rpartition('.')[0]}." for head in fit.head)) for name in names):
+        return f"{problem}the head has parts that the classifier has not; run `reward-convert {path} OUT` and serve OUT."
+    return f"{problem}take {CONFIG_FILE} and weights from the same model."
+
+
+def describe_names(names: Sequence[str], shown: int = 4) -> str:
+    """Return the first names of tensors as a text, with the number of the others."""
+    text = ", ".join(names[:shown])
+    return text if len(names) <= shown else f"{text} and {len(names) - shown} more tensors"
 
 
 def _validate_one_label(path: Path, num_labels: int, fit: Fit) -> None:

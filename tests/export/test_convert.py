@@ -307,6 +307,19 @@ def value_head_on_an_encoder(folder: Path) -> None:
     edit_weights(folder, replace_head)
 
 
+def deeper_head(folder: Path) -> None:
+    """The head has two layers, and the classifier would hold the last one only."""
+    write_tiny_causal_lm(folder)
+    head = {"score.0.weight": torch.ones(HIDDEN_SIZE, HIDDEN_SIZE), "score.2.weight": HEAD}
+    edit_weights(folder, lambda weights: weights.update(head))
+
+
+def unplaced_bias(folder: Path) -> None:
+    """A bias of the body has no place under the config."""
+    trl_checkpoint(folder)
+    edit_weights(folder, lambda weights: weights.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(64)}))
+
+
 def missing_layer(folder: Path) -> None:
     """A weight of the body is missing."""
     trl_checkpoint(folder)
@@ -331,6 +344,8 @@ REFUSALS: dict[Callable[[Path], None], str] = {
     plain_checkpoint: "serve it as it is",
     empty_folder: "pass the folder that holds its config.json",
     value_head_on_an_encoder: "only decoders",
+    deeper_head: "no value head",
+    unplaced_bias: r"stores model\.layers\.0\.self_attn\.q_proj\.bias",
     missing_layer: "save or copy the whole model",
     nan_head: "has NaN or infinity in score.weight",
     no_tokenizer: "has no tokenizer",
