@@ -16,6 +16,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from service.checkpoints.adapter import merge_adapter
 from service.checkpoints.checkpoint import open_checkpoint
 from service.checkpoints.demo_base import DEMO_BASE, obtain_demo_base
+from service.checkpoints.reward_description import (
+    ClassifierHead,
+    Provenance,
+    RewardDescription,
+    refuse_described_head,
+    write_description,
+)
 from service.errors import SettingsError, StartupError
 from service.settings import ModelSettings
 from service.version import add_version_option
@@ -45,8 +52,8 @@ def train(
 ) -> Manifest:
     """Train a reward model and write it to ``out_dir``: a PEFT adapter, or a whole checkpoint if ``recipe.full``.
 
-    The folder also receives the tokenizer, ``training.json`` (the returned manifest), ``log.jsonl`` and
-    ``checkpoints/``.
+    The folder also receives the tokenizer, ``training.json`` (the returned manifest), ``reward_model.json``,
+    ``log.jsonl`` and ``checkpoints/``.
 
     Args:
         data: pairs to train on: files, folders of them, or data sets on the hub.
@@ -66,6 +73,7 @@ def train(
             "--patience needs --eval: early stopping depends on the loss on pairs that are not trained on."
         )
     base_path, base_name = (obtain_demo_base(), DEMO_BASE) if base == DEMO else (Path(base), base)
+    refuse_described_head(base_path, "trained further")
     model, tokenizer = load_base(base_path if base_path.is_dir() else base, recipe)
     pairs = list(read_pairs(data))
     selection = select_pairs(_tokenize(pairs, tokenizer, recipe), recipe)
@@ -75,6 +83,8 @@ def train(
     out_dir.mkdir(parents=True, exist_ok=True)
     run = run_training(model, tokenizer, selection.pairs, watched, recipe, out_dir, resume=resume)
     _save(run.model, tokenizer, base_name, out_dir)
+    # TRL trains transformers' classifier, so its pooling is that of training.
+    write_description(out_dir, RewardDescription(ClassifierHead(), source=Provenance("reward-train")))
 
     manifest = Manifest(
         base=base_name,

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from service.checkpoints.demo_base import DEMO_BASE, obtain_demo_base
 from service.checkpoints.files import TOKENIZER_CONFIG_FILE
+from service.checkpoints.reward_description import DESCRIPTION_FILE, refuse_described_head
 from service.errors import CheckpointError
 from service.transformers_logging import transformers_silenced
 
@@ -40,8 +41,8 @@ def merge_adapter(adapter_dir: Path, out_dir: Path, base_dir: Path | None = None
 
     W' = W + scale * B A for each adapted weight (Hu et al. 2021, equation 3; PEFT's own code does it, so its variants
     of LoRA work too), computed in fp32 and stored in the base's dtype. The head is the adapter's, stored in fp32 as it
-    will be served. The tokenizer is the adapter's if it has one, else the base's. The training manifest is copied, so
-    that the merged model still names its base.
+    will be served. The tokenizer is the adapter's if it has one, else the base's. The training manifest and
+    ``reward_model.json`` are copied, so that the merged model still names its base and its pooling.
 
     Args:
         adapter_dir: ``adapter_config.json`` and ``adapter_model.safetensors``.
@@ -63,8 +64,9 @@ def merge_adapter(adapter_dir: Path, out_dir: Path, base_dir: Path | None = None
         model.config.get_text_config().pad_token_id = _pad_token_id(model.config, tokenizer)
         model.save_pretrained(out_dir)
         tokenizer.save_pretrained(out_dir)
-    if (adapter_dir / TRAINING_MANIFEST_FILE).is_file():
-        shutil.copyfile(adapter_dir / TRAINING_MANIFEST_FILE, out_dir / TRAINING_MANIFEST_FILE)
+    for name in (TRAINING_MANIFEST_FILE, DESCRIPTION_FILE):
+        if (adapter_dir / name).is_file():
+            shutil.copyfile(adapter_dir / name, out_dir / name)
     return out_dir
 
 
@@ -133,6 +135,7 @@ def _locate_base(config: Mapping[str, Any], base_dir: Path | None) -> Path | str
 def _load_base(base: Path | str, adapter_dir: Path, adapter_tensors: Collection[str]) -> tuple[Any, Any]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+    refuse_described_head(Path(base), "the base of an adapter")
     try:
         model, report = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, output_loading_info=True)
         has_tokenizer = (adapter_dir / TOKENIZER_CONFIG_FILE).is_file()

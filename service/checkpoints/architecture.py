@@ -13,7 +13,6 @@ from typing import Any
 
 from service.transformers_logging import transformers_silenced
 
-
 UNUSED_HEAD = re.compile(
     r"(.+\.)?(lm_head|embed_out|cls|predictions|(lm|mask|generator|discriminator)_predictions|vocab_\w+|pooler|mtp)\."
 )
@@ -42,6 +41,12 @@ class Fit:
 
     head: tuple[str, ...]
     """Names of the parameters outside the body."""
+
+    body_prefix: str
+    """What the names of the body's parameters begin with, such as ``model.``."""
+
+    embedding: str
+    """Name of the input embedding's weight."""
 
     missing_head: tuple[str, ...] = ()
     """Parameters of the head that no stored tensor provides."""
@@ -93,12 +98,15 @@ def fit_classifier(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> Fit:
     def in_body(name: str) -> bool:
         return name.startswith(f"{model.base_model_prefix}.")
 
+    embedding = model.get_input_embeddings().weight
     missing, unused = sorted(report["missing_keys"]), report["unexpected_keys"]
     mismatched = {name: (tuple(stored), tuple(required)) for name, stored, required in report["mismatched_keys"]}
     return Fit(
         architecture=architecture.__name__,
-        embedding_size=model.get_input_embeddings().weight.shape[0],
+        embedding_size=embedding.shape[0],
         max_positions=_max_positions(model),
+        body_prefix=f"{model.base_model_prefix}.",
+        embedding=next(name for name, weight in model.named_parameters() if weight is embedding),
         head=tuple(name for name, _ in model.named_parameters() if not in_body(name)),
         missing_head=tuple(name for name in missing if not in_body(name)),
         missing_body=tuple(name for name in missing if in_body(name)),
@@ -111,10 +119,8 @@ def fit_classifier(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> Fit:
 
 def _is_harmless(name: str, shape: tuple[int, ...]) -> bool:
     """Whether an unused tensor belongs to another head, or is a buffer that transformers computes itself."""
-    is_mask = len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3]  # noqa: PLR2004 - [1, 1, n, n]
-    return bool(
-        UNUSED_HEAD.match(name) or UNUSED_BUFFER.fullmatch(name) or (is_mask and CAUSAL_MASK.fullmatch(name))
-    )
+    is_mask = len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3]
+    return bool(UNUSED_HEAD.match(name) or UNUSED_BUFFER.fullmatch(name) or (is_mask and CAUSAL_MASK.fullmatch(name)))
 
 
 def _max_positions(model: Any) -> int | None:

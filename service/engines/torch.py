@@ -15,6 +15,7 @@ from typing import Literal, TypeVar
 
 import torch
 
+from service.checkpoints.reward_description import read_description, resolve_pooling
 from service.engines.base import Deferred, EngineInfo, EngineOutput, Pending, Ready, StateTap
 from service.engines.compilation import check_compiler
 from service.engines.deduplication import Reading, UniquePass, scatter, unique_readings, unique_token_ids
@@ -214,8 +215,9 @@ def load_torch_engine(
         SettingsError: a setting does not fit this machine or this model, or a tap is deeper than the model.
     """
     enable_huge_pages()
+    pooling = resolve_pooling(read_description(folder), model.pooling)
     plan = plan_engine(
-        model,
+        model.model_copy(update={"pooling": pooling}),
         batching,
         Machine.detect(model),
         read_config(folder),

@@ -390,7 +390,7 @@ def test_a_limit_beyond_the_model_is_refused(tmp_path: Path) -> None:
 
 
 def version_of(checkpoint: Checkpoint, **changes: Any) -> str:
-    arguments: dict[str, Any] = {"dtype": "float32", "pooling": "hf", "template": "chat"}
+    arguments: dict[str, Any] = {"dtype": "float32", "template": "chat"}
     return model_version(checkpoint, **(arguments | changes)).version
 
 
@@ -414,7 +414,7 @@ def test_the_version_changes_with_everything_that_changes_rewards(tmp_path: Path
     versions = [
         *(version_of(opened(folder)) for folder in folders),
         version_of(plain, dtype="bfloat16"),
-        version_of(plain, pooling="last"),
+        version_of(opened(folders[0], pooling="last")),
         version_of(plain, template="concat"),
         version_of(opened(folders[0], max_input_tokens=100)),
     ]
@@ -506,7 +506,9 @@ def unmerged_lora(weights: dict[str, torch.Tensor]) -> None:
 def one_layer_more(weights: dict[str, torch.Tensor]) -> None:
     """The weights have one layer more than the config."""
     weights |= {
-        name.replace("layers.2.", "layers.3."): tensor.clone() for name, tensor in weights.items() if ".layers.2." in name
+        name.replace("layers.2.", "layers.3."): tensor.clone()
+        for name, tensor in weights.items()
+        if ".layers.2." in name
     }
 
 

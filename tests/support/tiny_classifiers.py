@@ -83,8 +83,8 @@ def with_pad(classifier: Classifier, rows: list[tuple[int, ...]]) -> list[tuple[
 
 def head_of(classifier: Classifier) -> torch.nn.Linear:
     """Return the linear head, which the tiny classifiers of decoders have."""
-    assert classifier.linear_head is not None
-    return classifier.linear_head
+    assert isinstance(classifier.state_head, torch.nn.Linear)
+    return classifier.state_head
 
 
 def rows_with_endings(classifier: Classifier) -> list[tuple[int, ...]]:
