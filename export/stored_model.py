@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from service.checkpoints.architecture import Fit, fit_classifier, has_classifier
+from service.checkpoints.configuration import read_config
 from service.checkpoints.files import CONFIG_FILE
 from service.checkpoints.weights import (
     VALUE_HEAD_FILE,
@@ -104,8 +105,8 @@ def _read_config(source: Path) -> Any:
             content = {key: value for key, value in content.items() if key not in {"model_type", "auto_map"}}
             config = AutoConfig.for_model(KNOWN_AS[stored_type], **content)
         else:
-            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+            config = read_config(source)
+    except (CheckpointError, OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
             f"{source} is not a checkpoint of an architecture that transformers supports ({type(error).__name__}): "
             "pass the folder that holds its config.json."

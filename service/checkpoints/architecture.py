@@ -126,7 +126,8 @@ def _is_harmless(name: str, shape: tuple[int, ...]) -> bool:
 def _max_positions(model: Any) -> int | None:
     from torch import nn
 
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", None))
     if positions is None or positions <= 0:
         return None
     for name, module in model.named_modules():

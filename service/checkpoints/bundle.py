@@ -178,7 +178,7 @@ def open_bundle(path: Path, settings: ModelSettings) -> Bundle:
     pooling = resolve_pooling(description, settings.pooling)
     with transformers_silenced():
         config = with_pad_token_id(load_config(path), manifest.pad_token_id)
-        tokenizer = load_tokenizer(path)
+        tokenizer = load_tokenizer(path, config)
     validate_vocabulary(path, tokenizer, manifest.embedding_size)
     limit = resolve_max_input_tokens(path, manifest.max_input_tokens, tokenizer, settings.max_input_tokens)
     checkpoint = Checkpoint(

@@ -20,6 +20,7 @@ from reward_client.options import TemplateChoice
 
 from service.cache import build_once, cache_directory
 from service.checkpoints.adapter import ADAPTER_CONFIG_FILE, is_adapter, merge_adapter
+from service.checkpoints.configuration import read_json
 from service.checkpoints.demo import obtain_demo_model
 from service.checkpoints.files import CONFIG_FILE
 from service.checkpoints.reward_description import (
@@ -33,7 +34,6 @@ from service.checkpoints.validation import (
     load_config,
     load_tokenizer,
     notes_on,
-    read_json,
     resolve_max_input_tokens,
     resolve_pad_token_id,
     validate_appended,
@@ -203,7 +203,7 @@ def open_checkpoint(path: Path, settings: ModelSettings) -> Checkpoint:
         files = weight_files(path)
         tensors = read_tensor_infos(files)
         fit = validate_weights(path, config, tensors, description)
-        tokenizer = load_tokenizer(path)
+        tokenizer = load_tokenizer(path, config)
     validate_vocabulary(path, tokenizer, fit.embedding_size)
     pad_token_id = resolve_pad_token_id(path, config, tokenizer, fit.embedding_size)
     config = with_pad_token_id(config, pad_token_id)

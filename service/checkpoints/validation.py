@@ -7,12 +7,12 @@ The functions return values or raise; none changes its arguments.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from service.checkpoints.architecture import Fit, fit_classifier, has_classifier
+from service.checkpoints.configuration import read_config, read_json
 from service.checkpoints.files import CONFIG_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from service.checkpoints.reward_description import (
     DESCRIPTION_FILE,
@@ -41,7 +41,6 @@ def load_config(path: Path) -> Any:
             sequence classifier.
     """
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
 
     if not (path / CONFIG_FILE).is_file():
         raise CheckpointError(
@@ -53,14 +52,14 @@ def load_config(path: Path) -> Any:
             f"{path / CONFIG_FILE} requires remote code (auto_map), which is never run: if transformers supports the "
             "architecture, remove auto_map; otherwise save the model as a supported architecture."
         )
-    if "quantization_config" in stored:
+    if stored.get("quantization_config") is not None:
         raise CheckpointError(
             f"{path} is stored quantized, which changes rewards: "
             "serve the unquantized model, or dequantize it and save it again."
         )
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        config = read_config(path)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         raise CheckpointError(
             f"{path / CONFIG_FILE} does not describe a model that this version of transformers supports (model_type "
             f"{stored.get('model_type')!r}, {type(error).__name__}): check model_type and the values, or save it again."
@@ -70,22 +69,23 @@ def load_config(path: Path) -> Any:
             f"{path} is a {config.model_type} model, for which transformers has no sequence classifier that reads one "
             "text: train the reward model on a decoder or an encoder that has one."
         )
+    _validate_pad_token(path, config)
     return config
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Return the JSON object in a file of a checkpoint.
+def _validate_pad_token(path: Path, config: Any) -> None:
+    """Check that the pad token is in the vocabulary; otherwise transformers could not even build the embedding."""
+    text_config = config.get_text_config()
+    pad_token_id, num_rows = text_config.pad_token_id, getattr(text_config, "vocab_size", None)
+    if pad_token_id is not None and num_rows is not None and pad_token_id >= num_rows:
+        raise CheckpointError(_pad_token_message(path, pad_token_id, num_rows))
 
-    Raises:
-        CheckpointError: the file cannot be read, or holds something else.
-    """
-    try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read as JSON: copy or save the checkpoint again.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} is not a JSON object: copy or save the checkpoint again.")
-    return content
+
+def _pad_token_message(path: Path, pad_token_id: int, num_rows: int) -> str:
+    return (
+        f"{path / CONFIG_FILE} has pad_token_id {pad_token_id}, but the embedding has {num_rows:,} rows: "
+        "set it to the id of the pad token that training used."
+    )
 
 
 def validate_weights(
@@ -108,7 +108,13 @@ def validate_weights(
     if description is not None and isinstance(description.head, LayeredHead):
         validate_layers(path / DESCRIPTION_FILE, description.head, tensors, config.get_text_config().hidden_size)
         shapes = _with_classifier_head(shapes, description.head, config)
-    fit = fit_classifier(scalar_config, shapes)
+    try:
+        fit = fit_classifier(scalar_config, shapes)
+    except Exception as error:  # transformers' model classes raise anything
+        raise CheckpointError(
+            f"transformers cannot build the {config.model_type} classifier that {path / CONFIG_FILE} describes "
+            f"({type(error).__name__}): check its values; if they are right, the architecture is not supported."
+        ) from error
     if is_described(description) and fit.missing_head:
         raise CheckpointError(
             f"{path / DESCRIPTION_FILE} describes a head on the state of one token, but {fit.architecture} pools in "
@@ -250,8 +256,12 @@ def _validate_one_label(path: Path, num_labels: int, fit: Fit) -> None:
         )
 
 
-def load_tokenizer(path: Path) -> Any:
+def load_tokenizer(path: Path, config: Any) -> Any:
     """Return the folder's fast tokenizer.
+
+    Args:
+        path: the folder.
+        config: transformers' configuration of the same folder.
 
     Raises:
         CheckpointError: there is none, only a slow one, an invalid one, or one that requires remote code.
@@ -266,7 +276,7 @@ def load_tokenizer(path: Path) -> Any:
             f'and set tokenizer_class to "PreTrainedTokenizerFast" if {TOKENIZER_FILE} is complete.'
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, config=config, trust_remote_code=False)
     except Exception as error:  # the Rust library raises bare Exceptions
         raise CheckpointError(
             f"The tokenizer of {path} cannot be loaded ({type(error).__name__}): save it again with save_pretrained."
@@ -331,10 +341,7 @@ def resolve_pad_token_id(path: Path, config: Any, tokenizer: Any, embedding_size
             f"{CONFIG_FILE} and pad_token in {TOKENIZER_CONFIG_FILE} (TRL takes the EOS token when there is no other)."
         )
     if not 0 <= pad_token_id < embedding_size:
-        raise CheckpointError(
-            f"{path / CONFIG_FILE} has pad_token_id {pad_token_id}, but the embedding has {embedding_size:,} rows: "
-            "set it to the id of the pad token that training used."
-        )
+        raise CheckpointError(_pad_token_message(path, pad_token_id, embedding_size))
     return int(pad_token_id)
 
 

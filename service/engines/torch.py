@@ -15,6 +15,7 @@ from typing import Literal, TypeVar
 
 import torch
 
+from service.checkpoints.configuration import read_config
 from service.checkpoints.reward_description import read_description, resolve_pooling
 from service.engines.base import Deferred, EngineInfo, EngineOutput, Pending, Ready, StateTap
 from service.engines.compilation import check_compiler
@@ -31,7 +32,7 @@ from service.engines.kernels.bindings import Kernels
 from service.engines.kernels.patching import drop_plain_weights
 from service.engines.linear.float8 import check_float8, quantize_float8
 from service.engines.linear.int8 import quantize_int8
-from service.engines.model.classifier import Classifier, load_classifier, read_config
+from service.engines.model.classifier import Classifier, load_classifier
 from service.engines.model.taps import StateQuery, check_taps
 from service.engines.parity import (
     Parity,

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from service.checkpoints.configuration import read_config
 from service.engines.base import EngineInfo
-from service.engines.model.classifier import Classifier, load_classifier, read_config
+from service.engines.model.classifier import Classifier, load_classifier
 from service.engines.parity import Parity, choose_path, probes_for, reference_of
 from service.engines.paths.base import ForwardPath, PathChoice, PathSpec, candidate_paths
 from service.engines.paths.packed import PackedForward

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig
+from transformers import AutoModelForSequenceClassification, PretrainedConfig
 
+from service.checkpoints.configuration import read_config
 from service.checkpoints.reward_description import LayeredHead, read_description
 from service.engines.base import StateTap
 from service.engines.linear.inplace_silu import gate_in_place
@@ -150,11 +151,6 @@ def pooled_position(ids: Sequence[int], pooling: Pooling, pad_token_id: int | No
     if pooling == "last" or pad_token_id is None:
         return last
     return next((position for position in range(last, -1, -1) if ids[position] != pad_token_id), 0)
-
-
-def read_config(folder: Path) -> PretrainedConfig:
-    """Return the configuration of a checkpoint folder; remote code is never run."""
-    return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def stored_dtype(config: PretrainedConfig) -> torch.dtype:
