@@ -43,6 +43,8 @@ def serve(settings: StartSettings, console: Console) -> None:
         if settings.model.engine != "oracle":
             progress.stage("checkpoint")
         inspection = inspect_checkpoint(settings.model)
+        for note in inspection.notes:
+            console.print(f"Note: {note}", markup=False, highlight=False)
         with private_folder() as folder:
             log = log_path(settings.log, folder)
             for descriptor in (1, 2):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -112,3 +113,21 @@ def test_a_model_that_transformers_itself_does_not_run_is_refused(tmp_path: Path
 
     with pytest.raises(ParityError, match=r"does not run XmodForSequenceClassification .*language unknown"):
         plain_rewards(load_tiny(tmp_path), [(5, 6, 7)])
+
+
+NORMALISED: dict[str, dict[str, Any]] = {
+    r"OpenRLHF returned \(reward - 2\.5\) / 4\.0": {"normalize_reward": True, "mean": 2.5, "std": 4.0},
+    r"less its mean \(\[2\.5\]\)": {"do_normalize": True, "score_type": "reward", "mean": [2.5], "var": [16.0]},
+    "costs, not rewards": {"score_type": "cost"},
+    "sentence-transformers applies torch": {"sentence_transformers": {"activation_fn": "torch.nn.Sigmoid"}},
+}
+
+
+@pytest.mark.parametrize(("note", "entries"), NORMALISED.items(), ids=[str(entries) for entries in NORMALISED.values()])
+def test_what_training_did_to_a_reward_is_noted(note: str, entries: dict[str, Any], tmp_path: Path) -> None:
+    """The service gives raw rewards, and says so where the training code gave others."""
+    folder = edited(tmp_path, **entries)
+
+    (found,) = open_checkpoint(folder, ModelSettings(path=str(folder))).notes
+
+    assert re.search(note, found)
