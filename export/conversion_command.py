@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, get_args
 
 from service.arguments import CommandParser, not_empty
 from service.checkpoints.adapter_base import check_base
 from service.checkpoints.files import CONVERSION_FILE
 from service.checkpoints.hub import check_source, local_folder
+from service.checkpoints.reward_description import Activation
 from service.commands import run_command
 from service.errors import OutputError
 from service.outputs import check_output_folder
@@ -48,6 +50,7 @@ def _run(arguments: Sequence[str] | None) -> int:
             drop_bias=options.drop_bias,
             allow_pickle=options.allow_pickle,
             overwrite=options.overwrite,
+            activation=options.activation,
         )
     for line in [*_report(conversion, options.out), *([note] if note else [])]:
         console.print(line, markup=False, highlight=False)
@@ -55,8 +58,10 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 
 def _report(conversion: Conversion, out: Path) -> list[str]:
-    head = f"; its head was {conversion.head}" if conversion.head else ""
-    lines = [f"{out} is a plain scalar-head checkpoint, converted from {conversion.origin}{head}."]
+    from service.checkpoints.validation import describe_names
+
+    head = f"; its head was {describe_names(conversion.head)}" if conversion.head else ""
+    lines = [f"{out} is a scalar-head checkpoint, converted from the layout {conversion.origin}{head}."]
     if conversion.dropped_bias:
         lines.append(
             f"A bias of {conversion.dropped_bias:.6g} was left out: add it to compare with training's rewards."
@@ -64,11 +69,21 @@ def _report(conversion: Conversion, out: Path) -> list[str]:
     return [*lines, *conversion.notes, f"Serve it with: reward-serve --model {out}"]
 
 
+class _ListLayouts(argparse.Action):
+    """Prints the known layouts and exits, as ``--version`` does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from export.layouts import listed
+
+        print("\n".join(listed()))
+        parser.exit()
+
+
 def _parser() -> CommandParser:
     parser = CommandParser(
         prog="reward-convert",
-        description="Convert a value-head checkpoint (TRL, OpenRLHF, LLaMA-Factory) or a PEFT adapter into a plain "
-        "scalar-head checkpoint.",
+        description="Convert a reward model as training libraries and model cards store it (a value head, a deeper "
+        "head, prefixed names), or a PEFT adapter, into a checkpoint for reward-serve.",
     )
     add = parser.add_argument
     add("source", type=not_empty, metavar="DIR", help="the checkpoint or adapter: a folder or hub id")
@@ -80,7 +95,14 @@ def _parser() -> CommandParser:
         metavar="DIR",
         help="the adapter's base model (default: the one that the adapter names)",
     )
-    add("--drop-bias", action="store_true", help="leave out the head's bias, which shifts all rewards by one constant")
+    add("--list", action=_ListLayouts, nargs=0, help="print the layouts that are recognised, and exit")
+    add(
+        "--drop-bias",
+        action="store_true",
+        help="leave out a linear head's bias, which shifts all rewards by one constant: for a plain classifier",
+    )
+    activations = [name for name in get_args(Activation) if name != "none"]
+    add("--activation", choices=activations, help="between the layers of a deeper head whose layout is not known")
     add(
         "--allow-pickle",
         action="store_true",

@@ -1,8 +1,9 @@
-"""Converts the output of reward-model training into a plain scalar-head checkpoint (``reward-convert``).
+"""Converts the output of reward-model training into a checkpoint for the service (``reward-convert``).
 
-TRL, OpenRLHF and LLaMA-Factory store a value head under other names or in a separate file; PEFT stores an adapter. The
-body is copied unchanged, and the head is renamed to what transformers' classifier loads. Everything that the classifier
-cannot hold is reported, and the result must pass validation before its folder appears.
+TRL, OpenRLHF and LLaMA-Factory store a value head under other names or in a separate file; PEFT stores an adapter.
+Published models have further layouts (``export.layouts``). The body is copied unchanged. A linear head is renamed to
+what transformers' classifier loads, and a deeper one is described in ``reward_model.json``. The result must pass
+validation before its folder appears.
 """
 
 from __future__ import annotations
@@ -12,32 +13,38 @@ import json
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from export.layouts import FoundHead, find_head
+from export.stored_model import StoredModel, has_one_label, read_model
 from service.checkpoints.adapter import ADAPTER_WEIGHTS_FILE, is_adapter, merge_adapter
-from service.checkpoints.architecture import Fit, fit_classifier, has_classifier
+from service.checkpoints.architecture import Fit, fit_classifier
 from service.checkpoints.checkpoint import open_checkpoint
 from service.checkpoints.files import ADAPTER_CONFIG_FILE, CONVERSION_FILE, TOKENIZER_FILE
-from service.checkpoints.weights import (
-    VALUE_HEAD_FILE,
-    TensorInfo,
-    ValueHead,
-    find_value_head,
-    open_weights,
-    pickled_weights,
-    weight_files,
+from service.checkpoints.reward_description import (
+    Activation,
+    ClassifierHead,
+    LayeredHead,
+    LinearLayer,
+    Provenance,
+    RewardDescription,
+    TextRule,
+    read_description,
+    write_description,
 )
+from service.checkpoints.validation import DECODER_HEAD, describe_names, unplaced_message, validate_layers
+from service.checkpoints.weights import VALUE_HEAD_FILE
 from service.errors import CheckpointError
 from service.outputs import new_folder
 from service.settings import ModelSettings
 from service.transformers_logging import transformers_silenced
 
-PICKLED_VALUE_HEAD_FILE = "value_head.bin"
+SEPARATE_HEAD = Path(VALUE_HEAD_FILE).stem
 TOKENIZER_FILES = (
     "tokenizer*.json",
     "tokenizer.model",
@@ -47,8 +54,8 @@ TOKENIZER_FILES = (
     "vocab.*",
     "merges.txt",
 )
-WRAPPER_PREFIX = "pretrained_model."
-"""Prefix of the body's tensor names where a trainer saved TRL's value-head wrapper itself."""
+NORMALIZER_PREFIX = "normalizer."
+"""Prefix of the running mean and variance that Beaver stores; the service gives rewards without normalisation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +66,10 @@ class Conversion:
     """The folder that was converted."""
 
     origin: str
-    """The library that wrote it."""
+    """The layout that was recognised, or the library that wrote it."""
 
-    head: str | None
-    """The tensor that became the classifier's head; None where the head had the classifier's name already."""
+    head: tuple[str, ...]
+    """The tensors that became the head; empty where the head had the classifier's name already."""
 
     dropped_bias: float
     """The constant by which served rewards are lower than those of training."""
@@ -78,16 +85,22 @@ def convert(
     base: Path | None = None,
     drop_bias: bool = False,
     allow_pickle: bool = False,
+    activation: Activation | None = None,
     overwrite: bool = False,
 ) -> Conversion:
-    """Write a plain scalar-head checkpoint made from ``source`` to ``out``; nothing is written unless it is valid.
+    """Write a checkpoint made from ``source`` to ``out``; nothing is written unless it is valid.
+
+    A head that is one linear layer without a bias becomes the classifier's. Another one is stored with all its layers
+    and described in ``reward_model.json``, which also has the pooling and what is appended to a text.
 
     Args:
         source: a checkpoint with a value head, or a PEFT adapter with a scalar or value head.
         out: a folder that does not exist or is empty.
         base: the adapter's base model; required where the adapter names none that can be found.
-        drop_bias: leave out a bias, which the classifier cannot hold. That shifts all rewards by one constant.
+        drop_bias: leave out the bias of a linear head, so that the result is a plain classifier. That shifts all
+            rewards by one constant.
         allow_pickle: also read pickled weights, with torch's restricted unpickler, which allows tensors only.
+        activation: the function between the layers of a deeper head of an unknown layout.
         overwrite: replace an earlier conversion in ``out``.
 
     Raises:
@@ -98,16 +111,19 @@ def convert(
         if is_adapter(source):
             conversion = _convert_adapter(source, unfinished, base, drop_bias=drop_bias)
         else:
-            conversion = _convert_model(source, unfinished, drop_bias=drop_bias, allow_pickle=allow_pickle)
-        _validate(unfinished, out)
+            stored = read_model(source, allow_pickle=allow_pickle)
+            conversion = _convert_model(stored, unfinished, drop_bias=drop_bias, activation=activation)
+        notes = _validate(unfinished, out)
+        conversion = dataclasses.replace(conversion, notes=(*conversion.notes, *notes))
         manifest = json.dumps(dataclasses.asdict(conversion), indent=2)
         (unfinished / CONVERSION_FILE).write_text(manifest + "\n", encoding="utf-8")
     return conversion
 
 
-def _validate(unfinished: Path, out: Path) -> None:
+def _validate(unfinished: Path, out: Path) -> tuple[str, ...]:
+    """Open the result as the service does, and return its notes."""
     try:
-        open_checkpoint(unfinished, ModelSettings(path=str(unfinished)))
+        return open_checkpoint(unfinished, ModelSettings(path=str(unfinished))).notes
     except CheckpointError as error:
         refusal = str(error).replace(str(unfinished), str(out))
         raise CheckpointError(f"Nothing was written, since the result would be refused: {refusal}") from error
@@ -116,7 +132,9 @@ def _validate(unfinished: Path, out: Path) -> None:
 def _convert_adapter(source: Path, unfinished: Path, base: Path | None, *, drop_bias: bool) -> Conversion:
     if not (source / VALUE_HEAD_FILE).is_file():
         merge_adapter(source, unfinished, base)
-        return Conversion(str(source), "PEFT", None, 0.0, ())
+        if read_description(unfinished) is None:
+            write_description(unfinished, RewardDescription(ClassifierHead(), source=Provenance("PEFT")))
+        return Conversion(str(source), "PEFT", (), 0.0, ())
     tensors = load_file(source / VALUE_HEAD_FILE)
     weights = [name for name in tensors if name.endswith("weight")]
     if len(weights) != 1:
@@ -127,7 +145,10 @@ def _convert_adapter(source: Path, unfinished: Path, base: Path | None, *, drop_
     dropped = _dropped_bias(source, bias, drop_bias=drop_bias)
     with tempfile.TemporaryDirectory() as work_dir:
         merge_adapter(_put_head_into_adapter(source, Path(work_dir), tensors[weights[0]]), unfinished, base)
-    return Conversion(str(source), "LLaMA-Factory", weights[0], dropped, _pooling_notes(unfinished))
+    write_description(
+        unfinished, RewardDescription(ClassifierHead(), pooling="last", source=Provenance("LLaMA-Factory"))
+    )
+    return Conversion(str(source), "LLaMA-Factory", (weights[0],), dropped, ())
 
 
 def _put_head_into_adapter(source: Path, work_dir: Path, head: Any) -> Path:
@@ -141,107 +162,86 @@ def _put_head_into_adapter(source: Path, work_dir: Path, head: Any) -> Path:
     return work_dir
 
 
-def _convert_model(source: Path, unfinished: Path, *, drop_bias: bool, allow_pickle: bool) -> Conversion:
-    config = _read_config(source)
-    was_scalar = config.num_labels == 1
-    config.num_labels = 1
-    tensors, infos = _read_tensors(source, allow_pickle=allow_pickle)
-    fit = fit_classifier(config, {name: info.shape for name, info in infos.items()})
-    if not fit.missing_head and was_scalar and not _is_pickled(infos):
+def _convert_model(
+    stored: StoredModel, unfinished: Path, *, drop_bias: bool, activation: Activation | None
+) -> Conversion:
+    source, config = stored.source, stored.config
+    _refuse_mean_pooling(stored)
+    fit = stored.fit()
+    found = _find_head(stored, fit, activation)
+    if found is None and not stored.is_pickled and not stored.is_renamed and has_one_label(source):
         raise CheckpointError(f"{source} is already a plain scalar-head checkpoint: serve it as it is.")
-    value_head, dropped = None, 0.0
-    if fit.missing_head:
-        value_head = _find_head(source, config, infos, fit)
-        dropped = _rename_head(source, tensors, value_head, fit, drop_bias=drop_bias)
     _copy_tokenizer(source, unfinished)
     pad_token_id, pad_notes = _fallback_pad_token(config, unfinished)
     config.get_text_config().pad_token_id = pad_token_id
-    notes = (*_unused_notes(fit, value_head), *_normalisation_notes(config), *pad_notes)
-    _save(source, unfinished, config, tensors, fit.head)
+    bias = _bias(stored, found) if found is not None and found.is_linear else None
+    is_plain = found is None or (found.is_linear and (not bias or drop_bias))
+    head = _save(stored, unfinished, found, is_plain=is_plain)
+    write_description(unfinished, _description(stored, found, head))
     return Conversion(
         source=str(source),
-        origin=value_head.origin if value_head else "transformers",
-        head=value_head.weight if value_head else None,
-        dropped_bias=dropped,
-        notes=(*notes, *_pooling_notes(unfinished)) if value_head else notes,
+        origin=found.layout if found else "transformers",
+        head=found.layers.tensor_names() if found else (),
+        dropped_bias=bias if bias and drop_bias else 0.0,
+        notes=(*pad_notes, *_text_notes(found, unfinished)),
     )
 
 
-def _read_config(source: Path) -> Any:
-    from transformers import AutoConfig
+def _refuse_mean_pooling(stored: StoredModel) -> None:
+    if getattr(stored.config, "pooling", "last") != "last":  # OpenAssistant's models say it in their configuration
+        raise CheckpointError(f"{stored.source} reads the {stored.config.pooling} of all states, which is not served.")
 
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+
+def _find_head(stored: StoredModel, fit: Fit, activation: Activation | None) -> FoundHead | None:
+    """Return the head that the classifier does not have; None where the classifier's own is complete."""
+    outside = {name for name in fit.unplaced if not name.startswith((fit.body_prefix, NORMALIZER_PREFIX))}
+    if not fit.missing_head and not outside:
+        return None
+    modules = {name.partition(".")[0] for name in outside}
+    outside |= {name for name in fit.head if name in stored.infos and name.partition(".")[0] in modules}
+    hidden_size = stored.config.get_text_config().hidden_size
+    if not outside:
         raise CheckpointError(
-            f"{source} is not a checkpoint of an architecture that transformers supports ({type(error).__name__}): "
-            "pass the folder that holds its config.json."
-        ) from error
-    if not has_classifier(config):
-        raise CheckpointError(f"{source} is a {config.model_type} model, for which transformers has no scalar head.")
-    return config
-
-
-def _read_tensors(source: Path, *, allow_pickle: bool) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
-    """Return all tensors and their descriptions, by name; safetensors files are mapped, not copied, into memory."""
-    tensors: dict[str, Any] = {}
-    infos: dict[str, TensorInfo] = {}
-    pickles = pickled_weights(source) if allow_pickle else []
-    if not any(source.glob("model*.safetensors")) and pickles:
-        files = pickles
-    else:
-        files = [*weight_files(source), *(file for file in pickles if file.name == PICKLED_VALUE_HEAD_FILE)]
-    for file in files:
-        for stored_name, tensor in _open_file(file).items():
-            name = stored_name.removeprefix(WRAPPER_PREFIX)
-            tensors[name] = tensor
-            infos[name] = TensorInfo(file, tuple(tensor.shape), str(tensor.dtype))
-    return tensors, infos
-
-
-def _open_file(file: Path) -> Mapping[str, Any]:
-    if file.suffix == ".safetensors":
-        with open_weights(file) as weights:
-            return {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118 - the handle is not a mapping
-    import torch
-
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler raises anything, depending on the bytes
-        raise CheckpointError(
-            f"{file} is not a plain pickle of tensors ({type(error).__name__}), and no other pickle is opened: "
-            "save the model as safetensors where it was trained."
-        ) from error
-    return {name: tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
-
-
-def _is_pickled(infos: Mapping[str, TensorInfo]) -> bool:
-    return any(info.file.suffix != ".safetensors" for info in infos.values())
-
-
-def _find_head(source: Path, config: Any, infos: Mapping[str, TensorInfo], fit: Fit) -> ValueHead:
-    hidden_size = config.get_text_config().hidden_size
-    value_head = find_value_head(source, {name: infos[name] for name in sorted(fit.unused)}, hidden_size)
-    if value_head is None:
-        raise CheckpointError(
-            f"{source} has no value head, which is one tensor of shape [1, {hidden_size}] outside the body: "
+            f"{stored.source} has no value head, which is one tensor of shape [1, {hidden_size}] outside the body: "
             f"put it into the folder as {VALUE_HEAD_FILE}, or train a reward model with `reward-train`."
         )
-    if sum(name.endswith("weight") for name in fit.head) != 1:
+    if fit.head != (DECODER_HEAD,):
         raise CheckpointError(
-            f"The head of {fit.architecture} has more layers than a value head ({', '.join(fit.head)}): "
-            "only decoders can be converted."
+            f"{stored.source} stores {describe_names(sorted(outside))}, but the head of {fit.architecture} has other "
+            f"parts ({', '.join(fit.head)}): only decoders can be converted."
         )
-    return value_head
+    infos = {name: stored.infos[name] for name in sorted(outside)}
+    found = find_head(stored.source, stored.config, infos, activation)
+    validate_layers(stored.source, found.layers, infos, hidden_size)
+    is_separate = all(info.file.stem == SEPARATE_HEAD for info in infos.values())
+    return dataclasses.replace(found, layout="LLaMA-Factory") if is_separate else found
 
 
-def _rename_head(source: Path, tensors: dict[str, Any], value_head: ValueHead, fit: Fit, *, drop_bias: bool) -> float:
-    """Move the value head in ``tensors`` to the classifier's name; return the bias that was dropped, 0.0 if none."""
-    stored = tensors if value_head.weight in tensors else load_file(value_head.file)
-    (weight_name,) = (name for name in fit.head if name.endswith("weight"))
-    tensors[weight_name] = stored.pop(value_head.weight)
-    bias = stored.pop(value_head.bias) if value_head.bias else None
-    return _dropped_bias(source, bias, drop_bias=drop_bias)
+def _bias(stored: StoredModel, found: FoundHead) -> float | None:
+    """Return the bias of a linear head; None without one."""
+    name = found.layers.layers[0].bias
+    return None if name is None else float(stored.tensors[name].flatten()[0])
+
+
+def _description(stored: StoredModel, found: FoundHead | None, head: LayeredHead | None) -> RewardDescription:
+    append = getattr(stored.config, "reward_token_id", None) if found is not None else None
+    return RewardDescription(
+        head=ClassifierHead() if head is None else head,
+        pooling=found.pooling if found else "hf",
+        text=TextRule(append_token_ids=() if append is None else (int(append),)),
+        source=Provenance(found.layout if found else "transformers", stored.architecture),
+    )
+
+
+def _text_notes(found: FoundHead | None, folder: Path) -> Sequence[str]:
+    """Report the text of training where the tokenizer has no chat template that would write it."""
+    from transformers import AutoTokenizer
+
+    if found is None or not found.text or not (folder / TOKENIZER_FILE).is_file():
+        return ()
+    if AutoTokenizer.from_pretrained(folder, trust_remote_code=False).chat_template:
+        return ()
+    return (f"{found.text}: give the tokenizer such a chat template, or send texts of this form.",)
 
 
 def _dropped_bias(source: Path, bias: Any | None, *, drop_bias: bool) -> float:
@@ -274,52 +274,65 @@ def _fallback_pad_token(config: Any, folder: Path) -> tuple[int | None, Sequence
     return pad_token_id, (f"The config had no pad token; it is now {pad_token_id}, the {fallback}.",)
 
 
-def _unused_notes(fit: Fit, value_head: ValueHead | None) -> Sequence[str]:
-    used = {value_head.weight, value_head.bias} if value_head else set()
-    unused = sorted(name for name in fit.unused - used if not name.startswith("lm_head."))
-    if not unused:
-        return ()
-    return (f"{len(unused)} tensors are not used by {fit.architecture} and were left out; the first is {unused[0]}.",)
-
-
-def _normalisation_notes(config: Any) -> Sequence[str]:
-    """Report OpenRLHF's normalisation by a mean and standard deviation of the config, which the service leaves out."""
-    if not getattr(config, "normalize_reward", False) or not hasattr(config, "mean"):
-        return ()
-    return (f"OpenRLHF returned (reward - {config.mean}) / {config.std}; the service returns the raw reward.",)
-
-
-def _pooling_notes(folder: Path) -> tuple[str, ...]:
-    """Value heads pool the last token, whichever it is; transformers skips pad tokens at the end."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
-    end_tokens = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    if config.pad_token_id not in end_tokens:
-        return ()
-    note = (
-        "Training read the reward at the last token, even if that is EOS, but EOS is also the pad token, which pooling "
-        "skips: serve with model.pooling set to last."
-    )
-    return (note,)
-
-
-def _save(source: Path, unfinished: Path, config: Any, tensors: Mapping[str, Any], head: Sequence[str]) -> None:
+def _save(stored: StoredModel, unfinished: Path, found: FoundHead | None, *, is_plain: bool) -> LayeredHead | None:
+    """Write configuration and weights; return the head under its stored names, None where it is the classifier's."""
+    import torch
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
+    config, tensors = stored.config, dict(stored.tensors)
+    layers = [] if found is None else list(found.layers.layers)
+    head = {name: tensors.pop(name) for layer in layers for name in (layer.weight, layer.bias) if name is not None}
+    if layers:
+        placeholder = torch.zeros(1, config.get_text_config().hidden_size)
+        tensors[DECODER_HEAD] = head[layers[0].weight] if is_plain else placeholder
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(NORMALIZER_PREFIX)}
     fit = fit_classifier(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    _refuse_incomplete(stored.source, fit)
+    dtype = Counter(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()).most_common(1)[0][0]
+    with transformers_silenced():
+        model = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)].from_pretrained(
+            None, config=config, state_dict=tensors, dtype=dtype
+        )
+        for name in fit.head:
+            # The head is small and often stored in fp32 although the body is bf16; its dtype is preserved.
+            model.get_parameter(name).data = tensors[name].contiguous()
+        if not is_plain:
+            model.score = _sequence(layers, head)
+        model.save_pretrained(unfinished)
+    return None if is_plain else _stored_as(layers)
+
+
+def _refuse_incomplete(source: Path, fit: Fit) -> None:
     incomplete = [*fit.missing_head, *fit.missing_body, *fit.mismatched_head, *fit.mismatched_body]
     if incomplete:
         raise CheckpointError(
             f"The body in {source} is incomplete: {len(incomplete)} weights are missing or of another shape (the first "
             f"is {incomplete[0]}); save or copy the whole model."
         )
-    dtype = Counter(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()).most_common(1)[0][0]
-    with transformers_silenced():
-        model = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)].from_pretrained(
-            None, config=config, state_dict=dict(tensors), dtype=dtype
+    if fit.unplaced:
+        raise CheckpointError(unplaced_message(source, fit))
+
+
+def _sequence(layers: Sequence[LinearLayer], head: dict[str, Any]) -> Any:
+    """Return the layers as modules of the classifier, every second one a place for the activation."""
+    from torch import nn
+
+    modules: list[nn.Module] = []
+    for layer in layers:
+        weight = head[layer.weight]
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=layer.bias is not None, device="meta")
+        linear.weight = nn.Parameter(weight.contiguous())
+        if layer.bias is not None:
+            linear.bias = nn.Parameter(head[layer.bias].contiguous())
+        modules += [linear, nn.Identity()]
+    return nn.Sequential(*modules)
+
+
+def _stored_as(layers: Sequence[LinearLayer]) -> LayeredHead:
+    """Return the layers under the names that ``_sequence`` gives them in the classifier."""
+    return LayeredHead(
+        tuple(
+            LinearLayer(f"score.{2 * place}.weight", layer.bias and f"score.{2 * place}.bias", layer.activation)
+            for place, layer in enumerate(layers)
         )
-        for name in head:
-            # The head is small and often stored in fp32 although the body is bf16; its dtype is preserved.
-            model.get_parameter(name).data = tensors[name].contiguous()
-        model.save_pretrained(unfinished)
+    )

@@ -45,6 +45,7 @@ def tokenize(groups: Sequence[Group], checkpoint: Checkpoint) -> Work:
         TokenizationSettings(),
         max_input_tokens=checkpoint.max_input_tokens,
         vocab_size=checkpoint.embedding_size,
+        append_token_ids=checkpoint.append_token_ids,
     )
     numbers = [number for number, group in enumerate(groups) for _ in group.completions]
     items = [Item(Exchange(group.prompt, completion)) for group in groups for completion in group.completions]

@@ -77,7 +77,10 @@ class ServedModel:
             "code_revision": settings.code_revision,
             "engine": asdict(self.info),
             "activation": "none",
-            "pooling": settings.model.pooling,
+            "pooling": self.checkpoint.pooling if self.checkpoint else settings.model.pooling or "hf",
+            "reward_model": self.checkpoint.description.as_json()
+            if self.checkpoint and self.checkpoint.description
+            else None,
             "template": self.tokenization.template_for(Encoding()),
             "truncation": settings.tokenization.truncation,
             "diagnostics": settings.diagnostics.level,
@@ -209,6 +212,7 @@ def _assemble_model(settings: Settings, taps: tuple[StateTap, ...] | None, opene
         settings.tokenization,
         max_input_tokens=checkpoint.max_input_tokens,
         vocab_size=checkpoint.embedding_size,
+        append_token_ids=checkpoint.append_token_ids,
     )
     if taps is None:
         lookup = _find_calibration(settings, checkpoint, tokenization)
@@ -218,7 +222,6 @@ def _assemble_model(settings: Settings, taps: tuple[StateTap, ...] | None, opene
     identity = model_version(
         checkpoint,
         dtype=engine.info.arithmetic if opened.bundle is None else opened.bundle.arithmetic,
-        pooling=settings.model.pooling,
         template=tokenization.template_for(Encoding()),
     )
     return _join(settings, identity, checkpoint, tokenization, engine, lookup)
@@ -243,7 +246,7 @@ def _load_engine(settings: Settings, opened: OpenedModel, taps: tuple[StateTap, 
 
 def _find_calibration(settings: Settings, checkpoint: Checkpoint, tokenization: Tokenization) -> Lookup:
     template = tokenization.template_for(Encoding())
-    binding = binding_of(checkpoint, pooling=settings.model.pooling, template=template)
+    binding = binding_of(checkpoint, template=template)
     return find_calibration(checkpoint.path, settings.diagnostics.calibration, binding)
 
 

@@ -48,10 +48,10 @@ class ModelSettings(Section):
         description="Arithmetic of the model body (the head is always float32); auto: the checkpoint's own on CUDA, "
         "bfloat16 on a CPU with native bfloat16 matrix units, else float32.",
     )
-    pooling: Pooling = Field(
-        "hf",
+    pooling: Pooling | None = Field(
+        None,
         description="Token whose hidden state is scored. hf: the rightmost that is not the pad token, as transformers "
-        "does; last: the last token.",
+        "does; last: the last token; null: what the checkpoint's reward_model.json says, else hf.",
     )
     max_input_tokens: int | None = Field(
         None,

@@ -4,7 +4,8 @@ The token ids must be those of training, or every reward is wrong. So this follo
 conversation is rendered by the model's chat template and gets no further special tokens; a plain text gets the special
 tokens that the tokenizer puts in front of it. A special token written out in a text becomes that token, as in training.
 Nothing is appended to a decoder's text, because the reward is read at the last token: for a model that was trained on
-plain texts with EOS at the end (as TRL does), the caller writes the EOS into the completion.
+plain texts with EOS at the end (as TRL does), the caller writes the EOS into the completion. The exception are tokens
+that the checkpoint's ``reward_model.json`` names.
 
 No call changes any state, so several threads may encode at once.
 """
@@ -62,6 +63,7 @@ class Tokenization:
         settings: the defaults of the service.
         max_input_tokens: maximal length of a TokenSequence.
         vocab_size: rows of the embedding; token ids that callers send must be less.
+        append_token_ids: stand after every text that does not end in them, such as a reward token.
 
     ``sample_token_ids`` are the ids of ``SAMPLE`` with the default settings.
 
@@ -71,7 +73,13 @@ class Tokenization:
     """
 
     def __init__(
-        self, tokenizer: Any, settings: TokenizationSettings, *, max_input_tokens: int, vocab_size: int
+        self,
+        tokenizer: Any,
+        settings: TokenizationSettings,
+        *,
+        max_input_tokens: int,
+        vocab_size: int,
+        append_token_ids: tuple[int, ...] = (),
     ) -> None:
         if settings.template == "chat" and not tokenizer.chat_template:
             raise SettingsError("tokenization.template is chat, but the tokenizer has no chat template: set concat.")
@@ -82,6 +90,7 @@ class Tokenization:
         self._default_template: TemplateChoice = settings.template or ("chat" if tokenizer.chat_template else "concat")
         self._max_input_tokens = max_input_tokens
         self._vocab_size = vocab_size
+        self._appended = append_token_ids
         self.sample_token_ids = self._encode_sample()
         self._tokens_per_char, self._extra_tokens = self._measure_sample()
 
@@ -189,6 +198,8 @@ class Tokenization:
                 num_prompt_tokens += len(self._prefix)
         if text.add_special_tokens and self._suffix and ids[-len(self._suffix) :] != self._suffix:
             ids += self._suffix
+        if self._appended and ids[-len(self._appended) :] != self._appended:
+            ids += self._appended
         return TokenSequence(ids, num_prompt_tokens, completion_chars=text.completion_chars)
 
     def _fit(self, sequence: TokenSequence, truncation: Truncation) -> TokenSequence | HttpError:

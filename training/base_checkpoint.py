@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from service.checkpoints.adapter import is_adapter
+from service.checkpoints.configuration import read_json
 from service.checkpoints.demo_base import DEMO_BASE, obtain_demo_base
 from service.checkpoints.files import CONFIG_FILE
 from service.checkpoints.hub import local_folder
-from service.checkpoints.validation import read_json
 from service.checkpoints.weights import read_tensor_infos, weight_files
 from service.errors import CheckpointError, SettingsError
 from training.recipe import Recipe

@@ -47,7 +47,8 @@ def train(
 ) -> Manifest:
     """Train a reward model and write it to ``out_dir``: a PEFT adapter, or a whole checkpoint if ``recipe.full``.
 
-    The folder also receives the tokenizer, ``training.json`` (the returned manifest), a model card and ``log.jsonl``.
+    The folder also receives the tokenizer, ``training.json`` (the returned manifest), ``reward_model.json``,
+    a model card and ``log.jsonl``.
     All processes of a launcher call this alike; the first one writes.
 
     Args:
@@ -136,9 +137,11 @@ def find_base(base: str) -> tuple[Path, str, BaseFacts]:
     Raises:
         CheckpointError: see `train`.
     """
+    from service.checkpoints.reward_description import refuse_described_head
     from training.base_checkpoint import locate_base, read_base_facts
 
     folder, name = locate_base(base)
+    refuse_described_head(folder, "trained further")
     return folder, name, read_base_facts(folder)
 
 

@@ -128,9 +128,8 @@ def _assembled(
     """Return the calibration. Rewards and lengths are described by all items: no p-value depends on them."""
     log_lengths, rewards, prompts = joined(list(parts.clean.values()))
     template = served.tokenization.template_for(Encoding())
-    pooling = served.settings.model.pooling
     return Calibration(
-        binding=binding_of(required_checkpoint(served), pooling=pooling, template=template),
+        binding=binding_of(required_checkpoint(served), template=template),
         arithmetic=arithmetic_of(served.info),
         facts=facts,
         rewards=Reference.of(rewards),

@@ -32,6 +32,7 @@ from service.checkpoints.bundle import (
 from service.checkpoints.checkpoint import Checkpoint, locate_checkpoint, open_checkpoint
 from service.checkpoints.demo import PROVENANCE_FILE
 from service.checkpoints.files import BUNDLE_MANIFEST_FILE, CALIBRATION_FILE, CONFIG_FILE
+from service.checkpoints.reward_description import DESCRIPTION_FILE
 from service.console import Stage
 from service.diagnostics.candidate_taps import candidate_taps
 from service.engines.base import Engine
@@ -45,6 +46,7 @@ from service.tokenization import Tokenization
 
 COPIED_PATTERNS = (
     CONFIG_FILE,
+    DESCRIPTION_FILE,
     "tokenizer*.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -164,16 +166,17 @@ def _sequences(checkpoint: Checkpoint, plan: ExportPlan) -> list[TokenSequence]:
         TokenizationSettings(),
         max_input_tokens=min(checkpoint.max_input_tokens, MAX_TOKENS),
         vocab_size=checkpoint.embedding_size,
+        append_token_ids=checkpoint.append_token_ids,
     )
     return encode_items(read_items(plan.items) if plan.items else built_in_items(), tokenization)
 
 
 def _reference(checkpoint: Checkpoint, sequences: Sequence[TokenSequence]) -> tuple[bool, list[float]]:
-    """Return whether the head is linear, and the rewards of plain transformers in fp32, one text at a time."""
+    """Return whether the head reads one state, and the rewards of plain transformers in fp32, one text at a time."""
     from service.engines.parity import plain_rewards
 
     classifier = _load(checkpoint, "float32")
-    return classifier.linear_head is not None, plain_rewards(classifier, [tokens.token_ids for tokens in sequences])
+    return classifier.state_head is not None, plain_rewards(classifier, [tokens.token_ids for tokens in sequences])
 
 
 def _write_graph(folder: Path, checkpoint: Checkpoint, plan: ExportPlan, taps: tuple[StateTap, ...]) -> None:
@@ -185,7 +188,7 @@ def _write_graph(folder: Path, checkpoint: Checkpoint, plan: ExportPlan, taps: t
     write_graph(_load(checkpoint, "float16" if plan.precision == "fp16" else "float32"), taps, folder)
     if plan.precision != "int8":
         return
-    padding = Padding(pooling="hf", pad_token_id=checkpoint.pad_token_id, reads_first=False)
+    padding = Padding(pooling=checkpoint.pooling, pad_token_id=checkpoint.pad_token_id, reads_first=False)
     feeds = (padding.feed([Reading(tokens.token_ids, 0)]) for tokens in _channel_texts(checkpoint))
     if not quantize_graph(folder, feeds):
         raise CheckpointError(f"The graph of {checkpoint.architecture} has no matrix product that can be quantized.")
@@ -212,7 +215,7 @@ def _load(checkpoint: Checkpoint, dtype: str) -> Any:
         checkpoint.path,
         dtype=getattr(torch, dtype),
         device=torch.device("cpu"),
-        pooling="hf",
+        pooling=checkpoint.pooling,
         pad_token_id=checkpoint.pad_token_id,
     )
 

@@ -42,7 +42,7 @@ class RewardGraph(nn.Module):
     def __init__(self, classifier: Classifier, taps: Sequence[StateTap]) -> None:
         super().__init__()
         self.model = classifier.model
-        self._has_linear_head = classifier.linear_head is not None
+        self._has_state_head = classifier.state_head is not None
         # Rotary embeddings need positions per sequence. Learned position embeddings may start at another number than 0.
         has_rope = bool(getattr(classifier.config, "rope_parameters", None))
         self._takes_positions = has_rope and "position_ids" in classifier.body.forward.__annotations__
@@ -62,7 +62,7 @@ class RewardGraph(nn.Module):
             input_ids: int64 [batch, length], padded on the right.
             attention_mask: int64 [batch, length], 1 for tokens and 0 for padding.
             position_ids: int64 [batch, length], counted from 0.
-            pooled_position: int64 [batch], the position that a linear head and ``last`` taps read.
+            pooled_position: int64 [batch], the position that a head on one state and ``last`` taps read.
             mean_weights: fp32 [batch, length], the weight of each token in ``mean`` taps.
         """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
@@ -70,7 +70,7 @@ class RewardGraph(nn.Module):
             inputs["position_ids"] = position_ids
         rows = torch.arange(input_ids.shape[0], device=input_ids.device)
         output_options = {"output_hidden_states": bool(self._taps)}
-        if self._has_linear_head:
+        if self._has_state_head:
             output = self.model.base_model(**inputs, **output_options, use_cache=False)
             pooled = output.last_hidden_state[rows, pooled_position]
             reward = self.model.score(pooled)[:, 0].float()

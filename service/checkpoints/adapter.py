@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from service.checkpoints.demo_base import DEMO_BASE, obtain_demo_base
 from service.checkpoints.files import ADAPTER_CONFIG_FILE, TOKENIZER_CONFIG_FILE
 from service.checkpoints.hub import local_folder
+from service.checkpoints.reward_description import DESCRIPTION_FILE, refuse_described_head
 from service.errors import CheckpointError
 from service.transformers_logging import transformers_silenced
 
@@ -25,6 +26,11 @@ ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLED_WEIGHTS_FILE = "adapter_model.bin"
 PEFT_PREFIX = "base_model.model."
 """Prefix of the base's parameter names in the adapter's file."""
+
+PROMPT_LEARNING = frozenset(
+    {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT"}
+)
+"""PEFT's types of adapters that add inputs instead of changing weights."""
 
 HEAD_NAMES = ("score", "classifier")
 """Names of a sequence classifier's head in transformers and PEFT."""
@@ -40,8 +46,8 @@ def merge_adapter(adapter_dir: Path, out_dir: Path, base_dir: Path | None = None
 
     W' = W + scale * B A for each adapted weight (Hu et al. 2021, equation 3; PEFT's own code does it, so its variants
     of LoRA work too), computed in fp32 and stored in the base's dtype. The head is the adapter's, stored in fp32 as it
-    will be served. The tokenizer is the adapter's if it has one, else the base's. The training manifest is copied, so
-    that the merged model still names its base.
+    will be served. The tokenizer is the adapter's if it has one, else the base's. The training manifest and
+    ``reward_model.json`` are copied, so that the merged model still names its base and its pooling.
 
     Args:
         adapter_dir: ``adapter_config.json`` and ``adapter_model.safetensors``.
@@ -54,17 +60,20 @@ def merge_adapter(adapter_dir: Path, out_dir: Path, base_dir: Path | None = None
             does not match. The message names the remedy.
     """
     config = _read_config(adapter_dir)
+    _refuse_unmergeable(config, adapter_dir)
     shapes = _tensor_shapes(adapter_dir)
     _validate_scalar_head(shapes, adapter_dir)
     base = _locate_base(config, base_dir)
     with transformers_silenced():
-        model, tokenizer = _load_base(base, adapter_dir, adapter_tensors=shapes.keys())
+        model, tokenizer = _load_base(base, adapter_dir, shapes)
+        _resize_embedding(model, shapes)
         _merge(model, adapter_dir, base)
         model.config.get_text_config().pad_token_id = _pad_token_id(model.config, tokenizer)
         model.save_pretrained(out_dir)
         tokenizer.save_pretrained(out_dir)
-    if (adapter_dir / TRAINING_MANIFEST_FILE).is_file():
-        shutil.copyfile(adapter_dir / TRAINING_MANIFEST_FILE, out_dir / TRAINING_MANIFEST_FILE)
+    for name in (TRAINING_MANIFEST_FILE, DESCRIPTION_FILE):
+        if (adapter_dir / name).is_file():
+            shutil.copyfile(adapter_dir / name, out_dir / name)
     return out_dir
 
 
@@ -82,18 +91,30 @@ def _read_config(adapter_dir: Path) -> Mapping[str, Any]:
 
 
 def _validate_scalar_head(shapes: Mapping[str, Sequence[int]], adapter_dir: Path) -> None:
-    heads = {name: shape for name, shape in shapes.items() if _is_head(name)}
-    if not heads:
-        raise CheckpointError(
-            f"{adapter_dir / ADAPTER_WEIGHTS_FILE} has no classification head ({' or '.join(HEAD_NAMES)}), and a new "
-            "one would be random. Train with PEFT's task type SEQ_CLS, or list the head in modules_to_save."
-        )
-    for name, shape in heads.items():
-        if shape[0] != 1:
+    """Check that a head in the adapter has one output; without one, the head must be the base's."""
+    for name, shape in shapes.items():
+        if _is_head(name) and shape[0] != 1:
             raise CheckpointError(
                 f"{name} of {adapter_dir / ADAPTER_WEIGHTS_FILE} has {shape[0]} outputs; a reward model has one. "
                 "Train with num_labels=1."
             )
+
+
+def _refuse_unmergeable(config: Mapping[str, Any], adapter_dir: Path) -> None:
+    if config.get("peft_type") in PROMPT_LEARNING:
+        raise CheckpointError(
+            f"{adapter_dir} is a {config['peft_type']} adapter: it puts trained vectors before every text instead of "
+            "changing weights, so it cannot be merged; train a LoRA adapter, or a whole model."
+        )
+
+
+def _resize_embedding(model: Any, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Give the base's embedding as many rows as the adapter stores, as the trainer did when it added tokens."""
+    embedding = model.get_input_embeddings().weight
+    name = next(name for name, weight in model.named_parameters() if weight is embedding)
+    stored = shapes.get(PEFT_PREFIX + name)
+    if stored is not None and stored[0] != embedding.shape[0]:
+        model.resize_token_embeddings(stored[0], mean_resizing=False)  # all rows are then overwritten
 
 
 def _is_head(tensor_name: str) -> bool:
@@ -108,6 +129,11 @@ def _tensor_shapes(adapter_dir: Path) -> dict[str, list[int]]:
             raise CheckpointError(
                 f"{adapter_dir / PICKLED_WEIGHTS_FILE} is a pickle file, which can run any code when it is opened; "
                 "save the adapter again as safetensors (save_pretrained of a current PEFT does)."
+            )
+        if any(adapter_dir.glob("model*.safetensors")):
+            raise CheckpointError(
+                f"{adapter_dir} holds whole weights and an {ADAPTER_CONFIG_FILE} without {ADAPTER_WEIGHTS_FILE}: if "
+                f"the adapter is merged into the weights, delete {ADAPTER_CONFIG_FILE}, which transformers follows too."
             )
         raise CheckpointError(f"{adapter_dir} has no {ADAPTER_WEIGHTS_FILE}; copy the whole adapter folder.")
     try:
@@ -133,18 +159,26 @@ def _locate_base(config: Mapping[str, Any], base_dir: Path | None) -> Path | str
         raise CheckpointError(f"The adapter's base model {name} cannot be loaded: {error}") from error
 
 
-def _load_base(base: Path | str, adapter_dir: Path, adapter_tensors: Collection[str]) -> tuple[Any, Any]:
+def _load_base(base: Path | str, adapter_dir: Path, adapter_tensors: Mapping[str, Sequence[int]]) -> tuple[Any, Any]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+    refuse_described_head(Path(base), "the base of an adapter")
     try:
         model, report = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, output_loading_info=True)
         has_tokenizer = (adapter_dir / TOKENIZER_CONFIG_FILE).is_file()
         tokenizer = AutoTokenizer.from_pretrained(adapter_dir if has_tokenizer else base)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"The adapter's base model {base} cannot be loaded ({type(error).__name__}); "
             "give the folder that holds it, or make the hub reachable."
         ) from error
+    missing_heads = [name for name in report["missing_keys"] if _is_head(f".{name}")]
+    if missing_heads and not any(map(_is_head, adapter_tensors)):
+        raise CheckpointError(
+            f"{adapter_dir / ADAPTER_WEIGHTS_FILE} has no classification head ({' or '.join(HEAD_NAMES)}), nor has the "
+            f"base model {base}, and a new one would be random. Train with PEFT's task type SEQ_CLS, or list the head "
+            "in modules_to_save."
+        )
     absent = {name for name in report["missing_keys"] if PEFT_PREFIX + name not in adapter_tensors}
     if absent:
         raise CheckpointError(

@@ -6,11 +6,24 @@ as they will be when the model is loaded, and no weight is read.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from service.transformers_logging import transformers_silenced
+
+UNUSED_HEAD = re.compile(
+    r"(.+\.)?(lm_head|embed_out|cls|predictions|(lm|mask|generator|discriminator)_predictions|vocab_\w+|pooler|mtp)\."
+)
+"""Names of the tensors of other heads on the same body, which no scalar head reads: those of the language model, of
+masked tokens, of the next sentence, and the pooler of encoders whose classifier does not read it."""
+
+UNUSED_BUFFER = re.compile(r"(.+\.)?(inv_freq|cos_cached|sin_cached|position_ids|token_type_ids|masked_bias|version)")
+"""Names of buffers that older versions of transformers stored, and that are computed from the configuration."""
+
+CAUSAL_MASK = re.compile(r"(.+\.)?(attn|attention|self_attn|self_attention)(\.\w+)?\.bias")
+"""Names under which older versions of transformers stored the causal mask, which has the shape [1, 1, n, n]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +42,12 @@ class Fit:
     head: tuple[str, ...]
     """Names of the parameters outside the body."""
 
+    body_prefix: str
+    """What the names of the body's parameters begin with, such as ``model.``."""
+
+    embedding: str
+    """Name of the input embedding's weight."""
+
     missing_head: tuple[str, ...] = ()
     """Parameters of the head that no stored tensor provides."""
 
@@ -43,6 +62,9 @@ class Fit:
 
     unused: frozenset[str] = frozenset()
     """Names of the stored tensors that the classifier has no parameter for."""
+
+    unplaced: tuple[str, ...] = ()
+    """Those of them that may belong to the computation of a reward; the others are known not to change it."""
 
 
 def has_classifier(config: Any) -> bool:
@@ -76,26 +98,37 @@ def fit_classifier(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> Fit:
     def in_body(name: str) -> bool:
         return name.startswith(f"{model.base_model_prefix}.")
 
-    missing = sorted(report["missing_keys"])
+    embedding = model.get_input_embeddings().weight
+    missing, unused = sorted(report["missing_keys"]), report["unexpected_keys"]
     mismatched = {name: (tuple(stored), tuple(required)) for name, stored, required in report["mismatched_keys"]}
     return Fit(
         architecture=architecture.__name__,
-        embedding_size=model.get_input_embeddings().weight.shape[0],
+        embedding_size=embedding.shape[0],
         max_positions=max_positions(model),
+        body_prefix=f"{model.base_model_prefix}.",
+        embedding=next(name for name, weight in model.named_parameters() if weight is embedding),
         head=tuple(name for name, _ in model.named_parameters() if not in_body(name)),
         missing_head=tuple(name for name in missing if not in_body(name)),
         missing_body=tuple(name for name in missing if in_body(name)),
         mismatched_head={name: shapes for name, shapes in mismatched.items() if not in_body(name)},
         mismatched_body={name: shapes for name, shapes in mismatched.items() if in_body(name)},
-        unused=frozenset(report["unexpected_keys"]),
+        unused=frozenset(unused),
+        unplaced=tuple(sorted(name for name in unused if not _is_harmless(name, shapes.get(name, ())))),
     )
+
+
+def _is_harmless(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether an unused tensor belongs to another head, or is a buffer that transformers computes itself."""
+    is_mask = len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3]
+    return bool(UNUSED_HEAD.match(name) or UNUSED_BUFFER.fullmatch(name) or (is_mask and CAUSAL_MASK.fullmatch(name)))
 
 
 def max_positions(model: Any) -> int | None:
     """Return the largest number of tokens that the model has positions for; None: no limit."""
     from torch import nn
 
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", None))
     if positions is None or positions <= 0:
         return None
     for name, module in model.named_modules():

@@ -22,6 +22,7 @@ from service.checkpoints.checkpoint import (
     hash_tokenizer,
 )
 from service.checkpoints.files import BUNDLE_MANIFEST_FILE
+from service.checkpoints.reward_description import read_description, resolve_pooling
 from service.checkpoints.validation import (
     load_config,
     load_tokenizer,
@@ -32,7 +33,7 @@ from service.checkpoints.validation import (
 )
 from service.checkpoints.weights import files_sha256
 from service.errors import CheckpointError
-from service.records import StateTap
+from service.records import Pooling, StateTap
 from service.settings import ModelSettings
 from service.transformers_logging import transformers_silenced
 
@@ -101,7 +102,7 @@ class Manifest:
     """The dtype in which most tensors of the checkpoint are stored, in the notation of safetensors."""
 
     has_linear_head: bool
-    """False where the head does its own pooling."""
+    """Whether the head reads the state of one token; False where it does its own pooling."""
 
     embedding_size: int
     """Rows of the embedding; every token id is smaller."""
@@ -148,6 +149,12 @@ class Bundle:
         return dtype if self.manifest.precision == "fp32" else f"{dtype} {hash_graph(self.manifest.files)}"
 
     @property
+    def recorded_pooling(self) -> Pooling:
+        """The pooling of the rewards that the export recorded."""
+        description = self.checkpoint.description
+        return description.pooling if description else "hf"
+
+    @property
     def graph(self) -> Path:
         """Path of the graph's file."""
         return self.checkpoint.path / GRAPH_FILE
@@ -163,12 +170,15 @@ def open_bundle(path: Path, settings: ModelSettings) -> Bundle:
 
     Raises:
         CheckpointError: a file is missing or is not the one that was exported, or its parts do not match.
+        SettingsError: a setting contradicts ``reward_model.json``.
     """
     manifest = read_manifest(path)
     verify_files(path, manifest.files)
+    description = read_description(path)
+    pooling = resolve_pooling(description, settings.pooling)
     with transformers_silenced():
         config = with_pad_token_id(load_config(path), manifest.pad_token_id)
-        tokenizer = load_tokenizer(path)
+        tokenizer = load_tokenizer(path, config)
     validate_vocabulary(path, tokenizer, manifest.embedding_size)
     limit = resolve_max_input_tokens(path, manifest.max_input_tokens, tokenizer, settings.max_input_tokens)
     checkpoint = Checkpoint(
@@ -188,7 +198,9 @@ def open_bundle(path: Path, settings: ModelSettings) -> Bundle:
             tokenizer=hash_tokenizer(tokenizer),
             template=hash_template(tokenizer),
         ),
-        notes=tuple(notes_on(config, tokenizer)),
+        pooling=pooling,
+        description=description,
+        notes=tuple(notes_on(config, tokenizer, pooling)),
     )
     return Bundle(manifest, checkpoint)
 

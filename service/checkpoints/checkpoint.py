@@ -19,16 +19,24 @@ from reward_client.options import TemplateChoice
 
 from service.cache import build_once, cache_directory
 from service.checkpoints.adapter import is_adapter, merge_adapter
+from service.checkpoints.configuration import read_json
 from service.checkpoints.demo import obtain_demo_model
 from service.checkpoints.files import ADAPTER_CONFIG_FILE, CONFIG_FILE
 from service.checkpoints.hub import local_folder
+from service.checkpoints.reward_description import (
+    DESCRIPTION_FILE,
+    ClassifierHead,
+    RewardDescription,
+    read_description,
+    resolve_pooling,
+)
 from service.checkpoints.validation import (
     load_config,
     load_tokenizer,
     notes_on,
-    read_json,
     resolve_max_input_tokens,
     resolve_pad_token_id,
+    validate_appended,
     validate_finite,
     validate_vocabulary,
     validate_weights,
@@ -48,7 +56,8 @@ class Hashes:
     """The sha256 values (hexadecimal) of everything in a checkpoint folder that determines a reward."""
 
     config: str
-    """Hash of ``config.json`` without the entries that do not change a reward (see `hash_config`)."""
+    """Hash of ``config.json`` and ``reward_model.json`` without the entries that do not change a reward (see
+    `hash_config`)."""
 
     weights: str
     """Hash over the files that the classifier is loaded from (see `service.checkpoints.weights.weights_sha256`)."""
@@ -93,8 +102,19 @@ class Checkpoint:
     pad_token_id: int
     hashes: Hashes
 
+    pooling: Pooling
+    """The pooling of the description, else of the settings."""
+
+    description: RewardDescription | None = None
+    """The content of ``reward_model.json``; None without the file."""
+
     notes: tuple[str, ...] = ()
     """Sentences on unusual properties that are not a reason to refuse."""
+
+    @property
+    def append_token_ids(self) -> tuple[int, ...]:
+        """Token ids that stand after every text."""
+        return self.description.text.append_token_ids if self.description else ()
 
     @property
     def has_chat_template(self) -> bool:
@@ -146,20 +166,24 @@ def open_checkpoint(path: Path, settings: ModelSettings) -> Checkpoint:
 
     Args:
         path: a plain checkpoint folder, as `locate_checkpoint` returns it.
-        settings: its name and token limit.
+        settings: its name, pooling and token limit.
 
     Raises:
         CheckpointError: its rewards could be wrong; the message names the reason and the remedy.
+        SettingsError: a setting contradicts ``reward_model.json``.
     """
+    description = read_description(path)
+    pooling = resolve_pooling(description, settings.pooling)
     with transformers_silenced():
         config = load_config(path)
         files = weight_files(path)
         tensors = read_tensor_infos(files)
-        fit = validate_weights(path, config, tensors)
-        tokenizer = load_tokenizer(path)
+        fit = validate_weights(path, config, tensors, description)
+        tokenizer = load_tokenizer(path, config)
     validate_vocabulary(path, tokenizer, fit.embedding_size)
     pad_token_id = resolve_pad_token_id(path, config, tokenizer, fit.embedding_size)
     config = with_pad_token_id(config, pad_token_id)
+    validate_appended(path, description, fit.embedding_size)
     max_input_tokens = resolve_max_input_tokens(path, fit.max_positions, tokenizer, settings.max_input_tokens)
     return Checkpoint(
         path=path,
@@ -173,11 +197,13 @@ def open_checkpoint(path: Path, settings: ModelSettings) -> Checkpoint:
         max_input_tokens=max_input_tokens,
         pad_token_id=pad_token_id,
         hashes=_hash_and_scan(path, files, tokenizer),
-        notes=tuple(notes_on(config, tokenizer)),
+        pooling=pooling,
+        description=description,
+        notes=tuple(notes_on(config, tokenizer, pooling)),
     )
 
 
-def model_version(checkpoint: Checkpoint, *, dtype: str, pooling: Pooling, template: TemplateChoice) -> ModelIdentity:
+def model_version(checkpoint: Checkpoint, *, dtype: str, template: TemplateChoice) -> ModelIdentity:
     """Return the model's name and a version that depends on everything that can change a reward.
 
     Forward path, device and batching are not part of the version: they change no reward beyond rounding. The token
@@ -186,7 +212,6 @@ def model_version(checkpoint: Checkpoint, *, dtype: str, pooling: Pooling, templ
     Args:
         checkpoint: the opened checkpoint.
         dtype: resolved dtype of the body's arithmetic, never "auto".
-        pooling: the resolved pooling rule.
         template: how a plain-string prompt is rendered unless a request chooses otherwise.
     """
     hashes = checkpoint.hashes
@@ -198,7 +223,7 @@ def model_version(checkpoint: Checkpoint, *, dtype: str, pooling: Pooling, templ
         "pad_token_id": checkpoint.pad_token_id,
         "max_input_tokens": checkpoint.max_input_tokens,
         "dtype": dtype,
-        "pooling": pooling,
+        "pooling": checkpoint.pooling,
         "template": template,
     }
     return ModelIdentity(checkpoint.name, _hash_text(json.dumps(facts, sort_keys=True))[:16])
@@ -213,10 +238,22 @@ def describe(checkpoint: Checkpoint) -> list[str]:
         f"  token limit       {checkpoint.max_input_tokens:,}",
         f"  embedding         {checkpoint.embedding_size:,} rows for {len(checkpoint.tokenizer):,} tokens",
         f"  pad token         {checkpoint.pad_token_id}",
+        f"  head              {describe_head(checkpoint.description)}",
+        f"  pooling           {checkpoint.pooling}",
         f"  chat template     {'yes' if checkpoint.has_chat_template else 'no: prompt and completion are joined'}",
         f"  weights sha256    {checkpoint.hashes.weights}",
         *(f"  note              {note}" for note in checkpoint.notes),
     ]
+
+
+def describe_head(description: RewardDescription | None) -> str:
+    """Return the head of a checkpoint in words, for a terminal."""
+    if description is None or isinstance(description.head, ClassifierHead):
+        return "that of the architecture"
+    layers = [f"linear{'' if layer.bias is None else ' with bias'}" for layer in description.head.layers]
+    activations = [layer.activation for layer in description.head.layers]
+    parts = [part for pair in zip(layers, activations, strict=True) for part in pair if part != "none"]
+    return f"{', '.join(parts)} ({DESCRIPTION_FILE})"
 
 
 def _hash_and_scan(path: Path, files: list[Path], tokenizer: Any) -> Hashes:
@@ -234,8 +271,15 @@ def _hash_and_scan(path: Path, files: list[Path], tokenizer: Any) -> Hashes:
 
 
 def hash_config(path: Path) -> str:
-    """Return the sha256 of a folder's ``config.json``, without the entries that do not change a reward."""
+    """Return the sha256 of a folder's ``config.json``, without the entries that do not change a reward.
+
+    It covers ``reward_model.json`` where that changes a reward.
+    """
     config = {key: value for key, value in read_json(path / CONFIG_FILE).items() if key not in UNHASHED_CONFIG_KEYS}
+    description = read_description(path)
+    facts = description.reward_facts() if description else {}
+    if facts:
+        config[DESCRIPTION_FILE] = facts
     return _hash_text(json.dumps(config, sort_keys=True))
 
 

@@ -7,17 +7,27 @@ The functions return values or raise; none changes its arguments.
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from service.checkpoints.architecture import Fit, fit_classifier, has_classifier
+from service.checkpoints.configuration import read_config, read_json
 from service.checkpoints.files import CONFIG_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+from service.checkpoints.reward_description import (
+    DESCRIPTION_FILE,
+    ClassifierHead,
+    LayeredHead,
+    RewardDescription,
+)
 from service.checkpoints.weights import TensorInfo, find_non_finite, find_value_head
 from service.errors import CheckpointError
+from service.records import Pooling
 
 SLOW_TOKENIZER_FILES = (TOKENIZER_CONFIG_FILE, "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+
+DECODER_HEAD = "score.weight"
+"""The only parameter of the head of transformers' classifiers of decoders."""
 
 MAX_PLAUSIBLE_TOKENIZER_LIMIT = 10_000_000
 """In tokens. A tokenizer without a limit has a ``model_max_length`` of about 10**30."""
@@ -31,7 +41,6 @@ def load_config(path: Path) -> Any:
             sequence classifier.
     """
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
 
     if not (path / CONFIG_FILE).is_file():
         raise CheckpointError(
@@ -43,14 +52,14 @@ def load_config(path: Path) -> Any:
             f"{path / CONFIG_FILE} requires remote code (auto_map), which is never run: if transformers supports the "
             "architecture, remove auto_map; otherwise save the model as a supported architecture."
         )
-    if "quantization_config" in stored:
+    if stored.get("quantization_config") is not None:
         raise CheckpointError(
             f"{path} is stored quantized, which changes rewards: "
             "serve the unquantized model, or dequantize it and save it again."
         )
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        config = read_config(path)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         raise CheckpointError(
             f"{path / CONFIG_FILE} does not describe a model that this version of transformers supports (model_type "
             f"{stored.get('model_type')!r}, {type(error).__name__}): check model_type and the values, or save it again."
@@ -60,46 +69,69 @@ def load_config(path: Path) -> Any:
             f"{path} is a {config.model_type} model, for which transformers has no sequence classifier that reads one "
             "text: train the reward model on a decoder or an encoder that has one."
         )
+    _validate_pad_token(path, config)
     return config
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Return the JSON object in a file of a checkpoint.
-
-    Raises:
-        CheckpointError: the file cannot be read, or holds something else.
-    """
-    try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read as JSON: copy or save the checkpoint again.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} is not a JSON object: copy or save the checkpoint again.")
-    return content
+def _validate_pad_token(path: Path, config: Any) -> None:
+    """Check that the pad token is in the vocabulary; otherwise transformers could not even build the embedding."""
+    text_config = config.get_text_config()
+    pad_token_id, num_rows = text_config.pad_token_id, getattr(text_config, "vocab_size", None)
+    if pad_token_id is not None and num_rows is not None and pad_token_id >= num_rows:
+        raise CheckpointError(_pad_token_message(path, pad_token_id, num_rows))
 
 
-def validate_weights(path: Path, config: Any, tensors: Mapping[str, TensorInfo]) -> Fit:
+def _pad_token_message(path: Path, pad_token_id: int, num_rows: int) -> str:
+    return (
+        f"{path / CONFIG_FILE} has pad_token_id {pad_token_id}, but the embedding has {num_rows:,} rows: "
+        "set it to the id of the pad token that training used."
+    )
+
+
+def validate_weights(
+    path: Path, config: Any, tensors: Mapping[str, TensorInfo], description: RewardDescription | None = None
+) -> Fit:
     """Return how the stored tensors fit the classifier with one label.
 
     The comparison requires a head with one output, regardless of the config. So a causal language model, whose config
-    has the default of two labels, is distinguished from a classifier with several labels.
+    has the default of two labels, is distinguished from a classifier with several labels. The tensors of a described
+    head take the place of the classifier's head.
 
     Raises:
         CheckpointError: a weight of head or body is absent or of another shape, which transformers would initialise
-            with random numbers, or there is not exactly one label.
+            with random numbers, there is not exactly one label, or a stored tensor that may belong to the computation
+            of a reward has no place in the architecture.
     """
     scalar_config = copy.deepcopy(config)
     scalar_config.num_labels = 1
-    fit = fit_classifier(scalar_config, {name: tensor.shape for name, tensor in tensors.items()})
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    if description is not None and isinstance(description.head, LayeredHead):
+        validate_layers(path / DESCRIPTION_FILE, description.head, tensors, config.get_text_config().hidden_size)
+        shapes = _with_classifier_head(shapes, description.head, config)
+    try:
+        fit = fit_classifier(scalar_config, shapes)
+    except Exception as error:  # transformers' model classes raise anything
+        raise CheckpointError(
+            f"transformers cannot build the {config.model_type} classifier that {path / CONFIG_FILE} describes "
+            f"({type(error).__name__}): check its values; if they are right, the architecture is not supported."
+        ) from error
+    if is_described(description) and fit.missing_head:
+        raise CheckpointError(
+            f"{path / DESCRIPTION_FILE} describes a head on the state of one token, but {fit.architecture} pools in "
+            "its own head: only decoders can have such a head."
+        )
     if fit.missing_head:
         unused = {name: tensors[name] for name in sorted(fit.unused)}
-        raise CheckpointError(_missing_head_message(path, config, fit.missing_head[0], unused))
+        raise CheckpointError(_missing_head_message(path, config, fit, unused))
     if fit.missing_body:
         raise CheckpointError(
             f"{path} lacks {len(fit.missing_body)} weights of its architecture (the first is {fit.missing_body[0]}), "
             "and transformers would initialise them with random numbers: save or copy the whole model again."
         )
-    _validate_one_label(path, config.num_labels, fit)
+    if not is_described(description):
+        _validate_one_label(path, config.num_labels, fit)
+    if fit.unplaced:
+        raise CheckpointError(unplaced_message(path, fit))
     for name, (stored, required) in (*fit.mismatched_head.items(), *fit.mismatched_body.items()):
         raise CheckpointError(
             f"The weights of {path} do not match its {CONFIG_FILE}: {name} is stored as {list(stored)}, but the config "
@@ -108,14 +140,71 @@ def validate_weights(path: Path, config: Any, tensors: Mapping[str, TensorInfo])
     return fit
 
 
-def _missing_head_message(path: Path, config: Any, head: str, unused: Mapping[str, TensorInfo]) -> str:
+def is_described(description: RewardDescription | None) -> bool:
+    """Whether the head is described, instead of being the classifier's."""
+    return description is not None and not isinstance(description.head, ClassifierHead)
+
+
+def validate_layers(file: Path, head: LayeredHead, tensors: Mapping[str, TensorInfo], hidden_size: int) -> None:
+    """Check that the layers of a described head are stored and follow each other from a state to one number.
+
+    Args:
+        file: the description, for messages.
+        head: the described head.
+        tensors: the stored tensors.
+        hidden_size: width of the last hidden state.
+
+    Raises:
+        CheckpointError: they do not.
+    """
+    if not head.layers:
+        raise CheckpointError(f"{file} describes a head without layers.")
+    width = hidden_size
+    for layer in head.layers:
+        missing = [name for name in (layer.weight, layer.bias) if name is not None and name not in tensors]
+        if missing:
+            raise CheckpointError(f"{file} names the tensor {missing[0]}, which the weight files do not hold.")
+        shape = tensors[layer.weight].shape
+        if len(shape) != 2 or shape[1] != width:
+            raise CheckpointError(
+                f"{layer.weight} of {file} has the shape {list(shape)}, but its input has {width} numbers."
+            )
+        width = shape[0]
+        if layer.bias is not None and tensors[layer.bias].shape != (width,):
+            raise CheckpointError(
+                f"{layer.bias} of {file} has the shape {list(tensors[layer.bias].shape)}, not [{width}]."
+            )
+    if head.layers[-1].activation != "none":
+        raise CheckpointError(f"The last layer of {file} has an activation; the service gives raw rewards: set none.")
+    if width != 1:
+        raise CheckpointError(f"The head of {file} gives {width} numbers per text, not one reward.")
+
+
+def _with_classifier_head(
+    shapes: Mapping[str, tuple[int, ...]], head: LayeredHead, config: Any
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes with the classifier's linear layer, as decoders have it, in place of the described head."""
+    described = set(head.tensor_names())
+    others = {name: shape for name, shape in shapes.items() if name not in described}
+    return others | {DECODER_HEAD: (1, config.get_text_config().hidden_size)}
+
+
+def _missing_head_message(path: Path, config: Any, fit: Fit, unused: Mapping[str, TensorInfo]) -> str:
+    head = fit.missing_head[0]
     problem = f"{path} has no scalar head ({head} is absent, and transformers would serve a random one): "
+    convert = f"so run `reward-convert {path} OUT` and serve OUT."
+    prefixed = [name for name in unused if name.endswith(f".{fit.embedding.removeprefix(fit.body_prefix)}")]
+    if fit.missing_body and prefixed:
+        return f"{problem}the names of its weights have a prefix ({prefixed[0]}), {convert}"
     value_head = find_value_head(path, unused, config.get_text_config().hidden_size)
     if value_head is not None:
         return (
             f"{problem}it has a value head as {value_head.origin} stores it ({value_head.weight} in "
-            f"{value_head.file.name}), so run `reward-convert {path} OUT` and serve OUT."
+            f"{value_head.file.name}), {convert}"
         )
+    outside = [name for name in fit.unplaced if not name.startswith(fit.body_prefix)]
+    if outside:
+        return f"{problem}it stores {describe_names(outside)} instead, {convert}"
     if (path / "value_head.bin").is_file():
         return (
             f"{problem}its head may be in value_head.bin, a pickle; if you trust it, run "
@@ -129,6 +218,28 @@ def _missing_head_message(path: Path, config: Any, head: str, unused: Mapping[st
         f"{problem}{kind}, so save the classifier that was trained, train one with `reward-train`, or, if its head is "
         "in a separate file, put that beside the weights as value_head.safetensors and run `reward-convert`."
     )
+
+
+def unplaced_message(path: Path, fit: Fit) -> str:
+    """Return the refusal of a checkpoint with stored tensors that have no place in the architecture."""
+    names = fit.unplaced
+    problem = (
+        f"{path} stores {describe_names(names)}, which {fit.architecture} under this {CONFIG_FILE} has no place for, "
+        "so rewards would be computed without them: "
+    )
+    if any(".lora_" in name for name in names):
+        return f"{problem}merge the LoRA matrices into the base weights (PEFT's merge_and_unload), and save again."
+    if all(name.startswith(tuple(f"{head.rpartition('.')[0]}." for head in fit.head)) for name in names):
+        return (
+            f"{problem}the head has parts that the classifier has not; run `reward-convert {path} OUT` and serve OUT."
+        )
+    return f"{problem}take {CONFIG_FILE} and weights from the same model."
+
+
+def describe_names(names: Sequence[str], shown: int = 4) -> str:
+    """Return the first names of tensors as a text, with the number of the others."""
+    text = ", ".join(names[:shown])
+    return text if len(names) <= shown else f"{text} and {len(names) - shown} more tensors"
 
 
 def _validate_one_label(path: Path, num_labels: int, fit: Fit) -> None:
@@ -145,8 +256,12 @@ def _validate_one_label(path: Path, num_labels: int, fit: Fit) -> None:
         )
 
 
-def load_tokenizer(path: Path) -> Any:
+def load_tokenizer(path: Path, config: Any) -> Any:
     """Return the folder's fast tokenizer.
+
+    Args:
+        path: the folder.
+        config: transformers' configuration of the same folder.
 
     Raises:
         CheckpointError: there is none, only a slow one, an invalid one, or one that requires remote code.
@@ -161,7 +276,7 @@ def load_tokenizer(path: Path) -> Any:
             f'and set tokenizer_class to "PreTrainedTokenizerFast" if {TOKENIZER_FILE} is complete.'
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, config=config, trust_remote_code=False)
     except Exception as error:  # the Rust library raises bare Exceptions
         raise CheckpointError(
             f"The tokenizer of {path} cannot be loaded ({type(error).__name__}): save it again with save_pretrained."
@@ -194,6 +309,20 @@ def validate_vocabulary(path: Path, tokenizer: Any, embedding_size: int) -> None
         )
 
 
+def validate_appended(path: Path, description: RewardDescription | None, embedding_size: int) -> None:
+    """Check that every token id that is appended to a text has a row in the embedding.
+
+    Raises:
+        CheckpointError: one has none.
+    """
+    for token_id in description.text.append_token_ids if description else ():
+        if not 0 <= token_id < embedding_size:
+            raise CheckpointError(
+                f"{path / DESCRIPTION_FILE} appends the token id {token_id}, but the embedding has {embedding_size:,} "
+                "rows: take both from the same model."
+            )
+
+
 def resolve_pad_token_id(path: Path, config: Any, tokenizer: Any, embedding_size: int) -> int:
     """Return the pad token that pooling skips.
 
@@ -212,10 +341,7 @@ def resolve_pad_token_id(path: Path, config: Any, tokenizer: Any, embedding_size
             f"{CONFIG_FILE} and pad_token in {TOKENIZER_CONFIG_FILE} (TRL takes the EOS token when there is no other)."
         )
     if not 0 <= pad_token_id < embedding_size:
-        raise CheckpointError(
-            f"{path / CONFIG_FILE} has pad_token_id {pad_token_id}, but the embedding has {embedding_size:,} rows: "
-            "set it to the id of the pad token that training used."
-        )
+        raise CheckpointError(_pad_token_message(path, pad_token_id, embedding_size))
     return int(pad_token_id)
 
 
@@ -271,12 +397,13 @@ def validate_finite(path: Path, files: Iterable[Path]) -> None:
         )
 
 
-def notes_on(config: Any, tokenizer: Any) -> Iterator[str]:
+def notes_on(config: Any, tokenizer: Any, pooling: Pooling) -> Iterator[str]:
     """Yield a sentence for each unusual property that is not a reason to refuse, but may explain a reward.
 
     Args:
         config: with the resolved pad token.
         tokenizer: tokenizer of the same checkpoint.
+        pooling: the resolved pooling.
     """
     pad_token_id = config.get_text_config().pad_token_id
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != pad_token_id:
@@ -284,7 +411,28 @@ def notes_on(config: Any, tokenizer: Any) -> Iterator[str]:
             f"The pad token is {pad_token_id} in {CONFIG_FILE} and {tokenizer.pad_token_id} in the tokenizer; "
             "pooling follows config.json, as in transformers."
         )
-    if pad_token_id == tokenizer.eos_token_id:
+    if pad_token_id == tokenizer.eos_token_id and pooling == "hf":
         yield "The pad token is the EOS token, so transformers' pooling skips EOS at a text's end (see model.pooling)."
     if tokenizer.chat_template and "strftime_now" in tokenizer.get_chat_template():
         yield "The chat template writes today's date into every prompt, so rewards may change from day to day."
+    yield from _normalisation_notes(config)
+
+
+def _normalisation_notes(config: Any) -> Iterator[str]:
+    """Yield a sentence on what the training code does to the head's output and the service does not."""
+    mean, std, variance = (getattr(config, name, None) for name in ("mean", "std", "var"))
+    if getattr(config, "normalize_reward", False) and mean is not None and std is not None:
+        yield f"OpenRLHF returned (reward - {mean}) / {std}; the service returns the raw reward."
+    if getattr(config, "do_normalize", False):
+        center = "" if getattr(config, "score_type", "reward") == "cost" else f" less its mean ({mean})"
+        yield (
+            f"Beaver returned the output of its head{center} divided by the root of its variance ({variance}); the "
+            "service returns the raw output."
+        )
+    if getattr(config, "score_type", None) == "cost":
+        yield "The model gives costs, not rewards: a higher number is worse."
+    settings = getattr(config, "sentence_transformers", None) or {}
+    activation = settings.get("activation_fn") if isinstance(settings, dict) else None
+    activation = activation or getattr(config, "sbert_ce_default_activation_function", None)
+    if activation and not str(activation).endswith("Identity"):
+        yield f"sentence-transformers applies {activation} to the output; the service returns the raw output."

@@ -186,7 +186,7 @@ def find_value_head(folder: Path, tensors: Mapping[str, TensorInfo], hidden_size
     """Return the value head that a training library stored in the folder under another name, or None.
 
     It is the only tensor of shape [1, hidden_size] among ``tensors``, or else the only such tensor of a
-    ``value_head.safetensors`` in the folder.
+    ``value_head.safetensors`` in the folder. The last layer of a deeper head is none.
 
     Args:
         folder: the checkpoint folder.
@@ -209,4 +209,7 @@ def _value_head_among(tensors: Mapping[str, TensorInfo], hidden_size: int) -> Va
         return None
     weight = names[0]
     bias = weight.removesuffix("weight") + "bias"
+    module = weight.partition(".")[0] + "."
+    if any(name.startswith(module) and name not in {weight, bias} for name in tensors):
+        return None  # it is the last layer of a deeper head
     return ValueHead(tensors[weight].file, weight, bias if bias in tensors else None)

@@ -18,7 +18,7 @@ from service.checkpoints.demo import merged_identity
 from service.checkpoints.files import CALIBRATION_FILE
 from service.diagnostics.calibration import Binding, Calibration, read_calibration
 from service.errors import CalibrationError
-from service.records import Pooling, StateTap
+from service.records import StateTap
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class Lookup:
         return {"id": calibration.id, "reason": None, "taps": taps, **{name: facts[name] for name in SHOWN_FACTS}}
 
 
-def binding_of(checkpoint: Checkpoint, *, pooling: Pooling, template: TemplateChoice) -> Binding:
+def binding_of(checkpoint: Checkpoint, *, template: TemplateChoice) -> Binding:
     """Return the binding of a calibration of this checkpoint under these settings."""
     hashes = checkpoint.hashes
     return Binding(
@@ -77,7 +77,7 @@ def binding_of(checkpoint: Checkpoint, *, pooling: Pooling, template: TemplateCh
         chat_template=hashes.template,
         template=template,
         max_input_tokens=checkpoint.max_input_tokens,
-        pooling=pooling,
+        pooling=checkpoint.pooling,
         vocab_size=checkpoint.embedding_size,
     )
 

@@ -220,12 +220,12 @@ def load_onnx_engine(
         SettingsError: a setting does not fit this machine or this bundle.
     """
     manifest = bundle.manifest
-    refuse_contradictions(manifest, model)
+    refuse_contradictions(manifest, model, bundle.checkpoint.pooling)
     refuse_missing_taps(manifest, taps or ())
     device = resolve_bundle_device(manifest.precision, model.device)
     session = open_session(bundle.graph, device, model.num_threads)
     padding = Padding(
-        pooling=model.pooling,
+        pooling=bundle.checkpoint.pooling,
         pad_token_id=manifest.pad_token_id,
         reads_first=not manifest.has_linear_head,
         length_step=1 if device == "cpu" else CUDA_LENGTH_STEP,
@@ -233,8 +233,8 @@ def load_onnx_engine(
     info = _describe(bundle, batching, device, session.get_providers(), taps)
     tap_indices = [manifest.taps.index(tap) for tap in info.taps]
     engine = OnnxEngine(session, padding, info, tap_indices, deterministic=batching.deterministic)
-    # The recorded rewards were pooled by transformers' rule; for another one there is nothing to compare with.
-    if check and model.pooling == "hf":
+    # For another pooling than that of the export there is nothing to compare with.
+    if check and bundle.checkpoint.pooling == bundle.recorded_pooling:
         check_probes(engine, manifest)
     return engine
 
@@ -295,7 +295,7 @@ def refuse_missing_taps(manifest: Manifest, taps: tuple[StateTap, ...]) -> None:
             )
 
 
-def refuse_contradictions(manifest: Manifest, model: ModelSettings) -> None:
+def refuse_contradictions(manifest: Manifest, model: ModelSettings, pooling: Pooling) -> None:
     """Verify that the settings do not contradict the export.
 
     Raises:
@@ -313,9 +313,9 @@ def refuse_contradictions(manifest: Manifest, model: ModelSettings) -> None:
         raise SettingsError(
             "model.compile is for the torch engine, and a bundle is run by ONNX: leave the setting out."
         )
-    if model.pooling != "hf" and not manifest.has_linear_head:
+    if pooling != "hf" and not manifest.has_linear_head:
         raise SettingsError(
-            f"model.pooling is {model.pooling}, but {manifest.architecture} pools in its own head: leave it out."
+            f"model.pooling is {pooling}, but {manifest.architecture} pools in its own head: leave it out."
         )
 
 

@@ -186,7 +186,7 @@ def probes_for(classifier: Classifier, max_tokens: int) -> list[tuple[int, ...]]
     return probe_sequences(
         vocab_size=config.vocab_size,
         pad_token_id=classifier.pad_token_id,
-        eos_token_id=_first(config.eos_token_id),
+        eos_token_id=_first(getattr(config, "eos_token_id", None)),
         window=_window(config),
         max_tokens=max_tokens,
     )
@@ -241,8 +241,10 @@ def choose_path(
             _log_choice(classifier, spec, parity, refusals)
             return path, parity
         refusals.append(f"{spec.description} differs by {parity.max_difference:.3g}, more than {parity.tolerance:.3g}")
+    logger.info("No forward path agrees on %s: %s", classifier.architecture, "; ".join(refusals))
     raise ParityError(
-        f"No forward path agrees with plain transformers on {classifier.architecture}: {'; '.join(refusals)}"
+        f"{classifier.architecture} cannot be served, because its rewards in batches are not those of plain "
+        f"transformers: {refusals[-1]}"
     )
 
 
@@ -301,17 +303,28 @@ def plain_rewards(classifier: Classifier, sequences: Sequence[Sequence[int]]) ->
     Args:
         classifier: left with the attention that transformers chose.
         sequences: token ids.
+
+    Raises:
+        ParityError: transformers itself does not run the model.
     """
     rewire(classifier, classifier.plain_attention)
-    rewards = []
-    for token_ids in sequences:
-        ids = classifier.token_tensor([token_ids])
-        if classifier.pooling == "last":
-            states = classifier.body(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
-            rewards += classifier.read_rewards(states[:, -1])
-        else:
-            rewards.append(float(classifier.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, 0]))
-    return rewards
+    try:
+        return [_plain_reward(classifier, token_ids) for token_ids in sequences]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a model's code may raise anything
+        raise ParityError(
+            f"Plain transformers does not run {classifier.architecture} in {classifier.dtype} on token ids alone "
+            f"({type(error).__name__}: {error}): choose another model.dtype, or correct its configuration"
+        ) from error
+
+
+def _plain_reward(classifier: Classifier, token_ids: Sequence[int]) -> float:
+    ids = classifier.token_tensor([token_ids])
+    if classifier.pooling == "last":
+        states = classifier.body(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+        return classifier.read_rewards(states[:, -1])[0]
+    return float(classifier.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, 0])
 
 
 def _noise_of(classifier: Classifier, probes: Sequence[Sequence[int]], plain: Sequence[float]) -> list[float]:

@@ -156,7 +156,7 @@ def plan_engine(
         device=device,
         num_threads=machine.num_threads,
         dtype=resolve_dtype(dtype_choice, stored_dtype(config), device, native_bfloat16=machine.native_bfloat16),
-        pooling=model.pooling,
+        pooling=model.pooling or "hf",
         pad_token_id=pad_token_id,
         quantization=model.quantization,
         forward=model.forward,

@@ -15,6 +15,8 @@ from typing import Literal, TypeVar
 
 import torch
 
+from service.checkpoints.configuration import read_config
+from service.checkpoints.reward_description import read_description, resolve_pooling
 from service.engines.base import Deferred, EngineInfo, EngineOutput, Pending, Ready, StateTap
 from service.engines.compilation import check_compiler
 from service.engines.deduplication import Reading, UniquePass, scatter, unique_readings, unique_token_ids
@@ -30,7 +32,7 @@ from service.engines.kernels.bindings import Kernels
 from service.engines.kernels.patching import drop_plain_weights
 from service.engines.linear.float8 import check_float8, quantize_float8
 from service.engines.linear.int8 import quantize_int8
-from service.engines.model.classifier import Classifier, load_classifier, read_config
+from service.engines.model.classifier import Classifier, load_classifier
 from service.engines.model.taps import StateQuery, check_taps
 from service.engines.parity import (
     Parity,
@@ -214,8 +216,9 @@ def load_torch_engine(
         SettingsError: a setting does not fit this machine or this model, or a tap is deeper than the model.
     """
     enable_huge_pages()
+    pooling = resolve_pooling(read_description(folder), model.pooling)
     plan = plan_engine(
-        model,
+        model.model_copy(update={"pooling": pooling}),
         batching,
         Machine.detect(model),
         read_config(folder),

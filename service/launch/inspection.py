@@ -24,6 +24,8 @@ class Inspection:
     """Name under which it is served; None for the oracle."""
     needs_gpu: bool
     """Whether each replica takes a GPU."""
+    notes: tuple[str, ...] = ()
+    """Sentences on unusual properties of the checkpoint, which the start prints."""
 
 
 def inspect_checkpoint(settings: ModelSettings) -> Inspection:
@@ -73,7 +75,7 @@ def print_inspection(model: str) -> None:
     try:
         checkpoint = open_model(settings).checkpoint
         gpu = needs_gpu(settings, checkpoint.path)
-        answer = asdict(Inspection(str(checkpoint.path.resolve()), checkpoint.name, gpu))
+        answer = asdict(Inspection(str(checkpoint.path.resolve()), checkpoint.name, gpu, checkpoint.notes))
     except StartupError as error:
         answer = {"refusal": str(error)}
     print(json.dumps(answer))

@@ -54,6 +54,8 @@ def serve(settings: StartSettings, console: Console) -> None:
         if settings.model.engine != "oracle":
             progress.stage("checkpoint")
         inspection = inspect_checkpoint(settings.model)
+        for note in inspection.notes:
+            progress.note(f"Note: {note}")
         for attempts_left in range(START_ATTEMPTS - 1, -1, -1):
             try:
                 _run(settings, inspection, http, progress)

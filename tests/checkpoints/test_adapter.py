@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_adapters import HEAD, write_adapter
 from tiny_models import SENTENCES, write_tiny_causal_lm, write_tiny_checkpoint
@@ -133,6 +133,15 @@ def name_missing_base(adapter: Path) -> None:
     rename_base(adapter, "/no/such/folder")
 
 
+def become_prompt_tuning(adapter: Path) -> None:
+    config = json.loads((adapter / ADAPTER_CONFIG_FILE).read_text())
+    (adapter / ADAPTER_CONFIG_FILE).write_text(json.dumps(config | {"peft_type": "PROMPT_TUNING"}))
+
+
+def leave_merged_weights(adapter: Path) -> None:
+    (adapter / ADAPTER_WEIGHTS_FILE).rename(adapter / "model.safetensors")
+
+
 def shrink_weights(adapter: Path) -> None:
     tensors = load_file(adapter / ADAPTER_WEIGHTS_FILE)
     save_file({name: tensor[:, :8].contiguous() for name, tensor in tensors.items()}, adapter / ADAPTER_WEIGHTS_FILE)
@@ -147,6 +156,8 @@ def shrink_weights(adapter: Path) -> None:
         (remove_weights, "copy the whole adapter folder"),
         (damage_weights, "cannot be read"),
         (remove_head, "has no classification head"),
+        (become_prompt_tuning, "PROMPT_TUNING adapter: .* cannot be merged"),
+        (leave_merged_weights, r"delete adapter_config\.json"),
         (widen_head, "has 2 outputs"),
         (remove_base_name, "names no base model"),
         (name_missing_base, "cannot be loaded"),
@@ -179,3 +190,35 @@ def test_a_missing_base_folder_is_refused(tmp_path: Path, adapter: Path) -> None
     """A mistyped folder of the base is reported, and not treated as a hub id."""
     with pytest.raises(CheckpointError, match="does not exist"):
         merge_adapter(adapter, tmp_path / "merged", base_dir=tmp_path / "typo")
+
+
+def test_an_adapter_of_a_reward_model_keeps_its_head(tmp_path: Path) -> None:
+    """LoRA on a reward model, without a head of its own, gives the rewards of PEFT with the base's head."""
+    base = write_tiny_checkpoint(tmp_path / "base")
+    model = AutoModelForSequenceClassification.from_pretrained(base)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    expected = rewards(adapted, base)
+
+    merged_dir = merge_adapter(tmp_path / "adapter", tmp_path / "merged", base_dir=base)
+
+    merged = rewards(AutoModelForSequenceClassification.from_pretrained(merged_dir), merged_dir)
+    torch.testing.assert_close(merged, expected, atol=1e-4, rtol=0)
+
+
+def test_an_adapter_with_added_tokens_is_merged(tmp_path: Path, base: Path) -> None:
+    """Where training added a token, the base gets the embedding's rows that the adapter stores."""
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    num_rows = model.get_input_embeddings().num_embeddings + 1
+    model.resize_token_embeddings(num_rows, mean_resizing=False)
+    config = LoraConfig(task_type=TaskType.SEQ_CLS, r=4, target_modules=["q_proj"], init_lora_weights=False)
+    adapted = get_peft_model(model, config)
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    rename_base(tmp_path / "adapter", str(base))
+    expected = rewards(adapted, base)
+
+    merged_dir = merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+
+    merged = AutoModelForSequenceClassification.from_pretrained(merged_dir)
+    assert merged.get_input_embeddings().num_embeddings == num_rows
+    torch.testing.assert_close(rewards(merged, merged_dir), expected, atol=1e-4, rtol=0)

@@ -390,7 +390,7 @@ def test_a_limit_beyond_the_model_is_refused(tmp_path: Path) -> None:
 
 
 def version_of(checkpoint: Checkpoint, **changes: Any) -> str:
-    arguments: dict[str, Any] = {"dtype": "float32", "pooling": "hf", "template": "chat"}
+    arguments: dict[str, Any] = {"dtype": "float32", "template": "chat"}
     return model_version(checkpoint, **(arguments | changes)).version
 
 
@@ -414,7 +414,7 @@ def test_the_version_changes_with_everything_that_changes_rewards(tmp_path: Path
     versions = [
         *(version_of(opened(folder)) for folder in folders),
         version_of(plain, dtype="bfloat16"),
-        version_of(plain, pooling="last"),
+        version_of(opened(folders[0], pooling="last")),
         version_of(plain, template="concat"),
         version_of(opened(folders[0], max_input_tokens=100)),
     ]
@@ -483,3 +483,72 @@ def test_an_unreachable_hub_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
     with pytest.raises(CheckpointError, match="download it elsewhere and pass its folder"):
         locate_checkpoint(ModelSettings(path="someone/reward-model"))
+
+
+# Each of these functions adds tensors that a checkpoint of another model, or of another class, would have.
+
+
+def head_bias(weights: dict[str, torch.Tensor]) -> None:
+    """A token classifier with one label has a bias in its head."""
+    weights["score.bias"] = torch.tensor([3.0])
+
+
+def attention_biases(weights: dict[str, torch.Tensor]) -> None:
+    """The weights have attention biases, and the config says that there are none."""
+    weights["model.layers.0.self_attn.q_proj.bias"] = torch.ones(64)
+
+
+def unmerged_lora(weights: dict[str, torch.Tensor]) -> None:
+    """LoRA matrices stand beside the base weights."""
+    weights["model.layers.0.self_attn.q_proj.lora_A.default.weight"] = torch.ones(4, 64)
+
+
+def one_layer_more(weights: dict[str, torch.Tensor]) -> None:
+    """The weights have one layer more than the config."""
+    weights |= {
+        name.replace("layers.2.", "layers.3."): tensor.clone()
+        for name, tensor in weights.items()
+        if ".layers.2." in name
+    }
+
+
+def query_norms(weights: dict[str, torch.Tensor]) -> None:
+    """The weights have norms of another model type."""
+    weights["model.layers.0.self_attn.q_norm.weight"] = torch.full((16,), 2.0)
+
+
+UNPLACED: dict[Callable[[dict[str, torch.Tensor]], None], str] = {
+    head_bias: r"stores score\.bias, .*run `reward-convert",
+    attention_biases: r"q_proj\.bias, .*from the same model",
+    unmerged_lora: r"lora_A\.default\.weight, .*merge the LoRA matrices",
+    one_layer_more: r"layers\.3\..* and 5 more tensors, .*from the same model",
+    query_norms: r"q_norm\.weight, .*from the same model",
+}
+
+
+@pytest.mark.parametrize(("add", "refusal"), UNPLACED.items(), ids=[add.__name__ for add in UNPLACED])
+def test_a_stored_tensor_without_a_place_is_refused(
+    add: Callable[[dict[str, torch.Tensor]], None], refusal: str, tmp_path: Path
+) -> None:
+    """A tensor that may belong to the computation of a reward is never left out silently."""
+    write_tiny_checkpoint(tmp_path)
+    edit_weights(tmp_path, add)
+
+    with pytest.raises(CheckpointError, match=refusal):
+        opened(tmp_path)
+
+
+def test_tensors_of_other_heads_and_old_buffers_are_left_out(tmp_path: Path) -> None:
+    """What cannot change a reward is no reason to refuse: other heads on the body, stored frequencies and masks."""
+    write_tiny_checkpoint(tmp_path)
+    harmless = {
+        "lm_head.weight": torch.ones(4, 64),
+        "cls.predictions.bias": torch.ones(4),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+        "model.layers.0.self_attn.masked_bias": torch.tensor(-1e9),
+        "model.layers.0.self_attn.bias": torch.ones(1, 1, 8, 8),
+        "model.embeddings.position_ids": torch.arange(8)[None],
+    }
+    edit_weights(tmp_path, lambda weights: weights.update(harmless))
+
+    assert opened(tmp_path).notes == ()

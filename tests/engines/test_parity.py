@@ -76,7 +76,7 @@ def test_no_agreeing_path_is_refused(tiny_checkpoint, monkeypatch) -> None:
     """When neither path agrees the start fails, and the error names both."""
     monkeypatch.setattr(PaddedForward, "run", lambda self, rows: EngineOutput([0.0 for _ in rows], [0 for _ in rows]))
 
-    with pytest.raises(ParityError, match=r"packed differs .* padded differs"):
+    with pytest.raises(ParityError, match=r"cannot be served.* padded differs"):
         probe_and_choose(load_tiny(tiny_checkpoint("llama")), "auto", 400)
 
 

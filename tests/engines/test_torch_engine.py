@@ -11,9 +11,9 @@ from tiny_classifiers import load_tiny, measured, random_rows, sequences_of, shu
 from tiny_models import DECODER_FAMILIES, ENCODER_FAMILIES
 from transformers import AutoModelForSequenceClassification
 
+from service.checkpoints.configuration import read_config
 from service.engines.base import EngineInfo, EngineOutput
 from service.engines.kernels.build import AMX_BF16
-from service.engines.model.classifier import read_config
 from service.engines.torch import TorchEngine, load_torch_engine
 from service.errors import EngineOutOfMemory
 from service.records import TokenSequence

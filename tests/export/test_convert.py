@@ -154,16 +154,18 @@ def test_a_fp32_head_is_not_rounded_to_a_bf16_body(tmp_path: Path) -> None:
     assert weights["model.norm.weight"].dtype == torch.bfloat16
 
 
-def test_dropping_a_bias_needs_the_option_and_is_recorded(tmp_path: Path) -> None:
-    """Without --drop-bias a bias is an error; with it the record has the dropped value."""
+def test_a_bias_is_kept_or_dropped_and_recorded(tmp_path: Path) -> None:
+    """A bias becomes part of a described head; with --drop-bias the head is the classifier's, and the record has it."""
     source = trl_checkpoint(tmp_path / "source", bias=0.75)
 
-    with pytest.raises(CheckpointError, match=r"bias of 0\.75.* pass --drop-bias"):
-        convert(source, tmp_path / "out")
-    conversion = convert(source, tmp_path / "out", drop_bias=True)
+    kept = convert(source, tmp_path / "kept")
+    dropped = convert(source, tmp_path / "out", drop_bias=True)
 
-    assert conversion.dropped_bias == 0.75
+    weights = load_file(tmp_path / "kept" / "model.safetensors")
+    assert (kept.dropped_bias, float(weights["score.0.bias"])) == (0.0, 0.75)
+    assert dropped.dropped_bias == 0.75
     assert json.loads((tmp_path / "out" / CONVERSION_FILE).read_bytes())["dropped_bias"] == 0.75
+    torch.testing.assert_close(rewards_of(tmp_path / "out"), expected_rewards(source))
 
 
 def test_pickles_need_the_option(tmp_path: Path) -> None:
@@ -226,7 +228,7 @@ def test_a_pickle_that_runs_code_is_not_opened(tmp_path: Path) -> None:
 
 
 def test_a_fallback_pad_token_is_set_and_reported(tmp_path: Path) -> None:
-    """Without a pad token EOS is used, as in TRL, and the notes name the pooling that matches training."""
+    """Without a pad token EOS is used, as in TRL, and the pooling of training is written where the service reads it."""
     source = trl_checkpoint(tmp_path / "source")
     for name, missing in {"config.json": "pad_token_id", "tokenizer_config.json": "pad_token"}.items():
         content = json.loads((source / name).read_bytes()) | {missing: None}
@@ -237,7 +239,7 @@ def test_a_fallback_pad_token_is_set_and_reported(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tmp_path / "out", ModelSettings())
     assert checkpoint.pad_token_id == checkpoint.tokenizer.eos_token_id
     assert any("as TRL does" in note for note in conversion.notes)
-    assert any("model.pooling set to last" in note for note in conversion.notes)
+    assert checkpoint.pooling == "last"
 
 
 def test_a_normalised_reward_is_reported(tmp_path: Path) -> None:
@@ -309,6 +311,19 @@ def value_head_on_an_encoder(folder: Path) -> None:
     edit_weights(folder, replace_head)
 
 
+def deeper_head(folder: Path) -> None:
+    """The head has two layers, and the classifier would hold the last one only."""
+    write_tiny_causal_lm(folder)
+    head = {"score.0.weight": torch.ones(HIDDEN_SIZE, HIDDEN_SIZE), "score.2.weight": HEAD}
+    edit_weights(folder, lambda weights: weights.update(head))
+
+
+def unplaced_bias(folder: Path) -> None:
+    """A bias of the body has no place under the config."""
+    trl_checkpoint(folder)
+    edit_weights(folder, lambda weights: weights.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(64)}))
+
+
 def missing_layer(folder: Path) -> None:
     """A weight of the body is missing."""
     trl_checkpoint(folder)
@@ -333,6 +348,8 @@ REFUSALS: dict[Callable[[Path], None], str] = {
     plain_checkpoint: "serve it as it is",
     empty_folder: "pass the folder that holds its config.json",
     value_head_on_an_encoder: "only decoders",
+    deeper_head: "pass --activation",
+    unplaced_bias: r"stores model\.layers\.0\.self_attn\.q_proj\.bias",
     missing_layer: "save or copy the whole model",
     nan_head: "has NaN or infinity in score.weight",
     no_tokenizer: "has no tokenizer",
@@ -365,9 +382,10 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
 def test_the_command_reports_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The command ends with 0 and the command to serve, or with 1 and one sentence."""
     source = trl_checkpoint(tmp_path / "source", bias=0.5)
+    deeper_head(tmp_path / "deeper")
 
-    assert main([str(source), str(tmp_path / "out")]) == 1
-    assert "pass --drop-bias" in capsys.readouterr().err
+    assert main([str(tmp_path / "deeper"), str(tmp_path / "out")]) == 1
+    assert "pass --activation" in capsys.readouterr().err
     assert main([str(source), str(tmp_path / "out"), "--drop-bias"]) == 0
     report = capsys.readouterr().err
     assert f"reward-serve --model {tmp_path / 'out'}" in report

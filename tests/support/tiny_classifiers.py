@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from service.checkpoints.configuration import read_config
 from service.engines.base import EngineInfo
-from service.engines.model.classifier import Classifier, load_classifier, read_config
+from service.engines.model.classifier import Classifier, load_classifier
 from service.engines.parity import Parity, choose_path, probes_for, reference_of
 from service.engines.paths.base import ForwardPath, PathChoice, PathSpec, candidate_paths
 from service.engines.paths.packed import PackedForward
@@ -83,8 +84,8 @@ def with_pad(classifier: Classifier, rows: list[tuple[int, ...]]) -> list[tuple[
 
 def head_of(classifier: Classifier) -> torch.nn.Linear:
     """Return the linear head, which the tiny classifiers of decoders have."""
-    assert classifier.linear_head is not None
-    return classifier.linear_head
+    assert isinstance(classifier.state_head, torch.nn.Linear)
+    return classifier.state_head
 
 
 def rows_with_endings(classifier: Classifier) -> list[tuple[int, ...]]:

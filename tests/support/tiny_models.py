@@ -116,6 +116,7 @@ _FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
     "gemma3": _GEMMA,
     "phi3": {**_GROUPED_HEADS, "sliding_window": 16},
     "olmo2": _GROUPED_HEADS,
+    "gpt_neox": {},
     "bert": {},
     "deberta-v2": {
         "relative_attention": True,

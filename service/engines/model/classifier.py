@@ -14,11 +14,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig
+from transformers import AutoModelForSequenceClassification, PretrainedConfig
 
+from service.checkpoints.configuration import read_config
+from service.checkpoints.reward_description import LayeredHead, read_description
 from service.engines.base import StateTap
 from service.engines.linear.inplace_silu import gate_in_place
-from service.engines.model.scalar_head import batch_invariant_head
+from service.engines.model.layered_head import LayeredHeadModule, load_layered_head
+from service.engines.model.scalar_head import batch_invariant_head, batch_invariant_layers
 from service.engines.model.taps import Readout, RecordedStates, blocks_of, record_states
 from service.errors import SettingsError
 from service.records import Pooling
@@ -47,10 +50,13 @@ class Classifier:
         return self.model.base_model
 
     @property
-    def linear_head(self) -> nn.Linear | None:
-        """The linear layer on a pooled state, ``score`` in decoder families; None for a head with more layers."""
+    def state_head(self) -> nn.Linear | LayeredHeadModule | None:
+        """The head on the state of one token, ``score`` in decoder families; None where the head does its own pooling.
+
+        It is one linear layer, or the layers of a described head.
+        """
         head = getattr(self.model, "score", None)
-        return head if isinstance(head, nn.Linear) else None
+        return head if isinstance(head, (nn.Linear, LayeredHeadModule)) else None
 
     @property
     def config(self) -> Any:
@@ -99,7 +105,7 @@ class Classifier:
 
     def head_position(self, ids: Sequence[int]) -> int:
         """Return the position in ``ids`` whose state is the head's input; an encoder's own head reads the first."""
-        return 0 if self.linear_head is None else self.pooled_position(ids)
+        return 0 if self.state_head is None else self.pooled_position(ids)
 
     def recording(
         self, taps: tuple[StateTap, ...], readouts: Sequence[Readout]
@@ -108,21 +114,23 @@ class Classifier:
         return record_states(self.body, self.config.num_hidden_layers, taps, readouts)
 
     def rewards_of(self, pooled: torch.Tensor) -> torch.Tensor:
-        """Run the linear head on pooled states [rows, hidden]; float32 [rows], on the device.
+        """Run the head on pooled states [rows, hidden]; float32 [rows], on the device.
 
         The order of additions of a matrix product depends on its number of rows, so on a CPU the states are multiplied
         one by one. On a GPU, where each product would be a kernel launch, ``batch_invariant_head`` multiplies all at
         once.
         """
-        head = self.linear_head
+        head = self.state_head
         if head is None:
-            raise TypeError(f"The head of {self.architecture} is more than one linear layer")
+            raise TypeError(f"The head of {self.architecture} does its own pooling")
         if not self.is_on_cpu:
+            if isinstance(head, LayeredHeadModule):
+                return batch_invariant_layers(pooled, head)
             return batch_invariant_head(pooled, head.weight[0], head.bias)
         return torch.cat([head(state[None]) for state in pooled])[:, 0]
 
     def read_rewards(self, pooled: torch.Tensor) -> list[float]:
-        """Run the linear head on pooled states [rows, hidden] and copy the rewards to the host."""
+        """Run the head on pooled states [rows, hidden] and copy the rewards to the host."""
         rewards: list[float] = self.rewards_of(pooled).tolist()
         return rewards
 
@@ -145,11 +153,6 @@ def pooled_position(ids: Sequence[int], pooling: Pooling, pad_token_id: int | No
     return next((position for position in range(last, -1, -1) if ids[position] != pad_token_id), 0)
 
 
-def read_config(folder: Path) -> PretrainedConfig:
-    """Return the configuration of a checkpoint folder; remote code is never run."""
-    return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-
-
 def stored_dtype(config: PretrainedConfig) -> torch.dtype:
     """Return the dtype in which the checkpoint was saved; float32 where its configuration has none."""
     name = str(config.dtype or "float32").removeprefix("torch.")
@@ -163,7 +166,7 @@ def load_classifier(
     """Load a checkpoint folder for inference.
 
     The head's weights are those of the checkpoint, bit for bit where it stores fp32, and are never rounded to the
-    dtype of the body; hidden states are cast to fp32 before it.
+    dtype of the body; hidden states are cast to fp32 before it. A described head takes the place of the classifier's.
 
     Raises:
         SettingsError: another pooling is requested of a model whose own head pools.
@@ -186,12 +189,15 @@ def load_classifier(
         )
     for name in head_names:
         getattr(model, name).register_forward_pre_hook(_cast_to_fp32)
+    description = read_description(folder)
+    if description is not None and isinstance(description.head, LayeredHead):
+        model.score = load_layered_head(folder, description.head)
     model.config.get_text_config().pad_token_id = pad_token_id
     model.requires_grad_(requires_grad=False).eval().to(device)
     gate_in_place(model.base_model)
 
     classifier = Classifier(model, model.config._attn_implementation, pooling, pad_token_id)  # noqa: SLF001 - no public name
-    if pooling != "hf" and classifier.linear_head is None:
+    if pooling != "hf" and classifier.state_head is None:
         raise SettingsError(
             f"model.pooling is {pooling}, but {classifier.architecture} pools in its own head: leave the setting out"
         )

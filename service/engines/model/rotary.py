@@ -31,8 +31,10 @@ def rope_length_limit(config: Any, max_tokens: int) -> int | None:
     limit = None
     for rope in _rope_parameters(config):
         kind = rope.get("rope_type", "default")
-        original: int = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-        if max_tokens <= original:
+        # Architectures without a limit on positions (ALiBi) have no rotary embeddings either.
+        positions: int | None = getattr(config, "max_position_embeddings", None)
+        original = rope.get("original_max_position_embeddings") or positions
+        if original is None or max_tokens <= original:
             continue
         if kind == "dynamic":
             raise SettingsError(

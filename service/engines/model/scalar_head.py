@@ -1,4 +1,4 @@
-"""The linear head on many states at once, with rewards that do not depend on the number of states.
+"""A head on many states at once, with rewards that do not depend on the number of states.
 
 Libraries choose a kernel by the number of rows, and with it the order in which a row's products are added, for matrix
 products and for sums alike. Adding halves element by element fixes the order.
@@ -7,6 +7,7 @@ products and for sums alike. Adding halves element by element fixes the order.
 from __future__ import annotations
 
 import torch
+from torch import nn
 from torch.nn.functional import pad
 
 
@@ -28,6 +29,25 @@ def batch_invariant_head(states: torch.Tensor, weight: torch.Tensor, bias: torch
         products = products[:, :half] + products[:, half:]
     sums = products[:, 0]
     return sums if bias is None else sums + bias
+
+
+def batch_invariant_layers(states: torch.Tensor, layers: nn.Sequential) -> torch.Tensor:
+    """Return float32 [rows] of a head of several layers, the last of which is linear with one output.
+
+    Layers before the last multiply each state alone, so that all products have one shape and therefore one order of
+    additions. The number of kernels grows with the number of states; such a head runs once for each sequence.
+
+    Args:
+        states: [rows, hidden], of any float type.
+        layers: linear layers and activations.
+    """
+    states, last = states.float(), layers[-1]
+    if not isinstance(last, nn.Linear):
+        raise TypeError("The last layer of a head is linear")
+    for module in list(layers)[:-1]:
+        is_linear = isinstance(module, nn.Linear)
+        states = torch.cat([module(state[None]) for state in states]) if is_linear else module(states)
+    return batch_invariant_head(states, last.weight[0], last.bias)
 
 
 def _power_of_two(minimum: int) -> int:

@@ -52,7 +52,7 @@ class PackedForward:
     cost: BatchCost = "packed"
 
     def __init__(self, classifier: Classifier, spec: PathSpec) -> None:
-        if classifier.linear_head is None:
+        if classifier.state_head is None:
             raise PackingUnsupportedError(
                 f"{classifier.architecture} does not compute its reward from the state of one token"
             )

@@ -83,7 +83,7 @@ class PaddedForward:
             for index, first in query.readings
         ]
         with classifier.recording(query.taps, readouts) as recorded:
-            if classifier.linear_head is None:
+            if classifier.state_head is None:
                 rewards: list[float] = classifier.model(**inputs).logits[:, 0].tolist()
             else:
                 states = classifier.body(**inputs, use_cache=False).last_hidden_state

@@ -23,9 +23,10 @@ from tiny_classifiers import (
 )
 from tiny_models import DECODER_FAMILIES
 
+from service.checkpoints.configuration import read_config
 from service.engines.attention import prefix_index
 from service.engines.attention.kv_cache import KVCache
-from service.engines.model.classifier import Classifier, read_config
+from service.engines.model.classifier import Classifier
 from service.engines.parity import plain_rewards
 from service.engines.paths.packed import MIN_SHARED_TOKENS, PackedForward
 from service.engines.plan import PREFIX_CACHE_MIB

@@ -9,8 +9,9 @@ from tiny_classifiers import load_tiny
 from tiny_models import FAMILIES
 from transformers import AutoModelForSequenceClassification
 
+from service.checkpoints.configuration import read_config
 from service.engines.linear.inplace_silu import gate_in_place
-from service.engines.model.classifier import pooled_position, read_config, stored_dtype
+from service.engines.model.classifier import pooled_position, stored_dtype
 from service.errors import SettingsError
 
 

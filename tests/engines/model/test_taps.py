@@ -11,7 +11,7 @@ from tiny_classifiers import load_tiny, random_rows, rows_that_share
 from tiny_models import DECODER_FAMILIES, FAMILIES
 from transformers import AutoModelForSequenceClassification
 
-from service.engines.model.classifier import read_config
+from service.checkpoints.configuration import read_config
 from service.engines.paths.packed import PackedForward
 from service.engines.torch import TorchEngine, load_torch_engine
 from service.errors import SettingsError

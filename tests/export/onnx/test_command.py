@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import numpy_helper
+from safetensors.torch import load_file, save_file
 from tiny_bundles import write_tiny_graph
 from tiny_models import FAMILIES, write_tiny_causal_lm, write_tiny_checkpoint
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 from export.onnx import bundle_export
 from export.onnx.bundle_export import ExportPlan, choose_probes, export_bundle, probe_tolerance
@@ -22,6 +25,12 @@ from export.onnx.reward_comparison import Bounds
 from service.assembly import assemble
 from service.checkpoints.bundle import GRAPH_FILE, open_bundle, read_manifest
 from service.checkpoints.files import BUNDLE_MANIFEST_FILE
+from service.checkpoints.reward_description import (
+    LayeredHead,
+    LinearLayer,
+    RewardDescription,
+    write_description,
+)
 from service.engines.onnx import OnnxEngine, load_onnx_engine
 from service.engines.torch import load_torch_engine
 from service.errors import CheckpointError, OutputError, ParityError
@@ -251,3 +260,34 @@ def test_lower_precisions_preserve_the_order(family: str, precision: Any, tmp_pa
     alone = [engine.forward([TokenSequence(row)]).rewards[0] for row in rows]
     assert manifest.parity.spearman >= 0.99
     assert np.abs(np.array(together) - np.array(alone)).max() < 1e-2
+
+
+def test_a_described_head_is_exported_in_fp32(llama: Path, items: Path, tmp_path: Path) -> None:
+    """A head of two layers, pooled at the last token, has its rewards in an int8 bundle too: no layer is quantized."""
+    checkpoint = tmp_path / "described"
+    shutil.copytree(llama, checkpoint)
+    dice = torch.Generator().manual_seed(7)
+    weights = load_file(checkpoint / "model.safetensors")
+    weights.pop("score.weight")
+    head = {
+        "score.0.weight": torch.randn(64, 64, generator=dice) / 8,
+        "score.2.weight": torch.randn(1, 64, generator=dice),
+    }
+    save_file(weights | head, checkpoint / "model.safetensors", {"format": "pt"})
+    layers = (LinearLayer("score.0.weight", None, "relu"), LinearLayer("score.2.weight"))
+    write_description(checkpoint, RewardDescription(LayeredHead(layers), pooling="last"))
+    row = (5, 6, 7, 0, 0)
+    with torch.inference_mode():
+        state = AutoModel.from_pretrained(llama)(torch.tensor([row])).last_hidden_state[0, -1]
+        inner = torch.relu(head["score.0.weight"] @ state)
+        expected = float(head["score.2.weight"][0] @ inner)
+
+    for precision in ("fp32", "int8"):
+        plan = ExportPlan(precision, items=items, taps=(), bounds=Bounds(0.5, 0.9))
+        export_bundle(str(checkpoint), tmp_path / precision, plan)
+        (reward,) = engine_of(tmp_path / precision).forward([TokenSequence(row)]).rewards
+        assert reward == pytest.approx(expected, abs=1e-4 if precision == "fp32" else 0.3)
+        graph = onnx.load(tmp_path / precision / GRAPH_FILE).graph
+        stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+        first = head["score.0.weight"].numpy()
+        assert any(np.array_equal(tensor, first) or np.array_equal(tensor, first.T) for tensor in stored.values())
