@@ -308,7 +308,7 @@ def test_a_published_layout_is_served_with_its_rewards(write: Callable[[Path], P
 
 @pytest.mark.parametrize("forward", ["packed", "padded"])
 def test_a_deeper_head_gives_the_same_rewards_on_each_path_and_in_any_batch(forward: str, tmp_path: Path) -> None:
-    """On packed and padded batches rewards are those of the reading, and the order of the items changes no more than rounding."""
+    """On packed and padded batches rewards are those of the reading, whose order changes no more than rounding."""
     published = grm(tmp_path / "source")
     convert(tmp_path / "source", tmp_path / "out")
 
