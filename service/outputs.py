@@ -181,9 +181,13 @@ def _system_error(error: BaseException | None) -> OSError | None:
 
 
 def _concerns(error: OSError, out: Path) -> bool:
+    """Whether the error is about ``out``, the folder that it is written to, or an unfinished output there."""
     if not isinstance(error.filename, str):
         return False
-    return Path(error.filename).absolute().is_relative_to(out.absolute().parent)
+    path, folder = Path(error.filename).absolute(), out.absolute().parent
+    if path == folder or path.is_relative_to(out.absolute()):
+        return True
+    return path.is_relative_to(folder) and path.relative_to(folder).parts[0].startswith(f".{out.name}")
 
 
 def _output_error(out: Path, error: OSError) -> OutputError:

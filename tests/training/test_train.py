@@ -325,6 +325,7 @@ def test_a_finished_folder_has_the_model_its_card_and_no_leftovers(
         "adapter_model.safetensors",
         "chat_template.jinja",
         "log.jsonl",
+        "reward_model.json",
         "tokenizer.json",
         "tokenizer_config.json",
         "training.json",
