@@ -86,5 +86,5 @@ def read_groups(path: Path) -> Iterator[Group]:
     for row in read_rows(path):
         parsed = parse_completions(row)
         prompt = parsed.prompt
-        text = prompt if isinstance(prompt, str) else "\n\n".join(message.content for message in prompt)
+        text = prompt if isinstance(prompt, str) else "\n\n".join(message.text for message in prompt)
         yield Group(text, parsed.completions)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
+from service.checkpoints.architecture import inputs_of
 from service.diagnostics.correlation import pearson_correlation
 from service.offline import MAX_BATCH_SEQUENCES, plan_batches
 from service.records import TokenSequence
@@ -135,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model = AutoModelForSequenceClassification.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
     console = Console(soft_wrap=True)
     for file in options.files:
-        pairs = tokenize_pairs(read_pairs([file]), tokenizer)
+        pairs = tokenize_pairs(read_pairs([file]), tokenizer, inputs_of(model))
         console.print(describe(file.name, evaluate(model, pairs)), markup=False, highlight=False)
     return 0
 

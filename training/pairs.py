@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from service.errors import DatasetError, HttpError
-from service.records import Encoding, Exchange, Item, TokenSequence
+from service.errors import CheckpointError, DatasetError, HttpError
+from service.records import PLAIN_INPUTS, Encoding, Exchange, Item, ModelInputs, TokenSequence
 from service.settings import TokenizationSettings
 from service.tokenization import Tokenization
 from training.preferences import PreferencePair
@@ -37,17 +37,30 @@ class TokenizedPair:
         return max(len(self.chosen_ids), len(self.rejected_ids))
 
 
-def tokenize_pairs(pairs: Iterable[PreferencePair], tokenizer: PreTrainedTokenizerBase) -> list[TokenizedPair]:
+def tokenize_pairs(
+    pairs: Iterable[PreferencePair], tokenizer: PreTrainedTokenizerBase, inputs: ModelInputs = PLAIN_INPUTS
+) -> list[TokenizedPair]:
     """Tokenize both completions of each pair, in order, with the service's tokenization. Nothing is truncated.
 
+    Args:
+        pairs: any number.
+        tokenizer: of the model.
+        inputs: what the model reads, which decides with the tokenizer how text becomes token ids.
+
     Raises:
-        CheckpointError: the tokenizer's chat template renders an empty text.
+        CheckpointError: the tokenizer's chat template renders an empty text or leaves the completion out; or the model
+            reads token types, which are not trained.
         DatasetError: the tokenizer cannot render a prompt (a conversation without a chat template); names the pair.
     """
     pairs = list(pairs)
     tokenization = Tokenization(
-        tokenizer, TokenizationSettings(), max_input_tokens=sys.maxsize, vocab_size=len(tokenizer)
+        tokenizer, TokenizationSettings(), max_input_tokens=sys.maxsize, vocab_size=len(tokenizer), inputs=inputs
     )
+    if tokenization.reads_token_types and tokenization.rule.template == "pair":
+        raise CheckpointError(
+            "The model reads prompt and completion as a pair of texts with token types, which this command does not "
+            "pass on: take a model with a chat template, or one without token types."
+        )
     items = [Item(Exchange(pair.prompt, text)) for pair in pairs for text in (pair.chosen, pair.rejected)]
     token_ids = [
         _token_ids(outcome, index // 2) for index, outcome in enumerate(tokenization.encode(items, Encoding()))
@@ -59,7 +72,10 @@ def tokenize_pairs(pairs: Iterable[PreferencePair], tokenizer: PreTrainedTokeniz
 
 
 def shorten_prompts(
-    pairs: Iterable[TokenizedPair], tokenizer: PreTrainedTokenizerBase, max_length: int
+    pairs: Iterable[TokenizedPair],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    inputs: ModelInputs = PLAIN_INPUTS,
 ) -> list[TokenizedPair]:
     """Leave out the oldest exchanges (two messages each) of long pairs' prompts until the pairs fit; keep the order.
 
@@ -71,7 +87,8 @@ def shorten_prompts(
     shortened = list(pairs)
     num_turns = 2
     while indices := [n for n, pair in enumerate(shortened) if _may_lose_turns(pair, num_turns, max_length)]:
-        rest = tokenize_pairs([_without_oldest(shortened[index].pair, num_turns) for index in indices], tokenizer)
+        shorter = [_without_oldest(shortened[index].pair, num_turns) for index in indices]
+        rest = tokenize_pairs(shorter, tokenizer, inputs)
         for index, short in zip(indices, rest, strict=True):
             shortened[index] = replace(short, pair=shortened[index].pair, num_dropped_turns=num_turns)
         num_turns += 2

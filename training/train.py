@@ -14,9 +14,11 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from service.checkpoints.adapter import merge_adapter
+from service.checkpoints.architecture import inputs_of
 from service.checkpoints.checkpoint import open_checkpoint
 from service.checkpoints.demo_base import DEMO_BASE, obtain_demo_base
 from service.errors import SettingsError, StartupError
+from service.records import ModelInputs
 from service.settings import ModelSettings
 from service.version import add_version_option
 from training.annotator_agreement import describe_annotator_agreement, measure_annotator_agreement
@@ -68,8 +70,9 @@ def train(
     base_path, base_name = (obtain_demo_base(), DEMO_BASE) if base == DEMO else (Path(base), base)
     model, tokenizer = load_base(base_path if base_path.is_dir() else base, recipe)
     pairs = list(read_pairs(data))
-    selection = select_pairs(_tokenize(pairs, tokenizer, recipe), recipe)
-    evaluated = {_name(source): tokenize_pairs(read_pairs([source]), tokenizer) for source in eval_sources}
+    inputs = inputs_of(model)
+    selection = select_pairs(_tokenize(pairs, tokenizer, inputs, recipe), recipe)
+    evaluated = {_name(source): tokenize_pairs(read_pairs([source]), tokenizer, inputs) for source in eval_sources}
     watched = watched_pairs(next(iter(evaluated.values()), []), recipe)
 
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -96,10 +99,10 @@ def _name(source: Source) -> str:
 
 
 def _tokenize(
-    pairs: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerBase, recipe: Recipe
+    pairs: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerBase, inputs: ModelInputs, recipe: Recipe
 ) -> list[TokenizedPair]:
-    tokenized = tokenize_pairs(pairs, tokenizer)
-    return shorten_prompts(tokenized, tokenizer, recipe.max_length) if recipe.shorten_prompts else tokenized
+    tokenized = tokenize_pairs(pairs, tokenizer, inputs)
+    return shorten_prompts(tokenized, tokenizer, recipe.max_length, inputs) if recipe.shorten_prompts else tokenized
 
 
 def _save(

@@ -81,8 +81,8 @@ def _opening(prompt: str | Iterable[Message]) -> str:
     if isinstance(prompt, str):
         return prompt
     messages = list(prompt)
-    user_messages = [message.content for message in messages if message.role == "user"]
-    return (user_messages or [message.content for message in messages[:1]] or [""])[0]
+    user_messages = [message.text for message in messages if message.role == "user"]
+    return (user_messages or [message.text for message in messages[:1]] or [""])[0]
 
 
 def _has(row: Row, key: str) -> bool:
@@ -105,7 +105,7 @@ def _parse_completion(key: str, row: Row) -> str:
     messages = _parse_messages(key, row)
     if len(messages) != 1 or messages[0].role != "assistant":
         raise DatasetError(f'{row.location}: "{key}" must be a string or one assistant message.')
-    return messages[0].content
+    return messages[0].text
 
 
 def _split_conversations(chosen: list[Message], rejected: list[Message], row: Row) -> PromptCompletions:
@@ -118,7 +118,7 @@ def _split_conversations(chosen: list[Message], rejected: list[Message], row: Ro
                 f'{row.location}: "chosen" and "rejected" must have the same messages except for the last, an '
                 "assistant's."
             )
-    return PromptCompletions(tuple(common), (chosen[-1].content, rejected[-1].content))
+    return PromptCompletions(tuple(common), (chosen[-1].text, rejected[-1].text))
 
 
 def _parse_messages(key: str, row: Row) -> list[Message]:

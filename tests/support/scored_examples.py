@@ -33,7 +33,7 @@ class FunctionScorer:
         advance(len(exchanges))
         rewards = [self._reward_of(exchange) for exchange in exchanges]
         return [
-            None if reward is None else ScoredCompletion(reward, len(exchange.completion.split()))
+            None if reward is None else ScoredCompletion(reward, len(exchange.completion_text.split()))
             for reward, exchange in zip(rewards, exchanges, strict=True)
         ]
 

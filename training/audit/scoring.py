@@ -5,6 +5,7 @@ Both report progress by the number of completions that are done.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from reward_client.options import Truncation
 from service.assembly import assemble
 from service.console import Advance
 from service.offline import encode_items, score_offline
-from service.records import Encoding, Exchange, Item, Message, Score, TokenSequence
+from service.records import Encoding, Exchange, Item, Score, TokenSequence
 from service.settings import Settings
 from training.audit.scored_pairs import ScoredPairs
 from training.preferences import PreferencePair
@@ -180,13 +181,12 @@ def load_checkpoint_scorer(model: Path, *, truncation: Truncation, **options: An
 def _wire_item(exchange: Exchange) -> dict[str, Any]:
     prompt = exchange.prompt
     return {
-        "prompt": prompt if isinstance(prompt, str) else [_wire_message(turn) for turn in prompt],
-        "completion": exchange.completion,
+        "prompt": prompt if isinstance(prompt, str) else [turn.as_dict() for turn in prompt],
+        "completion": exchange.completion
+        if isinstance(exchange.completion, str)
+        else [turn.as_dict() for turn in exchange.completion],
+        **({"tools": json.loads(exchange.tools)} if exchange.tools else {}),
     }
-
-
-def _wire_message(turn: Message) -> dict[str, str]:
-    return {"role": turn.role, "content": turn.content}
 
 
 def _completion_tokens(diagnostics: Mapping[str, Any]) -> int | None:
