@@ -15,7 +15,7 @@ from service.data.prompts import parse_completions
 from service.data.rows import read_rows
 from service.engines.base import EngineInfo
 from service.offline import encode_items
-from service.records import Encoding, Exchange, Item, TokenSequence
+from service.records import Encoding, Exchange, Item, Message, TokenSequence
 from service.scheduling.budget import batch_cost
 from service.settings import TokenizationSettings
 from service.tokenization import Tokenization
@@ -85,6 +85,8 @@ def read_groups(path: Path) -> Iterator[Group]:
     """
     for row in read_rows(path):
         parsed = parse_completions(row)
-        prompt = parsed.prompt
-        text = prompt if isinstance(prompt, str) else "\n\n".join(message.text for message in prompt)
-        yield Group(text, parsed.completions)
+        yield Group(_joined(parsed.prompt), tuple(map(_joined, parsed.completions)))
+
+
+def _joined(text: str | tuple[Message, ...]) -> str:
+    return text if isinstance(text, str) else "\n\n".join(message.text for message in text)

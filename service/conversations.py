@@ -133,8 +133,8 @@ class ConversationRenderer:
         Some templates print the turns before the last otherwise than the last. The same conversation with another
         completion is equal up to there.
         """
-        beginning = completion[0].text.lstrip()[:1]
-        sentinel = next(one for one in SENTINELS if one != beginning)
+        first_char = completion[0].text.lstrip()[:1]
+        sentinel = next(one for one in SENTINELS if one != first_char)
         other = self._render((*prompt, Message("assistant", sentinel)), tools, variables)
         start = _common_prefix_length(other, text)
         return start if other[start:].lstrip().startswith(sentinel) else None

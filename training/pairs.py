@@ -61,7 +61,7 @@ def tokenize_pairs(
             "The model reads prompt and completion as a pair of texts with token types, which this command does not "
             "pass on: take a model with a chat template, or one without token types."
         )
-    items = [Item(Exchange(pair.prompt, text)) for pair in pairs for text in (pair.chosen, pair.rejected)]
+    items = [Item(Exchange(pair.prompt, text, pair.tools)) for pair in pairs for text in (pair.chosen, pair.rejected)]
     token_ids = [
         _token_ids(outcome, index // 2) for index, outcome in enumerate(tokenization.encode(items, Encoding()))
     ]

@@ -38,6 +38,9 @@ class PreferencePair:
     chosen: str = field(repr=False)
     rejected: str = field(repr=False)
 
+    tools: str = field(default="", repr=False)
+    """Descriptions of the tools that the assistant may call, as a JSON array; empty without tools."""
+
     id: str = ""
     """The row's ``id``, else its file and number."""
 
@@ -85,10 +88,13 @@ def parse_pair(row: Row, default_source: str = "") -> PreferencePair:
     """
     texts = parse_texts(row)
     chosen, rejected = texts.completions
+    if not isinstance(chosen, str) or not isinstance(rejected, str):
+        raise DatasetError(f"{row.location}: a completion of a pair must be one assistant message of text.")
     return PreferencePair(
         prompt=texts.prompt,
         chosen=chosen,
         rejected=rejected,
+        tools=texts.tools,
         id=str(row.values.get("id") or row.location),
         source=str(row.values.get("source") or default_source),
         reviews=_parse_reviews(row),

@@ -42,7 +42,7 @@ from reward_client.requests import (
     Prompt,
     WireItem,
     chunk_ranges,
-    completion_text,
+    completion_content,
     encode,
     encode_items,
     exchange_items,
@@ -119,21 +119,29 @@ class AsyncRewardClient:
         *,
         truncation: Truncation | None = None,
         template: TemplateChoice | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[float]:
         """Return the raw reward of each completion, in input order.
 
         Args:
             prompts: texts, or conversations as lists of ``{"role", "content"}``.
-            completions: one for each prompt; texts, or lists of one assistant message (TRL's conversational form).
+            completions: one for each prompt; texts, or lists of messages that begin with an assistant's.
             truncation: what happens to an item that is too long; None: the service's setting.
             template: how a plain-text prompt is rendered; None: the service's setting.
+            chat_template_kwargs: values for the chat template, of names that the service allows.
 
         Raises:
-            ValueError: the lists differ in length, or a completion is not one text.
+            ValueError: the lists differ in length, or an item cannot be written as JSON.
             ClientError: no rewards; see ``score_items``.
         """
         items = exchange_items(prompts, completions)
-        scored = await self.score_items(items, diagnostics="none", truncation=truncation, template=template)
+        scored = await self.score_items(
+            items,
+            diagnostics="none",
+            truncation=truncation,
+            template=template,
+            chat_template_kwargs=chat_template_kwargs,
+        )
         return [item.reward for item in scored]
 
     async def score_items(
@@ -143,6 +151,7 @@ class AsyncRewardClient:
         diagnostics: DiagnosticsLevel = "basic",
         truncation: Truncation | None = None,
         template: TemplateChoice | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[ScoredItem]:
         """Return reward and diagnostics of each item, in input order.
 
@@ -150,11 +159,12 @@ class AsyncRewardClient:
         scored again.
 
         Args:
-            items: objects of the wire format: ``prompt`` and ``completion``, or ``text``, or ``token_ids``; and ``id``,
-                ``group``.
+            items: objects of the wire format: ``prompt`` and ``completion`` (and ``tools``), or ``text``, or
+                ``token_ids``; and ``id``, ``group``.
             diagnostics: which diagnostics are returned in addition to the reward.
             truncation: as for ``score``.
             template: as for ``score``.
+            chat_template_kwargs: as for ``score``.
 
         Raises:
             RequestRejected: the service refused the request (4xx).
@@ -171,7 +181,14 @@ class AsyncRewardClient:
         encoded = encode_items(item_list)
         ranges = chunk_ranges([len(item) for item in encoded], [group_key(item) for item in item_list], self.chunks)
         chunks = [encoded[part.start : part.stop] for part in ranges]
-        options = without_none({"diagnostics": diagnostics, "truncation": truncation, "template": template})
+        options = without_none(
+            {
+                "diagnostics": diagnostics,
+                "truncation": truncation,
+                "template": template,
+                "chat_template_kwargs": chat_template_kwargs,
+            }
+        )
         async with _deadline(self.deadline_s) as time_left:
             await self._check_reference_once(time_left)
             scores = await call_with_retries(
@@ -184,9 +201,9 @@ class AsyncRewardClient:
 
         Raises:
             ClientError: as ``score_items``; a completion without a reward fails the whole comparison.
-            ValueError: a completion is not one text, or cannot be written as JSON.
+            ValueError: a completion cannot be written as JSON.
         """
-        request = {"prompt": prompt_content(prompt), "completions": [completion_text(one) for one in completions]}
+        request = {"prompt": prompt_content(prompt), "completions": [completion_content(one) for one in completions]}
         encode_items([request])  # a text that JSON cannot represent is the caller's error, before the first attempt
 
         async with _deadline(self.deadline_s) as time_left:

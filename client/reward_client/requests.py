@@ -35,12 +35,12 @@ def exchange_items(prompts: Sequence[Prompt], completions: Sequence[Completion])
     """Return the wire items of prompts and their completions.
 
     Raises:
-        ValueError: the lists differ in length, or a completion is not one text.
+        ValueError: the lists differ in length.
     """
     if len(prompts) != len(completions):
         raise ValueError(f"{len(prompts)} prompts, but {len(completions)} completions")
     return [
-        {"prompt": prompt_content(prompt), "completion": completion_text(completion)}
+        {"prompt": prompt_content(prompt), "completion": completion_content(completion)}
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
 
@@ -50,21 +50,16 @@ def prompt_content(prompt: Prompt) -> str | list[dict[str, Any]]:
     return prompt if isinstance(prompt, str) else [without_none(message) for message in prompt]
 
 
-def completion_text(completion: Completion) -> str:
-    """Return the text of a completion: itself, or the content of its one assistant message.
-
-    Raises:
-        ValueError: it is a conversation of several turns, or its content is no text.
-    """
+def completion_content(completion: Completion) -> str | list[dict[str, Any]]:
+    """Return a completion in wire format: its text, also of one assistant message that is only text, or its turns."""
     if isinstance(completion, str):
         return completion
-    match list(completion):
-        case [{"role": "assistant", "content": str(content)}]:
+    turns = [without_none(message) for message in completion]
+    match turns:
+        case [{"role": "assistant", "content": str(content), **rest}] if not rest:
             return content
-        case turns:
-            raise ValueError(
-                f"A completion is a text or a list of one assistant message; this one has {len(turns)} turns"
-            )
+        case _:
+            return turns
 
 
 def encode_items(items: Sequence[WireItem]) -> list[bytes]:

@@ -72,9 +72,18 @@ class RewardClient:
         *,
         truncation: Truncation | None = None,
         template: TemplateChoice | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[float]:
         """Return the raw reward of each completion, in input order; see ``AsyncRewardClient.score``."""
-        return self._run(self._client.score(prompts, completions, truncation=truncation, template=template))
+        return self._run(
+            self._client.score(
+                prompts,
+                completions,
+                truncation=truncation,
+                template=template,
+                chat_template_kwargs=chat_template_kwargs,
+            )
+        )
 
     def score_items(
         self,
@@ -83,10 +92,17 @@ class RewardClient:
         diagnostics: DiagnosticsLevel = "basic",
         truncation: Truncation | None = None,
         template: TemplateChoice | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[ScoredItem]:
         """Return reward and diagnostics of each item; see ``AsyncRewardClient.score_items``."""
         return self._run(
-            self._client.score_items(items, diagnostics=diagnostics, truncation=truncation, template=template)
+            self._client.score_items(
+                items,
+                diagnostics=diagnostics,
+                truncation=truncation,
+                template=template,
+                chat_template_kwargs=chat_template_kwargs,
+            )
         )
 
     def compare(self, prompt: Prompt, completions: Sequence[Completion]) -> Comparison:

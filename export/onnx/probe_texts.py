@@ -68,7 +68,11 @@ def read_items(path: Path) -> list[Item]:
         DatasetError: the file cannot be read, or a row is not valid; names the row, never the text.
     """
     parsed_rows = (parse_completions(row) for row in read_rows(path))
-    items = (Item(Exchange(parsed.prompt, completion)) for parsed in parsed_rows for completion in parsed.completions)
+    items = (
+        Item(Exchange(parsed.prompt, completion, parsed.tools))
+        for parsed in parsed_rows
+        for completion in parsed.completions
+    )
     return list(islice(items, MAX_ITEMS))
 
 

@@ -7,20 +7,23 @@ Accepted forms, as calibration, export, training and the load test all read them
 - ``{"chosen", "rejected"}``: a pair of conversations that differ in their last message only, which is TRL's preference
   format with an implicit prompt.
 
-A prompt is a string or a list of messages. A completion is a string or a list with one assistant message. Further keys
-are ignored here. Errors name file and row, never the text.
+A prompt is a string or a list of messages. A completion is a string or a list of messages that begins with an
+assistant's. Messages may have the fields of `service.messages`. The tools that the assistant may call are the list
+``tools``, or that list as JSON in a string. Further keys are ignored here. Errors name file and row, never the text.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from service.data.rows import Row
 from service.errors import DatasetError
-from service.records import Message
+from service.messages import MalformedMessage, read_completion, read_message, read_tools
+from service.records import Completion, Message
 
 Prompt: TypeAlias = str | tuple[Message, ...]
 """A plain prompt, or the messages of the conversation before the completion."""
@@ -32,8 +35,11 @@ class PromptCompletions:
 
     prompt: Prompt = field(repr=False)
 
-    completions: tuple[str, ...] = field(repr=False)
+    completions: tuple[Completion, ...] = field(repr=False)
     """One completion; or two of a pair, the chosen one first."""
+
+    tools: str = field(default="", repr=False)
+    """Descriptions of the tools, as a JSON array; empty without tools."""
 
 
 def parse_completions(row: Row) -> PromptCompletions:
@@ -47,7 +53,7 @@ def parse_completions(row: Row) -> PromptCompletions:
     key = next((key for key in ("completion", "response") if _has(row, key)), None)
     if key is None:
         raise DatasetError(f'{row.location} has neither a "completion" nor a pair of "chosen" and "rejected".')
-    return PromptCompletions(_parse_prompt(row), (_parse_completion(key, row),))
+    return PromptCompletions(_parse_prompt(row), (_parse_completion(key, row),), _parse_tools(row))
 
 
 def parse_pair(row: Row) -> PromptCompletions:
@@ -57,9 +63,8 @@ def parse_pair(row: Row) -> PromptCompletions:
         DatasetError: the row is not a pair; names file and row.
     """
     if _has(row, "prompt"):
-        return PromptCompletions(
-            _parse_prompt(row), (_parse_completion("chosen", row), _parse_completion("rejected", row))
-        )
+        completions = (_parse_completion("chosen", row), _parse_completion("rejected", row))
+        return PromptCompletions(_parse_prompt(row), completions, _parse_tools(row))
     if isinstance(row.values.get("chosen"), list) and isinstance(row.values.get("rejected"), list):
         return _split_conversations(_parse_messages("chosen", row), _parse_messages("rejected", row), row)
     raise DatasetError(
@@ -99,13 +104,22 @@ def _parse_prompt(row: Row) -> Prompt:
     return tuple(_parse_messages("prompt", row))
 
 
-def _parse_completion(key: str, row: Row) -> str:
+def _parse_completion(key: str, row: Row) -> Completion:
     if not isinstance(row.values.get(key), list):
         return _parse_text(row.values, key, row)
-    messages = _parse_messages(key, row)
-    if len(messages) != 1 or messages[0].role != "assistant":
-        raise DatasetError(f'{row.location}: "{key}" must be a string or one assistant message.')
-    return messages[0].text
+    try:
+        return read_completion(_parse_messages(key, row))
+    except MalformedMessage:
+        problem = "must be a string, or messages that begin with an assistant's"
+        raise DatasetError(f'{row.location}: "{key}" {problem}.') from None
+
+
+def _parse_tools(row: Row) -> str:
+    tools = row.values.get("tools")
+    try:
+        return read_tools(json.loads(tools) if isinstance(tools, str) and tools else tools or None)
+    except (ValueError, TypeError):
+        raise DatasetError(f'{row.location}: "tools" must be a list of objects.') from None
 
 
 def _split_conversations(chosen: list[Message], rejected: list[Message], row: Row) -> PromptCompletions:
@@ -118,14 +132,18 @@ def _split_conversations(chosen: list[Message], rejected: list[Message], row: Ro
                 f'{row.location}: "chosen" and "rejected" must have the same messages except for the last, an '
                 "assistant's."
             )
-    return PromptCompletions(tuple(common), (chosen[-1].text, rejected[-1].text))
+    completions = (read_completion(chosen[-1:]), read_completion(rejected[-1:]))
+    return PromptCompletions(tuple(common), completions, _parse_tools(row))
 
 
 def _parse_messages(key: str, row: Row) -> list[Message]:
     messages = row.values[key]
     if not all(isinstance(message, dict) for message in messages):
         raise DatasetError(f'{row.location}: "{key}" must be a string or a list of messages.')
-    return [Message(_parse_text(message, "role", row), _parse_text(message, "content", row)) for message in messages]
+    try:
+        return [read_message(message) for message in messages]
+    except MalformedMessage as error:
+        raise DatasetError(f'{row.location}: "{key}" has a message that cannot be read: {error}.') from None
 
 
 def _parse_text(values: Mapping[str, Any], key: str, row: Row) -> str:

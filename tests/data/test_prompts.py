@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def test_an_implicit_prompt_has_all_common_messages() -> None:
         ({"prompt": CANARY, "completion": 1}, '"completion" must be a string'),
         ({"prompt": [], "completion": CANARY}, '"prompt" must be a string or a list of messages'),
         ({"prompt": [CANARY], "completion": CANARY}, '"prompt" must be a string or a list of messages'),
-        ({"prompt": [{"role": "user"}], "completion": CANARY}, '"content" must be a string'),
+        ({"prompt": [{"role": "user"}], "completion": CANARY}, "has a message that cannot be read"),
         ({"completion": CANARY}, '"prompt" must be a string or a list of messages'),
     ],
     ids=["no-completion", "no-rejected", "number", "no-messages", "strings", "no-content", "no-prompt"],
@@ -99,7 +100,7 @@ def test_an_invalid_row_is_named_and_not_shown(values: dict[str, Any], message: 
         ({"chosen": [*PROMPT, *PROMPT], "rejected": [*PROMPT, POOR]}, "an assistant's"),
         (
             {"prompt": PROMPT, "chosen": [*PROMPT, GOOD], "rejected": "No."},
-            '"chosen" must be a string or one assistant',
+            '"chosen" must be a string, or messages that begin with an assistant',
         ),
     ],
     ids=["only-strings", "no-prompt", "early-difference", "user-message", "two-messages"],
@@ -121,3 +122,25 @@ def test_an_invalid_pair_is_named_and_not_shown(values: dict[str, Any], message:
 def test_an_opening_is_the_first_user_message_without_case_and_spacing(prompt: str | tuple[Message, ...]) -> None:
     """Two prompts with the same opening are on the same side of every split."""
     assert normalized_opening(prompt) == "how do i sort apples?"
+
+
+def test_messages_of_agents_keep_their_fields() -> None:
+    """Tool calls, tool results and tools are read; fields that a data set pads with null count as absent."""
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    turns = [
+        {"role": "assistant", "content": None, "tool_calls": [call], "name": None},
+        {"role": "tool", "content": "1", "tool_call_id": "c", "tool_calls": None},
+    ]
+    tools = [{"type": "function", "function": {"name": "add"}}]
+
+    parsed = parse_completions(row(prompt=PROMPT, completion=turns, tools=json.dumps(tools)))
+
+    (completion,) = parsed.completions
+    assert isinstance(completion, tuple)
+    assert [turn.as_dict() for turn in completion] == [
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "1", "tool_call_id": "c"},
+    ]
+    assert json.loads(parsed.tools) == tools
+    with pytest.raises(DatasetError, match='"tools" must be'):
+        parse_completions(row(prompt=PROMPT, completion="x", tools=[CANARY]))

@@ -13,7 +13,7 @@ from service.assembly import assemble
 from service.engines.parity import choose_path, plain_rewards, probes_for, reference_of
 from service.errors import HttpError, ParityError
 from service.offline import score_offline
-from service.records import Encoding, Exchange, Item, TextProbe
+from service.records import Encoding, Exchange, Item, Score, TextProbe
 from service.settings import read_settings
 
 PAIRS = [(SENTENCES[0], SENTENCES[1]), ("a", "b [SEP] c"), ("a [SEP] b", "c"), (SENTENCES[2], ""), ("", SENTENCES[3])]
@@ -26,7 +26,8 @@ def served_rewards(folder: Path, **tokenization: object) -> list[float]:
     sequences = served.tokenization.encode(items, Encoding())
     assert not any(isinstance(sequence, HttpError) for sequence in sequences)
     outcomes = dict(score_offline(served.scorer.pipeline, sequences))
-    return [outcomes[index].reward for index in range(len(items))]
+    scores = [outcomes[index] for index in range(len(items))]
+    return [score.reward for score in scores if isinstance(score, Score)]
 
 
 @pytest.mark.parametrize("family", ["bert", "deberta-v2", "modernbert"])

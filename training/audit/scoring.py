@@ -62,7 +62,7 @@ def score_pairs(pairs: Sequence[PreferencePair], scorer: Scorer, advance: Advanc
 
     Lengths are tokens, or characters for all if the tokens of any are unknown.
     """
-    exchanges = [Exchange(pair.prompt, text) for pair in pairs for text in (pair.chosen, pair.rejected)]
+    exchanges = [Exchange(pair.prompt, text, pair.tools) for pair in pairs for text in (pair.chosen, pair.rejected)]
     scores = scorer.score(exchanges, advance)
     complete = [
         (pair, chosen, rejected)
