@@ -29,7 +29,7 @@ from service.metrics import Metrics
 from service.pipeline import Pipeline
 from service.records import Encoding, ModelIdentity, StateTap
 from service.scorer import Scorer
-from service.settings import ModelSettings, Settings
+from service.settings import ModelSettings, Settings, TokenizationSettings
 from service.tokenization import Tokenization
 
 logger = logging.getLogger(__name__)
@@ -155,6 +155,21 @@ def with_calibration(served: ServedModel, file: Path) -> ServedModel:
     return _join(settings, served.identity, served.checkpoint, served.tokenization, engine, lookup)
 
 
+def open_tokenization(checkpoint: Checkpoint, settings: TokenizationSettings) -> Tokenization:
+    """Return the tokenization of an opened checkpoint.
+
+    Raises:
+        SettingsError, CheckpointError: see ``Tokenization``.
+    """
+    return Tokenization(
+        checkpoint.tokenizer,
+        settings,
+        max_input_tokens=checkpoint.max_input_tokens,
+        vocab_size=checkpoint.embedding_size,
+        inputs=checkpoint.inputs,
+    )
+
+
 def needs_gpu(settings: ModelSettings, folder: Path) -> bool:
     """Return whether a validated folder will be run on a GPU.
 
@@ -201,13 +216,7 @@ def _assemble_model(settings: Settings, taps: tuple[StateTap, ...] | None, opene
     enable_huge_pages()
     opened = opened or open_model(settings.model)
     checkpoint = opened.checkpoint
-    tokenization = Tokenization(
-        checkpoint.tokenizer,
-        settings.tokenization,
-        max_input_tokens=checkpoint.max_input_tokens,
-        vocab_size=checkpoint.embedding_size,
-        inputs=checkpoint.inputs,
-    )
+    tokenization = open_tokenization(checkpoint, settings.tokenization)
     logger.info("%s", tokenization.rule.sentence)
     if taps is None:
         lookup = _find_calibration(settings, checkpoint, tokenization)

@@ -41,6 +41,11 @@ class TerminalProgress:
         # While the checkpoint is checked a download may show its own progress, which a spinner would overwrite.
         self._show(_STAGES[name], spinner=name != "checkpoint")
 
+    def note(self, sentence: str) -> None:
+        """Show a sentence that stays."""
+        self._end_status()
+        self._console.print(sentence, markup=False, highlight=False)
+
     def ready(self) -> None:
         """Show that the service answers, with a request to paste."""
         self._end_status()

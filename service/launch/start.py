@@ -42,7 +42,9 @@ def serve(settings: StartSettings, console: Console) -> None:
     with TerminalProgress(console, f"http://{reachable(server.host)}:{server.port}") as progress:
         if settings.model.engine != "oracle":
             progress.stage("checkpoint")
-        inspection = inspect_checkpoint(settings.model)
+        inspection = inspect_checkpoint(settings.model, settings.tokenization)
+        if inspection.text_rule is not None:
+            progress.note(inspection.text_rule)
         with private_folder() as folder:
             log = log_path(settings.log, folder)
             for descriptor in (1, 2):
