@@ -43,7 +43,7 @@ def test_a_prompt_is_a_string_or_a_conversation(tmp_path: Path) -> None:
         (PAIR | {"chosen": [USER_TEXT]}, '"chosen" must be a string'),
         (PAIR | {"prompt": []}, '"prompt" must be a string or a list of messages'),
         (PAIR | {"prompt": [USER_TEXT]}, '"prompt" must be a string or a list of messages'),
-        (PAIR | {"prompt": [{"role": "user", "text": USER_TEXT}]}, '"content" must be a string'),
+        (PAIR | {"prompt": [{"role": "user", "text": USER_TEXT}]}, "has a message that cannot be read"),
     ],
     ids=["no-rejected", "chosen-a-list", "no-messages", "message-a-string", "message-without-content"],
 )
