@@ -6,10 +6,12 @@ as they will be when the model is loaded, and no weight is read.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from service.records import PLAIN_INPUTS, ModelInputs
 from service.transformers_logging import transformers_silenced
 
 
@@ -40,6 +42,9 @@ class Fit:
 
     mismatched_body: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     """The same for the body."""
+
+    inputs: ModelInputs = PLAIN_INPUTS
+    """What the classifier reads."""
 
     unused: frozenset[str] = frozenset()
     """Names of the stored tensors that the classifier has no parameter for."""
@@ -87,8 +92,22 @@ def fit_classifier(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> Fit:
         missing_body=tuple(name for name in missing if in_body(name)),
         mismatched_head={name: shapes for name, shapes in mismatched.items() if not in_body(name)},
         mismatched_body={name: shapes for name, shapes in mismatched.items() if in_body(name)},
+        inputs=inputs_of(model),
         unused=frozenset(report["unexpected_keys"]),
     )
+
+
+def inputs_of(model: Any) -> ModelInputs:
+    """Return what a classifier of transformers reads."""
+    head = [name for name, _ in model.named_children() if name != model.base_model_prefix]
+    return ModelInputs(is_encoder="score" not in head, num_token_types=_num_token_types(model))
+
+
+def _num_token_types(model: Any) -> int:
+    if "token_type_ids" not in inspect.signature(model.forward).parameters:
+        return 0
+    # Families without the entry (GPT-2) take the embeddings of token types from those of the vocabulary.
+    return int(getattr(model.config, "type_vocab_size", model.get_input_embeddings().weight.shape[0]))
 
 
 def max_positions(model: Any) -> int | None:

@@ -32,7 +32,7 @@ from service.checkpoints.validation import (
 )
 from service.checkpoints.weights import files_sha256
 from service.errors import CheckpointError
-from service.records import StateTap
+from service.records import ModelInputs, StateTap
 from service.settings import ModelSettings
 from service.transformers_logging import transformers_silenced
 
@@ -168,7 +168,7 @@ def open_bundle(path: Path, settings: ModelSettings) -> Bundle:
     verify_files(path, manifest.files)
     with transformers_silenced():
         config = with_pad_token_id(load_config(path), manifest.pad_token_id)
-        tokenizer = load_tokenizer(path)
+        tokenizer = load_tokenizer(path, settings.chat_template)
     validate_vocabulary(path, tokenizer, manifest.embedding_size)
     limit = resolve_max_input_tokens(path, manifest.max_input_tokens, tokenizer, settings.max_input_tokens)
     checkpoint = Checkpoint(
@@ -187,6 +187,9 @@ def open_bundle(path: Path, settings: ModelSettings) -> Bundle:
             weights=manifest.checkpoint_sha256.weights,
             tokenizer=hash_tokenizer(tokenizer),
             template=hash_template(tokenizer),
+        ),
+        inputs=ModelInputs(
+            is_encoder=not manifest.has_linear_head, num_token_types=getattr(config, "type_vocab_size", 0)
         ),
         notes=tuple(notes_on(config, tokenizer)),
     )

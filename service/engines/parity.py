@@ -6,10 +6,11 @@ compares arithmetic only; it does not check whether the checkpoint's rewards mak
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, isfinite, isnan
 from statistics import median
 from typing import Any
@@ -22,6 +23,7 @@ from service.engines.paths.packed import PackedForward
 from service.engines.paths.padded import PaddedForward
 from service.engines.rewiring import rewire
 from service.errors import ParityError, SettingsError
+from service.records import TextProbe
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +101,10 @@ class Reference:
 
     tolerances: Sequence[float]
     """Largest difference to each reward that rounding alone explains."""
+
+    def with_texts(self, rewards: Sequence[float]) -> Reference:
+        """Return the reference with other plain rewards of the last probes, which are texts."""
+        return replace(self, rewards=[*self.rewards[: len(self.rewards) - len(rewards)], *rewards])
 
     def compare(self, rewards: Sequence[float]) -> Parity:
         """Compare a path's rewards of the probes with the plain ones."""
@@ -300,18 +306,33 @@ def plain_rewards(classifier: Classifier, sequences: Sequence[Sequence[int]]) ->
 
     Args:
         classifier: left with the attention that transformers chose.
-        sequences: token ids.
+        sequences: rows.
     """
     rewire(classifier, classifier.plain_attention)
     rewards = []
-    for token_ids in sequences:
-        ids = classifier.token_tensor([token_ids])
-        if classifier.pooling == "last":
-            states = classifier.body(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
-            rewards += classifier.read_rewards(states[:, -1])
-        else:
-            rewards.append(float(classifier.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, 0]))
+    for row in sequences:
+        inputs = classifier.inputs_of([row])
+        rewards.append(_plain_reward(classifier, inputs | {"attention_mask": torch.ones_like(inputs["input_ids"])}))
     return rewards
+
+
+@torch.inference_mode()
+def plain_rewards_of_texts(classifier: Classifier, texts: Sequence[TextProbe]) -> list[float]:
+    """Return the rewards of the plain transformers forward on what the tokenizer's own call gives for these texts."""
+    rewire(classifier, classifier.plain_attention)
+    read = inspect.signature(classifier.model.forward).parameters
+    return [
+        _plain_reward(
+            classifier, {name: classifier.token_tensor([ids]) for name, ids in text.inputs.items() if name in read}
+        )
+        for text in texts
+    ]
+
+
+def _plain_reward(classifier: Classifier, inputs: dict[str, torch.Tensor]) -> float:
+    if classifier.pooling == "last":
+        return classifier.read_rewards(classifier.body(**inputs).last_hidden_state[:, -1])[0]
+    return float(classifier.model(**inputs).logits[0, 0])
 
 
 def _noise_of(classifier: Classifier, probes: Sequence[Sequence[int]], plain: Sequence[float]) -> list[float]:
