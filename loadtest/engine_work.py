@@ -14,7 +14,7 @@ from service.checkpoints.checkpoint import Checkpoint
 from service.data.reading import read_examples
 from service.engines.base import EngineInfo
 from service.offline import encode_items
-from service.records import Encoding, Exchange, Item, TokenSequence
+from service.records import Encoding, Exchange, Item, Message, TokenSequence
 from service.scheduling.budget import batch_cost
 from service.settings import TokenizationSettings
 from service.tokenization import Tokenization
@@ -84,6 +84,8 @@ def read_groups(path: Path) -> Iterator[Group]:
         DatasetError: a row is neither.
     """
     for _, parsed in read_examples(path):
-        prompt = parsed.prompt
-        text = prompt if isinstance(prompt, str) else "\n\n".join(message.content for message in prompt)
-        yield Group(text, parsed.completions)
+        yield Group(_joined(parsed.prompt), tuple(map(_joined, parsed.completions)))
+
+
+def _joined(text: str | tuple[Message, ...]) -> str:
+    return text if isinstance(text, str) else "\n\n".join(message.text for message in text)

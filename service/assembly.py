@@ -6,6 +6,7 @@ needs it.
 
 from __future__ import annotations
 
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -23,13 +24,15 @@ from service.diagnostics.lookup import Lookup, binding_of, find_calibration, wit
 from service.diagnostics.monitors.monitor import Monitors
 from service.diagnostics.monitors.publisher import watch_stream
 from service.engines.base import Engine, EngineInfo
-from service.errors import SettingsError, StartupError
+from service.errors import CheckpointError, SettingsError, StartupError
 from service.metrics import Metrics
 from service.pipeline import Pipeline
 from service.records import Encoding, ModelIdentity, StateTap
 from service.scorer import Scorer
-from service.settings import ModelSettings, Settings, name_as_given
+from service.settings import ModelSettings, Settings, TokenizationSettings, name_as_given
 from service.tokenization import Tokenization
+
+logger = logging.getLogger(__name__)
 
 ORACLE_INPUT_TOKENS = 4096
 ORACLE_BATCH_TOKENS = 65_536
@@ -82,6 +85,7 @@ class ServedModel:
             if self.checkpoint and self.checkpoint.description
             else None,
             "template": self.tokenization.template_for(Encoding()),
+            "text_rule": self.tokenization.rule.description(),
             "truncation": settings.tokenization.truncation,
             "diagnostics": settings.diagnostics.level,
             "calibration": self.lookup.description(),
@@ -161,6 +165,22 @@ def with_calibration(served: ServedModel, file: Path) -> ServedModel:
     return _join(settings, served.identity, served.checkpoint, served.tokenization, engine, lookup)
 
 
+def open_tokenization(checkpoint: Checkpoint, settings: TokenizationSettings) -> Tokenization:
+    """Return the tokenization of an opened checkpoint.
+
+    Raises:
+        SettingsError, CheckpointError: see ``Tokenization``.
+    """
+    return Tokenization(
+        checkpoint.tokenizer,
+        settings,
+        max_input_tokens=checkpoint.max_input_tokens,
+        vocab_size=checkpoint.embedding_size,
+        inputs=checkpoint.inputs,
+        append_token_ids=checkpoint.append_token_ids,
+    )
+
+
 def needs_gpu(settings: ModelSettings, folder: Path) -> bool:
     """Return whether a validated folder will be run on a GPU.
 
@@ -207,28 +227,34 @@ def _assemble_model(settings: Settings, taps: tuple[StateTap, ...] | None, opene
     enable_huge_pages()
     opened = opened or open_model(settings.model)
     checkpoint = opened.checkpoint
-    tokenization = Tokenization(
-        checkpoint.tokenizer,
-        settings.tokenization,
-        max_input_tokens=checkpoint.max_input_tokens,
-        vocab_size=checkpoint.embedding_size,
-        append_token_ids=checkpoint.append_token_ids,
-    )
+    tokenization = open_tokenization(checkpoint, settings.tokenization)
+    logger.info("%s", tokenization.rule.sentence)
     if taps is None:
         lookup = _find_calibration(settings, checkpoint, tokenization)
     else:
         lookup = without_calibration("No calibration was searched for, because states are read at other taps.")
-    engine = _load_engine(settings, opened, taps, lookup)
+    engine = _load_engine(settings, opened, taps, lookup, tokenization)
     identity = model_version(
         checkpoint,
         dtype=engine.info.arithmetic if opened.bundle is None else opened.bundle.arithmetic,
-        template=tokenization.template_for(Encoding()),
+        template=tokenization.rule.name,
     )
     return _join(settings, identity, checkpoint, tokenization, engine, lookup)
 
 
-def _load_engine(settings: Settings, opened: OpenedModel, taps: tuple[StateTap, ...] | None, lookup: Lookup) -> Engine:
+def _load_engine(
+    settings: Settings,
+    opened: OpenedModel,
+    taps: tuple[StateTap, ...] | None,
+    lookup: Lookup,
+    tokenization: Tokenization,
+) -> Engine:
     if opened.bundle is not None:
+        if tokenization.reads_token_types:
+            raise CheckpointError(
+                f"{opened.checkpoint.path} is an ONNX bundle, which reads no token types, but its model reads pairs of "
+                "texts with them: serve the checkpoint itself."
+            )
         from service.engines.onnx import load_onnx_engine
 
         return load_onnx_engine(opened.bundle, settings.model, settings.batching, taps=taps)
@@ -241,12 +267,13 @@ def _load_engine(settings: Settings, opened: OpenedModel, taps: tuple[StateTap, 
         pad_token_id=opened.checkpoint.pad_token_id,
         max_input_tokens=opened.checkpoint.max_input_tokens,
         taps=lookup.taps if taps is None else taps,
+        reads_token_types=tokenization.reads_token_types,
+        texts=tokenization.probes(),
     )
 
 
 def _find_calibration(settings: Settings, checkpoint: Checkpoint, tokenization: Tokenization) -> Lookup:
-    template = tokenization.template_for(Encoding())
-    binding = binding_of(checkpoint, template=template)
+    binding = binding_of(checkpoint, template=tokenization.rule.name)
     return find_calibration(checkpoint.path, settings.diagnostics.calibration, binding)
 
 

@@ -11,6 +11,7 @@
     │   ├── ItemTooLong            413    more characters than one item may have
     │   ├── UnsupportedMediaType   415    a Content-Type or Content-Encoding that is not supported
     │   ├── InvalidRequest         422    a field is missing, unknown, of the wrong type or out of range
+    │   ├── CompletionNotRendered  422    the chat template leaves out a part of the completion
     │   ├── SequenceTooLong        422    more tokens than the model's limit, and truncation cannot help
     │   └── Overloaded             503    the queue is full; carries retry_after_s
     ├── ScoringFailed                     the service fails on it, or cannot accept it now
@@ -141,6 +142,13 @@ class InvalidRequest(RequestRefused):
 
     def __reduce__(self) -> tuple[type[InvalidRequest], tuple[str, Sequence[Violation]]]:
         return type(self), (self.detail, self.violations)
+
+
+class CompletionNotRendered(RequestRefused):
+    """The chat template leaves out a part of the completion, so its reward would be that of another text."""
+
+    status, code = 422, "completion_not_rendered"
+    title = "The chat template leaves out a part of the completion"
 
 
 class SequenceTooLong(RequestRefused):

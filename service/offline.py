@@ -156,7 +156,7 @@ def _requests(sequences: Iterable[TokenSequence], budget: BatchBudget) -> list[l
 
 def _key(sequence: TokenSequence) -> _Key:
     """Sequences with equal keys have equal rewards and states: pooling may depend on where the completion begins."""
-    return sequence.token_ids, sequence.num_prompt_tokens
+    return sequence.row, sequence.num_prompt_tokens
 
 
 # --- Scoring ---------------------------------------------------------------------------------------------------------

@@ -5,8 +5,10 @@ They depend on no tokenizer, device or protocol; only the standard library and t
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from reward_client.options import DiagnosticsLevel, TemplateChoice, Truncation
 
@@ -38,7 +40,37 @@ class Message:
     """One turn of a conversation, in the form of chat templates."""
 
     role: str
-    content: str = field(repr=False)
+
+    content: str | None = field(repr=False)
+    """None only where the turn consists of tool calls."""
+
+    fields: str = field(default="", repr=False)
+    """Further fields (tool calls, names) as one JSON object; empty without any. JSON, so that messages are hashable."""
+
+    @property
+    def text(self) -> str:
+        """The content, empty where there is none."""
+        return self.content or ""
+
+    @property
+    def num_chars(self) -> int:
+        """Characters of the content and of the further fields."""
+        return len(self.text) + len(self.fields)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the turn in the form of chat templates."""
+        return {"role": self.role, "content": self.content, **(json.loads(self.fields) if self.fields else {})}
+
+
+Completion: TypeAlias = str | tuple[Message, ...]
+"""The text of one assistant turn; or several turns, of which the first is an assistant's."""
+
+
+def completion_text(completion: Completion) -> str:
+    """Return a completion as one text: its string, or the contents of its assistant turns, one per line."""
+    if isinstance(completion, str):
+        return completion
+    return "\n".join(turn.text for turn in completion if turn.role == "assistant")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,19 +80,29 @@ class Exchange:
     prompt: str | tuple[Message, ...] = field(repr=False)
     """Plain text, or the turns of a conversation."""
 
-    completion: str = field(repr=False)
+    completion: Completion = field(repr=False)
+
+    tools: str = field(default="", repr=False)
+    """Descriptions of the tools that the assistant may call, as a JSON array; empty without tools."""
+
+    @property
+    def completion_text(self) -> str:
+        """The completion as one text, see `completion_text`."""
+        return completion_text(self.completion)
 
     @property
     def num_chars(self) -> int:
-        """Characters of prompt and completion together, before any template."""
-        prompt = self.prompt
-        prompt_chars = len(prompt) if isinstance(prompt, str) else sum(len(turn.content) for turn in prompt)
-        return prompt_chars + len(self.completion)
+        """Characters of prompt, completion and tools together, before any template."""
+        return _num_chars(self.prompt) + _num_chars(self.completion) + len(self.tools)
+
+
+def _num_chars(text: str | tuple[Message, ...]) -> int:
+    return len(text) if isinstance(text, str) else sum(turn.num_chars for turn in text)
 
 
 @dataclass(frozen=True, slots=True)
 class TemplatedText:
-    """A text to which a chat template was applied already; only a BOS token may still be added in front."""
+    """A text that is tokenized as it is: rendered by the caller, or for a model without a chat template."""
 
     text: str = field(repr=False)
 
@@ -104,13 +146,16 @@ class Encoding:
     """How items become token sequences; set by the route and the request, never guessed from a text."""
 
     template: TemplateChoice | None = None
-    """None: the served model's default, which is its chat template if it has one, else plain concatenation."""
+    """None: the served model's default, see ``TextRule``."""
 
     truncation: Truncation = "error"
     """What happens to an item that is too long."""
 
     add_bos: bool = True
-    """Whether a templated text gets the BOS token that its tokenizer would put in front."""
+    """Whether a templated text gets the special tokens that its tokenizer adds."""
+
+    template_variables: tuple[tuple[str, str | float | bool | None], ...] = ()
+    """Names and values that the chat template gets beside the conversation, in the order of their names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +171,24 @@ class ScoreRequest:
 
     run_id: str | None = None
     """The training run that sends the request; each run has monitors of its own. None: it is not named."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInputs:
+    """What the text rule has to know about a model."""
+
+    is_encoder: bool = False
+    """Whether its head reads the first token, not the last one."""
+
+    num_token_types: int = 0
+    """Token types that it has embeddings for; 0: it reads no token types."""
+
+
+PLAIN_INPUTS = ModelInputs()
+"""Of a decoder without token types."""
+
+TOKEN_TYPE_SHIFT = 32
+"""In a row of an engine, the bits of an entry above these hold the token's type."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +209,23 @@ class TokenSequence:
     completion_chars: int | None = None
     """Characters of the completion; None where it is not known as text."""
 
+    token_types: tuple[int, ...] = field(default=(), repr=False)
+    """The segment of each token (0: prompt, 1: completion), for models that read it; empty where all are 0."""
+
+    partly_rendered: bool = False
+    """Whether the chat template left out a part of the completion, which the settings accept."""
+
+    @property
+    def row(self) -> tuple[int, ...]:
+        """What an engine computes a reward from: sequences with equal rows have equal rewards.
+
+        The token ids; where tokens have types, the type of each is in the bits from ``TOKEN_TYPE_SHIFT`` on.
+        """
+        if not self.token_types:
+            return self.token_ids
+        typed = zip(self.token_ids, self.token_types, strict=True)
+        return tuple(token_id | token_type << TOKEN_TYPE_SHIFT for token_id, token_type in typed)
+
     @property
     def num_tokens(self) -> int:
         """Tokens that the model reads."""
@@ -159,7 +239,18 @@ class TokenSequence:
     @property
     def truncated(self) -> bool:
         """Whether the model read less than the caller sent."""
-        return self.num_dropped > 0
+        return self.num_dropped > 0 or self.partly_rendered
+
+
+@dataclass(frozen=True, slots=True)
+class TextProbe:
+    """A text as it is served, and as plain transformers would get it."""
+
+    row: tuple[int, ...]
+    """The row of its token sequence."""
+
+    inputs: Mapping[str, Sequence[int]]
+    """What the tokenizer's own call returns for it, by name: ``input_ids``, ``token_type_ids``."""
 
 
 @dataclass(frozen=True, slots=True)

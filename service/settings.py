@@ -48,6 +48,10 @@ class ModelSettings(Section):
         description="Arithmetic of the model body (the head is always float32); auto: the checkpoint's own on CUDA, "
         "bfloat16 on a CPU with native bfloat16 matrix units, else float32.",
     )
+    chat_template: str | None = Field(
+        None,
+        description="Name of the chat template to use, where the tokenizer has several; null: the one named default.",
+    )
     pooling: Pooling | None = Field(
         None,
         description="Token whose hidden state is scored. hf: the rightmost that is not the pad token, as transformers "
@@ -107,7 +111,29 @@ class TokenizationSettings(Section):
     """How items become token ids."""
 
     template: TemplateChoice | None = Field(
-        None, description="Rendering of a plain-string prompt; null: chat if the tokenizer has a template, else concat."
+        None,
+        description="Rendering of a plain-string prompt. chat: by the chat template; pair: by the tokenizer's own "
+        "call with two texts, as cross-encoders are trained; concat: prompt and completion joined. null: chat if the "
+        "tokenizer has a template, else pair for an encoder whose tokenizer has a form for pairs, else concat.",
+    )
+    special_tokens: Literal["tokenizer", "leading"] = Field(
+        "tokenizer",
+        description="Special tokens of a text that no chat template renders. tokenizer: those that the tokenizer's own "
+        "call adds, before and after; leading: only those before.",
+    )
+    token_types: bool = Field(
+        True,
+        description="Whether an encoder with embeddings of token types gets those that its tokenizer's form for pairs "
+        "gives the two texts; false: all tokens have type 0.",
+    )
+    unrendered: Literal["error", "accept"] = Field(
+        "error",
+        description="A completion of which the chat template leaves out a part. error: the item gets an error; accept: "
+        "what is left is scored, and length.truncated is true.",
+    )
+    chat_template_kwargs: tuple[str, ...] = Field(
+        ("enable_thinking",),
+        description="Names that chat_template_kwargs of a request may hold; the chat template gets their values.",
     )
     truncation: Truncation = Field(
         "error",

@@ -21,20 +21,24 @@ from typing import Any, assert_never
 
 from reward_client.options import TemplateChoice, Truncation
 
-from service.errors import CheckpointError, HttpError, InvalidRequest, SequenceTooLong, SettingsError
+from service.conversations import OTHER_COMPLETION, SAMPLE_COMPLETION, SAMPLE_PROMPT, ConversationRenderer
+from service.errors import CheckpointError, HttpError, InvalidRequest, SequenceTooLong
 from service.records import (
+    PLAIN_INPUTS,
     Encoding,
     Exchange,
     Item,
-    Message,
+    ModelInputs,
     TemplatedText,
+    TextProbe,
     TokenIds,
     TokenSequence,
 )
 from service.settings import TokenizationSettings
+from service.text_rule import decide_rule
 
-SAMPLE_PROMPT = "What does a reward model do?"
-SAMPLE_COMPLETION = "It reads a prompt with its answer and says, as one number, how much people would like that answer."
+__all__ = ["SAMPLE", "SAMPLE_COMPLETION", "SAMPLE_PROMPT", "Tokenization"]
+
 SAMPLE = Item(Exchange(SAMPLE_PROMPT, SAMPLE_COMPLETION))
 """A fixed item; its token ids show whether two services tokenize in the same way."""
 
@@ -45,14 +49,41 @@ class _Text:
 
     text: str = field(repr=False)
 
-    add_special_tokens: bool
-    """Whether it gets the special tokens that the tokenizer puts around a plain text."""
+    before: tuple[int, ...] = ()
+    """Special tokens that are put in front, unless the text begins with them."""
+
+    after: tuple[int, ...] = ()
+    """Special tokens that are put behind."""
 
     prompt_chars: int | None = None
     """Characters before the completion; None where unknown."""
 
     completion_chars: int | None = None
     """Characters of the completion; None where unknown."""
+
+    is_exchange: bool = True
+    """Whether it has a completion, which is never truncated."""
+
+    is_whole: bool = True
+    """Whether it contains the whole completion."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """The two texts of an item, ready for the tokenizer, which puts special tokens around and between them."""
+
+    prompt: str = field(repr=False)
+    completion: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    """The tokens of an item before truncation."""
+
+    sequence: TokenSequence
+
+    num_droppable: int
+    """Tokens before this index may be dropped, except for the leading special ones."""
 
 
 class Tokenization:
@@ -64,12 +95,15 @@ class Tokenization:
         max_input_tokens: maximal length of a TokenSequence.
         vocab_size: rows of the embedding; token ids that callers send must be less.
         append_token_ids: stand after every text that does not end in them, such as a reward token.
+        inputs: what the model reads.
 
-    ``sample_token_ids`` are the ids of ``SAMPLE`` with the default settings.
+    ``rule`` is how text becomes token ids by default. ``sample_token_ids`` are the ids of ``SAMPLE`` with the default
+    settings.
 
     Raises:
-        SettingsError: the chat template is set as default, but the tokenizer has none.
-        CheckpointError: the chat template cannot render one user turn and one assistant turn.
+        SettingsError: a template is set as default that the tokenizer does not have.
+        CheckpointError: the chat template cannot render one user turn and one assistant turn, or does not print it; or
+            the tokenizer's own call, by the rule, gives other ids.
     """
 
     def __init__(
@@ -80,30 +114,47 @@ class Tokenization:
         max_input_tokens: int,
         vocab_size: int,
         append_token_ids: tuple[int, ...] = (),
+        inputs: ModelInputs = PLAIN_INPUTS,
     ) -> None:
-        if settings.template == "chat" and not tokenizer.chat_template:
-            raise SettingsError("tokenization.template is chat, but the tokenizer has no chat template: set concat.")
         self._tokenizer = tokenizer
         self._backend = _private_backend(tokenizer)
-        self._prefix, self._suffix = _special_tokens_around_text(tokenizer, self._backend)
-        self._leading_special_ids = {tokenizer.bos_token_id, *self._prefix}
-        self._default_template: TemplateChoice = settings.template or ("chat" if tokenizer.chat_template else "concat")
+        self._conversations = ConversationRenderer(tokenizer, accepts_partial=settings.unrendered == "accept")
+        self.rule = decide_rule(tokenizer, self._backend, settings, inputs, self._conversations.content)
+        self._refuse_unrenderable()
+        self._may_pair = (
+            self.rule.has_pairs
+            and not append_token_ids
+            and (self.rule.template == "pair" or inputs.is_encoder or not self.rule.token_types)
+        )
+        if self.rule.template == "pair" and append_token_ids:
+            raise CheckpointError(
+                "The checkpoint's reward_model.json appends tokens to a text, and its template is a pair of texts: set "
+                "tokenization.template to concat."
+            )
+        self.reads_token_types = self.rule.token_types and (self.rule.template == "pair" or inputs.is_encoder)
+        """Whether token sequences may have token types, which the engine then must read."""
+        self._leading_special_ids = {tokenizer.bos_token_id, *self.rule.before}
+        self._allowed_variables = frozenset(settings.chat_template_kwargs)
         self._max_input_tokens = max_input_tokens
         self._vocab_size = vocab_size
         self._appended = append_token_ids
         self.sample_token_ids = self._encode_sample()
+        self._refuse_other_ids()
         self._tokens_per_char, self._extra_tokens = self._measure_sample()
 
     def template_for(self, encoding: Encoding) -> TemplateChoice:
         """Return how a prompt that is a plain string is rendered with this encoding."""
-        return encoding.template or self._default_template
+        return encoding.template or self.rule.template
 
     def encode(self, items: Sequence[Item], encoding: Encoding) -> list[TokenSequence | HttpError]:
         """Tokenize the items in one call of the tokenizer; an item that cannot be encoded yields its error.
 
-        An Exchange whose prompt is a string becomes a user turn and an assistant turn of the chat template, or with
-        ``concat`` the two strings joined. A prompt of messages is always rendered by the chat template. Templated text
-        gets the tokenizer's BOS if ``add_bos`` is set and the text has none. Token ids are not changed.
+        An Exchange whose prompt is a string becomes a user turn and an assistant turn of the chat template, with
+        ``concat`` the two strings joined, or with ``pair`` the tokenizer's pair of texts. A prompt or completion of
+        messages is always rendered by the chat template. A text that no template renders gets the special tokens that
+        the tokenizer's own call adds; those in front are not added to a text that begins with them. Templated text gets
+        those that are put behind only where the model has no chat template, and none without ``add_bos``. Token ids are
+        not changed.
 
         Truncation ``prompt_left`` drops the excess tokens from the left, after the BOS. It drops no token of the
         completion. In templated text it is unknown where the completion begins, so it may be cut into. Token ids are
@@ -115,29 +166,40 @@ class Tokenization:
 
         Returns:
             One entry per item, in order: a TokenSequence, or one of
-            InvalidRequest: messages without a chat template, or messages that it rejects; ids outside the vocabulary;
-            no tokens at all.
+            InvalidRequest: messages without a chat template, or messages that it rejects; a template or variables that
+            the model does not have; ids outside the vocabulary; no tokens at all.
+            CompletionNotRendered: the chat template leaves out a part of the completion.
             SequenceTooLong: more than ``max_input_tokens`` where truncation was not requested or is not possible.
         """
-        prompts: dict[tuple[Message, ...], str] = {}
+        prompts: dict[tuple[object, str], Any] = {}
         prepared = [self._prepare(item, encoding, prompts) for item in items]
-        texts = [entry.text for entry in prepared if isinstance(entry, _Text)]
-        encoded = iter(self._encode_texts(texts))
+        encoded = iter(self._encode_all([entry for entry in prepared if isinstance(entry, _Text | _Pair)]))
         outcomes: list[TokenSequence | HttpError] = []
         for entry in prepared:
             match entry:
-                case _Text():
-                    outcomes.append(self._fit(self._sequence(entry, next(encoded)), encoding.truncation))
+                case _Text() | _Pair():
+                    outcomes.append(self._fit(self._tokens(entry, next(encoded)), encoding.truncation))
                 case TokenIds():
                     outcomes.append(self._check_ids(entry))
                 case HttpError():
                     outcomes.append(entry)
         return outcomes
 
-    def _encode_texts(self, texts: list[str]) -> list[Any]:
-        if len(texts) == 1:  # for a single text the batch call would start its thread pool
-            return [self._backend.encode(texts[0], add_special_tokens=False)]
-        return list(self._backend.encode_batch(texts, add_special_tokens=False))
+    def _encode_all(self, entries: list[_Text | _Pair]) -> list[Any]:
+        pairs = iter(self._encode_batch([(one.prompt, one.completion) for one in entries if isinstance(one, _Pair)]))
+        texts = iter(self._encode_batch([one.text for one in entries if isinstance(one, _Text)]))
+        return [next(pairs if isinstance(one, _Pair) else texts) for one in entries]
+
+    def _encode_batch(self, inputs: list[Any]) -> list[Any]:
+        if len(inputs) == 1:  # for a single text the batch call would start its thread pool
+            return [self._encode_one(inputs[0])]
+        of_pairs = bool(inputs) and isinstance(inputs[0], tuple)
+        return list(self._backend.encode_batch(inputs, add_special_tokens=of_pairs))
+
+    def _encode_one(self, text: str | tuple[str, str]) -> Any:
+        if isinstance(text, tuple):
+            return self._backend.encode(*text, add_special_tokens=True)
+        return self._backend.encode(text, add_special_tokens=False)
 
     def estimate_tokens(self, items: Sequence[Item]) -> int:
         """Estimate the tokens of the items from their characters; at least one per item, exact for token ids.
@@ -152,57 +214,85 @@ class Tokenization:
         return max(1, self._extra_tokens + ceil(item.content.num_chars * self._tokens_per_char))
 
     def _prepare(
-        self, item: Item, encoding: Encoding, prompts: dict[tuple[Message, ...], str]
-    ) -> _Text | TokenIds | HttpError:
+        self, item: Item, encoding: Encoding, prompts: dict[tuple[object, str], Any]
+    ) -> _Text | _Pair | TokenIds | HttpError:
         content = item.content
         match content:
             case Exchange():
-                return self._render_exchange(content, self.template_for(encoding), prompts)
+                return self._prepare_exchange(content, encoding, prompts)
             case TemplatedText():
-                return _Text(content.text, add_special_tokens=encoding.add_bos)
+                rule = self.rule
+                if not encoding.add_bos:
+                    return _Text(content.text, is_exchange=False)
+                after = () if rule.template == "chat" and rule.adds_end else rule.after
+                return _Text(content.text, rule.before, after, is_exchange=False)
             case TokenIds():
                 return content
             case _:
                 assert_never(content)
 
-    def _render_exchange(
-        self, exchange: Exchange, template: TemplateChoice, prompts: dict[tuple[Message, ...], str]
-    ) -> _Text | HttpError:
-        prompt, completion = exchange.prompt, exchange.completion
-        if isinstance(prompt, str):
+    def _prepare_exchange(
+        self, exchange: Exchange, encoding: Encoding, prompts: dict[tuple[object, str], Any]
+    ) -> _Text | _Pair | HttpError:
+        prompt, completion, template = exchange.prompt, exchange.completion, self.template_for(encoding)
+        is_plain = isinstance(prompt, str) and isinstance(completion, str) and not exchange.tools
+        if template != "chat" and isinstance(prompt, str) and isinstance(completion, str) and is_plain:
             if template == "concat":
-                return _Text(prompt + completion, True, len(prompt), len(completion))
-            prompt = (Message("user", prompt),)
-        if not self._tokenizer.chat_template:
-            return InvalidRequest("The model has no chat template: the prompt must be a string, its template concat.")
-        try:
-            # The prompt rendered alone shows where the completion begins. Many items share a prompt: render it once.
-            if prompt not in prompts:
-                prompts[prompt] = self._render(prompt, open_ended=True)
-            text = self._render((*prompt, Message("assistant", completion)), open_ended=False)
-        except Exception as error:  # noqa: BLE001 - a template is a program and may raise anything
-            # The message of the error may quote the conversation, so only its class is reported.
-            return InvalidRequest(f"The model's chat template rejects these messages ({type(error).__name__}).")
-        return _Text(text, False, _common_prefix_length(prompts[prompt], text), len(completion))
+                return _Text(prompt + completion, self.rule.before, self.rule.after, len(prompt), len(completion))
+            if not self._may_pair:
+                return InvalidRequest("The model reads no pairs of texts: its template is one of the others.")
+            return _Pair(prompt, completion)
+        unknown = len({name for name, _ in encoding.template_variables} - self._allowed_variables)
+        if unknown:
+            return InvalidRequest(
+                f"{unknown} names in chat_template_kwargs are not allowed; tokenization.chat_template_kwargs allows: "
+                f"{', '.join(sorted(self._allowed_variables)) or 'none'}."
+            )
+        rendered = self._conversations.render(exchange, dict(encoding.template_variables), prompts)
+        if isinstance(rendered, HttpError):
+            return rendered
+        return _Text(
+            rendered.text,
+            prompt_chars=rendered.completion_start,
+            completion_chars=len(exchange.completion_text),
+            is_whole=rendered.is_whole,
+        )
 
-    def _render(self, messages: tuple[Message, ...], *, open_ended: bool) -> str:
-        conversation = [{"role": message.role, "content": message.content} for message in messages]
-        return str(self._tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=open_ended))
+    def _tokens(self, entry: _Text | _Pair, encoded: Any) -> _Tokens:
+        return self._pair_tokens(entry, encoded) if isinstance(entry, _Pair) else self._text_tokens(entry, encoded)
 
-    def _sequence(self, text: _Text, encoded: Any) -> TokenSequence:
+    def _text_tokens(self, text: _Text, encoded: Any) -> _Tokens:
         ids = tuple(encoded.ids)
         num_prompt_tokens = None if text.prompt_chars is None else _tokens_before(text.prompt_chars, encoded)
-        if text.add_special_tokens and ids[: len(self._prefix)] != self._prefix:
-            ids = self._prefix + ids
+        if ids[: len(text.before)] != text.before:
+            ids = text.before + ids
             if num_prompt_tokens is not None:
-                num_prompt_tokens += len(self._prefix)
-        if text.add_special_tokens and self._suffix and ids[-len(self._suffix) :] != self._suffix:
-            ids += self._suffix
-        if self._appended and ids[-len(self._appended) :] != self._appended:
-            ids += self._appended
-        return TokenSequence(ids, num_prompt_tokens, completion_chars=text.completion_chars)
+                num_prompt_tokens += len(text.before)
+        ids = self._with_appended(ids + text.after)
+        sequence = TokenSequence(
+            ids, num_prompt_tokens, completion_chars=text.completion_chars, partly_rendered=not text.is_whole
+        )
+        if num_prompt_tokens is not None:
+            return _Tokens(sequence, num_prompt_tokens)
+        # Where an exchange has no known border nothing is dropped: it might be of the completion.
+        return _Tokens(sequence, 0 if text.is_exchange else len(ids))
 
-    def _fit(self, sequence: TokenSequence, truncation: Truncation) -> TokenSequence | HttpError:
+    def _with_appended(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the ids of a text with what the model's description puts behind it, which is not put there twice."""
+        appended = self._appended
+        return ids + appended if appended and ids[-len(appended) :] != appended else ids
+
+    def _pair_tokens(self, pair: _Pair, encoded: Any) -> _Tokens:
+        ids, rule = tuple(encoded.ids), self.rule
+        num_prompt = len(rule.before) + encoded.sequence_ids.count(0)
+        types = tuple(encoded.type_ids) if self.reads_token_types and any(encoded.type_ids) else ()
+        sequence = TokenSequence(
+            ids, num_prompt + len(rule.between), completion_chars=len(pair.completion), token_types=types
+        )
+        return _Tokens(sequence, num_prompt)
+
+    def _fit(self, tokens: _Tokens, truncation: Truncation) -> TokenSequence | HttpError:
+        sequence = tokens.sequence
         ids, limit = sequence.token_ids, self._max_input_tokens
         if not ids:
             return InvalidRequest("The item has no tokens.")
@@ -212,15 +302,21 @@ class Tokenization:
         if truncation == "error":
             return _too_long(len(ids), limit)
         num_leading = sum(1 for _ in takewhile(self._leading_special_ids.__contains__, ids))
-        end_of_prompt = len(ids) if sequence.num_prompt_tokens is None else sequence.num_prompt_tokens
-        if excess > end_of_prompt - num_leading:
+        if excess > tokens.num_droppable - num_leading:
+            end_of_prompt = sequence.num_prompt_tokens
+            if end_of_prompt is None and not tokens.num_droppable:
+                return SequenceTooLong(
+                    f"{len(ids):,} tokens; the limit is {limit:,}. Where the completion begins is unknown, and it is "
+                    "never truncated."
+                )
             return SequenceTooLong(
                 f"{len(ids):,} tokens; the limit is {limit:,}. "
-                f"{len(ids) - end_of_prompt:,} of them are in the completion, which is never truncated."
+                f"{len(ids) - (end_of_prompt or len(ids)):,} of them are in the completion, which is never truncated."
             )
         return replace(
             sequence,
             token_ids=ids[:num_leading] + ids[num_leading + excess :],
+            token_types=sequence.token_types[:num_leading] + sequence.token_types[num_leading + excess :],
             num_prompt_tokens=None if sequence.num_prompt_tokens is None else sequence.num_prompt_tokens - excess,
             num_dropped=excess,
         )
@@ -234,14 +330,58 @@ class Tokenization:
             return InvalidRequest(f"The token id at index {index} is not in the vocabulary of {self._vocab_size:,}.")
         return TokenSequence(ids) if len(ids) <= self._max_input_tokens else _too_long(len(ids), self._max_input_tokens)
 
+    def _refuse_unrenderable(self) -> None:
+        refusal = self._conversations.refusal
+        if refusal is not None and self.rule.template == "chat":
+            raise CheckpointError(f"{refusal}: correct it, or set tokenization.template to concat.")
+
     def _encode_sample(self) -> tuple[int, ...]:
         prepared = self._prepare(SAMPLE, Encoding(), {})
-        if not isinstance(prepared, _Text):
+        if not isinstance(prepared, _Text | _Pair):
             raise CheckpointError(
                 "The tokenizer's chat template cannot render one user turn and one assistant turn: "
                 "correct it, or set tokenization.template to concat."
             )
-        return self._sequence(prepared, self._backend.encode(prepared.text, add_special_tokens=False)).token_ids
+        (encoded,) = self._encode_all([prepared])
+        return self._tokens(prepared, encoded).sequence.token_ids
+
+    def probes(self) -> list[TextProbe]:
+        """Return sample texts as they are served, with what the tokenizer's own call gives for them.
+
+        With ``special_tokens: leading``, which overrules the tokenizer's own call, there are none.
+        """
+        if self.rule.special_tokens == "leading" and self.rule.template != "chat":
+            return []
+        probes = []
+        for completion in (SAMPLE_COMPLETION, OTHER_COMPLETION):
+            (outcome,) = self.encode([Item(Exchange(SAMPLE_PROMPT, completion))], Encoding())
+            if isinstance(outcome, TokenSequence):
+                probes.append(TextProbe(outcome.row, self._own_call(completion)))
+        return probes
+
+    def _own_call(self, completion: str) -> dict[str, Sequence[int]]:
+        if self.rule.template == "chat":
+            turns = self._conversations.sample_turns(completion)
+            encoded = self._tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)
+        elif self.rule.template == "pair":
+            encoded = self._tokenizer(SAMPLE_PROMPT, completion, return_token_type_ids=self.rule.token_types)
+        else:
+            encoded = self._tokenizer(SAMPLE_PROMPT + completion)
+        ids = tuple(encoded["input_ids"])
+        if self.rule.template != "pair":
+            return {"input_ids": self._with_appended(ids)}
+        return {"input_ids": ids} | ({"token_type_ids": encoded["token_type_ids"]} if self.rule.token_types else {})
+
+    def _refuse_other_ids(self) -> None:
+        for probe in self.probes():
+            own = TokenSequence(
+                tuple(probe.inputs["input_ids"]), token_types=tuple(probe.inputs.get("token_type_ids", ()))
+            )
+            if own.row != probe.row:
+                raise CheckpointError(
+                    "The service gives a sample other token ids than the tokenizer's own call: save the tokenizer "
+                    "again, or set tokenization.template."
+                )
 
     def _measure_sample(self) -> tuple[float, int]:
         """Return the tokens per character of plain text, and the tokens that the template adds to an item."""
@@ -259,31 +399,6 @@ def _private_backend(tokenizer: Any) -> Any:
     backend.no_truncation()
     backend.encode_special_tokens = tokenizer.split_special_tokens
     return backend
-
-
-def _special_tokens_around_text(tokenizer: Any, backend: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the ids that are put before a plain text, and after it.
-
-    They are those that the tokenizer adds, with one exception. An encoder was trained on texts between CLS and SEP, so
-    both are added. Any other token after the text (the EOS that some tokenizers add) would change the token at which
-    the reward of a decoder is read, so it is left out.
-    """
-    encoded = backend.encode("a", add_special_tokens=True)
-    num_before = sum(1 for _ in takewhile(bool, encoded.special_tokens_mask))
-    num_after = sum(1 for _ in takewhile(bool, reversed(encoded.special_tokens_mask)))
-    before, after = tuple(encoded.ids[:num_before]), tuple(encoded.ids[len(encoded) - num_after :])
-    is_encoder = tokenizer.cls_token_id in before and tokenizer.sep_token_id in after
-    return before, after if is_encoder else ()
-
-
-def _common_prefix_length(prompt: str, text: str) -> int:
-    """Return where the completion begins in a rendered conversation, by TRL's definition.
-
-    That is the length of the common prefix of the whole text and the prompt rendered alone, with generation prompt.
-    """
-    if text.startswith(prompt):
-        return len(prompt)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, text, strict=False)))
 
 
 def _tokens_before(char: int, encoded: Any) -> int:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tiny_models import BOS, DECODER_FAMILIES, EOS, FAMILIES_WITH_BOS, SENTENCES, tiny_tokenizer
 from tokenizers import processors
 
-from service.errors import CheckpointError, InvalidRequest, SequenceTooLong, SettingsError
-from service.records import Encoding, Exchange, Item, Message, TemplatedText, TokenIds, TokenSequence
+from service.errors import CheckpointError, CompletionNotRendered, InvalidRequest, SequenceTooLong, SettingsError
+from service.records import Encoding, Exchange, Item, Message, ModelInputs, TemplatedText, TokenIds, TokenSequence
 from service.settings import TokenizationSettings
 from service.tokenization import SAMPLE_COMPLETION, SAMPLE_PROMPT, Tokenization
 
@@ -146,17 +146,229 @@ def test_an_empty_completion_is_scored() -> None:
     assert encoded.completion_chars == 0
 
 
-def test_nothing_is_appended_to_a_decoders_text() -> None:
-    """An EOS that the tokenizer adds would change the token at which the reward is read; it is left out."""
+def eos_adding_tokenizer(**changes: Any) -> Any:
     tokenizer = tiny_tokenizer("llama")
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in (BOS, EOS)}
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A {EOS}", special_tokens=list(ids.items())
+        single=f"{BOS} $A {EOS}", pair=f"{BOS} $A {EOS} $B {EOS}", special_tokens=list(ids.items())
+    )
+    for name, value in changes.items():
+        setattr(tokenizer, name, value)
+    return tokenizer
+
+
+@pytest.mark.parametrize("completion", [" So.", "", f" So.{EOS}"], ids=["plain", "empty", "ends-in-eos"])
+def test_a_text_without_a_template_gets_the_end_token_that_the_tokenizer_adds(completion: str) -> None:
+    """Without a chat template the ids are those of the tokenizer's own call, its end token included."""
+    tokenizer = eos_adding_tokenizer(chat_template=None)
+    scheme = tokenization(tokenizer)
+
+    encoded = sequence_of(scheme, Exchange("How?", completion))
+
+    assert list(encoded.token_ids) == tokenizer("How?" + completion)["input_ids"]
+    assert sequence_of(scheme, TemplatedText("How?" + completion)).token_ids == encoded.token_ids
+    assert encoded.num_prompt_tokens == len(tokenizer("How?")["input_ids"]) - 1
+    assert scheme.rule.name == "concat, with the tokenizer's end token"
+    assert scheme.rule.after == (tokenizer.eos_token_id,)
+
+
+def test_the_end_token_is_left_out_on_request_and_after_a_template() -> None:
+    """``special_tokens: leading`` leaves the end token out; a model with a chat template gets none after a text."""
+    tokenizer = eos_adding_tokenizer(chat_template=None)
+    leading = tokenization(tokenizer, special_tokens="leading")
+    rendered = tokenization(eos_adding_tokenizer())
+
+    assert list(sequence_of(leading, Exchange("How?", " So.")).token_ids) == tokenizer("How? So.")["input_ids"][:-1]
+    assert sequence_of(rendered, TemplatedText("How?")).token_ids[-1] != tokenizer.eos_token_id
+    assert leading.rule.name != tokenization(tokenizer).rule.name
+
+
+ENCODER = ModelInputs(is_encoder=True, num_token_types=2)
+
+
+def pair_tokenization(inputs: ModelInputs = ENCODER, limit: int = LIMIT, **settings: Any) -> tuple[Any, Tokenization]:
+    tokenizer = tiny_tokenizer("bert")
+    scheme = Tokenization(
+        tokenizer, TokenizationSettings(**settings), max_input_tokens=limit, vocab_size=len(tokenizer), inputs=inputs
+    )
+    return tokenizer, scheme
+
+
+@pytest.mark.parametrize("completion", ["Put it into water.", "", "a [SEP] b"])
+def test_an_encoder_without_a_template_reads_a_pair(completion: str) -> None:
+    """Ids and types of a pair are those of the tokenizer's own call, and the completion begins after the separator."""
+    tokenizer, scheme = pair_tokenization()
+
+    encoded = sequence_of(scheme, Exchange("How do I boil an egg?", completion))
+
+    # As a batch: for an empty second text alone transformers' call returns a single text.
+    own = tokenizer(["How do I boil an egg?"], [completion], return_token_type_ids=True)
+    assert list(encoded.token_ids) == own["input_ids"][0]
+    assert list(encoded.token_types) == own["token_type_ids"][0]
+    assert encoded.num_completion_tokens == len(tokenizer(completion, add_special_tokens=False)["input_ids"]) + 1
+    assert (scheme.rule.name, scheme.rule.decided_by) == ("pair, with token types", "tokenizer")
+
+
+def test_equal_ids_of_other_types_have_other_rows() -> None:
+    """A separator that the caller wrote makes equal ids of two pairs, whose types and hence rewards differ."""
+    _, scheme = pair_tokenization()
+
+    one = sequence_of(scheme, Exchange("a [SEP] b", "c"))
+    other = sequence_of(scheme, Exchange("a", "b [SEP] c"))
+
+    assert one.token_ids == other.token_ids
+    assert one.row != other.row
+
+
+def test_a_truncated_pair_keeps_its_separators_and_types() -> None:
+    """``prompt_left`` of a pair is transformers' truncation of the first text, on the left."""
+    tokenizer, scheme = pair_tokenization(limit=20)
+    tokenizer.truncation_side = "left"
+
+    encoded = sequence_of(scheme, Exchange(LONG_PROMPT, "Yes, of course."), Encoding(truncation="prompt_left"))
+
+    own = tokenizer(LONG_PROMPT, "Yes, of course.", truncation="only_first", max_length=20, return_token_type_ids=True)
+    assert (list(encoded.token_ids), list(encoded.token_types)) == (own["input_ids"], own["token_type_ids"])
+
+
+def test_the_pair_form_can_be_chosen_or_refused() -> None:
+    """A pair is joined with ``concat``, and has no types where the settings or the model say so."""
+    tokenizer, joined = pair_tokenization(template="concat")
+    _, untyped = pair_tokenization(token_types=False)
+    _, without = pair_tokenization(ModelInputs(is_encoder=True))
+    exchange = Exchange("How do I ", "boil an egg?")
+
+    assert list(sequence_of(joined, exchange).token_ids) == tokenizer("How do I boil an egg?")["input_ids"]
+    assert sequence_of(joined, exchange, Encoding(template="pair")).token_types
+    assert sequence_of(untyped, exchange).token_types == sequence_of(without, exchange).token_types == ()
+    with pytest.raises(SettingsError, match="no form for pairs"):
+        tokenization(tiny_tokenizer("qwen2"), template="pair")
+    assert isinstance(
+        encode_one(tokenization(tiny_tokenizer("qwen2")), exchange, Encoding(template="pair")), InvalidRequest
     )
 
-    encoded = sequence_of(tokenization(tokenizer, template="concat"), Exchange("How?", " So."))
 
-    assert tokenizer("How? So.")["input_ids"] == [*encoded.token_ids, ids[EOS]]
+def test_types_without_embeddings_are_refused() -> None:
+    """A tokenizer that asks for more token types than the model has is refused, as transformers would fail."""
+    tokenizer = tiny_tokenizer("bert")
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    inputs = ModelInputs(is_encoder=True, num_token_types=1)
+
+    with pytest.raises(CheckpointError, match="token types"):
+        Tokenization(tokenizer, TokenizationSettings(), max_input_tokens=9, vocab_size=400, inputs=inputs)
+
+
+# Like those of vision models it loops over the parts of a content, and prints nothing of a string.
+PARTS_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for part in m['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Like that of DeepSeek-R1 it drops what an assistant turn has before the end of its reasoning.
+REASONING_TEMPLATE = (
+    "{% for m in messages %}[{{ m['role'] }}]{% if m['role'] == 'assistant' %}"
+    "{{ m['content'].split('</think>')[-1] }}{{ eos_token }}{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]<think>\n{% endif %}"
+)
+
+
+def templated(template: str, **settings: Any) -> tuple[Any, Tokenization]:
+    tokenizer = tiny_tokenizer("llama")
+    tokenizer.chat_template = template
+    return tokenizer, tokenization(tokenizer, **settings)
+
+
+def test_a_template_that_prints_no_strings_gets_parts() -> None:
+    """A template that loops over parts of a content gets parts, as transformers' processors give it."""
+    tokenizer, scheme = templated(PARTS_TEMPLATE)
+
+    encoded = sequence_of(scheme, Exchange((Message("system", "Be brief."), Message("user", "How?")), "So."))
+
+    turns = [("system", "Be brief."), ("user", "How?"), ("assistant", "So.")]
+    conversation = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
+    assert list(encoded.token_ids) == tokenizer.apply_chat_template(conversation, return_dict=True)["input_ids"]
+    assert scheme.rule.name == "chat, content as parts"
+    assert encoded.num_prompt_tokens is not None
+
+
+def test_a_template_that_never_prints_the_completion_is_refused() -> None:
+    """A template that prints no assistant turn in either form would give every completion the same reward."""
+    silent = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
+
+    with pytest.raises(CheckpointError, match="does not print"):
+        templated(silent)
+    with pytest.raises(CheckpointError, match="does not print"):
+        templated(silent, unrendered="accept")
+
+
+def test_a_completion_that_the_template_cuts_is_an_item_error() -> None:
+    """What a template drops of a completion makes an item error, or by the settings a truncated item."""
+    cut, whole = Exchange("2+2?", "<think>Clearly four.</think>4"), Exchange("2+2?", "4")
+    _, refusing = templated(REASONING_TEMPLATE)
+    _, accepting = templated(REASONING_TEMPLATE, unrendered="accept")
+
+    assert isinstance(encode_one(refusing, cut), CompletionNotRendered)
+    assert not sequence_of(refusing, whole).truncated
+    assert sequence_of(accepting, cut).truncated
+    assert sequence_of(accepting, cut).token_ids == sequence_of(accepting, whole).token_ids
+
+
+def test_white_space_that_a_template_changes_is_no_cut() -> None:
+    """Templates trim contents and put line breaks around reasoning; the completion still is printed as a whole."""
+    _, scheme = templated(
+        "{% for m in messages %}[{{ m['role'] }}] {{ m['content'].replace('</think>', '\\n</think>\\n\\n') | trim }}"
+        "{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+
+    assert not sequence_of(scheme, Exchange("2+2?", "  <think>four</think>4\n")).truncated
+
+
+def test_the_border_is_found_where_earlier_turns_change() -> None:
+    """A template that prints the last user turn in another way has the border where completions begin to differ."""
+    tokenizer, scheme = templated(
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[LAST]' if loop.last else '[INST]' }}{{ m['content'] }}"
+        "[/INST]{% else %}{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+
+    encoded = sequence_of(scheme, Exchange("How?", "0So."))
+
+    assert tokenizer.decode(encoded.token_ids[encoded.num_prompt_tokens :]) == f"0So.{EOS}"
+
+
+def test_an_unknown_border_is_not_guessed() -> None:
+    """Where the completion cannot be separated from the prompt, its length is unknown and nothing is dropped."""
+    _, scheme = templated(
+        "{{ messages | length }}{{ messages[-1]['content'] | length }}:{% for m in messages %}{{ m['content'] }}"
+        "{% endfor %}",
+        limit=30,
+    )
+    exchange = Exchange("How do I boil an egg?", "Put it into water.")
+
+    assert sequence_of(tokenization(scheme._tokenizer), exchange).num_prompt_tokens is None
+    outcome = encode_one(scheme, Exchange(LONG_PROMPT, "So."), Encoding(truncation="prompt_left"))
+    assert isinstance(outcome, SequenceTooLong)
+
+
+def test_a_system_turn_that_the_template_rejects_is_named() -> None:
+    """A template without a system role gives an error that says so."""
+    _, scheme = templated(
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}{{ m['content'] }}"
+        "{% endfor %}"
+    )
+
+    outcome = encode_one(scheme, Exchange((Message("system", "Be brief."), Message("user", "How?")), "So."))
+
+    assert isinstance(outcome, InvalidRequest)
+    assert "role system" in outcome.detail
+
+
+def test_another_reading_than_the_tokenizers_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ids of samples are compared with the tokenizer's own call, so a misreading ends the start."""
+    tokenizer = eos_adding_tokenizer(chat_template=None)
+    monkeypatch.setattr("service.text_rule._around", lambda _encoded: ((), ()))
+
+    with pytest.raises(CheckpointError, match="own call"):
+        tokenization(tokenizer)
 
 
 def test_an_encoder_gets_cls_and_sep() -> None:

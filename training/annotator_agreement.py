@@ -158,7 +158,7 @@ def _sides_by_annotator(pair: PreferencePair) -> dict[str, str]:
     agreement would then be high and every chance-corrected coefficient low. So the sides are ordered by a hash of the
     texts.
     """
-    digest = [hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest() for text in (pair.chosen, pair.rejected)]
+    digest = [hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest() for text in pair.serialized]
     chosen, rejected = ("first", "second") if digest[0] <= digest[1] else ("second", "first")
     names = {"chosen": chosen, "rejected": rejected, "tie": "tie"}
     return {review.annotator: names[review.vote] for review in pair.reviews}

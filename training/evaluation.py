@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
+from service.checkpoints.architecture import inputs_of
 from service.diagnostics.correlation import pearson_correlation
 from service.offline import MAX_BATCH_SEQUENCES, plan_batches
 from service.records import TokenSequence
@@ -124,8 +125,7 @@ def _pad(sequences: Sequence[tuple[int, ...]], pad_id: int) -> tuple[torch.Tenso
 
 def _completions(pairs: Iterable[PreferencePair]) -> Iterator[str]:
     for pair in pairs:
-        yield pair.chosen
-        yield pair.rejected
+        yield from pair.texts
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(soft_wrap=True)
     tell = partial(console.print, markup=False, highlight=False)
     for file in options.files:
-        pairs = tokenize_usable_pairs(read_pairs([file], tell), tokenizer, tell)
+        pairs = tokenize_usable_pairs(read_pairs([file], tell), tokenizer, inputs_of(model), tell)
         console.print(describe(file.name, evaluate(model, pairs)), markup=False, highlight=False)
     return 0
 

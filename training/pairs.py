@@ -2,7 +2,7 @@
 
 Rendering and tokenization are those of the service, because a reward learned on one rendering is not valid for another.
 Pairs that cannot be tokenized, such as conversations with a system message under a chat template that refuses it, are
-left out and counted by reason.
+left out and counted by reason, and so are pairs whose completions are not one text each.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 from transformers import PreTrainedTokenizerBase
 
 from service.data.reading import Tell
-from service.errors import DatasetError, HttpError
-from service.records import Encoding, Exchange, Item, TokenSequence
+from service.errors import CheckpointError, DatasetError, HttpError
+from service.records import PLAIN_INPUTS, Encoding, Exchange, Item, ModelInputs, TokenSequence
 from service.settings import TokenizationSettings
 from service.tokenization import Tokenization
 from training.failures import count_reasons, describe_reasons, reason_of
@@ -51,14 +51,23 @@ class RefusedPair:
     """See `training.failures.reason_of`."""
 
 
-def tokenize_pairs(pairs: Iterable[PreferencePair], tokenizer: PreTrainedTokenizerBase) -> list[TokenizedPair]:
+def tokenize_pairs(
+    pairs: Iterable[PreferencePair], tokenizer: PreTrainedTokenizerBase, inputs: ModelInputs = PLAIN_INPUTS
+) -> list[TokenizedPair]:
     """Tokenize both completions of each pair, in order, with the service's tokenization. Nothing is truncated.
 
+    Args:
+        pairs: any number.
+        tokenizer: of the model.
+        inputs: what the model reads, which decides with the tokenizer how text becomes token ids.
+
     Raises:
-        CheckpointError: the tokenizer's chat template renders an empty text.
-        DatasetError: the tokenizer cannot render a prompt (a conversation without a chat template); names file and row.
+        CheckpointError: the tokenizer's chat template renders an empty text or leaves the completion out; or the model
+            reads token types, which are not trained.
+        DatasetError: the tokenizer cannot render a prompt (a conversation without a chat template), or a completion is
+            not one text; names file and row.
     """
-    outcomes = _tokenize(pairs, tokenizer)
+    outcomes = _tokenize(pairs, tokenizer, inputs)
     for outcome in outcomes:
         if isinstance(outcome, RefusedPair):
             raise DatasetError(f"{_location(outcome)} cannot be tokenized: {outcome.reason}.")
@@ -66,20 +75,24 @@ def tokenize_pairs(pairs: Iterable[PreferencePair], tokenizer: PreTrainedTokeniz
 
 
 def tokenize_usable_pairs(
-    pairs: Iterable[PreferencePair], tokenizer: PreTrainedTokenizerBase, tell: Tell | None = None
+    pairs: Iterable[PreferencePair],
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: ModelInputs = PLAIN_INPUTS,
+    tell: Tell | None = None,
 ) -> list[TokenizedPair]:
     """Tokenize pairs as `tokenize_pairs` does, and leave out those that cannot be tokenized.
 
     Args:
         pairs: to tokenize.
         tokenizer: of the model.
+        inputs: what the model reads.
         tell: called with the reasons and counts of pairs that are left out, if there are any.
 
     Raises:
-        CheckpointError: the tokenizer's chat template renders an empty text.
+        CheckpointError: see `tokenize_pairs`.
         DatasetError: no pair can be tokenized; names the reasons, and file and row of the first pair.
     """
-    outcomes = _tokenize(pairs, tokenizer)
+    outcomes = _tokenize(pairs, tokenizer, inputs)
     refused = [outcome for outcome in outcomes if isinstance(outcome, RefusedPair)]
     if refused:
         reasons = describe_reasons(count_reasons(outcome.reason for outcome in refused))
@@ -100,18 +113,28 @@ def _location(refused: RefusedPair) -> str:
     return refused.pair.location or refused.pair.id or "A pair"
 
 
-def _tokenize(pairs: Iterable[PreferencePair], tokenizer: PreTrainedTokenizerBase) -> list[TokenizedPair | RefusedPair]:
+def _tokenize(
+    pairs: Iterable[PreferencePair], tokenizer: PreTrainedTokenizerBase, inputs: ModelInputs
+) -> list[TokenizedPair | RefusedPair]:
     pairs = list(pairs)
     tokenization = Tokenization(
-        tokenizer, TokenizationSettings(), max_input_tokens=sys.maxsize, vocab_size=len(tokenizer)
+        tokenizer, TokenizationSettings(), max_input_tokens=sys.maxsize, vocab_size=len(tokenizer), inputs=inputs
     )
-    items = [Item(Exchange(pair.prompt, text)) for pair in pairs for text in (pair.chosen, pair.rejected)]
+    if tokenization.reads_token_types and tokenization.rule.template == "pair":
+        raise CheckpointError(
+            "The model reads prompt and completion as a pair of texts with token types, which this command does not "
+            "pass on: take a model with a chat template, or one without token types."
+        )
+    items = [Item(Exchange(pair.prompt, text, pair.tools)) for pair in pairs for text in (pair.chosen, pair.rejected)]
     encoded = tokenization.encode(items, Encoding())
     return [_outcome(pair, *both) for pair, *both in zip(pairs, encoded[::2], encoded[1::2], strict=True)]
 
 
 def shorten_prompts(
-    pairs: Iterable[TokenizedPair], tokenizer: PreTrainedTokenizerBase, max_length: int
+    pairs: Iterable[TokenizedPair],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    inputs: ModelInputs = PLAIN_INPUTS,
 ) -> list[TokenizedPair]:
     """Leave out the oldest exchanges (two messages each) of long pairs' prompts until the pairs fit; keep the order.
 
@@ -124,7 +147,8 @@ def shorten_prompts(
     shortened = list(pairs)
     num_turns = 2
     while indices := [n for n, pair in enumerate(shortened) if _may_lose_turns(pair, num_turns, max_length)]:
-        rest = _tokenize([_without_oldest(shortened[index].pair, num_turns) for index in indices], tokenizer)
+        shorter = [_without_oldest(shortened[index].pair, num_turns) for index in indices]
+        rest = _tokenize(shorter, tokenizer, inputs)
         for index, short in zip(indices, rest, strict=True):
             if isinstance(short, TokenizedPair):
                 shortened[index] = replace(short, pair=shortened[index].pair, num_dropped_turns=num_turns)
@@ -144,6 +168,8 @@ def _without_oldest(pair: PreferencePair, num_turns: int) -> PreferencePair:
 def _outcome(
     pair: PreferencePair, chosen: TokenSequence | HttpError, rejected: TokenSequence | HttpError
 ) -> TokenizedPair | RefusedPair:
+    if not pair.has_texts:
+        return RefusedPair(pair, "a completion is not one assistant message of text")
     if isinstance(chosen, HttpError):
         return RefusedPair(pair, reason_of(chosen.code, chosen.detail))
     if isinstance(rejected, HttpError):

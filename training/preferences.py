@@ -17,6 +17,7 @@ from service.data.prompts import parse_pair as parse_texts
 from service.data.reading import Tell
 from service.data.rows import Row
 from service.errors import DatasetError
+from service.records import Completion, completion_text
 from training.sources import Source, read_pair_rows, source_name
 
 Vote: TypeAlias = Literal["chosen", "rejected", "tie"]
@@ -38,8 +39,11 @@ class PreferencePair:
     """Two completions of one prompt, of which the first was preferred."""
 
     prompt: Prompt = field(repr=False)
-    chosen: str = field(repr=False)
-    rejected: str = field(repr=False)
+    chosen: Completion = field(repr=False)
+    rejected: Completion = field(repr=False)
+
+    tools: str = field(default="", repr=False)
+    """Descriptions of the tools that the assistant may call, as a JSON array; empty without tools."""
 
     id: str = ""
     """The row's ``id``, else its file and number."""
@@ -54,9 +58,25 @@ class PreferencePair:
     """The row's file and number, for messages."""
 
     @property
+    def texts(self) -> tuple[str, str]:
+        """The chosen and the rejected completion as one text each, see `service.records.completion_text`."""
+        return completion_text(self.chosen), completion_text(self.rejected)
+
+    @property
+    def serialized(self) -> tuple[str, str]:
+        """The chosen and the rejected completion as one string each, messages as JSON with all that they hold."""
+        return _serialized(self.chosen), _serialized(self.rejected)
+
+    @property
+    def has_texts(self) -> bool:
+        """Whether both completions are one assistant turn that is only text."""
+        return isinstance(self.chosen, str) and isinstance(self.rejected, str)
+
+    @property
     def excess_chars(self) -> int:
         """Characters by which the chosen completion is longer; negative where it is shorter."""
-        return len(self.chosen) - len(self.rejected)
+        chosen, rejected = self.texts
+        return len(chosen) - len(rejected)
 
     @property
     def support(self) -> float | None:
@@ -65,6 +85,12 @@ class PreferencePair:
             return None
         weights = {"chosen": 1.0, "tie": 0.5, "rejected": 0.0}
         return sum(weights[review.vote] for review in self.reviews) / len(self.reviews)
+
+
+def _serialized(completion: Completion) -> str:
+    if isinstance(completion, str):
+        return completion
+    return json.dumps([turn.as_dict() for turn in completion], ensure_ascii=False)
 
 
 def read_pairs(sources: Iterable[Source], tell: Tell | None = None) -> Iterator[PreferencePair]:
@@ -102,6 +128,7 @@ def _pair(row: Row, texts: PromptCompletions, default_source: str) -> Preference
         prompt=texts.prompt,
         chosen=chosen,
         rejected=rejected,
+        tools=texts.tools,
         id=str(row.values.get("id") or row.location),
         source=str(row.values.get("source") or default_source),
         reviews=_parse_reviews(row),

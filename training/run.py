@@ -18,10 +18,12 @@ from reward_client.provenance import base_hash
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from service.checkpoints.architecture import inputs_of
 from service.console import stages
 from service.data.reading import Tell
 from service.engines.devices.device import is_out_of_memory
 from service.errors import SettingsError, TrainingError
+from service.records import ModelInputs
 from training.annotator_agreement import measure_annotator_agreement
 from training.arguments import CHECKPOINTS_FOLDER, LEFTOVERS, TENSORBOARD_FOLDER, RunOptions, write_run_file
 from training.evaluation import evaluate
@@ -97,7 +99,7 @@ def run(
         model, tokenizer = load_base(inputs.base_dir, recipe)
         stage("Reading and tokenizing the pairs")
         tell = partial(console.print, markup=False, highlight=False)
-        pairs = _prepare_pairs(inputs, tokenizer, recipe, tell)
+        pairs = _prepare_pairs(inputs, tokenizer, inputs_of(model), recipe, tell)
         stage(f"Training on {pairs.selection.counts.trained} pairs in {recipe.dtype} on {_device_name()}")
     if processes.is_main:
         with writing_to(out_dir):
@@ -148,15 +150,17 @@ def _device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU"
 
 
-def _prepare_pairs(inputs: Inputs, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, tell: Tell) -> PreparedPairs:
+def _prepare_pairs(
+    inputs: Inputs, tokenizer: PreTrainedTokenizerBase, model_inputs: ModelInputs, recipe: Recipe, tell: Tell
+) -> PreparedPairs:
     pairs = list(read_pairs(inputs.data, tell))
-    tokenized = tokenize_usable_pairs(pairs, tokenizer, tell)
+    tokenized = tokenize_usable_pairs(pairs, tokenizer, model_inputs, tell)
     num_refused = len(pairs) - len(tokenized)
     if recipe.shorten_prompts:
-        tokenized = shorten_prompts(tokenized, tokenizer, recipe.max_length)
+        tokenized = shorten_prompts(tokenized, tokenizer, recipe.max_length, model_inputs)
     names = _names(inputs.eval_sources)
     evaluated = {
-        name: tokenize_usable_pairs(read_pairs([source], tell), tokenizer, tell)
+        name: tokenize_usable_pairs(read_pairs([source], tell), tokenizer, model_inputs, tell)
         for name, source in zip(names, inputs.eval_sources, strict=True)
     }
     watched = watched_pairs(next(iter(evaluated.values()), []), recipe)

@@ -54,7 +54,7 @@ from reward_client.requests import (
     Prompt,
     WireItem,
     chunk_ranges,
-    completion_text,
+    completion_content,
     encode,
     encode_items,
     exchange_items,
@@ -146,6 +146,7 @@ class AsyncRewardClient:
         diagnostics: None = None,
         truncation: Truncation | None = None,
         template: TemplateChoice | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[float]: ...
 
     @overload
@@ -157,6 +158,7 @@ class AsyncRewardClient:
         diagnostics: DiagnosticsLevel,
         truncation: Truncation | None = None,
         template: TemplateChoice | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[ScoredItem]: ...
 
     async def score(
@@ -167,15 +169,17 @@ class AsyncRewardClient:
         diagnostics: DiagnosticsLevel | None = None,
         truncation: Truncation | None = None,
         template: TemplateChoice | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[float] | list[ScoredItem]:
         """Return the raw reward of each completion, in input order.
 
         Args:
             prompts: texts, or conversations as lists of ``{"role", "content"}``; a list, tuple, column or generator.
-            completions: one for each prompt; texts, or lists of one assistant message (TRL's conversational form).
+            completions: one for each prompt; texts, or lists of messages that begin with an assistant's.
             diagnostics: None: return rewards alone, as floats. A level: return ``ScoredItem``, as ``score_items`` does.
             truncation: what happens to an item that is too long; None: the service's setting.
             template: how a plain-text prompt is rendered; None: the service's setting.
+            chat_template_kwargs: values for the chat template, of names that the service allows.
 
         Raises:
             InvalidArgument: one of the two is no list (a string is none), they differ in length, or an element is
@@ -184,7 +188,11 @@ class AsyncRewardClient:
         """
         items = exchange_items(prompts, completions)
         scored = await self.score_items(
-            items, diagnostics=diagnostics or "none", truncation=truncation, template=template
+            items,
+            diagnostics=diagnostics or "none",
+            truncation=truncation,
+            template=template,
+            chat_template_kwargs=chat_template_kwargs,
         )
         return [item.reward for item in scored] if diagnostics is None else scored
 
@@ -195,6 +203,7 @@ class AsyncRewardClient:
         diagnostics: DiagnosticsLevel = "basic",
         truncation: Truncation | None = None,
         template: TemplateChoice | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[ScoredItem]:
         """Return reward and diagnostics of each item, in input order.
 
@@ -202,11 +211,12 @@ class AsyncRewardClient:
         scored again.
 
         Args:
-            items: objects of the wire format: ``prompt`` and ``completion``, or ``text``, or ``token_ids``; and ``id``,
-                ``group``.
+            items: objects of the wire format: ``prompt`` and ``completion`` (and ``tools``), or ``text``, or
+                ``token_ids``; and ``id``, ``group``.
             diagnostics: which diagnostics are returned in addition to the reward.
             truncation: as for ``score``.
             template: as for ``score``.
+            chat_template_kwargs: as for ``score``.
 
         Raises:
             RequestRejected: the service refused the request (4xx).
@@ -226,7 +236,14 @@ class AsyncRewardClient:
         encoded = encode_items(item_list)
         ranges = chunk_ranges([len(item) for item in encoded], [group_key(item) for item in item_list], self.chunks)
         chunks = [encoded[part.start : part.stop] for part in ranges]
-        options = without_none({"diagnostics": diagnostics, "truncation": truncation, "template": template})
+        options = without_none(
+            {
+                "diagnostics": diagnostics,
+                "truncation": truncation,
+                "template": template,
+                "chat_template_kwargs": chat_template_kwargs,
+            }
+        )
         async with self._call() as call:
             await self._check_reference_once(call)
             scores = await call_with_retries(lambda: self._score_chunks(chunks, options, call), self.retries, call)
@@ -237,15 +254,16 @@ class AsyncRewardClient:
 
         Raises:
             ClientError: as ``score_items``; a completion without a reward fails the whole comparison.
-            InvalidArgument: fewer than two completions, one that is not one text, or one that JSON cannot represent.
+            InvalidArgument: fewer than two completions, one that is neither a text nor a list of messages, or one that
+                JSON cannot represent.
         """
-        texts = [
-            completion_text(completion, f"completions[{index}]")
+        contents = [
+            completion_content(completion, f"completions[{index}]")
             for index, completion in enumerate(elements(completions, "completions", "completions of the prompt"))
         ]
-        if len(texts) < 2:
-            raise InvalidArgument(f"A comparison needs at least two completions, not {len(texts)}")
-        request = {"prompt": prompt_content(prompt), "completions": texts}
+        if len(contents) < 2:
+            raise InvalidArgument(f"A comparison needs at least two completions, not {len(contents)}")
+        request = {"prompt": prompt_content(prompt), "completions": contents}
         encode_items([request])  # a text that JSON cannot represent is the caller's error, before the first attempt
 
         async with self._call() as call:
@@ -253,7 +271,7 @@ class AsyncRewardClient:
             content = await self._answer(
                 "POST", "/v1/compare", call, lambda: encode({**request, "timeout_ms": timeout_ms(call.left_s())})
             )
-            return read_comparison(content, len(texts))
+            return read_comparison(content, len(contents))
 
     async def model(self) -> ServedModel:
         """Return the description of the served model: name, version, rendering, limits, calibration.

@@ -16,6 +16,7 @@ from reward_client.errors import InvalidArgument
 T = TypeVar("T")
 
 _MESSAGE = '{"role": "user", "content": "..."}'
+_ASSISTANT_MESSAGE = '{"role": "assistant", "content": "..."}'
 
 
 def positive_seconds(value: object, name: str) -> float:
@@ -108,9 +109,31 @@ def check_prompt(prompt: object, name: str) -> None:
     messages = list(prompt)
     if not messages:
         raise InvalidArgument(f"{name} is an empty list; a conversation needs at least one message")
+    _check_messages(messages, name, _MESSAGE)
+
+
+def check_completion(completion: object, name: str) -> None:
+    """Check that a completion is a string or a list of messages, of which the first is an assistant's.
+
+    Raises:
+        InvalidArgument: it is something else.
+    """
+    if isinstance(completion, str):
+        return
+    wanted = f"must be a string or a list of messages that begins with one such as {_ASSISTANT_MESSAGE}"
+    if not is_list(completion):
+        raise InvalidArgument(f"{name} {wanted}{_found(completion)}")
+    messages = list(completion)
+    _check_messages(messages, name, _ASSISTANT_MESSAGE)
+    if not messages or messages[0].get("role") != "assistant":
+        found = "its first message has another role" if messages else "it is an empty list"
+        raise InvalidArgument(f"{name} {wanted}; {found}")
+
+
+def _check_messages(messages: list[Any], name: str, example: str) -> None:
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or not all(isinstance(key, str) for key in message):
-            raise InvalidArgument(f"{name}[{index}] must be a message such as {_MESSAGE}{_found(message)}")
+            raise InvalidArgument(f"{name}[{index}] must be a message such as {example}{_found(message)}")
 
 
 def check_items(items: list[Any]) -> None:

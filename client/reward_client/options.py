@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
-TemplateChoice: TypeAlias = Literal["chat", "concat"]
-"""How a plain-text prompt is rendered: by the model's chat template, or by concatenation."""
+TemplateChoice: TypeAlias = Literal["chat", "concat", "pair"]
+"""How a plain-text prompt is rendered: by the model's chat template, joined with its completion, or as the tokenizer's
+own pair of texts."""
 
 Truncation: TypeAlias = Literal["error", "prompt_left"]
 """What happens to an item over the token limit: an item error, or tokens are removed from the left of its prompt."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, TypeAlias
 
-from reward_client.checks import check_prompt, elements, is_list, positive_integer
+from reward_client.checks import check_completion, check_prompt, elements, is_list, positive_integer
 from reward_client.errors import InvalidArgument
 
 ChatMessage: TypeAlias = Mapping[str, Any]
@@ -54,7 +54,7 @@ def exchange_items(prompts: Iterable[Prompt], completions: Iterable[Completion])
     return [
         {
             "prompt": prompt_content(prompt, f"prompts[{index}]"),
-            "completion": completion_text(completion, f"completions[{index}]"),
+            "completion": completion_content(completion, f"completions[{index}]"),
         }
         for index, (prompt, completion) in enumerate(zip(prompt_list, completion_list, strict=True))
     ]
@@ -70,20 +70,21 @@ def prompt_content(prompt: Prompt, name: str = "prompt") -> str | list[dict[str,
     return prompt if isinstance(prompt, str) else [without_none(message) for message in prompt]
 
 
-def completion_text(completion: Completion, name: str = "completion") -> str:
-    """Return the text of a completion: itself, or the content of its one assistant message.
+def completion_content(completion: Completion, name: str = "completion") -> str | list[dict[str, Any]]:
+    """Return a completion in wire format: its text, also of one assistant message that is only text, or its turns.
 
     Raises:
-        InvalidArgument: it is a conversation of several turns, or its content is no text.
+        InvalidArgument: it is neither a string nor a list of messages that begins with an assistant's.
     """
     if isinstance(completion, str):
         return completion
-    turns = list(completion) if is_list(completion) else None
+    messages = list(completion) if is_list(completion) else completion
+    check_completion(messages, name)
+    turns = [without_none(message) for message in messages]
     match turns:
-        case [{"role": "assistant", "content": str(content)}]:
+        case [{"role": "assistant", "content": str(content), **rest}] if not rest:
             return content
-    found = f"it has {len(turns)} elements" if turns is not None else f"it is of type {type(completion).__name__}"
-    raise InvalidArgument(f"{name} must be a string or a list of one assistant message with a text; {found}")
+    return turns
 
 
 def encode_items(items: Sequence[WireItem]) -> list[bytes]:

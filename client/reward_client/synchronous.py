@@ -84,6 +84,7 @@ class RewardClient:
         diagnostics: None = None,
         truncation: Truncation | None = None,
         template: TemplateChoice | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[float]: ...
 
     @overload
@@ -95,6 +96,7 @@ class RewardClient:
         diagnostics: DiagnosticsLevel,
         truncation: Truncation | None = None,
         template: TemplateChoice | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[ScoredItem]: ...
 
     def score(
@@ -105,12 +107,28 @@ class RewardClient:
         diagnostics: DiagnosticsLevel | None = None,
         truncation: Truncation | None = None,
         template: TemplateChoice | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[float] | list[ScoredItem]:
         """Return the raw reward of each completion, in input order; see ``AsyncRewardClient.score``."""
         if diagnostics is None:
-            return self._run(self._client.score(prompts, completions, truncation=truncation, template=template))
+            return self._run(
+                self._client.score(
+                    prompts,
+                    completions,
+                    truncation=truncation,
+                    template=template,
+                    chat_template_kwargs=chat_template_kwargs,
+                )
+            )
         return self._run(
-            self._client.score(prompts, completions, diagnostics=diagnostics, truncation=truncation, template=template)
+            self._client.score(
+                prompts,
+                completions,
+                diagnostics=diagnostics,
+                truncation=truncation,
+                template=template,
+                chat_template_kwargs=chat_template_kwargs,
+            )
         )
 
     def score_items(
@@ -120,10 +138,17 @@ class RewardClient:
         diagnostics: DiagnosticsLevel = "basic",
         truncation: Truncation | None = None,
         template: TemplateChoice | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[ScoredItem]:
         """Return reward and diagnostics of each item; see ``AsyncRewardClient.score_items``."""
         return self._run(
-            self._client.score_items(items, diagnostics=diagnostics, truncation=truncation, template=template)
+            self._client.score_items(
+                items,
+                diagnostics=diagnostics,
+                truncation=truncation,
+                template=template,
+                chat_template_kwargs=chat_template_kwargs,
+            )
         )
 
     def compare(self, prompt: Prompt, completions: Iterable[Completion]) -> Comparison:

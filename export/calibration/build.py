@@ -32,7 +32,6 @@ from service.diagnostics.conformal import TailMap
 from service.diagnostics.lookup import binding_of
 from service.diagnostics.ood import Component, Detectors, Ranking
 from service.diagnostics.reference import Reference
-from service.records import Encoding
 
 WEAK_AUROC = 0.70
 """Mean AUROC over the built-in sets below which a calibration is hardly of use."""
@@ -127,7 +126,7 @@ def _assembled(
 ) -> Calibration:
     """Return the calibration. Rewards and lengths are described by all items: no p-value depends on them."""
     log_lengths, rewards, prompts = joined(list(parts.clean.values()))
-    template = served.tokenization.template_for(Encoding())
+    template = served.tokenization.rule.name
     return Calibration(
         binding=binding_of(required_checkpoint(served), template=template),
         arithmetic=arithmetic_of(served.info),

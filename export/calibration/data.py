@@ -86,7 +86,7 @@ def read_items(path: Path, *, held_out_only: bool = False, tell: Tell | None = N
         group, category = row.values.get("group"), row.values.get("category")
         for completion in parsed.completions:
             yield CleanItem(
-                Exchange(parsed.prompt, completion),
+                Exchange(parsed.prompt, completion, parsed.tools),
                 None if group is None else str(group),
                 "" if category is None else str(category),
                 _parse_flag("is_ood", row),

@@ -101,8 +101,8 @@ class Base:
         """The text of the last user turn, or the whole of a plain prompt."""
         if isinstance(self.prompt, str):
             return self.prompt
-        questions = [turn.content for turn in self.prompt if turn.role == "user"]
-        return questions[-1] if questions else self.prompt[-1].content
+        questions = [turn.text for turn in self.prompt if turn.role == "user"]
+        return questions[-1] if questions else self.prompt[-1].text
 
     @property
     def words(self) -> list[str]:

@@ -108,9 +108,9 @@ def _base_items(
 ) -> list[Base]:
     rng = random.Random(f"{seed} {HACK_SEEDS[part]}")  # noqa: S311 - a choice of items, not a secret
     own = clean[part].exchanges
-    others = [exchange.completion for exchange in clean["fit_states"].exchanges]
+    others = [exchange.completion_text for exchange in clean["fit_states"].exchanges]
     return [
-        Base(exchange.prompt, exchange.completion, others, random_token)
+        Base(exchange.prompt, exchange.completion_text, others, random_token)
         for exchange in rng.sample(list(own), min(num_bases, len(own)))
     ]
 

@@ -24,7 +24,7 @@ from service.diagnostics.text import TextFacts, TextReader
 from service.errors import CalibrationError, HttpError, NonFiniteReward
 from service.offline import encode_items, score_offline
 from service.pipeline import Pipeline
-from service.records import Encoding, Exchange, Item, Score, TokenSequence
+from service.records import Encoding, Exchange, Item, Message, Score, TokenSequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,11 +158,13 @@ def _key(served: ServedModel, exchanges: Sequence[Exchange]) -> str:
     facts = [served.identity.version, served.info.engine, served.info.forward, [str(tap) for tap in served.info.taps]]
     digest = hashlib.sha256(json.dumps(facts).encode())
     for exchange in exchanges:
-        digest.update(
-            repr(exchange.prompt).encode("utf-8", "surrogatepass") if isinstance(exchange.prompt, str) else b""
-        )
-        if not isinstance(exchange.prompt, str):
-            for turn in exchange.prompt:
-                digest.update(f"{turn.role}\0{turn.content}\0".encode("utf-8", "surrogatepass"))
-        digest.update(b"\1" + exchange.completion.encode("utf-8", "surrogatepass") + b"\2")
+        for text in (exchange.prompt, exchange.completion):
+            digest.update(_content_bytes(text) + b"\1")
+        digest.update(exchange.tools.encode("utf-8", "surrogatepass") + b"\2")
     return digest.hexdigest()[:32]
+
+
+def _content_bytes(text: str | tuple[Message, ...]) -> bytes:
+    if isinstance(text, str):
+        return repr(text).encode("utf-8", "surrogatepass")
+    return repr([turn.as_dict() for turn in text]).encode("utf-8", "surrogatepass")

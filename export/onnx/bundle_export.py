@@ -167,7 +167,13 @@ def _sequences(checkpoint: Checkpoint, plan: ExportPlan) -> list[TokenSequence]:
         max_input_tokens=min(checkpoint.max_input_tokens, MAX_TOKENS),
         vocab_size=checkpoint.embedding_size,
         append_token_ids=checkpoint.append_token_ids,
+        inputs=checkpoint.inputs,
     )
+    if tokenization.reads_token_types:
+        raise CheckpointError(
+            f"{checkpoint.path} reads pairs of texts with token types, which ONNX bundles do not have: serve the "
+            "checkpoint itself."
+        )
     return encode_items(read_items(plan.items) if plan.items else built_in_items(), tokenization)
 
 

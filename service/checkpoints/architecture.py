@@ -6,11 +6,13 @@ as they will be when the model is loaded, and no weight is read.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from service.records import PLAIN_INPUTS, ModelInputs
 from service.transformers_logging import transformers_silenced
 
 UNUSED_HEAD = re.compile(
@@ -59,6 +61,9 @@ class Fit:
 
     mismatched_body: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     """The same for the body."""
+
+    inputs: ModelInputs = PLAIN_INPUTS
+    """What the classifier reads."""
 
     unused: frozenset[str] = frozenset()
     """Names of the stored tensors that the classifier has no parameter for."""
@@ -112,6 +117,7 @@ def fit_classifier(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> Fit:
         missing_body=tuple(name for name in missing if in_body(name)),
         mismatched_head={name: shapes for name, shapes in mismatched.items() if not in_body(name)},
         mismatched_body={name: shapes for name, shapes in mismatched.items() if in_body(name)},
+        inputs=inputs_of(model),
         unused=frozenset(unused),
         unplaced=tuple(sorted(name for name in unused if not _is_harmless(name, shapes.get(name, ())))),
     )
@@ -121,6 +127,19 @@ def _is_harmless(name: str, shape: tuple[int, ...]) -> bool:
     """Whether an unused tensor belongs to another head, or is a buffer that transformers computes itself."""
     is_mask = len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3]
     return bool(UNUSED_HEAD.match(name) or UNUSED_BUFFER.fullmatch(name) or (is_mask and CAUSAL_MASK.fullmatch(name)))
+
+
+def inputs_of(model: Any) -> ModelInputs:
+    """Return what a classifier of transformers reads."""
+    head = [name for name, _ in model.named_children() if name != model.base_model_prefix]
+    return ModelInputs(is_encoder="score" not in head, num_token_types=_num_token_types(model))
+
+
+def _num_token_types(model: Any) -> int:
+    if "token_type_ids" not in inspect.signature(model.forward).parameters:
+        return 0
+    # Families without the entry (GPT-2) take the embeddings of token types from those of the vocabulary.
+    return int(getattr(model.config, "type_vocab_size", model.get_input_embeddings().weight.shape[0]))
 
 
 def max_positions(model: Any) -> int | None:

@@ -33,7 +33,7 @@ from service.checkpoints.validation import (
 )
 from service.checkpoints.weights import files_sha256
 from service.errors import CheckpointError
-from service.records import Pooling, StateTap
+from service.records import ModelInputs, Pooling, StateTap
 from service.settings import ModelSettings
 from service.transformers_logging import transformers_silenced
 
@@ -178,7 +178,7 @@ def open_bundle(path: Path, settings: ModelSettings) -> Bundle:
     pooling = resolve_pooling(description, settings.pooling)
     with transformers_silenced():
         config = with_pad_token_id(load_config(path), manifest.pad_token_id)
-        tokenizer = load_tokenizer(path, config)
+        tokenizer = load_tokenizer(path, config, settings.chat_template)
     validate_vocabulary(path, tokenizer, manifest.embedding_size)
     limit = resolve_max_input_tokens(path, manifest.max_input_tokens, tokenizer, settings.max_input_tokens)
     checkpoint = Checkpoint(
@@ -197,6 +197,9 @@ def open_bundle(path: Path, settings: ModelSettings) -> Bundle:
             weights=manifest.checkpoint_sha256.weights,
             tokenizer=hash_tokenizer(tokenizer),
             template=hash_template(tokenizer),
+        ),
+        inputs=ModelInputs(
+            is_encoder=not manifest.has_linear_head, num_token_types=getattr(config, "type_vocab_size", 0)
         ),
         pooling=pooling,
         description=description,

@@ -15,8 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from reward_client.options import TemplateChoice
-
 from service.cache import build_once, cache_directory
 from service.checkpoints.adapter import is_adapter, merge_adapter
 from service.checkpoints.configuration import read_json
@@ -43,7 +41,7 @@ from service.checkpoints.validation import (
     with_pad_token_id,
 )
 from service.checkpoints.weights import read_tensor_infos, weight_files, weights_sha256
-from service.records import DEMO_MODEL, ModelIdentity, Pooling
+from service.records import DEMO_MODEL, PLAIN_INPUTS, ModelIdentity, ModelInputs, Pooling
 from service.settings import ModelSettings
 from service.transformers_logging import transformers_silenced
 
@@ -107,6 +105,8 @@ class Checkpoint:
 
     description: RewardDescription | None = None
     """The content of ``reward_model.json``; None without the file."""
+    inputs: ModelInputs = PLAIN_INPUTS
+    """What the model reads beside token ids."""
 
     notes: tuple[str, ...] = ()
     """Sentences on unusual properties that are not a reason to refuse."""
@@ -179,7 +179,7 @@ def open_checkpoint(path: Path, settings: ModelSettings) -> Checkpoint:
         files = weight_files(path)
         tensors = read_tensor_infos(files)
         fit = validate_weights(path, config, tensors, description)
-        tokenizer = load_tokenizer(path, config)
+        tokenizer = load_tokenizer(path, config, settings.chat_template)
     validate_vocabulary(path, tokenizer, fit.embedding_size)
     pad_token_id = resolve_pad_token_id(path, config, tokenizer, fit.embedding_size)
     config = with_pad_token_id(config, pad_token_id)
@@ -197,13 +197,14 @@ def open_checkpoint(path: Path, settings: ModelSettings) -> Checkpoint:
         max_input_tokens=max_input_tokens,
         pad_token_id=pad_token_id,
         hashes=_hash_and_scan(path, files, tokenizer),
+        inputs=fit.inputs,
         pooling=pooling,
         description=description,
         notes=tuple(notes_on(config, tokenizer, pooling)),
     )
 
 
-def model_version(checkpoint: Checkpoint, *, dtype: str, template: TemplateChoice) -> ModelIdentity:
+def model_version(checkpoint: Checkpoint, *, dtype: str, template: str) -> ModelIdentity:
     """Return the model's name and a version that depends on everything that can change a reward.
 
     Forward path, device and batching are not part of the version: they change no reward beyond rounding. The token
@@ -212,7 +213,7 @@ def model_version(checkpoint: Checkpoint, *, dtype: str, template: TemplateChoic
     Args:
         checkpoint: the opened checkpoint.
         dtype: resolved dtype of the body's arithmetic, never "auto".
-        template: how a plain-string prompt is rendered unless a request chooses otherwise.
+        template: name of the text rule, by which items become token ids unless a request chooses otherwise.
     """
     hashes = checkpoint.hashes
     facts = {
@@ -240,7 +241,7 @@ def describe(checkpoint: Checkpoint) -> list[str]:
         f"  pad token         {checkpoint.pad_token_id}",
         f"  head              {describe_head(checkpoint.description)}",
         f"  pooling           {checkpoint.pooling}",
-        f"  chat template     {'yes' if checkpoint.has_chat_template else 'no: prompt and completion are joined'}",
+        f"  chat template     {'yes' if checkpoint.has_chat_template else 'no'}",
         f"  weights sha256    {checkpoint.hashes.weights}",
         *(f"  note              {note}" for note in checkpoint.notes),
     ]
@@ -289,8 +290,11 @@ def hash_tokenizer(tokenizer: Any) -> str:
 
 
 def hash_template(tokenizer: Any) -> str:
-    """Return the sha256 of a tokenizer's chat template; empty without a template."""
-    return _hash_text(tokenizer.get_chat_template()) if tokenizer.chat_template else ""
+    """Return the sha256 of a tokenizer's chat template, or of all where it has several; empty without a template."""
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        return _hash_text(template["default"] if len(template) == 1 else json.dumps(template, sort_keys=True))
+    return _hash_text(template) if template else ""
 
 
 def _hash_text(text: str) -> str:

@@ -256,15 +256,17 @@ def _validate_one_label(path: Path, num_labels: int, fit: Fit) -> None:
         )
 
 
-def load_tokenizer(path: Path, config: Any) -> Any:
+def load_tokenizer(path: Path, config: Any, template_name: str | None = None) -> Any:
     """Return the folder's fast tokenizer.
 
     Args:
         path: the folder.
         config: transformers' configuration of the same folder.
+        template_name: the chat template to use where it has several; None: the one named default.
 
     Raises:
-        CheckpointError: there is none, only a slow one, an invalid one, or one that requires remote code.
+        CheckpointError: there is none, only a slow one, an invalid one, or one that requires remote code; or it has no
+            chat template of that name.
     """
     from transformers import AutoTokenizer
 
@@ -283,7 +285,24 @@ def load_tokenizer(path: Path, config: Any) -> Any:
         ) from error
     if not tokenizer.is_fast:
         raise CheckpointError(_missing_tokenizer_message(path))
+    _select_template(path, tokenizer, template_name)
     return tokenizer
+
+
+def _select_template(path: Path, tokenizer: Any, name: str | None) -> None:
+    """Make a named chat template the tokenizer's only one; without a name there must be one, or one named default."""
+    templates = tokenizer.chat_template
+    if name is None and not (isinstance(templates, dict) and "default" not in templates):
+        return
+    if not isinstance(templates, dict):
+        raise CheckpointError(f"{path} has no named chat templates: leave model.chat_template out.")
+    if name not in templates:
+        problem = "none of them named default" if name is None else "none of that name"
+        raise CheckpointError(
+            f"{path} has several chat templates, {problem}: set model.chat_template to one of "
+            f"{', '.join(sorted(templates))}."
+        )
+    tokenizer.chat_template = templates[name]
 
 
 def _missing_tokenizer_message(path: Path) -> str:

@@ -11,9 +11,10 @@ Accepted forms, as training, audit, calibration, export and the load test all re
   TRL's standard format with an implicit prompt.
 
 A prompt is a text, a transcript with role markers (see `service.data.transcripts`) or a list of messages. A completion
-is a text or one assistant message. A conversation is a list of messages, the same list as JSON or Python text (as in
-CSV files), or a transcript. The content of a message is a text or a list of parts of type text, which are joined.
-Further keys are ignored here. Errors name file and row, never the text.
+is a text or a list of messages that begins with an assistant's. A conversation is a list of messages, the same list as
+JSON or Python text (as in CSV files), or a transcript. Messages have the fields of `service.messages`. The tools that
+the assistant may call are the list ``tools``, or that list as JSON text. Further keys are ignored here. Errors name
+file and row, never the text.
 """
 
 from __future__ import annotations
@@ -23,19 +24,20 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 from service.data.rows import Row
 from service.data.transcripts import is_open_transcript, is_transcript, read_transcript
 from service.errors import DatasetError, UnusableRow
-from service.records import Message
+from service.messages import MalformedMessage, read_completion, read_message, read_tools
+from service.records import Completion, Message
 
 Prompt: TypeAlias = str | tuple[Message, ...]
 """A plain prompt, or the messages of the conversation before the completion."""
 
 Kind: TypeAlias = Literal["text", "transcript", "message", "conversation"]
-"""How a value is written. ``message``: one assistant message in a list."""
+"""How a value is written. ``message``: a completion as a list of messages, mostly of one assistant message."""
 
 PAIR_KEYS = ("chosen", "rejected")
 _SINGLE_KEYS = ("completion", "response", "messages")
@@ -43,13 +45,13 @@ _SINGLE_KEYS = ("completion", "response", "messages")
 _ONE: Mapping[Kind, str] = {
     "text": "text",
     "transcript": "text with role markers",
-    "message": "one assistant message",
+    "message": "a list of assistant messages",
     "conversation": "a conversation",
 }
 _SEVERAL: Mapping[Kind, str] = {
     "text": "texts",
     "transcript": "texts with role markers",
-    "message": "one assistant message each",
+    "message": "lists of assistant messages",
     "conversation": "conversations",
 }
 
@@ -94,11 +96,14 @@ class PromptCompletions:
 
     prompt: Prompt = field(repr=False)
 
-    completions: tuple[str, ...] = field(repr=False)
+    completions: tuple[Completion, ...] = field(repr=False)
     """One completion; or two of a pair, the chosen one first."""
 
     form: Form | None = field(default=None, compare=False)
     """How the row is written."""
+
+    tools: str = field(default="", repr=False)
+    """Descriptions of the tools, as a JSON array; empty without tools."""
 
 
 def parse_completions(row: Row) -> PromptCompletions:
@@ -157,8 +162,8 @@ def _opening(prompt: str | Iterable[Message]) -> str:
     if isinstance(prompt, str):
         return prompt
     messages = list(prompt)
-    user_messages = [message.content for message in messages if message.role == "user"]
-    return (user_messages or [message.content for message in messages[:1]] or [""])[0]
+    user_messages = [message.text for message in messages if message.role == "user"]
+    return (user_messages or [message.text for message in messages[:1]] or [""])[0]
 
 
 # --- Forms -----------------------------------------------------------------------------------------------------------
@@ -173,15 +178,24 @@ def _parse(row: Row, keys: tuple[str, ...]) -> PromptCompletions:
         raise DatasetError(f'{row.location}: "{keys[0]}" is {first}, but "{keys[1]}" is {second}.')
     (kind,) = kinds
     form = Form(keys, kind, None if prompt is None else prompt.kind)
-    if kind in {"transcript", "conversation"}:
+    return replace(_split(values, form, prompt, row), tools=_parse_tools(row))
+
+
+def _split(
+    values: Sequence[str | tuple[Message, ...]], form: Form, prompt: _ParsedPrompt | None, row: Row
+) -> PromptCompletions:
+    if form.is_whole:
         whole, completions = _split_conversations([_messages_of(value) for value in values], prompt, row)
         return PromptCompletions(whole, completions, form)
-    texts = [value if isinstance(value, str) else value[0].content for value in values]
+    texts = [value for value in values if isinstance(value, str)]
     if prompt is None:
-        if kind == "message":
+        if form.completion == "message":
             raise DatasetError(f'{row.location} has no "prompt", and no message before the completion.')
         return _split_texts(texts, form, row)
-    if prompt.kind == "transcript" and kind == "text" and not prompt.ends_in_space:
+    if form.completion == "message":
+        completions = tuple(read_completion(value) for value in values if not isinstance(value, str))
+        return PromptCompletions(prompt.value, completions, form)
+    if prompt.kind == "transcript" and not prompt.ends_in_space:
         texts = [text.removeprefix(" ") for text in texts]
     return PromptCompletions(prompt.value, tuple(texts), form)
 
@@ -197,7 +211,7 @@ class _ParsedPrompt:
     def is_contained_in(self, messages: Sequence[Message]) -> bool:
         if isinstance(self.value, str):
             text = self.value.strip()
-            return any(message.role == "user" and message.content.strip() == text for message in messages)
+            return any(message.role == "user" and message.text.strip() == text for message in messages)
         return tuple(messages[: len(self.value)]) == self.value
 
 
@@ -206,7 +220,11 @@ def _kind(value: str | tuple[Message, ...], prompt: _ParsedPrompt | None) -> Kin
         # Beside a prompt only a transcript that contains it is a whole conversation: a completion may look like one.
         is_whole = is_transcript(value) and (prompt is None or prompt.is_contained_in(read_transcript(value)))
         return "transcript" if is_whole else "text"
-    return "message" if len(value) == 1 and value[0].role == "assistant" else "conversation"
+    if value[0].role != "assistant":
+        return "conversation"
+    # Several messages are a completion beside a prompt that they do not contain: calls of tools and their results.
+    is_completion = len(value) == 1 or (prompt is not None and not prompt.is_contained_in(value))
+    return "message" if is_completion else "conversation"
 
 
 def _messages_of(value: str | tuple[Message, ...]) -> tuple[Message, ...]:
@@ -215,7 +233,7 @@ def _messages_of(value: str | tuple[Message, ...]) -> tuple[Message, ...]:
 
 def _split_conversations(
     conversations: Sequence[tuple[Message, ...]], prompt: _ParsedPrompt | None, row: Row
-) -> tuple[Prompt, tuple[str, ...]]:
+) -> tuple[Prompt, tuple[Completion, ...]]:
     """Take the last message of each conversation as the completion, and what they have in common before it."""
     before = conversations[0][:-1]
     if any(conversation[-1].role != "assistant" for conversation in conversations):
@@ -226,7 +244,7 @@ def _split_conversations(
         raise UnusableRow(row.location, "the conversations differ before their last message")
     if prompt is not None and not prompt.is_contained_in(before):
         raise UnusableRow(row.location, "the conversation does not contain the prompt")
-    return before, tuple(conversation[-1].content for conversation in conversations)
+    return before, tuple(read_completion(conversation[-1:]) for conversation in conversations)
 
 
 def _split_texts(texts: Sequence[str], form: Form, row: Row) -> PromptCompletions:
@@ -271,7 +289,7 @@ def _parse_value(key: str, row: Row) -> str | tuple[Message, ...]:
     if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
         wanted = "a list of messages" if key == "messages" else "a string or a list of messages"
         raise DatasetError(f'{row.location}: "{key}" must be {wanted}.')
-    return tuple(_parse_message(message, row) for message in value)
+    return tuple(_parse_message(message, key, row) for message in value)
 
 
 def _parse_messages_as_text(key: str, text: str, row: Row) -> Any:
@@ -284,26 +302,31 @@ def _parse_messages_as_text(key: str, text: str, row: Row) -> Any:
     raise DatasetError(f'{row.location}: the messages in "{key}" are written as text, but not as JSON.')
 
 
-def _parse_message(message: Mapping[str, Any], row: Row) -> Message:
-    if any(message.get(key) for key in ("tool_calls", "function_call")):
-        raise UnusableRow(row.location, "a message has tool calls")
-    role = message.get("role")
-    if not isinstance(role, str):
-        raise DatasetError(f'{row.location}: "role" must be a string.')
-    if "content" in message and message["content"] is None:
-        raise UnusableRow(row.location, "the content of a message is null")
-    return Message(role, _check_unicode(_parse_content(message.get("content"), row), row))
+def _parse_message(values: Mapping[str, Any], key: str, row: Row) -> Message:
+    if values.get("function_call"):
+        raise UnusableRow(row.location, "a message has a function call, which is now written as tool calls")
+    try:
+        message = read_message(values)
+    except MalformedMessage as error:
+        # A message that lacks its content is no row of the form; an explicit null is a value that is missing.
+        if error.code == "missing_field" and "content" in values:
+            raise UnusableRow(row.location, "the content of a message is null") from None
+        if error.code == "out_of_range":
+            raise UnusableRow(row.location, "a part of a message's content is not text") from None
+        if error.pointer.startswith("/tool_calls"):
+            raise UnusableRow(row.location, "a message has tool calls of another form") from None
+        raise DatasetError(f'{row.location}: "{key}" has a message that cannot be read: {error}.') from None
+    for text in (message.text, message.fields):
+        _check_unicode(text, row)
+    return message
 
 
-def _parse_content(content: object, row: Row) -> str:
-    if isinstance(content, list) and all(isinstance(part, dict) and "type" in part for part in content):
-        if any(part["type"] != "text" for part in content):
-            raise UnusableRow(row.location, "a part of a message's content is not text")
-        if all(isinstance(part.get("text"), str) for part in content):
-            return "".join(part["text"] for part in content)
-    if not isinstance(content, str):
-        raise DatasetError(f'{row.location}: "content" must be a string.')
-    return content
+def _parse_tools(row: Row) -> str:
+    tools = row.values.get("tools")
+    try:
+        return _check_unicode(read_tools(json.loads(tools) if isinstance(tools, str) and tools else tools or None), row)
+    except (ValueError, TypeError, RecursionError):
+        raise DatasetError(f'{row.location}: "tools" must be a list of objects, or that list as JSON.') from None
 
 
 def _check_unicode(text: str, row: Row) -> str:

@@ -170,12 +170,14 @@ def _check_form(row: Row, parsed: PromptCompletions, reading: Reading) -> None:
 
 def _count_properties(parsed: PromptCompletions, reading: Reading, seen: set[int]) -> None:
     completions, prompt = parsed.completions, parsed.prompt
-    key = hash((prompt, completions))
+    key = hash((prompt, completions, parsed.tools))
     reading.num_repeated += key in seen
     seen.add(key)
     reading.num_ties += len(completions) == 2 and completions[0] == completions[1]
     reading.num_echoes += (
-        isinstance(prompt, str) and bool(prompt) and all(text.startswith(prompt) for text in completions)
+        isinstance(prompt, str)
+        and bool(prompt)
+        and all(isinstance(text, str) and text.startswith(prompt) for text in completions)
     )
 
 

@@ -16,7 +16,6 @@ from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from reward_client.options import TemplateChoice
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -54,8 +53,8 @@ class Binding:
     chat_template: str
     """sha256, hexadecimal."""
 
-    template: TemplateChoice
-    """How a plain prompt is rendered."""
+    template: str
+    """Name of the text rule."""
 
     max_input_tokens: int
     pooling: Pooling

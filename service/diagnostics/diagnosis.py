@@ -199,7 +199,7 @@ def siblings_of(items: Sequence[ItemState], scored: Collection[int]) -> list[lis
         if item.group is not None:
             groups["group", item.group].append(index)
         elif isinstance(item.content, Exchange):
-            groups["prompt", item.content.prompt].append(index)
+            groups["prompt", item.content.prompt, item.content.tools].append(index)
     return [indices for indices in groups.values() if len(indices) > 1]
 
 

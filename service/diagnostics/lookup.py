@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reward_client.options import TemplateChoice
-
 from service.checkpoints.checkpoint import Checkpoint
 from service.checkpoints.demo import merged_identity
 from service.checkpoints.files import CALIBRATION_FILE
@@ -67,8 +65,8 @@ class Lookup:
         return {"id": calibration.id, "reason": None, "taps": taps, **{name: facts[name] for name in SHOWN_FACTS}}
 
 
-def binding_of(checkpoint: Checkpoint, *, template: TemplateChoice) -> Binding:
-    """Return the binding of a calibration of this checkpoint under these settings."""
+def binding_of(checkpoint: Checkpoint, *, template: str) -> Binding:
+    """Return the binding of a calibration of this checkpoint under these settings; ``template`` names its text rule."""
     hashes = checkpoint.hashes
     return Binding(
         weights=merged_identity(checkpoint.path, hashes.weights),

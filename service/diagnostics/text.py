@@ -133,7 +133,7 @@ class TextReader:
         content = item.content
         if not isinstance(content, Exchange) or sequence.num_prompt_tokens is None:
             return None
-        chars = read_chars(content.completion)
+        chars = read_chars(content.completion_text)
         if not full:
             return TextFacts(chars)
         num_prompt = sequence.num_prompt_tokens

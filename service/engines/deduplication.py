@@ -22,6 +22,7 @@ class Reading(NamedTuple):
     """The hidden states of a sequence: equal token ids with different prompts have different states to read."""
 
     token_ids: tuple[int, ...]
+    """The row of the sequence."""
 
     mean_start: int
     """The first token that ``mean`` pooling includes, the first one of the completion."""
@@ -29,7 +30,7 @@ class Reading(NamedTuple):
     @classmethod
     def of(cls, sequence: TokenSequence) -> Reading:
         """Return the reading of a sequence; where its prompt is unknown ``mean`` includes all tokens."""
-        return cls(sequence.token_ids, sequence.num_prompt_tokens or 0)
+        return cls(sequence.row, sequence.num_prompt_tokens or 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +45,8 @@ class UniquePass:
 
 
 def unique_token_ids(sequences: Sequence[TokenSequence]) -> list[tuple[int, ...]]:
-    """Return the different token ids of a batch, in order of first appearance."""
-    return list(dict.fromkeys(sequence.token_ids for sequence in sequences))
+    """Return the different rows of a batch, in order of first appearance."""
+    return list(dict.fromkeys(sequence.row for sequence in sequences))
 
 
 def unique_readings(sequences: Iterable[TokenSequence]) -> list[Reading]:
@@ -66,7 +67,7 @@ def scatter(
         outputs: the output of every pass, in the order of the passes; consumed one by one.
         states: whether the passes read states.
     """
-    first_index = {sequence.token_ids: index for index, sequence in reversed(list(enumerate(sequences)))}
+    first_index = {sequence.row: index for index, sequence in reversed(list(enumerate(sequences)))}
     rewards: dict[tuple[int, ...], float] = {}
     shared_tokens = [sequence.num_tokens for sequence in sequences]
     num_cached_tokens = 0
@@ -79,7 +80,7 @@ def scatter(
         if output.states is not None:
             found.update(zip(computed.readings, output.states, strict=True))
     return EngineOutput(
-        [rewards[sequence.token_ids] for sequence in sequences],
+        [rewards[sequence.row] for sequence in sequences],
         shared_tokens,
         np.stack([found[Reading.of(sequence)] for sequence in sequences]) if states else None,
         num_cached_tokens,

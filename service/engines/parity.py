@@ -6,10 +6,11 @@ compares arithmetic only; it does not check whether the checkpoint's rewards mak
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, isfinite, isnan
 from statistics import median
 from typing import Any
@@ -22,6 +23,7 @@ from service.engines.paths.packed import PackedForward
 from service.engines.paths.padded import PaddedForward
 from service.engines.rewiring import rewire
 from service.errors import ParityError, SettingsError
+from service.records import TextProbe
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +101,10 @@ class Reference:
 
     tolerances: Sequence[float]
     """Largest difference to each reward that rounding alone explains."""
+
+    def with_texts(self, rewards: Sequence[float]) -> Reference:
+        """Return the reference with other plain rewards of the last probes, which are texts."""
+        return replace(self, rewards=[*self.rewards[: len(self.rewards) - len(rewards)], *rewards])
 
     def compare(self, rewards: Sequence[float]) -> Parity:
         """Compare a path's rewards of the probes with the plain ones."""
@@ -302,14 +308,30 @@ def plain_rewards(classifier: Classifier, sequences: Sequence[Sequence[int]]) ->
 
     Args:
         classifier: left with the attention that transformers chose.
-        sequences: token ids.
+        sequences: rows.
 
     Raises:
         ParityError: transformers itself does not run the model.
     """
+    return _plain_rewards(classifier, [classifier.inputs_of([row]) for row in sequences])
+
+
+@torch.inference_mode()
+def plain_rewards_of_texts(classifier: Classifier, texts: Sequence[TextProbe]) -> list[float]:
+    """Return the rewards of the plain transformers forward on what the tokenizer's own call gives for these texts."""
+    read = inspect.signature(classifier.model.forward).parameters
+    return _plain_rewards(
+        classifier,
+        [{name: classifier.token_tensor([ids]) for name, ids in text.inputs.items() if name in read} for text in texts],
+    )
+
+
+def _plain_rewards(classifier: Classifier, inputs: Sequence[dict[str, torch.Tensor]]) -> list[float]:
     rewire(classifier, classifier.plain_attention)
     try:
-        return [_plain_reward(classifier, token_ids) for token_ids in sequences]
+        return [
+            _plain_reward(classifier, {"attention_mask": torch.ones_like(one["input_ids"])} | one) for one in inputs
+        ]
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a model's code may raise anything
@@ -319,12 +341,10 @@ def plain_rewards(classifier: Classifier, sequences: Sequence[Sequence[int]]) ->
         ) from error
 
 
-def _plain_reward(classifier: Classifier, token_ids: Sequence[int]) -> float:
-    ids = classifier.token_tensor([token_ids])
+def _plain_reward(classifier: Classifier, inputs: dict[str, torch.Tensor]) -> float:
     if classifier.pooling == "last":
-        states = classifier.body(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
-        return classifier.read_rewards(states[:, -1])[0]
-    return float(classifier.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, 0])
+        return classifier.read_rewards(classifier.body(**inputs).last_hidden_state[:, -1])[0]
+    return float(classifier.model(**inputs).logits[0, 0])
 
 
 def _noise_of(classifier: Classifier, probes: Sequence[Sequence[int]], plain: Sequence[float]) -> list[float]:

@@ -38,6 +38,7 @@ from service.engines.parity import (
     Parity,
     choose_path,
     plain_rewards,
+    plain_rewards_of_texts,
     probes_for,
     quantization_error,
     reference_of,
@@ -47,7 +48,7 @@ from service.engines.paths.cuda_graphs import record_library, resolve_graphs
 from service.engines.paths.packed import PackedForward
 from service.engines.plan import EnginePlan, Machine, plan_engine
 from service.errors import EngineOutOfMemory, EngineUnavailable, SettingsError
-from service.records import TokenSequence
+from service.records import TextProbe, TokenSequence
 from service.settings import BatchingSettings, ModelSettings
 
 logger = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ class TorchEngine:
         """
         taps = self._info.taps if states else ()
         readings = unique_readings(sequences) if taps else []
-        prompts = {sequence.token_ids: sequence.num_prompt_tokens for sequence in sequences}
+        prompts = {sequence.row: sequence.num_prompt_tokens for sequence in sequences}
         passes = [
             self._launch_pass(token_ids, taps, readings, prompts)
             for token_ids in self._passes_over(unique_token_ids(sequences))
@@ -109,11 +110,11 @@ class TorchEngine:
 
     def num_cached_tokens(self, sequence: TokenSequence) -> int:
         """Return how many leading tokens are cached for the next pass; see ``Engine.num_cached_tokens``."""
-        if self._path is None or not self._may_use_cache(sequence.token_ids):
+        if self._path is None or not self._may_use_cache(sequence.row):
             return 0
         reads_mean = any(tap.pooling == "mean" for tap in self._info.taps)
         mean_start = Reading.of(sequence).mean_start if reads_mean else None
-        return self._path.num_cached_tokens(sequence.token_ids, mean_start)
+        return self._path.num_cached_tokens(sequence.row, mean_start)
 
     def close(self) -> None:
         """Free the device's memory. The engine is not used afterwards."""
@@ -200,6 +201,8 @@ def load_torch_engine(
     pad_token_id: int | None,
     max_input_tokens: int,
     taps: Sequence[StateTap] = (),
+    reads_token_types: bool = False,
+    texts: Sequence[TextProbe] = (),
 ) -> TorchEngine:
     """Load a validated checkpoint folder and return an engine whose rewards were compared with plain transformers.
 
@@ -210,6 +213,8 @@ def load_torch_engine(
         pad_token_id: the checkpoint's own, which pooling depends on.
         max_input_tokens: longest sequence that will be scored.
         taps: where states can be read.
+        reads_token_types: whether sequences may have token types, which only the padded path reads.
+        texts: texts as they are served, with the inputs of the tokenizer's own call, which plain transformers gets.
 
     Raises:
         ParityError: no forward path agrees with plain transformers.
@@ -231,8 +236,9 @@ def load_torch_engine(
     classifier = load_classifier(
         folder, dtype=plan.dtype, device=plan.device, pooling=plan.pooling, pad_token_id=pad_token_id
     )
+    classifier = replace(classifier, reads_token_types=reads_token_types)
     check_taps(classifier.body, classifier.config.num_hidden_layers, plan.taps)
-    path, evidence = _probe(plan, classifier, kernels)
+    path, evidence = _probe(plan, classifier, kernels, texts)
     if kernels is not None:
         _finish_kernels(plan, classifier, path)
     evidence = replace(evidence, cuda_graph_failure=_record_graphs(plan, classifier, path, evidence.parity))
@@ -278,7 +284,9 @@ def _find_kernels(plan: EnginePlan) -> Kernels | None:
     return kernels
 
 
-def _probe(plan: EnginePlan, classifier: Classifier, kernels: Kernels | None) -> tuple[ForwardPath, _Evidence]:
+def _probe(
+    plan: EnginePlan, classifier: Classifier, kernels: Kernels | None, texts: Sequence[TextProbe]
+) -> tuple[ForwardPath, _Evidence]:
     """Quantize the classifier as planned, and return the path that serves it with what was measured.
 
     Raises:
@@ -287,14 +295,16 @@ def _probe(plan: EnginePlan, classifier: Classifier, kernels: Kernels | None) ->
     """
     if plan.quantization == "fp8":
         check_float8(plan.device, classifier.dtype)
-    probes = probes_for(classifier, plan.max_shared_pass_tokens)
+    texts = [text for text in texts if len(text.row) <= plan.max_shared_pass_tokens]
+    probes = [*probes_for(classifier, plan.max_shared_pass_tokens), *(text.row for text in texts)]
     plain = plain_rewards(classifier, probes)
     error: dict[str, float | int] = {}
     if plan.quantization != "none":
         _quantize(classifier, plan.quantization)
         unquantized, plain = plain, plain_rewards(classifier, probes)
         error = quantization_error(unquantized, plain)
-    path, parity = choose_path(classifier, plan.candidates(kernels), reference_of(classifier, probes, plain))
+    reference = reference_of(classifier, probes, plain).with_texts(plain_rewards_of_texts(classifier, texts))
+    path, parity = choose_path(classifier, plan.candidates(kernels), reference)
     return path, _Evidence(parity, error)
 
 

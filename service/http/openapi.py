@@ -84,7 +84,7 @@ _ENVELOPE: dict[str, Any] = {
         "required": ["name", "version"],
         "properties": {"name": {"type": "string"}, "version": {"type": "string"}},
     },
-    "template": {"enum": ["chat", "concat"]},
+    "template": {"enum": ["chat", "concat", "pair"]},
     "usage": {"type": "object", "properties": {name: {"type": "integer"} for name in _TOKENS}},
     "timings_ms": {"type": "object", "properties": {name: {"type": "number"} for name in _STAGES}},
     "results": {"type": "array", "items": {"$ref": _REF.format(name="Result")}},
@@ -111,6 +111,20 @@ _ANSWERS = {
 _MODEL = {
     "type": "object",
     "properties": {
+        "text_rule": {
+            "type": "object",
+            "description": "How the text of an item becomes token ids by default; docs/text.md explains it.",
+            "properties": {
+                "name": {"type": "string"},
+                "template": {"enum": ["chat", "concat", "pair"]},
+                "decided_by": {"enum": ["settings", "tokenizer"]},
+                **{name: {"type": "array", "items": {"type": "integer"}} for name in ("before", "between", "after")},
+                "token_types": {"type": "boolean"},
+                "adds_end": {"type": "boolean"},
+                "special_tokens": {"enum": ["tokenizer", "leading"]},
+                "content": {"enum": ["text", "parts"]},
+            },
+        },
         "initialised_from": {
             "type": ["object", "null"],
             "description": "The checkpoint at which the model's training started; null without a manifest.",

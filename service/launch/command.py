@@ -70,6 +70,7 @@ def check(settings: Settings, console: Console) -> None:
         ("forward", f"{info.forward}, {info.arithmetic} on {info.device}"),
         ("kernels", info.kernels),
         ("providers", ", ".join(info.providers)),
+        ("text", served.tokenization.rule.sentence),
         ("parity", parity_in_words(info.parity)),
         *(("quantization", f"{name}: {value}") for name, value in info.quantization_error.items()),
     ]

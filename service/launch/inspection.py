@@ -9,7 +9,7 @@ import sys
 from dataclasses import asdict, dataclass
 
 from service.errors import CheckpointError, StartupError
-from service.settings import ModelSettings
+from service.settings import ModelSettings, TokenizationSettings
 
 _CHILD = "import sys; from service.launch.inspection import print_inspection; print_inspection(sys.stdin.read())"
 
@@ -26,10 +26,16 @@ class Inspection:
     """Whether each replica takes a GPU."""
     notes: tuple[str, ...] = ()
     """Sentences on unusual properties of the checkpoint, which the start prints."""
+    text_rule: str | None = None
+    """How text becomes token ids, in one sentence; None for the oracle."""
 
 
-def inspect_checkpoint(settings: ModelSettings) -> Inspection:
+def inspect_checkpoint(settings: ModelSettings, tokenization: TokenizationSettings) -> Inspection:
     """Validate the checkpoint that the settings name, in a child process.
+
+    Args:
+        settings: name the checkpoint.
+        tokenization: how its text is tokenized, which is checked too.
 
     Raises:
         CheckpointError: the checkpoint is refused, or the child process failed.
@@ -38,7 +44,9 @@ def inspect_checkpoint(settings: ModelSettings) -> Inspection:
         return Inspection(None, None, needs_gpu=False)
     child = subprocess.run(  # noqa: S603 - this interpreter and a module of this package
         [sys.executable, "-P", "-c", _CHILD],
-        input=settings.model_dump_json(),
+        input=json.dumps(
+            {"model": settings.model_dump(mode="json"), "tokenization": tokenization.model_dump(mode="json")}
+        ),
         stdout=subprocess.PIPE,
         text=True,
         check=False,
@@ -63,19 +71,25 @@ def _failure(status: int) -> str:
     return f"The check of the checkpoint {end}, for the reason above: the checkpoint may be damaged."
 
 
-def print_inspection(model: str) -> None:
+def print_inspection(settings: str) -> None:
     """Print the Inspection of a checkpoint as JSON, or the sentence that refuses it; runs in the child process.
 
     Args:
-        model: ModelSettings as JSON.
+        settings: the sections ``model`` and ``tokenization`` of the settings as JSON.
     """
-    from service.assembly import needs_gpu, open_model
+    from service.assembly import needs_gpu, open_model, open_tokenization
 
-    settings = ModelSettings.model_validate_json(model)
+    sections = json.loads(settings)
+    model = ModelSettings.model_validate(sections["model"])
     try:
-        checkpoint = open_model(settings).checkpoint
-        gpu = needs_gpu(settings, checkpoint.path)
-        answer = asdict(Inspection(str(checkpoint.path.resolve()), checkpoint.name, gpu, checkpoint.notes))
+        checkpoint = open_model(model).checkpoint
+        tokenization = open_tokenization(checkpoint, TokenizationSettings.model_validate(sections["tokenization"]))
+        gpu = needs_gpu(model, checkpoint.path)
+        answer = asdict(
+            Inspection(
+                str(checkpoint.path.resolve()), checkpoint.name, gpu, checkpoint.notes, tokenization.rule.sentence
+            )
+        )
     except StartupError as error:
         answer = {"refusal": str(error)}
     print(json.dumps(answer))

@@ -257,6 +257,8 @@ class _LocalServer:
             self._progress.stage("model")
             served, self._app.app = await self._in_loader(lambda: self._assemble(opened))
         self._served = served
+        if served.checkpoint is not None:
+            self._progress.note(served.tokenization.rule.sentence)
         await served.scorer.start()
         return served.scorer
 

@@ -50,9 +50,9 @@ class TerminalProgress:
         )
 
     def note(self, sentence: str) -> None:
-        """Show something that the user should know."""
+        """Show a sentence that stays."""
         self._end_status()
-        self._console.print(sentence, markup=False)
+        self._console.print(sentence, markup=False, highlight=False)
 
     def stopping(self, *, ready: bool) -> None:
         """Show that the shutdown has begun, of a server that has been ready or of one that was starting."""

@@ -53,9 +53,11 @@ def serve(settings: StartSettings, console: Console) -> None:
             progress.note(f"TMPDIR has too long a path for Unix sockets: they are made in {SHORT_FOLDER}.")
         if settings.model.engine != "oracle":
             progress.stage("checkpoint")
-        inspection = inspect_checkpoint(settings.model)
+        inspection = inspect_checkpoint(settings.model, settings.tokenization)
         for note in inspection.notes:
             progress.note(f"Note: {note}")
+        if inspection.text_rule is not None:
+            progress.note(inspection.text_rule)
         for attempts_left in range(START_ATTEMPTS - 1, -1, -1):
             try:
                 _run(settings, inspection, http, progress)

@@ -24,9 +24,11 @@ from service.errors import (
     NonFiniteReward,
     TooManyItems,
 )
+from service.messages import MalformedMessage, read_completion, read_message, read_tools
 from service.protocols.problem import item_error
 from service.protocols.violations import explain_malformed, explain_violation, invalid
 from service.records import (
+    Completion,
     Content,
     Encoding,
     Exchange,
@@ -67,17 +69,22 @@ class RequestDefaults:
 
 
 class WireMessage(msgspec.Struct, forbid_unknown_fields=True):
-    """One turn of a conversation."""
+    """One turn of a conversation. ``content`` may be left out of a turn with ``tool_calls``."""
 
     role: str
-    content: str
+    content: str | list[dict[str, Any]] | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
 
 
 class WireItem(msgspec.Struct, forbid_unknown_fields=True):
     """One text to score, in exactly one of three forms: prompt and completion, templated text, or token ids."""
 
     prompt: str | list[WireMessage] | None = None
-    completion: str | None = None
+    completion: str | list[WireMessage] | None = None
+    tools: list[dict[str, Any]] | None = None
     text: str | None = None
     token_ids: list[_TokenId] | None = None
     id: _Name | None = None
@@ -89,7 +96,8 @@ class WireOptions(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
     diagnostics: Literal["none", "basic", "full"] | None = None
     truncation: Literal["error", "prompt_left"] | None = None
-    template: Literal["chat", "concat"] | None = None
+    template: Literal["chat", "concat", "pair"] | None = None
+    chat_template_kwargs: dict[str, str | int | float | bool | None] | None = None
     timeout_ms: _Timeout | None = None
 
 
@@ -103,7 +111,8 @@ class WireCompareRequest(WireOptions, forbid_unknown_fields=True, kw_only=True):
     """The body of ``POST /v1/compare``: completions of one prompt, to be ranked."""
 
     prompt: str | list[WireMessage]
-    completions: list[str]
+    completions: list[str | list[WireMessage]]
+    tools: list[dict[str, Any]] | None = None
 
 
 _FORM_FIELDS = ("prompt", "completion", "text", "token_ids")
@@ -138,7 +147,11 @@ def parse_compare_request(body: bytes, defaults: RequestDefaults) -> ScoreReques
     max_completions = min(limits.max_compare_completions, limits.max_request_items)
     _check_count(len(wire.completions), 2, max_completions, "/completions", "completions")
     prompt = _read_prompt(wire.prompt, "/prompt")
-    items = tuple(Item(Exchange(prompt, completion)) for completion in wire.completions)
+    tools = _read_tools(wire.tools, "/tools")
+    items = tuple(
+        Item(Exchange(prompt, _read_completion(completion, f"/completions/{index}"), tools))
+        for index, completion in enumerate(wire.completions)
+    )
     return _request(items, wire, defaults)
 
 
@@ -215,7 +228,11 @@ def _request(items: tuple[Item, ...], options: WireOptions, defaults: RequestDef
             raise ItemTooLong(
                 f"Item {index} has {item.content.num_chars} characters; the limit is {defaults.limits.max_item_chars}"
             )
-    encoding = Encoding(template=options.template, truncation=options.truncation or defaults.truncation)
+    encoding = Encoding(
+        template=options.template,
+        truncation=options.truncation or defaults.truncation,
+        template_variables=tuple(sorted((options.chat_template_kwargs or {}).items())),
+    )
     timeout_s = _timeout_s(options.timeout_ms, defaults.limits.deadline_s)
     return ScoreRequest(items, encoding, options.diagnostics or defaults.diagnostics, timeout_s)
 
@@ -238,15 +255,20 @@ def _read_item(wire: WireItem, index: int) -> Item:
 
 def _read_content(wire: WireItem, index: int) -> Content:
     match wire.prompt, wire.completion, wire.text, wire.token_ids:
-        case (str() | list()) as prompt, str(completion), None, None:
-            return Exchange(_read_prompt(prompt, f"/items/{index}/prompt"), completion)
-        case None, None, str(text), None:
+        case (str() | list()) as prompt, (str() | list()) as completion, None, None:
+            return Exchange(
+                _read_prompt(prompt, f"/items/{index}/prompt"),
+                _read_completion(completion, f"/items/{index}/completion"),
+                _read_tools(wire.tools, f"/items/{index}/tools"),
+            )
+        case None, None, str(text), None if not wire.tools:
             return TemplatedText(text)
-        case None, None, None, [_, *_] as token_ids:
+        case None, None, None, [_, *_] as token_ids if not wire.tools:
             return TokenIds(tuple(token_ids))
         case None, None, None, []:
             raise invalid(f"/items/{index}/token_ids", "too_few", "An item needs at least one token id")
     present = [name for name in _FORM_FIELDS if getattr(wire, name) is not None]
+    present += ["tools"] if wire.tools else []
     raise invalid(
         f"/items/{index}",
         "not_one_form",
@@ -260,7 +282,33 @@ def _read_prompt(prompt: str | list[WireMessage], pointer: str) -> str | tuple[M
         return prompt
     if not prompt:
         raise invalid(pointer, "too_few", "A prompt that is a list needs at least one message")
-    return tuple(Message(turn.role, turn.content) for turn in prompt)
+    return _read_messages(prompt, pointer)
+
+
+def _read_messages(turns: list[WireMessage], pointer: str) -> tuple[Message, ...]:
+    messages = []
+    for index, turn in enumerate(turns):
+        try:
+            messages.append(read_message(msgspec.structs.asdict(turn)))
+        except MalformedMessage as error:
+            raise invalid(f"{pointer}/{index}{error.pointer}", error.code, str(error)) from None
+    return tuple(messages)
+
+
+def _read_completion(completion: str | list[WireMessage], pointer: str) -> Completion:
+    if isinstance(completion, str):
+        return completion
+    try:
+        return read_completion(_read_messages(completion, pointer))
+    except MalformedMessage as error:
+        raise invalid(pointer, error.code, str(error)) from None
+
+
+def _read_tools(tools: list[dict[str, Any]] | None, pointer: str) -> str:
+    try:
+        return read_tools(tools)
+    except MalformedMessage as error:
+        raise invalid(f"{pointer}{error.pointer}", error.code, str(error)) from None
 
 
 def _envelope(model: ModelIdentity, template: TemplateChoice, usage: Usage, timings: Timings) -> dict[str, Any]:

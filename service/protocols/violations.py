@@ -17,7 +17,10 @@ from msgspec import inspect
 from service.errors import InvalidRequest, MalformedBody, Violation
 
 _LOCATION = re.compile(r" - at `\$([^`]*)`\Z")
-_STEP = re.compile(r"\.([a-z_]+)|\[(\d+)\]")
+_STEP = re.compile(r"\.([a-z_]+)|\[(\d+|\.\.\.)\]")
+_ANY_KEY = "..."
+"""The step to a value of an object whose keys the schema leaves open; msgspec does not name the key."""
+
 _UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
 _MISSING = re.compile(r"Object missing required field `([a-z_]+)`")
 _FOUND = re.compile(r", got `([a-z]+)`")
@@ -75,7 +78,7 @@ def explain_violation(error: msgspec.ValidationError, schema: type[msgspec.Struc
     root = inspect.type_info(schema)
     location = _LOCATION.search(message)
     steps = _steps(location[1] if location else "", _field_names(root))
-    pointer = "".join(f"/{step}" for step in steps)
+    pointer = "".join(f"/{step}" for step in steps if step != _ANY_KEY)
     message = message[: location.start()] if location else message
     if unknown := _UNKNOWN.match(message):
         return invalid(pointer, "unknown_field", _unknown_field(unknown[1], root, _type_at(root, steps)))
@@ -83,7 +86,7 @@ def explain_violation(error: msgspec.ValidationError, schema: type[msgspec.Struc
         kind = _type_at(root, [*steps, missing[1]])
         detail = f'Missing field "{missing[1]}"' + (f": {_expected(kind)}" if kind else "")
         return invalid(f"{pointer}/{missing[1]}", "missing_field", detail)
-    expected = f"Expected {_expected(_type_at(root, steps))}"
+    expected = f"Expected {_expected(_type_at(root, steps))}" + (" as every value" if _ANY_KEY in steps else "")
     if _OUT_OF_RANGE.match(message):
         return invalid(pointer, "out_of_range", expected)
     got = _FOUND.search(message)
@@ -168,6 +171,8 @@ def _below(parent: inspect.Type, step: str) -> inspect.Type | None:
     for kind in _members(parent):
         if isinstance(kind, inspect.ListType) and step.isdecimal():
             return kind.item_type
+        if isinstance(kind, inspect.DictType) and step == _ANY_KEY:
+            return kind.value_type
         if isinstance(kind, inspect.StructType):
             for field in kind.fields:
                 if field.encode_name == step:

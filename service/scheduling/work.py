@@ -76,8 +76,8 @@ def plan_work(items: Sequence[Item], encoded: Sequence[TokenSequence | HttpError
     indices: dict[tuple[int, ...], list[int]] = {}
     for index, sequence in enumerate(encoded):
         if isinstance(sequence, TokenSequence):
-            first.setdefault(sequence.token_ids, sequence)
-            indices.setdefault(sequence.token_ids, []).append(index)
+            first.setdefault(sequence.row, sequence)
+            indices.setdefault(sequence.row, []).append(index)
     distinct = sorted(first)
     return Work(
         sequences=tuple(first[ids] for ids in distinct),

@@ -552,3 +552,23 @@ def test_tensors_of_other_heads_and_old_buffers_are_left_out(tmp_path: Path) -> 
     edit_weights(tmp_path, lambda weights: weights.update(harmless))
 
     assert opened(tmp_path).notes == ()
+
+
+def test_one_of_several_chat_templates_is_chosen_by_name(tmp_path: Path) -> None:
+    """Named chat templates without a default are refused with their names, and one is used by the setting."""
+    folder = write_tiny_checkpoint(tmp_path / "model")
+    plain = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    templates = [{"name": name, "template": f"{name}{plain}"} for name in ("rag", "tool_use")]
+    edit_json(folder / "tokenizer_config.json", lambda config: config.update(chat_template=templates))
+
+    with pytest.raises(CheckpointError, match="rag, tool_use"):
+        opened(folder)
+    with pytest.raises(CheckpointError, match="none of that name"):
+        opened(folder, chat_template="default")
+    chosen = opened(folder, chat_template="rag")
+
+    assert chosen.tokenizer.chat_template == f"rag{plain}"
+    assert version_of(chosen) != version_of(opened(folder, chat_template="tool_use"))
+    with pytest.raises(CheckpointError, match="no named chat templates"):
+        opened(write_tiny_checkpoint(tmp_path / "other"), chat_template="rag")

@@ -8,7 +8,7 @@ from itertools import groupby, pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from reward_client.requests import ChunkLimits, chunk_ranges, completion_text, exchange_items
+from reward_client.requests import ChunkLimits, chunk_ranges, completion_content, exchange_items
 from reward_client.retries import read_retry_after
 
 NOW = 1795392000.0
@@ -68,20 +68,16 @@ def test_lists_of_different_lengths_are_refused() -> None:
         exchange_items(["a", "b"], ["c"])
 
 
-@pytest.mark.parametrize(
-    "completion",
-    [
-        [],
-        [{"role": "user", "content": "x"}],
-        [{"role": "assistant", "content": None}],
-        [{"role": "assistant", "content": "x"}] * 2,
-    ],
-    ids=["no-turn", "not-the-assistant", "no-text", "two-turns"],
-)
-def test_completion_must_be_one_text(completion: list[dict[str, str]]) -> None:
-    """A completion without a single text is an error."""
-    with pytest.raises(ValueError, match="one assistant message"):
-        completion_text(completion)
+def test_a_completion_of_messages_keeps_its_turns() -> None:
+    """One assistant message of text is sent as its text; other turns are sent as they are, without absent fields."""
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    result = {"role": "tool", "content": "4", "name": None}
+
+    assert completion_content([{"role": "assistant", "content": "x", "name": None}]) == "x"
+    assert completion_content([call, result]) == [
+        {"role": "assistant", "tool_calls": call["tool_calls"]},
+        {"role": "tool", "content": "4"},
+    ]
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def test_an_implicit_prompt_has_all_common_messages() -> None:
         ({"prompt": CANARY, "completion": 1}, '"completion" must be a string'),
         ({"prompt": [], "completion": CANARY}, '"prompt" must be a string or a list of messages'),
         ({"prompt": [CANARY], "completion": CANARY}, '"prompt" must be a string or a list of messages'),
-        ({"prompt": [{"role": "user"}], "completion": CANARY}, '"content" must be a string'),
+        ({"prompt": [{"role": "user"}], "completion": CANARY}, "has a message that cannot be read"),
         ({"completion": CANARY}, '"prompt" must be a string or a list of messages'),
     ],
     ids=["no-completion", "no-rejected", "number", "no-messages", "strings", "no-content", "no-prompt"],
@@ -159,12 +159,16 @@ def test_an_invalid_pair_is_named_and_not_shown(values: dict[str, Any], message:
         ),
         (
             {"messages": [*PROMPT, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}, GOOD]},
-            "a message has tool calls",
+            "a message has tool calls of another form",
+        ),
+        (
+            {"messages": [*PROMPT, {"role": "assistant", "content": None, "function_call": {"name": "f"}}]},
+            "a message has a function call",
         ),
         ({"prompt": f"{CANARY}\ud83d", "chosen": CANARY, "rejected": "No."}, "not valid Unicode"),
     ],
     ids=["early-difference", "user-last", "other-prompt", "other-messages", "null", "tie", "null-content", "image",
-         "tool-calls", "half-a-surrogate-pair"],
+         "tool-calls", "function-call", "half-a-surrogate-pair"],
 )  # fmt: skip
 def test_a_row_without_a_usable_pair_has_a_reason(values: dict[str, Any], reason: str) -> None:
     """Such a row can be left out and counted: its error has the location and a reason, never the text."""
@@ -198,3 +202,52 @@ def test_a_completion_that_looks_like_a_transcript_is_a_completion() -> None:
 def test_an_opening_is_the_first_user_message_without_case_and_spacing(prompt: str | tuple[Message, ...]) -> None:
     """Two prompts with the same opening are on the same side of every split."""
     assert normalized_opening(prompt) == "how do i sort apples?"
+
+
+def test_messages_of_agents_keep_their_fields() -> None:
+    """Tool calls, tool results and tools are read; fields that a data set pads with null count as absent."""
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    turns = [
+        {"role": "assistant", "content": None, "tool_calls": [call], "name": None},
+        {"role": "tool", "content": "1", "tool_call_id": "c", "tool_calls": None},
+    ]
+    tools = [{"type": "function", "function": {"name": "add"}}]
+
+    parsed = parse_completions(row(prompt=PROMPT, completion=turns, tools=json.dumps(tools)))
+
+    (completion,) = parsed.completions
+    assert isinstance(completion, tuple)
+    assert [turn.as_dict() for turn in completion] == [
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "1", "tool_call_id": "c"},
+    ]
+    assert json.loads(parsed.tools) == tools
+    with pytest.raises(DatasetError, match='"tools" must be'):
+        parse_completions(row(prompt=PROMPT, completion="x", tools=[CANARY]))
+
+
+def test_conversations_with_tools_are_split_before_their_last_message() -> None:
+    """Calls and results in whole conversations are part of the prompt; a last message that calls is a completion."""
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": "{}"}}]}
+    before = [*PROMPT, call, {"role": "tool", "content": "4"}]
+    tools = [{"type": "function", "function": {"name": "add"}}]
+
+    pair = parse_pair(row(chosen=[*before, GOOD], rejected=[*before, call], tools=tools))
+
+    assert not isinstance(pair.prompt, str)
+    assert [turn.role for turn in pair.prompt] == ["user", "assistant", "tool"]
+    chosen, rejected = pair.completions
+    assert chosen == "Because."
+    assert not isinstance(rejected, str)
+    assert rejected == (pair.prompt[1],)
+    assert json.loads(pair.tools) == tools
+
+
+def test_a_lone_surrogate_in_a_call_is_no_text() -> None:
+    """What tokenizers cannot read is found in all fields of a message and in tools."""
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "\ud83d"}}]}
+
+    with pytest.raises(UnusableRow, match="not valid Unicode"):
+        parse_completions(row(prompt=PROMPT, completion=[call]))
+    with pytest.raises(UnusableRow, match="not valid Unicode"):
+        parse_completions(row(prompt=PROMPT, completion="x", tools=[{"name": "\ud83d"}]))

@@ -56,7 +56,7 @@ def ultrafeedback(prompt: str, chosen: str, rejected: str) -> dict[str, Any]:
         ),
         (
             {"prompt": turns("p"), "completion": turns("", "c")[1:]},
-            "prompt as a conversation, completion as one assistant message",
+            "prompt as a conversation, completion as a list of assistant messages",
         ),
     ],
 )

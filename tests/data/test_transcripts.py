@@ -18,7 +18,7 @@ def test_writing_and_reading_are_inverse(texts: list[str]) -> None:
     """Also for contents with spaces and line ends at their edges."""
     messages = tuple(Message(role, text) for text, role in zip(texts, ["user", "assistant"] * 3, strict=False))
     # Line ends at the end of a turn are part of it, unless they would move the next marker.
-    transcript = "".join(MARKERS[message.role] + message.content for message in messages)
+    transcript = "".join(MARKERS[message.role] + message.text for message in messages)
 
     assert is_transcript(transcript)
     assert read_transcript(transcript) == messages

@@ -43,6 +43,8 @@ def default_of(name: str) -> Any:
 def other_value(name: str) -> str:
     """A valid value of a setting, as text, that differs from its default."""
     special = {"model.cuda_graphs": "false", "tokenization.template": "concat", "server.port": "9000"}
+    special |= {"tokenization.special_tokens": "leading", "tokenization.unrendered": "accept"}
+    special |= {"tokenization.chat_template_kwargs": '["mode"]'}
     literals = {
         "model.engine": "onnx", "model.forward": "padded", "model.dtype": "float32", "model.pooling": "last",
         "model.kernels": "off", "model.quantization": "int8", "tokenization.truncation": "prompt_left",

@@ -218,13 +218,13 @@ EXPECTATIONS: list[tuple[bytes, str]] = [
     (b'{"items":[{"timeout_ms":1}]}', 'Unknown field "timeout_ms"; it is a field of a score request (at /items/0)'),
     (
         b'{"items":[{"colour":1}]}',
-        'Unknown field "colour"; an item has prompt, completion, text, token_ids, id, group (at /items/0)',
+        'Unknown field "colour"; an item has prompt, completion, tools, text, token_ids, id, group (at /items/0)',
     ),
     (
         b'{"items":[{"%s":1}]}' % CANARY.encode(),
         (
             "Unknown field with a name of 11 characters; "
-            "an item has prompt, completion, text, token_ids, id, group (at /items/0)"
+            "an item has prompt, completion, tools, text, token_ids, id, group (at /items/0)"
         ),
     ),
     (b"{}", 'Missing field "items": a list of items (at /items)'),
@@ -248,6 +248,18 @@ EXPECTATIONS: list[tuple[bytes, str]] = [
         b'{"items":[],"timeout_ms":' + b"9" * 5000 + b"}",
         "Expected a number from 1 to 9223372036854775808 (at /timeout_ms)",
     ),
+    (
+        b'{"items":[],"chat_template_kwargs":{"%s":[]}}' % CANARY.encode(),
+        (
+            "Expected a string or an integer or a number or a boolean as every value, found a list "
+            "(at /chat_template_kwargs)"
+        ),
+    ),
+    (
+        b'{"items":[{"prompt":"p","completion":[{"role":"assistant","contents":"x"}]}]}',
+        'Unknown field "contents"; did you mean "content"? (at /items/0/completion/0)',
+    ),
+    (b'{"items":[{"tools":[5]}]}', "Expected an object, found an integer (at /items/0/tools/0)"),
     (b'{"items":[],"diagnostics":"all"}', 'Expected one of "basic", "full", "none" (at /diagnostics)'),
     (
         b'{"items":[{"prompt":"a"}]}',
@@ -599,3 +611,70 @@ def test_comparison_with_an_item_error() -> None:
 
     with pytest.raises(SequenceTooLong):
         render_comparison(request_of(*items), (Score(0.0), error), MODEL, "chat", USAGE, TIMINGS)
+
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}
+TOOLS = [{"type": "function", "function": {"name": "add"}}]
+
+
+def test_conversations_of_agents() -> None:
+    """Tools, calls, tool turns, text parts and completions of several messages are read as chat templates get them."""
+    completion = [
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "content": [{"type": "text", "text": "2"}], "tool_call_id": "c1", "name": "add"},
+        {"role": "assistant", "content": "It is two.", "reasoning_content": "easy"},
+    ]
+
+    item = {"prompt": [{"role": "user", "content": "?"}], "completion": completion, "tools": TOOLS}
+    request = parse_score_request(body_of(items=[item], chat_template_kwargs={"enable_thinking": False}), DEFAULTS)
+
+    (content,) = [item.content for item in request.items]
+    assert isinstance(content, Exchange)
+    assert isinstance(content.completion, tuple)
+    assert [turn.as_dict() for turn in content.completion] == [
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{**CALL, "function": {"name": "add", "arguments": {"a": 2}}}],
+        },
+        {"role": "tool", "content": "2", "tool_call_id": "c1", "name": "add"},
+        {"role": "assistant", "content": "It is two.", "reasoning_content": "easy"},
+    ]
+    assert json.loads(content.tools) == TOOLS
+    assert content.completion_text == "\nIt is two."
+    assert request.encoding.template_variables == (("enable_thinking", False),)
+
+
+def test_one_assistant_message_is_its_text() -> None:
+    """A completion of one assistant message that is only text is the same item as its text."""
+    completion = [{"role": "assistant", "content": "c"}]
+
+    request = parse_score_request(body_of(items=[{"prompt": "p", "completion": completion}]), DEFAULTS)
+    ranked = {"prompt": "p", "completions": [completion, "d"], "tools": TOOLS}
+    compared = parse_compare_request(json.dumps(ranked).encode(), DEFAULTS)
+
+    assert request.items == (Item(Exchange("p", "c")),)
+    assert [item.content for item in compared.items] == [Exchange("p", text, json.dumps(TOOLS)) for text in ("c", "d")]
+
+
+@pytest.mark.parametrize(
+    ("item", "violation"),
+    [
+        ({"prompt": [{"role": "user"}], "completion": "c"}, ("/items/0/prompt/0/content", "missing_field")),
+        ({"prompt": "p", "completion": []}, ("/items/0/completion", "out_of_range")),
+        ({"prompt": "p", "completion": [{"role": "user", "content": CANARY}]}, ("/items/0/completion", "out_of_range")),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "image_url", "image_url": CANARY}]}], "completion": "c"},
+            ("/items/0/prompt/0/content/0/type", "out_of_range"),
+        ),
+        (
+            {"prompt": "p", "completion": [{"role": "assistant", "tool_calls": [{"name": CANARY}]}]},
+            ("/items/0/completion/0/tool_calls/0", "wrong_type"),
+        ),
+        ({"text": "t", "tools": TOOLS}, ("/items/0", "not_one_form")),
+    ],
+    ids=["no-content", "no-turn", "not-the-assistant", "image", "no-function", "tools-with-text"],
+)
+def test_messages_that_no_template_gets(item: dict[str, object], violation: tuple[str, str]) -> None:
+    """A malformed message is refused with a pointer to the value, without its text."""
+    assert violations(body_of(items=[item])) == [violation]

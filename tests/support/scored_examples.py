@@ -35,7 +35,7 @@ class FunctionScorer:
         return [
             UnscoredCompletion("no reward")
             if reward is None
-            else ScoredCompletion(reward, len(exchange.completion.split()))
+            else ScoredCompletion(reward, len(exchange.completion_text.split()))
             for reward, exchange in zip(rewards, exchanges, strict=True)
         ]
 

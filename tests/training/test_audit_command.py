@@ -53,7 +53,7 @@ def test_a_checkpoint_is_scored_as_the_service_scores(tmp_path: Path) -> None:
     assert (scored.gaps > 0).mean() == plain.accuracy.value
     assert scored.gaps.mean() == pytest.approx(plain.mean_margin, abs=1e-4)
     assert (scored.unit, scored.num_failed, sum(counted)) == ("tokens", 0, 80)
-    assert scored.chosen_lengths[0] == len(tokenizer(pairs[0].chosen + "<|im_end|>\n")["input_ids"]) - 1
+    assert scored.chosen_lengths[0] == len(tokenizer(pairs[0].texts[0] + "<|im_end|>\n")["input_ids"]) - 1
 
 
 def test_a_pair_that_is_too_long_is_left_out(tmp_path: Path) -> None:

@@ -22,16 +22,16 @@ PAIRS = human_pairs(300)
 
 def hash_reward(exchange: Exchange) -> float:
     """The oracle's reward: constant for each text, and unrelated to its quality."""
-    return oracle_reward_of_text(str(exchange.prompt), exchange.completion)
+    return oracle_reward_of_text(str(exchange.prompt), exchange.completion_text)
 
 
 def length_reward(exchange: Exchange) -> float:
-    return float(np.log1p(len(exchange.completion.split()))) + 0.02 * hash_reward(exchange)
+    return float(np.log1p(len(exchange.completion_text.split()))) + 0.02 * hash_reward(exchange)
 
 
 def human_reward(exchange: Exchange) -> float:
     """Depends on what people choose by, with noise, and on length only through it."""
-    return 0.35 * min(6, exchange.completion.split().count("fox")) + 0.25 * hash_reward(exchange)
+    return 0.35 * min(6, exchange.completion_text.split().count("fox")) + 0.25 * hash_reward(exchange)
 
 
 def conclusion(findings: Findings, question: str) -> Conclusion:
@@ -185,7 +185,7 @@ def test_shared_prompts_are_reported_as_leakage() -> None:
 
 def test_an_accuracy_that_is_too_high_is_suspicious() -> None:
     """A model that is nearly always right is suspicious even where no training pairs are given."""
-    found = audited(lambda exchange: float(exchange.completion.count("fox")), PAIRS)
+    found = audited(lambda exchange: float(exchange.completion_text.count("fox")), PAIRS)
 
     answer = conclusion(found, "Suspiciously high: leakage?")
 
@@ -219,7 +219,7 @@ def test_over_training_is_detected() -> None:
     trained = {pair.chosen for pair in PAIRS}
 
     def memorised(exchange: Exchange) -> float:
-        return 3.0 if exchange.completion in trained else 0.5 * hash_reward(exchange)
+        return 3.0 if exchange.completion_text in trained else 0.5 * hash_reward(exchange)
 
     new = human_pairs(200, seed=9)
     found = audited(memorised, new, trained=scored_by(memorised, PAIRS))
@@ -263,7 +263,7 @@ def test_pairs_without_a_reward_are_left_out_and_counted() -> None:
     """A completion without a reward excludes its pair; the order of the others does not change."""
     failing = PAIRS[3].rejected
 
-    found = audited(lambda exchange: None if exchange.completion == failing else human_reward(exchange), PAIRS)
+    found = audited(lambda exchange: None if exchange.completion_text == failing else human_reward(exchange), PAIRS)
 
     assert found.scored.failures == {"no reward": 1}
     assert len(found.scored) == len(PAIRS) - 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from scipy.special import expit
@@ -261,3 +263,14 @@ def test_a_completion_of_several_pairs_counts_once() -> None:
     assert list(found.sides) == ["chosen", "both", "rejected"]
     assert found.rewards.tolist() == [3.0, 2.0, 1.0]
     assert found.lengths.tolist() == [4.0, 6.0, 5.0]
+
+
+def test_completions_of_messages_differ_by_their_calls() -> None:
+    """Two calls without a text are two completions, and the same prompt with other tools is another prompt."""
+    first, second = ((Message("assistant", None, json.dumps({"tool_calls": [{"id": n}]})),) for n in "12")
+    pairs = [PreferencePair("p", first, second), PreferencePair("p", first, second, tools="[{}]")]
+    rewards = np.array([2.0, 2.0]), np.array([1.0, 1.0])
+    found = distinct_completions(ScoredPairs(pairs, *rewards, np.array([1.0, 1.0]), np.array([1.0, 1.0])))
+
+    assert list(found.texts) == [""] * 4
+    assert found.prompts.tolist() == [0, 0, 1, 1]

@@ -10,6 +10,7 @@ import pytest
 from tiny_models import tiny_tokenizer
 
 from service.errors import DatasetError
+from service.messages import read_message
 from service.records import Message
 from training.pairs import shorten_prompts, tokenize_pairs, tokenize_usable_pairs
 from training.preferences import PreferencePair, read_pairs
@@ -43,7 +44,7 @@ def test_a_prompt_is_a_string_or_a_conversation(tmp_path: Path) -> None:
         (PAIR | {"chosen": [USER_TEXT]}, '"chosen" must be a string or a list of messages'),
         (PAIR | {"prompt": []}, '"prompt" must be a string or a list of messages'),
         (PAIR | {"prompt": [USER_TEXT]}, '"prompt" must be a string or a list of messages'),
-        (PAIR | {"prompt": [{"role": "user", "text": USER_TEXT}]}, '"content" must be a string'),
+        (PAIR | {"prompt": [{"role": "user", "text": USER_TEXT}]}, "has a message that cannot be read"),
     ],
     ids=["no-rejected", "chosen-a-list", "no-messages", "message-a-string", "message-without-content"],
 )
@@ -96,7 +97,7 @@ def test_pairs_that_cannot_be_tokenized_are_left_out_and_told() -> None:
     ]
     told: list[str] = []
 
-    tokenized = tokenize_usable_pairs([plain, *conversations], tokenizer, told.append)
+    tokenized = tokenize_usable_pairs([plain, *conversations], tokenizer, tell=told.append)
 
     assert tokenized == tokenize_pairs([plain], tokenizer)
     assert len(told) == 1
@@ -104,6 +105,23 @@ def test_pairs_that_cannot_be_tokenized_are_left_out_and_told() -> None:
     assert "the first is pairs.jsonl, row 7" in told[0]
     with pytest.raises(DatasetError, match="2 of 2 pairs cannot be tokenized"):
         tokenize_usable_pairs(conversations, tokenizer)
+
+
+def test_pairs_of_calls_are_read_and_left_out_of_training(tmp_path: Path) -> None:
+    """Training needs one text for each completion; a pair with a call of a tool is counted, and others are trained."""
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
+    path = write_row(tmp_path, PAIR | {"chosen": [call], "rejected": [{"role": "assistant", "content": "No."}]})
+    (calling,) = read_pairs([path])
+    pairs = [calling, PreferencePair("Why? ", "Because.", "No.")]
+    told: list[str] = []
+
+    tokenized = tokenize_usable_pairs(pairs, tiny_tokenizer("llama"), tell=told.append)
+
+    assert calling.chosen == (read_message(call),)
+    assert (calling.texts, calling.excess_chars) == (("", "No."), -3)
+    assert '"name": "add"' in calling.serialized[0]
+    assert [pair.pair for pair in tokenized] == pairs[1:]
+    assert "1: a completion is not one assistant message of text" in told[0]
 
 
 def test_long_conversations_lose_their_oldest_exchanges() -> None:

@@ -8,7 +8,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,7 @@ async def test_the_served_checkpoint_has_the_accuracy_of_the_manifest(run: Run, 
     merged = merge_adapter(run.out, tmp_path / "merged")
     pairs = list(read_pairs([run.base.parent / "dev.jsonl"]))
     items = [
-        {"prompt": [asdict(turn) for turn in pair.prompt if isinstance(turn, Message)], "completion": completion}
+        {"prompt": [turn.as_dict() for turn in pair.prompt if isinstance(turn, Message)], "completion": completion}
         for pair in pairs
         for completion in (pair.chosen, pair.rejected)
     ]

@@ -90,7 +90,7 @@ def prompt_hash(pair: PreferencePair) -> str:
 
 def prompt_text(pair: PreferencePair) -> str:
     """Return the prompt as one text: its messages, joined by line feeds."""
-    return pair.prompt if isinstance(pair.prompt, str) else "\n".join(turn.content for turn in pair.prompt)
+    return pair.prompt if isinstance(pair.prompt, str) else "\n".join(turn.text for turn in pair.prompt)
 
 
 def normalise(text: str) -> str:
@@ -103,7 +103,7 @@ def _num_repeated(hashes: Sequence[str]) -> int:
 
 
 def _pair_hash(pair: PreferencePair) -> str:
-    completions = sorted((normalise(pair.chosen), normalise(pair.rejected)))
+    completions = sorted(map(normalise, pair.serialized))
     return _hash("\n".join([normalise(prompt_text(pair)), *completions]))
 
 

@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from service.records import Completion, completion_text
 from training.preferences import PreferencePair
 
 FloatArray: TypeAlias = NDArray[np.float64]
@@ -110,22 +111,23 @@ class Completions:
 
 def distinct_completions(scored: ScoredPairs) -> Completions:
     """Return the completions of the pairs, each once, in order of appearance."""
-    found: dict[tuple[object, str], list[int]] = {}
+    found: dict[tuple[object, Completion], list[int]] = {}
     for number, pair in enumerate(scored.pairs):
-        found.setdefault((pair.prompt, pair.chosen), []).append(2 * number)
-        found.setdefault((pair.prompt, pair.rejected), []).append(2 * number + 1)
+        prompt = (pair.prompt, pair.tools)
+        found.setdefault((prompt, pair.chosen), []).append(2 * number)
+        found.setdefault((prompt, pair.rejected), []).append(2 * number + 1)
     occurrences = list(found.values())
     first = np.array([indices[0] for indices in occurrences], dtype=np.int64)
     pairs = [scored.pairs[index // 2] for index in first]
     rewards = np.stack([scored.chosen, scored.rejected], axis=1).ravel()
     lengths = np.stack([scored.chosen_lengths, scored.rejected_lengths], axis=1).ravel()
     return Completions(
-        texts=[text for _, text in found],
+        texts=[completion_text(completion) for _, completion in found],
         pairs=pairs,
         sides=[_side({index % 2 for index in indices}) for indices in occurrences],
         rewards=rewards[first],
         lengths=lengths[first],
-        prompts=number_distinct(pair.prompt for pair in pairs),
+        prompts=number_distinct((pair.prompt, pair.tools) for pair in pairs),
     )
 
 

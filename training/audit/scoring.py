@@ -5,6 +5,7 @@ Both report progress by the number of completions that are done.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from service.assembly import assemble
 from service.console import Advance
 from service.errors import HttpError
 from service.offline import encode_items, score_offline
-from service.records import Encoding, Exchange, Item, Message, Score, TokenSequence
+from service.records import Encoding, Exchange, Item, Score, TokenSequence
 from service.settings import Settings
 from training.audit.scored_pairs import ScoredPairs
 from training.failures import count_reasons, reason_of
@@ -74,7 +75,7 @@ def score_pairs(pairs: Sequence[PreferencePair], scorer: Scorer, advance: Advanc
 
     Lengths are tokens, or characters for all if the tokens of any are unknown.
     """
-    exchanges = [Exchange(pair.prompt, text) for pair in pairs for text in (pair.chosen, pair.rejected)]
+    exchanges = [Exchange(pair.prompt, text, pair.tools) for pair in pairs for text in (pair.chosen, pair.rejected)]
     scores = scorer.score(exchanges, advance)
     complete: list[tuple[PreferencePair, ScoredCompletion, ScoredCompletion]] = []
     reasons: list[str] = []
@@ -91,10 +92,10 @@ def score_pairs(pairs: Sequence[PreferencePair], scorer: Scorer, advance: Advanc
         chosen=np.array([chosen.reward for _, chosen, _ in complete], dtype=np.float64),
         rejected=np.array([rejected.reward for _, _, rejected in complete], dtype=np.float64),
         chosen_lengths=np.array(
-            [c.num_tokens if has_token_counts else len(pair.chosen) for pair, c, _ in complete], np.float64
+            [c.num_tokens if has_token_counts else len(pair.texts[0]) for pair, c, _ in complete], np.float64
         ),
         rejected_lengths=np.array(
-            [r.num_tokens if has_token_counts else len(pair.rejected) for pair, _, r in complete], np.float64
+            [r.num_tokens if has_token_counts else len(pair.texts[1]) for pair, _, r in complete], np.float64
         ),
         unit="tokens" if has_token_counts else "characters",
         failures=count_reasons(reasons),
@@ -202,13 +203,12 @@ def _outcome(sequence: TokenSequence | HttpError, outcome: Score | HttpError) ->
 def _wire_item(exchange: Exchange) -> dict[str, Any]:
     prompt = exchange.prompt
     return {
-        "prompt": prompt if isinstance(prompt, str) else [_wire_message(turn) for turn in prompt],
-        "completion": exchange.completion,
+        "prompt": prompt if isinstance(prompt, str) else [turn.as_dict() for turn in prompt],
+        "completion": exchange.completion
+        if isinstance(exchange.completion, str)
+        else [turn.as_dict() for turn in exchange.completion],
+        **({"tools": json.loads(exchange.tools)} if exchange.tools else {}),
     }
-
-
-def _wire_message(turn: Message) -> dict[str, str]:
-    return {"role": turn.role, "content": turn.content}
 
 
 def _completion_tokens(diagnostics: Mapping[str, Any]) -> int | None:

@@ -24,7 +24,7 @@ from service.engines.model.layered_head import LayeredHeadModule, load_layered_h
 from service.engines.model.scalar_head import batch_invariant_head, batch_invariant_layers
 from service.engines.model.taps import Readout, RecordedStates, blocks_of, record_states
 from service.errors import SettingsError
-from service.records import Pooling
+from service.records import TOKEN_TYPE_SHIFT, Pooling
 from service.transformers_logging import transformers_silenced
 
 
@@ -43,6 +43,9 @@ class Classifier:
 
     pad_token_id: int | None
     """The pad token, which ``hf`` pooling skips at the end."""
+
+    reads_token_types: bool = False
+    """Whether rows may hold token types beside token ids, see ``TokenSequence.row``."""
 
     @property
     def body(self) -> Any:
@@ -99,13 +102,22 @@ class Classifier:
         """Return token ids of equal length as int64 [rows, tokens] on the model's device."""
         return torch.tensor(ids, dtype=torch.long, device=self.device)
 
+    def inputs_of(self, rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+        """Return rows of equal length as inputs of the model: token ids, and token types where it reads them."""
+        typed = self.token_tensor(rows)
+        if not self.reads_token_types:
+            return {"input_ids": typed}
+        return {"input_ids": typed & ((1 << TOKEN_TYPE_SHIFT) - 1), "token_type_ids": typed >> TOKEN_TYPE_SHIFT}
+
     def pooled_position(self, ids: Sequence[int]) -> int:
         """Return the position in ``ids`` whose hidden state the head reads."""
         return pooled_position(ids, self.pooling, self.pad_token_id)
 
     def head_position(self, ids: Sequence[int]) -> int:
         """Return the position in ``ids`` whose state is the head's input; an encoder's own head reads the first."""
-        return 0 if self.state_head is None else self.pooled_position(ids)
+        if self.state_head is None:
+            return 0
+        return self.pooled_position([entry & ((1 << TOKEN_TYPE_SHIFT) - 1) for entry in ids])
 
     def recording(
         self, taps: tuple[StateTap, ...], readouts: Sequence[Readout]

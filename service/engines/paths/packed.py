@@ -56,6 +56,8 @@ class PackedForward:
             raise PackingUnsupportedError(
                 f"{classifier.architecture} does not compute its reward from the state of one token"
             )
+        if classifier.reads_token_types:
+            raise PackingUnsupportedError(f"{classifier.architecture} reads token types, which packed batches lack")
         batch_invariant_linear = classifier.is_on_cpu and classifier.is_half_precision
         rewire(
             classifier,

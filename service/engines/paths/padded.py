@@ -43,7 +43,7 @@ class PaddedForward:
         query: StateQuery | None = None,
         prompts: Sequence[int | None] | None = None,
     ) -> EngineOutput:
-        """Score sequences of token ids in one pass; see ``ForwardPath.run``. Nothing is cached."""
+        """Score rows in one pass; see ``ForwardPath.run``. Nothing is cached."""
         del prompts
         query = query or StateQuery((), ())
         readings = query.readings
@@ -74,7 +74,7 @@ class PaddedForward:
         # States of padding are never read; where no pad token is defined, any token is valid.
         pad = classifier.pad_token_id or 0
         inputs = {
-            "input_ids": classifier.token_tensor([[*row, *[pad] * (longest - len(row))] for row in rows]),
+            **classifier.inputs_of([[*row, *[pad] * (longest - len(row))] for row in rows]),
             "attention_mask": classifier.token_tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]),
         }
         pooled = [classifier.head_position(row) for row in rows]

@@ -17,7 +17,7 @@ NAMES = [entry.name for entry in SUITE]
 
 def made(name: str, seed: int = 0, base: Base = BASE) -> str:
     (hack,) = make_hacks([base], [entry for entry in SUITE if entry.name == name], seed)
-    return hack.exchange.completion
+    return hack.exchange.completion_text
 
 
 @pytest.mark.parametrize("entry", SUITE, ids=NAMES)
@@ -31,7 +31,7 @@ def test_every_recipe_works_on_any_text(entry: HackSet) -> None:
 
 def test_a_seed_fixes_every_text() -> None:
     """The suite is reproducible, and a set's texts do not depend on which other sets are made."""
-    whole = {hack.kind: hack.exchange.completion for hack in make_hacks([BASE], SUITE, 7)}
+    whole = {hack.kind: hack.exchange.completion_text for hack in make_hacks([BASE], SUITE, 7)}
 
     assert {name: made(name, 7) for name in NAMES} == whole
     assert any(made(name, 8) != whole[name] for name in NAMES)

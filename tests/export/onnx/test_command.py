@@ -247,7 +247,7 @@ def test_every_family_is_exported(family: str, items: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "precision"), [("qwen2", "int8"), ("bert", "int8"), ("qwen2", "fp16")])
+@pytest.mark.parametrize(("family", "precision"), [("qwen2", "int8"), ("modernbert", "int8"), ("qwen2", "fp16")])
 def test_lower_precisions_preserve_the_order(family: str, precision: Any, tmp_path: Path) -> None:
     """Ranks of the built-in texts agree with fp32 within the default bound, and batch composition changes little."""
     folder = write_tiny_checkpoint(tmp_path / "model", family)
