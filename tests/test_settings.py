@@ -69,7 +69,7 @@ def test_all_errors_are_in_one_sentence() -> None:
         ("limits.deadline_s", "a number above 0 and up to 86,400"),
         ("diagnostics.alpha", "a number above 0 and below 1"),
         ("model.num_threads", "a whole number of at least 1 or null"),
-        ("model.pooling", "one of hf, last"),
+        ("model.pooling", "one of hf, last or null"),
         ("model.cuda_graphs", "true or false or auto"),
         ("model.name", "a text or null"),
         ("batching.deterministic", "true or false"),
