@@ -103,6 +103,7 @@ async def test_what_is_not_understood_is_refused(oracle: Application, body: dict
     answer = await oracle.post("/classify", body)
 
     assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
+    assert answer.json()["errors"], "refused before tokenization, with a pointer"
 
 
 @pytest.mark.parametrize("flag", ["use_activation", "activation", "softmax"])
