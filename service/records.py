@@ -141,6 +141,10 @@ class Item:
     """The caller's name of the items that answer one prompt, where the prompt alone does not identify them."""
 
 
+TemplateVariable: TypeAlias = str | int | float | bool | None
+"""A value that a chat template gets beside the conversation."""
+
+
 @dataclass(frozen=True, slots=True)
 class Encoding:
     """How items become token sequences; set by the route and the request, never guessed from a text."""
@@ -152,9 +156,9 @@ class Encoding:
     """What happens to an item that is too long."""
 
     add_bos: bool = True
-    """Whether a templated text gets the special tokens that its tokenizer adds."""
+    """Whether a text that no template renders gets the special tokens that its tokenizer adds."""
 
-    template_variables: tuple[tuple[str, str | float | bool | None], ...] = ()
+    template_variables: tuple[tuple[str, TemplateVariable], ...] = ()
     """Names and values that the chat template gets beside the conversation, in the order of their names."""
 
 
@@ -171,6 +175,9 @@ class ScoreRequest:
 
     run_id: str | None = None
     """The training run that sends the request; each run has monitors of its own. None: it is not named."""
+
+    waits_for_room: bool = False
+    """Whether a request that finds the queue full waits for room, up to its timeout, instead of being refused."""
 
 
 @dataclass(frozen=True, slots=True)

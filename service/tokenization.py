@@ -142,6 +142,12 @@ class Tokenization:
         self._refuse_other_ids()
         self._tokens_per_char, self._extra_tokens = self._measure_sample()
 
+    @property
+    def special_tokens(self) -> frozenset[str]:
+        """The texts of the tokenizer's special tokens."""
+        added = self._tokenizer.added_tokens_decoder.values()
+        return frozenset(token.content for token in added if token.special)
+
     def template_for(self, encoding: Encoding) -> TemplateChoice:
         """Return how a prompt that is a plain string is rendered with this encoding."""
         return encoding.template or self.rule.template
@@ -154,7 +160,7 @@ class Tokenization:
         messages is always rendered by the chat template. A text that no template renders gets the special tokens that
         the tokenizer's own call adds; those in front are not added to a text that begins with them. Templated text gets
         those that are put behind only where the model has no chat template, and none without ``add_bos``. Token ids are
-        not changed.
+        not changed. Joined strings get no special token without ``add_bos``.
 
         Truncation ``prompt_left`` drops the excess tokens from the left, after the BOS. It drops no token of the
         completion. In templated text it is unknown where the completion begins, so it may be cut into. Token ids are
@@ -238,7 +244,8 @@ class Tokenization:
         is_plain = isinstance(prompt, str) and isinstance(completion, str) and not exchange.tools
         if template != "chat" and isinstance(prompt, str) and isinstance(completion, str) and is_plain:
             if template == "concat":
-                return _Text(prompt + completion, self.rule.before, self.rule.after, len(prompt), len(completion))
+                before, after = (self.rule.before, self.rule.after) if encoding.add_bos else ((), ())
+                return _Text(prompt + completion, before, after, len(prompt), len(completion))
             if not self._may_pair:
                 return InvalidRequest("The model reads no pairs of texts: its template is one of the others.")
             return _Pair(prompt, completion)

@@ -12,6 +12,7 @@ from service.http.monitoring import GatherMonitors, monitor_route
 from service.http.open_requests import OpenRequests
 from service.http.operating import Exposition, operating_routes
 from service.http.problems import EXCEPTION_HANDLERS
+from service.http.protocols import protocol_routes
 from service.http.scoring import scoring_routes
 
 
@@ -42,6 +43,7 @@ def create_app(
         *scoring_routes(served),
         *operating_routes(served, exposition, livez_checks_engine=livez_checks_engine),
         monitor_route(served, monitors),
+        *protocol_routes(served),
     ]
     middleware = Middleware(
         RequestMiddleware,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -21,6 +21,7 @@ from service.diagnostics.item_state import Outcome
 from service.errors import (
     HttpError,
     ItemTooLong,
+    MalformedBody,
     NonFiniteReward,
     TooManyItems,
 )
@@ -38,6 +39,7 @@ from service.records import (
     Score,
     ScoreRequest,
     TemplatedText,
+    TemplateVariable,
     Timings,
     TokenIds,
     Usage,
@@ -97,7 +99,7 @@ class WireOptions(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     diagnostics: Literal["none", "basic", "full"] | None = None
     truncation: Literal["error", "prompt_left"] | None = None
     template: Literal["chat", "concat", "pair"] | None = None
-    chat_template_kwargs: dict[str, str | int | float | bool | None] | None = None
+    chat_template_kwargs: dict[str, TemplateVariable] | None = None
     timeout_ms: _Timeout | None = None
 
 
@@ -130,7 +132,7 @@ def parse_score_request(body: bytes, defaults: RequestDefaults) -> ScoreRequest:
         TooManyItems: more items than ``max_request_items``.
         ItemTooLong: an item has more characters than ``max_item_chars``.
     """
-    wire: WireScoreRequest = _decode(_score_decoder, body)
+    wire: WireScoreRequest = decode_body(_score_decoder, body)
     _check_count(len(wire.items), 1, defaults.limits.max_request_items, "/items", "items")
     items = tuple(_read_item(item, index) for index, item in enumerate(wire.items))
     return _request(items, wire, defaults)
@@ -142,14 +144,14 @@ def parse_compare_request(body: bytes, defaults: RequestDefaults) -> ScoreReques
     Raises:
         MalformedBody, InvalidRequest, TooManyItems, ItemTooLong: as for ``parse_score_request``.
     """
-    wire: WireCompareRequest = _decode(_compare_decoder, body)
+    wire: WireCompareRequest = decode_body(_compare_decoder, body)
     limits = defaults.limits
     max_completions = min(limits.max_compare_completions, limits.max_request_items)
     _check_count(len(wire.completions), 2, max_completions, "/completions", "completions")
-    prompt = _read_prompt(wire.prompt, "/prompt")
-    tools = _read_tools(wire.tools, "/tools")
+    prompt = read_prompt(wire.prompt, "/prompt")
+    tools = tools_of(wire.tools, "/tools")
     items = tuple(
-        Item(Exchange(prompt, _read_completion(completion, f"/completions/{index}"), tools))
+        Item(Exchange(prompt, completion_of(completion, f"/completions/{index}"), tools))
         for index, completion in enumerate(wire.completions)
     )
     return _request(items, wire, defaults)
@@ -231,10 +233,15 @@ def _request(items: tuple[Item, ...], options: WireOptions, defaults: RequestDef
     encoding = Encoding(
         template=options.template,
         truncation=options.truncation or defaults.truncation,
-        template_variables=tuple(sorted((options.chat_template_kwargs or {}).items())),
+        template_variables=template_variables(options.chat_template_kwargs),
     )
     timeout_s = _timeout_s(options.timeout_ms, defaults.limits.deadline_s)
     return ScoreRequest(items, encoding, options.diagnostics or defaults.diagnostics, timeout_s)
+
+
+def template_variables(given: Mapping[str, TemplateVariable] | None) -> tuple[tuple[str, TemplateVariable], ...]:
+    """Return the names and values that a chat template gets, in the order of their names."""
+    return tuple(sorted((given or {}).items()))
 
 
 def _timeout_s(timeout_ms: float | None, deadline_s: float) -> float:
@@ -257,9 +264,9 @@ def _read_content(wire: WireItem, index: int) -> Content:
     match wire.prompt, wire.completion, wire.text, wire.token_ids:
         case (str() | list()) as prompt, (str() | list()) as completion, None, None:
             return Exchange(
-                _read_prompt(prompt, f"/items/{index}/prompt"),
-                _read_completion(completion, f"/items/{index}/completion"),
-                _read_tools(wire.tools, f"/items/{index}/tools"),
+                read_prompt(prompt, f"/items/{index}/prompt"),
+                completion_of(completion, f"/items/{index}/completion"),
+                tools_of(wire.tools, f"/items/{index}/tools"),
             )
         case None, None, str(text), None if not wire.tools:
             return TemplatedText(text)
@@ -277,7 +284,12 @@ def _read_content(wire: WireItem, index: int) -> Content:
     )
 
 
-def _read_prompt(prompt: str | list[WireMessage], pointer: str) -> str | tuple[Message, ...]:
+def read_prompt(prompt: str | list[WireMessage], pointer: str) -> str | tuple[Message, ...]:
+    """Return a prompt as a record; ``pointer`` is its place in the body.
+
+    Raises:
+        InvalidRequest: a list without messages.
+    """
     if isinstance(prompt, str):
         return prompt
     if not prompt:
@@ -295,7 +307,12 @@ def _read_messages(turns: list[WireMessage], pointer: str) -> tuple[Message, ...
     return tuple(messages)
 
 
-def _read_completion(completion: str | list[WireMessage], pointer: str) -> Completion:
+def completion_of(completion: str | list[WireMessage], pointer: str) -> Completion:
+    """Return a completion as a record; ``pointer`` is its place in the body.
+
+    Raises:
+        InvalidRequest: messages that are no completion.
+    """
     if isinstance(completion, str):
         return completion
     try:
@@ -304,7 +321,12 @@ def _read_completion(completion: str | list[WireMessage], pointer: str) -> Compl
         raise invalid(pointer, error.code, str(error)) from None
 
 
-def _read_tools(tools: list[dict[str, Any]] | None, pointer: str) -> str:
+def tools_of(tools: list[dict[str, Any]] | None, pointer: str) -> str:
+    """Return tools as a record; ``pointer`` is their place in the body.
+
+    Raises:
+        InvalidRequest: a value that JSON cannot hold.
+    """
     try:
         return read_tools(tools)
     except MalformedMessage as error:
@@ -364,11 +386,18 @@ _SURROGATE_ESCAPE = re.compile(
 )
 
 
-def _decode(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:
+def decode_body(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:
+    """Decode a JSON body to the struct of its decoder.
+
+    Raises:
+        MalformedBody, InvalidRequest: as for ``parse_score_request``.
+    """
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
         raise explain_violation(error, decoder.type) from None
+    except RecursionError:
+        raise MalformedBody("The body is nested too deeply") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise _malformed(decoder, body, error) from None
 
