@@ -15,7 +15,6 @@ from typing import Any, Literal, TypeAlias, TypeGuard, Union, get_args, get_orig
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticCustomError
 from reward_client.options import DiagnosticsLevel, TemplateChoice, Truncation
 
 from service.errors import SettingsError
@@ -23,6 +22,9 @@ from service.records import DEMO_MODEL, Pooling
 
 ProtocolName: TypeAlias = Literal["openrlhf", "vllm", "llamafactory", "slime", "kserve", "sglang", "tei"]
 PROTOCOL_NAMES: tuple[ProtocolName, ...] = get_args(ProtocolName)
+
+VALUES = "values"
+"""Key under which a setting says which values it takes, where its type does not."""
 
 
 class Section(BaseModel):
@@ -234,8 +236,8 @@ class ProtocolSettings(Section):
 
     enabled: str = Field(
         "all",
-        description=f"Protocols that have routes, separated by commas: {', '.join(PROTOCOL_NAMES)}; or all, or none. "
-        "The service's own routes are always there.",
+        description="Protocols that have routes. The service's own routes are always there.",
+        json_schema_extra={VALUES: f"all, none, or names separated by commas: {', '.join(PROTOCOL_NAMES)}"},
     )
     strict_model_names: bool = Field(
         False, description="Refuse requests that name another model; otherwise the served model answers them."
@@ -276,11 +278,7 @@ class ProtocolSettings(Section):
     @classmethod
     def _check_names(cls, value: str) -> str:
         if value not in {"all", "none"} and any(name.strip() not in PROTOCOL_NAMES for name in value.split(",")):
-            raise PydanticCustomError(
-                "protocol_names",
-                "Input should be all, none, or names among {known}, separated by commas",
-                {"known": ", ".join(PROTOCOL_NAMES)},
-            )
+            raise ValueError
         return value
 
 
@@ -391,6 +389,8 @@ def is_section(annotation: object) -> TypeGuard[type[BaseModel]]:
 
 def allowed_values(field: FieldInfo) -> str:
     """Return which values a setting takes, as in ``a whole number from 1 to 65,535, or null``."""
+    if isinstance(field.json_schema_extra, dict) and VALUES in field.json_schema_extra:
+        return str(field.json_schema_extra[VALUES])
     members = get_args(field.annotation) if get_origin(field.annotation) in {Union, UnionType} else (field.annotation,)
     words = [value for member in members if get_origin(member) is Literal for value in get_args(member)]
     kinds = {

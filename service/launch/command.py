@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from rich.console import Console
 
-    from service.launch.supervisor import StopRequested, raise_on_stop_signals
+    from service.launch.supervisor import STOPPED_EARLY, StopRequested, raise_on_stop_signals
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     raise_on_stop_signals()
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except StopRequested as stop:
         if not stop.after_ready:
-            console.print("reward-serve: Stopped before the service was ready.", markup=False)
+            console.print(STOPPED_EARLY, markup=False)
         return stop.status
     return 0
 

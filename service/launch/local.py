@@ -31,7 +31,7 @@ from service.launch.private_folder import private_folder
 from service.launch.progress import TerminalProgress
 from service.launch.start import ANSWER_S, DRAIN_S, cores_per_replica, log_path, write_at_the_end
 from service.launch.start_settings import StartSettings
-from service.launch.supervisor import STOP_AFTER_S, StopRequested, sweep
+from service.launch.supervisor import STOP_AFTER_S, STOPPED_EARLY, StopRequested, sweep
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -71,6 +71,8 @@ def serve_locally(settings: StartSettings, console: Console) -> None:
             server.run()
     except StopRequested as stop:
         if server is not None and server.has_running_threads:
+            if not stop.after_ready:
+                console.print(STOPPED_EARLY, markup=False)
             _end_process(stop.status)
         raise
 

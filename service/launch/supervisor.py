@@ -36,6 +36,8 @@ SWEEP_S = 2.0
 """Seconds after which ``sweep`` gives up."""
 START_TIMEOUT_S = 1800.0
 """Loading a large model from a slow disk takes long; a start that fails, fails much earlier."""
+STOPPED_EARLY = "reward-serve: Stopped before the service was ready."
+"""Printed at the end of a start that a signal has stopped."""
 SIGNAL_STATUS = 128
 """A shell adds it to the number of the signal that ended a command."""
 _TICK_S = 0.2
