@@ -42,7 +42,12 @@ class ModelSettings(Section):
     forward: Literal["auto", "packed", "padded"] = Field(
         "auto", description="Forward path of the torch engine; auto: the fastest that agrees with plain transformers."
     )
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N; auto takes CUDA when there is one.")
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        examples=["auto", "cpu", "cuda", "cuda:N"],
+        description="auto, cpu, cuda or cuda:N; auto takes CUDA when there is one.",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
         description="Arithmetic of the model body (the head is always float32); auto: the checkpoint's own on CUDA, "
@@ -305,6 +310,8 @@ def is_section(annotation: object) -> TypeGuard[type[BaseModel]]:
 
 def allowed_values(field: FieldInfo) -> str:
     """Return which values a setting takes, as in ``a whole number from 1 to 65,535, or null``."""
+    if field.examples:
+        return f"one of {', '.join(map(str, field.examples))}"
     members = get_args(field.annotation) if get_origin(field.annotation) in {Union, UnionType} else (field.annotation,)
     words = [value for member in members if get_origin(member) is Literal for value in get_args(member)]
     kinds = {

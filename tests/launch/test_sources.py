@@ -45,7 +45,8 @@ def other_value(name: str) -> str:
     special = {"model.cuda_graphs": "false", "tokenization.template": "concat", "server.port": "9000"}
     literals = {
         "model.engine": "onnx", "model.forward": "padded", "model.dtype": "float32", "model.pooling": "last",
-        "model.kernels": "off", "model.quantization": "int8", "tokenization.truncation": "prompt_left",
+        "model.device": "cpu", "model.kernels": "off", "model.quantization": "int8",
+        "tokenization.truncation": "prompt_left",
         "diagnostics.level": "full", "runtime": "local",
     }  # fmt: skip
     if name in special | literals:

@@ -94,7 +94,8 @@ def test_everything_measured_is_written_down(folder: Path, tmp_path: Path) -> No
     data.write_text(
         "".join(json.dumps({"prompt": row["prompt"], "completion": row["chosen"]}) + "\n" for row in rows)
         + "".join(
-            json.dumps({"prompt": row["prompt"], "completion": "\u4f60\u597d", "category": "far", "is_ood": True}) + "\n"
+            json.dumps({"prompt": row["prompt"], "completion": "\u4f60\u597d", "category": "far", "is_ood": True})
+            + "\n"
             for row in rows
         )
     )
