@@ -55,13 +55,16 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 
 def _report(conversion: Conversion, out: Path) -> list[str]:
+    from export.convert import LAST_POOLING_NOTE
+
     head = f"; its head was {conversion.head}" if conversion.head else ""
     lines = [f"{out} is a plain scalar-head checkpoint, converted from {conversion.origin}{head}."]
     if conversion.dropped_bias:
         lines.append(
             f"A bias of {conversion.dropped_bias:.6g} was left out: add it to compare with training's rewards."
         )
-    return [*lines, *conversion.notes, f"Serve it with: reward-serve --model {out}"]
+    option = " --pooling last" if LAST_POOLING_NOTE in conversion.notes else ""
+    return [*lines, *conversion.notes, f"Serve it with: reward-serve --model {out}{option}"]
 
 
 def _parser() -> CommandParser:

@@ -51,6 +51,13 @@ WRAPPER_PREFIX = "pretrained_model."
 """Prefix of the body's tensor names where a trainer saved TRL's value-head wrapper itself."""
 
 
+LAST_POOLING_NOTE = (
+    "Training read the reward at the last token, even if that is EOS, but EOS is also the pad token, which pooling "
+    "skips: serve with model.pooling set to last."
+)
+"""The note of a checkpoint whose rewards equal those of training only with that setting."""
+
+
 @dataclass(frozen=True, slots=True)
 class Conversion:
     """What a conversion changed; written into the result as ``conversion.json``."""
@@ -297,11 +304,7 @@ def _pooling_notes(folder: Path) -> tuple[str, ...]:
     end_tokens = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if config.pad_token_id not in end_tokens:
         return ()
-    note = (
-        "Training read the reward at the last token, even if that is EOS, but EOS is also the pad token, which pooling "
-        "skips: serve with model.pooling set to last."
-    )
-    return (note,)
+    return (LAST_POOLING_NOTE,)
 
 
 def _save(source: Path, unfinished: Path, config: Any, tensors: Mapping[str, Any], head: Sequence[str]) -> None:

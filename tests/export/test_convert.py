@@ -225,8 +225,8 @@ def test_a_pickle_that_runs_code_is_not_opened(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_fallback_pad_token_is_set_and_reported(tmp_path: Path) -> None:
-    """Without a pad token EOS is used, as in TRL, and the notes name the pooling that matches training."""
+def test_a_fallback_pad_token_is_set_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a pad token EOS is used, as in TRL; notes and printed command name the pooling that matches training."""
     source = trl_checkpoint(tmp_path / "source")
     for name, missing in {"config.json": "pad_token_id", "tokenizer_config.json": "pad_token"}.items():
         content = json.loads((source / name).read_bytes()) | {missing: None}
@@ -238,6 +238,9 @@ def test_a_fallback_pad_token_is_set_and_reported(tmp_path: Path) -> None:
     assert checkpoint.pad_token_id == checkpoint.tokenizer.eos_token_id
     assert any("as TRL does" in note for note in conversion.notes)
     assert any("model.pooling set to last" in note for note in conversion.notes)
+
+    assert main([str(source), str(tmp_path / "again")]) == 0
+    assert capsys.readouterr().err.rstrip().endswith(f"reward-serve --model {tmp_path / 'again'} --pooling last")
 
 
 def test_a_normalised_reward_is_reported(tmp_path: Path) -> None:
