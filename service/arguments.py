@@ -23,6 +23,9 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
         add_version_option(self)
 
+    stray_values = "the command line has {count} more values than {prog} takes"
+    """What is said about values that belong to no option."""
+
     def error(self, message: str) -> NoReturn:
         """Print one sentence and exit with status 2."""
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help.\n")
@@ -31,13 +34,14 @@ class CommandParser(argparse.ArgumentParser):
         """Parse the command line; for an unknown option the nearest one that exists is suggested."""
         given, unknown = self.parse_known_args(arguments)
         if unknown:
-            self._refuse(unknown)
+            self.refuse(unknown)
         return given
 
-    def _refuse(self, unknown: Sequence[str]) -> NoReturn:
+    def refuse(self, unknown: Sequence[str]) -> NoReturn:
+        """End the command because of arguments that it does not have; values are not repeated."""
         names = [argument.partition("=")[0] for argument in unknown if argument.startswith("-")]
         if not names:
-            self.error(f"the command line has {len(unknown)} more values than {self.prog} takes")
+            self.error(self.stray_values.format(count=len(unknown), prog=self.prog))
         known = [option for action in self._actions for option in action.option_strings]
         self.error("; ".join(f"there is no option {name}{_nearest(name, known)}" for name in names))
 

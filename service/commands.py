@@ -27,13 +27,17 @@ EXTRAS = {
 """Module and extra of each command."""
 
 
-def run_command(name: str, extra: str, body: Callable[[], int]) -> int:
+def run_command(
+    name: str, extra: str, body: Callable[[], int], *, when_interrupted: str = "interrupted.", silent: bool = False
+) -> int:
     """Run a command and return its exit status; the errors that a user can act on become one sentence.
 
     Args:
         name: of the command, which begins the sentence.
         extra: the extra of this distribution whose packages the command imports.
         body: runs the command and returns its exit status.
+        when_interrupted: the sentence after Ctrl-C.
+        silent: print no sentence, because another process of a launcher prints the same one.
 
     Returns:
         The status of ``body``; 1 after a sentence; 130 after Ctrl-C.
@@ -41,14 +45,15 @@ def run_command(name: str, extra: str, body: Callable[[], int]) -> int:
     try:
         return body()
     except KeyboardInterrupt:
-        print(f"{name}: interrupted.", file=sys.stderr)
-        return INTERRUPTED
+        sentence, status = when_interrupted, INTERRUPTED
     except Exception as error:
-        sentence = _sentence(error, extra)
-        if sentence is None:
+        told = _sentence(error, extra)
+        if told is None:
             raise
-    print(f"{name}: {sentence}", file=sys.stderr)
-    return 1
+        sentence, status = told, 1
+    if not silent:
+        print(f"{name}: {sentence}", file=sys.stderr)
+    return status
 
 
 def _sentence(error: Exception, extra: str) -> str | None:
@@ -59,7 +64,9 @@ def _sentence(error: Exception, extra: str) -> str | None:
 
     from service.errors import StartupError
 
-    return str(error) if isinstance(error, StartupError | ClientError) else None
+    if not isinstance(error, StartupError | ClientError):
+        return None
+    return f"{str(error).removesuffix('.')}."
 
 
 def _missing_package(error: ImportError, extra: str) -> str | None:

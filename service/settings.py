@@ -48,7 +48,12 @@ class ModelSettings(Section):
     forward: Literal["auto", "packed", "padded"] = Field(
         "auto", description="Forward path of the torch engine; auto: the fastest that agrees with plain transformers."
     )
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N; auto takes CUDA when there is one.")
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        json_schema_extra={VALUES: "one of auto, cpu, cuda, cuda:N"},
+        description="auto, cpu, cuda or cuda:N; auto takes CUDA when there is one.",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
         description="Arithmetic of the model body (the head is always float32); auto: the checkpoint's own on CUDA, "

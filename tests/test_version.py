@@ -28,6 +28,8 @@ def test_every_command_prints_its_version(
     module, function = PROJECT["scripts"][command].split(":")
     monkeypatch.setattr(sys, "argv", [command, "--version"])
 
+    monkeypatch.setattr(sys, "argv", [command, "--version"])
+
     with pytest.raises(SystemExit) as caught:
         getattr(import_module(module), function)()
 

@@ -12,14 +12,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 from reward_client.provenance import TRAINING_MANIFEST_FILE
 
+from service.arguments import CommandParser
 from service.errors import DatasetError, OutputError, SettingsError
-from service.version import add_version_option
+from service.outputs import check_output_folder
 from training.hub_datasets import check_hub_dataset
-from training.output_folder import check_output_folder
 from training.preferences import read_pairs
 from training.recipe import DtypeChoice, Recipe
 from training.sources import Source, is_on_hub
@@ -110,7 +109,7 @@ def check_folders(out: Path, inputs: Sequence[Source], run: RunOptions) -> None:
         SettingsError: there is nothing to resume from.
     """
     merged = run.merged_dir
-    check_output_folder(out, "--out", may_have_files=True)
+    check_output_folder(out, option="--out", overwrite=True)
     if run.resume and not list_checkpoints(out):
         raise SettingsError(
             f"--resume: {out / CHECKPOINTS_FOLDER} has no complete checkpoint to continue from; leave it out."
@@ -118,7 +117,7 @@ def check_folders(out: Path, inputs: Sequence[Source], run: RunOptions) -> None:
     if not run.overwrite:
         _check_unused(out, run)
     if merged is not None:
-        check_output_folder(merged, "--merge", may_have_files=run.overwrite)
+        check_output_folder(merged, option="--merge", overwrite=run.overwrite)
         if _contains(out, merged) or _contains(merged, out):
             raise OutputError(f"--merge {merged} and --out {out} must be two folders, neither within the other.")
     if run.overwrite:
@@ -138,7 +137,7 @@ def _check_unused(out: Path, run: RunOptions) -> None:
             f"--out {out} holds an unfinished run: pass --resume to continue it, or --overwrite to start again."
         )
     if not set(_names(out)) <= LEFTOVERS:
-        check_output_folder(out, "--out")
+        check_output_folder(out, option="--out")
 
 
 def _names(folder: Path) -> list[str]:
@@ -231,14 +230,6 @@ def check_first_rows(sources: Sequence[Source]) -> None:
             raise DatasetError(f"{source} has no rows.")
 
 
-class OneLineErrors(argparse.ArgumentParser):
-    """Reports an error of the command line as one sentence, without pages of usage."""
-
-    def error(self, message: str) -> NoReturn:
-        """End the command with status 2."""
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help.\n")
-
-
 class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults, but not those that say nothing: None, an empty list, or a flag that is off."""
 
@@ -248,16 +239,14 @@ class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-def argument_parser() -> argparse.ArgumentParser:
+def argument_parser() -> CommandParser:
     """Return the parser of ``reward-train``."""
-    parser = OneLineErrors(
+    parser = CommandParser(
         prog="reward-train",
         description="Train a scalar-head reward model on preference pairs (prompt, chosen, rejected).",
         formatter_class=_Defaults,
-        allow_abbrev=False,
     )
     sources = "files, folders of them, or data sets on the hub (owner/name or owner/name:split)"
-    add_version_option(parser)
     add = parser.add_argument
     add("--data", nargs="+", required=True, metavar="SOURCE", help=f"pairs to train on: {sources}")
     add("--base", default="demo", help="SFT or instruct checkpoint: a folder, a hub id, or 'demo'")

@@ -23,13 +23,13 @@ from service.console import stages
 from service.data.reading import Tell
 from service.engines.devices.device import is_out_of_memory
 from service.errors import SettingsError, TrainingError
+from service.outputs import writing_to
 from service.records import ModelInputs
 from training.annotator_agreement import measure_annotator_agreement
 from training.arguments import CHECKPOINTS_FOLDER, LEFTOVERS, TENSORBOARD_FOLDER, RunOptions, write_run_file
 from training.evaluation import evaluate
 from training.manifest import Manifest
 from training.model_folder import clear_folder, write_merged, write_model
-from training.output_folder import writing_to
 from training.pairs import TokenizedPair, shorten_prompts, tokenize_usable_pairs
 from training.preferences import PreferencePair, read_pairs
 from training.processes import Processes
@@ -48,6 +48,7 @@ MAX_HELD_OUT_PAIRS = 1000
 
 TENSORBOARD_VARIABLE = "TENSORBOARD_LOGGING_DIR"
 
+FOLDER_REMEDY = "free space or choose another folder"
 WRITE_REMEDY = "free space, then start again, with --resume if a checkpoint was complete"
 
 
@@ -102,7 +103,7 @@ def run(
         pairs = _prepare_pairs(inputs, tokenizer, inputs_of(model), recipe, tell)
         stage(f"Training on {pairs.selection.counts.trained} pairs in {recipe.dtype} on {_device_name()}")
     if processes.is_main:
-        with writing_to(out_dir):
+        with writing_to(out_dir, FOLDER_REMEDY):
             _prepare_folder(out_dir, options)
             write_run_file(out_dir, recipe, inputs.base_name)
     with writing_to(out_dir, WRITE_REMEDY), _memory_errors(recipe), _tensorboard_folder(out_dir):
@@ -234,7 +235,7 @@ def _write(
     with writing_to(out_dir, WRITE_REMEDY):
         write_model(model, tokenizer, manifest, base_dir, out_dir)
     if options.merged_dir is not None:
-        with writing_to(options.merged_dir):
+        with writing_to(options.merged_dir, FOLDER_REMEDY):
             write_merged(out_dir, manifest, base_dir, options.merged_dir)
     if not options.keep_checkpoints:
         shutil.rmtree(out_dir / CHECKPOINTS_FOLDER, ignore_errors=True)

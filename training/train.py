@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from service.errors import SettingsError, StartupError
+from service.commands import run_command
+from service.errors import SettingsError
 from training.arguments import (
     RunOptions,
     argument_parser,
@@ -31,9 +32,6 @@ if TYPE_CHECKING:
 
     from training.base_checkpoint import BaseFacts
     from training.manifest import Manifest
-
-INTERRUPTED = 130
-"""Exit status after Ctrl-C: 128 plus the signal's number, as of shells."""
 
 
 def train(
@@ -147,23 +145,30 @@ def find_base(base: str) -> tuple[Path, str, BaseFacts]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``reward-train``; returns the exit status: 0, or 1 after one sentence on standard error."""
-    options = argument_parser().parse_args(arguments)
+    return run_command(
+        "reward-train",
+        "train",
+        lambda: _run(arguments),
+        when_interrupted="stopped; --resume continues from the last checkpoint, if there is one.",
+        silent=not _prints_errors(),
+    )
+
+
+def _prints_errors() -> bool:
+    try:
+        return read_processes().local_rank == 0
+    except SettingsError:
+        return True
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    options = argument_parser().parse(arguments)
+    processes = read_processes()
 
     from rich.console import Console
 
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    processes = Processes()
-    try:
-        processes = read_processes()
-        manifest = _run_command(options, processes, console)
-    except StartupError as error:
-        if processes.local_rank == 0:
-            console.print(f"reward-train: {error}", style="red", markup=False)
-        return 1
-    except KeyboardInterrupt:
-        if processes.local_rank == 0:
-            console.print("reward-train: stopped; --resume continues from the last checkpoint, if there is one.")
-        return INTERRUPTED
+    manifest = _train(options, processes, console)
     if processes.is_main:
         served = options.merge or options.out
         for line in [*_report(manifest), f"Serve it with: reward-serve --model {served}"]:
@@ -171,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run_command(options: argparse.Namespace, processes: Processes, console: Console) -> Manifest:
+def _train(options: argparse.Namespace, processes: Processes, console: Console) -> Manifest:
     run_options = read_run_options(options)
     check_settings(read_recipe(options), run_options, processes, evaluates=bool(options.eval))
     check_inputs([*options.data, *options.eval], options.base, options.out, run_options, processes)

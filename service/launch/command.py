@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from service.checkpoints.hub import check_source
 from service.errors import SettingsError, StartupError
 from service.launch.sources import read_sources
 from service.settings import Settings, name_as_given
@@ -32,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     raise_on_stop_signals()
     try:
+        if settings.model.path is not None and not settings.model.is_demo and settings.model.engine != "oracle":
+            check_source(settings.model.path)
         if options.check:
             check(settings.served_model(), console)
         elif settings.runtime == "local":

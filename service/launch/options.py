@@ -6,13 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from pydantic_settings import CliSettingsSource
 
+from service.arguments import CommandParser
 from service.launch.start_settings import NULL, SHORT_OPTIONS, StartSettings
-from service.settings import allowed_values, did_you_mean, setting_field
-from service.version import add_version_option
+from service.settings import allowed_values, setting_field
 
 _METAVARS = {
     "model.path": "DIR",
@@ -51,15 +51,13 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     Raises:
         SystemExit: ``--help`` or ``--version`` (status 0), or an option that does not exist or lacks its value (2).
     """
-    parser = _OneLineErrors(
+    parser = _SettingsParser(
         prog="reward-serve",
         usage="%(prog)s [--model DIR] [--port PORT] [--config FILE] [option ...]",
         description="Serve a scalar-head reward model over HTTP.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
-    add_version_option(parser)
     parser.add_argument(
         "--config", metavar="FILE", help="YAML file with settings, the tree of args in serve_config.yaml"
     )
@@ -73,9 +71,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     source: CliSettingsSource[Any] = CliSettingsSource(
         StartSettings, root_parser=parser, add_argument_method=_add_setting
     )
-    given, unknown = parser.parse_known_args(parser.with_switches(sys.argv[1:] if arguments is None else arguments))
-    if unknown:
-        parser.refuse_unknown(unknown)
+    given = parser.parse(parser.with_switches(sys.argv[1:] if arguments is None else arguments))
     values = vars(given)
     empty = [name for name, value in values.items() if value == ""]
     if empty:
@@ -106,11 +102,10 @@ def _add_setting(container: Any, *names: str, dest: str, **keywords: Any) -> Non
     container.add_argument(*short, *names, dest=dest, **keywords)
 
 
-class _OneLineErrors(argparse.ArgumentParser):
-    """Reports an error of the command line as one sentence, without pages of usage."""
+class _SettingsParser(CommandParser):
+    """Takes ``--switch=true`` beside ``--switch``."""
 
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help.\n")
+    stray_values = "an argument has no option in front of it; a checkpoint is given with --model DIR"
 
     def with_switches(self, arguments: Sequence[str]) -> list[str]:
         """Return the arguments with ``--switch=true``, or false, in the form that argparse takes: ``--no-switch``."""
@@ -132,11 +127,3 @@ class _OneLineErrors(argparse.ArgumentParser):
             else:
                 taken.append(option if value.lower() in _TRUE else f"--no-{option.removeprefix('--')}")
         return taken
-
-    def refuse_unknown(self, arguments: Sequence[str]) -> NoReturn:
-        """End the command because of arguments that it does not have; values are not repeated."""
-        names = [argument.partition("=")[0] for argument in arguments if argument.startswith("-")]
-        if not names:
-            self.error("an argument has no option in front of it; a checkpoint is given with --model DIR")
-        known = [option for action in self._actions for option in action.option_strings]
-        self.error("; ".join(f"there is no option {name}{did_you_mean(name, known)}" for name in names))

@@ -16,6 +16,7 @@ from dataclasses import fields
 from typing import Any
 
 import pytest
+import reward_client
 from misbehaving_server import VERSION, FakeServer, Request, ok, problem, running, scores
 from reward_client import AsyncRewardClient, ChunkLimits, Diagnostics, RetryPolicy, RewardClient, ScoredItem
 from reward_client.diagnostics import GroupBlock, LengthBlock, OodBlock, StyleBlock
@@ -403,7 +404,7 @@ def test_used_client_survives_a_fork(server: FakeServer) -> None:
 def test_client_imports_no_heavy_package() -> None:
     """Importing the client loads the standard library and two small ones, and no package that a trainer may pin."""
     program = (
-        "import sys, reward_client; "
+        "import sys; from reward_client import AsyncRewardClient, RewardClient; "
         "names = {name.partition('.')[0] for name in sys.modules} - set(sys.stdlib_module_names); "
         "print(*sorted(name for name in names if not name.startswith('_')))"
     )
@@ -412,6 +413,22 @@ def test_client_imports_no_heavy_package() -> None:
     assert {"reward_client", "httpx2", "tenacity"} <= set(loaded)
     assert not {"torch", "ray", "numpy", "pydantic", "transformers", "msgspec", "service"} & set(loaded)
     assert set(loaded) <= {"reward_client", "httpx2", "tenacity", "idna", "typing_extensions", "sniffio"}
+
+
+def test_the_package_and_its_errors_need_neither_httpx2_nor_asyncio() -> None:
+    """The commands of the service share the exceptions; the names of the package are imported at their first use."""
+    program = "import sys, reward_client.errors; print(dir(reward_client), sorted(sys.modules))"
+    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+
+    assert all(f"'{name}'" in printed for name in reward_client.__all__)
+    assert not any(f"'{name}'" in printed for name in ("httpx2", "tenacity", "asyncio", "reward_client.synchronous"))
+
+
+def test_every_public_name_is_the_one_of_its_module() -> None:
+    """What is listed can be imported, by the name that its class has; another name is an AttributeError."""
+    assert {getattr(reward_client, name).__name__ for name in reward_client.__all__} == set(reward_client.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'Rewards'"):
+        getattr(reward_client, "Rewards")  # noqa: B009 - a type checker refuses the attribute
 
 
 def test_url_without_a_scheme_is_refused() -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
+import socket
 import subprocess
 import sys
 import time
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from serving import free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,9 +31,10 @@ try:
     {call}
 finally:
     with open(os.environ["LOADED_MODULES"], "w") as file:
-        file.write(" ".join(name for name in {heavy!r} if name in sys.modules))
+        used = os.times()
+        print(used.user + used.system, *(name for name in {heavy!r} if name in sys.modules), file=file)
 """
-"""Runs a command, and then writes down which heavy modules it imported."""
+"""Runs a command, and then writes down how much processor time it took and which heavy modules it imported."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +46,8 @@ class Case:
     """A command of ``[project.scripts]``, or ``python -m MODULE``."""
 
     arguments: list[str]
-    """``{out}`` stands for a path that does not exist, in an empty folder of the case."""
+    """``{out}`` stands for a path that does not exist, in an empty folder of the case; ``{used port}`` and
+    ``{free port}`` for ports of this machine."""
 
     says: list[str]
     """Parts of the sentence on standard error."""
@@ -65,6 +72,9 @@ class Outcome:
     stdout: str
     stderr: str
     wall_s: float
+    cpu_s: float
+    """Processor time in user and kernel mode."""
+
     loaded: list[str]
     """Heavy packages that were imported."""
 
@@ -84,7 +94,9 @@ def run_case(case: Case, world: Path, scratch: Path) -> Outcome:
     """Run a command in the folder ``world``; ``scratch`` is an empty folder for what it writes and for our notes."""
     outputs = scratch / "outputs"
     outputs.mkdir(parents=True)
-    arguments = [argument.replace("{out}", str(outputs / "out")) for argument in case.arguments]
+    used = socket.create_server(("127.0.0.1", 0))
+    places = {"{out}": outputs / "out", "{used port}": used.getsockname()[1], "{free port}": free_port()}
+    arguments = [_filled(argument, places) for argument in case.arguments]
     loaded = scratch / "loaded"
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith(("REWARD_", "HF_"))},
@@ -109,12 +121,15 @@ def run_case(case: Case, world: Path, scratch: Path) -> Outcome:
         preexec_fn=None if case.max_file_bytes is None else lambda: _limit_files(case.max_file_bytes or 0),
     )
     wall_s = time.monotonic() - started
+    used.close()
+    cpu_s, *heavy = loaded.read_text().split() if loaded.exists() else ["nan"]
     return Outcome(
         completed.returncode,
         completed.stdout,
         completed.stderr,
         wall_s,
-        loaded.read_text().split() if loaded.exists() else [],
+        float(cpu_s),
+        heavy,
         sorted(path.name for path in outputs.iterdir()),
     )
 
@@ -129,8 +144,26 @@ def command_line(command: str) -> list[str]:
     return [sys.executable, "-c", _RECORDED.format(call=call, heavy=HEAVY)]
 
 
+def _filled(argument: str, places: Mapping[str, object]) -> str:
+    for name, value in places.items():
+        argument = argument.replace(name, str(value))
+    return argument
+
+
 def _limit_files(max_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, max_bytes))
+
+
+_BASE: dict[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 1024,
+    "vocab_size": 512,
+}
 
 
 def write_world(folder: Path) -> Path:
@@ -148,6 +181,17 @@ def write_world(folder: Path) -> Path:
         "notes.txt": "not data",
         "damaged.parquet": "not parquet",
         "model/config.json": '{"model_type": "llama", "hidden_size": 64}',
+        "base/config.json": json.dumps(_BASE),
+        "base/model.safetensors": _weights({}),
+        "two-labels/model.safetensors": _weights({"score.weight": [2, 1]}),
+        "typo.yaml": "model:\n  devise: cpu\n",
+        "broken.yaml": "model: {device: cpu\n",
+        "two-labels/config.json": json.dumps(
+            _BASE | {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "bad", "1": "good"}}
+        ),
+        "trained/training.json": "{}",
+        "started/checkpoints/run.json": '{"--base": "another"}',
+        "started/checkpoints/checkpoint-10/trainer_state.json": "{}",
         "adapter/adapter_config.json": json.dumps({"base_model_name_or_path": "model"}),
         "nameless-adapter/adapter_config.json": "[]",
         "qwen/config.json": '{"model_type": "qwen2", "hidden_size": 64}',
@@ -162,6 +206,18 @@ def write_world(folder: Path) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
     return folder
+
+
+def _weights(shapes: dict[str, list[int]]) -> str:
+    """Return a safetensors file with tensors of zeros; all its bytes are ASCII."""
+    offset, header = 0, {}
+    for name, shape in shapes.items():
+        size = 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header)
+    text += " " * (-len(text) % 8)
+    return chr(len(text)) + "\0" * 7 + text + "\0" * offset
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -394,7 +394,7 @@ def test_a_full_disk_is_one_sentence(
 
     assert status == 1
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith(f"reward-train: {tmp_path / 'out'} cannot be written (File too large): free space")
+    assert last.startswith(f"reward-train: {tmp_path / 'out'} cannot be written: the file would be larger")
     assert list_checkpoints(tmp_path / "out") == []
 
 

@@ -56,14 +56,14 @@ MISTAKES = {
     "wrong-columns": (1, ["--data", "columns.jsonl"], "columns.jsonl, row 1"),
     "no-rows": (1, ["--data", "empty.jsonl"], "empty.jsonl has no rows"),
     "wrong-eval": (1, ["--eval", "columns.jsonl"], "columns.jsonl, row 1"),
-    "out-is-a-file": (1, ["--out", "pairs.jsonl"], "--out pairs.jsonl is not a folder"),
-    "out-below-a-file": (1, ["--out", "pairs.jsonl/model"], "pairs.jsonl is not a folder"),
+    "out-is-a-file": (1, ["--out", "pairs.jsonl"], "--out pairs.jsonl is a file"),
+    "out-below-a-file": (1, ["--out", "pairs.jsonl/model"], "--out pairs.jsonl/model cannot be written, because"),
     "out-in-proc": (1, ["--out", "/proc/model"], "--out /proc/model cannot be written"),
     "out-has-files": (1, ["--out", "base"], "--out base exists and is not empty"),
     "out-has-the-base": (1, ["--out", "base", "--overwrite"], "--out base holds base, which is read"),
     "out-has-other-files": (1, ["--out", "others", "--overwrite"], "--out others holds no model"),
     "merge-within-out": (1, ["--merge", "out/merged"], "neither within the other"),
-    "merge-is-a-file": (1, ["--merge", "pairs.jsonl"], "--merge pairs.jsonl is not a folder"),
+    "merge-is-a-file": (1, ["--merge", "pairs.jsonl"], "--merge pairs.jsonl is a file"),
     "merge-of-a-whole-model": (1, ["--merge", "merged", "--full"], "--merge is for adapters"),
     "nothing-to-resume": (1, ["--resume"], "has no complete checkpoint to continue from"),
     "negative-learning-rate": (1, ["--learning-rate", "-1"], "--learning-rate is -1.0"),
@@ -80,8 +80,8 @@ MISTAKES = {
     "patience-without-eval": (1, ["--patience", "2"], "--patience needs --eval"),
     "unknown-report": (1, ["--report-to", "paper"], "--report-to does not know 'paper'"),
     "not-a-number": (2, ["--lora-rank", "many"], "invalid int value"),
-    "unknown-option": (2, ["--learningrate", "1"], "unrecognized arguments"),
-    "shortened-option": (2, ["--learn", "1"], "unrecognized arguments"),
+    "unknown-option": (2, ["--learningrate", "1"], "no option --learningrate (did you mean --learning-rate?)"),
+    "shortened-option": (2, ["--learn", "1"], "there is no option --learn"),
 }
 
 

@@ -98,12 +98,19 @@ def _check_service(url: str) -> None:
     """Ask a service for its model before pairs are sent to it.
 
     Raises:
-        ClientError: the URL is not a root URL, or no service answers there.
+        SettingsError: no service answers there.
+        ClientError: the URL is not a root URL, or the service does not answer as one of ours.
     """
     from reward_client import RewardClient
+    from reward_client.errors import ServiceUnreachable
 
-    with RewardClient(url, wait_for_start_s=START_WAIT_S) as client:
-        client.model()
+    try:
+        with RewardClient(url, wait_for_start_s=START_WAIT_S) as client:
+            client.model()
+    except ServiceUnreachable as error:
+        raise SettingsError(
+            f"No reward service answers at {error.url} ({error.reason}): start it, or check the URL."
+        ) from error
 
 
 def _scorer(options: argparse.Namespace, model: str | None, opened: ExitStack) -> Scorer:
