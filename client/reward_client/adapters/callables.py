@@ -1,0 +1,60 @@
+"""Plain reward functions, for frameworks and loops that call any Python function."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Unpack
+
+from reward_client.adapters.options import ClientOptions, ScoreOptions
+from reward_client.options import TemplateChoice, Truncation
+from reward_client.requests import Completion, Prompt
+from reward_client.synchronous import RewardClient
+
+
+class RewardFunction:
+    """Called with prompts and completions, returns one reward per completion.
+
+    Args:
+        url: the root URL of the service.
+        truncation: what happens to an item that is too long; None: the service's setting.
+        template: how a plain-text prompt is rendered; None: the service's setting.
+        options: those of ``RewardClient``.
+
+    Raises:
+        InvalidArgument: see ``RewardClient``.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        truncation: Truncation | None = None,
+        template: TemplateChoice | None = None,
+        **options: Unpack[ClientOptions],
+    ) -> None:
+        self.client = RewardClient(url, **options)
+        self.score_options = ScoreOptions(truncation=truncation, template=template)
+
+    def __call__(self, prompts: Iterable[Prompt], completions: Iterable[Completion], *_: Any, **__: Any) -> list[float]:
+        """Return the raw reward of each completion, in order; further arguments are ignored.
+
+        Raises:
+            ClientError: see ``AsyncRewardClient.score``.
+        """
+        return self.client.score(prompts, completions, **self.score_options)
+
+
+class ItemRewardFunction(RewardFunction):
+    """Called with one prompt and one completion, returns one reward: AReaL's ``reward_fn``.
+
+    AReaL turns a call that takes more than 15 s into the reward 0, so ``deadline_s`` must be below that.
+    """
+
+    def __call__(self, prompt: Prompt, completion: Completion, *_: Any, **__: Any) -> float:  # type: ignore[override]
+        """Return the raw reward of the completion; further arguments (token ids, columns) are ignored.
+
+        Raises:
+            ClientError: see ``AsyncRewardClient.score``.
+        """
+        [reward] = super().__call__([prompt], [completion])
+        return reward
