@@ -61,7 +61,8 @@ def module(archive: Path, suffix: str, stubs: Mapping[str, Mapping[str, Any]]) -
         suffix: the end of the file's path.
         stubs: members of the modules that stand for its imports while it runs, by the name of the module.
     """
-    loaded = types.ModuleType(Path(suffix).stem)
+    loaded = types.ModuleType(f"framework_{Path(suffix).stem}")
+    sys.modules[loaded.__name__] = loaded  # where dataclasses look their module up
     with stubbed(stubs):
         exec(compile(source(archive, suffix), suffix, "exec"), loaded.__dict__)  # noqa: S102 - a framework's own file
     return loaded
