@@ -5,6 +5,7 @@
     │   ├── MalformedBody          400    the body is not JSON, not UTF-8, or holds NaN
     │   ├── RouteNotFound          404
     │   ├── RunNotFound            404    no monitor has items of that training run
+    │   ├── ModelNotFound          404    another model is named, and names are strict
     │   ├── MethodNotAllowed       405
     │   ├── BodyTooLarge           413    more bytes than one request may have
     │   ├── TooManyItems           413    more items than one request may have
@@ -86,6 +87,12 @@ class RunNotFound(RequestRefused):
     """No monitor has items of that training run."""
 
     status, code, title = 404, "run_not_found", "No such run"
+
+
+class ModelNotFound(RequestRefused):
+    """The request names another model than the served one, and the settings say that names are strict."""
+
+    status, code, title = 404, "model_not_found", "No such model"
 
 
 class MethodNotAllowed(RequestRefused):

@@ -107,7 +107,7 @@ class Encoding:
     """What happens to an item that is too long."""
 
     add_bos: bool = True
-    """Whether a templated text gets the BOS token that its tokenizer would put in front."""
+    """Whether a text that no template renders gets the BOS token that its tokenizer would put in front."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +123,9 @@ class ScoreRequest:
 
     run_id: str | None = None
     """The training run that sends the request; each run has monitors of its own. None: it is not named."""
+
+    waits_for_room: bool = False
+    """Whether a request that finds the queue full waits for room, up to its timeout, instead of being refused."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -206,14 +206,19 @@ class Scorer:
         """Refuse before any work, or reserve room in the queue and return the key of the reservation."""
         key = next(self._keys)
         try:
-            self._refuse_unless_ready()
+            self.refuse_unless_ready()
             self._queue.admit(key, self._encoder.estimate_tokens(request.items))
         except HttpError as refusal:
             self._metrics.count_refused(refusal, len(request.items))
             raise
         return key
 
-    def _refuse_unless_ready(self) -> None:
+    def refuse_unless_ready(self) -> None:
+        """Return if requests are accepted.
+
+        Raises:
+            NotReady, Draining, EngineUnavailable: they are not.
+        """
         if self._state == "starting":
             raise NotReady("The model is loading or warming up.")
         if self._state == "draining":

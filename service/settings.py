@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 from reward_client.options import DiagnosticsLevel, TemplateChoice, Truncation
 
 from service.errors import SettingsError
@@ -19,6 +20,9 @@ from service.records import Pooling
 
 DEMO_MODEL = "demo"
 """``model.path`` of the demo model, in the settings and in the arguments of every command."""
+
+ProtocolName: TypeAlias = Literal["openrlhf", "vllm", "llamafactory", "slime", "kserve", "sglang", "tei"]
+PROTOCOL_NAMES: tuple[ProtocolName, ...] = get_args(ProtocolName)
 
 
 class Section(BaseModel):
@@ -199,6 +203,62 @@ class MonitorSettings(Section):
     )
 
 
+class ProtocolSettings(Section):
+    """The compatibility protocols: routes that answer as other servers do."""
+
+    enabled: str = Field(
+        "all",
+        description=f"Protocols that have routes, separated by commas: {', '.join(PROTOCOL_NAMES)}; or all, or none. "
+        "The service's own routes are always there.",
+    )
+    strict_model_names: bool = Field(
+        False, description="Refuse requests that name another model; otherwise the served model answers them."
+    )
+    truncation: Truncation | None = Field(
+        None, description="Default of these routes for items over the token limit; null: tokenization.truncation."
+    )
+    activation: Literal["refuse", "sigmoid"] = Field(
+        "refuse",
+        description="What happens to a request that asks for an activation (use_activation, raw_scores: false). "
+        "refuse: 422; sigmoid: the sigmoid of the rewards is answered, with X-Reward-Activation: sigmoid.",
+    )
+    openrlhf_scores: Literal["raw", "sigmoid"] = Field(
+        "raw", description="Field scores of /get_reward, which OpenRLHF filters prompts by; rewards are always raw."
+    )
+    slime_template: Literal["auto", "chat", "concat"] = Field(
+        "auto",
+        description="Prompts of /rm that are strings. chat: a user turn; concat: templated already, so the response is "
+        "appended; auto: concat where they contain a special token of the tokenizer, else the model's default.",
+    )
+
+    @property
+    def names(self) -> tuple[ProtocolName, ...]:
+        """Names of the enabled protocols, in the order of their documentation."""
+        if self.enabled == "all":
+            return PROTOCOL_NAMES
+        listed = {name.strip() for name in self.enabled.split(",")}
+        return tuple(name for name in PROTOCOL_NAMES if name in listed)
+
+    @field_validator("enabled", mode="before")
+    @classmethod
+    def _accept_lists(cls, value: object) -> object:
+        if isinstance(value, list | tuple):
+            return ",".join(map(str, value)) or "none"
+        return value
+
+    @field_validator("enabled")
+    @classmethod
+    def _check_names(cls, value: str) -> str:
+        if value not in {"all", "none"}:
+            if any(name.strip() not in PROTOCOL_NAMES for name in value.split(",")):
+                raise PydanticCustomError(
+                    "protocol_names",
+                    "Input should be all, none, or names among {known}, separated by commas",
+                    {"known": ", ".join(PROTOCOL_NAMES)},
+                )
+        return value
+
+
 class Settings(Section):
     """All settings of one served model."""
 
@@ -208,6 +268,7 @@ class Settings(Section):
     batching: BatchingSettings = BatchingSettings()
     diagnostics: DiagnosticsSettings = DiagnosticsSettings()
     monitors: MonitorSettings = MonitorSettings()
+    protocols: ProtocolSettings = ProtocolSettings()
     log: str | None = Field(
         None,
         description="File that gets one JSON line per request. null: standard error, which Ray writes to its logs; "

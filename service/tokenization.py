@@ -85,6 +85,12 @@ class Tokenization:
         self.sample_token_ids = self._encode_sample()
         self._tokens_per_char, self._extra_tokens = self._measure_sample()
 
+    @property
+    def special_tokens(self) -> frozenset[str]:
+        """The texts of the tokenizer's special tokens."""
+        added = self._tokenizer.added_tokens_decoder.values()
+        return frozenset(token.content for token in added if token.special)
+
     def template_for(self, encoding: Encoding) -> TemplateChoice:
         """Return how a prompt that is a plain string is rendered with this encoding."""
         return encoding.template or self._default_template
@@ -93,8 +99,9 @@ class Tokenization:
         """Tokenize the items in one call of the tokenizer; an item that cannot be encoded yields its error.
 
         An Exchange whose prompt is a string becomes a user turn and an assistant turn of the chat template, or with
-        ``concat`` the two strings joined. A prompt of messages is always rendered by the chat template. Templated text
-        gets the tokenizer's BOS if ``add_bos`` is set and the text has none. Token ids are not changed.
+        ``concat`` the two strings joined. A prompt of messages is always rendered by the chat template. Joined strings
+        and templated text get the tokenizer's BOS if ``add_bos`` is set and the text has none. Token ids are not
+        changed.
 
         Truncation ``prompt_left`` drops the excess tokens from the left, after the BOS. It drops no token of the
         completion. In templated text it is unknown where the completion begins, so it may be cut into. Token ids are
@@ -148,7 +155,7 @@ class Tokenization:
         content = item.content
         match content:
             case Exchange():
-                return self._render_exchange(content, self.template_for(encoding), prompts)
+                return self._render_exchange(content, encoding, prompts)
             case TemplatedText():
                 return _Text(content.text, add_special_tokens=encoding.add_bos)
             case TokenIds():
@@ -157,12 +164,12 @@ class Tokenization:
                 assert_never(content)
 
     def _render_exchange(
-        self, exchange: Exchange, template: TemplateChoice, prompts: dict[tuple[Message, ...], str]
+        self, exchange: Exchange, encoding: Encoding, prompts: dict[tuple[Message, ...], str]
     ) -> _Text | HttpError:
         prompt, completion = exchange.prompt, exchange.completion
         if isinstance(prompt, str):
-            if template == "concat":
-                return _Text(prompt + completion, True, len(prompt), len(completion))
+            if self.template_for(encoding) == "concat":
+                return _Text(prompt + completion, encoding.add_bos, len(prompt), len(completion))
             prompt = (Message("user", prompt),)
         if not self._tokenizer.chat_template:
             return InvalidRequest("The model has no chat template: the prompt must be a string, its template concat.")

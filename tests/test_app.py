@@ -258,7 +258,7 @@ async def test_framework_errors_say_what_there_is(app: App) -> None:
     """A 405 lists the methods of the route in Allow; a 404 names the nearest route, if there is one."""
     wrong_method = await app.client.get("/v1/score")
     read_only = await app.client.request("BREW", "/livez")
-    near = await app.client.post("/score", json={})
+    near = await app.client.post("/v1/scores", json={})
     far = await app.client.get("/docs")
 
     assert (wrong_method.headers["Allow"], wrong_method.json()["detail"]) == ("POST", "This route takes POST")

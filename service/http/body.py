@@ -13,32 +13,41 @@ from collections.abc import AsyncIterator, Mapping
 from service.errors import BodyTooLarge, MalformedBody, UnsupportedMediaType
 
 _GZIP_WINDOW = 16 + zlib.MAX_WBITS
+_ZLIB_WINDOW = zlib.MAX_WBITS
 _INFLATE_STEP = 1024 * 1024
 """Bytes inflated before control returns to the event loop."""
 
 
-async def read_json_body(headers: Mapping[str, str], chunks: AsyncIterator[bytes], max_bytes: int) -> bytes:
-    """Read the body of a JSON request, plain or gzipped.
+async def read_json_body(
+    headers: Mapping[str, str], chunks: AsyncIterator[bytes], max_bytes: int, *, any_media_type: bool = False
+) -> bytes:
+    """Read the body of a JSON request, plain or compressed with gzip or deflate.
 
     Args:
         headers: of the request; names in lower case.
         chunks: the body as it arrives.
         max_bytes: limit on the bytes received, and again on the bytes after decompression.
+        any_media_type: whether the Content-Type is ignored.
 
     Raises:
-        UnsupportedMediaType: the Content-Type is not JSON (a missing one is taken for JSON), or the coding not gzip.
+        UnsupportedMediaType: the Content-Type is not JSON (a missing one is taken for JSON), or the coding is another.
         BodyTooLarge: the limit is exceeded; nothing beyond it is stored.
-        MalformedBody: the gzip stream is corrupt, truncated, or followed by other bytes.
+        MalformedBody: the compressed stream is corrupt, truncated, or followed by other bytes.
     """
-    _check_media_type(headers.get("content-type", ""))
+    if not any_media_type:
+        _check_media_type(headers.get("content-type", ""))
     coding = headers.get("content-encoding", "identity").strip().lower()
-    if coding not in {"identity", "gzip"}:
-        raise UnsupportedMediaType("The Content-Encoding is neither gzip nor identity; send the body plain or gzipped")
+    if coding not in {"identity", "gzip", "deflate"}:
+        raise UnsupportedMediaType(
+            "The Content-Encoding is none of gzip, deflate and identity; send the body plain or gzipped"
+        )
     declared = headers.get("content-length", "")
     if declared.isdecimal() and len(declared) < 20 and int(declared) > max_bytes:
         raise BodyTooLarge(f"The body has {declared} bytes; the limit is {max_bytes}")
     received = await _read(chunks, max_bytes)
-    return await _inflate(received, max_bytes) if coding == "gzip" else received
+    if coding == "identity":
+        return received
+    return await _inflate(received, max_bytes, _GZIP_WINDOW if coding == "gzip" else _ZLIB_WINDOW)
 
 
 def _check_media_type(content_type: str) -> None:
@@ -59,19 +68,19 @@ async def _read(chunks: AsyncIterator[bytes], max_bytes: int) -> bytes:
     return bytes(body)
 
 
-async def _inflate(compressed: bytes, max_bytes: int) -> bytes:
-    inflater = zlib.decompressobj(_GZIP_WINDOW)
+async def _inflate(compressed: bytes, max_bytes: int, window: int) -> bytes:
+    inflater = zlib.decompressobj(window)
     body = bytearray()
     rest = compressed
     while rest and not inflater.eof:
         try:
             body += inflater.decompress(rest, min(_INFLATE_STEP, max_bytes + 1 - len(body)))
         except zlib.error:
-            raise MalformedBody("The body is not the gzip stream that its Content-Encoding announces") from None
+            raise MalformedBody("The body is not the stream that its Content-Encoding announces") from None
         if len(body) > max_bytes:
             raise BodyTooLarge(f"The body has more than {max_bytes} bytes after decompression")
         rest = inflater.unconsumed_tail
         await asyncio.sleep(0)
     if not inflater.eof or inflater.unused_data:
-        raise MalformedBody("The gzip stream is truncated or followed by other bytes")
+        raise MalformedBody("The compressed stream is truncated or followed by other bytes")
     return bytes(body)

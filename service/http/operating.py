@@ -16,6 +16,7 @@ from service.assembly import ServedModel
 from service.errors import Draining, InvalidRequest, NotReady
 from service.http import openapi
 from service.protocols.native import MAX_NAME_CHARS
+from service.protocols.registry import enabled_protocols
 
 Exposition: TypeAlias = Callable[[], Awaitable[str]]
 """Collects the metrics of all replicas, in Prometheus' text format."""
@@ -29,7 +30,7 @@ def operating_routes(served: ServedModel, exposition: Exposition) -> list[Route]
 
     ``/healthz`` is liveness, as it was in Kubernetes; ``/health`` is readiness, as it is in other model servers.
     """
-    schema = msgspec.json.encode(openapi.document())
+    schema = msgspec.json.encode(openapi.document(enabled_protocols(served.settings.protocols)))
 
     async def live(_: Request) -> Response:
         return Response(b'{"status":"alive"}', media_type=JSON)

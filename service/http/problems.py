@@ -19,10 +19,14 @@ MAX_COMPARED_CHARS = 64
 
 def problem_response(error: HttpError, facts: RequestFacts) -> Response:
     """The response for an error; its code goes into the facts."""
+    return Response(render_problem(error, facts.request_id), error.status, problem_headers(error, facts), MEDIA_TYPE)
+
+
+def problem_headers(error: HttpError, facts: RequestFacts) -> dict[str, str]:
+    """The headers of an answer with an error; its code goes into the facts."""
     facts.code = error.code
     wait_s = retry_after_s(error, random.random())  # noqa: S311 - spreads clients over time, protects nothing
-    headers = {} if wait_s is None else {"Retry-After": str(wait_s)}
-    return Response(render_problem(error, facts.request_id), error.status, headers, MEDIA_TYPE)
+    return {} if wait_s is None else {"Retry-After": str(wait_s)}
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:

@@ -12,6 +12,7 @@ from service.http.monitoring import GatherMonitors, monitor_route
 from service.http.open_requests import OpenRequests
 from service.http.operating import Exposition, operating_routes
 from service.http.problems import EXCEPTION_HANDLERS
+from service.http.protocols import protocol_routes
 from service.http.scoring import scoring_routes
 
 
@@ -35,7 +36,12 @@ def create_app(
         host_echoes_request_id: whether the server of the application adds ``X-Request-Id`` to answers itself, as Ray
             does.
     """
-    routes = [*scoring_routes(served), *operating_routes(served, exposition), monitor_route(served, monitors)]
+    routes = [
+        *scoring_routes(served),
+        *operating_routes(served, exposition),
+        monitor_route(served, monitors),
+        *protocol_routes(served),
+    ]
     middleware = Middleware(
         RequestMiddleware,
         model_version=served.identity.version,

@@ -34,6 +34,7 @@ SHORT_OPTIONS = {
     "batching.max_batch_tokens": "--max-batch-tokens",
     "batching.prefix_cache_mib": "--prefix-cache-mib",
     "batching.deterministic": "--deterministic",
+    "protocols.enabled": "--protocols",
     "server.host": "--host",
     "server.port": "--port",
     "server.replicas": "--replicas",

@@ -121,7 +121,7 @@ def parse_score_request(body: bytes, defaults: RequestDefaults) -> ScoreRequest:
         TooManyItems: more items than ``max_request_items``.
         ItemTooLong: an item has more characters than ``max_item_chars``.
     """
-    wire: WireScoreRequest = _decode(_score_decoder, body)
+    wire: WireScoreRequest = decode_body(_score_decoder, body)
     _check_count(len(wire.items), 1, defaults.limits.max_request_items, "/items", "items")
     items = tuple(_read_item(item, index) for index, item in enumerate(wire.items))
     return _request(items, wire, defaults)
@@ -133,11 +133,11 @@ def parse_compare_request(body: bytes, defaults: RequestDefaults) -> ScoreReques
     Raises:
         MalformedBody, InvalidRequest, TooManyItems, ItemTooLong: as for ``parse_score_request``.
     """
-    wire: WireCompareRequest = _decode(_compare_decoder, body)
+    wire: WireCompareRequest = decode_body(_compare_decoder, body)
     limits = defaults.limits
     max_completions = min(limits.max_compare_completions, limits.max_request_items)
     _check_count(len(wire.completions), 2, max_completions, "/completions", "completions")
-    prompt = _read_prompt(wire.prompt, "/prompt")
+    prompt = read_prompt(wire.prompt, "/prompt")
     items = tuple(Item(Exchange(prompt, completion)) for completion in wire.completions)
     return _request(items, wire, defaults)
 
@@ -239,7 +239,7 @@ def _read_item(wire: WireItem, index: int) -> Item:
 def _read_content(wire: WireItem, index: int) -> Content:
     match wire.prompt, wire.completion, wire.text, wire.token_ids:
         case (str() | list()) as prompt, str(completion), None, None:
-            return Exchange(_read_prompt(prompt, f"/items/{index}/prompt"), completion)
+            return Exchange(read_prompt(prompt, f"/items/{index}/prompt"), completion)
         case None, None, str(text), None:
             return TemplatedText(text)
         case None, None, None, [_, *_] as token_ids:
@@ -255,7 +255,12 @@ def _read_content(wire: WireItem, index: int) -> Content:
     )
 
 
-def _read_prompt(prompt: str | list[WireMessage], pointer: str) -> str | tuple[Message, ...]:
+def read_prompt(prompt: str | list[WireMessage], pointer: str) -> str | tuple[Message, ...]:
+    """Return a prompt as a record; ``pointer`` is its place in the body.
+
+    Raises:
+        InvalidRequest: a list without messages.
+    """
     if isinstance(prompt, str):
         return prompt
     if not prompt:
@@ -316,7 +321,12 @@ _SURROGATE_ESCAPE = re.compile(
 )
 
 
-def _decode(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:
+def decode_body(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:
+    """Decode a JSON body to the struct of its decoder.
+
+    Raises:
+        MalformedBody, InvalidRequest: as for ``parse_score_request``.
+    """
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:

@@ -46,7 +46,8 @@ def other_value(name: str) -> str:
     literals = {
         "model.engine": "onnx", "model.forward": "padded", "model.dtype": "float32", "model.pooling": "last",
         "model.kernels": "off", "model.quantization": "int8", "tokenization.truncation": "prompt_left",
-        "diagnostics.level": "full",
+        "diagnostics.level": "full", "protocols.enabled": "slime,kserve", "protocols.truncation": "prompt_left",
+        "protocols.activation": "sigmoid", "protocols.openrlhf_scores": "sigmoid", "protocols.slime_template": "chat",
     }  # fmt: skip
     if name in special | literals:
         return (special | literals)[name]

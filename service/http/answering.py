@@ -1,0 +1,42 @@
+"""Scores the request of any scoring route and notes what the access log, the metrics and the headers report of it."""
+
+from __future__ import annotations
+
+import time
+
+from service.assembly import ServedModel
+from service.diagnostics.item_state import Outcome
+from service.errors import HttpError
+from service.http.facts import RequestFacts
+from service.records import ScoreRequest, Timings
+from service.request_state import ScoredRequest
+
+
+def note_parsed(served: ServedModel, facts: RequestFacts, num_items: int) -> float:
+    """Note the items of a parsed request; return the seconds from its arrival."""
+    parse_s = time.perf_counter() - facts.started_at
+    served.metrics.stage_duration.labels("parse").observe(parse_s)
+    facts.items = num_items
+    return parse_s
+
+
+async def score_and_note(
+    served: ServedModel, request: ScoreRequest, facts: RequestFacts, parse_s: float
+) -> tuple[ScoredRequest, Timings]:
+    """Score a request; return the answer and its timings, which include the stages that only the HTTP side measures.
+
+    Raises:
+        HttpError: as `Scorer.score`.
+    """
+    scored = await served.scorer.score(request)
+    total_s = time.perf_counter() - facts.started_at
+    stages = scored.timings
+    timings = Timings(parse_s, stages.tokenize_s, stages.queue_s, stages.engine_s, total_s)
+    _note_answer(facts, scored.outcomes, scored.usage.scored_tokens, timings)
+    return scored, timings
+
+
+def _note_answer(facts: RequestFacts, outcomes: tuple[Outcome, ...], scored_tokens: int, timings: Timings) -> None:
+    facts.failed = sum(isinstance(outcome, HttpError) for outcome in outcomes)
+    facts.scored_tokens = scored_tokens
+    facts.timings = timings

@@ -1,0 +1,70 @@
+"""The HTTP application of one replica without Ray, in this process, with a client for it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx2
+
+from service.assembly import ServedModel, assemble
+from service.engines.oracle import OracleEngine, OracleFaults
+from service.http.access_log import AccessLog
+from service.http.open_requests import OpenRequests
+from service.http.routes import create_app
+from service.pipeline import Pipeline
+from service.scorer import Scorer
+from service.settings import read_settings
+
+ORACLE = {"engine": "oracle"}
+
+
+class Application:
+    """A started application."""
+
+    def __init__(self, served: ServedModel, client: httpx2.AsyncClient) -> None:
+        self.served = served
+        self.client = client
+
+    async def post(self, route: str, body: Any, **headers: str) -> httpx2.Response:
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return await self.client.post(route, content=content, headers={"Content-Type": "application/json"} | headers)
+
+    async def rewards(self, *items: dict[str, Any], **options: Any) -> list[float]:
+        """The rewards that the native route gives the items."""
+        answer = await self.post("/v1/score", {"items": list(items), **options})
+        return [result["reward"] for result in answer.json()["results"]]
+
+
+@asynccontextmanager
+async def application(folder: Path, *, faults: OracleFaults | None = None, **tree: Any) -> AsyncIterator[Application]:
+    """Start the application with the given settings; without a model it is the oracle.
+
+    Args:
+        folder: gets the access log.
+        faults: of the oracle.
+        tree: the settings tree.
+    """
+    settings = read_settings({"model": ORACLE} | tree)
+    served = assemble(settings)
+    if faults is not None:
+        engine = OracleEngine(faults=faults)
+        scorer = Scorer(served.tokenization, Pipeline(engine), settings.limits, settings.batching, served.metrics)
+        served = replace(served, scorer=scorer)
+
+    async def exposition() -> str:
+        return served.metrics.render().decode()
+
+    log = AccessLog(str(folder / "requests.jsonl"))
+    app = create_app(served, exposition, log, OpenRequests())
+    await served.scorer.start()
+    try:
+        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://app") as client:
+            yield Application(served, client)
+    finally:
+        await served.scorer.stop(0.0)
+        log.close()
