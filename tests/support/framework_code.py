@@ -77,11 +77,16 @@ def definitions(archive: Path, suffix: str, names: set[str], namespace: dict[str
         names: of definitions at the top level of the file.
         namespace: the globals that they use; annotations are not evaluated.
     """
-    tree = ast.parse(source(archive, suffix))
+    return run_definitions(source(archive, suffix), names, namespace)
+
+
+def run_definitions(code: str, names: set[str], namespace: dict[str, Any]) -> dict[str, Any]:
+    """Run only these functions and classes of a source; see ``definitions``."""
+    tree = ast.parse(code)
     tree.body = [node for node in tree.body if getattr(node, "name", None) in names]
     assert {getattr(node, "name", None) for node in tree.body} == names
     tree.body.insert(0, ast.ImportFrom("__future__", [ast.alias("annotations")], 0))
-    exec(compile(ast.fix_missing_locations(tree), suffix, "exec"), namespace)  # noqa: S102 - a framework's own functions
+    exec(compile(ast.fix_missing_locations(tree), "framework", "exec"), namespace)  # noqa: S102 - a framework's own code
     return namespace
 
 
