@@ -18,7 +18,7 @@ from typing import Literal, Protocol, TypeAlias, TypeVar
 from service.diagnostics.monitors.monitor import Monitors
 from service.diagnostics.text import TextFacts
 from service.engine_loop import EngineLoop, engine_died
-from service.errors import DeadlineExceeded, Draining, EngineUnavailable, HttpError, NotReady
+from service.errors import DeadlineExceeded, Draining, EngineUnavailable, HttpError, NotReady, Overloaded
 from service.metrics import Metrics
 from service.pipeline import Pipeline
 from service.records import Encoding, Item, ScoreRequest, TokenSequence
@@ -33,6 +33,9 @@ from service.work_queue import WorkQueue
 State: TypeAlias = Literal["starting", "ready", "draining", "failed"]
 _Result = TypeVar("_Result")
 _TextReading: TypeAlias = "asyncio.Future[list[TextFacts | None]]"
+
+ROOM_POLL_S = 0.05
+"""Seconds after which a request that waits for room in the queue looks for it again."""
 
 ENGINE_STOP_S = 5.0
 """How long `Scorer.stop` waits for the running pass; afterwards the process may end without it."""
@@ -94,6 +97,8 @@ class Scorer:
         self._threads = ThreadPoolExecutor(num_tokenizer_threads, thread_name_prefix="tokenize")
         self._keys = itertools.count()
         self._num_accepted = 0
+        self._num_patient_tokens = 0
+        self._patience = asyncio.Lock()
         self._all_answered = asyncio.Event()
         self._all_answered.set()
         queue = Queue(limits.max_queue_tokens, info.min_shared_prefix_tokens, batch_tokens=budget.max_tokens)
@@ -185,10 +190,10 @@ class Scorer:
         num_items = len(request.items)
         arrived = self._clock()
         timeout_s = min(request.timeout_s, self._limits.deadline_s)
-        key = self._admit(request)
+        key = await self._admit_patiently(request, arrived + timeout_s)
         self._accept(num_items)
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(arrived + timeout_s - self._clock()):
                 return await self._score_accepted(key, request, arrived, arrived + timeout_s)
         except (TimeoutError, DeadlineExceeded):
             self._metrics.count_items(num_items, "expired")
@@ -202,16 +207,49 @@ class Scorer:
         finally:
             self._release(key, num_items)
 
-    def _admit(self, request: ScoreRequest) -> Hashable:
-        """Refuse before any work, or reserve room in the queue and return the key of the reservation."""
-        key = next(self._keys)
+    async def _admit_patiently(self, request: ScoreRequest, deadline: float) -> Hashable:
+        """Refuse before any work, or reserve room in the queue and return the key of the reservation.
+
+        A request that ``waits_for_room`` is refused only at its deadline, or where those that wait for room have as
+        many tokens as the queue may hold.
+        """
+        key, num_tokens = next(self._keys), self._encoder.estimate_tokens(request.items)
         try:
-            self.refuse_unless_ready()
-            self._queue.admit(key, self._encoder.estimate_tokens(request.items))
+            try:
+                self._admit(key, num_tokens)
+            except Overloaded as refusal:
+                if not request.waits_for_room:
+                    raise
+                await self._wait_for_room(key, num_tokens, deadline, refusal)
         except HttpError as refusal:
             self._metrics.count_refused(refusal, len(request.items))
             raise
+        except asyncio.CancelledError:
+            self._metrics.count_items(len(request.items), "cancelled")
+            raise
         return key
+
+    def _admit(self, key: Hashable, num_tokens: int) -> None:
+        self.refuse_unless_ready()
+        self._queue.admit(key, num_tokens)
+
+    async def _wait_for_room(self, key: Hashable, num_tokens: int, deadline: float, refusal: Overloaded) -> None:
+        """Reserve room once there is some; raise the refusal at the deadline, or if too many tokens wait already."""
+        if self._num_patient_tokens and self._num_patient_tokens + num_tokens > self._limits.max_queue_tokens:
+            raise refusal
+        self._num_patient_tokens += num_tokens
+        try:
+            # In order of arrival: otherwise a small request would always find room before a large one.
+            async with asyncio.timeout(deadline - self._clock()), self._patience:
+                while True:
+                    try:
+                        return self._admit(key, num_tokens)
+                    except Overloaded:
+                        await asyncio.sleep(ROOM_POLL_S)
+        except TimeoutError:
+            raise refusal from None
+        finally:
+            self._num_patient_tokens -= num_tokens
 
     def refuse_unless_ready(self) -> None:
         """Return if requests are accepted.

@@ -249,13 +249,12 @@ class ProtocolSettings(Section):
     @field_validator("enabled")
     @classmethod
     def _check_names(cls, value: str) -> str:
-        if value not in {"all", "none"}:
-            if any(name.strip() not in PROTOCOL_NAMES for name in value.split(",")):
-                raise PydanticCustomError(
-                    "protocol_names",
-                    "Input should be all, none, or names among {known}, separated by commas",
-                    {"known": ", ".join(PROTOCOL_NAMES)},
-                )
+        if value not in {"all", "none"} and any(name.strip() not in PROTOCOL_NAMES for name in value.split(",")):
+            raise PydanticCustomError(
+                "protocol_names",
+                "Input should be all, none, or names among {known}, separated by commas",
+                {"known": ", ".join(PROTOCOL_NAMES)},
+            )
         return value
 
 

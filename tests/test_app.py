@@ -270,9 +270,10 @@ async def test_framework_errors_say_what_there_is(app: App) -> None:
 async def test_every_get_route_answers_head(app: App) -> None:
     """HEAD has the status and the headers of GET."""
     routes = [route for route in app.asgi_app.routes if isinstance(route, Route) and "GET" in (route.methods or set())]
-    assert len(routes) == 8
+    assert {"/livez", "/readyz", "/v1/model", "/v2", "/v2/models/{model}"} < {route.path for route in routes}
     for route in routes:
-        got, head = await app.client.get(route.path), await app.client.head(route.path)
+        path = route.path.format(model="m", version="1")
+        got, head = await app.client.get(path), await app.client.head(path)
         assert (head.status_code, head.headers["Content-Type"]) == (got.status_code, got.headers["Content-Type"])
 
 

@@ -505,6 +505,59 @@ async def test_full_queue_refuses_before_tokenizing(
     assert counted(metrics) == {"ok": 21, "shed": 2}
 
 
+async def test_request_that_waits_for_room(tokenization: Tokenization) -> None:
+    """Where the queue is full, such a request is scored once there is room, and nothing counts it as refused."""
+    engine = GatedEngine()
+    metrics = Metrics()
+    scorer = new_scorer(tokenization, engine, limits=LimitSettings(max_queue_tokens=100), metrics=metrics)
+    async with running(scorer, engine):
+        accepted = await fill_queue(scorer, engine)
+        patient = replace(request("patient"), waits_for_room=True)
+        waiting = asyncio.create_task(scorer.score(patient))
+        await asyncio.sleep(0.01)
+        assert not waiting.done()
+        engine.gate.set()
+        scored = await waiting
+        await asyncio.gather(*accepted)
+
+    assert isinstance(scored.outcomes[0], Score)
+    assert counted(metrics) == {"ok": 22}
+
+
+async def test_waiting_for_room_is_limited(tokenization: Tokenization) -> None:
+    """It ends with the refusal at the deadline, at once where as many tokens wait already, and when the client goes."""
+    engine = GatedEngine()
+    metrics = Metrics()
+    scorer = new_scorer(tokenization, engine, limits=LimitSettings(max_queue_tokens=100), metrics=metrics)
+    async with running(scorer, engine):
+        accepted = await fill_queue(scorer, engine)
+        patient = replace(request(*"0123"), waits_for_room=True)
+        with pytest.raises(Overloaded):
+            await scorer.score(replace(patient, timeout_s=0.02))
+        waiting = asyncio.create_task(scorer.score(patient))
+        await asyncio.sleep(0.01)
+        with pytest.raises(Overloaded):
+            await asyncio.wait_for(scorer.score(patient), 1.0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert scorer._num_patient_tokens == 0
+        engine.gate.set()
+        await asyncio.gather(*accepted)
+
+    assert counted(metrics) == {"ok": 21, "shed": 8, "cancelled": 4}
+
+
+async def fill_queue(scorer: Scorer, engine: GatedEngine) -> list[asyncio.Task[ScoredRequest]]:
+    """Let the engine wait in a pass, and fill the queue behind it."""
+    engine.hold()
+    first = asyncio.create_task(scorer.score(request("first")))
+    await engine.until_entered()
+    rest = asyncio.create_task(scorer.score(request(*(f"accepted {number}" for number in range(20)))))
+    await until(lambda: len(scorer._queue) == 20)
+    return [first, rest]
+
+
 # --- Life cycle ------------------------------------------------------------------------------------------------------
 
 

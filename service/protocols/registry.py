@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from service.protocols import llamafactory, openrlhf, sglang, slime, tei, vllm
+from service.protocols import kserve, llamafactory, openrlhf, sglang, slime, tei, vllm
 from service.protocols.base import Protocol
 from service.settings import PROTOCOL_NAMES, ProtocolName, ProtocolSettings
 
 _ALL: dict[ProtocolName, Protocol] = {
-    module.PROTOCOL.name: module.PROTOCOL for module in (openrlhf, vllm, llamafactory, slime, sglang, tei)
+    module.PROTOCOL.name: module.PROTOCOL for module in (openrlhf, vllm, llamafactory, slime, kserve, sglang, tei)
 }
 
 PROTOCOLS = tuple(_ALL[name] for name in PROTOCOL_NAMES if name in _ALL)

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 from http_application import Application, application
 from scored_texts import COMPLETION, PROMPT
 from tiny_models import write_tiny_checkpoint
@@ -26,11 +27,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_checkpoint(tmp_path_factory.mktemp("llama"), "llama")
 
 
-@pytest.fixture
-async def model(tmp_path: Path, checkpoint: Path) -> AsyncIterator[Application]:
-    """The checkpoint, served."""
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def model(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> AsyncIterator[Application]:
+    """The checkpoint, served to all tests in the event loop of the session, in which they have to run."""
     settings = {"path": str(checkpoint), "name": "tiny", "num_threads": 1, "kernels": "off"}
-    async with application(tmp_path, model=settings, batching={"deterministic": True}) as running:
+    folder = tmp_path_factory.mktemp("served")
+    async with application(folder, model=settings, batching={"deterministic": True}) as running:
         yield running
 
 

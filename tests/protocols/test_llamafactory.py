@@ -46,6 +46,7 @@ async def test_refusals(oracle: Application, messages: list[object], status: int
     assert "scores" not in answer.json()
 
 
+@pytest.mark.asyncio(loop_scope="session")
 async def test_same_reward_as_the_native_route(model: Application, rendered: str) -> None:
     """A text in the model's template gets the reward of its prompt and completion: no second BOS is added."""
     answer = await model.post("/v1/score/evaluation", {"messages": [rendered]})

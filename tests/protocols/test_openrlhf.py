@@ -124,6 +124,7 @@ async def test_bad_bodies(oracle: Application, body: bytes, status: int, code: s
 
 
 @pytest.mark.parametrize("prompts", [[], ["split"]], ids=["whole", "split"])
+@pytest.mark.asyncio(loop_scope="session")
 async def test_same_reward_as_the_native_route(model: Application, rendered: str, prompts: list[str]) -> None:
     """A text in the model's template, with its BOS, gets the reward of its prompt and completion."""
     if prompts:
@@ -137,6 +138,7 @@ async def test_same_reward_as_the_native_route(model: Application, rendered: str
 
 
 @pytest.mark.parametrize("prompts", [[], [PROMPT]], ids=["whole", "split"])
+@pytest.mark.asyncio(loop_scope="session")
 async def test_no_token_is_added(model: Application, prompts: list[str]) -> None:
     """A text without a BOS stays without one, whether the prompt is known or not."""
     answer = (await model.post("/get_reward", {"query": [PROMPT + COMPLETION], "prompts": prompts})).json()

@@ -32,7 +32,7 @@ NAMED = {path: body for path, body in BODIES.items() if path != "/predict"}
 
 def failing(body: dict[str, Any], control: str) -> dict[str, Any]:
     """The body with a text that makes the oracle fail."""
-    return json.loads(json.dumps(body).replace("xt", f"xt{control}")) if control else body
+    return json.loads(json.dumps(body).replace('xt"', f'xt\\u{ord(control):04x}"')) if control else body
 
 
 def test_every_protocol_is_registered() -> None:
@@ -148,9 +148,9 @@ async def test_limits_of_the_service_hold(tmp_path: Path) -> None:
 async def test_deadline(tmp_path: Path) -> None:
     """The deadline of the service ends a call with 504, which trainers repeat."""
     async with application(
-        tmp_path, faults=OracleFaults(seconds_per_token=0.05), limits={"deadline_s": 0.02}
+        tmp_path, faults=OracleFaults(seconds_per_token=0.002), limits={"deadline_s": 0.02}
     ) as oracle:
-        answer = await oracle.post("/classify", {"input": "text"})
+        answer = await oracle.post("/classify", {"input": "a" * 60})
 
     assert (answer.status_code, answer.json()["code"]) == (504, "deadline_exceeded")
 

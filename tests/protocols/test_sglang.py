@@ -27,6 +27,7 @@ async def test_answer_to_verl(oracle: Application) -> None:
     }
 
 
+@pytest.mark.asyncio(loop_scope="session")
 async def test_bos_is_added(model: Application, rendered: str) -> None:
     """The BOS that verl cuts from the text is added again."""
     answer = (await model.post("/v1/embeddings", {"input": rendered.removeprefix("<s>")})).json()
@@ -81,6 +82,7 @@ async def test_native_body_that_mentions_the_key(oracle: Application) -> None:
     assert mistaken.json()["detail"].startswith('Unknown field "query"')
 
 
+@pytest.mark.asyncio(loop_scope="session")
 async def test_text_as_the_tokenizer_does_it(model: Application) -> None:
     """Query and item are one text, with the BOS of the tokenizer."""
     answer = (await model.post("/v1/score", {"query": PROMPT, "items": [" Yes."]})).json()

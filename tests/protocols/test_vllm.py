@@ -138,6 +138,7 @@ async def test_failed_item_fails_the_answer(oracle: Application) -> None:
     assert (answer.status_code, answer.json()["code"]) == (500, "non_finite_reward")
 
 
+@pytest.mark.asyncio(loop_scope="session")
 async def test_one_leading_bos(model: Application, rendered: str) -> None:
     """The BOS that verl cuts from the text is added again, and never a second one."""
     assert rendered.startswith(BOS)
@@ -151,6 +152,7 @@ async def test_one_leading_bos(model: Application, rendered: str) -> None:
     assert bare["probs"] != cut["probs"]
 
 
+@pytest.mark.asyncio(loop_scope="session")
 async def test_one_conversation(model: Application) -> None:
     """Messages are rendered by the model's template, without a generation prompt."""
     messages = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": COMPLETION}]
@@ -198,6 +200,7 @@ async def test_pairs_that_do_not_match(oracle: Application, body: dict[str, Any]
     assert (await oracle.post("/score", body)).status_code == 422
 
 
+@pytest.mark.asyncio(loop_scope="session")
 async def test_pairs_are_prompt_and_completion(model: Application) -> None:
     """A pair is rendered as a prompt and its completion of the native route."""
     answer = (await model.post("/score", {"text_1": PROMPT, "text_2": COMPLETION})).json()

@@ -52,7 +52,8 @@ async def application(folder: Path, *, faults: OracleFaults | None = None, **tre
     settings = read_settings({"model": ORACLE} | tree)
     served = assemble(settings)
     if faults is not None:
-        engine = OracleEngine(faults=faults)
+        # A small batch: a slow oracle would take long to warm up.
+        engine = OracleEngine(faults=faults, max_input_tokens=64, max_batch_tokens=64)
         scorer = Scorer(served.tokenization, Pipeline(engine), settings.limits, settings.batching, served.metrics)
         served = replace(served, scorer=scorer)
 
