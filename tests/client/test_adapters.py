@@ -233,6 +233,18 @@ def test_reward_functions_are_pickled_without_connections(server: Service) -> No
     assert reward == copy_of(ItemRewardFunction(server.url))("q", "answer 3") == 3.0
 
 
+def test_copies_in_a_process_share_a_client(server: Service) -> None:
+    """AReaL pickles the function with every call; a thread and a connection per call would never be closed."""
+    function = ItemRewardFunction(server.url, deadline_s=10)
+    bytes_of_call = pickle.dumps(function)
+
+    first, second = (pickle.loads(bytes_of_call) for _ in range(2))  # noqa: S301 - our own bytes
+
+    assert first("q", "answer 3") == second("q", "answer 3") == 3.0
+    assert first is second
+    assert copy_of(ItemRewardFunction(server.url, deadline_s=11)) is not first
+
+
 def test_they_import_neither_torch_nor_ray() -> None:
     """In an environment without torch, ray, numpy and the frameworks, every module of the package is imported."""
     program = """

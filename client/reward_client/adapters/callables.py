@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import pickle
 from collections.abc import Iterable
 from typing import Any, Unpack
 
@@ -13,6 +15,8 @@ from reward_client.synchronous import RewardClient
 
 class RewardFunction:
     """Called with prompts and completions, returns one reward per completion.
+
+    Process pools pickle a function with every call: all its copies in a process are one object with one client.
 
     Args:
         url: the root URL of the service.
@@ -43,6 +47,9 @@ class RewardFunction:
         """
         return self.client.score(prompts, completions, **self.score_options)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (type(self), pickle.dumps(self.__dict__))
+
 
 class ItemRewardFunction(RewardFunction):
     """Called with one prompt and one completion, returns one reward: AReaL's ``reward_fn``.
@@ -58,3 +65,10 @@ class ItemRewardFunction(RewardFunction):
         """
         [reward] = super().__call__([prompt], [completion])
         return reward
+
+
+@functools.lru_cache(maxsize=32)
+def _restored(kind: type[RewardFunction], state: bytes) -> RewardFunction:
+    function = kind.__new__(kind)
+    function.__dict__.update(pickle.loads(state))  # noqa: S301 - the bytes of __reduce__
+    return function
