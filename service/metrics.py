@@ -125,6 +125,14 @@ class Metrics:
         )
         for outcome in OUTCOMES:  # PromQL's increase() ignores the first value of a series: start at 0
             self.items.labels(outcome=outcome)
+        self.slime_prompts = Counter(
+            "rm_slime_prompts",
+            "Prompts of /rm that are texts: chat (rendered as the model's default), concat (taken for templated).",
+            ["rendering"],
+            registry=registry,
+        )
+        for rendering in ("chat", "concat"):
+            self.slime_prompts.labels(rendering=rendering)
         self.tokens = Counter(
             "rm_tokens",
             "Tokens of batches: real (of the sequences), padding (computed in addition), shared (the part of real that "

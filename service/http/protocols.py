@@ -136,6 +136,8 @@ async def _answer(
     facts = facts_of(request)
     score = replace(score_request(call, protocol, context, route), run_id=run_id_of(request))
     parse_s = note_parsed(served, facts, len(call.items))
+    if call.rendering is not None:
+        served.metrics.slime_prompts.labels(rendering=call.rendering).inc()
     scores: tuple[Score, ...] = ()
     usage = Usage()
     if call.items:

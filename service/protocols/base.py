@@ -31,6 +31,9 @@ from service.settings import LimitSettings, ProtocolName, ProtocolSettings
 Activation: TypeAlias = Literal["none", "sigmoid"]
 """What was applied to the rewards of an answer; header ``X-Reward-Activation``."""
 
+Rendering: TypeAlias = Literal["chat", "concat"]
+"""``chat``: as the model renders a plain prompt; ``concat``: rendered by the caller already."""
+
 UNKNOWN = -1.0
 """In answers that must have a number in each place: the value is not known. No known value is negative."""
 
@@ -74,6 +77,16 @@ class ProtocolContext:
         """Level of diagnostics for protocols whose answers have OOD p-values."""
         return "full" if self.is_calibrated else "basic"
 
+    def check_count(self, num_items: int) -> None:
+        """Return if a request may have so many items; called before they are made.
+
+        Raises:
+            TooManyItems: over the limit.
+        """
+        limit = self.limits.max_request_items
+        if num_items > limit:
+            raise TooManyItems(f"The request has {num_items} items; the limit is {limit}")
+
     def truncating(self, encoding: Encoding) -> Encoding:
         """The encoding with the truncation that the settings give to these routes."""
         return replace(encoding, truncation=self.truncation)
@@ -91,6 +104,8 @@ class Call:
     max_tokens: int | None = None
     """Longest item that the request allows, in tokens; a longer one is refused."""
     activation: Activation = "none"
+    rendering: Rendering | None = None
+    """How a prompt whose form the route had to decide about is taken; None: the route had nothing to decide."""
     wire: Any = field(default=None, repr=False)
     """What the encoding of the answer needs of the request."""
 
@@ -171,8 +186,7 @@ def score_request(call: Call, protocol: Protocol, context: ProtocolContext, rout
     limits = context.limits
     if not call.items and not route.allows_empty:
         raise invalid("", "too_few", "The request has 0 items; it needs at least 1")
-    if len(call.items) > limits.max_request_items:
-        raise TooManyItems(f"The request has {len(call.items)} items; the limit is {limits.max_request_items}")
+    context.check_count(len(call.items))
     for index, item in enumerate(call.items):
         if item.content.num_chars > limits.max_item_chars:
             raise ItemTooLong(

@@ -75,7 +75,10 @@ def pooling_call(wire: WirePoolingRequest, context: ProtocolContext) -> Call:
     if wire.messages is not None:
         items: tuple[Item, ...] = (_conversation(wire),)
     else:
-        items = _items(wire.input or [])
+        given = wire.input or []
+        if not isinstance(given, str) and not isinstance(next(iter(given), None), int):
+            context.check_count(len(given))
+        items = _items(given)
         special = AS_IT_IS if wire.add_special_tokens is False else AS_THE_TOKENIZER
         encoding = replace(special, truncation=encoding.truncation)
     return Call(

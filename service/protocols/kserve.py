@@ -45,6 +45,9 @@ _INTEGERS = {"INT64": "q", "INT32": "i", "UINT64": "Q", "UINT32": "I"}
 _OUTPUTS = {"rewards": "FP32", "num_tokens": "INT32", "truncated": "BOOL", "ood_p": "FP32"}
 """Datatypes of the outputs by name; ``rewards`` is answered if a request names none."""
 
+MAX_DIMENSIONS = 8
+"""Dimensions of a tensor."""
+
 _Size = Annotated[int, Meta(ge=0, le=2**40)]
 
 
@@ -58,7 +61,7 @@ class WireTensor(msgspec.Struct, kw_only=True):
     """An input; its data are in ``data``, or in the bytes after the JSON."""
 
     name: str
-    shape: list[_Size]
+    shape: Annotated[list[_Size], Meta(max_length=MAX_DIMENSIONS)]
     datatype: str
     data: list[Any] | None = None
     parameters: WireTensorParameters | None = None
@@ -115,6 +118,7 @@ def _decode(request: WireRequest, context: ProtocolContext) -> Call:
     header, binary = _split(request)
     wire: WireInferRequest = decode_body(_decoder, header)
     tensors = _read_tensors(wire.inputs, binary)
+    context.check_count(max((tensor.shape[0] for tensor, _ in tensors.values() if tensor.shape), default=0))
     items = _items(tensors)
     encoding = context.truncating(Encoding() if "prompt" in tensors else AS_IT_IS)
     outputs = _outputs(wire.outputs, context)
@@ -148,7 +152,7 @@ def _read_tensors(tensors: Sequence[WireTensor], binary: bytes) -> dict[str, tup
         if tensor.datatype not in {"BYTES", *_INTEGERS}:
             raise invalid(f"{pointer}/datatype", "out_of_range", f"Expected BYTES, {', '.join(_INTEGERS)}")
         if size is None:
-            values = _check_values(list(_flat(tensor.data or [])), tensor.datatype, pointer)
+            values = _check_values(_flat(tensor.data or [], len(tensor.shape)), tensor.datatype, pointer)
         else:
             if offset + size > len(binary):
                 raise MalformedBody(f"The binary data end after {len(binary)} bytes, inside of input {index}")
@@ -168,12 +172,13 @@ def _read_tensors(tensors: Sequence[WireTensor], binary: bytes) -> dict[str, tup
     return read
 
 
-def _flat(data: Sequence[Any]) -> list[Any]:
+def _flat(data: list[Any], num_dimensions: int) -> list[Any]:
     """Return the elements of a tensor in row-major order; ``data`` may be nested as its shape is."""
-    flat: list[Any] = []
-    for entry in data:
-        flat += _flat(entry) if isinstance(entry, list) else [entry]
-    return flat
+    for _ in range(num_dimensions - 1):
+        if not all(isinstance(entry, list) for entry in data):
+            break
+        data = [element for entry in data for element in entry]
+    return data
 
 
 def _check_values(values: list[Any], datatype: str, pointer: str) -> list[Any]:
@@ -235,7 +240,7 @@ def _texts(tensors: Mapping[str, tuple[WireTensor, list[Any]]], name: str) -> li
     tensor, values = tensors[name]
     if tensor.datatype != "BYTES":
         raise invalid("/inputs", "wrong_type", f"The datatype of {name} is BYTES")
-    if any(size != 1 for size in tensor.shape[1:]):
+    if not tensor.shape or any(size != 1 for size in tensor.shape[1:]):
         raise invalid("/inputs", "wrong_shape", f"The shape of {name} is [n] or [n, 1]")
     return values
 

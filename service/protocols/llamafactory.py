@@ -51,6 +51,7 @@ _ANSWER = {
 
 def _decode(request: WireRequest, context: ProtocolContext) -> Call:
     wire: WireEvaluationRequest = decode_body(_decoder, request.body)
+    context.check_count(len(wire.messages))
     items = tuple(Item(TemplatedText(text)) for text in wire.messages)
     return Call(items, context.truncating(AS_IT_IS), model=wire.model, max_tokens=wire.max_length)
 

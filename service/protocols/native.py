@@ -21,6 +21,7 @@ from service.diagnostics.item_state import Outcome
 from service.errors import (
     HttpError,
     ItemTooLong,
+    MalformedBody,
     NonFiniteReward,
     TooManyItems,
 )
@@ -331,6 +332,8 @@ def decode_body(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
         raise explain_violation(error, decoder.type) from None
+    except RecursionError:
+        raise MalformedBody("The body is nested too deeply") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise _malformed(decoder, body, error) from None
 

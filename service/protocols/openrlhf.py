@@ -62,6 +62,7 @@ _ANSWER = {
 def _decode(request: WireRequest, context: ProtocolContext) -> Call:
     wire: WireRewardRequest = decode_body(_decoder, request.body)
     queries = [wire.query] if isinstance(wire.query, str) else wire.query
+    context.check_count(len(queries))
     prompts = [wire.prompts] if isinstance(wire.prompts, str) else wire.prompts
     if not isinstance(prompts, list) or len(prompts) != len(queries):
         prompts = [None] * len(queries)

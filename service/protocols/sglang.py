@@ -98,13 +98,14 @@ def _recognises_query(body: bytes) -> bool:
         return False
     try:
         return _keys_decoder.decode(body).query is not msgspec.UNSET
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return False
 
 
 def _decode_query(request: WireRequest, context: ProtocolContext) -> Call:
     wire: WireQueryRequest = decode_body(_query_decoder, request.body)
     given: list[Any] = [wire.items] if isinstance(wire.items, str) else wire.items
+    context.check_count(len(given))
     items = tuple(
         Item(_content(wire.query, item, f"/items/{index}", item_first=wire.item_first))
         for index, item in enumerate(given)

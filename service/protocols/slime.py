@@ -15,6 +15,7 @@ from service.protocols.base import (
     Call,
     Protocol,
     ProtocolContext,
+    Rendering,
     ScoringRoute,
     WireRequest,
     is_truncated,
@@ -76,11 +77,15 @@ def _decode_for_object(request: WireRequest, context: ProtocolContext) -> Call:
 def _call(request: WireRequest, context: ProtocolContext, *, as_object: bool) -> Call:
     wire: WireSampleRequest = decode_body(_decoder, request.body)
     template = _template(wire.prompt, context)
+    decided: Rendering | None = None
+    if isinstance(wire.prompt, str):
+        decided = "concat" if template == "concat" else "chat"
     return Call(
         (Item(Exchange(read_prompt(wire.prompt, "/prompt"), wire.response)),),
         context.truncating(Encoding(template=template)),
         context.level if as_object else "basic",
         wire.model,
+        rendering=decided,
         wire=_Sample(as_object, template == "concat", context.is_calibrated),
     )
 

@@ -52,6 +52,7 @@ _ANSWER = {"anyOf": [_PREDICTION, {"type": "array", "items": _PREDICTION}], "des
 def _decode(request: WireRequest, context: ProtocolContext) -> Call:
     wire: WirePredictRequest = decode_body(_decoder, request.body)
     asked = {"raw_scores": None if wire.raw_scores is None else not wire.raw_scores}
+    context.check_count(1 if isinstance(wire.inputs, str) else len(wire.inputs))
     items = tuple(Item(content) for content in _contents(wire.inputs))
     has_pairs = any(isinstance(item.content, Exchange) for item in items)
     if has_pairs and any(isinstance(item.content, TemplatedText) for item in items):

@@ -72,6 +72,7 @@ def _decode_pairs(request: WireRequest, context: ProtocolContext) -> Call:
     flags = {name: getattr(wire, name) for name in ACTIVATION_FLAGS}
     prompts = _texts(wire, "text_1", "queries")
     completions = _texts(wire, "text_2", "documents")
+    context.check_count(len(completions))
     if len(prompts) == 1:
         prompts *= len(completions)
     if len(prompts) != len(completions):
@@ -97,7 +98,7 @@ def _recognises_pairs(body: bytes) -> bool:
         return False
     try:
         keys = _keys_decoder.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return False
     return keys.text_1 is not msgspec.UNSET or keys.queries is not msgspec.UNSET
 

@@ -140,6 +140,10 @@ async def test_outputs_on_request(oracle: Application) -> None:
         [integers("tokens", [[1, 2]]), integers("sequence_lengths", [[1], [1]])],
         [integers("tokens", [[1, 999]]), integers("sequence_lengths", [[2]])],
         [texts("text")],
+        [texts("text", "a") | {"data": [[["a"]]]}],
+        [texts("text", "a") | {"shape": [2**40] * 9}],
+        [texts("text", "a") | {"shape": []}],
+        [texts("text", "a", "b") | {"data": [["a"], "b"]}],
     ],
 )
 async def test_inputs_that_are_refused(oracle: Application, inputs: list[Any]) -> None:

@@ -20,10 +20,10 @@ BODIES: dict[str, dict[str, Any]] = {
     "/classify": {"input": "text"},
     "/v1/classify": {"input": "text"},
     "/pooling": {"input": "text"},
-    "/score": {"text_1": "te", "text_2": "xt"},
+    "/score": {"text_1": "a ", "text_2": "text"},
     "/v1/score/evaluation": {"messages": ["text"]},
-    "/rm": {"prompt": "te", "response": "xt"},
-    "/rm/dict": {"prompt": "te", "response": "xt"},
+    "/rm": {"prompt": "a ", "response": "text"},
+    "/rm/dict": {"prompt": "a ", "response": "text"},
     "/v1/embeddings": {"input": "text"},
     "/predict": {"inputs": "text"},
 }
@@ -133,6 +133,17 @@ async def test_model_names(tmp_path: Path) -> None:
     assert set(lenient) == {200}
     assert {(answer.status_code, answer.json()["code"]) for answer in other} == {(404, "model_not_found")}
     assert {answer.status_code for answer in own + absent} == {200}
+
+
+@pytest.mark.parametrize("path", [*BODIES, "/v1/score", "/v2/models/m/infer"])
+async def test_deep_nesting(oracle: Application, path: str) -> None:
+    """A body that is nested deeply is refused, in fields that are read, passed over or recognised by."""
+    deep = b"[" * 50_000 + b"]" * 50_000
+    for field in (b"labels", b"prompts", b"inputs", b"input", b"items", b"query", b"new_field"):
+        answer = await oracle.post(path, b'{"text_1": "a", "query": ["q"], "' + field + b'": ' + deep + b"}")
+
+        assert answer.status_code in {400, 422}
+        assert answer.json()["code"] in {"malformed_body", "invalid_request"}
 
 
 async def test_limits_of_the_service_hold(tmp_path: Path) -> None:

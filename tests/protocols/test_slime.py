@@ -55,10 +55,15 @@ async def test_unknown_format(oracle: Application) -> None:
 
 
 async def test_templated_prompt_is_recognised(oracle: Application) -> None:
-    """A special token in the prompt shows that it is templated; the answer reports it."""
+    """A special token in the prompt shows that it is templated; the answer and a metric report it."""
     answer = (await oracle.post("/rm/dict", {"prompt": f"p{PAD_TOKEN}", "response": "r"})).json()
+    await oracle.post("/rm", BODY)
+    await oracle.post("/rm", {"prompt": "p", "response": "r"})
 
     assert (answer["reward"], answer["concatenated"]) == (oracle_reward([ord("p"), 256, ord("r")]), 1)
+    sample = oracle.served.metrics.registry.get_sample_value
+    assert sample("rm_slime_prompts_total", {"rendering": "concat"}) == 1.0
+    assert sample("rm_slime_prompts_total", {"rendering": "chat"}) == 2.0
 
 
 @pytest.mark.asyncio(loop_scope="session")
