@@ -120,6 +120,7 @@ def _trainer_options(options: argparse.Namespace) -> dict[str, Any]:
         "model_init_kwargs": {"dtype": "float32"},
         "use_cpu": True,
         "bf16": False,
+        "gradient_checkpointing": False,
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",

@@ -158,7 +158,7 @@ def _verl_manager(url: str, **options: Any) -> Callable[[list[str]], Any]:
 
 def _ms_swift(kind: Any) -> Callable[..., Callable[[list[str]], Any]]:
     def adapter(url: str, **options: Any) -> Callable[[list[str]], Any]:
-        def scores(texts: list[str]) -> list[float]:
+        def scores(texts: list[str]) -> Any:
             messages = [[*QUESTION, {"role": "assistant", "content": text}] for text in texts]
             return call(partial(kind, url=url, **options)(args=None), texts, messages=messages, solution=texts)
 
@@ -295,10 +295,10 @@ def test_trl_gets_the_diagnostics_as_metrics_and_columns(server: Service) -> Non
 
 def test_trl_asks_for_no_diagnostics_where_none_are_wanted(server: Service) -> None:
     """With ``diagnostics="none"`` nothing is logged, and the options of a call are sent."""
-    logged: list[Any] = []
+    logged: dict[str, Any] = {}
     function = RemoteReward(server.url, diagnostics="none", template="concat", truncation="prompt_left", name="critic")
 
-    function(prompts=["q"], completions=["answer 1"], log_metric=logged.append, log_extra=logged.append)
+    function(prompts=["q"], completions=["answer 1"], log_metric=logged.__setitem__, log_extra=logged.__setitem__)
 
     assert not logged
     sent = server.requests[0].body

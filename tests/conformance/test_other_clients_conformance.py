@@ -1,14 +1,20 @@
-"""The clients of LLaMA-Factory, slime and Triton end with the rewards of ``/v1/score``."""
+"""The clients of LLaMA-Factory, AReaL, slime and Triton end with the rewards of ``/v1/score``."""
 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import json
 import logging
+import multiprocessing
 import os
 import random
 import subprocess
 import sys
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +26,8 @@ import pytest
 import requests
 import torch
 from reward_client import RewardClient
+from reward_client.adapters.callables import ItemRewardFunction
+from reward_client.errors import ServiceUnavailable
 from serving import RunningServer
 
 pytestmark = pytest.mark.slow
@@ -119,6 +127,52 @@ def _llamafactory() -> Any:
     name = "get_rewards_from_server"
     namespace = {"requests": requests, "json": json, "torch": torch}
     return framework_code.definitions(wheel, "ppo/ppo_utils.py", {name}, namespace)[name]
+
+
+def test_areal(server: RunningServer, expected: list[float], tokenizer: Any) -> None:
+    """Its wrapper sends the function to a process with every call; the prompt is in the template already."""
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": QUESTION}], tokenize=False, add_generation_prompt=True
+    )
+    function = ItemRewardFunction(server.url, template="concat", deadline_s=12)
+
+    assert _areal_rewards(function, prompt) == pytest.approx(expected, abs=1e-5)
+
+
+def test_areal_gets_an_exception_in_time() -> None:
+    """A deadline below AReaL's own turns a missing service into an exception before AReaL makes it a 0."""
+    with pytest.raises(ServiceUnavailable):
+        _areal_rewards(ItemRewardFunction("http://127.0.0.1:9", deadline_s=12, wait_for_start_s=0), "q")
+
+
+def _areal_rewards(function: Any, prompt: str) -> list[float]:
+    name = "AsyncRewardWrapper"
+    namespace: dict[str, Any] = {
+        "asyncio": asyncio,
+        "atexit": atexit,
+        "os": os,
+        "partial": partial,
+        "threading": threading,
+        "logger": logging.getLogger("areal"),
+        "BrokenProcessPool": BrokenProcessPool,
+        # Started anew instead of forked: this process has threads.
+        "ProcessPoolExecutor": partial(ProcessPoolExecutor, mp_context=multiprocessing.get_context("spawn")),
+    }
+    wheel = framework_code.wheel("areal==1.0.4")
+    wrapper_class = framework_code.definitions(wheel, "api/reward_api.py", {name}, namespace)[name]
+    wrapper = wrapper_class(function, max_workers=1)
+
+    async def rewards() -> list[float]:
+        await asyncio.get_running_loop().run_in_executor(wrapper._executors[1], abs, 1)  # the process has started
+        return [
+            await wrapper(prompt, f"{text}<|im_end|>\n", [1], [2], answer="column of the data set")
+            for text in COMPLETIONS
+        ]
+
+    try:
+        return asyncio.run(rewards())
+    finally:
+        wrapper_class._atexit_shutdown_all()
 
 
 def test_slime(server: RunningServer, texts: list[str], expected: list[float], tokenizer: Any) -> None:

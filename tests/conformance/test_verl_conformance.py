@@ -173,7 +173,12 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Any]:
     """Runs a coroutine and closes the connections that the adapters opened on its loop."""
     used: list[AsyncRewardClient] = []
     pool = AsyncRewardClient._pool
-    monkeypatch.setattr(AsyncRewardClient, "_pool", lambda self: (used.append(self), pool(self))[1])
+
+    def recorded_pool(self: AsyncRewardClient) -> Any:
+        used.append(self)
+        return pool(self)
+
+    monkeypatch.setattr(AsyncRewardClient, "_pool", recorded_pool)
 
     async def run_and_close(coroutine: Any) -> Any:
         try:

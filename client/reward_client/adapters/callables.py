@@ -54,16 +54,18 @@ class RewardFunction:
 class ItemRewardFunction(RewardFunction):
     """Called with one prompt and one completion, returns one reward: AReaL's ``reward_fn``.
 
-    AReaL turns a call that takes more than 15 s into the reward 0, so ``deadline_s`` must be below that.
+    AReaL turns a call that takes more than 15 s into the reward 0, so ``deadline_s`` must be below that. Its prompts
+    are decoded token ids, in the actor's template already: ``template="concat"``.
     """
 
-    def __call__(self, prompt: Prompt, completion: Completion, *_: Any, **__: Any) -> float:  # type: ignore[override]
+    # The second name is AReaL's, which passes one completion.
+    def __call__(self, prompt: Prompt, completions: Completion, *_: Any, **__: Any) -> float:  # type: ignore[override]
         """Return the raw reward of the completion; further arguments (token ids, columns) are ignored.
 
         Raises:
             ClientError: see ``AsyncRewardClient.score``.
         """
-        [reward] = super().__call__([prompt], [completion])
+        [reward] = super().__call__([prompt], [completions])
         return reward
 
 

@@ -8,7 +8,7 @@ so it is never returned.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, Unpack
+from typing import Any, Unpack
 
 from reward_client.adapters.columns import KEY_PREFIX, column_values, columns_in, mean_of_known
 from reward_client.adapters.options import ClientOptions, ScoreOptions
@@ -23,12 +23,8 @@ METRIC_PREFIX = "reward_model/"
 """Put in front of a column's name in metrics."""
 
 
-class LogExtra(Protocol):
-    """TRL's ``log_extra``: adds a column with one value per completion to the table of completions."""
-
-    def __call__(self, column: str, values: list[Any]) -> None:
-        """Log the values."""
-
+LogExtra = Callable[[str, list[Any]], None]
+"""TRL's ``log_extra``: adds a column with one value per completion to the table of completions."""
 
 LogMetric = Callable[[str, float], None]
 """TRL's ``log_metric``: logs a number under a name, averaged over a logging step."""
