@@ -115,10 +115,10 @@ def _body_endpoint(
         try:
             call = route.decode(_wire_request(request, body), context)
             answer = await _answer(served, protocol, route, context, call, request)
+            begin = time.perf_counter()
+            content = route.encode(call, answer)
         except HttpError as error:
             return _error_response(protocol, error, request)
-        begin = time.perf_counter()
-        content = route.encode(call, answer)
         served.metrics.stage_duration.labels("serialize").observe(time.perf_counter() - begin)
         return Response(content, media_type=JSON, headers={"X-Reward-Activation": call.activation})
 

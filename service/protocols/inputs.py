@@ -38,6 +38,16 @@ ACTIVATION_FLAGS = ("use_activation", "activation", "softmax")
 """All names that vLLM's flag for an activation has had."""
 
 
+_RENDERING_OPTIONS = (
+    "add_generation_prompt",
+    "continue_final_message",
+    "chat_template",
+    "chat_template_kwargs",
+    "tools",
+)
+"""Fields that would change the text of a conversation; to ignore them would give the reward of another text."""
+
+
 class WirePoolingOptions(msgspec.Struct, kw_only=True):
     """Options of vLLM's pooling routes."""
 
@@ -57,6 +67,10 @@ class WirePoolingRequest(WirePoolingOptions, kw_only=True):
     """A conversation whose last message is the assistant's."""
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[Any] | None = None
     encoding_format: Literal["float", "base64"] = "float"
     model: str | None = None
 
@@ -155,10 +169,11 @@ def _token_item(ids: Sequence[int], pointer: str) -> Item:
 
 def _conversation(wire: WirePoolingRequest) -> Item:
     turns = wire.messages or []
-    if wire.add_generation_prompt:
-        raise invalid(
-            "/add_generation_prompt", "unsupported", "The last message is the completion; no generation prompt follows"
-        )
+    for name in _RENDERING_OPTIONS:
+        if getattr(wire, name):
+            raise invalid(
+                f"/{name}", "unsupported", "A conversation is rendered by the model's chat template without options"
+            )
     if wire.add_special_tokens:
         raise invalid("/add_special_tokens", "unsupported", "The chat template writes the special tokens of messages")
     if len(turns) < 2 or turns[-1].role != "assistant":

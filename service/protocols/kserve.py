@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from service.errors import MalformedBody
+from service.errors import InvalidRequest, MalformedBody
 from service.protocols.base import (
     AS_IT_IS,
     Answer,
@@ -122,6 +122,8 @@ def _decode(request: WireRequest, context: ProtocolContext) -> Call:
     items = _items(tensors)
     encoding = context.truncating(Encoding() if "prompt" in tensors else AS_IT_IS)
     outputs = _outputs(wire.outputs, context)
+    if "ood_p" in outputs and "prompt" not in tensors:
+        raise _unknown_p_value()
     return Call(
         items,
         encoding,
@@ -292,8 +294,12 @@ def _value(name: str, score: Score) -> float | bool:
     if name == "truncated":
         return is_truncated(score)
     if score.ood is None:
-        raise invalid("/outputs", "unknown_value", "ood_p is known only for the inputs prompt and completion")
+        raise _unknown_p_value()
     return score.ood.p_value
+
+
+def _unknown_p_value() -> InvalidRequest:
+    return invalid("/outputs", "unknown_value", "ood_p is known only for the inputs prompt and completion")
 
 
 def _server(_: WireRequest, context: ProtocolContext) -> bytes:

@@ -9,6 +9,7 @@ import pytest
 import pytest_asyncio
 from http_application import Application, application
 from scored_texts import COMPLETION, PROMPT
+from tiny_calibration import write_calibrated_checkpoint
 from tiny_models import write_tiny_checkpoint
 
 from service.engines.oracle import OracleFaults
@@ -33,6 +34,15 @@ async def model(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> A
     settings = {"path": str(checkpoint), "name": "tiny", "num_threads": 1, "kernels": "off"}
     folder = tmp_path_factory.mktemp("served")
     async with application(folder, model=settings, batching={"deterministic": True}) as running:
+        yield running
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def calibrated_model(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Application]:
+    """A tiny model with a calibration, served as ``model`` is."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    settings = {"path": str(write_calibrated_checkpoint(folder)), "num_threads": 1, "kernels": "off"}
+    async with application(folder, model=settings) as running:
         yield running
 
 

@@ -240,3 +240,29 @@ async def test_same_reward_as_the_native_route(model: Application, rendered: str
     parts = await model.post(INFER, {"inputs": [texts("prompt", PROMPT), texts("completion", COMPLETION)]})
 
     assert rewards_of(whole) == rewards_of(parts) == await model.rewards(ITEM)
+
+
+@pytest.mark.asyncio(loop_scope="session")
+async def test_p_values_of_a_calibrated_model(calibrated_model: Application) -> None:
+    """``ood_p`` is that of the native route; it is refused for texts without a known completion."""
+    asked = {"outputs": [{"name": "ood_p"}, {"name": "rewards"}]}
+    native = await calibrated_model.post("/v1/score", {"items": [ITEM], "diagnostics": "full"})
+
+    parts = await calibrated_model.post(
+        INFER, {"inputs": [texts("prompt", PROMPT), texts("completion", COMPLETION)], **asked}
+    )
+    whole = await calibrated_model.post(INFER, {"inputs": [texts("text", PROMPT)], **asked})
+    metadata = (await calibrated_model.client.get("/v2/models/any")).json()
+
+    result = native.json()["results"][0]
+    assert [output["data"] for output in parts.json()["outputs"]] == [[result["ood"]["p_value"]], [result["reward"]]]
+    assert (whole.status_code, whole.json()["code"]) == (422, "invalid_request")
+    assert isinstance(whole.json()["error"], str)
+    assert metadata["outputs"][-1]["name"] == "ood_p"
+
+
+async def test_p_values_without_a_calibration(oracle: Application) -> None:
+    """``ood_p`` is no output of a model without a calibration."""
+    body = {"inputs": [texts("text", "a")], "outputs": [{"name": "ood_p"}]}
+
+    assert (await oracle.post(INFER, body)).status_code == 422

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from http_application import Application, application
 from scored_texts import COMPLETION, ITEM, PROMPT, reward_of
-from tiny_calibration import write_calibrated_checkpoint
 
 from service.engines.oracle import NAN_BYTE, RAISE_BYTE
 from service.protocols.base import sigmoid
@@ -154,14 +153,15 @@ def tokens_of(model: Application, text: str) -> list[int]:
     return ids
 
 
-async def test_p_values_of_a_calibrated_model(tmp_path: Path) -> None:
+@pytest.mark.asyncio(loop_scope="session")
+async def test_p_values_of_a_calibrated_model(calibrated_model: Application) -> None:
     """A calibrated model has the key for p-values in every answer; it is -1 where the completion is not known."""
-    folder = write_calibrated_checkpoint(tmp_path)
-    async with application(tmp_path, model={"path": str(folder), "num_threads": 1, "kernels": "off"}) as model:
-        body = {"query": [PROMPT + COMPLETION] * 2, "prompts": [PROMPT, "another"]}
-        logs = (await model.post("/get_reward", body)).json()["extra_logs"]
+    body = {"query": [PROMPT + COMPLETION] * 2, "prompts": [PROMPT, "another"]}
 
-    assert list(logs) == [*KEYS, "rm_ood_p"]
+    logs = (await calibrated_model.post("/get_reward", body)).json()["extra_logs"]
+    empty = (await calibrated_model.post("/get_reward", {"query": []})).json()["extra_logs"]
+
+    assert list(logs) == list(empty) == [*KEYS, "rm_ood_p"]
     known, unknown = logs["rm_ood_p"]
     assert 0.0 < known <= 1.0
     assert unknown == -1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from pathlib import Path
@@ -164,6 +165,25 @@ async def test_deadline(tmp_path: Path) -> None:
         answer = await oracle.post("/classify", {"input": "a" * 60})
 
     assert (answer.status_code, answer.json()["code"]) == (504, "deadline_exceeded")
+
+
+async def test_overload(tmp_path: Path) -> None:
+    """A full queue is a 503 with Retry-After for clients that repeat, and a wait for those that do not."""
+    slow = OracleFaults(seconds_per_token=0.002)
+    async with application(tmp_path, faults=slow, limits={"max_queue_tokens": 200}) as oracle:
+        texts = [f"{number:02}" * 25 for number in range(12)]
+        repeating = await asyncio.gather(*(oracle.post("/classify", {"input": text}) for text in texts))
+        waiting = await asyncio.gather(
+            *(oracle.post("/rm", {"prompt": text, "response": ""}) for text in texts[:3]),
+            *(oracle.post("/v1/score/evaluation", {"messages": [text]}) for text in texts[3:6]),
+        )
+
+    refused = [answer for answer in repeating if answer.status_code != 200]
+    assert 0 < len(refused) < len(texts)
+    for answer in refused:
+        assert (answer.status_code, answer.json()["code"]) == (503, "overloaded")
+        assert int(answer.headers["Retry-After"]) >= 1
+    assert [answer.status_code for answer in waiting] == [200] * 6
 
 
 @pytest.mark.parametrize("path", BODIES)

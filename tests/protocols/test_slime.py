@@ -96,3 +96,14 @@ async def test_template_setting(tmp_path: Path) -> None:
 
     assert (concatenated["reward"], concatenated["concatenated"]) == (reward_of("promptanswer"), 1)
     assert (no_template.status_code, no_template.json()["code"]) == (422, "invalid_request")
+
+
+@pytest.mark.asyncio(loop_scope="session")
+async def test_p_value_of_a_calibrated_model(calibrated_model: Application) -> None:
+    """The object has the p-value of the native route."""
+    native = await calibrated_model.post("/v1/score", {"items": [ITEM], "diagnostics": "full"})
+
+    answer = (await calibrated_model.post("/rm/dict", {"prompt": PROMPT, "response": COMPLETION})).json()
+
+    result = native.json()["results"][0]
+    assert (answer["reward"], answer["ood_p"]) == (result["reward"], result["ood"]["p_value"])

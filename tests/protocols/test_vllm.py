@@ -87,6 +87,15 @@ async def test_forms_of_input(oracle: Application, route: str, given: Any, expec
             "add_special_tokens": True,
         },
         {"input": "a", "truncate_prompt_tokens": -2},
+        *(
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], **option}
+            for option in (
+                {"tools": [{"type": "function"}]},
+                {"chat_template": "{{ messages }}"},
+                {"chat_template_kwargs": {"enable_thinking": False}},
+                {"continue_final_message": True},
+            )
+        ),
     ],
 )
 async def test_what_is_not_understood_is_refused(oracle: Application, body: dict[str, Any]) -> None:
@@ -94,6 +103,7 @@ async def test_what_is_not_understood_is_refused(oracle: Application, body: dict
     answer = await oracle.post("/classify", body)
 
     assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
+    assert answer.json()["errors"], "refused before tokenization, with a pointer"
 
 
 @pytest.mark.parametrize("flag", ["use_activation", "activation", "softmax"])
