@@ -16,6 +16,7 @@ PROGRAM = """
 import json, sys
 from importlib.metadata import distributions
 from reward_client import AsyncRewardClient, RewardClient
+from reward_client.adapters import callables, ms_swift, nemo_rl, openrlhf, trl, verl
 import service, training
 RewardClient("http://127.0.0.1:1"); AsyncRewardClient("http://127.0.0.1:1")
 print(json.dumps({
@@ -63,6 +64,7 @@ def test_the_wheel_of_the_service_contains_it(source: Path, tmp_path: Path) -> N
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         [metadata] = [archive.read(name).decode() for name in names if name.endswith("/METADATA")]
-    packaged = {name.partition("/")[2] for name in names if name.startswith("reward_client/")}
-    assert packaged == {file.name for file in (source / "client" / "reward_client").iterdir() if file.is_file()}
+    packaged = {name for name in names if name.startswith("reward_client/")}
+    client = source / "client"
+    assert packaged == {str(file.relative_to(client)) for file in client.rglob("reward_client/**/*") if file.is_file()}
     assert not [line for line in metadata.splitlines() if line.startswith("Requires-Dist: reward-client")]
