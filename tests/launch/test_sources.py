@@ -47,7 +47,8 @@ def other_value(name: str) -> str:
     special |= {"tokenization.chat_template_kwargs": '["mode"]'}
     literals = {
         "model.engine": "onnx", "model.forward": "padded", "model.dtype": "float32", "model.pooling": "last",
-        "model.device": "cpu", "model.kernels": "off", "model.quantization": "int8", "tokenization.truncation": "prompt_left",
+        "model.device": "cpu", "model.kernels": "off", "model.quantization": "int8",
+        "tokenization.truncation": "prompt_left",
         "diagnostics.level": "full", "runtime": "local", "protocols.enabled": "slime,kserve",
         "protocols.truncation": "prompt_left", "protocols.activation": "sigmoid",
         "protocols.openrlhf_scores": "sigmoid", "protocols.slime_template": "chat",
