@@ -97,7 +97,7 @@ def read_blocks(unit: int, files: Sequence[DataFile], block_rows: int) -> Iterat
     """
     rows: list[InputRow] = []
     num_chars, index = 0, 0
-    for row in _read_rows(files):
+    for row in read_input_rows(files):
         is_full = len(rows) >= block_rows or num_chars >= MAX_BLOCK_CHARS
         may_end = len(rows) >= 2 * block_rows or num_chars >= MAX_BLOCK_CHARS or not _same_prompt(rows[-1:], row)
         if is_full and may_end:
@@ -129,7 +129,8 @@ def _block(key: BlockKey, rows: Iterable[InputRow]) -> Block:
     return Block(key, rows, digest.hexdigest())
 
 
-def _read_rows(files: Iterable[DataFile]) -> Iterator[InputRow]:
+def read_input_rows(files: Iterable[DataFile]) -> Iterator[InputRow]:
+    """Yield the rows of files; what cannot be read is a row with an error."""
     for file in files:
         reading = Reading(file)
         for number, entry in _entries(file, reading.facts):

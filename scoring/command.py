@@ -14,14 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from scoring.job_folder import FOLDER_MARKER, JobFolder, check_job_folder, may_replace
 from scoring.parts import OUTPUT_SUFFIXES, format_of
 from scoring.selection import selection
-from scoring.sources import SizedFile, check_readable, count_rows, divide, find_files
+from scoring.sources import SizedFile, check_first_rows, count_rows, divide, find_files
 from service.arguments import CommandParser, device, not_empty, whole_number
 from service.checkpoints.hub import check_source, local_folder
 from service.commands import run_command, tell_on_standard_error
 from service.data.files import is_url
-from service.errors import OutputError, SettingsError
+from service.errors import JobError, OutputError, SettingsError
 from service.outputs import check_output_file, check_output_folder
 from service.records import DEMO_MODEL
 
@@ -38,7 +39,7 @@ START_WAIT_S = 5.0
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``reward-score``; returns the exit status: 0, or 1 after one sentence on standard error."""
-    return run_command("reward-score", "score", lambda: _run(arguments))
+    return run_command("reward-score", "serve", lambda: _run(arguments))
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +62,8 @@ def _run(arguments: Sequence[str] | None) -> int:
     files = find_files(options.input)
     job = _Job(options, out, files, _settings_of(options, files))
 
-    from scoring.job_folder import check_job_folder
-
     check_job_folder(out, job.settings, resume=options.resume, overwrite=options.overwrite)
-    check_readable(files)
+    check_first_rows(files)
     _check_model(options)
     return _score(job)
 
@@ -94,10 +93,11 @@ def _check_output(options: argparse.Namespace) -> Path:
         )
     if kind is not None and options.format not in {None, kind}:
         raise OutputError(f"{out} is a file of another format than --format {options.format}: leave --format out.")
+    overwrite = options.overwrite or (options.resume and may_replace(out))
     if kind is None:
-        check_output_folder(out, overwrite=options.overwrite)
+        check_output_folder(out, overwrite=overwrite, marker=FOLDER_MARKER)
     else:
-        check_output_file(out, overwrite=options.overwrite)
+        check_output_file(out, overwrite=overwrite)
     return out
 
 
@@ -134,7 +134,6 @@ def _format(options: argparse.Namespace) -> str:
 def _score(job: _Job) -> int:
     from rich.console import Console
 
-    from scoring.job_folder import JobFolder
     from scoring.progress import shown_progress
     from scoring.run import Input, run_job, total_of, write_output
     from scoring.statistics import summary_lines
@@ -144,19 +143,23 @@ def _score(job: _Job) -> int:
     console = Console(stderr=True, soft_wrap=True)
     with _runner(options, plan) as runner:
         settings = {**job.settings, "model version": runner.version}
-        with JobFolder(job.out, settings, plan.kind, resume=options.resume) as folder:
+        with JobFolder(job.out, settings, plan.kind, resume=options.resume, overwrite=options.overwrite) as folder:
             before = total_of(folder.finished.values())
             begin = time.monotonic()
             num_rows = count_rows(job.files) if console.is_terminal else None
             with shown_progress(console, num_rows, before.num_rows) as done:
                 total = run_job(runner, data, plan, folder, max_errors=options.max_errors, done=done)
             seconds = time.monotonic() - begin
-            as_json = write_output(folder, job.out, plan, overwrite=options.overwrite)
+            as_json = write_output(folder, job.out, plan)
     for line in _closing_lines(job.out, total, before, seconds, as_json):
         tell_on_standard_error(line)
     if options.summary:
         unit = "characters" if plan.level == "none" else "tokens"
         print("\n".join(summary_lines(total, length_unit=unit)))
+    if num_unreadable := total.errors["unreadable_file"]:
+        what = "one file" if num_unreadable == 1 else f"{num_unreadable:,} files"
+        tell_on_standard_error(f"reward-score: {what} could not be read to the end; see error_code unreadable_file.")
+        return 1
     return 0
 
 
@@ -190,7 +193,10 @@ def _runner(options: argparse.Namespace, plan: OutputPlan) -> Iterator[BlockRunn
         with RewardClient(options.url, wait_for_start_s=START_WAIT_S) as client:
             yield InProcessRunner(ServiceScorer(client, plan.level, options.truncation))
     elif _uses_ray(options):
-        from scoring.ray_data import RayRunner, model_version_on_cluster, plan_pool, started_ray
+        try:
+            from scoring.ray_data import RayRunner, model_version_on_cluster, plan_pool, started_ray
+        except ImportError as error:
+            raise JobError(f"Ray Data needs the package {error.name}: pip install '.[score]' in a clone.") from error
 
         with started_ray(options.ray_address):
             pool = plan_pool(options.replicas, on_gpu=(options.device or "").startswith("cuda"))

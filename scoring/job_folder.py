@@ -25,6 +25,9 @@ BLOCKS_FILE = "blocks.jsonl"
 LOCK_FILE = "lock"
 JOB_FORMAT = 1
 
+FOLDER_MARKER = ".reward-score.json"
+"""Marks a folder of part files as an output of this command; a folder without it is never replaced."""
+
 
 def job_folder_of(out: Path) -> Path:
     """Return the folder of the unfinished job of an output."""
@@ -53,6 +56,12 @@ def check_job_folder(out: Path, settings: Mapping[str, Any], *, resume: bool, ov
     _check_equal(_read_settings(folder), settings, out)
 
 
+def may_replace(out: Path) -> bool:
+    """Return whether the unfinished job of an output was started with the order to replace an earlier output."""
+    folder = job_folder_of(out)
+    return (folder / JOB_FILE).exists() and bool(_read_job(folder).get("overwrite"))
+
+
 class JobFolder:
     """The folder of one running job; a second process is refused. Used as a context manager.
 
@@ -61,31 +70,36 @@ class JobFolder:
         settings: see `check_job_folder`; the version of the model included.
         kind: of the part files.
         resume: see `check_job_folder`.
+        overwrite: an earlier output may be replaced in the end; a job that is resumed does as it was told first.
 
     Raises:
         JobError: another process works on it, or it was started with other settings.
     """
 
-    def __init__(self, out: Path, settings: Mapping[str, Any], kind: Format, *, resume: bool) -> None:
+    def __init__(self, out: Path, settings: Mapping[str, Any], kind: Format, *, resume: bool, overwrite: bool) -> None:
         self.path = job_folder_of(out)
         self._kind = kind
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(self.path / LOCK_FILE, out)
         try:
-            self.finished = self._begin(out, settings, resume=resume)
+            self.finished = self._begin(out, settings, resume=resume, overwrite=overwrite)
+            self.overwrite = may_replace(out)
             self._log = (self.path / BLOCKS_FILE).open("ab")
         except BaseException:
             self._lock.close()
             raise
 
-    def _begin(self, out: Path, settings: Mapping[str, Any], *, resume: bool) -> dict[BlockKey, BlockRecord]:
+    def _begin(
+        self, out: Path, settings: Mapping[str, Any], *, resume: bool, overwrite: bool
+    ) -> dict[BlockKey, BlockRecord]:
         if resume and (self.path / JOB_FILE).exists():
             _check_equal(_read_settings(self.path), settings, out)
             return self._read_finished()
         for entry in self.path.iterdir():
             if entry.name != LOCK_FILE:
                 entry.unlink()
-        write_text(self.path / JOB_FILE, json.dumps({"format": JOB_FORMAT, "settings": settings}, indent=1) + "\n")
+        job = {"format": JOB_FORMAT, "overwrite": overwrite, "settings": settings}
+        write_text(self.path / JOB_FILE, json.dumps(job, indent=1) + "\n")
         return {}
 
     def _read_finished(self) -> dict[BlockKey, BlockRecord]:
@@ -121,6 +135,10 @@ class JobFolder:
         os.fsync(self._log.fileno())
         self.finished[encoded.record.key] = encoded.record
 
+    def description(self) -> str:
+        """Return what the job was started with, as JSON."""
+        return (self.path / JOB_FILE).read_text(encoding="utf-8")
+
     def remove(self) -> None:
         """Delete the folder, once the output is complete."""
         shutil.rmtree(self.path)
@@ -144,13 +162,17 @@ def _locked(file: Path, out: Path) -> IO[bytes]:
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
+    return dict(_read_job(folder)["settings"])
+
+
+def _read_job(folder: Path) -> dict[str, Any]:
     try:
         job = json.loads((folder / JOB_FILE).read_bytes())
     except ValueError:
         job = {}
     if not isinstance(job, dict) or job.get("format") != JOB_FORMAT:
         raise JobError(f"{folder / JOB_FILE} was not written by this version: start again with --overwrite.")
-    return dict(job["settings"])
+    return job
 
 
 def _check_equal(before: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:

@@ -27,7 +27,7 @@ from service.protocols.native import diagnostics_of
 from service.records import Encoding, Score, TokenSequence
 from service.settings import Settings
 
-LOOK_AHEAD_BATCHES = 16
+LOOK_AHEAD_BATCHES = 8
 """Batches of tokens that are read ahead to form full ones."""
 
 PREFETCHED_BLOCKS = 2

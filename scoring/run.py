@@ -12,7 +12,7 @@ from typing import Protocol
 
 from scoring.blocks import Block, BlockKey, read_blocks
 from scoring.encoding import BlockRecord, EncodedBlock, OutputPlan, encode_block
-from scoring.job_folder import JobFolder
+from scoring.job_folder import FOLDER_MARKER, JobFolder
 from scoring.parts import format_of, join_parts, write_folder
 from scoring.progress import Done
 from scoring.scorers import BlockScorer
@@ -139,7 +139,7 @@ def total_of(records: Iterable[BlockRecord]) -> Statistics:
     return total
 
 
-def write_output(folder: JobFolder, out: Path, plan: OutputPlan, *, overwrite: bool) -> list[str]:
+def write_output(folder: JobFolder, out: Path, plan: OutputPlan) -> list[str]:
     """Join the part files under the output's name, by one rename, and delete the job's folder.
 
     Returns:
@@ -149,7 +149,8 @@ def write_output(folder: JobFolder, out: Path, plan: OutputPlan, *, overwrite: b
     parts = [folder.part(key) for key in keys]
     ranks = _ranks(folder, keys, plan)
     if format_of(out.name) is None:
-        with new_folder(out, overwrite=overwrite, marker=None) as unfinished_folder:
+        with new_folder(out, overwrite=folder.overwrite, marker=FOLDER_MARKER) as unfinished_folder:
+            (unfinished_folder / FOLDER_MARKER).write_text(folder.description(), encoding="utf-8")
             as_json = write_folder(parts, ranks, unfinished_folder, plan.kind)
     else:
         with new_file(out) as unfinished:

@@ -7,16 +7,19 @@ parallel. Units depend on names and sizes alone, so a job that is resumed divide
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from service.data.decoders import FileFacts, read_file
+from scoring.blocks import read_input_rows
 from service.data.files import DataFile, RemoteFile, file_system, is_url, open_file
 from service.data.rows import dataset_files, remote_files
 from service.errors import DatasetError
 
 UNIT_BYTES = 64 * 1024 * 1024
+NUM_CHECKED_ROWS = 100
+
 _LINE_FORMATS = (".jsonl", ".ndjson")
 _PARQUET = (".parquet", ".pq")
 _COUNTED_BYTES = 1024 * 1024
@@ -80,16 +83,18 @@ def _count(file: DataFile) -> int | None:
     return None
 
 
-def check_readable(files: Sequence[SizedFile]) -> None:
-    """Check that the first file begins with a row, so that a wrong file is refused before a model is loaded.
+def check_first_rows(files: Sequence[SizedFile]) -> None:
+    """Check that some of the first rows can be scored, so that wrong data are refused before a model is loaded.
 
     Raises:
-        DatasetError: no file has a row, or the first one cannot be read.
+        DatasetError: there is no row, or none of the first `NUM_CHECKED_ROWS` can be scored.
     """
-    for sized in files:
-        if next(read_file(sized.file, FileFacts()), None) is not None:
-            return
-    raise DatasetError(f"There is no row in {', '.join(str(sized.file) for sized in files[:3])}.")
+    rows = list(itertools.islice(read_input_rows(sized.file for sized in files), NUM_CHECKED_ROWS))
+    if not rows:
+        raise DatasetError(f"There is no row in {', '.join(str(sized.file) for sized in files[:3])}.")
+    errors = [row.error.detail for row in rows if row.error is not None]
+    if len(errors) == len(rows):
+        raise DatasetError(f"None of the first {len(rows):,} rows can be scored. {errors[0]}")
 
 
 def _size_of(file: DataFile) -> int:

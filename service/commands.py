@@ -20,7 +20,7 @@ EXTRAS = {
     "reward-serve": ("service.launch.command", "serve"),
     "reward-train": ("training.train", "train"),
     "reward-audit": ("training.audit.command", "train"),
-    "reward-score": ("scoring.command", "score"),
+    "reward-score": ("scoring.command", "serve"),
     "reward-calibrate": ("export.calibration.command", "export"),
     "reward-convert": ("export.conversion_command", "serve"),
     "reward-export": ("export.onnx.command", "export"),
