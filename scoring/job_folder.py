@@ -47,7 +47,7 @@ def check_job_folder(out: Path, settings: Mapping[str, Any], *, resume: bool, ov
         JobError: there is an unfinished job and neither is set, or it was started with other settings.
     """
     folder = job_folder_of(out)
-    if overwrite or not (folder / JOB_FILE).exists():
+    if overwrite or not _has_finished_blocks(folder):
         return
     if not resume:
         raise JobError(
@@ -92,7 +92,7 @@ class JobFolder:
     def _begin(
         self, out: Path, settings: Mapping[str, Any], *, resume: bool, overwrite: bool
     ) -> dict[BlockKey, BlockRecord]:
-        if resume and (self.path / JOB_FILE).exists():
+        if resume and _has_finished_blocks(self.path):
             _check_equal(_read_settings(self.path), settings, out)
             return self._read_finished()
         for entry in self.path.iterdir():
@@ -148,7 +148,14 @@ class JobFolder:
 
     def __exit__(self, *_: object) -> None:
         self._log.close()
+        if not self.finished and self.path.exists():  # nothing to resume
+            self.remove()
         self._lock.close()
+
+
+def _has_finished_blocks(folder: Path) -> bool:
+    log = folder / BLOCKS_FILE
+    return (folder / JOB_FILE).exists() and log.exists() and log.stat().st_size > 0
 
 
 def _locked(file: Path, out: Path) -> IO[bytes]:

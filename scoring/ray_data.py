@@ -1,15 +1,15 @@
 """Runs a job with Ray Data: units are read in parallel, and a pool of actors, one model each, scores their blocks.
 
 A block travels as one row of bytes, so that Ray neither splits nor merges it. Part files come back as bytes and are
-written by the process that runs the command: the nodes need the input and the model, but no common output folder.
+written by the process that runs the command: the nodes need the input and the model, but no common output folder. Our
+own errors travel as values in place of a block, because Ray Data prints an exception and changes its message.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import pickle
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,7 @@ from ray.data import ActorPoolStrategy, DataContext, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
 from scoring.blocks import BlockKey
-from scoring.encoding import BlockRecord, EncodedBlock, OutputPlan
+from scoring.encoding import EncodedBlock, OutputPlan
 from scoring.run import Input, encode_blocks, unfinished_blocks_of
 from service.errors import JobError, StartupError
 
@@ -58,7 +58,7 @@ def started_ray(address: str | None) -> Iterator[None]:
     Raises:
         JobError: there is no cluster at the address.
     """
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     own: dict[str, Any] = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     try:
         ray.init(
@@ -131,7 +131,10 @@ class RayRunner:
         )
         try:
             for row in dataset.iter_rows():
-                yield EncodedBlock(BlockRecord.from_json(json.loads(row["record"])), row["content"])
+                encoded = _unpack(row["value"])
+                if isinstance(encoded, StartupError):
+                    raise encoded
+                yield encoded
         except ray.exceptions.RayError as error:
             raise _as_ours(error) from error
 
@@ -163,16 +166,11 @@ def _configure(context: Any) -> None:
     context.print_on_execution_start = False
 
 
-def _as_ours(error: BaseException) -> BaseException:
-    """The error of ours that Ray wraps, or else Ray's as one sentence."""
-    found: BaseException | None = error
-    while found is not None:
-        cause = getattr(found, "cause", None)
-        if isinstance(cause, StartupError):
-            return cause
-        if isinstance(found, StartupError):
-            return type(found)(*found.args)
-        found = cause if isinstance(cause, BaseException) and cause is not found else found.__cause__
+def _as_ours(error: BaseException) -> StartupError:
+    """The error of ours with which a replica could not begin, or else Ray's as one sentence."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, StartupError):
+        return cause
     return JobError(f"Ray has ended the job ({type(error).__name__}); continue it with --resume.")
 
 
@@ -198,8 +196,11 @@ class _BlockSource(Datasource):  # type: ignore[misc]
 
 
 def _read_unit(unit: int, data: Input, finished: Mapping[BlockKey, str]) -> Iterator[pa.Table]:
-    for block in unfinished_blocks_of(unit, data, finished):
-        yield pa.table({"block": pa.array([pickle.dumps(block)], pa.large_binary())})
+    try:
+        for block in unfinished_blocks_of(unit, data, finished):
+            yield _packed(block)
+    except StartupError as error:
+        yield _packed(error)
 
 
 class _Replica:
@@ -210,21 +211,31 @@ class _Replica:
 
         self._plan = plan
         self._scorer: BlockScorer = LocalScorer(settings)
-        if self._scorer.version != version:
-            raise JobError(
-                f"A replica has version {self._scorer.version} of the model, and the job began with {version}: its "
-                "node has another folder under that name, or another CPU or GPU."
-            )
+        self._expected_version = version
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        for encoded in encode_blocks(self._scorer, _blocks(batch), self._plan):
-            yield pa.table(
-                {
-                    "record": [json.dumps(encoded.record.as_json())],
-                    "content": pa.array([encoded.content], pa.large_binary()),
-                }
+        blocks = [_unpack(value) for value in batch.column("value").to_pylist()]
+        try:
+            self._check(blocks)
+            for encoded in encode_blocks(self._scorer, blocks, self._plan):
+                yield _packed(encoded)
+        except StartupError as error:
+            yield _packed(error)
+
+    def _check(self, blocks: Sequence[Block | StartupError]) -> None:
+        for block in blocks:
+            if isinstance(block, StartupError):
+                raise block
+        if self._scorer.version != self._expected_version:
+            raise JobError(
+                f"A replica has version {self._scorer.version} of the model, and the job began with "
+                f"{self._expected_version}: its node has another folder under that name, or another CPU or GPU."
             )
 
 
-def _blocks(batch: pa.Table) -> Iterable[Block]:
-    return (pickle.loads(content) for content in batch.column("block").to_pylist())  # noqa: S301 - of our own read task
+def _packed(value: Block | EncodedBlock | StartupError) -> pa.Table:
+    return pa.table({"value": pa.array([pickle.dumps(value)], pa.large_binary())})
+
+
+def _unpack(value: bytes) -> Any:
+    return pickle.loads(value)  # noqa: S301 - written by the tasks of this job
