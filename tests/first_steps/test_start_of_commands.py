@@ -107,7 +107,9 @@ def test_with_the_extra_serve_alone_the_other_extra_is_named(command: str, world
 
 
 @pytest.mark.parametrize("option", ["--help", "--version"])
-@pytest.mark.parametrize("command", ["reward-audit", "reward-score", "reward-calibrate", "reward-convert", "reward-export"])
+@pytest.mark.parametrize(
+    "command", ["reward-audit", "reward-score", "reward-calibrate", "reward-convert", "reward-export"]
+)
 def test_help_and_version_import_nothing_heavy(command: str, option: str, world: Path, tmp_path: Path) -> None:
     """They print to standard output, end with 0, and load neither torch nor any other heavy package."""
     outcome = run_case(Case(command, command, [option], []), world, tmp_path / "case")
