@@ -30,6 +30,7 @@ COPY client client
 COPY service service
 COPY export export
 COPY training training
+COPY scoring scoring
 COPY loadtest loadtest
 # A local folder; its dependencies are pinned in pyproject.toml.
 # hadolint ignore=DL3013

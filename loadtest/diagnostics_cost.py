@@ -14,7 +14,7 @@ from service.checkpoints.hub import check_source
 from service.commands import run_command
 from service.data.reading import read_examples
 from service.errors import DatasetError
-from service.records import DEMO_MODEL, Exchange, Item
+from service.records import DEMO_MODEL, Item
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,11 +34,7 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 
 def _read_items(path: Path) -> list[Item]:
-    items = [
-        Item(Exchange(parsed.prompt, completion))
-        for _, parsed in read_examples(path)
-        for completion in parsed.completions
-    ]
+    items = [Item(exchange) for _, parsed in read_examples(path) for exchange in parsed.exchanges()]
     if not items:
         raise DatasetError(f"{path} has no row.")
     return items

@@ -23,7 +23,6 @@ from rich.progress import track
 from rich.table import Table
 
 from loadtest.console import report_console
-from service.data.prompts import Prompt
 from service.data.reading import read_examples
 from service.data.rows import read_rows
 from service.diagnostics.monitors.alarms import SIGNALS, stepped, steps_of
@@ -199,9 +198,9 @@ def score_items(url: str, clean: Path, hacks: Path, output: Path) -> None:
         hacks: a folder of ``{category, prompt, response}``; the category of clean texts is skipped.
         output: JSON lines ``{kind, prompt, result}``, without any text.
     """
-    groups = [(CLEAN, _wire_prompt(pair.prompt), pair.completions) for _, pair in read_examples(clean)]
+    groups = [(CLEAN, pair.exchanges()) for _, pair in read_examples(clean)]
     groups += [
-        (row.values["category"], _wire_prompt(item.prompt), item.completions)
+        (row.values["category"], item.exchanges())
         for row, item in read_examples(hacks)
         if row.values["category"] != IN_DISTRIBUTION
     ]
@@ -209,21 +208,17 @@ def score_items(url: str, clean: Path, hacks: Path, output: Path) -> None:
         starts = range(0, len(groups), PROMPTS_PER_REQUEST)
         for start in track(starts, "scoring", console=Console(stderr=True)):
             part = groups[start : start + PROMPTS_PER_REQUEST]
-            origins = [(kind, start + n) for n, (kind, _, completions) in enumerate(part) for _ in completions]
+            origins = [(kind, start + n) for n, (kind, exchanges) in enumerate(part) for _ in exchanges]
             items = [
-                {"prompt": prompt, "completion": completion, "group": str(start + n)}
-                for n, (_, prompt, completions) in enumerate(part)
-                for completion in completions
+                exchange.as_dict() | {"group": str(start + n)}
+                for n, (_, exchanges) in enumerate(part)
+                for exchange in exchanges
             ]
             body = {"items": items, "diagnostics": "full", "truncation": "prompt_left"}
             response = client.post("/v1/score", json=body).raise_for_status().json()
             for (kind, prompt), result in zip(origins, response["results"], strict=True):
                 if "reward" in result:
                     out.write(json.dumps({"kind": kind, "prompt": prompt, "result": result}) + "\n")
-
-
-def _wire_prompt(prompt: Prompt) -> str | list[dict[str, str]]:
-    return prompt if isinstance(prompt, str) else [asdict(message) for message in prompt]
 
 
 def read_pools(path: Path) -> dict[str, Pool]:

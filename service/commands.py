@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 
-OUR_PACKAGES = frozenset({"service", "export", "training", "loadtest", "monitoring", "reward_client"})
+OUR_PACKAGES = frozenset({"service", "scoring", "export", "training", "loadtest", "monitoring", "reward_client"})
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells report it."""
@@ -20,6 +20,7 @@ EXTRAS = {
     "reward-serve": ("service.launch.command", "serve"),
     "reward-train": ("training.train", "train"),
     "reward-audit": ("training.audit.command", "train"),
+    "reward-score": ("scoring.command", "serve"),
     "reward-calibrate": ("export.calibration.command", "export"),
     "reward-convert": ("export.conversion_command", "serve"),
     "reward-export": ("export.onnx.command", "export"),
@@ -111,6 +112,11 @@ def reward_train() -> int:
 def reward_audit() -> int:
     """Run ``reward-audit``."""
     return _run("reward-audit")
+
+
+def reward_score() -> int:
+    """Run ``reward-score``."""
+    return _run("reward-score")
 
 
 def reward_calibrate() -> int:

@@ -33,6 +33,7 @@
     │   ├── DatasetError                  a data file cannot be read, or a row is not what the command needs
     │   │   └── UnusableRow               a row without a usable completion; such rows are left out and counted
     │   ├── OutputError                   an output exists already, cannot be written, or the disk is full
+    │   ├── JobError                      a scoring job cannot go on, such as after too many rows with errors
     │   ├── ParityError                   no forward path agrees with plain transformers
     │   ├── TrainingError                 training cannot continue, such as after a loss that is not finite
     │   ├── ServerStartError              Ray or the HTTP server did not start
@@ -275,6 +276,10 @@ class UnusableRow(DatasetError):
 
     def __reduce__(self) -> tuple[type[UnusableRow], tuple[str, str]]:
         return type(self), (self.location, self.reason)
+
+
+class JobError(StartupError):
+    """A scoring job cannot go on or be resumed; what is finished can be resumed unless the message says otherwise."""
 
 
 class ParityError(StartupError):

@@ -90,10 +90,19 @@ class Exchange:
         """The completion as one text, see `completion_text`."""
         return completion_text(self.completion)
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return the exchange in the form of an item of ``POST /v1/score``."""
+        fields: dict[str, Any] = {"prompt": _as_wire(self.prompt), "completion": _as_wire(self.completion)}
+        return fields | ({"tools": json.loads(self.tools)} if self.tools else {})
+
     @property
     def num_chars(self) -> int:
         """Characters of prompt, completion and tools together, before any template."""
         return _num_chars(self.prompt) + _num_chars(self.completion) + len(self.tools)
+
+
+def _as_wire(text: str | tuple[Message, ...]) -> str | list[dict[str, Any]]:
+    return text if isinstance(text, str) else [turn.as_dict() for turn in text]
 
 
 def _num_chars(text: str | tuple[Message, ...]) -> int:

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 GLOSSARY = ROOT / "docs" / "glossary.md"
-PACKAGES = ("service", "export", "training", "loadtest", "monitoring", "client/reward_client")
+PACKAGES = ("service", "scoring", "export", "training", "loadtest", "monitoring", "client/reward_client")
 
 
 def banned_synonyms(glossary: str) -> dict[str, str]:

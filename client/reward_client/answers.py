@@ -96,8 +96,8 @@ def join_scores(chunks: Sequence[ChunkScores]) -> list[ScoredItem]:
     results = [(chunk.model_version, result) for chunk in chunks for result in chunk.results]
     failures = [_failure(index, result["error"]) for index, (_, result) in enumerate(results) if "error" in result]
     if failures:
-        rewards = [None if "error" in result else float(result["reward"]) for _, result in results]
-        raise ItemsFailed(failures, rewards)
+        items = [None if "error" in result else _scored(version, result) for version, result in results]
+        raise ItemsFailed(failures, [None if item is None else item.reward for item in items], items)
     return [_scored(version, result) for version, result in results]
 
 

@@ -19,6 +19,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from reward_client.answers import ScoredItem
 
 
 class RewardServiceError(Exception):
@@ -61,9 +65,18 @@ class ItemFailure:
 
 
 class ItemsFailed(ClientError):
-    """Some items have no reward. ``rewards`` holds the others in input order, with None for the failed ones."""
+    """Some items have no reward.
 
-    def __init__(self, failures: Sequence[ItemFailure], rewards: Sequence[float | None]) -> None:
+    ``rewards`` holds the others in input order, with None for the failed ones; ``items`` holds them with their
+    diagnostics in the same way.
+    """
+
+    def __init__(
+        self,
+        failures: Sequence[ItemFailure],
+        rewards: Sequence[float | None],
+        items: Sequence[ScoredItem | None] = (),
+    ) -> None:
         first = failures[0]
         super().__init__(
             f"{len(failures)} of {len(rewards)} items have no reward; "
@@ -71,9 +84,10 @@ class ItemsFailed(ClientError):
         )
         self.failures = tuple(failures)
         self.rewards = tuple(rewards)
+        self.items = tuple(items)
 
-    def __reduce__(self) -> tuple[type[ItemsFailed], tuple[Sequence[ItemFailure], Sequence[float | None]]]:
-        return type(self), (self.failures, self.rewards)
+    def __reduce__(self) -> tuple[type[ItemsFailed], tuple[object, ...]]:
+        return type(self), (self.failures, self.rewards, self.items)
 
 
 class BadAnswer(ClientError):

@@ -2,6 +2,7 @@
 
 This module knows bytes and formats, not what a row means. Rows of JSON lines, CSV, Parquet and Arrow are read one at a
 time, so a data set may be larger than memory; a JSON array is read whole. Errors name file and line, never the text.
+A line that is no row is an error of its own: a reader that goes on after it gets the rows behind it.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import lzma
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any, TypeAlias, cast
 
+from service.data.files import DataFile, open_file, open_memory_map
 from service.errors import DatasetError
 
 TEXT_KEYS = ("prompt", "chosen", "rejected", "completion", "response", "messages")
@@ -26,6 +28,9 @@ TEXT_KEYS = ("prompt", "chosen", "rejected", "completion", "response", "messages
 
 NumberedRow: TypeAlias = tuple[int, dict[str, Any]]
 """A row and its number, see `service.data.rows.Row.number`."""
+
+NumberedEntry: TypeAlias = tuple[int, dict[str, Any] | DatasetError]
+"""As `NumberedRow`; or the number of a line that is no row, and what is wrong with it."""
 
 _UTF8_MARK = b"\xef\xbb\xbf"
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
@@ -49,7 +54,7 @@ class FileFacts:
     num_blank_lines: int = 0
 
 
-def read_file(path: Path, facts: FileFacts) -> Iterator[NumberedRow]:
+def read_file(path: DataFile, facts: FileFacts) -> Iterator[NumberedRow]:
     """Yield the rows of a data file with their numbers; the name's ending decides how it is read.
 
     Numbers that are not numbers (NaN, as pandas writes a missing value) become None.
@@ -57,11 +62,26 @@ def read_file(path: Path, facts: FileFacts) -> Iterator[NumberedRow]:
     Raises:
         DatasetError: the file cannot be read, or a line is not a row. It is raised when that line is reached.
     """
+    for number, values in read_entries(path, facts):
+        if isinstance(values, DatasetError):
+            raise values
+        yield number, values
+
+
+def read_entries(path: DataFile, facts: FileFacts) -> Iterator[NumberedEntry]:
+    """Yield the rows of a data file as `read_file` does, and an error in the position of each line that is no row.
+
+    Raises:
+        DatasetError: the file cannot be read from here on.
+    """
     for number, values in _decode(path, facts):
-        yield number, {name: None if _is_nan(value) else value for name, value in values.items()}
+        if isinstance(values, DatasetError):
+            yield number, values
+        else:
+            yield number, {name: None if _is_nan(value) else value for name, value in values.items()}
 
 
-def _decode(path: Path, facts: FileFacts) -> Iterator[NumberedRow]:
+def _decode(path: DataFile, facts: FileFacts) -> Iterator[NumberedEntry]:
     name = path.name.lower()
     if name.endswith((".parquet", ".pq")):
         yield from _read_parquet(path)
@@ -84,20 +104,25 @@ def _is_nan(value: object) -> bool:
 # --- Bytes -----------------------------------------------------------------------------------------------------------
 
 
-def _open(path: Path) -> io.BufferedReader:
+@contextmanager
+def _open(path: DataFile) -> Iterator[Any]:
     compression = _suffixes(path.name.lower())[1]
-    return io.BufferedReader(cast("io.RawIOBase", _COMPRESSIONS[compression](path)))
+    with (
+        open_file(path) as stored,
+        io.BufferedReader(cast("io.RawIOBase", _COMPRESSIONS[compression](stored))) as stream,
+    ):
+        yield stream
 
 
-def _open_zstandard(path: Path) -> Any:
+def _open_zstandard(stored: IO[bytes]) -> Any:
     import pyarrow as pa
 
-    return pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")
+    return pa.CompressedInputStream(pa.PythonFile(stored, mode="r"), "zstd")
 
 
-_COMPRESSIONS: Mapping[str, Callable[[Path], Any]] = {
-    "": lambda path: path.open("rb", buffering=0),
-    ".gz": gzip.GzipFile,
+_COMPRESSIONS: Mapping[str, Callable[[IO[bytes]], Any]] = {
+    "": lambda stored: stored,
+    ".gz": lambda stored: gzip.GzipFile(fileobj=stored),
     ".bz2": bz2.BZ2File,
     ".xz": lzma.LZMAFile,
     ".zst": _open_zstandard,
@@ -109,7 +134,7 @@ def _suffixes(name: str) -> tuple[str, str]:
     return next((text, packed) for text in _TEXT_FORMATS for packed in _COMPRESSIONS if name.endswith(text + packed))
 
 
-def _skip_mark(stream: io.BufferedReader, path: Path, facts: FileFacts) -> None:
+def _skip_mark(stream: io.BufferedReader, path: DataFile, facts: FileFacts) -> None:
     start = stream.peek(len(_UTF8_MARK))
     if start.startswith(_UTF16_MARKS):
         raise DatasetError(f"{path} is in UTF-16: save it in UTF-8.")
@@ -121,7 +146,7 @@ def _skip_mark(stream: io.BufferedReader, path: Path, facts: FileFacts) -> None:
 # --- JSON ------------------------------------------------------------------------------------------------------------
 
 
-def _read_json_lines(stream: IO[bytes], path: Path, facts: FileFacts) -> Iterator[NumberedRow]:
+def _read_json_lines(stream: IO[bytes], path: DataFile, facts: FileFacts) -> Iterator[NumberedEntry]:
     for number, line in enumerate(stream, start=1):
         facts.has_crlf |= line.endswith(b"\r\n")
         if line.strip():
@@ -130,13 +155,13 @@ def _read_json_lines(stream: IO[bytes], path: Path, facts: FileFacts) -> Iterato
             facts.num_blank_lines += 1
 
 
-def _parse_object(line: bytes, path: Path, number: int) -> dict[str, Any]:
+def _parse_object(line: bytes, path: DataFile, number: int) -> dict[str, Any] | DatasetError:
     values = _parse_json(line)
     if values is None:
         hint = " If the file is one JSON array, its name must end in .json." if line.lstrip().startswith(b"[") else ""
-        raise DatasetError(f"{path}, line {number} is not JSON in UTF-8.{hint}")
+        return DatasetError(f"{path}, line {number} is not JSON in UTF-8.{hint}")
     if not isinstance(values, dict):
-        raise DatasetError(f"{path}, line {number} is not a JSON object, but a {type(values).__name__}.")
+        return DatasetError(f"{path}, line {number} is not a JSON object, but a {type(values).__name__}.")
     return values
 
 
@@ -147,7 +172,7 @@ def _parse_json(content: bytes) -> Any:
         return None  # the decoder's exception contains the text, so it is not chained
 
 
-def _read_json(stream: IO[bytes], path: Path, facts: FileFacts) -> Iterator[NumberedRow]:
+def _read_json(stream: IO[bytes], path: DataFile, facts: FileFacts) -> Iterator[NumberedEntry]:
     """Read an array of objects, an object with a list of them, or JSON lines, which some tools write as ``.json``."""
     content = stream.read()
     if content.lstrip().startswith(b"["):
@@ -161,16 +186,17 @@ def _read_json(stream: IO[bytes], path: Path, facts: FileFacts) -> Iterator[Numb
         return
     facts.has_crlf = b"\r\n" in content  # a line break inside a JSON string is escaped
     for number, values in enumerate(rows, start=1):
-        if not isinstance(values, dict):
-            raise DatasetError(f"{path}, row {number} is not a JSON object, but a {type(values).__name__}.")
-        yield number, values
+        if isinstance(values, dict):
+            yield number, values
+        else:
+            yield number, DatasetError(f"{path}, row {number} is not a JSON object, but a {type(values).__name__}.")
 
 
 def _is_row(parsed: Mapping[str, Any]) -> bool:
     return any(isinstance(parsed.get(key), str | list) for key in TEXT_KEYS)
 
 
-def _listed_rows(parsed: Mapping[str, Any], path: Path) -> list[Any]:
+def _listed_rows(parsed: Mapping[str, Any], path: DataFile) -> list[Any]:
     lists = [parsed[key] for key in _ROW_LISTS if isinstance(parsed.get(key), list)]
     if len(lists) != 1:
         raise DatasetError(
@@ -182,7 +208,7 @@ def _listed_rows(parsed: Mapping[str, Any], path: Path) -> list[Any]:
 # --- CSV -------------------------------------------------------------------------------------------------------------
 
 
-def _read_csv(stream: IO[bytes], path: Path, facts: FileFacts) -> Iterator[NumberedRow]:
+def _read_csv(stream: IO[bytes], path: DataFile, facts: FileFacts) -> Iterator[NumberedEntry]:
     """Read rows after a header; an empty field is a missing value. A row's number is that of its first line."""
     csv.field_size_limit(_MAX_CSV_FIELD)
     end = 0
@@ -213,7 +239,7 @@ def _lines(first: str, rest: io.TextIOWrapper, facts: FileFacts) -> Iterator[str
     yield from rest
 
 
-def _check_header(record: list[str], path: Path) -> list[str]:
+def _check_header(record: list[str], path: DataFile) -> list[str]:
     names = [name.strip() for name in record]
     if len(set(names)) < len(names):
         raise DatasetError(f"{path} has two columns of the same name.")
@@ -222,32 +248,32 @@ def _check_header(record: list[str], path: Path) -> list[str]:
     return names
 
 
-def _named_fields(header: list[str], record: list[str], path: Path, number: int) -> dict[str, Any]:
+def _named_fields(header: list[str], record: list[str], path: DataFile, number: int) -> dict[str, Any] | DatasetError:
     if len(record) != len(header):
-        raise DatasetError(f"{path}, row {number} has {len(record)} fields; the header has {len(header)}.")
+        return DatasetError(f"{path}, row {number} has {len(record)} fields; the header has {len(header)}.")
     return {name: value or None for name, value in zip(header, record, strict=True)}
 
 
 # --- Columns ---------------------------------------------------------------------------------------------------------
 
 
-def _read_parquet(path: Path) -> Iterator[NumberedRow]:
+def _read_parquet(path: DataFile) -> Iterator[NumberedRow]:
     import pyarrow as pa
     from pyarrow import parquet
 
     try:
-        with parquet.ParquetFile(path) as file:
+        with open_file(path) as stored, parquet.ParquetFile(stored) as file:
             yield from _number(file.iter_batches())
     except (OSError, pa.ArrowException) as error:
         raise DatasetError(f"{path} cannot be read as Parquet: {type(error).__name__}.") from error
 
 
-def _read_arrow(path: Path) -> Iterator[NumberedRow]:
+def _read_arrow(path: DataFile) -> Iterator[NumberedRow]:
     """Read the stream format, which ``datasets`` writes, or the file format."""
     import pyarrow as pa
 
     try:
-        with pa.memory_map(str(path)) as source:
+        with open_memory_map(path) as source:
             try:
                 batches = iter(pa.ipc.open_stream(source))
             except pa.ArrowInvalid:
@@ -266,7 +292,7 @@ def _number(batches: Iterator[Any]) -> Iterator[NumberedRow]:
             yield number, values
 
 
-_TEXT_FORMATS: Mapping[str, Callable[[IO[bytes], Path, FileFacts], Iterator[NumberedRow]]] = {
+_TEXT_FORMATS: Mapping[str, Callable[[IO[bytes], DataFile, FileFacts], Iterator[NumberedEntry]]] = {
     ".jsonl": _read_json_lines,
     ".ndjson": _read_json_lines,
     ".json": _read_json,

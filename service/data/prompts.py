@@ -31,7 +31,7 @@ from service.data.rows import Row
 from service.data.transcripts import is_open_transcript, is_transcript, read_transcript
 from service.errors import DatasetError, UnusableRow
 from service.messages import MalformedMessage, read_completion, read_message, read_tools
-from service.records import Completion, Message
+from service.records import Completion, Exchange, Message
 
 Prompt: TypeAlias = str | tuple[Message, ...]
 """A plain prompt, or the messages of the conversation before the completion."""
@@ -104,6 +104,10 @@ class PromptCompletions:
 
     tools: str = field(default="", repr=False)
     """Descriptions of the tools, as a JSON array; empty without tools."""
+
+    def exchanges(self) -> tuple[Exchange, ...]:
+        """Return the prompt with each of the completions, in their order."""
+        return tuple(Exchange(self.prompt, completion, self.tools) for completion in self.completions)
 
 
 def parse_completions(row: Row) -> PromptCompletions:

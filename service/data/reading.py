@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from service.data.decoders import FileFacts
+from service.data.files import DataFile
 from service.data.prompts import Form, PromptCompletions, check_values, parse_completions, parse_pair
 from service.data.rows import Row, dataset_files, read_rows_of
 from service.errors import DatasetError, UnusableRow
@@ -39,7 +40,7 @@ class LeftOut:
 class Reading:
     """What was found in one file; filled while it is read."""
 
-    path: Path
+    path: DataFile
     facts: FileFacts = field(default_factory=FileFacts)
     form: Form | None = None
     num_rows: int = 0
@@ -132,16 +133,14 @@ def parse_rows(
     rows: Iterable[Row], reading: Reading, *, pairs_only: bool = False, tell: Tell | None = None
 ) -> Iterator[Example]:
     """Yield the rows of one file with what they mean; see `read_examples`."""
-    parse = parse_pair if pairs_only else parse_completions
     seen: set[int] = set()
     for row in rows:
         reading.num_rows += 1
         try:
-            parsed = _parse(row, parse, reading.form)
+            parsed = parse_row(row, reading, pairs_only=pairs_only)
         except UnusableRow as error:
             reading.leave_out(row, error.reason)
             continue
-        _check_form(row, parsed, reading)
         _count_properties(parsed, reading, seen)
         yield row, parsed
     if reading.num_rows and reading.num_left_out == reading.num_rows:
@@ -151,11 +150,20 @@ def parse_rows(
             tell(line)
 
 
-def _parse(row: Row, parse: Callable[[Row], PromptCompletions], form: Form | None) -> PromptCompletions:
+def parse_row(row: Row, reading: Reading, *, pairs_only: bool = False) -> PromptCompletions:
+    """Return what one row of a file means; the first one gives ``reading.form``, which the others must have.
+
+    Raises:
+        UnusableRow: the row has no completion that can be scored.
+        DatasetError: the row has no accepted form, or another one than the rows before it.
+    """
+    form = reading.form
     if form is not None:
         for key in (*form.keys, *(("prompt",) if form.prompt else ())):
             check_values(row, [key])
-    return parse(row)
+    parsed = parse_pair(row) if pairs_only else parse_completions(row)
+    _check_form(row, parsed, reading)
+    return parsed
 
 
 def _check_form(row: Row, parsed: PromptCompletions, reading: Reading) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from service.data.decoders import SUFFIX_RULE, SUFFIXES, FileFacts, read_file
+from service.data.files import DataFile, RemoteFile, file_system
 from service.errors import DatasetError
 
 _DESCRIPTIONS = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
@@ -23,7 +24,7 @@ class Row:
     """One row and its location, so that an error message can name the location instead of showing the text."""
 
     values: dict[str, Any] = field(repr=False)
-    path: Path
+    path: DataFile
 
     number: int
     """Counted from 1: the line of a JSON-lines or CSV file (empty lines and the header included; of a row of several
@@ -56,6 +57,31 @@ def dataset_files(path: Path) -> list[Path]:
     return [path]
 
 
+def remote_files(url: str) -> list[RemoteFile]:
+    """Return the data files of a URL of fsspec; the rules are those of `dataset_files`.
+
+    Raises:
+        DatasetError: as for `dataset_files`; or the storage cannot be read.
+    """
+    system, path = file_system(url)
+    try:
+        is_pattern = glob.has_magic(path)
+        exists = is_pattern or system.exists(path)
+        is_file = exists and not is_pattern and not system.isdir(path)
+        found = [] if is_file else system.glob(path) if is_pattern else system.ls(path, detail=False) if exists else []
+        files = [RemoteFile(str(system.unstrip_protocol(name))) for name in sorted(found) if system.isfile(name)]
+    except Exception as error:  # each storage has exceptions of its own, whose texts may show credentials
+        raise DatasetError(f"{url} cannot be read: {type(error).__name__}.") from error
+    if not exists:
+        raise DatasetError(f"{url} does not exist.")
+    if is_file and not path.lower().endswith(SUFFIXES):
+        raise DatasetError(f"{url} is not a data file; {SUFFIX_RULE}.")
+    files = [RemoteFile(url)] if is_file else [file for file in files if _is_data_name(file.name)]
+    if not files:
+        raise DatasetError(f"{url} has no data file; {SUFFIX_RULE}.")
+    return files
+
+
 def read_rows(path: Path) -> Iterator[Row]:
     """Yield the rows of a data file, or of all data files of a folder or a glob pattern, in file order.
 
@@ -67,7 +93,7 @@ def read_rows(path: Path) -> Iterator[Row]:
         yield from read_rows_of(file, FileFacts())
 
 
-def read_rows_of(file: Path, facts: FileFacts) -> Iterator[Row]:
+def read_rows_of(file: DataFile, facts: FileFacts) -> Iterator[Row]:
     """Yield the rows of one data file, and fill ``facts``.
 
     Raises:
@@ -77,8 +103,11 @@ def read_rows_of(file: Path, facts: FileFacts) -> Iterator[Row]:
 
 
 def _is_data_file(file: Path) -> bool:
-    is_hidden = file.name.startswith(".")
-    return not is_hidden and file.name not in _DESCRIPTIONS and file.name.lower().endswith(SUFFIXES) and file.is_file()
+    return _is_data_name(file.name) and file.is_file()
+
+
+def _is_data_name(name: str) -> bool:
+    return not name.startswith(".") and name not in _DESCRIPTIONS and name.lower().endswith(SUFFIXES)
 
 
 def _matching_files(pattern: Path) -> list[Path]:

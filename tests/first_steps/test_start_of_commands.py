@@ -67,6 +67,7 @@ VALID_ARGUMENTS = {
     "reward-serve": ["--model", "model"],
     "reward-train": ["--data", "pairs.jsonl", "--base", "model", "--out", "{out}"],
     "reward-audit": ["model", "pairs.jsonl", "--out", "{out}"],
+    "reward-score": ["pairs.jsonl", "{out}", "--model", "model"],
     "reward-calibrate": ["model", "many.jsonl", "--out", "{out}"],
     "reward-convert": ["model", "{out}"],
     "reward-export": ["model", "{out}"],

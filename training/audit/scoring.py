@@ -5,7 +5,6 @@ Both report progress by the number of completions that are done.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,7 +168,9 @@ class ServiceScorer:
 
     def _score_call(self, exchanges: Sequence[Exchange]) -> list[Outcome]:
         try:
-            scored = self._client.score_items(map(_wire_item, exchanges), truncation=self._truncation)
+            scored = self._client.score_items(
+                [exchange.as_dict() for exchange in exchanges], truncation=self._truncation
+            )
         except ItemsFailed as error:
             scorable = [index for index, reward in enumerate(error.rewards) if reward is not None]
             rescored = self._score_call([exchanges[index] for index in scorable]) if scorable else []
@@ -198,17 +199,6 @@ def _outcome(sequence: TokenSequence | HttpError, outcome: Score | HttpError) ->
     return ScoredCompletion(
         outcome.reward, sequence.num_completion_tokens if isinstance(sequence, TokenSequence) else None
     )
-
-
-def _wire_item(exchange: Exchange) -> dict[str, Any]:
-    prompt = exchange.prompt
-    return {
-        "prompt": prompt if isinstance(prompt, str) else [turn.as_dict() for turn in prompt],
-        "completion": exchange.completion
-        if isinstance(exchange.completion, str)
-        else [turn.as_dict() for turn in exchange.completion],
-        **({"tools": json.loads(exchange.tools)} if exchange.tools else {}),
-    }
 
 
 def _completion_tokens(diagnostics: Mapping[str, Any]) -> int | None:
