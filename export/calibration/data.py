@@ -84,9 +84,9 @@ def read_items(path: Path, *, held_out_only: bool = False, tell: Tell | None = N
         if held_out_only and not is_held_out(parsed.prompt):
             continue
         group, category = row.values.get("group"), row.values.get("category")
-        for completion in parsed.completions:
+        for exchange in parsed.exchanges():
             yield CleanItem(
-                Exchange(parsed.prompt, completion, parsed.tools),
+                exchange,
                 None if group is None else str(group),
                 "" if category is None else str(category),
                 _parse_flag("is_ood", row),

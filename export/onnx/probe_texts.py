@@ -67,11 +67,7 @@ def read_items(path: Path) -> list[Item]:
         DatasetError: the file cannot be read, or a row is not valid; names the row, never the text.
     """
     examples = (parsed for _, parsed in read_examples(path))
-    items = (
-        Item(Exchange(parsed.prompt, completion, parsed.tools))
-        for parsed in examples
-        for completion in parsed.completions
-    )
+    items = (Item(exchange) for parsed in examples for exchange in parsed.exchanges())
     return list(islice(items, MAX_ITEMS))
 
 
