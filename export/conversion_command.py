@@ -11,10 +11,10 @@ from service.arguments import CommandParser, not_empty
 from service.checkpoints.adapter_base import check_base
 from service.checkpoints.files import CONVERSION_FILE
 from service.checkpoints.hub import check_source, local_folder
-from service.checkpoints.reward_description import Activation
 from service.commands import run_command
 from service.errors import OutputError
 from service.outputs import check_output_folder
+from service.records import Activation
 
 if TYPE_CHECKING:
     from export.convert import Conversion

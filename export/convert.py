@@ -27,7 +27,6 @@ from service.checkpoints.architecture import Fit, fit_classifier
 from service.checkpoints.checkpoint import open_checkpoint
 from service.checkpoints.files import ADAPTER_CONFIG_FILE, CONVERSION_FILE, TOKENIZER_FILE
 from service.checkpoints.reward_description import (
-    Activation,
     ClassifierHead,
     LayeredHead,
     LinearLayer,
@@ -41,6 +40,7 @@ from service.checkpoints.validation import DECODER_HEAD, describe_names, unplace
 from service.checkpoints.weights import VALUE_HEAD_FILE
 from service.errors import CheckpointError
 from service.outputs import new_folder
+from service.records import Activation
 from service.settings import ModelSettings
 from service.transformers_logging import transformers_silenced
 

@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from service.checkpoints.reward_description import Activation, LayeredHead, LinearLayer
+from service.checkpoints.reward_description import (
+    LayeredHead,
+    LinearLayer,
+)
 from service.checkpoints.validation import describe_names
 from service.checkpoints.weights import TensorInfo
 from service.errors import CheckpointError
-from service.records import Pooling
+from service.records import Activation, Pooling
 
 LAYER = re.compile(r"(?P<module>.+?)(\.(?P<index>\d+))?\.(?P<kind>weight|bias)")
 """The name of a tensor of a linear layer: ``score.weight``, or ``score.2.bias`` in a sequence of modules."""

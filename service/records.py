@@ -18,6 +18,9 @@ DEMO_MODEL = "demo"
 Pooling: TypeAlias = Literal["hf", "last"]
 """Which token the scalar head reads. ``hf``: the rightmost that is not the pad token; ``last``: the last one."""
 
+Activation: TypeAlias = Literal["none", "relu", "gelu", "gelu_tanh", "silu", "selu", "tanh", "sigmoid"]
+"""The function after a linear layer of a head. ``gelu`` is exact, ``gelu_tanh`` its approximation."""
+
 BatchCost: TypeAlias = Literal["packed", "padded"]
 """How an engine computes a batch. ``packed``: without padding; ``padded``: all sequences padded to the longest."""
 

@@ -8,18 +8,15 @@ classifier does. This module reads and writes the file and opens no weight.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import msgspec
 
 from service.errors import CheckpointError, SettingsError
-from service.records import Pooling
+from service.records import Activation, Pooling
 
 DESCRIPTION_FILE = "reward_model.json"
 FORMAT_VERSION = 1
-
-Activation: TypeAlias = Literal["none", "relu", "gelu", "gelu_tanh", "silu", "selu", "tanh", "sigmoid"]
-"""The function after a linear layer. ``gelu`` is exact, ``gelu_tanh`` its approximation."""
 
 
 class LinearLayer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -135,9 +135,9 @@ def test_help_and_version_come_at_once(command: str, option: str, world: Path, t
     assert min(times_s) < LIMIT_CPU_S
 
 
-@pytest.mark.parametrize("command", [name for name in EXTRAS if name != "reward-serve"])
+@pytest.mark.parametrize("command", [name for name in EXTRAS if name not in {"reward-serve", "reward-score"}])
 def test_help_needs_neither_the_client_nor_pydantic(command: str, world: Path, tmp_path: Path) -> None:
-    """Packages that take a tenth of a second are not imported either; reward-serve needs pydantic for its options."""
+    """Packages that take a tenth of a second are not imported either; two commands need them for their options."""
     environment = without({"httpx2", "pydantic", "numpy", "pyarrow", "rich", "msgspec"}, tmp_path / "blocker")
     case = Case(command, command, ["--help"], [], environment=environment)
 

@@ -184,7 +184,10 @@ def test_the_command_writes_the_report_and_prints_the_conclusions(
         (["model", "few.jsonl"], "There are 2 held-out pairs; an audit needs at least 20"),
         (["model", "pairs.jsonl", "--url", "127.0.0.1:9"], "must start with http:// or https://"),
         (["--url", "http://127.0.0.1:9", "missing.jsonl"], "missing.jsonl does not exist"),
-        (["--url", "http://127.0.0.1:9", "pairs.jsonl"], "No answer from http://127.0.0.1:9: connection refused"),
+        (
+            ["--url", "http://127.0.0.1:9", "pairs.jsonl"],
+            "No reward service answers at http://127.0.0.1:9 (connection",
+        ),
         (["--url", "http://127.0.0.1:9/v1/score", "pairs.jsonl"], "Give the root URL of the service"),
     ],
     ids=["no-model", "no-pairs", "no-checkpoint", "few-pairs", "no-url", "no-file", "no-service", "no-root"],

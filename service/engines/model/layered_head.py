@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from service.checkpoints.reward_description import Activation, LayeredHead, LinearLayer
+from service.checkpoints.reward_description import LayeredHead, LinearLayer
 from service.checkpoints.weights import open_weights, read_tensor_infos, weight_files
+from service.records import Activation
 
 ACTIVATIONS: Mapping[Activation, type[nn.Module]] = {
     "none": nn.Identity,
