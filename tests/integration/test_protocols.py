@@ -16,7 +16,7 @@ from scored_texts import reward_of
 pytestmark = pytest.mark.slow
 
 ROUTES: list[tuple[str, dict[str, Any], list[str | int]]] = [
-    ("/get_reward", {"query": ["text"], "prompts": ["te"], "labels": [None]}, ["rewards", 0]),
+    ("/get_reward", {"query": ["text"], "prompts": ["t"], "labels": [None]}, ["rewards", 0]),
     ("/classify", {"model": "m", "input": "text", "use_activation": False}, ["data", -1, "probs", -1]),
     ("/v1/classify", {"input": "text"}, ["data", -1, "probs", -1]),
     ("/pooling", {"input": "text"}, ["data", 0, "data", 0]),
