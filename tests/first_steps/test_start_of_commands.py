@@ -65,7 +65,7 @@ MODULES = [
 
 VALID_ARGUMENTS = {
     "reward-serve": ["--model", "model"],
-    "reward-train": ["--data", "pairs.jsonl", "--base", "model", "--out", "{out}"],
+    "reward-train": ["--data", "pairs.jsonl", "--base", "base", "--out", "{out}"],
     "reward-audit": ["model", "pairs.jsonl", "--out", "{out}"],
     "reward-score": ["pairs.jsonl", "{out}", "--model", "model"],
     "reward-calibrate": ["model", "many.jsonl", "--out", "{out}"],
