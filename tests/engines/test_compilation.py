@@ -65,8 +65,8 @@ def test_batch_composition_changes_no_bit_of_a_compiled_reward(tiny_checkpoint) 
 @needs_compiler
 @pytest.mark.skipif(
     "ATEN_CPU_CAPABILITY" in os.environ,
-    reason="torch's compiler uses the vectors of the CPU whatever ATEN_CPU_CAPABILITY says, which makes rewards "
-    "infinite; the parity probe then refuses the model",
+    reason="where the variable names fewer instructions than the CPU has, blocks compiled by torch give infinite "
+    "rewards, and the parity probe refuses them",
 )
 def test_an_engine_compiles_its_blocks(tiny_checkpoint) -> None:
     """``model.compile`` compiles the blocks, passes the parity probe and is reported."""
