@@ -29,6 +29,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 
+needs_own_vectors = pytest.mark.skipif(
+    "ATEN_CPU_CAPABILITY" in os.environ,
+    reason="where the variable names fewer instructions than the CPU has, blocks compiled by torch give infinite "
+    "rewards, and the parity probe refuses them",
+)
+
 
 @pytest.fixture(autouse=True)
 def reset_compiler() -> None:
@@ -37,6 +43,7 @@ def reset_compiler() -> None:
 
 
 @needs_compiler
+@needs_own_vectors
 @pytest.mark.slow
 @pytest.mark.parametrize("family", DECODER_FAMILIES)
 def test_compiled_rewards_are_plain_transformers_rewards(tiny_checkpoint, family: str) -> None:
@@ -63,11 +70,7 @@ def test_batch_composition_changes_no_bit_of_a_compiled_reward(tiny_checkpoint) 
 
 
 @needs_compiler
-@pytest.mark.skipif(
-    "ATEN_CPU_CAPABILITY" in os.environ,
-    reason="where the variable names fewer instructions than the CPU has, blocks compiled by torch give infinite "
-    "rewards, and the parity probe refuses them",
-)
+@needs_own_vectors
 def test_an_engine_compiles_its_blocks(tiny_checkpoint) -> None:
     """``model.compile`` compiles the blocks, passes the parity probe and is reported."""
     settings = ModelSettings(device="cpu", dtype="float32", num_threads=1, compile=True)
