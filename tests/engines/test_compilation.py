@@ -31,8 +31,8 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a
 
 needs_own_vectors = pytest.mark.skipif(
     "ATEN_CPU_CAPABILITY" in os.environ,
-    reason="where the variable names fewer instructions than the CPU has, blocks compiled by torch give infinite "
-    "rewards, and the parity probe refuses them",
+    reason="where the variable names fewer instructions than the CPU has, blocks compiled by torch give rewards "
+    "that are not finite, and the parity probe refuses them",
 )
 
 
