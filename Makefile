@@ -15,12 +15,15 @@ help: ## print the targets
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/serve.installed: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[serve]'
+# The versions that the tests have passed with: a release of a dependency changes nothing before `make lock`.
+INSTALL = $(BIN)/python -m pip install --quiet --constraint requirements/constraints.txt
+
+$(VENV)/serve.installed: pyproject.toml requirements/constraints.txt | $(BIN)/python
+	$(INSTALL) --editable '.[serve]'
 	@touch $@
 
-$(VENV)/dev.installed: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+$(VENV)/dev.installed: pyproject.toml requirements/constraints.txt | $(BIN)/python
+	$(INSTALL) --editable '.[dev]'
 	@touch $@ $(VENV)/serve.installed
 
 serve: $(VENV)/serve.installed ## serve the demo model, or MODEL=folder-or-hub-id, on HOST and PORT
@@ -55,14 +58,19 @@ start-soak: $(VENV)/dev.installed ## STARTS starts beside two busy loops: ready,
 coverage: $(VENV)/dev.installed ## the fast tests under coverage, with a floor
 	$(BIN)/python -m pytest -m 'not slow and not gpu' --cov --cov-report=term:skip-covered
 
-LOCK = $(BIN)/uv pip compile pyproject.toml --extra serve --universal --python-version 3.11 --generate-hashes \
-	--no-header --no-annotate --override requirements/without-torch.txt --quiet
+COMPILE = $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --no-header --no-annotate \
+	--override requirements/without-torch.txt --quiet
+CONSTRAINTS = $(COMPILE) --extra dev --extra report
+LOCK = $(COMPILE) --extra serve --generate-hashes --constraint requirements/constraints.txt
 
-lock: $(VENV)/dev.installed ## pin the serve environment with hashes
+lock: $(VENV)/dev.installed ## pin every environment, and the serve environment with hashes
+	$(CONSTRAINTS) --upgrade --output-file requirements/constraints.txt
 	$(LOCK) --upgrade --output-file requirements/serve.txt
 
-check-lock: $(VENV)/dev.installed ## whether requirements/serve.txt is what pyproject.toml asks for
-	cp requirements/serve.txt $(VENV)/serve.txt
+check-lock: $(VENV)/dev.installed ## whether the files of requirements/ are what pyproject.toml asks for
+	cp requirements/constraints.txt requirements/serve.txt $(VENV)
+	$(CONSTRAINTS) --output-file $(VENV)/constraints.txt
+	diff requirements/constraints.txt $(VENV)/constraints.txt
 	$(LOCK) --output-file $(VENV)/serve.txt
 	diff requirements/serve.txt $(VENV)/serve.txt
 

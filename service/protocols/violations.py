@@ -72,8 +72,8 @@ _KINDS = {
 """Types of JSON values by the names that msgspec has for them."""
 
 
-def explain_violation(error: msgspec.ValidationError, schema: type[msgspec.Struct]) -> InvalidRequest:
-    """Return the problem of a body that is JSON and does not fit ``schema``, with the pointer to the value."""
+def explain_violation(error: msgspec.ValidationError, schema: Any) -> InvalidRequest:
+    """Return the problem of a body that is JSON but not of the struct ``schema``, with the pointer to the value."""
     message = str(error)
     root = inspect.type_info(schema)
     location = _LOCATION.search(message)
