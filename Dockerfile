@@ -2,7 +2,10 @@
 #
 #   docker build -t reward-service .                                    GPU: the torch wheel brings its CUDA libraries
 #   docker build -t reward-service --build-arg TORCH_INDEX=<url> .      CPU: <url> is the package index of torch's CPU builds
-#   docker run --rm --gpus all --shm-size 1g -p 8000:8000 -v /path/to/checkpoint:/model:ro reward-service --model /model
+#   docker run --rm --gpus all --shm-size 1g -p 8000:8000 -v /path/to/checkpoint:/model:ro \
+#     -v /path/to/keys.yaml:/keys.yaml:ro reward-service --model /model --api-keys /keys.yaml
+#
+# Without API keys (reward-key) it starts only with --authentication none, since it listens on all interfaces.
 #
 # Publish port 8000 alone; docs/operations.md lists the other ports. Settings can be given as -e REWARD_...=...
 ARG BASE_IMAGE=python:3.11-slim-bookworm

@@ -24,6 +24,7 @@ from service.diagnostics.monitors.monitor import MonitorView, merge_views
 from service.http.access_log import AccessLog
 from service.http.open_requests import OpenRequests
 from service.http.routes import create_app
+from service.launch.exposure import keys_for
 from service.launch.launch import Launch
 from service.launch.ray_failures import explain_failure, is_of_ray
 from service.metrics import merge_expositions
@@ -43,6 +44,7 @@ class RewardReplica:
 
     async def __init__(self, tree: dict[str, Any]) -> None:  # type: ignore[misc]  # Ray awaits it
         settings = read_settings(tree)
+        self._api_keys = keys_for(settings.security)
         self._access_log = AccessLog(settings.log)
         self._served: ServedModel = await asyncio.to_thread(assemble, settings)
         await self._served.scorer.start()
@@ -58,6 +60,7 @@ class RewardReplica:
             self._access_log,
             self._open_requests,
             monitors=self._monitors_of_all_replicas,
+            api_keys=self._api_keys,
             host_echoes_request_id=True,
         )
 

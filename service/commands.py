@@ -18,6 +18,7 @@ INTERRUPTED = 130
 
 EXTRAS = {
     "reward-serve": ("service.launch.command", "serve"),
+    "reward-key": ("service.launch.key_command", "serve"),
     "reward-train": ("training.train", "train"),
     "reward-audit": ("training.audit.command", "train"),
     "reward-score": ("scoring.command", "serve"),
@@ -102,6 +103,11 @@ def _run(name: str) -> int:
 def reward_serve() -> int:
     """Run ``reward-serve``."""
     return _run("reward-serve")
+
+
+def reward_key() -> int:
+    """Run ``reward-key``."""
+    return _run("reward-key")
 
 
 def reward_train() -> int:

@@ -3,6 +3,8 @@
     RewardServiceError
     ├── RequestRefused                    the caller can act on it; nothing was computed
     │   ├── MalformedBody          400    the body is not JSON, not UTF-8, or holds NaN
+    │   ├── Unauthenticated        401    no API key, or one that is not known
+    │   ├── Forbidden              403    the key's scope does not cover the route
     │   ├── RouteNotFound          404
     │   ├── RunNotFound            404    no monitor has items of that training run
     │   ├── ModelNotFound          404    another model is named, and names are strict
@@ -14,7 +16,9 @@
     │   ├── InvalidRequest         422    a field is missing, unknown, of the wrong type or out of range
     │   ├── CompletionNotRendered  422    the chat template leaves out a part of the completion
     │   ├── SequenceTooLong        422    more tokens than the model's limit, and truncation cannot help
-    │   └── Overloaded             503    the queue is full; carries retry_after_s
+    │   └── RetryLater                    no room for it now; carries retry_after_s
+    │       ├── QuotaExceeded      429    the items per minute of the API key are used up
+    │       └── Overloaded         503    the queue is full
     ├── ScoringFailed                     the service fails on it, or cannot accept it now
     │   ├── ClientGone             499    the client disconnected; for logs and metrics only
     │   ├── EngineFailed           500    the forward pass raised on this item
@@ -81,6 +85,18 @@ class MalformedBody(RequestRefused):
     """The body is not JSON, not UTF-8, or holds a number that JSON does not have."""
 
     status, code, title = 400, "malformed_body", "The body cannot be parsed"
+
+
+class Unauthenticated(RequestRefused):
+    """The request has no API key, or one that is not known."""
+
+    status, code, title = 401, "unauthenticated", "An API key is needed"
+
+
+class Forbidden(RequestRefused):
+    """The scope of the API key does not cover the route."""
+
+    status, code, title = 403, "forbidden", "The API key may not use this route"
 
 
 class RouteNotFound(RequestRefused):
@@ -165,17 +181,29 @@ class SequenceTooLong(RequestRefused):
     status, code, title = 422, "sequence_too_long", "The item has too many tokens"
 
 
-class Overloaded(RequestRefused):
-    """The queue is full. ``retry_after_s``: estimated seconds until it has room again, computed from its length."""
+class RetryLater(RequestRefused):
+    """There is no room for the request now. ``retry_after_s``: estimated seconds until there is."""
 
-    status, code, title, retryable = 503, "overloaded", "The service is overloaded", True
+    retryable = True
 
     def __init__(self, detail: str, retry_after_s: float) -> None:
         super().__init__(detail)
         self.retry_after_s = retry_after_s
 
-    def __reduce__(self) -> tuple[type[Overloaded], tuple[str, float]]:
+    def __reduce__(self) -> tuple[type[RetryLater], tuple[str, float]]:
         return type(self), (self.detail, self.retry_after_s)
+
+
+class QuotaExceeded(RetryLater):
+    """The items per minute of the API key are used up."""
+
+    status, code, title = 429, "quota_exceeded", "The quota of the API key is used up"
+
+
+class Overloaded(RetryLater):
+    """The queue is full; the seconds are computed from its length."""
+
+    status, code, title = 503, "overloaded", "The service is overloaded"
 
 
 class ScoringFailed(HttpError):

@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
-from service.errors import Draining, EngineUnavailable, NotReady, Overloaded
+from service.errors import Draining, EngineUnavailable, Forbidden, NotReady, Overloaded, QuotaExceeded, Unauthenticated
 from service.records import SCOPES, ModelIdentity
 
 SECONDS = tuple(0.001 * 2**power for power in range(16))
@@ -141,8 +141,13 @@ class Metrics:
             registry=registry,
         )
         self.shed = Counter("rm_shed", "Requests refused before any work, by reason.", ["reason"], registry=registry)
-        for refusal in (Overloaded, NotReady, Draining, EngineUnavailable):
+        for refusal in (Overloaded, QuotaExceeded, NotReady, Draining, EngineUnavailable):
             self.shed.labels(reason=refusal.code)
+        self.authentication_failures = Counter(
+            "rm_authentication_failures", "Requests without a valid API key, by reason.", ["reason"], registry=registry
+        )
+        for failure in (Unauthenticated, Forbidden):
+            self.authentication_failures.labels(reason=failure.code)
 
     def _declare_scores(self) -> None:
         registry = self.registry

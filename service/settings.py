@@ -216,7 +216,10 @@ class MonitorSettings(Section):
     )
     batch_items: int = Field(256, ge=32, description="Minimum number of items in one step of the cumulative sums.")
     max_runs: int = Field(
-        64, ge=1, description="Runs (X-Run-Id) monitored separately; the least recently seen run is dropped."
+        64,
+        ge=1,
+        description="Runs (X-Run-Id) monitored separately. A new one displaces the least recently seen run if that has "
+        "been idle for an hour, else one with the fewest items.",
     )
     length_corr_warn: float = Field(
         0.3,
@@ -287,6 +290,22 @@ class ProtocolSettings(Section):
         return value
 
 
+class SecuritySettings(Section):
+    """Who may call the service."""
+
+    api_keys: str | None = Field(
+        None,
+        description="YAML file with the hashes of API keys, which reward-key makes; null: no keys. The probes alone "
+        "need none.",
+    )
+    authentication: Literal["auto", "required", "none"] = Field(
+        "auto",
+        description="auto: without API keys the service listens on this machine only; required: it does not start "
+        "without keys; none: whoever reaches the port may score.",
+    )
+    public_metrics: bool = Field(False, description="Whether /metrics needs no API key, where there are keys.")
+
+
 class Settings(Section):
     """All settings of one served model."""
 
@@ -297,6 +316,7 @@ class Settings(Section):
     diagnostics: DiagnosticsSettings = DiagnosticsSettings()
     monitors: MonitorSettings = MonitorSettings()
     protocols: ProtocolSettings = ProtocolSettings()
+    security: SecuritySettings = SecuritySettings()
     log: str | None = Field(
         None,
         description="Access log: the file that gets one JSON line per request. -: standard output. null: with "

@@ -6,6 +6,7 @@ Requests are built in ``requests``, responses validated in ``answers``.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -28,6 +29,7 @@ from reward_client.checks import (
     check_headers,
     check_items,
     elements,
+    headers_with_key,
     instance_of,
     one_of,
     positive_integer,
@@ -80,6 +82,8 @@ T = TypeVar("T")
 IDLE_CONNECTION_S = 4.0
 CONNECT_TIMEOUT_S = 10.0
 READY_POLL_S = 0.25
+API_KEY_VARIABLE = "REWARD_API_KEY"
+"""Variable of the environment with the API key."""
 
 
 class AsyncRewardClient:
@@ -93,8 +97,9 @@ class AsyncRewardClient:
         deadline_s: seconds within which a call returns or raises; the service receives what is left.
         max_connections: concurrent requests per event loop.
         chunks: how large calls are split into requests.
-        retries: the policy after a 5xx or a broken connection. A 4xx is never retried.
+        retries: the policy after a 5xx, a 429 (quota) or a broken connection. No other 4xx is retried.
         headers: sent with each request, such as ``{"X-Run-Id": "ppo-7"}`` or an ``Authorization``.
+        api_key: sent as ``Authorization: Bearer``; None: the environment's ``REWARD_API_KEY``, if it has one.
         reference: the KL reference of the training run: its checkpoint folder, the hash over its weights, or its name.
             The first call warns (ReferenceWarning) if the reward model was initialised from another checkpoint.
         require_reference: raise ReferenceMismatch instead, also where it is unknown.
@@ -116,6 +121,7 @@ class AsyncRewardClient:
         chunks: ChunkLimits = DEFAULT_CHUNKS,
         retries: RetryPolicy = DEFAULT_RETRY_POLICY,
         headers: Mapping[str, str] | None = None,
+        api_key: str | None = None,
         reference: Reference | None = None,
         require_reference: bool = False,
         wait_for_start_s: float | None = None,
@@ -126,7 +132,7 @@ class AsyncRewardClient:
         self.max_connections = positive_integer(max_connections, "max_connections")
         self.chunks = instance_of(ChunkLimits, chunks, "chunks")
         self.retries = instance_of(RetryPolicy, retries, "retries")
-        self.headers = check_headers(headers)
+        self.headers = headers_with_key(check_headers(headers), api_key, os.environ.get(API_KEY_VARIABLE))
         self.reference = None if reference is None else reference_name(reference)
         self.require_reference = require_reference
         self.wait_for_start_s = (
@@ -442,7 +448,7 @@ class AsyncRewardClient:
 
     def _failure_of(self, answer: httpx2.Response) -> ClientError | AttemptFailedError:
         """Return the exception for an answer that is not a 200."""
-        if answer.is_server_error:
+        if answer.is_server_error or answer.status_code == httpx2.codes.TOO_MANY_REQUESTS:
             return AttemptFailedError(
                 _describe(answer), read_retry_after(answer.headers.get("Retry-After"), time.time())
             )

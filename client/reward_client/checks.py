@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeGuard, TypeVar
 
@@ -146,6 +147,29 @@ def check_items(items: list[Any]) -> None:
         if not isinstance(item, Mapping) or not all(isinstance(key, str) for key in item):
             wanted = 'a dictionary such as {"prompt": "...", "completion": "..."}'
             raise InvalidArgument(f"items[{index}] must be {wanted}{_found(item)}")
+
+
+def headers_with_key(headers: Mapping[str, str], api_key: object, of_environment: str | None) -> dict[str, str]:
+    """Return the headers of every request with the API key, which is sent as a Bearer token.
+
+    Args:
+        headers: checked.
+        api_key: as the caller gave it; None: that of the environment.
+        of_environment: used where the caller gives neither a key nor an Authorization.
+
+    Raises:
+        InvalidArgument: the key is no string of visible ASCII characters, or there is an Authorization beside it.
+    """
+    has_authorization = any(name.lower() == "authorization" for name in headers)
+    if api_key is None:
+        if has_authorization or not of_environment:
+            return dict(headers)
+        api_key = of_environment
+    elif has_authorization:
+        raise InvalidArgument("api_key and an Authorization in headers exclude each other: give one of them")
+    if not isinstance(api_key, str) or not re.fullmatch(r"[!-~]+", api_key):
+        raise InvalidArgument("api_key must be a string of visible ASCII characters")
+    return {**headers, "Authorization": f"Bearer {api_key}"}
 
 
 def check_headers(headers: object) -> dict[str, str]:

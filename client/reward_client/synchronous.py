@@ -35,8 +35,9 @@ class RewardClient:
         deadline_s: seconds within which a call returns or raises, all attempts together.
         max_connections: requests in flight at a time, over all threads.
         chunks: how large calls are split into requests.
-        retries: the policy after a 5xx or a broken connection. A 4xx is never retried.
+        retries: the policy after a 5xx, a 429 (quota) or a broken connection. No other 4xx is retried.
         headers: sent with each request.
+        api_key: sent as ``Authorization: Bearer``; None: the environment's ``REWARD_API_KEY``, if it has one.
         reference: the KL reference of the training run; see ``AsyncRewardClient``.
         require_reference: raise where it is not known that the reward model was initialised from it.
         wait_for_start_s: seconds for which a service that has never answered is tried; see ``AsyncRewardClient``.
@@ -55,6 +56,7 @@ class RewardClient:
         chunks: ChunkLimits = DEFAULT_CHUNKS,
         retries: RetryPolicy = DEFAULT_RETRY_POLICY,
         headers: Mapping[str, str] | None = None,
+        api_key: str | None = None,
         reference: Reference | None = None,
         require_reference: bool = False,
         wait_for_start_s: float | None = None,
@@ -67,6 +69,7 @@ class RewardClient:
             chunks=chunks,
             retries=retries,
             headers=headers,
+            api_key=api_key,
             reference=reference,
             require_reference=require_reference,
             wait_for_start_s=wait_for_start_s,

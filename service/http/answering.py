@@ -13,7 +13,13 @@ from service.request_state import ScoredRequest
 
 
 def note_parsed(served: ServedModel, facts: RequestFacts, num_items: int) -> float:
-    """Note the items of a parsed request; return the seconds from its arrival."""
+    """Note the items of a parsed request; return the seconds from its arrival.
+
+    Raises:
+        QuotaExceeded: the API key has used up its quota.
+    """
+    if facts.quota is not None:
+        facts.quota.take(num_items)
     parse_s = time.perf_counter() - facts.started_at
     served.metrics.stage_duration.labels("parse").observe(parse_s)
     facts.items = num_items

@@ -6,6 +6,7 @@ import re
 import time
 import uuid
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from starlette.requests import Request
 from starlette.types import Scope
@@ -14,6 +15,18 @@ from service.errors import InvalidRequest
 from service.records import Timings
 
 _IDENTIFIER = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+
+
+class Quota(Protocol):
+    """What an API key may still use."""
+
+    def take(self, num_items: int) -> None:
+        """Take the items of one request.
+
+        Raises:
+            QuotaExceeded: there are not enough; nothing is taken.
+        """
+        ...
 
 
 @dataclass(slots=True)
@@ -32,6 +45,12 @@ class RequestFacts:
     """Number of tokens of the scored sequences."""
     timings: Timings | None = None
     """Seconds of each stage; None: nothing was scored."""
+    key: str | None = None
+    """Name of the API key; None: the service has no keys, or the route needs none."""
+    is_admin: bool = True
+    """Whether the caller may read what concerns other callers; without keys everybody may."""
+    quota: Quota | None = None
+    """Items that the key may still have scored; None: any number."""
     started_at: float = field(default_factory=time.perf_counter)
     """``time.perf_counter()`` at arrival."""
 

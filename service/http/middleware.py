@@ -107,6 +107,7 @@ class RequestMiddleware:
             route=route,
             status=status,
             code=facts.code,
+            key=facts.key,
             model_version=self._model_version,
             items=facts.items,
             failed=facts.failed,

@@ -12,8 +12,8 @@ from starlette.routing import Route
 
 from service.assembly import ServedModel
 from service.diagnostics.monitors.monitor import MonitorView, describe_state
-from service.errors import RunNotFound
-from service.http.facts import run_id_of
+from service.errors import Forbidden, RunNotFound
+from service.http.facts import facts_of, run_id_of
 
 GatherMonitors: TypeAlias = Callable[[str | None], Awaitable[MonitorView]]
 """Collects the state of the monitors of all replicas: of all items, or of the run with the given id."""
@@ -29,13 +29,15 @@ def monitor_route(served: ServedModel, gather: GatherMonitors | None) -> Route:
 
     async def monitor(request: Request) -> Response:
         run_id = run_id_of(request)
+        if run_id is None and not facts_of(request).is_admin:
+            raise Forbidden("All runs together need a key with scope admin; name a run with X-Run-Id")
         view = await collect(run_id)
         if view.state is None:
             raise RunNotFound(f"The monitors have no items of this run; they have {len(view.runs)} other runs")
         answer = {
             "model": {"name": served.identity.name, "version": served.identity.version},
             "run": run_id,
-            "runs": view.runs,
+            "runs": view.runs if facts_of(request).is_admin else (),
             "incomplete": view.incomplete,
             "calibrated": served.monitors.reference is not None,
         }

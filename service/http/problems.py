@@ -9,10 +9,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from service.errors import ClientGone, HttpError, InternalError, MethodNotAllowed, RouteNotFound
+from service.errors import ClientGone, HttpError, InternalError, MethodNotAllowed, RouteNotFound, Unauthenticated
 from service.http.facts import RequestFacts, facts_of
 from service.protocols.problem import MEDIA_TYPE, render_problem, retry_after_s
 
+CHALLENGES = 'Bearer realm="reward-service", Basic realm="reward-service", charset="UTF-8"'
+"""How a key may be presented."""
 MAX_COMPARED_CHARS = 64
 """Characters of a path that is no route which are compared with the routes."""
 
@@ -26,7 +28,10 @@ def problem_headers(error: HttpError, facts: RequestFacts) -> dict[str, str]:
     """The headers of an answer with an error; its code goes into the facts."""
     facts.code = error.code
     wait_s = retry_after_s(error, random.random())  # noqa: S311 - spreads clients over time, protects nothing
-    return {} if wait_s is None else {"Retry-After": str(wait_s)}
+    headers = {} if wait_s is None else {"Retry-After": str(wait_s)}
+    if isinstance(error, Unauthenticated):
+        headers["WWW-Authenticate"] = CHALLENGES
+    return headers
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:

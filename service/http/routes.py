@@ -5,8 +5,10 @@ from __future__ import annotations
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
+from service.api_keys import ApiKeys
 from service.assembly import ServedModel
 from service.http.access_log import AccessLog
+from service.http.authentication import Authentication
 from service.http.middleware import RequestMiddleware
 from service.http.monitoring import GatherMonitors, monitor_route
 from service.http.open_requests import OpenRequests
@@ -23,6 +25,7 @@ def create_app(
     open_requests: OpenRequests,
     *,
     monitors: GatherMonitors | None = None,
+    api_keys: ApiKeys | None = None,
     host_echoes_request_id: bool = False,
     livez_checks_engine: bool = False,
 ) -> Starlette:
@@ -34,6 +37,7 @@ def create_app(
         access_log: where request lines go; closed by the caller.
         open_requests: counts requests in and out.
         monitors: what ``/v1/monitor`` answers; None: this replica alone.
+        api_keys: who may call; None: everybody.
         host_echoes_request_id: whether the server of the application adds ``X-Request-Id`` to answers itself, as Ray
             does.
         livez_checks_engine: whether ``/livez`` fails once the engine has died; where the process has to be restarted
@@ -45,7 +49,7 @@ def create_app(
         monitor_route(served, monitors),
         *protocol_routes(served),
     ]
-    middleware = Middleware(
+    request_middleware = Middleware(
         RequestMiddleware,
         model_version=served.identity.version,
         metrics=served.metrics,
@@ -55,6 +59,17 @@ def create_app(
         path_of={route.endpoint: route.path for route in reversed(routes)},
         echoes_request_id=not host_echoes_request_id,
     )
-    app = Starlette(routes=routes, middleware=[middleware], exception_handlers=EXCEPTION_HANDLERS)
+    app = Starlette(
+        routes=routes,
+        middleware=[request_middleware, *_authentication(served, api_keys)],
+        exception_handlers=EXCEPTION_HANDLERS,
+    )
     app.router.redirect_slashes = False
     return app
+
+
+def _authentication(served: ServedModel, keys: ApiKeys | None) -> list[Middleware]:
+    if keys is None:
+        return []
+    public_metrics = served.settings.security.public_metrics
+    return [Middleware(Authentication, keys=keys, metrics=served.metrics, public_metrics=public_metrics)]

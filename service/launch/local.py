@@ -21,11 +21,13 @@ import uvicorn
 from rich.console import Console
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from service.api_keys import ApiKeys
 from service.errors import EngineUnavailable, ServerStartError, SettingsError, StartupError
 from service.http.access_log import AccessLog
 from service.http.disconnect import CancelOnDisconnect
 from service.http.open_requests import OpenRequests
 from service.http.starting import create_starting_app
+from service.launch.exposure import keys_for
 from service.launch.ports import reachable, reserved_http
 from service.launch.private_folder import private_folder
 from service.launch.progress import TerminalProgress
@@ -59,6 +61,7 @@ def serve_locally(settings: StartSettings, console: Console) -> None:
         StopRequested: the server was asked to stop, and has stopped.
     """
     refuse_settings_of_ray(settings)
+    api_keys = keys_for(settings.security, settings.server.host)
     server: _LocalServer | None = None
     try:
         with ExitStack() as stack:
@@ -67,7 +70,7 @@ def serve_locally(settings: StartSettings, console: Console) -> None:
             access_log = stack.enter_context(_access_log(settings.log))
             url = f"http://{reachable(settings.server.host)}:{listener.getsockname()[1]}"
             progress = stack.enter_context(TerminalProgress(console, url))
-            server = _LocalServer(replica_settings(settings), listener, access_log, progress)
+            server = _LocalServer(replica_settings(settings), listener, access_log, progress, api_keys)
             server.run()
     except StopRequested as stop:
         if server is not None and server.has_running_threads:
@@ -152,12 +155,18 @@ class _LocalServer:
     """One replica with its HTTP server; ``run`` is called once, in the main thread."""
 
     def __init__(
-        self, settings: Settings, listener: socket.socket, access_log: AccessLog, progress: TerminalProgress
+        self,
+        settings: Settings,
+        listener: socket.socket,
+        access_log: AccessLog,
+        progress: TerminalProgress,
+        api_keys: ApiKeys | None,
     ) -> None:
         self._settings = settings
         self._listener = listener
         self._access_log = access_log
         self._progress = progress
+        self._api_keys = api_keys
         self._open_requests = OpenRequests()
         self._app = _ReplaceableApp(create_starting_app(access_log, self._open_requests))
         self._config = uvicorn.Config(
@@ -276,7 +285,14 @@ class _LocalServer:
             own = {REPLICA: served.metrics.render().decode()}
             return await asyncio.to_thread(merge_expositions, own, incomplete=False)
 
-        app = create_app(served, exposition, self._access_log, self._open_requests, livez_checks_engine=True)
+        app = create_app(
+            served,
+            exposition,
+            self._access_log,
+            self._open_requests,
+            api_keys=self._api_keys,
+            livez_checks_engine=True,
+        )
         return served, app
 
     async def _in_loader(self, load: Callable[[], _Result]) -> _Result:

@@ -21,6 +21,7 @@ _METAVARS = {
     "model.name": "NAME",
     "diagnostics.calibration": "FILE",
     "log": "FILE",
+    "security.api_keys": "FILE",
     "server.host": "HOST",
     "server.port": "PORT",
     "code_revision": "REV",

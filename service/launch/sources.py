@@ -26,6 +26,9 @@ from service.settings import describe_invalid, did_you_mean
 CONFIG_VARIABLE = "REWARD_CONFIG"
 """Names the configuration file if ``--config`` does not."""
 
+CLIENT_VARIABLE = "REWARD_API_KEY"
+"""The client's API key, which may stand in the same environment."""
+
 _KUBERNETES = re.compile(r"(?!.*__)REWARD_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?)")
 """Variables that Kubernetes sets in every pod for a Service named ``reward`` or ``reward-…``."""
 
@@ -81,7 +84,7 @@ def refuse_unknown_variables(environment: Iterable[str]) -> None:
     Raises:
         SettingsError: some are not; the message names each of them and the nearest variable that exists.
     """
-    known = [CONFIG_VARIABLE, *map(env_variable, SETTING_NAMES)]
+    known = [CONFIG_VARIABLE, CLIENT_VARIABLE, *map(env_variable, SETTING_NAMES)]
     unknown = [
         name
         for name in environment

@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from service.errors import RayStartError, ServerStartError, SettingsError
+from service.launch.exposure import keys_for
 from service.launch.inspection import Inspection, inspect_checkpoint
 from service.launch.launch import Launch
 from service.launch.ports import Owners, reachable, reserved_block, reserved_http
@@ -23,7 +24,7 @@ from service.launch.progress import TerminalProgress
 from service.launch.ray_environment import direct_loopback, ray_environment
 from service.launch.start_settings import ServerSettings, StartSettings
 from service.launch.supervisor import supervise
-from service.settings import Settings, name_as_given
+from service.settings import SecuritySettings, Settings, name_as_given
 
 DRAIN_S = 6.0
 """Seconds that accepted requests get after Ctrl-C; with Serve's own shutdown this stays below ``STOP_AFTER_S``."""
@@ -39,10 +40,11 @@ def serve(settings: StartSettings, console: Console) -> None:
     """Run the service until SIGINT or SIGTERM.
 
     Raises:
-        StartupError: a port is taken, the checkpoint is refused, or the server failed.
+        StartupError: API keys are missing, a port is taken, the checkpoint is refused, or the server failed.
         StopRequested: the server was asked to stop, and has stopped.
     """
     server = settings.server
+    keys_for(settings.security, server.host)
     with (
         reserved_http(server.host, server.port) as http,
         TerminalProgress(console, f"http://{reachable(server.host)}:{server.port}") as progress,
@@ -112,7 +114,15 @@ def resolve(settings: StartSettings, inspection: Inspection, log: str) -> Settin
     if settings.model.num_threads is None:
         found["num_threads"] = cores_per_replica(settings.server.replicas)
     model = settings.model.model_copy(update=found)
-    return settings.served_model().model_copy(update={"model": model, "log": log})
+    return settings.served_model().model_copy(update={"model": model, "log": log, "security": _absolute(settings)})
+
+
+def _absolute(settings: StartSettings) -> SecuritySettings:
+    """The security settings with a path that holds in every process."""
+    security = settings.security
+    if security.api_keys is None:
+        return security
+    return security.model_copy(update={"api_keys": str(Path(security.api_keys).expanduser().absolute())})
 
 
 def _launch(settings: Settings, server: ServerSettings, folder: Path, *, needs_gpu: bool) -> Launch:

@@ -37,6 +37,8 @@ SHORT_OPTIONS = {
     "batching.prefix_cache_mib": "--prefix-cache-mib",
     "batching.deterministic": "--deterministic",
     "protocols.enabled": "--protocols",
+    "security.api_keys": "--api-keys",
+    "security.authentication": "--authentication",
     "server.host": "--host",
     "server.port": "--port",
     "server.replicas": "--replicas",

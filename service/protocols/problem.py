@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from service.errors import Draining, EngineUnavailable, HttpError, InvalidRequest, NotReady, Overloaded
+from service.errors import Draining, EngineUnavailable, HttpError, InvalidRequest, NotReady, RetryLater
 
 MEDIA_TYPE = "application/problem+json"
 JITTER = 0.25
@@ -60,13 +60,16 @@ def item_error(error: HttpError) -> dict[str, Any]:
 
 
 def retry_after_s(error: HttpError, jitter: float) -> int | None:
-    """Whole seconds for the Retry-After header, at least one; None for an error that is not a 503.
+    """Whole seconds for the Retry-After header, at least one; None for an error that is neither a 503 nor a quota.
 
     Args:
         error: of the answer.
         jitter: a random number in [0, 1), another one for each answer.
     """
-    if error.status != 503:
+    if isinstance(error, RetryLater):
+        wait_s = error.retry_after_s
+    elif error.status == 503:
+        wait_s = _WAIT_S.get(type(error), 1.0)
+    else:
         return None
-    wait_s = error.retry_after_s if isinstance(error, Overloaded) else _WAIT_S.get(type(error), 1.0)
     return max(1, math.ceil(wait_s * (1.0 + JITTER * jitter)))

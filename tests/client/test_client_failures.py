@@ -24,6 +24,7 @@ from reward_client.errors import (
     BadAnswer,
     ClientDeadlineExceeded,
     ClientError,
+    InvalidArgument,
     ItemsFailed,
     RequestRejected,
     ServiceUnavailable,
@@ -501,6 +502,42 @@ def test_each_retry_is_one_record(caplog: pytest.LogCaptureFixture) -> None:
     )
     assert "attempt 2 failed: 500 Internal Server Error without a problem document; next attempt in" in second
     assert "attempt 3 failed: 503 not_ready; next attempt in" in third
+
+
+class QuotaUsedUp(FakeServer):
+    """Refuses the first two requests for the quota of their key, with and without Retry-After."""
+
+    async def answer(self, request: Request) -> AsyncIterator[bytes]:
+        if request.number < 2:
+            yield problem("429 Too Many Requests", "quota_exceeded", *["Retry-After: 0"][request.number :])
+        else:
+            yield ok(scores(request))
+
+
+def test_a_quota_is_waited_for() -> None:
+    """A 429 is retried, after its Retry-After if it has one."""
+    with running(QuotaUsedUp()) as server, RewardClient(server.url, **OPTIONS) as client:
+        assert client.score(["q"], ["1"]) == [1.0]
+        assert len(server.requests) == 3
+
+
+def test_an_api_key_is_sent_as_a_bearer_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The argument beats the environment, an Authorization among the headers beats the environment too."""
+    monkeypatch.setenv("REWARD_API_KEY", "of-environment")
+    with running(FakeServer()) as server:
+        for options, sent in (
+            ({}, "Bearer of-environment"),
+            ({"api_key": "given"}, "Bearer given"),
+            ({"headers": {"authorization": "Basic eA=="}}, "Basic eA=="),
+        ):
+            with RewardClient(server.url, **OPTIONS, **options) as client:
+                assert client.score(["q"], ["1"]) == [1.0]
+            assert server.requests[-1].headers["authorization"] == sent
+    with pytest.raises(InvalidArgument, match="exclude each other"):
+        RewardClient(server.url, api_key="given", headers={"Authorization": "Basic eA=="})
+    for wrong in ("", "a b", "schlüssel", 7):
+        with pytest.raises(InvalidArgument, match="visible ASCII"):
+            RewardClient(server.url, api_key=wrong)
 
 
 def test_retries_are_silent_by_default() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -14,6 +15,8 @@ import httpx2
 import psutil
 import pytest
 import torch
+from reward_client import RewardClient
+from reward_client.errors import RequestRejected
 from serving import RunningServer, eventually, listening_ports, serving, started, stop
 from tiny_models import write_tiny_checkpoint
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -140,6 +143,24 @@ def begin_pass(server: RunningServer, pool: ThreadPoolExecutor) -> Future[httpx2
 
     assert eventually(is_in_flight, 10.0)
     return answer
+
+
+def test_api_keys_of_a_real_server(tmp_path: Path) -> None:
+    """A server with keys scores for the client that has one, and for no other; without keys it stays on loopback."""
+    keys = tmp_path / "keys.yaml"
+    command = "from service.commands import reward_key; raise SystemExit(reward_key())"
+    make = [sys.executable, "-c", command, "trainer", "--file", str(keys)]
+    key = subprocess.run(make, check=True, capture_output=True, text=True).stdout.strip()
+    with serving(tmp_path, "--engine", "oracle", "--api-keys", str(keys), runtime="local") as server:
+        with RewardClient(server.url, api_key=key) as client:
+            assert client.score(["2+2?"], ["4"]) == [oracle_reward_of_text("2+2?", "4")]
+        with RewardClient(server.url, api_key="wrong") as client, pytest.raises(RequestRejected) as refusal:
+            client.score(["2+2?"], ["4"])
+    assert refusal.value.status == 401
+    assert key not in server.output.read_text() + server.messages.read_text() + keys.read_text()
+    with started(tmp_path, "--engine", "oracle", "--host", "0.0.0.0", runtime="local") as server:  # noqa: S104
+        assert server.process.wait(20) == 1
+    assert "there are no API keys" in server.messages.read_text()
 
 
 @pytest.mark.slow

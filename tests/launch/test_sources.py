@@ -52,6 +52,7 @@ def other_value(name: str) -> str:
         "diagnostics.level": "full", "runtime": "local", "protocols.enabled": "slime,kserve",
         "protocols.truncation": "prompt_left", "protocols.activation": "sigmoid",
         "protocols.openrlhf_scores": "sigmoid", "protocols.slime_template": "chat",
+        "security.authentication": "required",
     }  # fmt: skip
     if name in special | literals:
         return (special | literals)[name]

@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx2
 
+from service.api_keys import ApiKeys
 from service.assembly import ServedModel, assemble
 from service.engines.oracle import OracleEngine, OracleFaults
 from service.http.access_log import AccessLog
@@ -26,9 +27,10 @@ ORACLE = {"engine": "oracle"}
 class Application:
     """A started application."""
 
-    def __init__(self, served: ServedModel, client: httpx2.AsyncClient) -> None:
+    def __init__(self, served: ServedModel, client: httpx2.AsyncClient, access_log: AccessLog) -> None:
         self.served = served
         self.client = client
+        self.access_log = access_log
 
     async def post(self, route: str, body: Any, **headers: str) -> httpx2.Response:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -41,12 +43,15 @@ class Application:
 
 
 @asynccontextmanager
-async def application(folder: Path, *, faults: OracleFaults | None = None, **tree: Any) -> AsyncIterator[Application]:
+async def application(
+    folder: Path, *, faults: OracleFaults | None = None, api_keys: ApiKeys | None = None, **tree: Any
+) -> AsyncIterator[Application]:
     """Start the application with the given settings; without a model it is the oracle.
 
     Args:
         folder: gets the access log.
         faults: of the oracle.
+        api_keys: who may call; None: everybody.
         tree: the settings tree.
     """
     settings = read_settings({"model": ORACLE} | tree)
@@ -61,11 +66,11 @@ async def application(folder: Path, *, faults: OracleFaults | None = None, **tre
         return served.metrics.render().decode()
 
     log = AccessLog(str(folder / "requests.jsonl"))
-    app = create_app(served, exposition, log, OpenRequests())
+    app = create_app(served, exposition, log, OpenRequests(), api_keys=api_keys)
     await served.scorer.start()
     try:
         async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://app") as client:
-            yield Application(served, client)
+            yield Application(served, client, log)
     finally:
         await served.scorer.stop(0.0)
         log.close()

@@ -8,6 +8,7 @@ one batch.
 from __future__ import annotations
 
 import itertools
+import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +25,9 @@ from service.diagnostics.monitors.report import read_sums, read_window, window_c
 from service.diagnostics.monitors.window import WindowStatistics, merge_windows, summarize
 from service.records import SCOPES, Score
 from service.settings import MonitorSettings
+
+IDLE_S = 3600.0
+"""Seconds without a request after which a run may be dropped for a new one, however many items it had."""
 
 Listener = Callable[[ObservedItems, Sequence[Observation]], None]
 """Called with all items, each once; the completions of a prompt come in one call."""
@@ -88,6 +92,14 @@ class Monitor:
         self._sums = {name: Cusum() for name in SIGNALS}
         self._num_alarms: Counter[str] = Counter()
         self._num_batches = 0
+        self._num_closed = 0
+        self.seen_at = 0.0
+        """When a request of the run was last seen, in seconds of the clock; set by the owner."""
+
+    @property
+    def num_batches(self) -> int:
+        """Batches that are complete, those that have left the window included."""
+        return self._num_closed
 
     def observe(self, items: Sequence[Observation]) -> None:
         """Add the items of one request."""
@@ -103,6 +115,7 @@ class Monitor:
     def _close_batch(self) -> None:
         batch = self._summarized_pending()
         self._pending = []
+        self._num_closed += 1
         self._batches.append(batch)
         num_items = sum(closed.num_items for closed in self._batches)
         while num_items - self._batches[0].num_items >= self._settings.window_items:
@@ -128,14 +141,20 @@ class Monitors:
         settings: window, thresholds, number of runs.
         reference: reference of the calibration; without one (None) drift is not monitored.
         listener: called with every item once, some time after it was observed and at the latest by `flush`.
+        clock: seconds, monotonic.
     """
 
     def __init__(
-        self, settings: MonitorSettings, reference: MonitorReference | None, listener: Listener | None = None
+        self,
+        settings: MonitorSettings,
+        reference: MonitorReference | None,
+        listener: Listener | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.settings = settings
         self.reference = reference
         self._listener = listener
+        self._clock = clock
         self._all = Monitor(settings, reference)
         self._runs: OrderedDict[str, Monitor] = OrderedDict()
         self._unreported: list[Observation] = []
@@ -190,11 +209,24 @@ class Monitors:
 
     def _run(self, run_id: str) -> Monitor:
         if run_id not in self._runs:
+            if len(self._runs) >= self.settings.max_runs:
+                del self._runs[self._dropped_run()]
             self._runs[run_id] = Monitor(self.settings, self.reference)
-            if len(self._runs) > self.settings.max_runs:
-                self._runs.popitem(last=False)
         self._runs.move_to_end(run_id)
+        self._runs[run_id].seen_at = self._clock()
         return self._runs[run_id]
+
+    def _dropped_run(self) -> str:
+        """Return the run that makes room.
+
+        It is the least recently seen one, if it has been idle for ``IDLE_S``; else one with the fewest batches. A
+        caller who sends many names has runs of few items, which displace each other and no run in training.
+        """
+        oldest = next(iter(self._runs))
+        if self._clock() - self._runs[oldest].seen_at >= IDLE_S:
+            return oldest
+        fewest = min(run.num_batches for run in self._runs.values())
+        return next(name for name, run in self._runs.items() if run.num_batches == fewest)
 
 
 def _length_of(item: ItemState) -> tuple[int | None, bool]:

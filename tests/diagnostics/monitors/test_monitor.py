@@ -212,6 +212,20 @@ def test_least_recently_used_run_is_removed() -> None:
     assert monitors.state("b") is None
 
 
+def test_many_names_do_not_displace_a_run_in_training() -> None:
+    """Names of few items displace each other and not a run with full batches, unless that has been idle for an hour."""
+    now = 0.0
+    monitors = Monitors(SETTINGS, None, clock=lambda: now)
+    monitors.observe(stream(SETTINGS.batch_items), "training")
+    for number in range(64):
+        monitors.observe(stream(2), f"name-{number}")
+    assert monitors.runs == ("training", "name-62", "name-63")
+
+    now = 4000.0
+    monitors.observe(stream(2), "new")
+    assert monitors.runs == ("name-62", "name-63", "new")
+
+
 def test_listener_receives_every_item_once() -> None:
     """The listener receives all items once, in whole requests, and the last ones by a flush."""
     received: list[Observation] = []
