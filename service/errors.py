@@ -9,6 +9,7 @@
     │   ├── RunNotFound            404    no monitor has items of that training run
     │   ├── ModelNotFound          404    another model is named, and names are strict
     │   ├── MethodNotAllowed       405
+    │   ├── BodyTooSlow            408    the body does not arrive in time
     │   ├── BodyTooLarge           413    more bytes than one request may have
     │   ├── TooManyItems           413    more items than one request may have
     │   ├── ItemTooLong            413    more characters than one item may have
@@ -121,6 +122,12 @@ class MethodNotAllowed(RequestRefused):
     """The route exists, but not for this method."""
 
     status, code, title = 405, "method_not_allowed", "The route does not support this method"
+
+
+class BodyTooSlow(RequestRefused):
+    """The bytes of the body do not arrive in time; the connection held a place that others wait for."""
+
+    status, code, title, retryable = 408, "body_too_slow", "The body arrives too slowly", True
 
 
 class BodyTooLarge(RequestRefused):

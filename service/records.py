@@ -57,8 +57,8 @@ class Message:
 
     @property
     def num_chars(self) -> int:
-        """Characters of the content and of the further fields."""
-        return len(self.text) + len(self.fields)
+        """Characters of the role, the content and the further fields."""
+        return len(self.role) + len(self.text) + len(self.fields)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the turn in the form of chat templates."""

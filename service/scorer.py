@@ -216,7 +216,7 @@ class Scorer:
         key, num_tokens = next(self._keys), self._encoder.estimate_tokens(request.items)
         try:
             try:
-                self._admit(key, num_tokens)
+                self._admit(key, num_tokens, deadline)
             except Overloaded as refusal:
                 if not request.waits_for_room:
                     raise
@@ -229,9 +229,9 @@ class Scorer:
             raise
         return key
 
-    def _admit(self, key: Hashable, num_tokens: int) -> None:
+    def _admit(self, key: Hashable, num_tokens: int, deadline: float) -> None:
         self.refuse_unless_ready()
-        self._queue.admit(key, num_tokens)
+        self._queue.admit(key, num_tokens, deadline=deadline)
 
     async def _wait_for_room(self, key: Hashable, num_tokens: int, deadline: float, refusal: Overloaded) -> None:
         """Reserve room once there is some; raise the refusal at the deadline, or if too many tokens wait already."""
@@ -243,7 +243,7 @@ class Scorer:
             async with asyncio.timeout(deadline - self._clock()), self._patience:
                 while True:
                     try:
-                        return self._admit(key, num_tokens)
+                        return self._admit(key, num_tokens, deadline)
                     except Overloaded:
                         await asyncio.sleep(ROOM_POLL_S)
         except TimeoutError:

@@ -160,11 +160,18 @@ class LimitSettings(Section):
     max_request_bytes: int = Field(
         64 * 1024 * 1024, ge=1024, description="Bytes of a request body, also after decompression."
     )
+    max_request_values: int = Field(
+        4 * 1024 * 1024,
+        ge=1024,
+        description="Values of a request body, such as token ids; an object counts eight. Checked above 1 MiB.",
+    )
     max_request_items: int = Field(2048, ge=1, description="Items of a request.")
     max_compare_completions: int = Field(
         256, ge=2, description="Completions of a comparison; the size of the answer grows with the square."
     )
-    max_item_chars: int = Field(131_072, ge=1, description="Characters of one item, checked before tokenizing.")
+    max_item_chars: int = Field(
+        131_072, ge=1, description="Characters of one item, roles of messages included, checked before tokenizing."
+    )
     max_queue_tokens: int = Field(
         2_097_152,
         ge=1,

@@ -64,10 +64,10 @@ class WorkQueue:
             oldest = self._queue.oldest_arrival
         return 0.0 if oldest is None else self._clock() - oldest
 
-    def admit(self, key: Hashable, num_tokens: int) -> None:
-        """Reserve room for a request, as `Queue.admit`."""
+    def admit(self, key: Hashable, num_tokens: int, *, deadline: float) -> None:
+        """Reserve room for a request with a deadline in seconds of the clock, as `Queue.admit`."""
         with self._changed:
-            self._queue.admit(key, num_tokens)
+            self._queue.admit(key, num_tokens, time_left_s=deadline - self._clock())
 
     def put(self, key: Hashable, state: RequestState, *, now: float, deadline: float) -> None:
         """Put the work of a request into the queue and wake the engine thread.

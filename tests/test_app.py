@@ -23,10 +23,10 @@ from starlette.types import Message, Receive, Scope, Send
 from service import errors
 from service.assembly import ServedModel, assemble
 from service.engines.oracle import OracleEngine, OracleFaults, byte_tokenizer, oracle_reward_of_text
-from service.errors import HttpError, Overloaded
+from service.errors import HttpError, Overloaded, RetryLater
 from service.http.access_log import AccessLog
 from service.http.open_requests import OpenRequests
-from service.http.request_ids import RequestIdMiddleware, proxy_middlewares
+from service.http.ray_headers import RayHeadersMiddleware, proxy_middlewares
 from service.http.routes import create_app
 from service.pipeline import Pipeline
 from service.protocols.problem import MEDIA_TYPE, render_problem, retry_after_s
@@ -157,12 +157,33 @@ async def test_request_id_before_ray(given: bytes | None, kept: bool) -> None:
         seen.append(scope["headers"])
 
     headers = [(b"host", b"h"), *([] if given is None else [(b"x-request-id", given)])]
-    await RequestIdMiddleware(inner)({"type": "http", "headers": headers}, no_message, no_send)
+    await RayHeadersMiddleware(inner)({"type": "http", "headers": headers}, no_message, no_send)
 
     (host, (name, value)) = seen[0]
-    assert [repr(middleware) for middleware in proxy_middlewares()] == ["Middleware(RequestIdMiddleware)"]
+    assert [repr(middleware) for middleware in proxy_middlewares()] == ["Middleware(RayHeadersMiddleware)"]
     assert (host, name) == ((b"host", b"h"), b"x-request-id")
     assert value == given if kept else re.fullmatch(rb"[0-9a-f]{32}", value)
+
+
+async def test_no_header_of_a_client_steers_ray() -> None:
+    """Headers by which a client would switch off cancellation or Ray's timeout, or that Ray cannot decode, are gone."""
+    seen: list[list[tuple[bytes, bytes]]] = []
+
+    async def inner(scope: Scope, _receive: Receive, _send: Send) -> None:
+        seen.append(scope["headers"])
+
+    steering = [
+        (b"x-request-disconnect-disabled", b"?1"),
+        (b"x-request-timeout-seconds", b"0.5"),
+        (b"serve_multiplexed_model_id", b"\xff"),
+        (b"serve-multiplexed-model-id", b"m"),
+        (b"x-session-id", b"\xff"),
+        (b"traceparent", b"\xff"),
+        (b"\xff", b"1"),
+    ]
+    passing = [(b"x-run-id", b"\xff"), (b"traceparent", b"00-1-2-01")]
+    await RayHeadersMiddleware(inner)({"type": "http", "headers": [*steering, *passing]}, no_message, no_send)
+    assert seen[0][:-1] == passing
 
 
 async def no_message() -> Message:
@@ -448,7 +469,7 @@ def all_http_errors(root: type[HttpError] = HttpError) -> list[type[HttpError]]:
 
 
 def example(error: type[HttpError]) -> HttpError:
-    return error("7 tokens", 3.2) if issubclass(error, Overloaded) else error("7 tokens")
+    return error("7 tokens", 3.2) if issubclass(error, RetryLater) else error("7 tokens")
 
 
 @pytest.mark.parametrize("error", all_http_errors(), ids=lambda error: error.__name__)
@@ -462,11 +483,15 @@ def test_every_error_renders(error: type[HttpError]) -> None:
 
 
 @pytest.mark.parametrize("error", all_http_errors(), ids=lambda error: error.__name__)
-def test_retry_after_is_whole_seconds_on_503_alone(error: type[HttpError]) -> None:
-    """Every 503 has a Retry-After of whole seconds, at least one; other errors have none."""
+def test_retry_after_is_whole_seconds(error: type[HttpError]) -> None:
+    """Every 503 and every refusal for a quota has a Retry-After of whole seconds, at least one; others have none."""
     waits = {retry_after_s(example(error), jitter) for jitter in (0.0, 0.5, 0.99)}
 
-    assert all(isinstance(wait, int) and wait >= 1 for wait in waits) if error.status == 503 else waits == {None}
+    assert (
+        all(isinstance(wait, int) and wait >= 1 for wait in waits)
+        if error.status in {429, 503} or error is RetryLater
+        else waits == {None}
+    )
 
 
 def test_retry_after_is_spread() -> None:

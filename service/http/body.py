@@ -1,4 +1,4 @@
-"""Read the bytes of a request body under a limit.
+"""Read the bytes of a request body under limits on size, speed and number of values.
 
 Bytes are counted while they arrive, so neither a wrong Content-Length nor a small gzip stream of a large text takes
 more memory than the limit. Parsing them is left to the module of each wire format.
@@ -10,28 +10,39 @@ import asyncio
 import zlib
 from collections.abc import AsyncIterator, Mapping
 
-from service.errors import BodyTooLarge, MalformedBody, UnsupportedMediaType
+from service.errors import BodyTooLarge, BodyTooSlow, MalformedBody, UnsupportedMediaType
+from service.http.values import check_values
+from service.settings import LimitSettings
 
 _GZIP_WINDOW = 16 + zlib.MAX_WBITS
 _ZLIB_WINDOW = zlib.MAX_WBITS
+MAX_RATIO = 100
+"""How much larger a body may be than its compressed form."""
+FREE_INFLATED_BYTES = 8 * 1024 * 1024
+"""Up to this size any ratio is allowed: completions that repeat one long prompt compress well."""
+GRACE_S = 10.0
+"""Seconds that a body may take however small it is; then it must have arrived at ``MIN_BYTES_PER_S`` on average."""
+MIN_BYTES_PER_S = 16 * 1024
 _INFLATE_STEP = 1024 * 1024
 """Bytes inflated before control returns to the event loop."""
 
 
 async def read_json_body(
-    headers: Mapping[str, str], chunks: AsyncIterator[bytes], max_bytes: int, *, any_media_type: bool = False
+    headers: Mapping[str, str], chunks: AsyncIterator[bytes], limits: LimitSettings, *, any_media_type: bool = False
 ) -> bytes:
     """Read the body of a JSON request, plain or compressed with gzip or deflate.
 
     Args:
         headers: of the request; names in lower case.
         chunks: the body as it arrives.
-        max_bytes: limit on the bytes received, and again on the bytes after decompression.
+        limits: ``max_request_bytes`` holds for the bytes received, and again after decompression.
         any_media_type: whether the Content-Type is ignored.
 
     Raises:
         UnsupportedMediaType: the Content-Type is not JSON (a missing one is taken for JSON), or the coding is another.
-        BodyTooLarge: the limit is exceeded; nothing beyond it is stored.
+        BodyTooLarge: a limit on bytes is exceeded; nothing beyond it is stored.
+        BodyTooSlow: it does not arrive in time.
+        TooManyItems: it has more than ``max_request_values`` values.
         MalformedBody: the compressed stream is corrupt, truncated, or followed by other bytes.
     """
     if not any_media_type:
@@ -41,13 +52,15 @@ async def read_json_body(
         raise UnsupportedMediaType(
             "The Content-Encoding is none of gzip, deflate and identity; send the body plain or gzipped"
         )
+    max_bytes = limits.max_request_bytes
     declared = headers.get("content-length", "")
     if declared.isdecimal() and len(declared) < 20 and int(declared) > max_bytes:
         raise BodyTooLarge(f"The body has {declared} bytes; the limit is {max_bytes}")
-    received = await _read(chunks, max_bytes)
-    if coding == "identity":
-        return received
-    return await _inflate(received, max_bytes, _GZIP_WINDOW if coding == "gzip" else _ZLIB_WINDOW)
+    body = await _read(chunks, max_bytes)
+    if coding != "identity":
+        body = await _inflate(body, max_bytes, _GZIP_WINDOW if coding == "gzip" else _ZLIB_WINDOW)
+    await check_values(body, limits.max_request_values)
+    return body
 
 
 def _check_media_type(content_type: str) -> None:
@@ -61,15 +74,24 @@ def _check_media_type(content_type: str) -> None:
 
 async def _read(chunks: AsyncIterator[bytes], max_bytes: int) -> bytes:
     body = bytearray()
-    async for chunk in chunks:
-        if len(body) + len(chunk) > max_bytes:
-            raise BodyTooLarge(f"The body has more than {max_bytes} bytes")
-        body += chunk
+    begin = asyncio.get_running_loop().time()
+    try:
+        async with asyncio.timeout(GRACE_S) as patience:
+            async for chunk in chunks:
+                if len(body) + len(chunk) > max_bytes:
+                    raise BodyTooLarge(f"The body has more than {max_bytes} bytes")
+                body += chunk
+                patience.reschedule(begin + GRACE_S + len(body) / MIN_BYTES_PER_S)
+    except TimeoutError:
+        raise BodyTooSlow(
+            f"The body did not arrive in {GRACE_S:g} seconds and at {MIN_BYTES_PER_S} bytes a second after that"
+        ) from None
     return bytes(body)
 
 
 async def _inflate(compressed: bytes, max_bytes: int, window: int) -> bytes:
     inflater = zlib.decompressobj(window)
+    max_ratio_bytes = max(FREE_INFLATED_BYTES, MAX_RATIO * len(compressed))
     body = bytearray()
     rest = compressed
     while rest and not inflater.eof:
@@ -79,6 +101,8 @@ async def _inflate(compressed: bytes, max_bytes: int, window: int) -> bytes:
             raise MalformedBody("The body is not the stream that its Content-Encoding announces") from None
         if len(body) > max_bytes:
             raise BodyTooLarge(f"The body has more than {max_bytes} bytes after decompression")
+        if len(body) > max_ratio_bytes:
+            raise BodyTooLarge(f"The body is more than {MAX_RATIO} times as large as its compressed form")
         rest = inflater.unconsumed_tail
         await asyncio.sleep(0)
     if not inflater.eof or inflater.unused_data:

@@ -204,9 +204,13 @@ _MONITORS = {
 
 _SCORING_REFUSALS = {
     "400": "The body cannot be parsed.",
+    "401": "The service has API keys, and the request has none that it knows.",
+    "403": "The API key may not use this route.",
+    "408": "The body arrives too slowly.",
     "413": "The body, the number of items or an item is over its limit.",
     "415": "Unsupported media type or content coding.",
     "422": "A field is missing, unknown, of the wrong type or out of range.",
+    "429": "The quota of the API key is used up; Retry-After has the seconds to wait.",
     "500": "A bug, or a failed forward pass.",
     "503": "Overloaded, not ready or draining; Retry-After has the seconds to wait.",
     "504": "The deadline has passed.",

@@ -91,14 +91,13 @@ def _scoring_endpoint(
     served: ServedModel, protocol: Protocol, route: ScoringRoute, context: ProtocolContext
 ) -> _Endpoint:
     answer_body = _body_endpoint(served, protocol, route, context)
-    max_bytes = context.limits.max_request_bytes
 
     async def endpoint(request: Request) -> Response:
         try:
             body = await read_json_body(
                 request.headers,
                 request.stream(),
-                max_bytes,
+                context.limits,
                 any_media_type=protocol.takes_any_media_type,
             )
         except HttpError as error:

@@ -54,7 +54,7 @@ def scoring_routes(served: ServedModel) -> list[Route]:
         return Response(content, media_type="application/json", headers={"X-Reward-Activation": "none"})
 
     async def read(request: Request) -> bytes:
-        return await read_json_body(request.headers, request.stream(), settings.limits.max_request_bytes)
+        return await read_json_body(request.headers, request.stream(), settings.limits)
 
     async def score(request: Request) -> Response:
         body = await read(request)

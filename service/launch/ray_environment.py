@@ -22,7 +22,7 @@ _REQUEST_PATH = {
     # threads.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     # Ray answers 500 to an X-Request-Id that is not UTF-8, before the application could replace it.
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "service.http.request_ids.proxy_middlewares",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "service.http.ray_headers.proxy_middlewares",
 }
 
 _PATIENCE = {
@@ -53,8 +53,20 @@ _QUIET_BACKGROUND = {
 """Keeps Ray's background work off the cores of the forward pass; docs/decisions/0018 has the effect of each."""
 
 
+def max_connections_within(open_files: int) -> int:
+    """Return how many connections HAProxy may hold under a limit of open files: two for each, and a reserve."""
+    return max(1024, min(16_384, (open_files - 1000) // 2))
+
+
 def ray_environment(
-    folder: Path, ports: Ports, token: Path, *, cores: int, deadline_s: float, drain_s: float
+    folder: Path,
+    ports: Ports,
+    token: Path,
+    *,
+    cores: int,
+    deadline_s: float,
+    drain_s: float,
+    max_connections: int = 4096,
 ) -> dict[str, str]:
     """Return the variables for a server whose private files are in ``folder``.
 
@@ -65,9 +77,12 @@ def ray_environment(
         cores: of this machine; HAProxy gets up to four threads.
         deadline_s: longest time to an answer; HAProxy must not cut a connection before it.
         drain_s: how long a replica that leaves stays reachable.
+        max_connections: of HAProxy.
     """
     return (
-        _proxy_environment(folder, ports, cores=cores, deadline_s=deadline_s, drain_s=drain_s)
+        _proxy_environment(
+            folder, ports, cores=cores, deadline_s=deadline_s, drain_s=drain_s, max_connections=max_connections
+        )
         | _REQUEST_PATH
         | {
             # Keeps Ray's own ports on loopback; the name is about other systems, the effect is the same on Linux.
@@ -96,12 +111,20 @@ def direct_loopback(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: ",".join(filter(None, [environment.get(name) or given, LOOPBACK])) for name in names}
 
 
-def _proxy_environment(folder: Path, ports: Ports, *, cores: int, deadline_s: float, drain_s: float) -> dict[str, str]:
+def _proxy_environment(
+    folder: Path, ports: Ports, *, cores: int, deadline_s: float, drain_s: float, max_connections: int
+) -> dict[str, str]:
     return {
         # One HAProxy instead of Ray's Python proxy: a tenth of the latency and ten times the requests.
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, cores)),
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(int(deadline_s) + 30),
+        # A connection that sends nothing for so long is closed; one that waits for its answer is not.
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "30",
+        # Idle connections beyond Ray's default of 4,096 would keep everybody out; each takes two of the open files.
+        "RAY_SERVE_HAPROXY_MAXCONN": str(max_connections),
+        # A dead replica is noticed in two seconds instead of ten.
+        "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports.proxy_metrics),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(ports.proxy_stats),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports.fallback),

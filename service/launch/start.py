@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ from service.launch.launch import Launch
 from service.launch.ports import Owners, reachable, reserved_block, reserved_http
 from service.launch.private_folder import ACCESS_LOG, SHORT_FOLDER, is_too_long, private_folder, write_token
 from service.launch.progress import TerminalProgress
-from service.launch.ray_environment import direct_loopback, ray_environment
+from service.launch.ray_environment import direct_loopback, max_connections_within, ray_environment
 from service.launch.start_settings import ServerSettings, StartSettings
 from service.launch.supervisor import supervise
 from service.settings import SecuritySettings, Settings, name_as_given
@@ -88,6 +89,7 @@ def _run(settings: StartSettings, inspection: Inspection, http: Owners, progress
             cores=os.cpu_count() or 1,
             deadline_s=settings.limits.deadline_s,
             drain_s=REPLICA_DRAIN_S,
+            max_connections=max_connections_within(resource.getrlimit(resource.RLIMIT_NOFILE)[1]),
         )
         environment |= direct_loopback(os.environ) | visible_devices(settings.model.device)
         supervise(launch, environment, progress, (*http, *block))

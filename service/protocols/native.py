@@ -49,6 +49,9 @@ from service.settings import LimitSettings
 MAX_NAME_CHARS = 256
 """Characters of an item's ``id`` or ``group``, which are echoed in the answer."""
 
+MAX_MESSAGES = 1024
+"""Messages of one prompt or completion: a chat template takes as long for an empty message as for a long one."""
+
 BASIC_DIAGNOSTICS = ("reward_z", "reward_percentile", "reward_length_adjusted", "length", "style")
 FULL_DIAGNOSTICS = ("reward_std_epistemic", "ood")
 """Members of a result at level ``basic``, and those that ``full`` adds."""
@@ -298,6 +301,8 @@ def read_prompt(prompt: str | list[WireMessage], pointer: str) -> str | tuple[Me
 
 
 def _read_messages(turns: list[WireMessage], pointer: str) -> tuple[Message, ...]:
+    if len(turns) > MAX_MESSAGES:
+        raise invalid(pointer, "too_many", f"A list has {len(turns)} messages; the limit is {MAX_MESSAGES}")
     messages = []
     for index, turn in enumerate(turns):
         try:
@@ -380,10 +385,16 @@ def diagnostics_of(score: Score, level: DiagnosticsLevel) -> dict[str, Any]:
     return members
 
 
-# An escaped backslash, a complete surrogate pair, or (captured) a lone surrogate.
-_SURROGATE_ESCAPE = re.compile(
-    rb"\\\\|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(\\u[dD][89a-fA-F][0-9a-fA-F]{2})"
+_LONE_SURROGATE = re.compile(
+    rb"(?<!\\)(?:\\\\)*+(?:\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F][0-9a-fA-F]{2})"
+    rb"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2})"
 )
+"""An escape of half a surrogate pair: a high one without a low one after it, or a low one without a high one before it.
+The search takes time in proportion to the bytes, whatever they are."""
+
+ESCAPE_BYTES = len(rb"\uXXXX")
+SEARCHED_BYTES = 1024 * 1024
+"""Bytes of a body that is not JSON in which a lone surrogate is searched for."""
 
 
 def decode_body(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:
@@ -399,18 +410,13 @@ def decode_body(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:
     except RecursionError:
         raise MalformedBody("The body is nested too deeply") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise _malformed(decoder, body, error) from None
+        raise _malformed(body, error) from None
 
 
-def _malformed(decoder: msgspec.json.Decoder[Any], body: bytes, error: Exception) -> HttpError:
+def _malformed(body: bytes, error: Exception) -> HttpError:
     """Distinguish a lone surrogate (the caller's tokenizer cut a pair) from a body that is not JSON."""
-    repaired = _SURROGATE_ESCAPE.sub(lambda match: b"\\ufffd" if match[1] else match[0], body)
-    if repaired != body:
-        try:
-            decoder.decode(repaired)
-        except msgspec.ValidationError:
-            pass
-        except (msgspec.DecodeError, UnicodeDecodeError) as other:
-            return explain_malformed(other, repaired)
+    found = _LONE_SURROGATE.search(body, 0, SEARCHED_BYTES)
+    is_cut = found is not None and len(body) > SEARCHED_BYTES and found.end() > SEARCHED_BYTES - ESCAPE_BYTES
+    if found and not is_cut:  # where the search ends, the other half of a pair may not have been seen
         return invalid("", "lone_surrogate", "A string has a lone surrogate, which is not a character")
     return explain_malformed(error, body)

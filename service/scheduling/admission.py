@@ -6,7 +6,8 @@ overload expensive.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from math import inf
 
 from service.errors import Overloaded
 
@@ -15,6 +16,14 @@ THROUGHPUT_HALF_LIFE_S = 10.0
 
 DEFAULT_RETRY_AFTER_S = 1.0
 """``retry_after_s`` of a refusal where no throughput has been measured yet."""
+
+
+USED_SHARE = 0.5
+"""Share of the time to a request's deadline within which it must be finished by the estimate at its arrival.
+
+Fair queueing serves requests that arrive later before earlier ones are finished. If the queue could fill the whole
+time, then under overload nearly every answer would come just after its deadline, and its computation would be wasted.
+"""
 
 
 class Throughput:
@@ -41,16 +50,26 @@ class Admission:
 
     Args:
         max_waiting_tokens: requests that would exceed it are refused.
+        batch_tokens: usual tokens of the pass that is running when a request arrives.
     """
 
-    def __init__(self, max_waiting_tokens: int) -> None:
+    def __init__(self, max_waiting_tokens: int, batch_tokens: int = 0) -> None:
         self.throughput = Throughput()
+        self._batch_tokens = batch_tokens
         self.num_reserved_tokens = 0
         self._max_waiting_tokens = max_waiting_tokens
         self._reserved: dict[Hashable, int] = {}
 
-    def reserve(self, request: Hashable, num_tokens: int, num_queued_tokens: int) -> None:
-        """Reserve room for a request; O(1), because under overload nothing else is done for it.
+    def reserve(
+        self,
+        request: Hashable,
+        num_tokens: int,
+        num_queued_tokens: int,
+        *,
+        time_left_s: float = inf,
+        tokens_before: Callable[[int], int] = lambda _: 0,
+    ) -> None:
+        """Reserve room for a request; cheap, because under overload nothing else is done for it.
 
         If the queue is empty, any request is admitted, so that no legal request is refused permanently.
 
@@ -58,10 +77,14 @@ class Admission:
             request: a key without a reservation.
             num_tokens: an estimate of the request's tokens.
             num_queued_tokens: tokens in the queue, reservations not included.
+            time_left_s: seconds until the request's deadline.
+            tokens_before: returns how many queued tokens are computed before a request of so many tokens is finished;
+                called only where all that waits might take too long.
 
         Raises:
-            Overloaded: the waiting tokens would exceed the limit. ``retry_after_s`` is the time in which the engine, at
-                its recent throughput, computes the excess, or all that waits if that is less.
+            Overloaded: the waiting tokens would exceed the limit, or the engine at its recent throughput would need
+                more than `USED_SHARE` of the time to the deadline. ``retry_after_s`` is the time in which the engine
+                computes the excess, or all that waits if that is less.
         """
         waiting = self.num_reserved_tokens + num_queued_tokens
         excess = waiting + num_tokens - self._max_waiting_tokens
@@ -70,12 +93,30 @@ class Admission:
                 f"{waiting} tokens wait and {num_tokens} more were sent; the limit is {self._max_waiting_tokens}.",
                 retry_after_s=self._seconds_for(min(excess, waiting)),
             )
+        if waiting:
+            self._refuse_what_comes_late(num_tokens, waiting, time_left_s, tokens_before)
         self._reserved[request] = num_tokens
         self.num_reserved_tokens += num_tokens
 
     def release(self, request: Hashable) -> None:
         """End the reservation of a request, if it has one."""
         self.num_reserved_tokens -= self._reserved.pop(request, 0)
+
+    def _refuse_what_comes_late(
+        self, num_tokens: int, waiting: int, time_left_s: float, tokens_before: Callable[[int], int]
+    ) -> None:
+        speed = self.throughput.tokens_per_s
+        usable_s = USED_SHARE * time_left_s
+        if not speed or (waiting + num_tokens + self._batch_tokens) / speed <= usable_s:
+            return
+        before = tokens_before(num_tokens) + sum(min(tokens, num_tokens) for tokens in self._reserved.values())
+        seconds = (min(before, waiting) + num_tokens + self._batch_tokens) / speed
+        if seconds > usable_s:
+            raise Overloaded(
+                f"{waiting} tokens wait, so the answer would come after {seconds:.3g} s or more; {time_left_s:.3g} s "
+                "are left.",
+                retry_after_s=min(seconds - usable_s, waiting / speed),
+            )
 
     def _seconds_for(self, num_tokens: int) -> float:
         tokens_per_s = self.throughput.tokens_per_s

@@ -182,6 +182,13 @@ class FlowTable:
         """Arrival of the waiting request that arrived first; None when nothing waits."""
         return next(iter(self._flows.values())).arrived if self._flows else None
 
+    def tokens_before(self, num_tokens: int) -> int:
+        """Return how many waiting tokens are computed before a new request of so many tokens is finished.
+
+        By fair queueing a request that is larger than the new one has advanced as far as the new one by then.
+        """
+        return sum(min(flow.num_tokens, num_tokens) for flow in self._flows.values())
+
     def add(
         self,
         request: Hashable,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
+from math import inf
 
 from service.records import TokenSequence
 from service.scheduling.admission import Admission
@@ -47,7 +48,7 @@ class Queue:
         self, max_waiting_tokens: int, min_shared_prefix_tokens: int | None = None, *, batch_tokens: int = 0
     ) -> None:
         self._min_shared_prefix_tokens = min_shared_prefix_tokens
-        self._admission = Admission(max_waiting_tokens)
+        self._admission = Admission(max_waiting_tokens, batch_tokens)
         self._flows = FlowTable(min_shared_prefix_tokens, batch_tokens)
 
     def __len__(self) -> int:
@@ -63,17 +64,24 @@ class Queue:
         """Arrival of the waiting request that arrived first; None when nothing waits."""
         return self._flows.oldest_arrival
 
-    def admit(self, request: Hashable, num_tokens: int) -> None:
+    def admit(self, request: Hashable, num_tokens: int, *, time_left_s: float = inf) -> None:
         """Reserve room for a request before its tokens are known.
 
         Args:
             request: a key not in use.
             num_tokens: an estimate; `put` replaces it by the number of its tokens.
+            time_left_s: seconds until its deadline.
 
         Raises:
             Overloaded: too much waits, as `Admission.reserve` describes.
         """
-        self._admission.reserve(request, num_tokens, self._flows.num_tokens)
+        self._admission.reserve(
+            request,
+            num_tokens,
+            self._flows.num_tokens,
+            time_left_s=time_left_s,
+            tokens_before=self._flows.tokens_before,
+        )
 
     def record_throughput(self, num_tokens: int, seconds: float) -> None:
         """Record how fast the engine was: ``retry_after_s`` of a refusal is computed from it."""

@@ -535,6 +535,7 @@ def test_an_api_key_is_sent_as_a_bearer_token(monkeypatch: pytest.MonkeyPatch) -
             assert server.requests[-1].headers["authorization"] == sent
     with pytest.raises(InvalidArgument, match="exclude each other"):
         RewardClient(server.url, api_key="given", headers={"Authorization": "Basic eA=="})
+    wrong: Any
     for wrong in ("", "a b", "schlüssel", 7):
         with pytest.raises(InvalidArgument, match="visible ASCII"):
             RewardClient(server.url, api_key=wrong)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from http_application import Application, application
 from starlette.routing import Route
 
 from service.api_keys import ApiKey, ApiKeys, hash_of, new_key, read_api_keys
@@ -18,7 +19,6 @@ from service.http.authentication import PUBLIC_PATHS, Quota
 from service.launch.exposure import keys_for
 from service.launch.key_command import main
 from service.settings import SecuritySettings
-from tests.support.http_application import Application, application
 
 SCORE_KEY, ADMIN_KEY, LIMITED_KEY = "score-key", "admin-key", "limited-key"
 KEYS = ApiKeys(

@@ -129,7 +129,6 @@ def test_repeated_key_last_wins() -> None:
         b'{"items":[{"text":"\\x41"}]}',
         b'\xef\xbb\xbf{"items":[]}',
         '{"items":[{"text":"a"}]}'.encode("utf-16"),
-        b'{"items":[{"text":"\\ud800"}',
     ],
     ids=[
         "empty",
@@ -143,7 +142,6 @@ def test_repeated_key_last_wins() -> None:
         "escape",
         "bom",
         "utf16",
-        "cut-lone",
     ],
 )
 def test_not_json(body: bytes) -> None:
@@ -372,8 +370,8 @@ def test_limit_of_items(length: int, fits: bool) -> None:
 @pytest.mark.parametrize(("length", "fits"), [(9, True), (10, True), (11, False)])
 @pytest.mark.parametrize("form", ["pair", "conversation", "text"])
 def test_limit_of_characters(form: str, length: int, fits: bool) -> None:
-    """The character limit applies to prompt and completion together, in characters and not in bytes, in every form."""
-    turns = [{"role": "user", "content": "ü" * 4}, {"role": "user", "content": "ü"}]
+    """The limit counts the characters, not bytes, of prompt, completion and roles together, in every form."""
+    turns = [{"role": "u", "content": "ü" * 3}, {"role": "u", "content": ""}]
     item = {
         "pair": {"prompt": "ü" * 5, "completion": "ü" * (length - 5)},
         "conversation": {"prompt": turns, "completion": "ü" * (length - 5)},
