@@ -19,7 +19,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -40,6 +40,9 @@ STOPPED_EARLY = "reward-serve: Stopped before the service was ready."
 """Printed at the end of a start that a signal has stopped."""
 SIGNAL_STATUS = 128
 """A shell adds it to the number of the signal that ended a command."""
+CORE_PROCESSES = frozenset({"gcs_server", "raylet"})
+"""Names of Ray's processes for the cluster's state and for the node. Without the first one the routes would answer for
+another minute, readiness included, and then all replicas would end at once."""
 _TICK_S = 0.2
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _PR_SET_CHILD_SUBREAPER = 36
@@ -177,9 +180,15 @@ class _Server:
         progress.ready()
 
     def watch(self) -> None:
-        """Never return; raise when the server exits by itself."""
+        """Never return; raise when the server exits by itself, or Ray loses a process that it cannot replace."""
+        core = _core_processes()
         while True:
             self._check_alive()
+            for process in core:
+                if not _runs(process):
+                    raise ServerStartError(
+                        f"Ray's process {process.name} has ended, without which no replica can be replaced."
+                    )
             _reap_orphans(own_child=self._process.pid)
             time.sleep(_TICK_S)
 
@@ -219,6 +228,32 @@ class _Server:
             self._unread += self._reports.read(65536) or b""
         *lines, self._unread = self._unread.split(b"\n")
         yield from (json.loads(line) for line in lines)
+
+
+@dataclass(frozen=True, slots=True)
+class _CoreProcess:
+    """A process of Ray that nothing replaces."""
+
+    name: str
+    process: psutil.Process
+
+
+def _core_processes() -> list[_CoreProcess]:
+    """The running core processes among the descendants of this process."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            name = process.name()
+            if name in CORE_PROCESSES:
+                found.append(_CoreProcess(name, process))
+    return found
+
+
+def _runs(core: _CoreProcess) -> bool:
+    try:
+        return bool(core.process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _adopt_orphans() -> None:

@@ -145,6 +145,20 @@ def test_crash_of_ray_ends_the_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_loss_of_the_cluster_state_ends_the_command(tmp_path: Path) -> None:
+    """When the process of Ray's cluster state dies, the command ends in seconds with a sentence, and leaves nothing."""
+    with serving(tmp_path, *ORACLE) as server:
+        processes = server.descendants()
+        assert {"gcs_server", "raylet"} <= {process.name() for process in processes}
+        next(process for process in processes if process.name() == "gcs_server").kill()
+        status = server.process.wait(5)
+
+    assert status == 1
+    assert alive(processes) == []
+    assert "Ray's process gcs_server has ended" in server.messages.read_text().splitlines()[-1]
+
+
+@pytest.mark.slow
 def test_killed_command_ends_ray(tmp_path: Path) -> None:
     """When the start command is killed, the Ray driver sees the end of its pipe and shuts down in order."""
     with serving(tmp_path, *ORACLE) as server:
