@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,7 +69,7 @@ def make_base(buildah: Buildah, folder: Path) -> str:
     """Make a Debian image with Python by debootstrap; returns its name."""
     system = folder / "debian"
     subprocess.run(
-        ["debootstrap", "--variant=minbase", f"--include={BASE_PACKAGES}", "bookworm", system],
+        ["/usr/sbin/debootstrap", "--variant=minbase", f"--include={BASE_PACKAGES}", "bookworm", system],
         check=True,
         stdout=subprocess.DEVNULL,
     )
@@ -112,9 +113,13 @@ def sizes(buildah: Buildah, container: str, folder: Path) -> dict[str, float]:
     models = [path for path in files if path.suffix in MODEL_SUFFIXES and bytes_of[path] > LARGE_BYTES]
     assert models == [], models
     packages = next((root / "opt" / "venv" / "lib").iterdir()) / "site-packages"
-    parts = sorted(packages.iterdir())
-    by_part = {part.name: sum(size for path, size in bytes_of.items() if path.is_relative_to(part)) for part in parts}
-    largest = dict(sorted(by_part.items(), key=lambda part: -part[1])[:10])
+    by_part: Counter[str] = Counter()
+    service = 0
+    for path, size in bytes_of.items():
+        if packages in path.parents:
+            by_part[path.relative_to(packages).parts[0]] += size
+        service += size if root / "opt" / "service" in path.parents else 0
+    largest = dict(by_part.most_common(10))
     layers = folder / "layers"
     buildah("push", "--quiet", IMAGE, f"oci:{layers}:check")
     blobs = sorted((path.stat().st_size for path in (layers / "blobs" / "sha256").iterdir()), reverse=True)
@@ -122,7 +127,7 @@ def sizes(buildah: Buildah, container: str, folder: Path) -> dict[str, float]:
     found = {
         "files": sum(bytes_of.values()),
         "dependencies": sum(by_part.values()),
-        "service": sum(size for path, size in bytes_of.items() if path.is_relative_to(root / "opt" / "service")),
+        "service": service,
         **{f"  {name}": size for name, size in largest.items()},
         "compressed": sum(blobs),
         **{f"  layer {number}": size for number, size in enumerate(blobs, 1) if size > LARGE_BYTES},
@@ -148,7 +153,7 @@ def await_ready(process: psutil.Process) -> float:
     """Seconds until ``/readyz`` answers 200."""
     begin = time.monotonic()
     while time.monotonic() < begin + START_TIMEOUT_S:
-        assert process.is_running() and process.status() != psutil.STATUS_ZOMBIE, "the container has ended"
+        assert process.status() != psutil.STATUS_ZOMBIE, "the container has ended"
         try:
             if httpx2.get(f"{URL}/readyz", timeout=2.0, trust_env=False).status_code == 200:
                 return time.monotonic() - begin

@@ -107,7 +107,7 @@ def test_prometheus_scrapes_as_the_alerts_expect() -> None:
 
 
 def test_grafana_finds_the_dashboard(tmp_path: Path) -> None:
-    """The provider's folder holds the dashboard, whose data source variable finds the Prometheus of the compose file."""
+    """The provider's folder holds the dashboard, whose data source variable finds the compose file's Prometheus."""
     etc = container_tree("grafana", tmp_path) / "etc" / "grafana"
     provider = yaml.safe_load((etc / "provisioning/dashboards/reward-service.yml").read_text())["providers"][0]
     source = yaml.safe_load((etc / "provisioning/datasources/reward-service.yml").read_text())["datasources"][0]
@@ -130,5 +130,5 @@ def test_service_has_what_the_image_needs() -> None:
 
     assert service["read_only"]
     assert "cache:/home/reward/.cache" in service["volumes"]
-    assert any(mount.startswith("/tmp:") for mount in service["tmpfs"])
+    assert any(mount.startswith("/tmp:") for mount in service["tmpfs"])  # noqa: S108 - a path in the container
     assert int(service["stop_grace_period"].removesuffix("s")) > STOP_AFTER_S

@@ -1,4 +1,4 @@
-"""The Dockerfile: what a build needs reaches it, and nothing depends on what is not locked. `make image-check` builds it."""
+"""The Dockerfile: what a build needs reaches it, and what it installs is locked. `make image-check` builds it."""
 
 from __future__ import annotations
 
@@ -70,14 +70,14 @@ def test_dependencies_are_locked() -> None:
 
 @pytest.mark.skipif(shutil.which("sed") is None, reason="sed is not installed")
 def test_cpu_image_takes_the_cpu_build_of_onnx_runtime(tmp_path: Path) -> None:
-    """The Dockerfile's edit of the lock file replaces ONNX Runtime for GPUs by the one for CPUs and changes no other line."""
+    """The Dockerfile's edit of the lock replaces ONNX Runtime for GPUs by the one for CPUs, and no other line."""
     lock = ROOT / "requirements" / "serve.txt"
     edited = tmp_path / "requirements" / "serve.txt"
     edited.parent.mkdir()
     edited.write_bytes(lock.read_bytes())
     script = re.search(r"sed -i (-e '[^']+' -e '[^']+') requirements/serve\.txt", DOCKERFILE)
     assert script is not None
-    subprocess.run(["sh", "-c", f"sed -i {script[1]} requirements/serve.txt"], cwd=tmp_path, check=True)
+    subprocess.run(["/bin/sh", "-c", f"sed -i {script[1]} requirements/serve.txt"], cwd=tmp_path, check=True)
     before, after = lock.read_text().splitlines(), edited.read_text().splitlines()
     removed, added = set(before) - set(after), set(after) - set(before)
 

@@ -21,8 +21,9 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy" / "kubernetes"
 FILES = sorted(FOLDER.rglob("*.yaml"))
 CUSTOM_GROUPS = ("ray.io", "monitoring.coreos.com")
+WRITABLE = {"/tmp", "/dev/shm", "/home/reward/.cache"}  # noqa: S108 - paths in the container
 CRD_FOLDER = os.environ.get("CRD_SCHEMAS")
-"""Folder with the CustomResourceDefinition files of KubeRay and the Prometheus operator, as their releases have them."""
+"""Folder with the CustomResourceDefinition files of KubeRay and of the Prometheus operator, as released."""
 
 
 @cache
@@ -192,7 +193,7 @@ def test_pods_outlive_the_drain() -> None:
 
 @pytest.mark.parametrize("name", ["deployment", "head", "worker"])
 def test_pods_are_restricted(name: str) -> None:
-    """Pods run as the image's user without privileges on a read-only root, with the writable folders that are needed."""
+    """Pods run as the image's user without privileges on a read-only root, with the writable folders it needs."""
     spec = pod_templates()[name]["spec"]
     [container] = spec["containers"]
     mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"] if not mount.get("readOnly")}
@@ -206,9 +207,9 @@ def test_pods_are_restricted(name: str) -> None:
         "readOnlyRootFilesystem": True,
         "capabilities": {"drop": ["ALL"]},
     }
-    assert set(mounts) == {"/tmp", "/dev/shm", "/home/reward/.cache"}
+    assert set(mounts) == WRITABLE
     assert set(mounts.values()) <= set(volumes)
-    assert volumes[mounts["/dev/shm"]]["emptyDir"]["medium"] == "Memory"
+    assert volumes["shm"]["emptyDir"]["medium"] == "Memory"
     assert "memory" in container["resources"]["limits"]
     assert not spec["automountServiceAccountToken"]
     # Otherwise a Service named reward adds REWARD_PORT and the like, at which the start command ends.
@@ -275,7 +276,7 @@ def test_serve_config_is_the_one_of_the_repository() -> None:
 
 
 def test_ray_environment_is_the_documented_one() -> None:
-    """Head and workers start Ray with docs/serve.env, but for the token, which KubeRay makes, and the loopback switch."""
+    """Head and workers start Ray with docs/serve.env, without the token, which KubeRay makes, and the loopback."""
     lines = (ROOT / "docs" / "serve.env").read_text().splitlines()
     expected = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
     del expected["RAY_AUTH_MODE"], expected["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"]
@@ -287,7 +288,7 @@ def test_ray_environment_is_the_documented_one() -> None:
 
 
 def test_ray_cluster_fits_the_service() -> None:
-    """The version of Ray is the pinned one, there are workers for all replicas, and old clusters outlive the requests."""
+    """Ray's version is the pinned one, there are workers for all replicas, and old clusters outlive their requests."""
     spec = of_kind("RayService")["spec"]
     cluster = spec["rayClusterConfig"]
     dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["serve"]
