@@ -8,6 +8,12 @@
 # Publish port 8000 alone. docs/deployment.md explains the build, the sizes of the layers and the other ports.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 
+# Alone, so that the large layer is built again only when a dependency changes, and not with every pyproject.toml.
+FROM ${BASE_IMAGE} AS torch-version
+WORKDIR /src
+COPY pyproject.toml ./
+RUN python -c 'import tomllib; print(*(line for line in tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["serve"] if line.startswith("torch==")))' > torch.txt
+
 FROM ${BASE_IMAGE} AS dependencies
 ARG DEVICE=gpu
 ARG TORCH_INDEX=""
@@ -16,19 +22,18 @@ ENV PIP_NO_CACHE_DIR=1 \
 RUN python -m venv /opt/venv
 ENV PATH="/opt/venv/bin:${PATH}"
 WORKDIR /src
-COPY pyproject.toml ./
 COPY requirements requirements
-# Torch first and alone: the lock leaves it out, since its build depends on the device, and no other package is to be
-# taken from the index of its CPU builds.
-RUN python -c 'import tomllib; print(*(line for line in tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["serve"] if line.startswith("torch==")))' > torch.txt \
-    && pip install ${TORCH_INDEX:+--index-url "${TORCH_INDEX}"} --constraint requirements/constraints.txt --requirement torch.txt
 # A CPU image takes ONNX Runtime's CPU build, whose hashes are in the lock for machines without x86-64.
 RUN if [ "${DEVICE}" = cpu ]; then \
       sed -i -e '/^onnxruntime-gpu==/,/[^\\]$/d' -e 's/^\(onnxruntime==[^ ]*\) ;.*$/\1 \\/' requirements/serve.txt; \
     fi \
     && pip install --no-deps --require-hashes --requirement requirements/serve.txt
-# Refuses the wrong build of torch, which would only be noticed as a slow service or a failed start.
-RUN python -c 'import sys, torch; sys.exit(None if (torch.version.cuda is None) == (sys.argv[1] == "cpu") else f"DEVICE is {sys.argv[1]}, but torch {torch.__version__} is not built for it: see TORCH_INDEX")' "${DEVICE}"
+# The lock leaves torch out, since its build depends on the device. What torch shares with it is there already, by hash,
+# so that the index of torch's CPU builds gives nothing but torch and the little that it alone requires. The wrong build
+# is refused here, since later it would only be noticed as a slow service or a failed start.
+COPY --from=torch-version /src/torch.txt ./
+RUN pip install ${TORCH_INDEX:+--index-url "${TORCH_INDEX}"} --constraint requirements/constraints.txt --requirement torch.txt \
+    && python -c 'import sys, torch; sys.exit(None if (torch.version.cuda is None) == (sys.argv[1] == "cpu") else f"DEVICE is {sys.argv[1]}, but torch {torch.__version__} is not built for it: see TORCH_INDEX")' "${DEVICE}"
 
 FROM dependencies AS service
 # Compiles the CPU kernels; any version works.
@@ -36,7 +41,7 @@ FROM dependencies AS service
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/*
-COPY README.md ./
+COPY pyproject.toml README.md ./
 COPY client client
 COPY service service
 COPY export export

@@ -138,9 +138,9 @@ def test_ray_pods_are_valid(name: str) -> None:
 def test_misspelt_key_of_a_manifest_is_found() -> None:
     """A key that Kubernetes does not know is refused, so the tests above can fail."""
     deployment = of_kind("Deployment")
-    deployment["spec"]["tempalte"] = {}
+    deployment["spec"]["templates"] = {}
 
-    with pytest.raises(Exception, match="tempalte"):
+    with pytest.raises(Exception, match="templates"):
         refuse_unknown_keys(deployment)
 
 
@@ -154,12 +154,12 @@ def test_misspelt_key_of_a_custom_resource_is_found() -> None:
     """A misspelt key and a wrong type in the RayService are refused, so the test above can fail."""
     service = of_kind("RayService")
     service["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["replicas"] = "two"
-    service["spec"]["rayClusterConfig"]["headGroupSpec"]["tempalte"] = {}
+    service["spec"]["rayClusterConfig"]["headGroupSpec"]["templates"] = {}
 
     errors = custom_errors(service)
 
     assert len(errors) == 2
-    assert any("tempalte" in error for error in errors)
+    assert any("templates" in error for error in errors)
 
 
 def probes() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
