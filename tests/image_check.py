@@ -37,6 +37,7 @@ IMAGE = "localhost/reward-service:check"
 BASE = "localhost/reward-service-base:check"
 BASE_PACKAGES = "python3,python3-venv,python-is-python3,ca-certificates"
 URL = "http://127.0.0.1:8000"
+USER = 10001
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 15.0
 ITEMS = [
@@ -168,7 +169,7 @@ def stop(process: psutil.Process) -> float:
     inside = [child for child in process.children(recursive=True) if "reward-serve" in " ".join(child.cmdline())]
     command = next(child for child in inside if Path(child.exe()).name.startswith("python"))
     descendants = command.children(recursive=True)
-    assert command.uids().real == 10001, command
+    assert command.uids().real == USER, command
     begin = time.monotonic()
     command.send_signal(signal.SIGTERM)
     status = process.wait(STOP_TIMEOUT_S)
@@ -178,10 +179,18 @@ def stop(process: psutil.Process) -> float:
     return time.monotonic() - begin
 
 
-def serve_once(buildah: Buildah, container: str, config: dict[str, Any], options: Sequence[str], *mounts: str) -> None:
-    """Start the service in the container, score items, run the health check, and stop it by SIGTERM."""
+def serve_once(
+    buildah: Buildah, container: str, config: dict[str, Any], logs: Path, options: Sequence[str], *mounts: str
+) -> None:
+    """Start the service in the container, score items, run the health check, and stop it by SIGTERM.
+
+    The access log goes to a folder: buildah's pipes stay root's, while engines give them to the container's user.
+    """
+    logs.mkdir()
+    os.chown(logs, USER, USER)
+    command = [*config["Entrypoint"], "--log", "/logs/requests.jsonl", *options]
     print(f"serve {' '.join(options)}", flush=True)
-    with started(buildah, container, [*config["Entrypoint"], *options], *mounts) as process:
+    with started(buildah, container, command, f"{logs}:/logs", *mounts) as process:
         ready_s = await_ready(process)
         model = httpx2.get(f"{URL}/v1/model", trust_env=False).raise_for_status().json()
         answer = httpx2.post(f"{URL}/v1/score", json=SCORE, trust_env=False, timeout=30.0).raise_for_status().json()
@@ -190,6 +199,8 @@ def serve_once(buildah: Buildah, container: str, config: dict[str, Any], options
         buildah("run", "--isolation", "chroot", container, "--", *config["Healthcheck"]["Test"][1:])
         print(f"  ready after {ready_s:.1f} s; rewards {rewards}; engine {json.dumps(model['engine'])}")
         print(f"  stopped by SIGTERM within {stop(process):.1f} s, status 0", flush=True)
+    routes = [json.loads(line)["route"] for line in (logs / "requests.jsonl").read_text().splitlines()]
+    assert "/v1/score" in routes, routes
 
 
 def check_unprivileged(buildah: Buildah, container: str) -> None:
@@ -235,9 +246,9 @@ def check_image(buildah: Buildah, folder: Path, device: str) -> None:
     check_unprivileged(buildah, container)
     if device == "cpu":
         checkpoint = write_tiny_checkpoint(folder / "checkpoint")
-        # What is measured here is the service in the image, so it is reached as from this machine alone.
-        serve_once(buildah, container, config, ["--engine", "oracle"])
-        serve_once(buildah, container, config, ["--model", "/model", "--runtime", "local"], f"{checkpoint}:/model:ro")
+        local = ["--model", "/model", "--runtime", "local"]
+        serve_once(buildah, container, config, folder / "ray", ["--engine", "oracle"])
+        serve_once(buildah, container, config, folder / "local", local, f"{checkpoint}:/model:ro")
     print("the image serves")
 
 

@@ -59,7 +59,7 @@ def test_commands_come_from_copied_packages() -> None:
 
 
 def test_dependencies_are_locked() -> None:
-    """Everything but torch is installed by hash and before torch, which finds it there; our code brings nothing more."""
+    """Everything but torch is installed by hash, before torch, which finds it there; our code brings nothing more."""
     installs = [line.strip() for line in re.findall(r"pip install ([^\\\n]+)", DOCKERFILE)]
 
     assert len(installs) == 3
