@@ -38,6 +38,8 @@ BASE = "localhost/reward-service-base:check"
 BASE_PACKAGES = "python3,python3-venv,python-is-python3,ca-certificates"
 URL = "http://127.0.0.1:8000"
 USER = 10001
+OPEN_FILES = 16_384
+"""Limit of open files; HAProxy needs 10,270, and buildah gives 1,024."""
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 15.0
 ITEMS = [
@@ -240,12 +242,14 @@ def check_image(buildah: Buildah, folder: Path, device: str) -> None:
     print(f"built in {time.monotonic() - begin:.0f} s", flush=True)
     config = json.loads(buildah("inspect", "--type", "image", IMAGE))["Docker"]["config"]
     check_configuration(config)
-    container = buildah("from", "--pull-never", IMAGE)
+    container = buildah("from", "--pull-never", f"--ulimit=nofile={OPEN_FILES}:{OPEN_FILES}", IMAGE)
     for name, megabytes in sizes(buildah, container, folder).items():
         print(f"  {name:<24}{megabytes:10.1f} MB")
     check_unprivileged(buildah, container)
     if device == "cpu":
         checkpoint = write_tiny_checkpoint(folder / "checkpoint")
+        for path in checkpoint.iterdir():
+            path.chmod(0o644)  # readable for the container's user
         local = ["--model", "/model", "--runtime", "local"]
         serve_once(buildah, container, config, folder / "ray", ["--engine", "oracle"])
         serve_once(buildah, container, config, folder / "local", local, f"{checkpoint}:/model:ro")
