@@ -6,7 +6,7 @@ PORT   ?= 8000
 MODEL  ?=
 BIN    := $(VENV)/bin
 
-.PHONY: serve dev test test-slow start-soak coverage check check-lock format lock prometheus clean
+.PHONY: serve dev test test-slow start-soak image-check coverage check check-lock format lock prometheus clean
 .DEFAULT_GOAL := help
 
 help: ## print the targets
@@ -54,6 +54,9 @@ test-slow: $(VENV)/dev.installed ## real servers, the demo model and long checks
 STARTS ?= 20
 start-soak: $(VENV)/dev.installed ## STARTS starts beside two busy loops: ready, or ended with a sentence
 	$(BIN)/python tests/start_soak.py --starts $(STARTS) --busy 2
+
+image-check: $(VENV)/dev.installed ## build and start the image with buildah and debootstrap, without Docker; needs root
+	$(BIN)/python tests/image_check.py
 
 coverage: $(VENV)/dev.installed ## the fast tests under coverage, with a floor
 	$(BIN)/python -m pytest -m 'not slow and not gpu' --cov --cov-report=term:skip-covered
