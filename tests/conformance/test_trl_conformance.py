@@ -42,6 +42,7 @@ def test_a_trainer_learns_from_the_rewards_of_the_service(
     client: RewardClient,
     policy: Path,
     tmp_path: Path,
+    same: Any,
 ) -> None:
     """Two steps: every logged reward equals ``/v1/score`` for the logged texts, and the diagnostics are logged."""
     function = reward(server.url)
@@ -53,7 +54,7 @@ def test_a_trainer_learns_from_the_rewards_of_the_service(
     logs = trainer._logs
     rewards = list(logs["rewards"][reward.__name__])
     assert len(rewards) == 4  # those of the last step
-    assert rewards == pytest.approx(client.score(list(logs["prompt"]), list(logs["completion"])), abs=1e-5)
+    assert rewards == same(client.score(list(logs["prompt"]), list(logs["completion"])))
     assert all(length > 0 for length in logs["extra"]["rm_scored_tokens"])
     logged = [entry for entry in trainer.state.log_history if "reward_model/scored_tokens" in entry]
     assert len(logged) == 2
