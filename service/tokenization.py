@@ -148,6 +148,16 @@ class Tokenization:
         added = self._tokenizer.added_tokens_decoder.values()
         return frozenset(token.content for token in added if token.special)
 
+    @property
+    def unadded_bos(self) -> str | None:
+        """The BOS that the chat template writes and the tokenizer's own call does not add; None: there is none.
+
+        A client that cuts the BOS of a rendered conversation, because servers add it, sends a text without any.
+        """
+        bos, bos_id = self._tokenizer.bos_token, self._tokenizer.bos_token_id
+        is_written = self.rule.template == "chat" and bos_id is not None and self.sample_token_ids[:1] == (bos_id,)
+        return str(bos) if is_written and bos_id not in self.rule.before else None
+
     def template_for(self, encoding: Encoding) -> TemplateChoice:
         """Return how a prompt that is a plain string is rendered with this encoding."""
         return encoding.template or self.rule.template
