@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -33,14 +34,14 @@ class ConnectionPass:
 
 
 def run(options: Namespace) -> int:
-    """Measure, print the table and write the file; returns the exit status.
-
-    Raises:
-        UnexpectedAnswer: a connection was refused or broke, or an item has no reward.
-    """
+    """Measure, print the table and write the file; returns the exit status, 1 where an item got no reward."""
     groups = WORKLOADS[options.workload].draw(options.requests, options.seed)
     bodies = [WIRE.body(request) for request in cut_into_requests(groups, 1, options.seed)][: options.requests]
-    passes = list(measure(options.url, bodies, options.in_flight, options.rounds))
+    try:
+        passes = list(measure(options.url, bodies, options.in_flight, options.rounds))
+    except UnexpectedAnswer as error:
+        print(f"python -m loadtest.connections: {error}.", file=sys.stderr)
+        return 1
     _report(passes, options.in_flight)
     if options.json is not None:
         options.json.write_text(json.dumps([asdict(one) for one in passes], indent=1) + "\n", encoding="utf-8")
@@ -73,7 +74,7 @@ def _send(url: str, bodies: Sequence[bytes], in_flight: int, *, reuse: bool) -> 
     try:
         run = send_all(url, bodies, in_flight, WIRE, reuse=reuse)
     except (OSError, EOFError) as error:
-        raise UnexpectedAnswer(f"A connection was refused or broke: {type(error).__name__}") from error
+        raise UnexpectedAnswer(f"A connection to {url} was refused or broke ({type(error).__name__})") from error
     return len(run.rewards) / run.wall_s, run.latency_s(0.5), run.latency_s(0.95)
 
 

@@ -42,7 +42,9 @@ def _parser() -> CommandParser:
         "--requests", type=whole_number(1), default=1024, help="single items of each pass (default: %(default)s)"
     )
     parser.add_argument("--rounds", type=whole_number(1), default=3, help="alternating rounds (default: %(default)s)")
-    parser.add_argument("--workload", choices=list(WORKLOADS), default="short", help="lengths of the texts (default: %(default)s)")
+    parser.add_argument(
+        "--workload", choices=list(WORKLOADS), default="short", help="lengths of the texts (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=1, help="of the texts (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements")
     return parser

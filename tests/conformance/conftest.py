@@ -20,6 +20,9 @@ from transformers import AutoTokenizer
 from service.checkpoints.demo import obtain_demo_model
 from service.errors import StartupError
 
+START_TIMEOUT_S = 600.0
+"""The check of the demo model's rewards at its start takes a minute of one core."""
+
 Same = Callable[[Sequence[float]], Any]
 """What equals rewards that are as close to the given ones as the served model allows."""
 
@@ -68,7 +71,8 @@ def tokenizer(checkpoint: Path) -> Any:
 def server(served: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """``reward-serve`` with the model, ready."""
     folder = tmp_path_factory.mktemp("conformance-server")
-    with serving(folder, "--model", str(served.checkpoint), *served.options) as running:
+    options = ("--model", str(served.checkpoint), *served.options)
+    with serving(folder, *options, timeout_s=START_TIMEOUT_S) as running:
         yield running
 
 

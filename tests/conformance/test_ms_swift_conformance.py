@@ -15,7 +15,7 @@ from reward_client.adapters.ms_swift import AsyncRemoteORM, RemoteORM
 from reward_client.errors import ServiceUnavailable
 from serving import RunningServer
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 REQUIREMENT = "ms-swift==4.6.0"
 CONVERSATIONS: list[list[dict[str, str]]] = [

@@ -15,7 +15,7 @@ from reward_client import RewardClient
 from reward_client.adapters import openrlhf, query_rewards
 from serving import RunningServer
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 QUESTION = "How do I boil an egg?"
 COMPLETIONS = ["Put it into boiling water.", "No.", "Seven minutes, then cool it."]

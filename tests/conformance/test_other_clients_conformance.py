@@ -30,7 +30,7 @@ from reward_client.adapters.callables import ItemRewardFunction
 from reward_client.errors import ServiceUnavailable
 from serving import RunningServer
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 QUESTION = "How do I boil an egg?"
 COMPLETIONS = ["Put it into boiling water.", "No.", "Seven minutes, then cool it."]

@@ -17,6 +17,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(900),
     # Of libraries that the trainer uses, not of ours.
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),
 ]

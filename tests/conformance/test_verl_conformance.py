@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import json
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,17 +17,20 @@ import aiohttp
 import framework_code
 import pytest
 import torch
-from misbehaving_server import FakeServer, Request, problem, running
 from reward_client import AsyncRewardClient, RewardClient
 from reward_client.adapters.verl import RemoteRewardManager
-from serving import RunningServer
+from reward_client.requests import ChunkLimits
+from serving import RunningServer, serving
+from tiny_models import write_tiny_checkpoint
+from transformers import AutoTokenizer
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 REQUIREMENT = "verl==0.9.1"
 PROMPT = [{"role": "user", "content": "How do I boil an egg?"}]
 COMPLETIONS = ["Put it into boiling water.", "No.", "Seven minutes, then cool it."]
 ENGINES = ["vllm", "sglang"]
+QUEUE_TOKENS = 2048
 
 
 @pytest.fixture(scope="module")
@@ -34,21 +38,32 @@ def wheel() -> Any:
     return framework_code.wheel(REQUIREMENT)
 
 
-@pytest.fixture(scope="module")
-def worker_class(wheel: Any) -> Any:
-    """The class that sends the requests, with a backoff that is a hundred times shorter."""
+def verls_worker(wheel: Any, speed: float, http: Any = aiohttp) -> Any:
+    """The class that sends the requests.
+
+    Args:
+        wheel: of verl.
+        speed: by how much its delays are divided.
+        http: what it uses as aiohttp.
+    """
 
     async def sleep(seconds: float) -> None:
-        await asyncio.sleep(seconds / 100)
+        await asyncio.sleep(seconds / speed)
 
     namespace = {
         "asyncio": SimpleNamespace(sleep=sleep, TimeoutError=asyncio.TimeoutError),
-        "aiohttp": aiohttp,
+        "aiohttp": http,
         "logger": logging.getLogger("verl"),
     }
     return framework_code.definitions(wheel, "reward_loop/reward_loop.py", {"RewardLoopWorker"}, namespace)[
         "RewardLoopWorker"
     ]
+
+
+@pytest.fixture(scope="module")
+def worker_class(wheel: Any) -> Any:
+    """The class that sends the requests, with delays that are a hundred times shorter."""
+    return verls_worker(wheel, 100)
 
 
 def sample(tokenizer: Any, completion: str) -> Any:
@@ -109,25 +124,47 @@ def test_many_connections_of_one_item_each(
     assert asyncio.run(scores()) == same(client.score([PROMPT] * 64, completions))
 
 
-class BusyTwice(FakeServer):
-    """Answers 503 with a Retry-After twice, then a reward."""
+@dataclass
+class Answers:
+    """aiohttp, with a record of the status and the Retry-After of every answer."""
 
-    async def answer(self, request: Request) -> Any:
-        if request.number < 2:
-            yield problem("503 Service Unavailable", "overloaded", "Retry-After: 1")
-        else:
-            body = json.dumps({"data": [{"probs": [0.5], "embedding": [0.5]}]}).encode()
-            head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-            yield head.encode() + body
+    seen: list[tuple[int, str | None]] = field(default_factory=list)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(aiohttp, name)
+
+    def ClientSession(self, **options: Any) -> aiohttp.ClientSession:  # noqa: N802 - the name of aiohttp's class
+        async def on_end(_session: Any, _context: Any, end: aiohttp.TraceRequestEndParams) -> None:
+            self.seen.append((end.response.status, end.response.headers.get("Retry-After")))
+
+        trace = aiohttp.TraceConfig()
+        trace.on_request_end.append(on_end)
+        return aiohttp.ClientSession(**options, trace_configs=[trace])
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_overload_is_survived(engine: str, worker_class: Any, tokenizer: Any) -> None:
-    """A 503 is retried by verl, the status with which the service refuses under load."""
-    with running(BusyTwice()) as busy:
-        asking = worker(worker_class, urlsplit(busy.url).netloc, engine, tokenizer)
-        assert asyncio.run(asking.compute_score_disrm([sample(tokenizer, "No.")])) == {"reward_score": 0.5}
-    assert len(busy.requests) == 3
+@pytest.mark.parametrize("runtime", ["ray", "local"])
+def test_overload_is_survived(runtime: str, wheel: Any, tmp_path: Path) -> None:
+    """96 samples at once for a queue that holds a few: some get 503 with Retry-After, and all end with their reward."""
+    checkpoint = write_tiny_checkpoint(tmp_path / "tiny", "llama")
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    completions = [f"Answer {number}: " + "egg " * 80 for number in range(96)]
+    answers = Answers()
+    limits = ("--limits.max_queue_tokens", str(QUEUE_TOKENS))
+    with serving(tmp_path, "--model", str(checkpoint), "--dtype", "float32", *limits, runtime=runtime) as server:
+        asking = worker(verls_worker(wheel, 10, answers), urlsplit(server.url).netloc, "vllm", tokenizer)
+
+        async def scores() -> list[float]:
+            calls = [asking.compute_score_disrm([sample(tokenizer, completion)]) for completion in completions]
+            return [answer["reward_score"] for answer in await asyncio.gather(*calls)]
+
+        rewards = asyncio.run(scores())
+        with RewardClient(server.url, deadline_s=120, chunks=ChunkLimits(max_items=1), max_connections=1) as client:
+            expected = client.score([PROMPT] * len(completions), completions)
+
+    assert rewards == pytest.approx(expected, abs=1e-5)
+    refusals = [retry_after for status, retry_after in answers.seen if status == 503]
+    assert {status for status, _ in answers.seen} == {200, 503}
+    assert all(retry_after is not None and int(retry_after) >= 1 for retry_after in refusals)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
