@@ -6,13 +6,15 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 from datasets import Dataset
 from reward_client import RewardClient
 from reward_client.adapters.trl import AsyncRemoteReward, RemoteReward
 from reward_client.errors import ServiceUnavailable
-from serving import RunningServer
-from tiny_models import write_tiny_causal_lm
+from serving import RunningServer, serving
+from tiny_models import write_tiny_causal_lm, write_tiny_checkpoint
+from transformers import AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 pytestmark = [
@@ -24,6 +26,26 @@ pytestmark = [
 
 QUESTIONS = ["How do I boil an egg?", "Write a short poem about the sea.", "What is a reward model?"]
 CONVERSATIONS: list[Any] = [[{"role": "user", "content": question}] for question in QUESTIONS]
+
+TEMPLATE_WITH_TOOL_CALLS = (
+    "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content or '' }}"
+    "{% for call in message.tool_calls or [] %}"
+    "{{ call.function.name }} {{ call.function.arguments | tojson }}{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def _rollout(factor: int, product: str) -> list[dict[str, Any]]:
+    """A call of a tool, its result and the answer, in the form in which TRL's tool loop leaves them."""
+    function = {"name": "multiply", "arguments": {"a": 3, "b": factor}}
+    return [
+        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]},
+        {"role": "tool", "name": "multiply", "content": product},
+        {"role": "assistant", "content": f"It is {product}."},
+    ]
+
+
+ROLLOUTS = [_rollout(4, "12"), _rollout(5, "15"), [{"role": "assistant", "content": "It is 12."}]]
 
 
 @pytest.fixture(scope="session")
@@ -72,6 +94,27 @@ def test_a_trainer_ends_with_the_clients_exception(reward: Any, policy: Path, tm
     with pytest.raises(ServiceUnavailable):
         trainer.train()
     _close(function, trainer)
+
+
+def test_a_rollout_with_tools_is_one_completion(policy: Path, tmp_path: Path) -> None:
+    """The messages of a tool-calling rollout reach the service as they are, by TRL's own call of the function."""
+    checkpoint = write_tiny_checkpoint(tmp_path / "tiny", "llama")
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.chat_template = TEMPLATE_WITH_TOOL_CALLS
+    tokenizer.save_pretrained(checkpoint)
+    with serving(tmp_path, "--model", str(checkpoint), "--dtype", "float32", runtime="local") as server:
+        function = RemoteReward(server.url)
+        trainer = _trainer("grpo", function, CONVERSATIONS, policy, tmp_path)
+
+        rows = [{"prompt": CONVERSATIONS[0]}] * len(ROLLOUTS)
+        prompts = [CONVERSATIONS[0]] * len(ROLLOUTS)
+        rewards = trainer._calculate_rewards(rows, prompts, ROLLOUTS, [[1]] * len(ROLLOUTS))[:, 0].tolist()
+        _close(function, trainer)
+        items = [{"prompt": CONVERSATIONS[0], "completion": rollout} for rollout in ROLLOUTS]
+        answer = httpx2.post(f"{server.url}/v1/score", json={"items": items}, timeout=60).json()
+
+    assert rewards == pytest.approx([result["reward"] for result in answer["results"]], abs=1e-5)
+    assert len({round(reward, 5) for reward in rewards}) == len(ROLLOUTS)
 
 
 # TRL stops the event loop of a trainer at the exit of the process, so trainers live until then.
