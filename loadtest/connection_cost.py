@@ -6,13 +6,13 @@ import json
 import statistics
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 from rich.table import Table
 
 from loadtest.console import report_console
-from loadtest.generator import send_all
+from loadtest.generator import LoadRun, send_all
 from loadtest.wire import OpenRlhfWire, UnexpectedAnswer
 from loadtest.workload import WORKLOADS, cut_into_requests
 
@@ -32,6 +32,12 @@ class ConnectionPass:
     latency_p50_s: float
     latency_p95_s: float
 
+    client_cpu_s: float
+    """CPU seconds of the generator."""
+
+    server_cpu_s: float = 0.0
+    """CPU seconds of the server, where the caller measures them."""
+
 
 def run(options: Namespace) -> int:
     """Measure, print the table and write the file; returns the exit status, 1 where an item got no reward."""
@@ -48,8 +54,21 @@ def run(options: Namespace) -> int:
     return 0
 
 
-def measure(url: str, bodies: Sequence[bytes], in_flight: int, rounds: int) -> Iterator[ConnectionPass]:
+def measure(
+    url: str,
+    bodies: Sequence[bytes],
+    in_flight: int,
+    rounds: int,
+    server_cpu_s: Callable[[], float] = lambda: 0.0,
+) -> Iterator[ConnectionPass]:
     """Yield the passes; which way is first alternates, and a pass that is not measured comes before all.
+
+    Args:
+        url: of the service.
+        bodies: of the requests.
+        in_flight: requests at once.
+        rounds: passes of each way.
+        server_cpu_s: returns the CPU seconds of the server so far.
 
     Raises:
         UnexpectedAnswer: a connection was refused or broke, or an item has no reward.
@@ -57,25 +76,41 @@ def measure(url: str, bodies: Sequence[bytes], in_flight: int, rounds: int) -> I
     _send(url, bodies[:in_flight], in_flight, reuse=True)
     for number in range(rounds):
         for reuse in (True, False) if number % 2 == 0 else (False, True):
-            items_per_s, p50_s, p95_s = _send(url, bodies, in_flight, reuse=reuse)
-            yield ConnectionPass(number, reuse, items_per_s, p50_s, p95_s)
+            before = server_cpu_s()
+            load = _send(url, bodies, in_flight, reuse=reuse)
+            yield ConnectionPass(
+                round=number,
+                reuse=reuse,
+                items_per_s=len(load.rewards) / load.wall_s,
+                latency_p50_s=load.latency_s(0.5),
+                latency_p95_s=load.latency_s(0.95),
+                client_cpu_s=load.cpu_s,
+                server_cpu_s=server_cpu_s() - before,
+            )
 
 
 def throughput_ratio(passes: Sequence[ConnectionPass]) -> float:
     """The median throughput with new connections, divided by that with persistent ones."""
-    return _median_rate(passes, reuse=False) / _median_rate(passes, reuse=True)
+    rates = {way: [one.items_per_s for one in passes if one.reuse is way] for way in (True, False)}
+    return statistics.median(rates[False]) / statistics.median(rates[True])
 
 
-def _median_rate(passes: Sequence[ConnectionPass], *, reuse: bool) -> float:
-    return statistics.median(one.items_per_s for one in passes if one.reuse is reuse)
+def cpu_ratio(passes: Sequence[ConnectionPass]) -> float:
+    """The median CPU time of client and server with persistent connections, divided by that with new ones.
+
+    That is the ratio of throughputs where the CPU is the limit. Other processes of the machine hardly change it.
+    """
+    times = {way: [one.client_cpu_s + one.server_cpu_s for one in passes if one.reuse is way] for way in (True, False)}
+    return statistics.median(times[True]) / statistics.median(times[False])
 
 
-def _send(url: str, bodies: Sequence[bytes], in_flight: int, *, reuse: bool) -> tuple[float, float, float]:
+def _send(url: str, bodies: Sequence[bytes], in_flight: int, *, reuse: bool) -> LoadRun:
     try:
-        run = send_all(url, bodies, in_flight, WIRE, reuse=reuse)
+        load = send_all(url, bodies, in_flight, WIRE, reuse=reuse)
     except (OSError, EOFError) as error:
         raise UnexpectedAnswer(f"A connection to {url} was refused or broke ({type(error).__name__})") from error
-    return len(run.rewards) / run.wall_s, run.latency_s(0.5), run.latency_s(0.95)
+    _ = load.rewards  # raises where there is none
+    return load
 
 
 def _report(passes: Sequence[ConnectionPass], in_flight: int) -> None:

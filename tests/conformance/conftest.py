@@ -42,12 +42,12 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """One of the two models."""
     if request.param == "tiny":
         folder = write_tiny_checkpoint(tmp_path_factory.mktemp("conformance") / "tiny", "llama")
-        return Served(folder, ("--dtype", "float32"), 1e-5)
+        return Served(folder, ("--dtype", "float32", "--num-threads", "1"), 1e-5)
     try:
         folder = obtain_demo_model()
     except StartupError as error:
         pytest.skip(f"The demo model could not be obtained: {error}")
-    return Served(folder, ("--dtype", "bfloat16"), 0.0)
+    return Served(folder, ("--dtype", "bfloat16", "--num-threads", "1"), 0.0)
 
 
 @pytest.fixture(scope="session")
