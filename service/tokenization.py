@@ -194,12 +194,20 @@ class Tokenization:
         for entry in prepared:
             match entry:
                 case _Text() | _Pair():
-                    outcomes.append(self._fit(self._tokens(entry, next(encoded)), encoding.truncation))
+                    fitted = self._fit(self._tokens(entry, next(encoded)), encoding.truncation)
+                    outcomes.append(self._with_double_bos(fitted))
                 case TokenIds():
-                    outcomes.append(self._check_ids(entry))
+                    outcomes.append(self._with_double_bos(self._check_ids(entry)))
                 case HttpError():
                     outcomes.append(entry)
         return outcomes
+
+    def _with_double_bos(self, outcome: TokenSequence | HttpError) -> TokenSequence | HttpError:
+        """Note that a sequence begins with two BOS; nothing is taken from what the caller sent."""
+        bos_id = self._tokenizer.bos_token_id
+        if isinstance(outcome, HttpError) or bos_id is None or outcome.token_ids[:2] != (bos_id, bos_id):
+            return outcome
+        return replace(outcome, double_bos=True)
 
     def _encode_all(self, entries: list[_Text | _Pair]) -> list[Any]:
         pairs = iter(self._encode_batch([(one.prompt, one.completion) for one in entries if isinstance(one, _Pair)]))
