@@ -131,7 +131,7 @@ def without(body: Any, names: tuple[str, ...]) -> Any:
 async def test_credentials_that_clients_send_change_nothing(
     oracle: Application, path: str, credentials: dict[str, str]
 ) -> None:
-    """A placeholder key, or the credentials of a URL, are no reason to refuse: there is nothing to check them against."""
+    """A placeholder key, or a user in the URL, is no reason to refuse: there is nothing to check it against."""
     answer = await oracle.post(path, BODIES[path], **credentials)
     plain = await oracle.post(path, BODIES[path])
 
