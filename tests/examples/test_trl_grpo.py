@@ -19,7 +19,7 @@ from tiny_models import write_tiny_causal_lm, write_tiny_checkpoint
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "trl_grpo" / "grpo.py"
-STEPS = 40
+STEPS = 20
 KILL_AFTER = 5
 RLOO_STEPS = 3
 
