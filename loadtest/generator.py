@@ -1,4 +1,4 @@
-"""Sends prepared requests over persistent connections and measures the latency of the responses.
+"""Sends prepared requests, over persistent connections or one for each, and measures the latency of the responses.
 
 It shares the cores with the server that it measures, so it does little itself: plain asyncio streams, request bodies
 built in advance, responses parsed after the clock has stopped. The loop is closed: each connection sends its next
@@ -25,7 +25,7 @@ class Reply:
     content: bytes = field(repr=False)
 
     latency_s: float
-    """From the first byte sent to the last byte received."""
+    """From the first byte sent, or from the opening of the request's own connection, to the last byte received."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +61,29 @@ class LoadRun:
         return ordered[max(0, math.ceil(quantile * len(ordered)) - 1)]
 
 
-def send_all(url: str, bodies: Sequence[bytes], num_connections: int, wire: WireFormat = NATIVE) -> LoadRun:
+def send_all(
+    url: str, bodies: Sequence[bytes], num_connections: int, wire: WireFormat = NATIVE, *, reuse: bool = True
+) -> LoadRun:
     """Post every body to the wire format's path at ``url``, over ``num_connections`` connections at a time.
 
+    Args:
+        url: of the server.
+        bodies: of the requests.
+        num_connections: number of connections that are open at once.
+        wire: format of the bodies.
+        reuse: whether a connection carries many requests; False: each request has its own, which the client closes
+            after the response, as OpenRLHF and verl do.
+
     Raises:
-        OSError, EOFError: a connection broke.
+        OSError, EOFError: a connection was refused or broke.
         UnexpectedAnswer: a response has no Content-Length.
     """
-    return asyncio.run(_send_all(url, bodies, num_connections, wire))
+    return asyncio.run(_send_all(url, bodies, num_connections, wire, reuse=reuse))
 
 
-async def _send_all(url: str, bodies: Sequence[bytes], num_connections: int, wire: WireFormat) -> LoadRun:
+async def _send_all(
+    url: str, bodies: Sequence[bytes], num_connections: int, wire: WireFormat, *, reuse: bool
+) -> LoadRun:
     address = urlsplit(url)
     host, port = address.hostname or "127.0.0.1", address.port or 80
     head = f"POST {wire.path} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
@@ -81,7 +93,7 @@ async def _send_all(url: str, bodies: Sequence[bytes], num_connections: int, wir
     waiting = iter(enumerate(requests))
     started, cpu_started = time.perf_counter(), time.process_time()
     try:
-        await asyncio.gather(*(_send_waiting(connection, waiting, replies) for connection in connections))
+        await asyncio.gather(*(_send_waiting(connection, waiting, replies, reuse) for connection in connections))
         wall_s, cpu_s = time.perf_counter() - started, time.process_time() - cpu_started
     finally:
         for connection in connections:
@@ -129,9 +141,16 @@ class _Connection:
 
 
 async def _send_waiting(
-    connection: _Connection, waiting: Iterator[tuple[int, bytes]], replies: dict[int, Reply]
+    connection: _Connection,
+    waiting: Iterator[tuple[int, bytes]],
+    replies: dict[int, Reply],
+    reuse: bool,
 ) -> None:
+    if not reuse:
+        connection.close()  # opened with the others; each request opens its own
     for number, request in waiting:
         sent = time.perf_counter()
         status, content = await connection.send(request)
         replies[number] = Reply(status, content, time.perf_counter() - sent)
+        if not reuse:
+            connection.close()

@@ -86,6 +86,22 @@ class VllmWire:
         return _finite([result["probs"][0] for result in results])
 
 
+class OpenRlhfWire:
+    """OpenRLHF's format: whole texts, as its agents send them one at a time."""
+
+    path: ClassVar[str] = "/get_reward"
+
+    def body(self, items: Sequence[Mapping[str, str]]) -> bytes:
+        """Return prompt and completion of each item as one text."""
+        queries = [item["prompt"] + item["completion"] for item in items]
+        prompts = [item["prompt"] for item in items]
+        return json.dumps({"query": queries, "prompts": prompts, "labels": [None] * len(items)}).encode()
+
+    def rewards(self, content: bytes) -> list[float]:
+        """Return ``rewards``, which are raw."""
+        return _finite(list(json.loads(content)["rewards"]))
+
+
 NATIVE = NativeWire()
 
 

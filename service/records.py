@@ -234,6 +234,9 @@ class TokenSequence:
     partly_rendered: bool = False
     """Whether the chat template left out a part of the completion, which the settings accept."""
 
+    double_bos: bool = False
+    """Whether it begins with two BOS tokens, which the caller sent: the service never adds a second one."""
+
     @property
     def row(self) -> tuple[int, ...]:
         """What an engine computes a reward from: sequences with equal rows have equal rewards.
@@ -307,6 +310,12 @@ class LengthReport:
 
     length_percentile: float | None = None
     """Rank of the completion's length in the calibration, 0 to 1; None without a calibration."""
+
+    last_token_id: int | None = None
+    """The last token that the model read: a text that ends otherwise than in training has another reward."""
+
+    double_bos: bool = False
+    """Whether what the model read begins with two BOS tokens."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -148,6 +148,16 @@ class Tokenization:
         added = self._tokenizer.added_tokens_decoder.values()
         return frozenset(token.content for token in added if token.special)
 
+    @property
+    def unadded_bos(self) -> str | None:
+        """The BOS that the chat template writes and the tokenizer's own call does not add; None: there is none.
+
+        A client that cuts the BOS of a rendered conversation, because servers add it, sends a text without any.
+        """
+        bos, bos_id = self._tokenizer.bos_token, self._tokenizer.bos_token_id
+        is_written = self.rule.template == "chat" and bos_id is not None and self.sample_token_ids[:1] == (bos_id,)
+        return str(bos) if is_written and bos_id not in self.rule.before else None
+
     def template_for(self, encoding: Encoding) -> TemplateChoice:
         """Return how a prompt that is a plain string is rendered with this encoding."""
         return encoding.template or self.rule.template
@@ -184,12 +194,20 @@ class Tokenization:
         for entry in prepared:
             match entry:
                 case _Text() | _Pair():
-                    outcomes.append(self._fit(self._tokens(entry, next(encoded)), encoding.truncation))
+                    fitted = self._fit(self._tokens(entry, next(encoded)), encoding.truncation)
+                    outcomes.append(self._with_double_bos(fitted))
                 case TokenIds():
-                    outcomes.append(self._check_ids(entry))
+                    outcomes.append(self._with_double_bos(self._check_ids(entry)))
                 case HttpError():
                     outcomes.append(entry)
         return outcomes
+
+    def _with_double_bos(self, outcome: TokenSequence | HttpError) -> TokenSequence | HttpError:
+        """Note that a sequence begins with two BOS; nothing is taken from what the caller sent."""
+        bos_id = self._tokenizer.bos_token_id
+        if isinstance(outcome, HttpError) or bos_id is None or outcome.token_ids[:2] != (bos_id, bos_id):
+            return outcome
+        return replace(outcome, double_bos=True)
 
     def _encode_all(self, entries: list[_Text | _Pair]) -> list[Any]:
         pairs = iter(self._encode_batch([(one.prompt, one.completion) for one in entries if isinstance(one, _Pair)]))

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tiny_models import BOS, DECODER_FAMILIES, EOS, FAMILIES_WITH_BOS, SENTENCES, tiny_tokenizer
 from tokenizers import processors
 
+from service.diagnostics.length import length_report
 from service.errors import CheckpointError, CompletionNotRendered, InvalidRequest, SequenceTooLong, SettingsError
 from service.records import Encoding, Exchange, Item, Message, ModelInputs, TemplatedText, TokenIds, TokenSequence
 from service.settings import TokenizationSettings
@@ -136,6 +137,21 @@ def test_a_token_of_prompt_and_completion_counts_as_completion() -> None:
     assert whole.num_prompt_tokens is not None
     assert prompt_only.num_prompt_tokens is not None
     assert whole.num_prompt_tokens < prompt_only.num_prompt_tokens
+
+
+@pytest.mark.parametrize("add_bos", [True, False])
+def test_two_bos_of_the_caller_are_reported_and_kept(add_bos: bool) -> None:
+    """A text or ids that begin with two BOS keep both; one BOS, or the one that is added, is not two."""
+    scheme, encoding = tokenization(LLAMA), Encoding(template="concat", add_bos=add_bos)
+    doubled = sequence_of(scheme, TemplatedText(f"{BOS}{BOS}a"), encoding)
+    ids = sequence_of(scheme, TokenIds(doubled.token_ids), encoding)
+    single = [sequence_of(scheme, TemplatedText(text), encoding) for text in (f"{BOS}a", "a")]
+
+    assert doubled.token_ids[:2] == (LLAMA.bos_token_id, LLAMA.bos_token_id)
+    assert doubled.token_ids[2] != LLAMA.bos_token_id
+    assert [sequence.double_bos for sequence in (doubled, ids, *single)] == [True, True, False, False]
+    report = length_report(doubled)
+    assert (report.double_bos, report.last_token_id) == (True, doubled.token_ids[-1])
 
 
 def test_an_empty_completion_is_scored() -> None:

@@ -23,6 +23,10 @@ class LengthBlock:
     length_z: float | None = None
     length_percentile: float | None = None
     """Rank of the completion's length in the calibration, 0 to 1."""
+    last_token_id: int | None = None
+    """The last token that the model read."""
+    double_bos: bool | None = None
+    """Whether what the model read begins with two BOS tokens."""
 
 
 @dataclass(frozen=True, slots=True)

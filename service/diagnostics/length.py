@@ -1,4 +1,4 @@
-"""The length block of an item: lengths of its texts, and how many tokens the model read.
+"""The length block of an item: lengths of its texts, how many tokens the model read, and how they begin and end.
 
 Pure arithmetic on a TokenSequence. Where the number of prompt tokens is unknown, the lengths of prompt and completion
 are None.
@@ -22,4 +22,6 @@ def length_report(sequence: TokenSequence) -> LengthReport:
         completion_chars=sequence.completion_chars,
         scored_tokens=sequence.num_tokens,
         truncated=sequence.truncated,
+        last_token_id=sequence.token_ids[-1] if sequence.token_ids else None,
+        double_bos=sequence.double_bos,
     )

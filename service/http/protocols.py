@@ -84,6 +84,7 @@ def context_of(served: ServedModel) -> ProtocolContext:
         is_calibrated=served.lookup.calibration is not None,
         special_tokens=served.tokenization.special_tokens,
         settings=settings.protocols,
+        unadded_bos=served.tokenization.unadded_bos,
     )
 
 

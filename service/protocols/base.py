@@ -71,6 +71,8 @@ class ProtocolContext:
     special_tokens: frozenset[str]
     """The tokenizer's special tokens, as text."""
     settings: ProtocolSettings
+    unadded_bos: str | None = None
+    """The BOS that the chat template writes and the tokenizer does not add; None: there is none."""
 
     @property
     def level(self) -> DiagnosticsLevel:
@@ -106,6 +108,8 @@ class Call:
     activation: Activation = "none"
     rendering: Rendering | None = None
     """How a prompt whose form the route had to decide about is taken; None: the route had nothing to decide."""
+    bos_added: frozenset[int] = frozenset()
+    """Indices of the items to which the route added the BOS that the client had cut."""
     wire: Any = field(default=None, repr=False)
     """What the encoding of the answer needs of the request."""
 

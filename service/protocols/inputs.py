@@ -1,7 +1,8 @@
 """Inputs as the pooling routes of vLLM and SGLang take them: texts, token ids, or one conversation.
 
 A text is tokenized as the tokenizer does it, with its BOS, unless the request says otherwise: verl cuts one leading BOS
-from the rendered conversation, because the server is expected to add it.
+from the rendered conversation, because the server is expected to add it. Some tokenizers add none although their chat
+template writes one (SmolLM2, whose BOS is ``<|im_start|>``): there the route adds it again.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ def pooling_call(wire: WirePoolingRequest, context: ProtocolContext) -> Call:
         raise invalid("", "not_one_form", "A request has either input or messages")
     flags = {name: getattr(wire, name) for name in ACTIVATION_FLAGS}
     encoding, max_tokens = truncation_of(wire, context)
+    bos_added: frozenset[int] = frozenset()
     if wire.messages is not None:
         items: tuple[Item, ...] = (_conversation(wire),)
         encoding = replace(encoding, template_variables=template_variables(wire.chat_template_kwargs))
@@ -91,7 +93,8 @@ def pooling_call(wire: WirePoolingRequest, context: ProtocolContext) -> Call:
         given = wire.input or []
         if not isinstance(given, str) and not isinstance(next(iter(given), None), int):
             context.check_count(len(given))
-        items = _items(given)
+        bos = context.unadded_bos if wire.add_special_tokens is None else None
+        items, bos_added = _with_cut_bos(_items(given), bos, context.special_tokens)
         special = AS_IT_IS if wire.add_special_tokens is False else AS_THE_TOKENIZER
         encoding = replace(special, truncation=encoding.truncation)
     return Call(
@@ -100,6 +103,7 @@ def pooling_call(wire: WirePoolingRequest, context: ProtocolContext) -> Call:
         model=wire.model,
         max_tokens=max_tokens,
         activation=activation_for(flags, context.settings),
+        bos_added=bos_added,
         wire=wire,
     )
 
@@ -133,9 +137,10 @@ def vectors(call: Call, answer: Answer, encoding_format: str) -> list[list[float
     return [base64.b64encode(struct.pack("<f", number)).decode() for number in numbers(call, answer)]
 
 
-def item_members(score: Score) -> dict[str, Any]:
+def item_members(call: Call, index: int, score: Score) -> dict[str, Any]:
     """Return members that an entry of an answer has in addition to those of the protocol."""
-    return {"tokens": num_tokens(score), "truncated": is_truncated(score)}
+    added = {"bos_added": True} if index in call.bos_added else {}
+    return {"tokens": num_tokens(score), "truncated": is_truncated(score)} | added
 
 
 def usage_members(answer: Answer) -> dict[str, int]:
@@ -158,6 +163,26 @@ def _items(given: str | Sequence[Any]) -> tuple[Item, ...]:
     if not kinds:
         raise invalid("/input", "too_few", "An input that is a list needs at least one entry")
     raise invalid("/input", "not_one_form", "The entries of an input are all texts, all ids, or all lists of ids")
+
+
+def _with_cut_bos(
+    items: tuple[Item, ...], bos: str | None, special_tokens: frozenset[str]
+) -> tuple[tuple[Item, ...], frozenset[int]]:
+    """Return the items with the BOS that clients have cut from rendered conversations, and the indices of those.
+
+    A text with a special token in it is a rendered conversation: one that does not begin with the BOS of the chat
+    template has lost it. A text without special tokens was not rendered, and stays as it is.
+    """
+
+    def has_lost_bos(text: str) -> bool:
+        return bos is not None and not text.startswith(bos) and any(token in text for token in special_tokens)
+
+    texts = [item.content.text if isinstance(item.content, TemplatedText) else "" for item in items]
+    added = frozenset(index for index, text in enumerate(texts) if has_lost_bos(text))
+    restored = tuple(
+        Item(TemplatedText(f"{bos}{texts[index]}")) if index in added else item for index, item in enumerate(items)
+    )
+    return restored, added
 
 
 def _token_item(ids: Sequence[int], pointer: str) -> Item:

@@ -83,7 +83,7 @@ def _decode_input(request: WireRequest, context: ProtocolContext) -> Call:
 def _encode_embeddings(call: Call, answer: Answer) -> bytes:
     wire: WirePoolingRequest = call.wire
     data = [
-        {"object": "embedding", "index": index, "embedding": vector, **item_members(score)}
+        {"object": "embedding", "index": index, "embedding": vector, **item_members(call, index, score)}
         for index, (vector, score) in enumerate(
             zip(vectors(call, answer, wire.encoding_format), answer.scores, strict=True)
         )

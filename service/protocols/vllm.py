@@ -105,22 +105,22 @@ def _recognises_pairs(body: bytes) -> bool:
 
 def _encode_classes(call: Call, answer: Answer) -> bytes:
     entries = [{"label": None, "probs": [number], "num_classes": 1} for number in numbers(call, answer)]
-    return _list("classify", answer, entries)
+    return _list("classify", call, answer, entries)
 
 
 def _encode_vectors(call: Call, answer: Answer) -> bytes:
     wire: WirePoolingRequest = call.wire
     entries = [{"object": "pooling", "data": vector} for vector in vectors(call, answer, wire.encoding_format)]
-    return _list("pool", answer, entries)
+    return _list("pool", call, answer, entries)
 
 
 def _encode_scores(call: Call, answer: Answer) -> bytes:
-    return _list("score", answer, [{"object": "score", "score": number} for number in numbers(call, answer)])
+    return _list("score", call, answer, [{"object": "score", "score": number} for number in numbers(call, answer)])
 
 
-def _list(prefix: str, answer: Answer, entries: list[dict[str, Any]]) -> bytes:
+def _list(prefix: str, call: Call, answer: Answer, entries: list[dict[str, Any]]) -> bytes:
     data = [
-        {"index": index, **entry, **item_members(score)}
+        {"index": index, **entry, **item_members(call, index, score)}
         for index, (entry, score) in enumerate(zip(entries, answer.scores, strict=True))
     ]
     return msgspec.json.encode(
@@ -142,6 +142,10 @@ def list_schema(entry: dict[str, Any]) -> dict[str, Any]:
         **entry,
         "tokens": {"type": "integer"},
         "truncated": {"type": "boolean"},
+        "bos_added": {
+            "const": True,
+            "description": "Present where the route added the BOS that the client had cut from a conversation.",
+        },
     }
     return {
         "type": "object",

@@ -507,3 +507,38 @@ def test_a_refusal_reaches_the_trainer(server: Service) -> None:
     with running(Refusing()) as refusing, pytest.raises(RequestRejected) as raised:
         RemoteReward(refusing.url)(prompts=["q"], completions=["answer 1"])
     assert copy_of(raised.value).status == 422
+
+
+class Messages(FakeServer):
+    """The reward of an item is the number of messages of its completion; records the items."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.items: list[Any] = []
+
+    async def answer(self, request: Request) -> AsyncIterator[bytes]:
+        self.items += request.body["items"]
+        results = [
+            {"index": index, "reward": float(len(item["completion"]))}
+            for index, item in enumerate(request.body["items"])
+        ]
+        yield ok({"model": {"name": "m", "version": VERSION}, "results": results})
+
+
+def test_a_rollout_with_tool_calls_is_sent_as_it_is() -> None:
+    """A completion of several messages keeps its tool calls and results, whatever calls the adapter."""
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    rollout = [
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": "add", "content": "2"},
+        {"role": "assistant", "content": "It is 2."},
+    ]
+    with running(Messages()) as server:
+        of_trl = RemoteReward(server.url, diagnostics="none", retries=ONCE)
+        of_loop = RewardFunction(server.url, retries=ONCE)
+        rewards = [of_trl(prompts=[QUESTION], completions=[rollout]), of_loop([QUESTION], [rollout])]
+        of_trl.client.close()
+        of_loop.client.close()
+
+    assert rewards == [[3.0], [3.0]]
+    assert [item["completion"] for item in server.items] == [rollout, rollout]

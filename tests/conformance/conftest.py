@@ -1,8 +1,13 @@
-"""One server for all conformance tests: a tiny model with a BOS token and a chat template, in float32."""
+"""The servers of all conformance tests: a tiny model with a BOS token in float32, and the demo model.
+
+The demo model is served in bfloat16, where a reward on a CPU is bit-identical in every batch, so a client has to end
+with exactly the number of ``/v1/score``. In float32 rewards of one text may differ by a rounding error.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +17,49 @@ from serving import RunningServer, serving
 from tiny_models import write_tiny_checkpoint
 from transformers import AutoTokenizer
 
+from service.checkpoints.demo import obtain_demo_model
+from service.errors import StartupError
+
+START_TIMEOUT_S = 600.0
+"""The check of the demo model's rewards at its start takes a minute of one core."""
+
+Same = Callable[[Sequence[float]], Any]
+"""What equals rewards that are as close to the given ones as the served model allows."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model and how it is served."""
+
+    checkpoint: Path
+    options: tuple[str, ...]
+    tolerance: float
+    """Largest difference between two rewards of one text; 0: they are equal bit for bit."""
+
+
+@pytest.fixture(scope="session", params=["tiny", "demo"])
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Served:
+    """One of the two models."""
+    if request.param == "tiny":
+        folder = write_tiny_checkpoint(tmp_path_factory.mktemp("conformance") / "tiny", "llama")
+        return Served(folder, ("--dtype", "float32", "--num-threads", "1"), 1e-5)
+    try:
+        folder = obtain_demo_model()
+    except StartupError as error:
+        pytest.skip(f"The demo model could not be obtained: {error}")
+    return Served(folder, ("--dtype", "bfloat16", "--num-threads", "1"), 0.0)
+
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(served: Served) -> Path:
     """The served checkpoint; its tokenizer is also that of the actors."""
-    return write_tiny_checkpoint(tmp_path_factory.mktemp("conformance") / "tiny", "llama")
+    return served.checkpoint
+
+
+@pytest.fixture(scope="session")
+def same(served: Served) -> Same:
+    """Compares rewards of the clients to those of ``/v1/score``."""
+    return lambda rewards: pytest.approx(rewards, rel=0, abs=served.tolerance)
 
 
 @pytest.fixture(scope="session")
@@ -25,10 +68,11 @@ def tokenizer(checkpoint: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
-def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    """``reward-serve`` with the tiny model, ready."""
+def server(served: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """``reward-serve`` with the model, ready."""
     folder = tmp_path_factory.mktemp("conformance-server")
-    with serving(folder, "--model", str(checkpoint), "--dtype", "float32") as running:
+    options = ("--model", str(served.checkpoint), *served.options)
+    with serving(folder, *options, timeout_s=START_TIMEOUT_S) as running:
         yield running
 
 

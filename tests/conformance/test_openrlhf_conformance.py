@@ -15,7 +15,7 @@ from reward_client import RewardClient
 from reward_client.adapters import openrlhf, query_rewards
 from serving import RunningServer
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 QUESTION = "How do I boil an egg?"
 COMPLETIONS = ["Put it into boiling water.", "No.", "Seven minutes, then cool it."]
@@ -51,32 +51,32 @@ def expected(client: RewardClient) -> list[float]:
 
 
 def test_the_agents_requests(
-    executor_class: Any, server: RunningServer, prompt: str, queries: list[str], expected: list[float]
+    executor_class: Any, server: RunningServer, prompt: str, queries: list[str], expected: list[float], same: Any
 ) -> None:
     """Version 0.11: rewards and scores are raw, and every extra log becomes a tensor."""
     executor = executor_class([f"{server.url}/get_reward"])
 
     [answer] = asyncio.run(executor._fetch_rewards_via_http(queries, [prompt] * len(queries), [None] * len(queries)))
 
-    assert answer["rewards"] == pytest.approx(expected, abs=1e-5)
+    assert answer["rewards"] == same(expected)
     assert answer["scores"] == answer["rewards"]
     assert answer["extra_logs"]
     assert all(torch.tensor([value]).isfinite().all() for value in answer["extra_logs"].values())
 
 
 def test_the_agent_from_tokens_to_reward(
-    executor_class: Any, server: RunningServer, prompt: str, expected: list[float], tokenizer: Any
+    executor_class: Any, server: RunningServer, prompt: str, expected: list[float], tokenizer: Any, same: Any
 ) -> None:
     """Version 0.11, whole path: the agent decodes the rollout itself, special tokens included, and adds no BOS."""
     outputs = [_execute(executor_class, f"{server.url}/get_reward", prompt, text, tokenizer) for text in COMPLETIONS]
 
-    assert [output["reward"][0] for output in outputs] == pytest.approx(expected, abs=1e-5)
+    assert [output["reward"][0] for output in outputs] == same(expected)
     assert [output["scores"] for output in outputs] == [output["reward"] for output in outputs]
     assert len({tuple(sorted(output["extra_logs"])) for output in outputs}) == 1
 
 
 def test_many_connections_of_one_item_each(
-    executor_class: Any, server: RunningServer, prompt: str, client: RewardClient
+    executor_class: Any, server: RunningServer, prompt: str, client: RewardClient, same: Any
 ) -> None:
     """64 rollouts at once, each on a connection of its own: every one gets its own reward."""
     executor = executor_class(f"{server.url}/get_reward")
@@ -89,7 +89,7 @@ def test_many_connections_of_one_item_each(
         ]
         return [answer["rewards"][0] for [answer] in await asyncio.gather(*calls)]
 
-    assert asyncio.run(rewards()) == pytest.approx(client.score([QUESTION] * 64, completions), abs=1e-5)
+    assert asyncio.run(rewards()) == same(client.score([QUESTION] * 64, completions))
 
 
 def test_a_query_over_the_limit_is_no_reward(executor_class: Any, server: RunningServer, prompt: str) -> None:
@@ -97,11 +97,11 @@ def test_a_query_over_the_limit_is_no_reward(executor_class: Any, server: Runnin
     executor = executor_class([f"{server.url}/get_reward"])
 
     with pytest.raises(RuntimeError, match="5 times"):
-        asyncio.run(executor._fetch_rewards_via_http([prompt + "egg " * 2000], [prompt], [None]))
+        asyncio.run(executor._fetch_rewards_via_http([prompt + "egg " * 12_000], [prompt], [None]))
 
 
 def test_the_wrapper_of_older_versions(
-    server: RunningServer, prompt: str, queries: list[str], expected: list[float]
+    server: RunningServer, prompt: str, queries: list[str], expected: list[float], same: Any
 ) -> None:
     """Version 0.9 posts whole micro-batches with ``requests``."""
     wheel = framework_code.wheel("openrlhf==0.9.0")
@@ -111,7 +111,7 @@ def test_the_wrapper_of_older_versions(
     data = {"query": queries, "prompts": [prompt] * len(queries), "labels": [None] * len(queries)}
     answer = definitions["request_api_wrapper"](f"{server.url}/get_reward", data)
 
-    assert torch.as_tensor(answer["rewards"]).tolist() == pytest.approx(expected, abs=1e-5)
+    assert torch.as_tensor(answer["rewards"]).tolist() == same(expected)
 
 
 def test_the_reward_function_file(
@@ -121,6 +121,7 @@ def test_the_reward_function_file(
     expected: list[float],
     tokenizer: Any,
     monkeypatch: pytest.MonkeyPatch,
+    same: Any,
 ) -> None:
     """The agent loads the file by its path; the result is that of the route."""
     monkeypatch.setenv("REMOTE_REWARD_URL", server.url)
@@ -131,7 +132,7 @@ def test_the_reward_function_file(
         query_rewards._client()[0].close()
         query_rewards._client.cache_clear()
 
-    assert [output["reward"][0] for output in outputs] == pytest.approx(expected, abs=1e-5)
+    assert [output["reward"][0] for output in outputs] == same(expected)
     assert all(torch.tensor([value]).isfinite().all() for value in outputs[0]["extra_logs"].values())
 
 

@@ -1,4 +1,4 @@
-"""The clients of LLaMA-Factory, AReaL, slime and Triton end with the rewards of ``/v1/score``."""
+"""The clients of LLaMA-Factory, AReaL, slime, miles and Triton end with the rewards of ``/v1/score``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from reward_client.adapters.callables import ItemRewardFunction
 from reward_client.errors import ServiceUnavailable
 from serving import RunningServer
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 QUESTION = "How do I boil an egg?"
 COMPLETIONS = ["Put it into boiling water.", "No.", "Seven minutes, then cool it."]
@@ -81,7 +81,7 @@ print(json.dumps({
     "tokens": rewards(tokens, lengths),
 }))
 try:
-    client.infer(model, [strings("sentences", ["egg " * 2000])])
+    client.infer(model, [strings("sentences", ["egg " * 12_000])])
 except InferenceServerException as error:
     print(error.status(), error.message(), file=sys.stderr)
 else:
@@ -108,18 +108,18 @@ def expected(client: RewardClient) -> list[float]:
     return client.score([QUESTION] * len(COMPLETIONS), COMPLETIONS)
 
 
-def test_llamafactory(server: RunningServer, texts: list[str], expected: list[float]) -> None:
+def test_llamafactory(server: RunningServer, texts: list[str], expected: list[float], same: Any) -> None:
     """Its function returns one float per text."""
     rewards = _llamafactory()(f"{server.url}/v1/score/evaluation", texts)
 
     assert rewards.shape == (len(texts),)
-    assert rewards.tolist() == pytest.approx(expected, abs=1e-5)
+    assert rewards.tolist() == same(expected)
 
 
 def test_llamafactory_gets_no_number_for_what_cannot_be_scored(server: RunningServer, texts: list[str]) -> None:
     """One text over the limit fails the batch; its function then misses the scores."""
     with pytest.raises(KeyError, match="scores"):
-        _llamafactory()(f"{server.url}/v1/score/evaluation", [*texts, "egg " * 2000])
+        _llamafactory()(f"{server.url}/v1/score/evaluation", [*texts, "egg " * 12_000])
 
 
 def _llamafactory() -> Any:
@@ -129,14 +129,14 @@ def _llamafactory() -> Any:
     return framework_code.definitions(wheel, "ppo/ppo_utils.py", {name}, namespace)[name]
 
 
-def test_areal(server: RunningServer, expected: list[float], tokenizer: Any) -> None:
+def test_areal(server: RunningServer, expected: list[float], tokenizer: Any, same: Any) -> None:
     """Its wrapper sends the function to a process with every call; the prompt is in the template already."""
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": QUESTION}], tokenize=False, add_generation_prompt=True
     )
     function = ItemRewardFunction(server.url, template="concat", deadline_s=12)
 
-    assert _areal_rewards(function, prompt) == pytest.approx(expected, abs=1e-5)
+    assert _areal_rewards(function, prompt) == same(expected)
 
 
 def test_areal_gets_an_exception_in_time() -> None:
@@ -175,7 +175,7 @@ def _areal_rewards(function: Any, prompt: str) -> list[float]:
         wrapper_class._atexit_shutdown_all()
 
 
-def test_slime(server: RunningServer, texts: list[str], expected: list[float], tokenizer: Any) -> None:
+def test_slime(server: RunningServer, texts: list[str], expected: list[float], tokenizer: Any, same: Any) -> None:
     """Prompts as texts, conversations and templated texts have the same reward, bare or in an object."""
     slime = _slime()
     conversation = [{"role": "user", "content": QUESTION}]
@@ -195,19 +195,34 @@ def test_slime(server: RunningServer, texts: list[str], expected: list[float], t
         return [*bare, [answer["reward"] for answer in objects]]
 
     for found in asyncio.run(all_rewards()):
-        assert found == pytest.approx(expected, abs=1e-5)
+        assert found == same(expected)
+
+
+def test_miles(server: RunningServer, expected: list[float], same: Any) -> None:
+    """Its function opens a session for each sample, tries once, and returns the bare reward."""
+    remote_rm = _checkout("miles", {"remote_rm"}, {"aiohttp": aiohttp})["remote_rm"]
+    samples = [SimpleNamespace(prompt=QUESTION, label=None, response=completion) for completion in COMPLETIONS]
+
+    async def rewards() -> list[float]:
+        address = SimpleNamespace(rm_url=f"{server.url}/rm")
+        return await asyncio.gather(*(remote_rm(address, sample) for sample in samples))
+
+    assert asyncio.run(rewards()) == same(expected)
 
 
 def _slime() -> dict[str, Any]:
-    """The functions of a checkout of slime, which is not on the package index."""
-    checkout = os.environ.get("SLIME_CHECKOUT")
-    if not checkout:
-        pytest.skip("slime is not on the package index: set SLIME_CHECKOUT to a checkout of it")
-    code = (Path(checkout) / "slime/rollout/rm_hub/__init__.py").read_text(encoding="utf-8")
     modules = {"asyncio": asyncio, "aiohttp": aiohttp, "random": random, "logger": logging.getLogger("slime")}
-    return framework_code.run_definitions(
-        code, {"_get_shared_session", "remote_rm"}, {**modules, "_shared_session": None}
-    )
+    return _checkout("slime", {"_get_shared_session", "remote_rm"}, {**modules, "_shared_session": None})
+
+
+def _checkout(project: str, names: set[str], namespace: dict[str, Any]) -> dict[str, Any]:
+    """Functions of a checkout of slime or miles, which are not on the package index."""
+    variable = f"{project.upper()}_CHECKOUT"
+    checkout = os.environ.get(variable)
+    if not checkout:
+        pytest.skip(f"{project} is not on the package index: set {variable} to a checkout of it")
+    code = (Path(checkout) / project / "rollout/rm_hub/__init__.py").read_text(encoding="utf-8")
+    return framework_code.run_definitions(code, names, namespace)
 
 
 @pytest.mark.parametrize("compression", [None, "gzip"])
@@ -218,6 +233,7 @@ def test_tritonclient(
     expected: list[float],
     client: RewardClient,
     tokenizer: Any,
+    same: Any,
 ) -> None:
     """Texts, exchanges and token ids in binary tensors have the same reward; what cannot be scored has a reason."""
     folder = framework_code.installed("tritonclient", *TRITON)
@@ -239,5 +255,5 @@ def test_tritonclient(
     rewards = json.loads(finished.stdout)
     assert rewards.keys() == {"sentences", "named", "exchanges", "tokens"}
     for form, found in rewards.items():
-        assert found == pytest.approx(expected, abs=1e-5), form
+        assert found == same(expected), form
     assert "tokens" in finished.stderr.splitlines()[-1]

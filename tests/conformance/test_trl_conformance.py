@@ -6,23 +6,46 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 from datasets import Dataset
 from reward_client import RewardClient
 from reward_client.adapters.trl import AsyncRemoteReward, RemoteReward
 from reward_client.errors import ServiceUnavailable
-from serving import RunningServer
-from tiny_models import write_tiny_causal_lm
+from serving import RunningServer, serving
+from tiny_models import write_tiny_causal_lm, write_tiny_checkpoint
+from transformers import AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(900),
     # Of libraries that the trainer uses, not of ours.
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),
 ]
 
 QUESTIONS = ["How do I boil an egg?", "Write a short poem about the sea.", "What is a reward model?"]
 CONVERSATIONS: list[Any] = [[{"role": "user", "content": question}] for question in QUESTIONS]
+
+TEMPLATE_WITH_TOOL_CALLS = (
+    "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content or '' }}"
+    "{% for call in message.tool_calls or [] %}"
+    "{{ call.function.name }} {{ call.function.arguments | tojson }}{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def _rollout(factor: int, product: str) -> list[dict[str, Any]]:
+    """A call of a tool, its result and the answer, in the form in which TRL's tool loop leaves them."""
+    function = {"name": "multiply", "arguments": {"a": 3, "b": factor}}
+    return [
+        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]},
+        {"role": "tool", "name": "multiply", "content": product},
+        {"role": "assistant", "content": f"It is {product}."},
+    ]
+
+
+ROLLOUTS = [_rollout(4, "12"), _rollout(5, "15"), [{"role": "assistant", "content": "It is 12."}]]
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +65,7 @@ def test_a_trainer_learns_from_the_rewards_of_the_service(
     client: RewardClient,
     policy: Path,
     tmp_path: Path,
+    same: Any,
 ) -> None:
     """Two steps: every logged reward equals ``/v1/score`` for the logged texts, and the diagnostics are logged."""
     function = reward(server.url)
@@ -53,7 +77,7 @@ def test_a_trainer_learns_from_the_rewards_of_the_service(
     logs = trainer._logs
     rewards = list(logs["rewards"][reward.__name__])
     assert len(rewards) == 4  # those of the last step
-    assert rewards == pytest.approx(client.score(list(logs["prompt"]), list(logs["completion"])), abs=1e-5)
+    assert rewards == same(client.score(list(logs["prompt"]), list(logs["completion"])))
     assert all(length > 0 for length in logs["extra"]["rm_scored_tokens"])
     logged = [entry for entry in trainer.state.log_history if "reward_model/scored_tokens" in entry]
     assert len(logged) == 2
@@ -70,6 +94,27 @@ def test_a_trainer_ends_with_the_clients_exception(reward: Any, policy: Path, tm
     with pytest.raises(ServiceUnavailable):
         trainer.train()
     _close(function, trainer)
+
+
+def test_a_rollout_with_tools_is_one_completion(policy: Path, tmp_path: Path) -> None:
+    """The messages of a tool-calling rollout reach the service as they are, by TRL's own call of the function."""
+    checkpoint = write_tiny_checkpoint(tmp_path / "tiny", "llama")
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.chat_template = TEMPLATE_WITH_TOOL_CALLS
+    tokenizer.save_pretrained(checkpoint)
+    with serving(tmp_path, "--model", str(checkpoint), "--dtype", "float32", runtime="local") as server:
+        function = RemoteReward(server.url)
+        trainer = _trainer("grpo", function, CONVERSATIONS, policy, tmp_path)
+
+        rows = [{"prompt": CONVERSATIONS[0]}] * len(ROLLOUTS)
+        prompts = [CONVERSATIONS[0]] * len(ROLLOUTS)
+        rewards = trainer._calculate_rewards(rows, prompts, ROLLOUTS, [[1]] * len(ROLLOUTS))[:, 0].tolist()
+        _close(function, trainer)
+        items = [{"prompt": CONVERSATIONS[0], "completion": rollout} for rollout in ROLLOUTS]
+        answer = httpx2.post(f"{server.url}/v1/score", json={"items": items}, timeout=60).json()
+
+    assert rewards == pytest.approx([result["reward"] for result in answer["results"]], abs=1e-5)
+    assert len({round(reward, 5) for reward in rewards}) == len(ROLLOUTS)
 
 
 # TRL stops the event loop of a trainer at the exit of the process, so trainers live until then.

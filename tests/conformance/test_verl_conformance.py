@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import json
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,17 +17,19 @@ import aiohttp
 import framework_code
 import pytest
 import torch
-from misbehaving_server import FakeServer, Request, problem, running
 from reward_client import AsyncRewardClient, RewardClient
 from reward_client.adapters.verl import RemoteRewardManager
-from serving import RunningServer
+from serving import RunningServer, serving
+from tiny_models import write_tiny_checkpoint
+from transformers import AutoTokenizer
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 REQUIREMENT = "verl==0.9.1"
 PROMPT = [{"role": "user", "content": "How do I boil an egg?"}]
 COMPLETIONS = ["Put it into boiling water.", "No.", "Seven minutes, then cool it."]
 ENGINES = ["vllm", "sglang"]
+QUEUE_TOKENS = 2048
 
 
 @pytest.fixture(scope="module")
@@ -34,21 +37,32 @@ def wheel() -> Any:
     return framework_code.wheel(REQUIREMENT)
 
 
-@pytest.fixture(scope="module")
-def worker_class(wheel: Any) -> Any:
-    """The class that sends the requests, with a backoff that is a hundred times shorter."""
+def verls_worker(wheel: Any, speed: float, http: Any = aiohttp) -> Any:
+    """The class that sends the requests.
+
+    Args:
+        wheel: of verl.
+        speed: by how much its delays are divided.
+        http: what it uses as aiohttp.
+    """
 
     async def sleep(seconds: float) -> None:
-        await asyncio.sleep(seconds / 100)
+        await asyncio.sleep(seconds / speed)
 
     namespace = {
         "asyncio": SimpleNamespace(sleep=sleep, TimeoutError=asyncio.TimeoutError),
-        "aiohttp": aiohttp,
+        "aiohttp": http,
         "logger": logging.getLogger("verl"),
     }
     return framework_code.definitions(wheel, "reward_loop/reward_loop.py", {"RewardLoopWorker"}, namespace)[
         "RewardLoopWorker"
     ]
+
+
+@pytest.fixture(scope="module")
+def worker_class(wheel: Any) -> Any:
+    """The class that sends the requests, with delays that are a hundred times shorter."""
+    return verls_worker(wheel, 100)
 
 
 def sample(tokenizer: Any, completion: str) -> Any:
@@ -82,7 +96,7 @@ def worker(worker_class: Any, address: str, engine: str, tokenizer: Any) -> Any:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_requests_to_a_reward_model_return_its_rewards(
-    engine: str, worker_class: Any, server: RunningServer, client: RewardClient, tokenizer: Any
+    engine: str, worker_class: Any, server: RunningServer, client: RewardClient, tokenizer: Any, same: Any
 ) -> None:
     """The template that verl applies, its stripped BOS and its field names end with the reward of the exchange."""
     asking = worker(worker_class, urlsplit(server.url).netloc, engine, tokenizer)
@@ -91,12 +105,12 @@ def test_requests_to_a_reward_model_return_its_rewards(
         calls = [asking.compute_score_disrm([sample(tokenizer, completion)]) for completion in COMPLETIONS]
         return [answer["reward_score"] for answer in await asyncio.gather(*calls)]
 
-    assert asyncio.run(scores()) == pytest.approx(client.score([PROMPT] * len(COMPLETIONS), COMPLETIONS), abs=1e-5)
+    assert asyncio.run(scores()) == same(client.score([PROMPT] * len(COMPLETIONS), COMPLETIONS))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_many_connections_of_one_item_each(
-    engine: str, worker_class: Any, server: RunningServer, client: RewardClient, tokenizer: Any
+    engine: str, worker_class: Any, server: RunningServer, client: RewardClient, tokenizer: Any, same: Any
 ) -> None:
     """64 samples at once, each on a connection of its own: every one gets its own reward."""
     asking = worker(worker_class, urlsplit(server.url).netloc, engine, tokenizer)
@@ -106,28 +120,50 @@ def test_many_connections_of_one_item_each(
         calls = [asking.compute_score_disrm([sample(tokenizer, completion)]) for completion in completions]
         return [answer["reward_score"] for answer in await asyncio.gather(*calls)]
 
-    assert asyncio.run(scores()) == pytest.approx(client.score([PROMPT] * 64, completions), abs=1e-5)
+    assert asyncio.run(scores()) == same(client.score([PROMPT] * 64, completions))
 
 
-class BusyTwice(FakeServer):
-    """Answers 503 with a Retry-After twice, then a reward."""
+@dataclass
+class Answers:
+    """aiohttp, with a record of the status and the Retry-After of every answer."""
 
-    async def answer(self, request: Request) -> Any:
-        if request.number < 2:
-            yield problem("503 Service Unavailable", "overloaded", "Retry-After: 1")
-        else:
-            body = json.dumps({"data": [{"probs": [0.5], "embedding": [0.5]}]}).encode()
-            head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-            yield head.encode() + body
+    seen: list[tuple[int, str | None]] = field(default_factory=list)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(aiohttp, name)
+
+    def ClientSession(self, **options: Any) -> aiohttp.ClientSession:  # noqa: N802 - the name of aiohttp's class
+        async def on_end(_session: Any, _context: Any, end: aiohttp.TraceRequestEndParams) -> None:
+            self.seen.append((end.response.status, end.response.headers.get("Retry-After")))
+
+        trace = aiohttp.TraceConfig()
+        trace.on_request_end.append(on_end)
+        return aiohttp.ClientSession(**options, trace_configs=[trace])
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_overload_is_survived(engine: str, worker_class: Any, tokenizer: Any) -> None:
-    """A 503 is retried by verl, the status with which the service refuses under load."""
-    with running(BusyTwice()) as busy:
-        asking = worker(worker_class, urlsplit(busy.url).netloc, engine, tokenizer)
-        assert asyncio.run(asking.compute_score_disrm([sample(tokenizer, "No.")])) == {"reward_score": 0.5}
-    assert len(busy.requests) == 3
+@pytest.mark.parametrize("runtime", ["ray", "local"])
+def test_overload_is_survived(runtime: str, wheel: Any, tmp_path: Path) -> None:
+    """64 samples at once for a queue that holds a few: some get 503 with Retry-After, and all end with their reward."""
+    checkpoint = write_tiny_checkpoint(tmp_path / "tiny", "llama")
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    completions = [f"Answer {number}: " + "egg " * 80 for number in range(64)]
+    answers = Answers()
+    limits = ("--limits.max_queue_tokens", str(QUEUE_TOKENS))
+    with serving(tmp_path, "--model", str(checkpoint), "--dtype", "float32", *limits, runtime=runtime) as server:
+        asking = worker(verls_worker(wheel, 10, answers), urlsplit(server.url).netloc, "vllm", tokenizer)
+
+        async def scores() -> list[float]:
+            calls = [asking.compute_score_disrm([sample(tokenizer, completion)]) for completion in completions]
+            return [answer["reward_score"] for answer in await asyncio.gather(*calls)]
+
+        rewards = asyncio.run(scores())
+        with RewardClient(server.url, deadline_s=120) as client:
+            expected = client.score([PROMPT] * len(completions), completions)
+
+    assert rewards == pytest.approx(expected, abs=1e-5)
+    refusals = [retry_after for status, retry_after in answers.seen if status == 503]
+    assert {status for status, _ in answers.seen} == {200, 503}
+    assert all(retry_after is not None and int(retry_after) >= 1 for retry_after in refusals)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -138,7 +174,7 @@ def test_a_sequence_over_the_limit_ends_the_job(
     asking = worker(worker_class, urlsplit(server.url).netloc, engine, tokenizer)
 
     with pytest.raises(aiohttp.ClientResponseError) as raised:
-        asyncio.run(asking.compute_score_disrm([sample(tokenizer, "egg " * 2000)]))
+        asyncio.run(asking.compute_score_disrm([sample(tokenizer, "egg " * 12_000)]))
     assert raised.value.status == 422
 
 
@@ -191,7 +227,12 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Any]:
 
 
 def test_the_naive_manager_calls_the_function(
-    managers: dict[str, Any], server: RunningServer, client: RewardClient, tokenizer: Any, run: Callable[[Any], Any]
+    managers: dict[str, Any],
+    server: RunningServer,
+    client: RewardClient,
+    tokenizer: Any,
+    run: Callable[[Any], Any],
+    same: Any,
 ) -> None:
     """Loaded by verl's own loader with the documented lines, it is awaited and its numbers are kept."""
     lines = {
@@ -214,13 +255,18 @@ def test_the_naive_manager_calls_the_function(
     answers = run(scored())
 
     expected = client.score([PROMPT] * len(COMPLETIONS), COMPLETIONS)
-    assert [answer["reward_score"] for answer in answers] == pytest.approx(expected, abs=1e-5)
+    assert [answer["reward_score"] for answer in answers] == same(expected)
     assert all(answer["reward_extra_info"]["rm_scored_tokens"] > 0 for answer in answers)
     assert len({tuple(answer["reward_extra_info"]) for answer in answers}) == 1
 
 
 def test_the_manager_of_ours_does_what_verls_does(
-    managers: dict[str, Any], server: RunningServer, client: RewardClient, tokenizer: Any, run: Callable[[Any], Any]
+    managers: dict[str, Any],
+    server: RunningServer,
+    client: RewardClient,
+    tokenizer: Any,
+    run: Callable[[Any], Any],
+    same: Any,
 ) -> None:
     """It is loaded by verl's loader, scores the raw prompt, and places rewards where verl's base class does."""
     kind = managers["load_extern_object"](
@@ -235,7 +281,7 @@ def test_the_manager_of_ours_does_what_verls_does(
 
     answer = run(manager.run_single([sample(tokenizer, COMPLETIONS[0])]))
 
-    assert [answer["reward_score"]] == pytest.approx(client.score([PROMPT], COMPLETIONS[:1]), abs=1e-5)
+    assert [answer["reward_score"]] == same(client.score([PROMPT], COMPLETIONS[:1]))
     mask = torch.tensor([[0, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0]])
     batch = {"prompts": torch.zeros(2, 2), "responses": torch.full((2, 4), 7), "attention_mask": mask}
     data, scores = SimpleNamespace(batch=batch), [1.5, -0.25]

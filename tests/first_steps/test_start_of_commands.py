@@ -58,7 +58,8 @@ LIMIT_CPU_S = 0.5
 MODULES = [
     f"python -m {name}"
     for name in (
-        *("loadtest.baseline", "loadtest.compare", "loadtest.diagnostics_cost", "loadtest.engines"),
+        *("loadtest.baseline", "loadtest.compare", "loadtest.connections", "loadtest.diagnostics_cost"),
+        "loadtest.engines",
         *("loadtest.invariance", "loadtest.staged_drift", "monitoring.dashboard", "monitoring.render"),
     )
 ]

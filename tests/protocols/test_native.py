@@ -488,6 +488,8 @@ def test_complete_answer() -> None:
                     "truncated": False,
                     "length_z": None,
                     "length_percentile": None,
+                    "last_token_id": None,
+                    "double_bos": False,
                 },
             },
             {

@@ -122,6 +122,23 @@ def without(body: Any, names: tuple[str, ...]) -> Any:
     return {name: value for name, value in body.items() if name not in names} if isinstance(body, dict) else body
 
 
+@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize(
+    "credentials",
+    [{"Authorization": "Bearer EMPTY"}, {"Authorization": "Basic YW55OmtleQ=="}, {"X-API-Key": "key"}],
+    ids=["bearer", "basic", "key"],
+)
+async def test_credentials_that_clients_send_change_nothing(
+    oracle: Application, path: str, credentials: dict[str, str]
+) -> None:
+    """A placeholder key, or a user in the URL, is no reason to refuse: there is nothing to check it against."""
+    answer = await oracle.post(path, BODIES[path], **credentials)
+    plain = await oracle.post(path, BODIES[path])
+
+    assert answer.status_code == plain.status_code == 200
+    assert plain.headers["X-Reward-Activation"] == answer.headers["X-Reward-Activation"] == "none"
+
+
 async def test_model_names(tmp_path: Path) -> None:
     """Any name is answered by the served model; with strict names another one is a 404."""
     async with application(tmp_path) as oracle:

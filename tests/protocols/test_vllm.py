@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from http_application import Application, application
 from scored_texts import COMPLETION, ITEM, PROMPT, reward_of
+from tiny_models import write_tiny_checkpoint
+from transformers import AutoTokenizer
 
 from service.engines.oracle import NAN_BYTE, oracle_reward
 from service.protocols.base import sigmoid
@@ -216,3 +218,29 @@ async def test_pairs_are_prompt_and_completion(model: Application) -> None:
     answer = (await model.post("/score", {"text_1": PROMPT, "text_2": COMPLETION})).json()
 
     assert [answer["data"][0]["score"]] == await model.rewards(ITEM)
+
+
+@pytest.mark.parametrize(("route", "key"), [("/classify", "probs"), ("/v1/embeddings", "embedding")])
+async def test_a_cut_bos_that_the_tokenizer_does_not_add(tmp_path: Path, route: str, key: str) -> None:
+    """Where the template alone writes a BOS, a conversation without it gets it again, and the answer says so."""
+    checkpoint = write_tiny_checkpoint(tmp_path / "model", "qwen2")
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.bos_token = BOS
+    tokenizer.save_pretrained(checkpoint)
+    turns = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": COMPLETION}]
+    rendered = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    assert rendered.startswith(BOS)
+    assert tokenizer("a")["input_ids"][0] != tokenizer.bos_token_id
+    cut = rendered.removeprefix(BOS)
+
+    settings = {"path": str(checkpoint), "num_threads": 1, "kernels": "off"}
+    async with application(tmp_path, model=settings, batching={"deterministic": True}) as model:
+        data = (await model.post(route, {"input": [rendered, cut, PROMPT]})).json()["data"]
+        as_it_is = (await model.post(route, {"input": [cut], "add_special_tokens": True})).json()["data"]
+        [reward] = await model.rewards(ITEM)
+        [plain, unchanged] = await model.rewards({"text": PROMPT}, {"text": cut})
+
+    assert [entry[key] for entry in data] == [[reward], [reward], [plain]]
+    assert [entry.get("bos_added") for entry in data] == [None, True, None]
+    assert [entry[key] for entry in as_it_is] == [[unchanged]]
+    assert unchanged != reward

@@ -81,22 +81,26 @@ def started(
 
 @contextmanager
 def serving(
-    folder: Path, *options: str, runtime: str = "ray", command: Sequence[str] = COMMAND
+    folder: Path,
+    *options: str,
+    runtime: str = "ray",
+    command: Sequence[str] = COMMAND,
+    timeout_s: float = START_TIMEOUT_S,
 ) -> Iterator[RunningServer]:
     """Run ``reward-serve`` as `started` does, and wait until it is ready."""
     with started(folder, *options, runtime=runtime, command=command) as server:
-        await_ready(server)
+        await_ready(server, timeout_s)
         yield server
 
 
-def await_ready(server: RunningServer) -> None:
+def await_ready(server: RunningServer, timeout_s: float = START_TIMEOUT_S) -> None:
     """Return once the command reports that it is ready; fail with its messages when it exits or takes too long."""
 
     def is_ready() -> bool:
         assert server.process.poll() is None, server.messages.read_text()
         return "Ready in" in server.messages.read_text()
 
-    assert eventually(is_ready, START_TIMEOUT_S), server.messages.read_text()
+    assert eventually(is_ready, timeout_s), server.messages.read_text()
 
 
 def answers_ready(url: str) -> bool:
