@@ -528,7 +528,7 @@ class Messages(FakeServer):
 def test_a_rollout_with_tool_calls_is_sent_as_it_is() -> None:
     """A completion of several messages keeps its tool calls and results, whatever calls the adapter."""
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
-    rollout = [
+    rollout: list[dict[str, Any]] = [
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "name": "add", "content": "2"},
         {"role": "assistant", "content": "It is 2."},

@@ -205,7 +205,7 @@ def test_miles(server: RunningServer, expected: list[float], same: Any) -> None:
 
     async def rewards() -> list[float]:
         address = SimpleNamespace(rm_url=f"{server.url}/rm")
-        return await asyncio.gather(*(remote_rm(address, sample) for sample in samples))
+        return list(await asyncio.gather(*(remote_rm(address, sample) for sample in samples)))
 
     assert asyncio.run(rewards()) == same(expected)
 
