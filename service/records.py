@@ -191,6 +191,9 @@ class ScoreRequest:
     waits_for_room: bool = False
     """Whether a request that finds the queue full waits for room, up to its timeout, instead of being refused."""
 
+    weights: Mapping[str, float] | None = None
+    """Weight of each output in the reward, by name; an output without one has weight 0. None: the model's own."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelInputs:
@@ -419,8 +422,8 @@ class GroupReport:
 class Score:
     """The reward of one item and its diagnostics. None: not requested, or unknown; no value is a guess."""
 
-    reward: float
-    """The raw output of the scalar head."""
+    reward: float | None
+    """The raw output of the scalar head; of several outputs their combination. None: no weights of them are known."""
 
     length: LengthReport | None = None
 
@@ -444,6 +447,9 @@ class Score:
 
     gap: CalibrationGap | None = None
     """Why calibrated diagnostics that were requested are None."""
+
+    outputs: tuple[float, ...] = ()
+    """The numbers of a model with several outputs, in the order of their names; empty: the reward alone."""
 
     traits: tuple[float, ...] | None = field(default=None, repr=False, compare=False)
     """State statistics that the detectors read once the whole request is known; never part of a response."""
