@@ -451,6 +451,9 @@ class Score:
     outputs: tuple[float, ...] = ()
     """The numbers of a model with several outputs, in the order of their names; empty: the reward alone."""
 
+    own_weights: bool = False
+    """Whether weights of the request made the reward: it is then on another scale than the calibration's rewards."""
+
     traits: tuple[float, ...] | None = field(default=None, repr=False, compare=False)
     """State statistics that the detectors read once the whole request is known; never part of a response."""
 
