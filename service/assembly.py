@@ -28,6 +28,7 @@ from service.errors import CheckpointError, SettingsError, StartupError
 from service.metrics import Metrics
 from service.pipeline import Pipeline
 from service.records import Encoding, ModelIdentity, StateTap
+from service.reward_rule import RewardRule
 from service.scorer import Scorer
 from service.settings import ModelSettings, Settings, TokenizationSettings, name_as_given
 from service.tokenization import Tokenization
@@ -298,7 +299,7 @@ def _join(
     diagnostician = Diagnostician(calibration, special_ids, settings.diagnostics.alpha, info.taps)
     scorer = Scorer(
         tokenization,
-        Pipeline(engine, diagnostician),
+        Pipeline(engine, diagnostician, rule=RewardRule.of(checkpoint.description if checkpoint else None)),
         settings.limits,
         settings.batching,
         metrics,

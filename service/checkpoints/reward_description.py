@@ -8,12 +8,12 @@ classifier does. This module reads and writes the file and opens no weight.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 
 from service.errors import CheckpointError, SettingsError
-from service.records import Activation, Pooling
+from service.records import Activation, Pooling, StepAggregate
 
 DESCRIPTION_FILE = "reward_model.json"
 FORMAT_VERSION = 1
@@ -53,6 +53,52 @@ class TextRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     """Token ids that stand after every text, such as a reward token whose state the head reads."""
 
 
+class WeightedSum(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="weights"):
+    """The sum of the outputs, each with a factor."""
+
+    weights: dict[str, float]
+    """Factors by the name of the output; an output without one does not count."""
+
+
+class MeanOfOutputs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="mean"):
+    """The mean of the outputs, which are the members of an ensemble."""
+
+
+class MinOfOutputs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="min"):
+    """The smallest output, of the most pessimistic member of an ensemble."""
+
+
+class LowerBound(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="lower_bound"):
+    """The mean of the outputs minus a multiple of their standard deviation (with divisor n)."""
+
+    num_std: float
+    """The multiple."""
+
+
+class Probability(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="probability"):
+    """The probability of one output by the softmax over all; of a single output by the logistic function."""
+
+    output: str
+    """Name of the output."""
+
+
+Combination: TypeAlias = WeightedSum | MeanOfOutputs | MinOfOutputs | LowerBound | Probability
+"""How the outputs at one token become one number."""
+
+
+class StepRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Where a model that rewards steps is read."""
+
+    marker: str | None = None
+    """The text that training put after each step; the head is read at its last token."""
+
+    marker_token_id: int | None = None
+    """The token id of the marker, at which the head is read in given token ids; None: the marker is no single token."""
+
+    aggregate: StepAggregate = "min"
+    """How the rewards of the steps become the reward of a text."""
+
+
 class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the checkpoint was made from; changes no reward."""
 
@@ -70,12 +116,20 @@ class RewardDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     format_version: int = FORMAT_VERSION
 
     outputs: tuple[str, ...] = ("reward",)
-    """Names of the numbers that the head gives."""
+    """Names of the numbers that the head gives at a token, in order."""
 
     pooling: Pooling = "hf"
     """The token whose hidden state the head reads."""
 
     text: TextRule = TextRule()
+
+    combine: Combination | None = None
+    """How the outputs become one reward. None: a single output is the reward; several have no reward without weights.
+    """
+
+    steps: StepRule | None = None
+    """None: the model was trained to reward whole texts."""
+
     source: Provenance | None = None
 
     def reward_facts(self) -> dict[str, Any]:
@@ -109,9 +163,32 @@ def read_description(folder: Path) -> RewardDescription | None:
         description = msgspec.json.decode(content, type=RewardDescription)
     except (OSError, msgspec.DecodeError) as error:
         raise CheckpointError(f"{file} is not a valid description of a reward model ({error}).") from error
-    if len(description.outputs) != 1:
-        raise CheckpointError(f"{file} names {len(description.outputs)} outputs, but one reward is served: name one.")
+    validate_outputs(file, description)
     return description
+
+
+def validate_outputs(file: Path, description: RewardDescription) -> None:
+    """Check that the names of a description are different, and that its rule refers to them.
+
+    Raises:
+        CheckpointError: they are not, it does not, or the classifier's own head is said to have several outputs.
+    """
+    names = description.outputs
+    if not names or len(set(names)) != len(names) or not all(names):
+        raise CheckpointError(f"{file} has no names for its outputs, or one twice: name each output of the head once.")
+    if len(names) != 1 and isinstance(description.head, ClassifierHead):
+        raise CheckpointError(
+            f"{file} names {len(names)} outputs, but the classifier's own head gives one reward: name one."
+        )
+    match description.combine:
+        case WeightedSum(weights):
+            unknown = sorted(set(weights) - set(names))
+        case Probability(output):
+            unknown = [output] if output not in names else []
+        case _:
+            unknown = []
+    if unknown:
+        raise CheckpointError(f"combine in {file} refers to {unknown[0]!r}, which is not among its outputs.")
 
 
 def write_description(folder: Path, description: RewardDescription) -> None:

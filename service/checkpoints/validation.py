@@ -106,7 +106,8 @@ def validate_weights(
     scalar_config.num_labels = 1
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     if description is not None and isinstance(description.head, LayeredHead):
-        validate_layers(path / DESCRIPTION_FILE, description.head, tensors, config.get_text_config().hidden_size)
+        hidden_size, num_outputs = config.get_text_config().hidden_size, len(description.outputs)
+        validate_layers(path / DESCRIPTION_FILE, description.head, tensors, hidden_size, num_outputs)
         shapes = _with_classifier_head(shapes, description.head, config)
     try:
         fit = fit_classifier(scalar_config, shapes)
@@ -145,14 +146,17 @@ def is_described(description: RewardDescription | None) -> bool:
     return description is not None and not isinstance(description.head, ClassifierHead)
 
 
-def validate_layers(file: Path, head: LayeredHead, tensors: Mapping[str, TensorInfo], hidden_size: int) -> None:
-    """Check that the layers of a described head are stored and follow each other from a state to one number.
+def validate_layers(
+    file: Path, head: LayeredHead, tensors: Mapping[str, TensorInfo], hidden_size: int, num_outputs: int = 1
+) -> None:
+    """Check that the layers of a described head are stored and follow each other from a state to its outputs.
 
     Args:
         file: the description, for messages.
         head: the described head.
         tensors: the stored tensors.
         hidden_size: width of the last hidden state.
+        num_outputs: names of outputs in the description.
 
     Raises:
         CheckpointError: they do not.
@@ -176,8 +180,10 @@ def validate_layers(file: Path, head: LayeredHead, tensors: Mapping[str, TensorI
             )
     if head.layers[-1].activation != "none":
         raise CheckpointError(f"The last layer of {file} has an activation; the service gives raw rewards: set none.")
-    if width != 1:
-        raise CheckpointError(f"The head of {file} gives {width} numbers per text, not one reward.")
+    if width != num_outputs:
+        raise CheckpointError(
+            f"The head of {file} gives {width} numbers per text, but `outputs` names {num_outputs}: name each."
+        )
 
 
 def _with_classifier_head(

@@ -30,7 +30,7 @@ from service.transformers_logging import transformers_silenced
 
 @dataclass(frozen=True, slots=True)
 class Classifier:
-    """A loaded classifier with one label."""
+    """A loaded classifier."""
 
     model: Any
     """The transformers model, on its device, in inference mode."""
@@ -46,6 +46,9 @@ class Classifier:
 
     reads_token_types: bool = False
     """Whether rows may hold token types beside token ids, see ``TokenSequence.row``."""
+
+    outputs: tuple[str, ...] = ("reward",)
+    """Names of the numbers that the head gives at a token, in order."""
 
     @property
     def body(self) -> Any:
@@ -125,8 +128,8 @@ class Classifier:
         """Record states of the pass that runs while the context is open; see ``record_states``."""
         return record_states(self.body, self.config.num_hidden_layers, taps, readouts)
 
-    def rewards_of(self, pooled: torch.Tensor) -> torch.Tensor:
-        """Run the head on pooled states [rows, hidden]; float32 [rows], on the device.
+    def outputs_of(self, states: torch.Tensor) -> torch.Tensor:
+        """Run the head on states [rows, hidden]; float32 [rows, outputs], on the device.
 
         The order of additions of a matrix product depends on its number of rows, so on a CPU the states are multiplied
         one by one. On a GPU, where each product would be a kernel launch, ``batch_invariant_head`` multiplies all at
@@ -137,14 +140,9 @@ class Classifier:
             raise TypeError(f"The head of {self.architecture} does its own pooling")
         if not self.is_on_cpu:
             if isinstance(head, LayeredHeadModule):
-                return batch_invariant_layers(pooled, head)
-            return batch_invariant_head(pooled, head.weight[0], head.bias)
-        return torch.cat([head(state[None]) for state in pooled])[:, 0]
-
-    def read_rewards(self, pooled: torch.Tensor) -> list[float]:
-        """Run the head on pooled states [rows, hidden] and copy the rewards to the host."""
-        rewards: list[float] = self.rewards_of(pooled).tolist()
-        return rewards
+                return batch_invariant_layers(states, head)
+            return batch_invariant_head(states, head.weight, head.bias)
+        return torch.cat([head(state[None]) for state in states])
 
 
 def pooled_position(ids: Sequence[int], pooling: Pooling, pad_token_id: int | None) -> int:
@@ -208,7 +206,13 @@ def load_classifier(
     model.requires_grad_(requires_grad=False).eval().to(device)
     gate_in_place(model.base_model)
 
-    classifier = Classifier(model, model.config._attn_implementation, pooling, pad_token_id)  # noqa: SLF001 - no public name
+    classifier = Classifier(
+        model,
+        model.config._attn_implementation,  # noqa: SLF001 - no public name
+        pooling,
+        pad_token_id,
+        outputs=("reward",) if description is None else description.outputs,
+    )
     if pooling != "hf" and classifier.state_head is None:
         raise SettingsError(
             f"model.pooling is {pooling}, but {classifier.architecture} pools in its own head: leave the setting out"
