@@ -430,15 +430,6 @@ class Score:
 
     None only where the head has several outputs and no weights are known."""
 
-    outputs: tuple[float, ...] = ()
-    """The head's outputs at the pooled token, where it has several and no steps are read; empty otherwise."""
-
-    step_outputs: tuple[tuple[float, ...], ...] = ()
-    """The head's outputs at the last token of each step, in order; empty without steps."""
-
-    step_rewards: tuple[float, ...] = ()
-    """The reward of each step, in order; empty without steps, and where ``reward`` is None."""
-
     length: LengthReport | None = None
 
     reward_z: float | None = None
@@ -461,6 +452,15 @@ class Score:
 
     gap: CalibrationGap | None = None
     """Why calibrated diagnostics that were requested are None."""
+
+    outputs: tuple[float, ...] = ()
+    """The head's outputs at the pooled token, where it has several and no steps are read; empty otherwise."""
+
+    step_outputs: tuple[tuple[float, ...], ...] = ()
+    """The head's outputs at the last token of each step, in order; empty without steps."""
+
+    step_rewards: tuple[float, ...] = ()
+    """The reward of each step, in order; empty without steps, and where ``reward`` is None."""
 
     traits: tuple[float, ...] | None = field(default=None, repr=False, compare=False)
     """State statistics that the detectors read once the whole request is known; never part of a response."""

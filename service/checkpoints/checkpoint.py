@@ -112,6 +112,11 @@ class Checkpoint:
     """Sentences on unusual properties that are not a reason to refuse."""
 
     @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the numbers that the head gives."""
+        return self.description.outputs if self.description else ("reward",)
+
+    @property
     def append_token_ids(self) -> tuple[int, ...]:
         """Token ids that stand after every text."""
         return self.description.text.append_token_ids if self.description else ()
