@@ -12,38 +12,33 @@ from typing import Any
 
 import msgspec
 
+from service.checkpoints.described_heads import (
+    ClassifierHead,
+    EnsembleHead,
+    GatedHead,
+    Head,
+    LayeredHead,
+    LinearLayer,
+    Readout,
+)
 from service.errors import CheckpointError, SettingsError
-from service.records import Activation, Pooling
+from service.records import Pooling
+
+__all__ = [
+    "ClassifierHead",
+    "EnsembleHead",
+    "GatedHead",
+    "Head",
+    "LayeredHead",
+    "LinearLayer",
+    "Readout",
+]
 
 DESCRIPTION_FILE = "reward_model.json"
 FORMAT_VERSION = 1
 
-
-class LinearLayer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A linear layer of a head, and the activation after it."""
-
-    weight: str
-    """Name of the stored tensor, of shape [outputs, inputs]."""
-
-    bias: str | None = None
-    """Name of the stored tensor, of shape [outputs]; None: the layer has no bias."""
-
-    activation: Activation = "none"
-
-
-class ClassifierHead(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="classifier"):
-    """The head of transformers' classifier of the architecture."""
-
-
-class LayeredHead(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="layers"):
-    """Linear layers with activations between them, on the state of the pooled token."""
-
-    layers: tuple[LinearLayer, ...]
-    """First to last; the last one gives the outputs."""
-
-    def tensor_names(self) -> tuple[str, ...]:
-        """Return the names of all its stored tensors, in the order of the layers."""
-        return tuple(name for layer in self.layers for name in (layer.weight, layer.bias) if name is not None)
+LATER_FIELDS = frozenset({"readout", "combine", "steps"})
+"""Optional fields that were added to the format; left out, they do not change the version of a model."""
 
 
 class TextRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -66,11 +61,14 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class RewardDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The content of ``reward_model.json``."""
 
-    head: ClassifierHead | LayeredHead
+    head: Head
     format_version: int = FORMAT_VERSION
 
     outputs: tuple[str, ...] = ("reward",)
-    """Names of the numbers that the head gives."""
+    """Names of the numbers that the head gives, in order; one where there is a readout."""
+
+    readout: Readout | None = None
+    """How the logits of the head become one number; None: its numbers are the outputs."""
 
     pooling: Pooling = "hf"
     """The token whose hidden state the head reads."""
@@ -80,14 +78,18 @@ class RewardDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
 
     def reward_facts(self) -> dict[str, Any]:
         """Return what changes a reward, as JSON-ready values; empty where it is what holds without the file."""
-        facts: dict[str, Any] = msgspec.to_builtins(msgspec.structs.replace(self, source=None))
-        default: dict[str, Any] = msgspec.to_builtins(RewardDescription(ClassifierHead()))
-        return {} if facts == default else facts
+        facts = _facts(msgspec.structs.replace(self, source=None))
+        return {} if facts == _facts(RewardDescription(ClassifierHead())) else facts
 
     def as_json(self) -> dict[str, Any]:
         """Return all fields as JSON-ready values."""
         content: dict[str, Any] = msgspec.to_builtins(self)
         return content
+
+
+def _facts(description: RewardDescription) -> dict[str, Any]:
+    facts: dict[str, Any] = msgspec.to_builtins(description)
+    return {name: value for name, value in facts.items() if value is not None or name not in LATER_FIELDS}
 
 
 def read_description(folder: Path) -> RewardDescription | None:
@@ -109,8 +111,8 @@ def read_description(folder: Path) -> RewardDescription | None:
         description = msgspec.json.decode(content, type=RewardDescription)
     except (OSError, msgspec.DecodeError) as error:
         raise CheckpointError(f"{file} is not a valid description of a reward model ({error}).") from error
-    if len(description.outputs) != 1:
-        raise CheckpointError(f"{file} names {len(description.outputs)} outputs, but one reward is served: name one.")
+    if not description.outputs or len(set(description.outputs)) != len(description.outputs):
+        raise CheckpointError(f"{file} names an output twice, or none: give each output a name of its own.")
     return description
 
 

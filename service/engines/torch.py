@@ -16,6 +16,7 @@ from typing import Literal, TypeVar
 import torch
 
 from service.checkpoints.configuration import read_config
+from service.checkpoints.labels import resolve_description
 from service.checkpoints.reward_description import read_description, resolve_pooling
 from service.engines.base import Deferred, EngineInfo, EngineOutput, Pending, Ready, StateTap
 from service.engines.compilation import check_compiler
@@ -221,12 +222,14 @@ def load_torch_engine(
         SettingsError: a setting does not fit this machine or this model, or a tap is deeper than the model.
     """
     enable_huge_pages()
-    pooling = resolve_pooling(read_description(folder), model.pooling)
+    config = read_config(folder)
+    description = resolve_description(read_description(folder), config, model)
+    pooling = resolve_pooling(description, model.pooling)
     plan = plan_engine(
         model.model_copy(update={"pooling": pooling}),
         batching,
         Machine.detect(model),
-        read_config(folder),
+        config,
         pad_token_id=pad_token_id,
         max_input_tokens=max_input_tokens,
         taps=taps,
@@ -234,7 +237,12 @@ def load_torch_engine(
     _prepare_process(plan)
     kernels = _find_kernels(plan)
     classifier = load_classifier(
-        folder, dtype=plan.dtype, device=plan.device, pooling=plan.pooling, pad_token_id=pad_token_id
+        folder,
+        dtype=plan.dtype,
+        device=plan.device,
+        pooling=plan.pooling,
+        pad_token_id=pad_token_id,
+        description=description,
     )
     classifier = replace(classifier, reads_token_types=reads_token_types)
     check_taps(classifier.body, classifier.config.num_hidden_layers, plan.taps)
