@@ -34,7 +34,7 @@ from service.checkpoints.files import ADAPTER_CONFIG_FILE, CONVERSION_FILE, TOKE
 from service.checkpoints.head_validation import validate_head
 from service.checkpoints.reward_description import (
     ClassifierHead,
-    Combine,
+    Combination,
     Provenance,
     RewardDescription,
     TextRule,
@@ -113,7 +113,7 @@ class ConversionOptions:
     members: tuple[Path, ...] = ()
     """Further members of an ensemble: checkpoints on the same body, or files of heads."""
 
-    combine: Combine | None = None
+    combine: Combination | None = None
     """How the members' numbers become the reward."""
 
     chat_template: Path | None = None
@@ -307,7 +307,6 @@ def _description(
     return RewardDescription(
         head=ClassifierHead() if described is None else described.head,
         outputs=("reward",) if described is None else described.outputs,
-        readout=None if described is None else described.readout,
         combine=None if described is None else described.combine,
         pooling=found.pooling if found else "hf",
         text=TextRule(append_token_ids=() if append is None else (int(append),)),

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from service.checkpoints.described_heads import DescribedHead, EnsembleHead, GatedHead, LayeredHead, LinearLayer, Readout
+from service.checkpoints.described_heads import DescribedHead, LayeredHead, LinearLayer
+from service.checkpoints.reward_description import Combination
 from service.records import Pooling
 
 HEAD = "score"
@@ -32,8 +33,7 @@ class ConvertedHead:
     """Names of the tensors of the source that became the head."""
 
     outputs: tuple[str, ...] = ("reward",)
-    readout: Readout | None = None
-    combine: Any = None
+    combine: Combination | None = None
     """How several outputs become the reward; None: one output, or no rule."""
 
     pooling: Pooling = "last"
@@ -50,7 +50,7 @@ class ConvertedHead:
         if not isinstance(self.head, LayeredHead) or len(self.head.layers) > 1 or self.head.softcap is not None:
             return None
         layer = self.head.layers[0]
-        return layer if self.readout is None and len(self.tensors[layer.weight]) == 1 else None
+        return layer if len(self.tensors[layer.weight]) == 1 else None
 
 
 def stored_layers(
@@ -103,15 +103,3 @@ def head_module(tensors: Tensors) -> Any:
             module = module.get_submodule(part)
         module.register_parameter(leaf, nn.Parameter(tensor.contiguous(), requires_grad=False))
     return root
-
-
-__all__ = [
-    "HEAD",
-    "ConvertedHead",
-    "EnsembleHead",
-    "GatedHead",
-    "Tensors",
-    "head_module",
-    "layered_head",
-    "stored_layers",
-]

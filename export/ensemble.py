@@ -14,6 +14,7 @@ import torch
 
 from export.converted_head import HEAD, ConvertedHead, stored_layers
 from service.checkpoints.described_heads import EnsembleHead, LayeredHead, LinearLayer
+from service.checkpoints.reward_description import Combination
 from service.checkpoints.weights import open_weights
 from service.errors import CheckpointError
 
@@ -58,7 +59,7 @@ def heads_in_file(file: Path, hidden_size: int, like: ConvertedHead | None) -> l
     return members
 
 
-def ensemble_of(members: Sequence[ConvertedHead], combine: Any) -> ConvertedHead:
+def ensemble_of(members: Sequence[ConvertedHead], combine: Combination) -> ConvertedHead:
     """Return one head with a number for each member.
 
     Members of one linear layer become one layer with a row for each, in fp32.
@@ -72,7 +73,7 @@ def ensemble_of(members: Sequence[ConvertedHead], combine: Any) -> ConvertedHead
     """
     first = members[0]
     for member in members:
-        if not isinstance(member.head, LayeredHead) or len(member.outputs) > 1 or member.readout is not None:
+        if not isinstance(member.head, LayeredHead) or len(member.outputs) > 1:
             raise CheckpointError(f"A member of the layout {member.layout} gives more than one reward: take scalar heads.")
         if (member.pooling, member.text) != (first.pooling, first.text):
             raise CheckpointError(

@@ -7,14 +7,15 @@ computed. Some architectures scale or cap logits; that is measured on transforme
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from export.converted_head import HEAD, ConvertedHead
 from export.stored_model import StoredModel
-from service.checkpoints.described_heads import LayeredHead, LinearLayer, Readout, ReadoutFunction
+from service.checkpoints.described_heads import LayeredHead, LinearLayer
+from service.checkpoints.reward_description import Combination, Probability, WeightedSum
 from service.errors import CheckpointError
 from service.transformers_logging import transformers_silenced
 
@@ -26,8 +27,9 @@ ID_PREFIX = "id:"
 class TokenLogits:
     """What the user asks for."""
 
-    function: ReadoutFunction
-    """``logit_difference`` for log-odds, ``probability`` of the first of two tokens, ``logit`` of one."""
+    function: Literal["log_odds", "probability", "logit"]
+    """``log_odds`` of two tokens is the difference of their logits; ``probability`` of the first one, among the two;
+    ``logit`` of one token."""
 
     tokens: tuple[str, ...]
     """Each a text that is one token, or ``id:`` and a number. The first one is the good one."""
@@ -61,15 +63,26 @@ def token_logits_head(stored: StoredModel, requested: TokenLogits) -> ConvertedH
     if bias is not None:
         tensors[f"{HEAD}.0.bias"] = torch.stack([bias[index].float() for index in ids]) * rule.scale
     layer = LinearLayer(f"{HEAD}.0.weight", None if bias is None else f"{HEAD}.0.bias")
-    readout = Readout(requested.function, 0, 1 if requested.function == "logit_difference" else None, requested.tokens)
     return ConvertedHead(
         layout="token logits",
         head=LayeredHead((layer,), softcap=rule.softcap),
         tensors=tensors,
         sources=(name,),
-        readout=readout,
+        outputs=requested.tokens if len(ids) > 1 else ("reward",),
+        combine=_combination(requested),
         notes=(f"The reward is the {requested.function} of the tokens with the ids {', '.join(map(str, ids))}.",),
     )
+
+
+def _combination(requested: TokenLogits) -> Combination | None:
+    match requested.function:
+        case "log_odds":
+            good, bad = requested.tokens
+            return WeightedSum({good: 1.0, bad: -1.0})
+        case "probability":
+            return Probability(requested.tokens[0])
+        case "logit":
+            return None
 
 
 def token_id(stored: StoredModel, token: str) -> int:

@@ -28,6 +28,7 @@ from service.errors import CheckpointError, SettingsError, StartupError
 from service.metrics import Metrics
 from service.pipeline import Pipeline
 from service.records import Encoding, ModelIdentity, StateTap
+from service.reward_rule import RewardRule
 from service.scorer import Scorer
 from service.settings import ModelSettings, Settings, TokenizationSettings, name_as_given
 from service.tokenization import Tokenization
@@ -178,6 +179,7 @@ def open_tokenization(checkpoint: Checkpoint, settings: TokenizationSettings) ->
         vocab_size=checkpoint.embedding_size,
         inputs=checkpoint.inputs,
         append_token_ids=checkpoint.append_token_ids,
+        gate_pattern=checkpoint.gate_pattern,
     )
 
 
@@ -298,7 +300,7 @@ def _join(
     diagnostician = Diagnostician(calibration, special_ids, settings.diagnostics.alpha, info.taps)
     scorer = Scorer(
         tokenization,
-        Pipeline(engine, diagnostician),
+        Pipeline(engine, diagnostician, rule=RewardRule.of(checkpoint.description if checkpoint else None)),
         settings.limits,
         settings.batching,
         metrics,

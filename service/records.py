@@ -21,6 +21,9 @@ Pooling: TypeAlias = Literal["hf", "last"]
 Activation: TypeAlias = Literal["none", "relu", "gelu", "gelu_tanh", "silu", "selu", "tanh", "sigmoid"]
 """The function after a linear layer of a head. ``gelu`` is exact, ``gelu_tanh`` its approximation."""
 
+StepAggregate: TypeAlias = Literal["last", "min", "mean", "product"]
+"""How the rewards of the steps of a text become its reward."""
+
 BatchCost: TypeAlias = Literal["packed", "padded"]
 """How an engine computes a batch. ``packed``: without padding; ``padded``: all sequences padded to the longest."""
 
@@ -231,6 +234,9 @@ class TokenSequence:
     token_types: tuple[int, ...] = field(default=(), repr=False)
     """The segment of each token (0: prompt, 1: completion), for models that read it; empty where all are 0."""
 
+    step_positions: tuple[int, ...] = field(default=(), repr=False)
+    """Indices of further tokens whose states the head reads, ascending: the last token of each step."""
+
     partly_rendered: bool = False
     """Whether the chat template left out a part of the completion, which the settings accept."""
 
@@ -419,8 +425,19 @@ class GroupReport:
 class Score:
     """The reward of one item and its diagnostics. None: not requested, or unknown; no value is a guess."""
 
-    reward: float
-    """The raw output of the scalar head."""
+    reward: float | None
+    """The reward that the reward rule gives; of a head with one output its raw output.
+
+    None only where the head has several outputs and no weights are known."""
+
+    outputs: tuple[float, ...] = ()
+    """The head's outputs at the pooled token, where it has several and no steps are read; empty otherwise."""
+
+    step_outputs: tuple[tuple[float, ...], ...] = ()
+    """The head's outputs at the last token of each step, in order; empty without steps."""
+
+    step_rewards: tuple[float, ...] = ()
+    """The reward of each step, in order; empty without steps, and where ``reward`` is None."""
 
     length: LengthReport | None = None
 

@@ -179,7 +179,7 @@ def open_bundle(path: Path, settings: ModelSettings) -> Bundle:
     pooling = resolve_pooling(stored, settings.pooling)
     with transformers_silenced():
         config = with_pad_token_id(load_config(path), manifest.pad_token_id)
-        description = resolve_description(stored, config, settings)
+        description = resolve_description(path, stored, config, settings)
         tokenizer = load_tokenizer(path, config, settings.chat_template)
     validate_vocabulary(path, tokenizer, manifest.embedding_size)
     limit = resolve_max_input_tokens(path, manifest.max_input_tokens, tokenizer, settings.max_input_tokens)

@@ -122,6 +122,12 @@ class Checkpoint:
         return self.description.text.append_token_ids if self.description else ()
 
     @property
+    def gate_pattern(self) -> tuple[int, ...]:
+        """Token ids of which the gate of the head reads the first one; empty where it has none."""
+        head = self.description.head if self.description else None
+        return head.gate.token_pattern if isinstance(head, GatedHead) else ()
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether the tokenizer has a chat template."""
         return bool(self.tokenizer.chat_template)
@@ -181,7 +187,7 @@ def open_checkpoint(path: Path, settings: ModelSettings) -> Checkpoint:
     pooling = resolve_pooling(stored, settings.pooling)
     with transformers_silenced():
         config = load_config(path)
-        description = resolve_description(stored, config, settings)
+        description = resolve_description(path, stored, config, settings)
         files = weight_files(path)
         tensors = read_tensor_infos(files)
         fit = validate_weights(path, config, tensors, description)
@@ -257,18 +263,17 @@ def describe_head(description: RewardDescription | None) -> str:
     """Return the head of a checkpoint in words, for a terminal."""
     if description is None:
         return "that of the architecture"
-    head, readout = description.head, description.readout
-    read = "" if readout is None else f", then {readout.function}"
+    head = description.head
     outputs = f", {len(description.outputs)} outputs" if len(description.outputs) > 1 else ""
     if isinstance(head, ClassifierHead):
-        return f"that of the architecture{outputs}{read}"
+        return f"that of the architecture{outputs}"
     if isinstance(head, LayeredHead):
         words = _describe_layers(head.layers)
     elif isinstance(head, GatedHead):
         words = f"{_describe_layers([head.objectives])}, weighted by a gate of {_describe_layers(head.gate.layers)}"
     else:
         words = f"{len(head.members)} members, each {_describe_layers(head.members[0].layers)}"
-    return f"{words}{outputs}{read} ({DESCRIPTION_FILE})"
+    return f"{words}{outputs} ({DESCRIPTION_FILE})"
 
 
 def _describe_layers(layers: Sequence[LinearLayer]) -> str:

@@ -105,27 +105,3 @@ DescribedHead: TypeAlias = LayeredHead | GatedHead | EnsembleHead
 """A head on states of single tokens that takes the place of the classifier's."""
 
 Head: TypeAlias = ClassifierHead | DescribedHead
-
-ReadoutFunction: TypeAlias = Literal["logit", "logit_difference", "log_probability", "probability"]
-
-
-class Readout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """How the logits of several classes or tokens become one number."""
-
-    function: ReadoutFunction
-    """``logit``: that of the label; ``logit_difference``: less that of ``against``, which is the log-odds of two
-    tokens; ``log_probability`` and ``probability``: of the label, by a softmax over all logits."""
-
-    label: int
-    """Index of the logit."""
-
-    against: int | None = None
-    """Index of the other logit of a ``logit_difference``; None for the other functions."""
-
-    labels: tuple[str, ...] = ()
-    """Names of all logits, for people; changes no reward."""
-
-
-def num_gate_positions(head: Head) -> int:
-    """Return how many tokens beside the pooled one a head reads."""
-    return 1 if isinstance(head, GatedHead) and head.gate.token_pattern else 0

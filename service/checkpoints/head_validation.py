@@ -13,7 +13,6 @@ from service.checkpoints.described_heads import (
     LayeredHead,
     LinearLayer,
 )
-from service.checkpoints.labels import validate_readout
 from service.checkpoints.reward_description import RewardDescription
 from service.checkpoints.weights import TensorInfo
 from service.errors import CheckpointError
@@ -28,9 +27,7 @@ def is_described(description: RewardDescription | None) -> bool:
 
 def reads_labels(description: RewardDescription | None) -> bool:
     """Whether the head is the classifier's, with several labels whose meaning is described."""
-    if description is None or is_described(description):
-        return False
-    return description.readout is not None or len(description.outputs) > 1
+    return description is not None and not is_described(description) and len(description.outputs) > 1
 
 
 def validate_outputs(
@@ -48,18 +45,11 @@ def validate_outputs(
     Raises:
         CheckpointError: it does not.
     """
-    head, readout = description.head, description.readout
+    head = description.head
     if not isinstance(head, ClassifierHead):
         width = validate_head(file, head, tensors, hidden_size)
-    elif reads_labels(description):
-        width = num_labels
     else:
-        width = 1
-    if readout is not None:
-        if isinstance(head, GatedHead | EnsembleHead):
-            raise CheckpointError(f"{file} has a readout of a {type(head).__name__}, which gives rewards: remove it.")
-        validate_readout(file, readout, width)
-        width = 1
+        width = num_labels if reads_labels(description) else 1
     if width != len(description.outputs):
         raise CheckpointError(
             f"The head of {file} gives {width} {'number' if width == 1 else 'numbers'} per text, and the file names "

@@ -8,7 +8,7 @@ classifier does. This module reads and writes the file and opens no weight.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 
@@ -19,25 +19,16 @@ from service.checkpoints.described_heads import (
     Head,
     LayeredHead,
     LinearLayer,
-    Readout,
 )
 from service.errors import CheckpointError, SettingsError
-from service.records import Pooling
+from service.records import Pooling, StepAggregate
 
-__all__ = [
-    "ClassifierHead",
-    "EnsembleHead",
-    "GatedHead",
-    "Head",
-    "LayeredHead",
-    "LinearLayer",
-    "Readout",
-]
+__all__ = ["ClassifierHead", "EnsembleHead", "GatedHead", "Head", "LayeredHead", "LinearLayer"]
 
 DESCRIPTION_FILE = "reward_model.json"
 FORMAT_VERSION = 1
 
-LATER_FIELDS = frozenset({"readout", "combine", "steps"})
+LATER_FIELDS = frozenset({"combine", "steps"})
 """Optional fields that were added to the format; left out, they do not change the version of a model."""
 
 
@@ -46,6 +37,59 @@ class TextRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
 
     append_token_ids: tuple[int, ...] = ()
     """Token ids that stand after every text, such as a reward token whose state the head reads."""
+
+
+class WeightedSum(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="weights"):
+    """The sum of the outputs, each with a factor."""
+
+    weights: dict[str, float]
+    """Factors by the name of the output; an output without one does not count."""
+
+
+class MeanOfOutputs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="mean"):
+    """The mean of the outputs, which are the members of an ensemble."""
+
+
+class MinOfOutputs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="min"):
+    """The smallest output, of the most pessimistic member of an ensemble."""
+
+
+class LowerBound(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="lower_bound"):
+    """The mean of the outputs minus a multiple of their standard deviation (with divisor n)."""
+
+    num_std: float
+    """The multiple."""
+
+
+class Probability(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="probability"):
+    """The probability of one output by the softmax over all; of a single output by the logistic function."""
+
+    output: str
+    """Name of the output."""
+
+
+class LogProbability(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="log_probability"):
+    """The natural logarithm of `Probability`."""
+
+    output: str
+    """Name of the output."""
+
+
+Combination: TypeAlias = WeightedSum | MeanOfOutputs | MinOfOutputs | LowerBound | Probability | LogProbability
+"""How the outputs at one token become one number."""
+
+
+class StepRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Where a model that rewards steps is read."""
+
+    marker: str | None = None
+    """The text that training put after each step; the head is read at its last token."""
+
+    marker_token_id: int | None = None
+    """The token id of the marker, at which the head is read in given token ids; None: the marker is no single token."""
+
+    aggregate: StepAggregate = "min"
+    """How the rewards of the steps become the reward of a text."""
 
 
 class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -65,15 +109,20 @@ class RewardDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     format_version: int = FORMAT_VERSION
 
     outputs: tuple[str, ...] = ("reward",)
-    """Names of the numbers that the head gives, in order; one where there is a readout."""
-
-    readout: Readout | None = None
-    """How the logits of the head become one number; None: its numbers are the outputs."""
+    """Names of the numbers that the head gives at a token, in order."""
 
     pooling: Pooling = "hf"
     """The token whose hidden state the head reads."""
 
     text: TextRule = TextRule()
+
+    combine: Combination | None = None
+    """How the outputs become one reward. None: a single output is the reward; several have no reward without weights.
+    """
+
+    steps: StepRule | None = None
+    """None: the model was trained to reward whole texts."""
+
     source: Provenance | None = None
 
     def reward_facts(self) -> dict[str, Any]:
@@ -111,9 +160,28 @@ def read_description(folder: Path) -> RewardDescription | None:
         description = msgspec.json.decode(content, type=RewardDescription)
     except (OSError, msgspec.DecodeError) as error:
         raise CheckpointError(f"{file} is not a valid description of a reward model ({error}).") from error
-    if not description.outputs or len(set(description.outputs)) != len(description.outputs):
-        raise CheckpointError(f"{file} names an output twice, or none: give each output a name of its own.")
+    validate_names(file, description)
     return description
+
+
+def validate_names(file: Path, description: RewardDescription) -> None:
+    """Check that the names of a description are different, and that its rule refers to them.
+
+    Raises:
+        CheckpointError: they are not, or it does not.
+    """
+    names = description.outputs
+    if not names or len(set(names)) != len(names) or not all(names):
+        raise CheckpointError(f"{file} has no names for its outputs, or one twice: name each output of the head once.")
+    match description.combine:
+        case WeightedSum(weights):
+            unknown = sorted(set(weights) - set(names))
+        case Probability(output) | LogProbability(output):
+            unknown = [output] if output not in names else []
+        case _:
+            unknown = []
+    if unknown:
+        raise CheckpointError(f"combine in {file} refers to {unknown[0]!r}, which is not among its outputs.")
 
 
 def write_description(folder: Path, description: RewardDescription) -> None:

@@ -98,8 +98,8 @@ def validate_weights(
 
     Raises:
         CheckpointError: a weight of head or body is absent or of another shape, which transformers would initialise
-            with random numbers, there is not exactly one label and no description, or a stored tensor that may belong to the computation
-            of a reward has no place in the architecture.
+            with random numbers, there are several labels without a description, or a stored tensor that may belong to
+            the computation of a reward has no place in the architecture.
     """
     fitted_config = copy.deepcopy(config)
     fitted_config.num_labels = config.num_labels if reads_labels(description) else 1

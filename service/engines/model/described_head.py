@@ -21,7 +21,6 @@ from service.checkpoints.described_heads import (
     GatedHead,
     LayeredHead,
     LinearLayer,
-    Readout,
 )
 from service.checkpoints.weights import open_weights, read_tensor_infos, weight_files
 from service.engines.model.scalar_head import tree_sums
@@ -92,6 +91,11 @@ class GatedHeadModule(nn.Module):
         self.transform = None if head.transform is None else nn.Sequential(_linear(tensors[head.transform].T, None))
         self._rule = head.gate
 
+    @property
+    def token_pattern(self) -> tuple[int, ...]:
+        """Token ids of which the gate reads the first one; empty: it reads the pooled token."""
+        return self._rule.token_pattern
+
     def forward(
         self, states: torch.Tensor, gate_states: torch.Tensor | None = None, apply: Apply = apply_layers
     ) -> torch.Tensor:
@@ -106,7 +110,7 @@ class GatedHeadModule(nn.Module):
         adjusted = objectives if self.transform is None else apply(objectives, self.transform)
         gate = apply((states if gate_states is None else gate_states).float(), self.gate)
         weights = _normalized(gate, self._rule)
-        return torch.cat([tree_sums(weights * adjusted), objectives], dim=1)
+        return torch.cat([tree_sums(weights * adjusted), objectives], dim=-1)
 
 
 class EnsembleHeadModule(nn.Module):
@@ -125,50 +129,18 @@ class EnsembleHeadModule(nn.Module):
         self, states: torch.Tensor, gate_states: torch.Tensor | None = None, apply: Apply = apply_layers
     ) -> torch.Tensor:
         """Return float32 [rows, members]; see ``LayeredHeadModule.forward``."""
-        return torch.cat([member(states, gate_states, apply) for member in self.members], dim=1)
+        return torch.cat([member(states, gate_states, apply) for member in self.members], dim=-1)
 
 
-class ReadHeadModule(nn.Module):
-    """A head with several logits, of which a readout makes one number.
-
-    Args:
-        head: gives the logits; a linear layer or a described head.
-        readout: the function.
-    """
-
-    def __init__(self, head: nn.Module, readout: Readout) -> None:
-        super().__init__()
-        self.head = head
-        self._readout = readout
-
-    def forward(
-        self, states: torch.Tensor, gate_states: torch.Tensor | None = None, apply: Apply = apply_layers
-    ) -> torch.Tensor:
-        """Return float32 [rows, 1]; see ``LayeredHeadModule.forward``."""
-        return read_logits(self.head(states, gate_states, apply), self._readout)
-
-
-StateHead: TypeAlias = LayeredHeadModule | GatedHeadModule | EnsembleHeadModule | ReadHeadModule
+StateHead: TypeAlias = LayeredHeadModule | GatedHeadModule | EnsembleHeadModule
 """A head on the states of single tokens that is not one linear layer."""
 
-STATE_HEADS = (LayeredHeadModule, GatedHeadModule, EnsembleHeadModule, ReadHeadModule)
-
-
-def read_logits(logits: torch.Tensor, readout: Readout) -> torch.Tensor:
-    """Return float32 [rows, 1] of logits [rows, labels], by a readout."""
-    logits = logits.float()
-    chosen = logits[:, readout.label, None]
-    if readout.function == "logit":
-        return chosen
-    if readout.function == "logit_difference":
-        return chosen - logits[:, readout.against, None]
-    log_probability = chosen - _log_sum(logits)
-    return log_probability if readout.function == "log_probability" else log_probability.exp()
+STATE_HEADS = (LayeredHeadModule, GatedHeadModule, EnsembleHeadModule)
 
 
 def _log_sum(values: torch.Tensor) -> torch.Tensor:
     """Return [rows, 1], the logarithm of the sum of exponentials; each row's bits depend on that row alone."""
-    largest = values.amax(dim=1, keepdim=True)
+    largest = values.amax(dim=-1, keepdim=True)
     return largest + tree_sums((values - largest).exp()).log()
 
 
@@ -201,23 +173,18 @@ def activation_module(name: Activation) -> nn.Module:
     return nn.GELU(approximate="tanh") if name == "gelu_tanh" else ACTIVATIONS[name]()
 
 
-def head_module(head: DescribedHead, readout: Readout | None, tensors: Tensors) -> StateHead:
+def head_module(head: DescribedHead, tensors: Tensors) -> StateHead:
     """Return the module of a described head."""
-    module: StateHead
     if isinstance(head, LayeredHead):
-        module = LayeredHeadModule(head, tensors)
-    elif isinstance(head, GatedHead):
-        module = GatedHeadModule(head, tensors)
-    else:
-        module = EnsembleHeadModule(head, tensors)
-    return module if readout is None else ReadHeadModule(module, readout)
+        return LayeredHeadModule(head, tensors)
+    return GatedHeadModule(head, tensors) if isinstance(head, GatedHead) else EnsembleHeadModule(head, tensors)
 
 
-def load_head(folder: Path, head: DescribedHead, readout: Readout | None) -> StateHead:
+def load_head(folder: Path, head: DescribedHead) -> StateHead:
     """Read the tensors of a validated head from the weight files of a checkpoint folder, in fp32, on the CPU."""
     infos = read_tensor_infos(weight_files(folder))
     tensors = {}
     for name in head.tensor_names():
         with open_weights(infos[name].file) as weights:
             tensors[name] = weights.get_tensor(name)
-    return head_module(head, readout, tensors)
+    return head_module(head, tensors)
