@@ -12,6 +12,7 @@ from statistics import fmean, pstdev
 
 from service.checkpoints.reward_description import (
     Combination,
+    LogProbability,
     LowerBound,
     MeanOfOutputs,
     MinOfOutputs,
@@ -77,6 +78,8 @@ class RewardRule:
                 return fmean(outputs) - num_std * pstdev(outputs)
             case Probability(name):
                 return probability(outputs, self.outputs.index(name))
+            case LogProbability(name):
+                return log_probability(outputs, self.outputs.index(name))
             case None:
                 return outputs[0] if len(outputs) == 1 else None
 
@@ -101,6 +104,15 @@ def probability(logits: Sequence[float], index: int) -> float:
         return math.nan
     largest = max(own, *others)
     return math.exp(own - largest) / (math.exp(own - largest) + math.fsum(math.exp(one - largest) for one in others))
+
+
+def log_probability(logits: Sequence[float], index: int) -> float:
+    """Return the natural logarithm of `probability`, also where that is too small for a float."""
+    if not all(map(math.isfinite, logits)):
+        return math.nan
+    terms = [0.0, *logits] if len(logits) == 1 else logits
+    largest = max(terms)
+    return logits[index] - largest - math.log(math.fsum(math.exp(term - largest) for term in terms))
 
 
 def _min(values: Sequence[float]) -> float:

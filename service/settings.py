@@ -68,6 +68,18 @@ class ModelSettings(Section):
         description="Token whose hidden state is scored. hf: the rightmost that is not the pad token, as transformers "
         "does; last: the last token; null: what the checkpoint's reward_model.json says, else hf.",
     )
+    outputs: tuple[str, ...] | None = Field(
+        None,
+        min_length=2,
+        description="Names of the labels of a model whose labels are outputs of a regression, in order; null: what "
+        "reward_model.json says, or id2label where the problem_type is regression.",
+    )
+    class_reward: str | None = Field(
+        None,
+        description="How the logits of a model whose labels are classes become the reward: logit:LABEL, "
+        "log_probability:LABEL, probability:LABEL or logit_difference:LABEL,LABEL, with names or indices of labels; "
+        "null: such a model is refused.",
+    )
     max_input_tokens: int | None = Field(
         None,
         ge=1,

@@ -36,6 +36,7 @@ from service.records import (
 )
 from service.settings import TokenizationSettings
 from service.text_rule import decide_rule
+from service.token_pattern import last_occurrence
 
 __all__ = ["SAMPLE", "SAMPLE_COMPLETION", "SAMPLE_PROMPT", "Tokenization"]
 
@@ -95,6 +96,7 @@ class Tokenization:
         max_input_tokens: maximal length of a TokenSequence.
         vocab_size: rows of the embedding; token ids that callers send must be less.
         append_token_ids: stand after every text that does not end in them, such as a reward token.
+        gate_pattern: token ids between prompt and completion, of which the head reads one; every item must have them.
         inputs: what the model reads.
 
     ``rule`` is how text becomes token ids by default. ``sample_token_ids`` are the ids of ``SAMPLE`` with the default
@@ -114,6 +116,7 @@ class Tokenization:
         max_input_tokens: int,
         vocab_size: int,
         append_token_ids: tuple[int, ...] = (),
+        gate_pattern: tuple[int, ...] = (),
         inputs: ModelInputs = PLAIN_INPUTS,
     ) -> None:
         self._tokenizer = tokenizer
@@ -138,6 +141,7 @@ class Tokenization:
         self._max_input_tokens = max_input_tokens
         self._vocab_size = vocab_size
         self._appended = append_token_ids
+        self._gate_pattern = gate_pattern
         self.sample_token_ids = self._encode_sample()
         self._refuse_other_ids()
         self._tokens_per_char, self._extra_tokens = self._measure_sample()
@@ -174,6 +178,7 @@ class Tokenization:
             One entry per item, in order: a TokenSequence, or one of
             InvalidRequest: messages without a chat template, or messages that it rejects; a template or variables that
             the model does not have; ids outside the vocabulary; no tokens at all.
+            InvalidRequest too: an item without the tokens that the gate of the model's head reads.
             CompletionNotRendered: the chat template leaves out a part of the completion.
             SequenceTooLong: more than ``max_input_tokens`` where truncation was not requested or is not possible.
         """
@@ -184,9 +189,9 @@ class Tokenization:
         for entry in prepared:
             match entry:
                 case _Text() | _Pair():
-                    outcomes.append(self._fit(self._tokens(entry, next(encoded)), encoding.truncation))
+                    outcomes.append(self._gated(self._fit(self._tokens(entry, next(encoded)), encoding.truncation)))
                 case TokenIds():
-                    outcomes.append(self._check_ids(entry))
+                    outcomes.append(self._gated(self._check_ids(entry)))
                 case HttpError():
                     outcomes.append(entry)
         return outcomes
@@ -327,6 +332,17 @@ class Tokenization:
             num_prompt_tokens=None if sequence.num_prompt_tokens is None else sequence.num_prompt_tokens - excess,
             num_dropped=excess,
         )
+
+    def _gated(self, outcome: TokenSequence | HttpError) -> TokenSequence | HttpError:
+        """Refuse a sequence without the tokens that the gate of the head reads: it has no reward."""
+        if not self._gate_pattern or isinstance(outcome, HttpError):
+            return outcome
+        if last_occurrence(outcome.token_ids, self._gate_pattern) is None:
+            return InvalidRequest(
+                "The model weights its objectives by the state at the end of the prompt, and the item does not have "
+                "the tokens that its chat template writes there: send prompt and completion, or a text rendered by it."
+            )
+        return outcome
 
     def _check_ids(self, content: TokenIds) -> TokenSequence | HttpError:
         ids = content.ids
