@@ -194,6 +194,9 @@ class ScoreRequest:
     waits_for_room: bool = False
     """Whether a request that finds the queue full waits for room, up to its timeout, instead of being refused."""
 
+    weights: Mapping[str, float] | None = None
+    """Weight of each output in the reward, by name; an output without one has weight 0. None: the model's own."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelInputs:
@@ -461,6 +464,9 @@ class Score:
 
     step_rewards: tuple[float, ...] = ()
     """The reward of each step, in order; empty without steps, and where ``reward`` is None."""
+
+    own_weights: bool = False
+    """Whether weights of the request made the reward: it is then on another scale than the calibration's rewards."""
 
     traits: tuple[float, ...] | None = field(default=None, repr=False, compare=False)
     """State statistics that the detectors read once the whole request is known; never part of a response."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeAlias, TypeGuard, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from reward_client.options import DiagnosticsLevel, TemplateChoice, Truncation
 
@@ -79,6 +79,13 @@ class ModelSettings(Section):
         description="How the logits of a model whose labels are classes become the reward: logit:LABEL, "
         "log_probability:LABEL, probability:LABEL or logit_difference:LABEL,LABEL, with names or indices of labels; "
         "null: such a model is refused.",
+    )
+    reward_weights: dict[str, FiniteFloat] | None = Field(
+        None,
+        min_length=1,
+        json_schema_extra={VALUES: "names of outputs with their weights, at least one, as a mapping; or null"},
+        description="Of a model with several outputs, the weight of each in the reward; 0 for an output that is not "
+        "named. null: what the checkpoint's reward_model.json says.",
     )
     max_input_tokens: int | None = Field(
         None,

@@ -27,6 +27,7 @@ from service.errors import (
 )
 from service.messages import MalformedMessage, read_completion, read_message, read_tools
 from service.protocols.problem import item_error
+from service.protocols.reward_weights import read_weights, weights_missing
 from service.protocols.violations import explain_malformed, explain_violation, invalid
 from service.records import (
     Completion,
@@ -68,6 +69,10 @@ class RequestDefaults:
     """Default for items over the token limit."""
     diagnostics: DiagnosticsLevel
     """Default level of diagnostics."""
+    outputs: tuple[str, ...] = ("reward",)
+    """Names of the numbers that the model gives for an item."""
+    has_reward: bool = True
+    """Whether there is a reward where a request has no weights."""
 
 
 class WireMessage(msgspec.Struct, forbid_unknown_fields=True):
@@ -101,6 +106,7 @@ class WireOptions(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     template: Literal["chat", "concat", "pair"] | None = None
     chat_template_kwargs: dict[str, TemplateVariable] | None = None
     timeout_ms: _Timeout | None = None
+    weights: dict[str, float] | None = None
 
 
 class WireScoreRequest(WireOptions, forbid_unknown_fields=True, kw_only=True):
@@ -143,8 +149,11 @@ def parse_compare_request(body: bytes, defaults: RequestDefaults) -> ScoreReques
 
     Raises:
         MalformedBody, InvalidRequest, TooManyItems, ItemTooLong: as for ``parse_score_request``.
+        WeightsMissing: the model has several outputs, and neither the request nor the service has weights.
     """
     wire: WireCompareRequest = decode_body(_compare_decoder, body)
+    if wire.weights is None and not defaults.has_reward:
+        raise weights_missing(defaults.outputs, "weights")
     limits = defaults.limits
     max_completions = min(limits.max_compare_completions, limits.max_request_items)
     _check_count(len(wire.completions), 2, max_completions, "/completions", "completions")
@@ -164,15 +173,19 @@ def render_scores(
     template: TemplateChoice,
     usage: Usage,
     timings: Timings,
+    outputs: Sequence[str] = ("reward",),
 ) -> bytes:
     """Render the answer of ``POST /v1/score``: one result per item, in input order.
 
-    Rewards have every digit of their float32 value. An item without a reward has an ``error`` instead.
+    Rewards have every digit of their float32 value. An item without a score has an ``error`` instead. Items of a model
+    with several ``outputs`` have each of them by its name in ``rewards``, and ``reward`` where their weights are known.
 
     Raises:
         NonFiniteReward: a Score is NaN or infinite, which the scorer should have turned into an item error.
     """
-    return msgspec.json.encode(_envelope(model, template, usage, timings) | {"results": _results(request, outcomes)})
+    return msgspec.json.encode(
+        _envelope(model, template, usage, timings) | {"results": _results(request, outcomes, outputs)}
+    )
 
 
 def render_comparison(
@@ -182,6 +195,7 @@ def render_comparison(
     template: TemplateChoice,
     usage: Usage,
     timings: Timings,
+    outputs: Sequence[str] = ("reward",),
 ) -> bytes:
     """Render the answer of ``POST /v1/compare``: results as of ``/v1/score``, and pairwise win probabilities.
 
@@ -191,7 +205,7 @@ def render_comparison(
     for outcome in outcomes:
         if isinstance(outcome, HttpError):
             raise outcome
-    results = _results(request, outcomes)
+    results = _results(request, outcomes, outputs)
     rewards = [result["reward"] for result in results]
     answer = {
         "rewards": rewards,
@@ -236,7 +250,8 @@ def _request(items: tuple[Item, ...], options: WireOptions, defaults: RequestDef
         template_variables=template_variables(options.chat_template_kwargs),
     )
     timeout_s = _timeout_s(options.timeout_ms, defaults.limits.deadline_s)
-    return ScoreRequest(items, encoding, options.diagnostics or defaults.diagnostics, timeout_s)
+    weights = read_weights(options.weights, defaults.outputs)
+    return ScoreRequest(items, encoding, options.diagnostics or defaults.diagnostics, timeout_s, weights=weights)
 
 
 def template_variables(given: Mapping[str, TemplateVariable] | None) -> tuple[tuple[str, TemplateVariable], ...]:
@@ -342,23 +357,28 @@ def _envelope(model: ModelIdentity, template: TemplateChoice, usage: Usage, timi
     }
 
 
-def _results(request: ScoreRequest, outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+def _results(request: ScoreRequest, outcomes: Sequence[Outcome], outputs: Sequence[str]) -> list[dict[str, Any]]:
     return [
-        _result(index, item, outcome, request.diagnostics)
+        _result(index, item, outcome, request.diagnostics, outputs)
         for index, (item, outcome) in enumerate(zip(request.items, outcomes, strict=True))
     ]
 
 
-def _result(index: int, item: Item, outcome: Outcome, level: DiagnosticsLevel) -> dict[str, Any]:
+def _result(
+    index: int, item: Item, outcome: Outcome, level: DiagnosticsLevel, outputs: Sequence[str]
+) -> dict[str, Any]:
     result: dict[str, Any] = {"index": index}
     if item.id is not None:
         result["id"] = item.id
     if isinstance(outcome, HttpError):
         return result | {"error": item_error(outcome)}
-    if not math.isfinite(outcome.reward):
-        # The encoder would write null, and null is not a reward.
-        raise NonFiniteReward(f"Item {index} has no finite reward")
-    result["reward"] = outcome.reward
+    if outcome.reward is not None:
+        if not math.isfinite(outcome.reward):
+            # The encoder would write null, and null is not a reward.
+            raise NonFiniteReward(f"Item {index} has no finite reward")
+        result["reward"] = outcome.reward
+    if outcome.outputs:
+        result["rewards"] = dict(zip(outputs, outcome.outputs, strict=True))
     return result | diagnostics_of(outcome, level)
 
 
