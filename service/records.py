@@ -142,12 +142,33 @@ class TokenIds:
 Content: TypeAlias = Exchange | TemplatedText | TokenIds
 
 
+StepKind: TypeAlias = Literal["texts", "marker", "turns"]
+"""How an item says where its steps end. ``texts``: the completion is given as a list of steps; ``marker``: at each
+marker token; ``turns``: with each assistant turn of the completion."""
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """Where the steps of an item end, as the request says it."""
+
+    kind: StepKind
+
+    texts: tuple[str, ...] = field(default=(), repr=False)
+    """The steps of kind ``texts``, without markers."""
+
+    token_id: int | None = None
+    """The marker token; None: the model's."""
+
+
 @dataclass(frozen=True, slots=True)
 class Item:
     """One entry of a request."""
 
     content: Content
-    """What is to be scored."""
+    """What is to be scored. With steps of kind ``texts`` its completion is these texts without markers, on lines."""
+
+    steps: Steps | None = field(default=None, kw_only=True)
+    """The steps that get rewards of their own; None: the whole text gets one."""
 
     id: str | int | None = None
     """The caller's name or number of the item; it is returned with the answer."""

@@ -22,9 +22,9 @@ from service.checkpoints.reward_description import (
 )
 from service.records import StepAggregate
 
-DEFAULT_STEP_AGGREGATE: StepAggregate = "min"
-"""As Lightman et al. (2023, "Let's Verify Step by Step") and Wang et al. (2024, "Math-Shepherd") score a solution by
-its worst step."""
+DEFAULT_STEP_AGGREGATE: StepAggregate = "last"
+"""Of a model whose description names no steps: it was trained to reward whole texts, and the last step ends with one.
+"""
 
 
 @dataclass(frozen=True, slots=True)

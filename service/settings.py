@@ -80,6 +80,11 @@ class ModelSettings(Section):
         "log_probability:LABEL, probability:LABEL or logit_difference:LABEL,LABEL, with names or indices of labels; "
         "null: such a model is refused.",
     )
+    step_aggregate: StepAggregate | None = Field(
+        None,
+        description="How the rewards of an item's steps become its reward; null: what the checkpoint's "
+        "reward_model.json says, else last.",
+    )
     reward_weights: dict[str, FiniteFloat] | None = Field(
         None,
         min_length=1,
@@ -183,6 +188,7 @@ class LimitSettings(Section):
     max_compare_completions: int = Field(
         256, ge=2, description="Completions of a comparison; the size of the answer grows with the square."
     )
+    max_item_steps: int = Field(512, ge=1, description="Steps of one item that get rewards of their own.")
     max_item_chars: int = Field(131_072, ge=1, description="Characters of one item, checked before tokenizing.")
     max_queue_tokens: int = Field(
         2_097_152,
