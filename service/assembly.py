@@ -197,6 +197,7 @@ def open_tokenization(checkpoint: Checkpoint, settings: TokenizationSettings) ->
         vocab_size=checkpoint.embedding_size,
         inputs=checkpoint.inputs,
         append_token_ids=checkpoint.append_token_ids,
+        gate_pattern=checkpoint.gate_pattern,
     )
 
 

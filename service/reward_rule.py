@@ -15,6 +15,7 @@ import msgspec
 
 from service.checkpoints.reward_description import (
     Combination,
+    LogProbability,
     LowerBound,
     MeanOfOutputs,
     MinOfOutputs,
@@ -25,9 +26,9 @@ from service.checkpoints.reward_description import (
 from service.errors import SettingsError
 from service.records import StepAggregate
 
-DEFAULT_STEP_AGGREGATE: StepAggregate = "min"
-"""As Lightman et al. (2023, "Let's Verify Step by Step") and Wang et al. (2024, "Math-Shepherd") score a solution by
-its worst step."""
+DEFAULT_STEP_AGGREGATE: StepAggregate = "last"
+"""Of a model whose description names no steps: it was trained to reward whole texts, and the last step ends with one.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +119,8 @@ class RewardRule:
                 return fmean(outputs) - num_std * pstdev(outputs)
             case Probability(name):
                 return probability(outputs, self.outputs.index(name))
+            case LogProbability(name):
+                return log_probability(outputs, self.outputs.index(name))
             case None:
                 return outputs[0] if len(outputs) == 1 else None
 
@@ -142,6 +145,15 @@ def probability(logits: Sequence[float], index: int) -> float:
         return math.nan
     largest = max(own, *others)
     return math.exp(own - largest) / (math.exp(own - largest) + math.fsum(math.exp(one - largest) for one in others))
+
+
+def log_probability(logits: Sequence[float], index: int) -> float:
+    """Return the natural logarithm of `probability`, also where that is too small for a float."""
+    if not all(map(math.isfinite, logits)):
+        return math.nan
+    terms = [0.0, *logits] if len(logits) == 1 else logits
+    largest = max(terms)
+    return logits[index] - largest - math.log(math.fsum(math.exp(term - largest) for term in terms))
 
 
 def _min(values: Sequence[float]) -> float:

@@ -12,38 +12,24 @@ from typing import Any, TypeAlias
 
 import msgspec
 
+from service.checkpoints.described_heads import (
+    ClassifierHead,
+    EnsembleHead,
+    GatedHead,
+    Head,
+    LayeredHead,
+    LinearLayer,
+)
 from service.errors import CheckpointError, SettingsError
-from service.records import Activation, Pooling, StepAggregate
+from service.records import Pooling, StepAggregate
+
+__all__ = ["ClassifierHead", "EnsembleHead", "GatedHead", "Head", "LayeredHead", "LinearLayer"]
 
 DESCRIPTION_FILE = "reward_model.json"
 FORMAT_VERSION = 1
 
-
-class LinearLayer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A linear layer of a head, and the activation after it."""
-
-    weight: str
-    """Name of the stored tensor, of shape [outputs, inputs]."""
-
-    bias: str | None = None
-    """Name of the stored tensor, of shape [outputs]; None: the layer has no bias."""
-
-    activation: Activation = "none"
-
-
-class ClassifierHead(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="classifier"):
-    """The head of transformers' classifier of the architecture."""
-
-
-class LayeredHead(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="layers"):
-    """Linear layers with activations between them, on the state of the pooled token."""
-
-    layers: tuple[LinearLayer, ...]
-    """First to last; the last one gives the outputs."""
-
-    def tensor_names(self) -> tuple[str, ...]:
-        """Return the names of all its stored tensors, in the order of the layers."""
-        return tuple(name for layer in self.layers for name in (layer.weight, layer.bias) if name is not None)
+LATER_FIELDS = frozenset({"combine", "steps"})
+"""Optional fields that were added to the format; left out, they do not change the version of a model."""
 
 
 class TextRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -82,7 +68,14 @@ class Probability(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_f
     """Name of the output."""
 
 
-Combination: TypeAlias = WeightedSum | MeanOfOutputs | MinOfOutputs | LowerBound | Probability
+class LogProbability(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="log_probability"):
+    """The natural logarithm of `Probability`."""
+
+    output: str
+    """Name of the output."""
+
+
+Combination: TypeAlias = WeightedSum | MeanOfOutputs | MinOfOutputs | LowerBound | Probability | LogProbability
 """How the outputs at one token become one number."""
 
 
@@ -98,6 +91,10 @@ class StepRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     aggregate: StepAggregate = "min"
     """How the rewards of the steps become the reward of a text."""
 
+    separate: bool = False
+    """Whether training tokenized each step alone and put the marker's token id after it. Otherwise the marker is a part
+    of the text that is tokenized."""
+
 
 class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the checkpoint was made from; changes no reward."""
@@ -112,7 +109,7 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class RewardDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The content of ``reward_model.json``."""
 
-    head: ClassifierHead | LayeredHead
+    head: Head
     format_version: int = FORMAT_VERSION
 
     outputs: tuple[str, ...] = ("reward",)
@@ -134,14 +131,18 @@ class RewardDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
 
     def reward_facts(self) -> dict[str, Any]:
         """Return what changes a reward, as JSON-ready values; empty where it is what holds without the file."""
-        facts: dict[str, Any] = msgspec.to_builtins(msgspec.structs.replace(self, source=None))
-        default: dict[str, Any] = msgspec.to_builtins(RewardDescription(ClassifierHead()))
-        return {} if facts == default else facts
+        facts = _facts(msgspec.structs.replace(self, source=None))
+        return {} if facts == _facts(RewardDescription(ClassifierHead())) else facts
 
     def as_json(self) -> dict[str, Any]:
         """Return all fields as JSON-ready values."""
         content: dict[str, Any] = msgspec.to_builtins(self)
         return content
+
+
+def _facts(description: RewardDescription) -> dict[str, Any]:
+    facts: dict[str, Any] = msgspec.to_builtins(description)
+    return {name: value for name, value in facts.items() if value is not None or name not in LATER_FIELDS}
 
 
 def read_description(folder: Path) -> RewardDescription | None:
@@ -163,27 +164,23 @@ def read_description(folder: Path) -> RewardDescription | None:
         description = msgspec.json.decode(content, type=RewardDescription)
     except (OSError, msgspec.DecodeError) as error:
         raise CheckpointError(f"{file} is not a valid description of a reward model ({error}).") from error
-    validate_outputs(file, description)
+    validate_names(file, description)
     return description
 
 
-def validate_outputs(file: Path, description: RewardDescription) -> None:
+def validate_names(file: Path, description: RewardDescription) -> None:
     """Check that the names of a description are different, and that its rule refers to them.
 
     Raises:
-        CheckpointError: they are not, it does not, or the classifier's own head is said to have several outputs.
+        CheckpointError: they are not, or it does not.
     """
     names = description.outputs
     if not names or len(set(names)) != len(names) or not all(names):
         raise CheckpointError(f"{file} has no names for its outputs, or one twice: name each output of the head once.")
-    if len(names) != 1 and isinstance(description.head, ClassifierHead):
-        raise CheckpointError(
-            f"{file} names {len(names)} outputs, but the classifier's own head gives one reward: name one."
-        )
     match description.combine:
         case WeightedSum(weights):
             unknown = sorted(set(weights) - set(names))
-        case Probability(output):
+        case Probability(output) | LogProbability(output):
             unknown = [output] if output not in names else []
         case _:
             unknown = []

@@ -39,6 +39,9 @@ LENGTHS = (1, 2, 9, 40, 130)
 SHARED_PREFIXES = ((3, 40), (4, 60), (4, 100), (5, -3))
 """Probes that share a prefix with an ordinary one: its index in ``LENGTHS``, and the slice end of the prefix."""
 
+GATE_PREFIX = 12
+"""Tokens of a probe before those that a gate reads; shorter than the prefixes that probes share."""
+
 MAX_PROBE_TOKENS = 1280
 """No probe is longer, so that probing a large model on a CPU takes seconds."""
 
@@ -205,15 +208,19 @@ def quantization_error(
 
 
 def probes_for(classifier: Classifier, max_tokens: int) -> list[tuple[int, ...]]:
-    """Return the probes of a classifier, none longer than ``max_tokens``."""
-    config = classifier.config
-    return probe_sequences(
+    """Return the probes of a classifier, none longer than ``max_tokens``.
+
+    Where its head has a gate, each probe has the tokens that the gate reads, within the prefix that probes share.
+    """
+    config, pattern = classifier.config, classifier.gate_pattern
+    probes = probe_sequences(
         vocab_size=config.vocab_size,
         pad_token_id=classifier.pad_token_id,
         eos_token_id=_first(getattr(config, "eos_token_id", None)),
         window=_window(config),
-        max_tokens=max_tokens,
+        max_tokens=max_tokens - len(pattern),
     )
+    return [(*probe[:GATE_PREFIX], *pattern, *probe[GATE_PREFIX:]) for probe in probes] if pattern else probes
 
 
 def reference_of(
@@ -370,8 +377,11 @@ def _plain_outputs(classifier: Classifier, inputs: Sequence[dict[str, torch.Tens
 
 
 def _plain_output(classifier: Classifier, inputs: dict[str, torch.Tensor]) -> list[float]:
-    if classifier.pooling == "last":
-        outputs = classifier.outputs_of(classifier.body(**inputs).last_hidden_state[:, -1])
+    if classifier.pooling == "last" or classifier.gate_pattern:
+        ids = inputs["input_ids"][0].tolist()
+        states = classifier.body(**inputs).last_hidden_state[0]
+        gate = states[[classifier.gate_position(ids)]] if classifier.gate_pattern else None
+        outputs = classifier.outputs_of(states[[classifier.pooled_position(ids)]], gate)
     else:
         outputs = classifier.model(**inputs).logits
     values: list[float] = outputs[0].tolist()

@@ -16,6 +16,7 @@ from typing import Literal, TypeVar
 import torch
 
 from service.checkpoints.configuration import read_config
+from service.checkpoints.labels import resolve_description
 from service.checkpoints.reward_description import read_description, resolve_pooling
 from service.engines.base import Deferred, EngineInfo, EngineOutput, Pending, Ready, StateTap
 from service.engines.compilation import check_compiler
@@ -235,12 +236,14 @@ def load_torch_engine(
         SettingsError: a setting does not fit this machine or this model, or a tap is deeper than the model.
     """
     enable_huge_pages()
-    pooling = resolve_pooling(read_description(folder), model.pooling)
+    config = read_config(folder)
+    description = resolve_description(folder, read_description(folder), config, model)
+    pooling = resolve_pooling(description, model.pooling)
     plan = plan_engine(
         model.model_copy(update={"pooling": pooling}),
         batching,
         Machine.detect(model),
-        read_config(folder),
+        config,
         pad_token_id=pad_token_id,
         max_input_tokens=max_input_tokens,
         taps=taps,
@@ -248,7 +251,12 @@ def load_torch_engine(
     _prepare_process(plan)
     kernels = _find_kernels(plan)
     classifier = load_classifier(
-        folder, dtype=plan.dtype, device=plan.device, pooling=plan.pooling, pad_token_id=pad_token_id
+        folder,
+        dtype=plan.dtype,
+        device=plan.device,
+        pooling=plan.pooling,
+        pad_token_id=pad_token_id,
+        description=description,
     )
     classifier = replace(classifier, reads_token_types=reads_token_types)
     check_taps(classifier.body, classifier.config.num_hidden_layers, plan.taps)
@@ -348,6 +356,8 @@ def _record_graphs(plan: EnginePlan, classifier: Classifier, path: ForwardPath, 
         return ""
     if not isinstance(path, PackedForward):
         return f"{path.name} batches have no fixed shapes"
+    if classifier.gate_pattern:
+        return "the gate of the head reads a further token"
     if plan.rope_length_limit is not None:
         return "the rotary frequencies depend on the longest sequence of a pass"
     path.library, failure = record_library(

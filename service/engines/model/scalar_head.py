@@ -24,16 +24,16 @@ def batch_invariant_head(states: torch.Tensor, weight: torch.Tensor, bias: torch
     """
     states = states.float()
     # One output after the other, so that the products of a head with many outputs need little memory at a time.
-    sums = torch.cat([_tree_sums(states * row) for row in weight], dim=1)
+    sums = torch.cat([tree_sums(states * row) for row in weight], dim=1)
     return sums if bias is None else sums + bias
 
 
-def _tree_sums(products: torch.Tensor) -> torch.Tensor:
-    """Return [rows, 1], the sums over the second dimension."""
-    products = pad(products, (0, _power_of_two(products.shape[1]) - products.shape[1]))
-    while products.shape[1] > 1:
-        half = products.shape[1] // 2
-        products = products[:, :half] + products[:, half:]
+def tree_sums(products: torch.Tensor) -> torch.Tensor:
+    """Return [..., 1], the sums over the last dimension, as a tree; a row's bits depend on that row alone."""
+    products = pad(products, (0, _power_of_two(products.shape[-1]) - products.shape[-1]))
+    while products.shape[-1] > 1:
+        half = products.shape[-1] // 2
+        products = products[..., :half] + products[..., half:]
     return products
 
 

@@ -30,6 +30,7 @@ from service.engines.paths.base import PathSpec, output_of
 from service.engines.paths.cuda_graphs import Bucket, PassLibrary, StaticPass, fill_bucket
 from service.engines.rewiring import rewire
 from service.scheduling.prefix_tree import TokenIds, TokenSpan, has_shared_prefix
+from service.token_pattern import last_occurrence
 
 PADDING_ID = 0
 """The id of padding tokens at the end of a packed batch. Any id is valid: their states are computed and never read."""
@@ -205,6 +206,8 @@ class PackedForward:
             for sequence, row in zip(layout.sequences, rows, strict=True)
         ]
         head_positions = _head_positions(layout, pooled, steps) if steps else pooled
+        if classifier.gate_pattern:
+            head_positions = [*head_positions, *self._gate_positions(layout, rows, steps)]
         layout, (ids, positions, read) = layout.to_device(
             self._staging,
             [torch.tensor([layout.token_ids(rows, PADDING_ID)]), layout.position_ids(), torch.tensor(head_positions)],
@@ -214,7 +217,9 @@ class PackedForward:
                 input_ids=ids, attention_mask=self._mask, position_ids=positions, use_cache=False, packed_layout=layout
             ).last_hidden_state[0]
         self._skip_mask_inference()
-        outputs, tapped_states = classifier.outputs_of(states.index_select(0, read)), recorded.stacked()
+        read_states = states.index_select(0, read)
+        outputs = classifier.outputs_of(*(read_states.chunk(2) if classifier.gate_pattern else (read_states,)))
+        tapped_states = recorded.stacked()
         results = [outputs] if tapped_states is None else [outputs, tapped_states]
         shared_tokens = [sequence.num_shared for sequence in layout.sequences]
         return _output_of(self._staging.to_host(results), steps, shared_tokens)
@@ -230,9 +235,24 @@ class PackedForward:
 
     # --- Which states are read ---------------------------------------------------------------------------------------
 
+    def _gate_positions(
+        self, layout: PackedLayout, rows: Sequence[TokenIds], steps: Sequence[tuple[int, ...]]
+    ) -> list[int]:
+        """Return where the gate reads in the packed batch, for each token that the head reads."""
+        positions = [
+            sequence.index_of(self._classifier.gate_position(row))
+            for sequence, row in zip(layout.sequences, rows, strict=True)
+        ]
+        if not steps:
+            return positions
+        return [position for position, own in zip(positions, steps, strict=True) for _ in range(len(own) + 1)]
+
     def _max_cached(self, row: TokenIds, mean_start: int | None, steps: tuple[int, ...]) -> int:
         """Return how many leading tokens a pass may take from the cache: none whose state is read."""
         first_read = min((self._classifier.pooled_position(row), *steps[:1]))
+        if self._classifier.gate_pattern:
+            # A sequence that the gate cannot read fails in its pass, not in the queue, which asks here too.
+            first_read = min(first_read, last_occurrence(row, self._classifier.gate_pattern) or 0)
         return first_read if mean_start is None else min(first_read, _first_counted(row, mean_start))
 
     # --- Results that are not finite ---------------------------------------------------------------------------------

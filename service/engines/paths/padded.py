@@ -98,7 +98,12 @@ class PaddedForward:
             else:
                 states = classifier.body(**inputs, use_cache=False).last_hidden_state
                 read = [(row, position) for row, own in enumerate(steps) for position in (*own, pooled[row])]
-                outputs = classifier.outputs_of(states[[row for row, _ in read], [position for _, position in read]])
+                of_rows = [row for row, _ in read]
+                gates = None
+                if classifier.gate_pattern:
+                    gate_of = [classifier.gate_position(row) for row in rows]
+                    gates = states[of_rows, [gate_of[row] for row in of_rows]]
+                outputs = classifier.outputs_of(states[of_rows, [position for _, position in read]], gates)
         return outputs, recorded.stacked()
 
 
