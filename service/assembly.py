@@ -69,6 +69,11 @@ class ServedModel:
     """The calibration, or why there is none."""
 
     @property
+    def rule(self) -> RewardRule:
+        """How the outputs of the model become a reward."""
+        return self.scorer.pipeline.rule
+
+    @property
     def origin(self) -> Origin | None:
         """What the model was initialised from, according to its manifest; None where it has none."""
         return read_origin(self.checkpoint.path) if self.checkpoint else None
@@ -85,6 +90,7 @@ class ServedModel:
             "reward_model": self.checkpoint.description.as_json()
             if self.checkpoint and self.checkpoint.description
             else None,
+            "reward_rule": self.rule.description(),
             "template": self.tokenization.template_for(Encoding()),
             "text_rule": self.tokenization.rule.description(),
             "truncation": settings.tokenization.truncation,
@@ -119,13 +125,25 @@ def _open_folder(folder: Path, settings: ModelSettings) -> OpenedModel:
     if is_bundle(folder):
         _refuse_settings_of_torch(settings, folder)
         bundle = open_bundle(folder, settings)
+        reward_rule_of(bundle.checkpoint, settings)
         return OpenedModel(bundle.checkpoint, bundle)
     if settings.engine == "onnx":
         raise SettingsError(
             f"model.engine is onnx, but {folder} is not an ONNX bundle: run `reward-export {settings.path or 'demo'} "
             "OUT` and serve OUT."
         )
-    return OpenedModel(open_checkpoint(folder, settings))
+    checkpoint = open_checkpoint(folder, settings)
+    reward_rule_of(checkpoint, settings)
+    return OpenedModel(checkpoint)
+
+
+def reward_rule_of(checkpoint: Checkpoint | None, settings: ModelSettings) -> RewardRule:
+    """Return how the outputs of a model become a reward; the settings' weights take precedence over the checkpoint's.
+
+    Raises:
+        SettingsError: the settings' weights do not fit the model's outputs.
+    """
+    return RewardRule.of(checkpoint.description if checkpoint else None).weighted(settings.reward_weights)
 
 
 def assemble(
@@ -240,6 +258,7 @@ def _assemble_model(settings: Settings, taps: tuple[StateTap, ...] | None, opene
         checkpoint,
         dtype=engine.info.arithmetic if opened.bundle is None else opened.bundle.arithmetic,
         template=tokenization.rule.name,
+        reward_weights=settings.model.reward_weights,
     )
     return _join(settings, identity, checkpoint, tokenization, engine, lookup)
 
@@ -275,7 +294,7 @@ def _load_engine(
 
 
 def _find_calibration(settings: Settings, checkpoint: Checkpoint, tokenization: Tokenization) -> Lookup:
-    binding = binding_of(checkpoint, template=tokenization.rule.name)
+    binding = binding_of(checkpoint, template=tokenization.rule.name, reward_weights=settings.model.reward_weights)
     return find_calibration(checkpoint.path, settings.diagnostics.calibration, binding)
 
 
@@ -300,7 +319,7 @@ def _join(
     diagnostician = Diagnostician(calibration, special_ids, settings.diagnostics.alpha, info.taps)
     scorer = Scorer(
         tokenization,
-        Pipeline(engine, diagnostician, rule=RewardRule.of(checkpoint.description if checkpoint else None)),
+        Pipeline(engine, diagnostician, rule=reward_rule_of(checkpoint, settings.model)),
         settings.limits,
         settings.batching,
         metrics,

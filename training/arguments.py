@@ -12,6 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from reward_client.provenance import TRAINING_MANIFEST_FILE
 
@@ -68,7 +69,7 @@ class RunOptions:
 
 def read_recipe(options: argparse.Namespace, max_positions: int | None = None) -> Recipe:
     """Return the recipe of the command line; the default of ``--max-length`` is not above the base's positions."""
-    values = {field.name: getattr(options, field.name, None) for field in dataclasses.fields(Recipe)}
+    values: dict[str, Any] = {field.name: getattr(options, field.name, None) for field in dataclasses.fields(Recipe)}
     values["objectives"] = tuple(name for name, _ in options.objectives)
     values["objective_weights"] = tuple(weight for _, weight in options.objectives if weight is not None)
     if values["max_length"] is None:

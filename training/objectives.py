@@ -1,4 +1,4 @@
-"""Training of several objectives: pairs labelled with the objective that people judged, one output of the head for each.
+"""Training of several objectives: pairs labelled with the objective that people judged, an output of the head for each.
 
 A row names its objective in ``objective``; its Bradley-Terry loss is that of the objective's own output, so the outputs
 share the model's body and nothing else. The names, and the weights if there are any, go into ``reward_model.json``.

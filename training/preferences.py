@@ -115,8 +115,8 @@ def parse_pair(row: Row, default_source: str = "") -> PreferencePair:
     """Return the pair of a row.
 
     Args:
-        row: a pair as `service.data.prompts` defines it; further keys are ``id``, ``source``, ``objective`` and ``reviews`` (a
-            list of votes, or an object of votes by annotator), all others are ignored.
+        row: a pair as `service.data.prompts` defines it; further keys are ``id``, ``source``, ``objective`` and
+            ``reviews`` (a list of votes, or an object of votes by annotator), all others are ignored.
         default_source: the source of a row that has none.
 
     Raises:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -221,7 +221,9 @@ def open_checkpoint(path: Path, settings: ModelSettings) -> Checkpoint:
     )
 
 
-def model_version(checkpoint: Checkpoint, *, dtype: str, template: str) -> ModelIdentity:
+def model_version(
+    checkpoint: Checkpoint, *, dtype: str, template: str, reward_weights: Mapping[str, float] | None = None
+) -> ModelIdentity:
     """Return the model's name and a version that depends on everything that can change a reward.
 
     Forward path, device and batching are not part of the version: they change no reward beyond rounding. The token
@@ -231,6 +233,7 @@ def model_version(checkpoint: Checkpoint, *, dtype: str, template: str) -> Model
         checkpoint: the opened checkpoint.
         dtype: resolved dtype of the body's arithmetic, never "auto".
         template: name of the text rule, by which items become token ids unless a request chooses otherwise.
+        reward_weights: weights of the settings, by the name of the output; those of the checkpoint are in its hash.
     """
     hashes = checkpoint.hashes
     facts = {
@@ -244,6 +247,8 @@ def model_version(checkpoint: Checkpoint, *, dtype: str, template: str) -> Model
         "pooling": checkpoint.pooling,
         "template": template,
     }
+    if reward_weights is not None:
+        facts["reward_weights"] = dict(reward_weights)
     return ModelIdentity(checkpoint.name, _hash_text(json.dumps(facts, sort_keys=True))[:16])
 
 

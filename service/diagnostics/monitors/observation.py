@@ -32,9 +32,9 @@ Column: TypeAlias = Literal[
     "oe_surprise",
     "flag",
 ]
-"""reward: raw, by the service's own weights. log_tokens: ln(1 + completion tokens). headers to markdown: style markers per 100 words; markdown is the
-sum of the first three. repeat4, prompt_overlap: fractions of the style block. surprise: the combined -ln p.
-oe_surprise: -ln p of the detector that was trained on hacks. flag: 0 or 1."""
+"""reward: raw, by the service's own weights. log_tokens: ln(1 + completion tokens). headers to markdown: style markers
+per 100 words; markdown is the sum of the first three. repeat4, prompt_overlap: fractions of the style block. surprise:
+the combined -ln p. oe_surprise: -ln p of the detector that was trained on hacks. flag: 0 or 1."""
 
 COLUMNS: tuple[Column, ...] = get_args(Column)
 
