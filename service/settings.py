@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 from reward_client.options import DiagnosticsLevel, TemplateChoice, Truncation
 
 from service.errors import SettingsError
-from service.records import DEMO_MODEL, Pooling
+from service.records import DEMO_MODEL, Pooling, StepAggregate
 
 ProtocolName: TypeAlias = Literal["openrlhf", "vllm", "llamafactory", "slime", "kserve", "sglang", "tei"]
 PROTOCOL_NAMES: tuple[ProtocolName, ...] = get_args(ProtocolName)
