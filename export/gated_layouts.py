@@ -69,7 +69,7 @@ class GateOptions:
 
 def is_gated(names: set[str]) -> bool:
     """Whether tensors outside the body belong to a layout with a gate."""
-    return "regression_layer.weight" in names and any(name.startswith(GATING) for name in names) or _is_urm(names)
+    return ("regression_layer.weight" in names and any(name.startswith(GATING) for name in names)) or _is_urm(names)
 
 
 def _is_urm(names: set[str]) -> bool:

@@ -31,6 +31,7 @@ from service.records import Encoding, ModelIdentity, StateTap
 from service.reward_rule import RewardRule
 from service.scorer import Scorer
 from service.settings import ModelSettings, Settings, TokenizationSettings, name_as_given
+from service.steps import PLAIN_READING, StepReading
 from service.tokenization import Tokenization
 
 logger = logging.getLogger(__name__)
@@ -91,6 +92,7 @@ class ServedModel:
             if self.checkpoint and self.checkpoint.description
             else None,
             "reward_rule": self.rule.description(),
+            "steps": self.tokenization.step_description() | {"aggregate": self.rule.step_aggregate},
             "template": self.tokenization.template_for(Encoding()),
             "text_rule": self.tokenization.rule.description(),
             "truncation": settings.tokenization.truncation,
@@ -143,7 +145,8 @@ def reward_rule_of(checkpoint: Checkpoint | None, settings: ModelSettings) -> Re
     Raises:
         SettingsError: the settings' weights do not fit the model's outputs.
     """
-    return RewardRule.of(checkpoint.description if checkpoint else None).weighted(settings.reward_weights)
+    rule = RewardRule.of(checkpoint.description if checkpoint else None, settings.step_aggregate)
+    return rule.weighted(settings.reward_weights)
 
 
 def assemble(
@@ -184,7 +187,20 @@ def with_calibration(served: ServedModel, file: Path) -> ServedModel:
     return _join(settings, served.identity, served.checkpoint, served.tokenization, engine, lookup)
 
 
-def open_tokenization(checkpoint: Checkpoint, settings: TokenizationSettings) -> Tokenization:
+def step_reading_of(checkpoint: Checkpoint, *, max_steps: int, is_bundle: bool = False) -> StepReading:
+    """Return how a model is read at steps."""
+    refusal = ""
+    if is_bundle:
+        refusal = "An ONNX graph reads the head at one token of a text: serve the checkpoint itself to score steps."
+    elif checkpoint.gate_pattern:
+        refusal = "The head weights its objectives by the prompt of a whole text, and has no rewards of steps."
+    skipped = checkpoint.pad_token_id if checkpoint.pooling == "hf" else None
+    return StepReading(checkpoint.step_marker, max_steps, skipped, refusal)
+
+
+def open_tokenization(
+    checkpoint: Checkpoint, settings: TokenizationSettings, step_reading: StepReading = PLAIN_READING
+) -> Tokenization:
     """Return the tokenization of an opened checkpoint.
 
     Raises:
@@ -198,6 +214,7 @@ def open_tokenization(checkpoint: Checkpoint, settings: TokenizationSettings) ->
         inputs=checkpoint.inputs,
         append_token_ids=checkpoint.append_token_ids,
         gate_pattern=checkpoint.gate_pattern,
+        step_reading=step_reading,
     )
 
 
@@ -235,7 +252,11 @@ def _assemble_oracle(settings: Settings) -> ServedModel:
     )
     tokenizer = byte_tokenizer(max_input_tokens)
     tokenization = Tokenization(
-        tokenizer, settings.tokenization, max_input_tokens=max_input_tokens, vocab_size=len(tokenizer)
+        tokenizer,
+        settings.tokenization,
+        max_input_tokens=max_input_tokens,
+        vocab_size=len(tokenizer),
+        step_reading=StepReading(max_steps=settings.limits.max_item_steps),
     )
     identity = ModelIdentity(settings.model.name or "oracle", "oracle")
     return _join(settings, identity, None, tokenization, engine, without_calibration("The oracle has no states."))
@@ -247,7 +268,10 @@ def _assemble_model(settings: Settings, taps: tuple[StateTap, ...] | None, opene
     enable_huge_pages()
     opened = opened or open_model(settings.model)
     checkpoint = opened.checkpoint
-    tokenization = open_tokenization(checkpoint, settings.tokenization)
+    step_reading = step_reading_of(
+        checkpoint, max_steps=settings.limits.max_item_steps, is_bundle=opened.bundle is not None
+    )
+    tokenization = open_tokenization(checkpoint, settings.tokenization, step_reading)
     logger.info("%s", tokenization.rule.sentence)
     if taps is None:
         lookup = _find_calibration(settings, checkpoint, tokenization)
@@ -259,6 +283,7 @@ def _assemble_model(settings: Settings, taps: tuple[StateTap, ...] | None, opene
         dtype=engine.info.arithmetic if opened.bundle is None else opened.bundle.arithmetic,
         template=tokenization.rule.name,
         reward_weights=settings.model.reward_weights,
+        step_aggregate=settings.model.step_aggregate,
     )
     return _join(settings, identity, checkpoint, tokenization, engine, lookup)
 

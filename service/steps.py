@@ -48,6 +48,10 @@ class StepReading:
     """Why the model cannot be read at steps; empty where it can."""
 
 
+PLAIN_READING = StepReading()
+"""Of a model without a marker."""
+
+
 @dataclass(frozen=True, slots=True)
 class StepEnds:
     """What is known about the ends of an item's steps before its text is tokenized."""

@@ -37,6 +37,7 @@ from service.records import (
 )
 from service.settings import TokenizationSettings
 from service.steps import (
+    PLAIN_READING,
     StepEnds,
     StepReading,
     check_count,
@@ -132,7 +133,7 @@ class Tokenization:
         append_token_ids: tuple[int, ...] = (),
         gate_pattern: tuple[int, ...] = (),
         inputs: ModelInputs = PLAIN_INPUTS,
-        step_reading: StepReading = StepReading(),
+        step_reading: StepReading = PLAIN_READING,
     ) -> None:
         self._tokenizer = tokenizer
         self._inputs = inputs
@@ -168,6 +169,16 @@ class Tokenization:
         """The texts of the tokenizer's special tokens."""
         added = self._tokenizer.added_tokens_decoder.values()
         return frozenset(token.content for token in added if token.special)
+
+    def step_description(self) -> dict[str, Any]:
+        """Return how the model is read at steps as JSON-ready values for ``/v1/model``."""
+        reading = self._step_reading
+        return {
+            "readable": not (reading.refusal or self._inputs.is_encoder),
+            "marker": reading.marker.text,
+            "marker_token_id": reading.marker.token_id,
+            "separate": reading.marker.separate,
+        }
 
     def template_for(self, encoding: Encoding) -> TemplateChoice:
         """Return how a prompt that is a plain string is rendered with this encoding."""
@@ -338,13 +349,13 @@ class Tokenization:
     def _text_tokens(self, text: _Text, encoded: Any) -> _Tokens | HttpError:
         ids = tuple(encoded.ids)
         num_prompt_tokens = None if text.prompt_chars is None else _tokens_before(text.prompt_chars, encoded)
-        positions: tuple[int, ...] | HttpError = ()
+        positions: tuple[int, ...] = ()
         if text.steps is not None:
-            for step in text.steps.texts:
-                ids += (*self._encode_one(step).ids, text.steps.token_id)
-            positions = self._step_positions(text, ids, num_prompt_tokens)
-            if isinstance(positions, HttpError):
-                return positions
+            ids = self._with_separate_steps(ids, text.steps)
+            found = self._step_positions(text, ids, num_prompt_tokens)
+            if isinstance(found, HttpError):
+                return found
+            positions = found
         if ids[: len(text.before)] != text.before:
             ids = text.before + ids
             positions = tuple(position + len(text.before) for position in positions)
@@ -362,6 +373,12 @@ class Tokenization:
             return _Tokens(sequence, num_prompt_tokens)
         # Where an exchange has no known border nothing is dropped: it might be of the completion.
         return _Tokens(sequence, 0 if text.is_exchange else len(ids))
+
+    def _with_separate_steps(self, ids: tuple[int, ...], steps: StepEnds) -> tuple[int, ...]:
+        """Return the ids of a text with those of the steps that are tokenized alone, each with the marker after it."""
+        for step in steps.texts:
+            ids += (*self._encode_one(step).ids, *(() if steps.token_id is None else (steps.token_id,)))
+        return ids
 
     def _step_positions(
         self, text: _Text, ids: tuple[int, ...], num_prompt_tokens: int | None

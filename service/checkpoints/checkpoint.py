@@ -46,8 +46,9 @@ from service.checkpoints.validation import (
     with_pad_token_id,
 )
 from service.checkpoints.weights import read_tensor_infos, weight_files, weights_sha256
-from service.records import DEMO_MODEL, PLAIN_INPUTS, ModelIdentity, ModelInputs, Pooling
+from service.records import DEMO_MODEL, PLAIN_INPUTS, ModelIdentity, ModelInputs, Pooling, StepAggregate
 from service.settings import ModelSettings
+from service.steps import StepMarker
 from service.transformers_logging import transformers_silenced
 
 UNHASHED_CONFIG_KEYS = frozenset({"transformers_version", "_name_or_path", "architectures"})
@@ -120,6 +121,12 @@ class Checkpoint:
     def outputs(self) -> tuple[str, ...]:
         """Names of the numbers that the head gives."""
         return self.description.outputs if self.description else ("reward",)
+
+    @property
+    def step_marker(self) -> StepMarker:
+        """What training put after each step."""
+        rule = self.description.steps if self.description else None
+        return StepMarker() if rule is None else StepMarker(rule.marker, rule.marker_token_id, rule.separate)
 
     @property
     def append_token_ids(self) -> tuple[int, ...]:
@@ -222,7 +229,12 @@ def open_checkpoint(path: Path, settings: ModelSettings) -> Checkpoint:
 
 
 def model_version(
-    checkpoint: Checkpoint, *, dtype: str, template: str, reward_weights: Mapping[str, float] | None = None
+    checkpoint: Checkpoint,
+    *,
+    dtype: str,
+    template: str,
+    reward_weights: Mapping[str, float] | None = None,
+    step_aggregate: StepAggregate | None = None,
 ) -> ModelIdentity:
     """Return the model's name and a version that depends on everything that can change a reward.
 
@@ -234,6 +246,7 @@ def model_version(
         dtype: resolved dtype of the body's arithmetic, never "auto".
         template: name of the text rule, by which items become token ids unless a request chooses otherwise.
         reward_weights: weights of the settings, by the name of the output; those of the checkpoint are in its hash.
+        step_aggregate: that of the settings; that of the checkpoint is in its hash.
     """
     hashes = checkpoint.hashes
     facts = {
@@ -249,6 +262,8 @@ def model_version(
     }
     if reward_weights is not None:
         facts["reward_weights"] = dict(reward_weights)
+    if step_aggregate is not None:
+        facts["step_aggregate"] = step_aggregate
     return ModelIdentity(checkpoint.name, _hash_text(json.dumps(facts, sort_keys=True))[:16])
 
 

@@ -139,8 +139,8 @@ class Diagnostician:
             return replace(score, length=length, style=style, gap="missing")
         length = _with_reference(length, calibration)
         reward, num_tokens = score.reward, length.completion_tokens
-        if reward is None or score.own_weights:
-            # The calibration's rewards are those of other weights.
+        if reward is None or score.own_weights or score.step_outputs:
+            # The calibration's rewards are those of other weights, or of whole texts.
             return replace(score, length=length, style=style, reward_std_epistemic=None, gap="inapplicable")
         return replace(
             score,

@@ -39,6 +39,7 @@ from service.records import (
     ModelIdentity,
     Score,
     ScoreRequest,
+    Steps,
     TemplatedText,
     TemplateVariable,
     Timings,
@@ -87,13 +88,18 @@ class WireMessage(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class WireItem(msgspec.Struct, forbid_unknown_fields=True):
-    """One text to score, in exactly one of three forms: prompt and completion, templated text, or token ids."""
+    """One text to score, in exactly one of three forms: prompt and completion, templated text, or token ids.
+
+    A list of ``steps`` takes the place of the completion.
+    """
 
     prompt: str | list[WireMessage] | None = None
     completion: str | list[WireMessage] | None = None
     tools: list[dict[str, Any]] | None = None
     text: str | None = None
     token_ids: list[_TokenId] | None = None
+    steps: list[Annotated[str, Meta(min_length=1)]] | Literal["marker", "turns"] | None = None
+    step_token_id: _TokenId | None = None
     id: _Name | None = None
     group: _Name | None = None
 
@@ -140,7 +146,7 @@ def parse_score_request(body: bytes, defaults: RequestDefaults) -> ScoreRequest:
     """
     wire: WireScoreRequest = decode_body(_score_decoder, body)
     _check_count(len(wire.items), 1, defaults.limits.max_request_items, "/items", "items")
-    items = tuple(_read_item(item, index) for index, item in enumerate(wire.items))
+    items = tuple(_read_item(item, index, defaults.limits) for index, item in enumerate(wire.items))
     return _request(items, wire, defaults)
 
 
@@ -271,12 +277,38 @@ def _check_count(count: int, minimum: int, maximum: int, pointer: str, noun: str
         raise TooManyItems(f"The request has {count} {noun}; the limit is {maximum}")
 
 
-def _read_item(wire: WireItem, index: int) -> Item:
-    return Item(_read_content(wire, index), wire.id, wire.group)
+def _read_item(wire: WireItem, index: int, limits: LimitSettings) -> Item:
+    return Item(_read_content(wire, index), wire.id, wire.group, steps=_read_steps(wire, index, limits))
+
+
+def _read_steps(wire: WireItem, index: int, limits: LimitSettings) -> Steps | None:
+    pointer = f"/items/{index}/steps"
+    if wire.step_token_id is not None and wire.steps != "marker":
+        raise invalid(f"/items/{index}/step_token_id", "not_one_form", "A marker token goes with steps: marker")
+    match wire.steps:
+        case None:
+            return None
+        case "marker":
+            return Steps("marker", token_id=wire.step_token_id)
+        case "turns":
+            return Steps("turns")
+        case []:
+            raise invalid(pointer, "too_few", "An item with a list of steps needs at least one")
+        case list(texts):
+            if len(texts) > limits.max_item_steps:
+                raise invalid(
+                    pointer, "too_many", f"The item has {len(texts)} steps; the limit is {limits.max_item_steps}"
+                )
+            return Steps("texts", tuple(texts))
 
 
 def _read_content(wire: WireItem, index: int) -> Content:
-    match wire.prompt, wire.completion, wire.text, wire.token_ids:
+    completion_or_steps: Any = wire.completion
+    if isinstance(wire.steps, list) and wire.completion is None:
+        completion_or_steps = "\n".join(wire.steps)
+    elif isinstance(wire.steps, list):
+        raise invalid(f"/items/{index}", "not_one_form", "A list of steps takes the place of the completion")
+    match wire.prompt, completion_or_steps, wire.text, wire.token_ids:
         case (str() | list()) as prompt, (str() | list()) as completion, None, None:
             return Exchange(
                 read_prompt(prompt, f"/items/{index}/prompt"),
@@ -379,6 +411,10 @@ def _result(
         result["reward"] = outcome.reward
     if outcome.outputs:
         result["rewards"] = dict(zip(outputs, outcome.outputs, strict=True))
+    if outcome.step_rewards:
+        result["step_rewards"] = outcome.step_rewards
+    if outcome.step_outputs and len(outputs) > 1:
+        result["step_outputs"] = [dict(zip(outputs, values, strict=True)) for values in outcome.step_outputs]
     return result | diagnostics_of(outcome, level)
 
 
