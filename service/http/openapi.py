@@ -134,8 +134,8 @@ _MODEL = {
                 "outputs": {"type": "array", "items": {"type": "string"}},
                 "combination": {
                     "type": ["string", "null"],
-                    "description": "output: there is one; weights: their weighted sum; else the name of another rule. Null: no "
-                    "weights are known, so there is no reward.",
+                    "description": "output: there is one; weights: their weighted sum; else the name of another rule. "
+                    "Null: no weights are known, so there is no reward.",
                 },
                 "weights": {"type": ["object", "null"], "additionalProperties": {"type": "number"}},
                 "decided_by": {"enum": ["checkpoint", "settings", None]},
