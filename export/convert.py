@@ -202,7 +202,9 @@ def _convert_model(stored: StoredModel, unfinished: Path, options: ConversionOpt
     pad_token_id, pad_notes = _fallback_pad_token(config, unfinished)
     config.get_text_config().pad_token_id = pad_token_id
     layer = None if found is None else found.linear
-    bias = None if found is None or layer is None or layer.bias is None else float(found.tensors[layer.bias].flatten()[0])
+    bias = (
+        None if found is None or layer is None or layer.bias is None else float(found.tensors[layer.bias].flatten()[0])
+    )
     is_plain = found is None or (layer is not None and (not bias or options.drop_bias))
     _save(stored, unfinished, found, is_plain=is_plain)
     write_description(unfinished, _description(stored, None if is_plain else found, found))

@@ -74,7 +74,9 @@ def ensemble_of(members: Sequence[ConvertedHead], combine: Combination) -> Conve
     first = members[0]
     for member in members:
         if not isinstance(member.head, LayeredHead) or len(member.outputs) > 1:
-            raise CheckpointError(f"A member of the layout {member.layout} gives more than one reward: take scalar heads.")
+            raise CheckpointError(
+                f"A member of the layout {member.layout} gives more than one reward: take scalar heads."
+            )
         if (member.pooling, member.text) != (first.pooling, first.text):
             raise CheckpointError(
                 "The members were trained with another pooling or text "
@@ -94,9 +96,7 @@ def ensemble_of(members: Sequence[ConvertedHead], combine: Combination) -> Conve
     return replace(together, head=EnsembleHead(tuple(heads)), tensors=tensors)
 
 
-def _stacked(
-    together: ConvertedHead, members: Sequence[ConvertedHead], layers: Sequence[LinearLayer]
-) -> ConvertedHead:
+def _stacked(together: ConvertedHead, members: Sequence[ConvertedHead], layers: Sequence[LinearLayer]) -> ConvertedHead:
     weights = [member.tensors[layer.weight].float() for member, layer in zip(members, layers, strict=True)]
     tensors = {f"{HEAD}.0.weight": torch.cat(weights)}
     has_bias = any(layer.bias is not None for layer in layers)

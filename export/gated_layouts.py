@@ -69,7 +69,7 @@ class GateOptions:
 
 def is_gated(names: set[str]) -> bool:
     """Whether tensors outside the body belong to a layout with a gate."""
-    return "regression_layer.weight" in names and any(name.startswith(GATING) for name in names) or _is_urm(names)
+    return ("regression_layer.weight" in names and any(name.startswith(GATING) for name in names)) or _is_urm(names)
 
 
 def _is_urm(names: set[str]) -> bool:
@@ -228,9 +228,7 @@ def _token_pattern(stored: StoredModel, pattern: str | None) -> tuple[int, ...]:
         )
     tokenizer = AutoTokenizer.from_pretrained(stored.source, trust_remote_code=False)
     ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-    if tokenizer.convert_ids_to_tokens(ids[0]) not in tokenizer.all_special_tokens + list(
-        tokenizer.get_added_vocab()
-    ):
+    if tokenizer.convert_ids_to_tokens(ids[0]) not in tokenizer.all_special_tokens + list(tokenizer.get_added_vocab()):
         raise CheckpointError(
             f"The tokenizer of {stored.source} has no token for the beginning of {text!r}, where the gate reads: pass "
             "--gate-pattern with the text that the chat template writes between prompt and completion."

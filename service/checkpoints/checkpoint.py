@@ -284,9 +284,7 @@ def _describe_layers(layers: Sequence[LinearLayer]) -> str:
     return ", ".join(parts)
 
 
-def _hash_and_scan(
-    path: Path, files: list[Path], tokenizer: Any, description: RewardDescription | None
-) -> Hashes:
+def _hash_and_scan(path: Path, files: list[Path], tokenizer: Any, description: RewardDescription | None) -> Hashes:
     # Hashing is limited by one core per file and the search for NaN by memory bandwidth. Running both at the same time
     # reads the same pages of the file cache.
     with ThreadPoolExecutor(max_workers=1) as pool:

@@ -79,7 +79,9 @@ def validate_head(file: Path, head: DescribedHead, tensors: Tensors, hidden_size
     if isinstance(head, EnsembleHead):
         widths = [validate_head(file, member, tensors, hidden_size) for member in head.members]
         if len(widths) < 2 or set(widths) != {1}:
-            raise CheckpointError(f"{file} describes an ensemble that is not of two or more heads with one number each.")
+            raise CheckpointError(
+                f"{file} describes an ensemble that is not of two or more heads with one number each."
+            )
         return len(widths)
     return _validate_gated(file, head, tensors, hidden_size)
 
@@ -96,7 +98,9 @@ def _validate_gated(file: Path, head: GatedHead, tensors: Tensors, hidden_size: 
                 f"{head.transform} of {file} has the shape {list(shape)}, not [{num_objectives}, {num_objectives}]."
             )
     if not head.gate.temperature > 0:
-        raise CheckpointError(f"The gate of {file} has a temperature of {head.gate.temperature}: it must be above zero.")
+        raise CheckpointError(
+            f"The gate of {file} has a temperature of {head.gate.temperature}: it must be above zero."
+        )
     return 1 + num_objectives
 
 

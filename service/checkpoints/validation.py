@@ -13,8 +13,8 @@ from typing import Any
 
 from service.checkpoints.architecture import Fit, fit_classifier, has_classifier
 from service.checkpoints.configuration import read_config, read_json
-from service.checkpoints.files import CONFIG_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from service.checkpoints.described_heads import ClassifierHead, DescribedHead
+from service.checkpoints.files import CONFIG_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from service.checkpoints.head_validation import is_described, reads_labels, validate_outputs
 from service.checkpoints.labels import labels_message
 from service.checkpoints.reward_description import DESCRIPTION_FILE, RewardDescription

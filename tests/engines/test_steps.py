@@ -61,7 +61,8 @@ def steps_of(rows: Rows, seed: int = 0) -> Steps:
 @torch.inference_mode()
 def independent(folder: Path, rows: Rows, steps: Steps) -> list[NDArray[np.float32]]:
     """Return for each row [steps + 1, 3]: each position is the last one of a text of its own, which a body of plain
-    transformers reads, and the head is written out here."""
+    transformers reads, and the head is written out here.
+    """
     body = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     head = {name: tensor for name, tensor in load_file(folder / "model.safetensors").items() if "head" in name}
 

@@ -172,50 +172,6 @@ class Classifier:
         return torch.cat([head(state[None], gate[None]) for state, gate in zip(states, gate_states, strict=True)])
 
 
-def pooled_position(self, ids: Sequence[int]) -> int:
-        """Return the position in ``ids`` whose hidden state the head reads."""
-        return pooled_position(ids, self.pooling, self.pad_token_id)
-
-    def head_position(self, ids: Sequence[int]) -> int:
-        """Return the position in ``ids`` whose state is the head's input; an encoder's own head reads the first."""
-        if self.state_head is None:
-            return 0
-        return self.pooled_position([entry & ((1 << TOKEN_TYPE_SHIFT) - 1) for entry in ids])
-
-    def gate_position(self, ids: Sequence[int]) -> int:
-        """Return the position in ``ids`` whose state the gate of the head reads.
-
-        Raises:
-            ValueError: the tokens between prompt and completion are not there, so there is no such state.
-        """
-        position = last_occurrence(ids, self.gate_pattern)
-        if position is None:
-            raise ValueError("A sequence without the tokens that the gate reads has no reward")
-        return position
-
-    def recording(
-        self, taps: tuple[StateTap, ...], readouts: Sequence[Readout]
-    ) -> AbstractContextManager[RecordedStates]:
-        """Record states of the pass that runs while the context is open; see ``record_states``."""
-        return record_states(self.body, self.config.num_hidden_layers, taps, readouts)
-
-    def outputs_of(self, states: torch.Tensor) -> torch.Tensor:
-        """Run the head on states [rows, hidden]; float32 [rows, outputs], on the device.
-
-        The order of additions of a matrix product depends on its number of rows, so on a CPU the states are multiplied
-        one by one. On a GPU, where each product would be a kernel launch, ``batch_invariant_head`` multiplies all at
-        once.
-        """
-        head = self.state_head
-        if head is None:
-            raise TypeError(f"The head of {self.architecture} does its own pooling")
-        if not self.is_on_cpu:
-            if isinstance(head, LayeredHeadModule):
-                return batch_invariant_layers(states, head)
-            return batch_invariant_head(states, head.weight, head.bias)
-        return torch.cat([head(state[None]) for state in states])
-
-
 def pooled_position(ids: Sequence[int], pooling: Pooling, pad_token_id: int | None) -> int:
     """Return the position whose hidden state the head reads.
 
