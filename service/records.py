@@ -142,12 +142,33 @@ class TokenIds:
 Content: TypeAlias = Exchange | TemplatedText | TokenIds
 
 
+StepKind: TypeAlias = Literal["texts", "marker", "turns"]
+"""How an item says where its steps end. ``texts``: the completion is given as a list of steps; ``marker``: at each
+marker token; ``turns``: with each assistant turn of the completion."""
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """Where the steps of an item end, as the request says it."""
+
+    kind: StepKind
+
+    texts: tuple[str, ...] = field(default=(), repr=False)
+    """The steps of kind ``texts``, without markers."""
+
+    token_id: int | None = None
+    """The marker token; None: the model's."""
+
+
 @dataclass(frozen=True, slots=True)
 class Item:
     """One entry of a request."""
 
     content: Content
-    """What is to be scored."""
+    """What is to be scored. With steps of kind ``texts`` its completion is these texts without markers, on lines."""
+
+    steps: Steps | None = field(default=None, kw_only=True)
+    """The steps that get rewards of their own; None: the whole text gets one."""
 
     id: str | int | None = None
     """The caller's name or number of the item; it is returned with the answer."""
@@ -193,6 +214,9 @@ class ScoreRequest:
 
     waits_for_room: bool = False
     """Whether a request that finds the queue full waits for room, up to its timeout, instead of being refused."""
+
+    weights: Mapping[str, float] | None = None
+    """Weight of each output in the reward, by name; an output without one has weight 0. None: the model's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -430,15 +454,6 @@ class Score:
 
     None only where the head has several outputs and no weights are known."""
 
-    outputs: tuple[float, ...] = ()
-    """The head's outputs at the pooled token, where it has several and no steps are read; empty otherwise."""
-
-    step_outputs: tuple[tuple[float, ...], ...] = ()
-    """The head's outputs at the last token of each step, in order; empty without steps."""
-
-    step_rewards: tuple[float, ...] = ()
-    """The reward of each step, in order; empty without steps, and where ``reward`` is None."""
-
     length: LengthReport | None = None
 
     reward_z: float | None = None
@@ -461,6 +476,18 @@ class Score:
 
     gap: CalibrationGap | None = None
     """Why calibrated diagnostics that were requested are None."""
+
+    outputs: tuple[float, ...] = ()
+    """The head's outputs at the pooled token, where it has several and no steps are read; empty otherwise."""
+
+    step_outputs: tuple[tuple[float, ...], ...] = ()
+    """The head's outputs at the last token of each step, in order; empty without steps."""
+
+    step_rewards: tuple[float, ...] = ()
+    """The reward of each step, in order; empty without steps, and where ``reward`` is None."""
+
+    own_weights: bool = False
+    """Whether weights of the request made the reward: it is then on another scale than the calibration's rewards."""
 
     traits: tuple[float, ...] | None = field(default=None, repr=False, compare=False)
     """State statistics that the detectors read once the whole request is known; never part of a response."""

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, pstdev
+from typing import Any, Literal
+
+import msgspec
 
 from service.checkpoints.reward_description import (
     Combination,
@@ -20,11 +23,12 @@ from service.checkpoints.reward_description import (
     RewardDescription,
     WeightedSum,
 )
+from service.errors import SettingsError
 from service.records import StepAggregate
 
-DEFAULT_STEP_AGGREGATE: StepAggregate = "min"
-"""As Lightman et al. (2023, "Let's Verify Step by Step") and Wang et al. (2024, "Math-Shepherd") score a solution by
-its worst step."""
+DEFAULT_STEP_AGGREGATE: StepAggregate = "last"
+"""Of a model whose description names no steps: it was trained to reward whole texts, and the last step ends with one.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,43 @@ class RewardRule:
 
     step_aggregate: StepAggregate = DEFAULT_STEP_AGGREGATE
     """How the rewards of the steps of a text become its reward."""
+
+    decided_by: Literal["checkpoint", "settings"] = "checkpoint"
+    """Where ``combine`` is from."""
+
+    @property
+    def has_reward(self) -> bool:
+        """Whether the outputs make a reward where a request has no weights."""
+        return len(self.outputs) == 1 or self.combine is not None
+
+    def weighted(self, weights: Mapping[str, float] | None) -> RewardRule:
+        """Return the rule with the weights of the settings in place of the checkpoint's; None changes nothing.
+
+        Raises:
+            SettingsError: there is one output only, or a name is not that of an output.
+        """
+        if weights is None:
+            return self
+        if len(self.outputs) == 1:
+            raise SettingsError("model.reward_weights is for models with several outputs, and this one has one.")
+        unknown = sorted(set(weights) - set(self.outputs))
+        if unknown:
+            raise SettingsError(
+                f"model.reward_weights names {unknown[0]}, but the outputs of the model are {', '.join(self.outputs)}."
+            )
+        return replace(self, combine=WeightedSum(dict(weights)), decided_by="settings")
+
+    def description(self) -> dict[str, Any]:
+        """Return the rule as JSON-ready values for ``/v1/model``; docs/models.md explains them."""
+        kind = "output" if len(self.outputs) == 1 and self.combine is None else None
+        combination: dict[str, Any] = {"kind": kind} if self.combine is None else msgspec.to_builtins(self.combine)
+        return {
+            "outputs": list(self.outputs),
+            "combination": combination.pop("kind"),
+            "weights": combination.pop("weights", None),
+            **combination,
+            "decided_by": None if self.combine is None else self.decided_by,
+        }
 
     @classmethod
     def of(cls, description: RewardDescription | None, step_aggregate: StepAggregate | None = None) -> RewardRule:

@@ -78,7 +78,10 @@ class Probe:
     token_ids: tuple[int, ...]
 
     reward: float
-    """The graph's reward of these token ids at export."""
+    """The first output that the graph gave for these token ids at export."""
+
+    outputs: tuple[float, ...] = ()
+    """All outputs that it gave, where there are several; empty otherwise."""
 
 
 @dataclass(frozen=True, slots=True)

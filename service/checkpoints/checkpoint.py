@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,8 +46,9 @@ from service.checkpoints.validation import (
     with_pad_token_id,
 )
 from service.checkpoints.weights import read_tensor_infos, weight_files, weights_sha256
-from service.records import DEMO_MODEL, PLAIN_INPUTS, ModelIdentity, ModelInputs, Pooling
+from service.records import DEMO_MODEL, PLAIN_INPUTS, ModelIdentity, ModelInputs, Pooling, StepAggregate
 from service.settings import ModelSettings
+from service.steps import StepMarker
 from service.transformers_logging import transformers_silenced
 
 UNHASHED_CONFIG_KEYS = frozenset({"transformers_version", "_name_or_path", "architectures"})
@@ -115,6 +116,17 @@ class Checkpoint:
 
     notes: tuple[str, ...] = ()
     """Sentences on unusual properties that are not a reason to refuse."""
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the numbers that the head gives."""
+        return self.description.outputs if self.description else ("reward",)
+
+    @property
+    def step_marker(self) -> StepMarker:
+        """What training put after each step."""
+        rule = self.description.steps if self.description else None
+        return StepMarker() if rule is None else StepMarker(rule.marker, rule.marker_token_id, rule.separate)
 
     @property
     def append_token_ids(self) -> tuple[int, ...]:
@@ -216,7 +228,14 @@ def open_checkpoint(path: Path, settings: ModelSettings) -> Checkpoint:
     )
 
 
-def model_version(checkpoint: Checkpoint, *, dtype: str, template: str) -> ModelIdentity:
+def model_version(
+    checkpoint: Checkpoint,
+    *,
+    dtype: str,
+    template: str,
+    reward_weights: Mapping[str, float] | None = None,
+    step_aggregate: StepAggregate | None = None,
+) -> ModelIdentity:
     """Return the model's name and a version that depends on everything that can change a reward.
 
     Forward path, device and batching are not part of the version: they change no reward beyond rounding. The token
@@ -226,6 +245,8 @@ def model_version(checkpoint: Checkpoint, *, dtype: str, template: str) -> Model
         checkpoint: the opened checkpoint.
         dtype: resolved dtype of the body's arithmetic, never "auto".
         template: name of the text rule, by which items become token ids unless a request chooses otherwise.
+        reward_weights: weights of the settings, by the name of the output; those of the checkpoint are in its hash.
+        step_aggregate: that of the settings; that of the checkpoint is in its hash.
     """
     hashes = checkpoint.hashes
     facts = {
@@ -239,6 +260,10 @@ def model_version(checkpoint: Checkpoint, *, dtype: str, template: str) -> Model
         "pooling": checkpoint.pooling,
         "template": template,
     }
+    if reward_weights is not None:
+        facts["reward_weights"] = dict(reward_weights)
+    if step_aggregate is not None:
+        facts["step_aggregate"] = step_aggregate
     return ModelIdentity(checkpoint.name, _hash_text(json.dumps(facts, sort_keys=True))[:16])
 
 

@@ -91,6 +91,10 @@ class StepRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     aggregate: StepAggregate = "min"
     """How the rewards of the steps become the reward of a text."""
 
+    separate: bool = False
+    """Whether training tokenized each step alone and put the marker's token id after it. Otherwise the marker is a part
+    of the text that is tokenized."""
+
 
 class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the checkpoint was made from; changes no reward."""

@@ -60,8 +60,10 @@ def steps_of(rows: Rows, seed: int = 0) -> Steps:
 
 @torch.inference_mode()
 def independent(folder: Path, rows: Rows, steps: Steps) -> list[NDArray[np.float32]]:
-    """Return for each row [steps + 1, 3]: each position is the last one of a text of its own, which a body of plain
-    transformers reads, and the head is written out here.
+    """Return for each row [steps + 1, 3].
+
+    Each position is the last one of a text of its own, which a body of plain transformers reads, and the head is
+    written out here.
     """
     body = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     head = {name: tensor for name, tensor in load_file(folder / "model.safetensors").items() if "head" in name}
@@ -69,7 +71,8 @@ def independent(folder: Path, rows: Rows, steps: Steps) -> list[NDArray[np.float
     def read(tokens: Sequence[int]) -> torch.Tensor:
         state = body(torch.tensor([tokens])).last_hidden_state[0, -1]
         hidden = torch.relu(head["head.0.weight"] @ state + head["head.0.bias"])
-        return head["head.1.weight"] @ hidden + head["head.1.bias"]
+        outputs: torch.Tensor = head["head.1.weight"] @ hidden + head["head.1.bias"]
+        return outputs
 
     positions = [(*own, len(row) - 1) for row, own in zip(rows, steps, strict=True)]
     return [
@@ -187,5 +190,5 @@ def test_a_path_with_one_wrong_output_is_not_chosen(folder: Path, monkeypatch: p
 
     choose_path(classifier, [PathSpec("padded")], reference)
     monkeypatch.setattr(PaddedForward, "run", wrong_last)
-    with pytest.raises(Exception, match="differs by 0.01"):
+    with pytest.raises(Exception, match=r"differs by 0\.01"):
         choose_path(classifier, [PathSpec("padded")], reference)

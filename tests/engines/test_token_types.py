@@ -27,7 +27,7 @@ def served_rewards(folder: Path, **tokenization: object) -> list[float]:
     assert not any(isinstance(sequence, HttpError) for sequence in sequences)
     outcomes = dict(score_offline(served.scorer.pipeline, sequences))
     scores = [outcomes[index] for index in range(len(items))]
-    return [score.reward for score in scores if isinstance(score, Score)]
+    return [score.reward for score in scores if isinstance(score, Score) and score.reward is not None]
 
 
 @pytest.mark.parametrize("family", ["bert", "deberta-v2", "modernbert"])
