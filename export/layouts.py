@@ -88,6 +88,14 @@ LAYOUTS = (
         pooling="hf",
     ),
     Layout(
+        "Qwen2ForProcessRewardModel",
+        "Qwen/Qwen2.5-Math-PRM-7B and -72B, Qwen/Qwen2.5-Math-7B-PRM800K",
+        "score",
+        ("Qwen2ForProcessRewardModel",),
+        activation="relu",
+        pooling="hf",
+    ),
+    Layout(
         "INF-ORM",
         "infly/INF-ORM-Llama3.1-70B",
         "score",

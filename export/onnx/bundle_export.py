@@ -243,6 +243,7 @@ def _load(checkpoint: Checkpoint, dtype: str) -> Any:
         device=torch.device("cpu"),
         pooling=checkpoint.pooling,
         pad_token_id=checkpoint.pad_token_id,
+        description=checkpoint.description,
     )
 
 
