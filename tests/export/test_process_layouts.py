@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from process_models import (
     write_qwen_prm,
     write_skywork_prm,
 )
-from safetensors.torch import load_file
 from served_checkpoints import application
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
