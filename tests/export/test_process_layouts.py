@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from process_models import (
     write_qwen_prm,
     write_skywork_prm,
 )
-from safetensors.torch import load_file
 from served_checkpoints import application
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -39,7 +37,7 @@ def softmax(logits: list[list[float]]) -> list[float]:
 
 
 async def test_qwen_prm(tmp_path: Path) -> None:
-    """Two labels at <extra_0>: steps as texts, a marked completion, a rendered text and token ids agree with the card."""
+    """Two labels at a marker: texts, a marked completion, a rendered text and token ids agree with the model's card."""
     source, out = write_qwen_prm(tmp_path / "source"), tmp_path / "out"
     convert(source, out)
     logits = qwen_rewards(source, out, STEPS)
