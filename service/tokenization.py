@@ -389,7 +389,7 @@ class Tokenization:
         return _Tokens(sequence, 0 if text.is_exchange else len(ids))
 
     def _with_separate_steps(self, ids: tuple[int, ...], steps: StepEnds) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the ids of a text with those of steps that are tokenized alone, and the index of the marker of each."""
+        """Return the ids of a text with those of steps that are tokenized alone, and the index of each one's marker."""
         positions: list[int] = []
         for step in steps.texts:
             ids += (*self._encode_one(step).ids, *(() if steps.token_id is None else (steps.token_id,)))

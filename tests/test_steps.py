@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+from reward_client.options import TemplateChoice
 from tiny_models import CHAT_TEMPLATE, tiny_tokenizer
 
 from service.errors import HttpError, InvalidRequest, SequenceTooLong
@@ -84,9 +85,9 @@ def turns_item(*completions: str) -> Item:
     return Item(Exchange(PROMPT, tuple(turns[:-1])), steps=Steps("turns"))
 
 
-@pytest.mark.parametrize("template", ["chat", "concat"])
+@pytest.mark.parametrize("template", get_args(TemplateChoice)[:2])
 @pytest.mark.parametrize("marker", [" STEP\n", ".\n\n", "\u043a\u0438"])
-def test_steps_end_with_the_marker(marker: str, template: str) -> None:
+def test_steps_end_with_the_marker(marker: str, template: TemplateChoice) -> None:
     """Each position is the last token of the text up to the end of that step and its marker."""
     scheme = tokenization(StepMarker(marker))
 

@@ -1,4 +1,4 @@
-"""Rewards at steps over HTTP: forms of an item, aggregates, other requests, errors, protocols, clients and the cache."""
+"""Rewards at steps over HTTP: forms of an item, aggregates, batches, errors, protocols, clients and the cache."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def item(**fields: Any) -> dict[str, Any]:
     return {"prompt": PROMPT, "steps": list(STEPS), **fields}
 
 
-def test_neither_company_nor_the_cache_changes_a_step(url: str, expected: list[float]) -> None:
+def test_neither_the_batch_nor_the_cache_changes_a_step(url: str, expected: list[float]) -> None:
     """Step rewards are those of the independent reading alone, among other items with the same prompt, and cached."""
     prefixes = [item(steps=list(STEPS[:count]), id=count) for count in range(1, len(STEPS) + 1)]
     others = [{"prompt": PROMPT, "completion": MARKED}, {"prompt": "Another?", "steps": ["a", "b"]}]
