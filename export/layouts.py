@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from export.process_layouts import PROCESS_LAYOUTS
 from service.checkpoints.reward_description import LinearLayer
 from service.checkpoints.validation import describe_names
 from service.checkpoints.weights import TensorInfo
@@ -213,5 +214,7 @@ def _layout_of(module: str, num_layers: int, config: Any) -> Layout | None:
 
 def listed() -> Sequence[str]:
     """Return the known layouts as lines for a terminal."""
-    width = max(len(layout.name) for layout in LAYOUTS)
-    return [f"{layout.name:{width}}  {layout.module}: {layout.models}" for layout in LAYOUTS]
+    named = [layout for layout in PROCESS_LAYOUTS if not layout.architectures]
+    width = max(len(layout.name) for layout in (*LAYOUTS, *named))
+    lines = [f"{layout.name:{width}}  {layout.module}: {layout.models}" for layout in LAYOUTS]
+    return [*lines, *(f"{layout.name:{width}}  --process {layout.name}: {layout.models}" for layout in named)]

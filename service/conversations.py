@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from service.errors import CompletionNotRendered, HttpError, InvalidRequest
 from service.records import Exchange, Message
-from service.steps import MAX_BORDER_CHARS
+from service.steps import MAX_BOUNDARY_CHARS
 
 SAMPLE_PROMPT = "What does a reward model do?"
 SAMPLE_COMPLETION = "It reads a prompt with its answer and says, as one number, how much people would like that answer."
@@ -124,7 +124,7 @@ class ConversationRenderer:
         completion = _turns(exchange.completion)
         tools = json.loads(exchange.tools) if exchange.tools else None
         last_turns = [index for index, turn in enumerate(completion) if turn.role == "assistant"]
-        if len(last_turns) * len(text) > MAX_BORDER_CHARS:
+        if len(last_turns) * len(text) > MAX_BOUNDARY_CHARS:
             return InvalidRequest(f"The conversation is too long to find the ends of {len(last_turns)} turns.")
         ends = []
         for index in last_turns:

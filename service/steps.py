@@ -13,7 +13,7 @@ from itertools import accumulate, pairwise
 from service.errors import InvalidRequest
 from service.records import Exchange, Item, ModelInputs, Steps, TemplatedText, TokenIds
 
-MAX_BORDER_CHARS = 16_000_000
+MAX_BOUNDARY_CHARS = 16_000_000
 """Characters that are rendered or tokenized again to find the ends of the steps of one item. It bounds the time that
 one item takes: some seconds."""
 
@@ -176,16 +176,16 @@ def _marker_positions(
 def _tokens_up_to(
     chars: Sequence[int], ids: Sequence[int], text: str, encode: Callable[[str], Sequence[int]]
 ) -> list[int] | None:
-    """Return how many leading tokens each number of characters has; None where a token crosses one of these borders.
+    """Return how many leading tokens each number of characters has; None where a token crosses one of these boundaries.
 
-    The parts between the borders, tokenized alone, have the tokens of the text, or each text up to a border has: either
+    The parts between the boundaries, tokenized alone, have the tokens of the text, or each text up to a boundary has: either
     shows that no token crosses it.
     """
-    borders = [0, *chars, len(text)] if chars[-1] < len(text) else [0, *chars]
-    parts = [encode(text[begin:end]) for begin, end in pairwise(borders)]
+    boundaries = [0, *chars, len(text)] if chars[-1] < len(text) else [0, *chars]
+    parts = [encode(text[begin:end]) for begin, end in pairwise(boundaries)]
     if [token for part in parts for token in part] == list(ids):
         return list(accumulate(map(len, parts)))[: len(chars)]
-    if sum(chars) > MAX_BORDER_CHARS:
+    if sum(chars) > MAX_BOUNDARY_CHARS:
         return None
     prefixes = [encode(text[:end]) for end in chars]
     if any(list(prefix) != list(ids[: len(prefix)]) for prefix in prefixes):

@@ -15,7 +15,7 @@ from reward_client.diagnostics import Diagnostics
 from reward_client.errors import BadAnswer, ItemFailure, ItemsFailed, RewardMissing
 from reward_client.fields import read_fields
 
-_NOT_DIAGNOSTICS = frozenset({"index", "id", "reward", "rewards"})
+_NOT_DIAGNOSTICS = frozenset({"index", "id", "reward", "rewards", "step_rewards", "step_outputs"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,12 @@ class ScoredItem:
 
     rewards: Mapping[str, float] = field(default_factory=dict)
     """The raw outputs of a model with several, by name; empty for a model with one."""
+
+    step_rewards: tuple[float, ...] = ()
+    """The reward of each step, in order; empty for an item without steps."""
+
+    step_outputs: tuple[Mapping[str, float], ...] = ()
+    """The raw outputs at each step, by name, of a model with several; empty for a model with one."""
 
     @property
     def known_reward(self) -> float:
@@ -95,12 +101,13 @@ def read_scores(content: bytes, num_items: int) -> ChunkScores:
     for index, result in enumerate(results):
         if not isinstance(result, dict) or result.get("index") != index:
             raise BadAnswer(f"Result {index} does not have index {index}")
-        if ("error" in result) == ("reward" in result or "rewards" in result):
+        if ("error" in result) == any(name in result for name in ("reward", "rewards", "step_outputs")):
             raise BadAnswer(f"Result {index} must have either a reward or an error")
         if "reward" in result:
             _finite(result["reward"], f"The reward of result {index}")
         if "rewards" in result:
             _check_named(result["rewards"], f"The rewards of result {index}")
+        _check_steps(result, index)
     return ChunkScores(_model_version(answer), results)
 
 
@@ -161,7 +168,9 @@ def _scored(version: str, result: Mapping[str, Any]) -> ScoredItem:
     diagnostics = {name: value for name, value in result.items() if name not in _NOT_DIAGNOSTICS}
     reward = float(result["reward"]) if "reward" in result else None
     rewards = {name: float(value) for name, value in result.get("rewards", {}).items()}
-    return ScoredItem(reward, version, result.get("id"), diagnostics, rewards)
+    steps = tuple(map(float, result.get("step_rewards", ())))
+    outputs = tuple({name: float(one) for name, one in step.items()} for step in result.get("step_outputs", ()))
+    return ScoredItem(reward, version, result.get("id"), diagnostics, rewards, steps, outputs)
 
 
 def _failure(index: int, error: object) -> ItemFailure:
@@ -188,6 +197,16 @@ def _check_named(values: object, name: str) -> None:
         raise BadAnswer(f"{name} are not an object with a number for each output")
     for value in values.values():
         _finite(value, f"One of {name[0].lower()}{name[1:]}")
+
+
+def _check_steps(result: Mapping[str, Any], index: int) -> None:
+    rewards, outputs = result.get("step_rewards", []), result.get("step_outputs", [])
+    if not isinstance(rewards, list) or not isinstance(outputs, list):
+        raise BadAnswer(f"The steps of result {index} are not a list")
+    for reward in rewards:
+        _finite(reward, f"A step reward of result {index}")
+    for values in outputs:
+        _check_named(values, f"The step outputs of result {index}")
 
 
 def _finite(value: object, name: str) -> float:

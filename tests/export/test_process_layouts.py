@@ -37,7 +37,7 @@ def softmax(logits: list[list[float]]) -> list[float]:
 
 
 async def test_qwen_prm(tmp_path: Path) -> None:
-    """Two labels at <extra_0>: steps as texts, a marked completion, a rendered text and token ids agree with the card."""
+    """Two labels at a marker: texts, a marked completion, a rendered text and token ids agree with the model's card."""
     source, out = write_qwen_prm(tmp_path / "source"), tmp_path / "out"
     convert(source, out)
     logits = qwen_rewards(source, out, STEPS)

@@ -76,7 +76,11 @@ def write_math_shepherd(folder: Path) -> Path:
     Source: the card of peiyi9979/math-shepherd-mistral-7b-prm, as openreasoner/openr runs it: ``question output``, the
     marker after each step, softmax over the logits of the two tokens at the marker's token.
     """
-    return write_tiny_causal_lm(folder, "mistral", tie_word_embeddings=False)
+    write_tiny_causal_lm(folder, "mistral", vocab_size=480, tie_word_embeddings=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["\u043a\u0438"])
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def qwen_text(steps: Sequence[str]) -> str:
