@@ -82,6 +82,11 @@ class ProtocolContext:
     """Whether the reward is the probability of one of several outputs."""
 
     @property
+    def item_outputs(self) -> tuple[str, ...]:
+        """Names of the numbers of an item; of a model that rewards steps that is the aggregate of its steps alone."""
+        return ("reward",) if self.reads_markers else self.outputs
+
+    @property
     def level(self) -> DiagnosticsLevel:
         """Level of diagnostics for protocols whose answers have OOD p-values."""
         return "full" if self.is_calibrated else "basic"
@@ -197,7 +202,7 @@ def score_request(call: Call, protocol: Protocol, context: ProtocolContext, rout
         TooManyItems, ItemTooLong: over a limit of the service.
     """
     check_model(call.model, context)
-    if not context.has_reward and not route.answers_vectors:
+    if not context.has_reward and (context.reads_markers or not route.answers_vectors):
         raise weights_missing(context.outputs, "")
     limits = context.limits
     if not call.items and not route.allows_empty:

@@ -134,7 +134,7 @@ def _decode(request: WireRequest, context: ProtocolContext) -> Call:
         encoding,
         context.level if "ood_p" in outputs else "basic",
         request.path.get("model"),
-        wire=_Inference(wire.id, outputs, len(context.outputs)),
+        wire=_Inference(wire.id, outputs, len(context.item_outputs)),
     )
 
 
@@ -277,13 +277,13 @@ def _outputs(asked: Sequence[WireOutput] | None, context: ProtocolContext) -> tu
 
 def _known_outputs(context: ProtocolContext) -> list[str]:
     """Names of the outputs that this model has."""
-    absent = {"ood_p": not context.is_calibrated, "reward": len(context.outputs) == 1 or not context.has_reward}
+    absent = {"ood_p": not context.is_calibrated, "reward": len(context.item_outputs) == 1 or not context.has_reward}
     return [name for name in _OUTPUTS if not absent.get(name)]
 
 
 def _width(name: str, context: ProtocolContext) -> int:
     """Numbers per item of an output."""
-    return len(context.outputs) if name == "rewards" else 1
+    return len(context.item_outputs) if name == "rewards" else 1
 
 
 def _encode(call: Call, answer: Answer) -> bytes:

@@ -94,10 +94,10 @@ def _encode(call: Call, answer: Answer) -> bytes:
         "rm_truncated": [float(is_truncated(score)) for score in answer.scores],
         "rm_completion_chars": [_completion_chars(score) for score in answer.scores],
     }
-    if len(context.outputs) > 1:
+    if len(context.item_outputs) > 1:
         logs |= {
             f"{OUTPUT_PREFIX}{name}": [score.outputs[index] for score in answer.scores]
-            for index, name in enumerate(context.outputs)
+            for index, name in enumerate(context.item_outputs)
         }
     if context.is_calibrated:
         logs["rm_ood_p"] = [ood_p(score) for score in answer.scores]

@@ -64,7 +64,7 @@ def _decode(request: WireRequest, context: ProtocolContext) -> Call:
     has_pairs = any(isinstance(item.content, Exchange) for item in items)
     if has_pairs and any(isinstance(item.content, TemplatedText) for item in items):
         raise invalid("/inputs", "not_one_form", "The entries of inputs are all texts or all pairs")
-    facts = _Request(isinstance(wire.inputs, str), (LABEL,) if len(context.outputs) == 1 else context.outputs)
+    facts = _Request(isinstance(wire.inputs, str), (LABEL,) if len(context.item_outputs) == 1 else context.item_outputs)
     encoding = context.truncating(Encoding() if has_pairs else AS_THE_TOKENIZER)
     if wire.truncate:
         # From the right the completion would be cut, so what is too long is refused.

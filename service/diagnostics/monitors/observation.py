@@ -118,6 +118,8 @@ def _reward(score: Score) -> float:
 def _outputs_of(scores: Sequence[Score]) -> NDArray[np.float64]:
     """Return the outputs [n, outputs], NaN for a score without them."""
     size = min(max((len(score.outputs) for score in scores), default=0), MAX_OUTPUTS)
+    if not size:
+        return np.empty((len(scores), 0))
     rows = np.full((len(scores), size), _UNKNOWN)
     for row, score in zip(rows, scores, strict=True):
         if score.outputs:
