@@ -244,6 +244,18 @@ def test_trl_gets_a_function_for_each_output() -> None:
             RemoteReward(server.url, diagnostics="none")(prompts=["q"], completions=["a 1 2"])
 
 
+def test_adapters_send_weights(in_environment: Callable[..., None]) -> None:
+    """Weights of an adapter, or of its environment, are sent with each request."""
+    with running(Service()) as server:
+        RemoteReward(server.url, diagnostics="none", weights={"help": 2})(prompts=["q"], completions=["a 1"])
+        RewardFunction(server.url, weights={"help": 3})(["q"], ["a 1"])
+        in_environment(URL=server.url, WEIGHTS='{"help": 4}')
+        openrlhf.reward_func(["q a 1"], ["q"], [None])
+        assert [request.body["weights"] for request in server.requests] == [{"help": 2}, {"help": 3}, {"help": 4}]
+        with pytest.raises(InvalidArgument, match="finite number"):
+            RemoteReward(server.url, weights={"help": math.nan})
+
+
 def test_nemo_rl_gets_a_row_of_outputs() -> None:
     """With outputs the rewards of a log are a row in their order, each multiplied by its weight."""
     logs = [[*QUESTION, {"role": "assistant", "content": text}] for text in ("a 1 2", "b 3 -4")]

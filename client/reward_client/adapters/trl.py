@@ -14,10 +14,10 @@ from reward_client.adapters.columns import KEY_PREFIX, column_values, columns_in
 from reward_client.adapters.options import ClientOptions, ScoreOptions
 from reward_client.answers import ScoredItem
 from reward_client.asynchronous import AsyncRewardClient
-from reward_client.checks import elements, one_of
+from reward_client.checks import check_weights, elements, one_of
 from reward_client.errors import InvalidArgument
 from reward_client.options import DiagnosticsLevel, TemplateChoice, Truncation
-from reward_client.requests import Completion, Prompt
+from reward_client.requests import Completion, Prompt, Weights
 from reward_client.synchronous import RewardClient
 
 METRIC_PREFIX = "reward_model/"
@@ -40,10 +40,11 @@ class _Settings:
         truncation: Truncation | None,
         template: TemplateChoice | None,
         name: str | None,
+        weights: Weights | None,
     ) -> None:
         one_of(diagnostics, "diagnostics", ("none", "basic", "full"))
         self.diagnostics: DiagnosticsLevel = diagnostics
-        self.score_options = ScoreOptions(truncation=truncation, template=template)
+        self.score_options = ScoreOptions(truncation=truncation, template=template, weights=check_weights(weights))
         self.__name__ = type(self).__name__ if name is None else name
 
     def log(self, items: Sequence[ScoredItem], log_metric: LogMetric | None, log_extra: LogExtra | None) -> None:
@@ -73,6 +74,7 @@ class RemoteReward(_Settings):
         template: how a plain-text prompt is rendered; None: the service's setting. TRL's own reward models read prompt
             and completion joined, which is ``concat``.
         name: the name under which TRL logs the reward; None: the name of the class.
+        weights: of the outputs of a model with several; None: the service's own.
         options: those of ``RewardClient``.
 
     Raises:
@@ -87,9 +89,10 @@ class RemoteReward(_Settings):
         truncation: Truncation | None = None,
         template: TemplateChoice | None = None,
         name: str | None = None,
+        weights: Weights | None = None,
         **options: Unpack[ClientOptions],
     ) -> None:
-        super().__init__(diagnostics, truncation, template, name)
+        super().__init__(diagnostics, truncation, template, name, weights)
         self.client = RewardClient(url, **options)
 
     def __call__(
@@ -127,9 +130,10 @@ class AsyncRemoteReward(_Settings):
         truncation: Truncation | None = None,
         template: TemplateChoice | None = None,
         name: str | None = None,
+        weights: Weights | None = None,
         **options: Unpack[ClientOptions],
     ) -> None:
-        super().__init__(diagnostics, truncation, template, name)
+        super().__init__(diagnostics, truncation, template, name, weights)
         self.client = AsyncRewardClient(url, **options)
 
     async def __call__(

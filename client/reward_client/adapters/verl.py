@@ -48,7 +48,8 @@ async def compute_score(
         prompt_key: the name of the prompt in ``extra_info``.
         reward_router_address: the address of a reward model that verl runs; there must be none.
         reward_model_tokenizer: as above.
-        options: ``reward_kwargs``: ``url``, ``truncation``, ``template``, ``extras`` and the options of the client.
+        options: ``reward_kwargs``: ``url``, ``truncation``, ``template``, ``weights``, ``extras`` and the options of
+            the client.
 
     Returns:
         ``score``, the raw reward, and the diagnostics of ``extras`` (``rm_scored_tokens``), the same keys each time;
