@@ -218,15 +218,13 @@ def _temperature(stored: StoredModel) -> float:
 
 def _token_pattern(stored: StoredModel, pattern: str | None) -> tuple[int, ...]:
     """Return the token ids between prompt and completion, by the source's tokenizer."""
-    from transformers import AutoTokenizer
-
     text = pattern or PATTERNS.get(stored.config.model_type)
     if text is None:
         raise CheckpointError(
             f"The gate of {stored.source} reads the state at the end of the prompt, and what stands there is not known "
             f"for {stored.config.model_type}: pass --gate-pattern with the text between prompt and completion."
         )
-    tokenizer = AutoTokenizer.from_pretrained(stored.source, trust_remote_code=False)
+    tokenizer = stored.tokenizer()
     ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
     if tokenizer.convert_ids_to_tokens(ids[0]) not in tokenizer.all_special_tokens + list(tokenizer.get_added_vocab()):
         raise CheckpointError(

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from several_outputs import PAIRS, Reading, expected_outputs, scores_of, served
-from tiny_layouts import HIDDEN_SIZE, random, store
+from tiny_layouts import HIDDEN_SIZE, random, store, store_armo_rm
 from tiny_models import write_tiny_causal_lm, write_tiny_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -54,24 +54,10 @@ def armo_rm(folder: Path) -> Published:
     RLHFlow/ArmoRM-Llama3-8B-v0.1: ``LlamaForRewardModelWithGating`` of its modeling_custom.py, which many public
     repositories carry. The gate reads the token where the last occurrence of the end of the user turn begins.
     """
-    gate = [random(24, HIDDEN_SIZE, seed=1), random(24, 24, seed=2), 8 * random(3, 24, seed=3)]
-    biases = [random(24, seed=4), random(24, seed=5), random(3, seed=6)]
-    transform = torch.eye(3) - 0.3 * random(3, 3, seed=7).abs()
-    head = {
-        "regression_layer.weight": random(3, HIDDEN_SIZE, seed=8),
-        "reward_transform_matrix": transform,
-        "gating.logit_scale": torch.tensor([1.5]),
-        **{f"gating.layers.{index}.weight": weight for index, weight in enumerate(gate)},
-        **{f"gating.layers.{index}.bias": bias for index, bias in enumerate(biases)},
-    }
-    store(
-        folder,
-        head,
-        architectures=["LlamaForRewardModelWithGating"],
-        num_objectives=3,
-        gating_temperature=2,
-        auto_map={"AutoModelForSequenceClassification": "modeling_custom.LlamaForRewardModelWithGating"},
-    )
+    head = store_armo_rm(folder)
+    gate = [head[f"gating.layers.{index}.weight"] for index in range(3)]
+    biases = [head[f"gating.layers.{index}.bias"] for index in range(3)]
+    transform = head["reward_transform_matrix"]
 
     def read(states: torch.Tensor, ids: list[int]) -> torch.Tensor:
         inner = states[gate_position(folder, ids)]
