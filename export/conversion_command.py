@@ -58,6 +58,7 @@ def _run(arguments: Sequence[str] | None) -> int:
             outputs=tuple(options.outputs),
             gate_pattern=options.gate_pattern,
             token_logits=_token_logits(options),
+            process=options.process,
             members=tuple(map(_member, options.members)),
             combine=_combine(options) if options.members else None,
             chat_template=options.chat_template,
@@ -148,6 +149,11 @@ def _parser() -> CommandParser:
         metavar="TEXT",
         help="the text between prompt and completion, where the gate of ArmoRM and QRM reads (default: that of the "
         "model's type)",
+    )
+    add(
+        "--process",
+        metavar="LAYOUT",
+        help="the layout of a process reward model whose class does not show it: Skywork-o1-PRM or Math-Shepherd",
     )
     tokens = parser.add_mutually_exclusive_group()
     tokens.add_argument(

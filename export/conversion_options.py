@@ -36,6 +36,9 @@ class ConversionOptions:
     token_logits: TokenLogits | None = None
     """The tokens of a language model whose logits are the reward."""
 
+    process: str | None = None
+    """Name of the layout of a process reward model; None: that of the source's class, where there is one."""
+
     members: tuple[Path, ...] = ()
     """Further members of an ensemble: checkpoints on the same body, or files of heads."""
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from safetensors.torch import load_file, save_file
 
 from export.conversion_options import ConversionOptions
@@ -25,6 +26,13 @@ from export.converted_head import ConvertedHead, head_module, layered_head
 from export.ensemble import ensemble_of, heads_in_file, require_equal_bodies
 from export.gated_layouts import GateOptions, gated_head, is_gated
 from export.layouts import find_head
+from export.process_layouts import (
+    ProcessLayout,
+    label_token_ids,
+    process_layout_of,
+    step_rule,
+    with_step_outputs,
+)
 from export.stored_model import StoredModel, has_one_label, read_model
 from export.token_logits import token_logits_head
 from service.checkpoints.adapter import ADAPTER_WEIGHTS_FILE, is_adapter, merge_adapter
@@ -167,19 +175,26 @@ def _put_head_into_adapter(source: Path, work_dir: Path, head: Any) -> Path:
 def _convert_model(stored: StoredModel, unfinished: Path, options: ConversionOptions) -> Conversion:
     source, config = stored.source, stored.config
     _refuse_mean_pooling(stored)
-    found = _find_head(stored, options)
+    process = process_layout_of(config, options.process)
+    found = _find_head(stored, options) if process is None else _process_head(stored, options, process)
     if found is None and not stored.is_pickled and not stored.is_renamed and has_one_label(source):
         raise CheckpointError(f"{source} is already a plain scalar-head checkpoint: serve it as it is.")
     _copy_tokenizer(source, unfinished, options.chat_template)
+    if process is not None and process.chat_template and options.chat_template is None:
+        _write_chat_template(unfinished, process.chat_template)
     pad_token_id, pad_notes = _fallback_pad_token(config, unfinished)
     config.get_text_config().pad_token_id = pad_token_id
     layer = None if found is None else found.linear
     bias = (
         None if found is None or layer is None or layer.bias is None else float(found.tensors[layer.bias].flatten()[0])
     )
-    is_plain = found is None or (layer is not None and (not bias or options.drop_bias))
+    is_linear = layer is not None and (not bias or options.drop_bias)
+    is_plain = found is None or (is_linear and found.combine is None)
     _save(stored, unfinished, found, is_plain=is_plain)
-    write_description(unfinished, _description(stored, None if is_plain else found, found))
+    description = _description(stored, None if is_plain else found, found)
+    if process is not None:
+        description = msgspec.structs.replace(description, steps=step_rule(process, unfinished))
+    write_description(unfinished, description)
     return Conversion(
         source=str(source),
         origin=found.layout if found else "transformers",
@@ -200,6 +215,22 @@ def _find_head(stored: StoredModel, options: ConversionOptions) -> ConvertedHead
         return token_logits_head(stored, options.token_logits)
     found = _own_head(stored, options)
     return found if not options.members else _ensemble(stored, found, options)
+
+
+def _process_head(stored: StoredModel, options: ConversionOptions, process: ProcessLayout) -> ConvertedHead:
+    """Return the head of a process reward model, with the names of its outputs."""
+    if process.label_tokens is not None:
+        found: ConvertedHead | None = token_logits_head(
+            stored, TokenLogits("probability", label_token_ids(process, stored.source))
+        )
+    else:
+        found = _own_head(stored, dataclasses.replace(options, outputs=process.outputs))
+    if found is None:
+        raise CheckpointError(
+            f"{stored.source} has the classifier's own head, and the layout {process.name} has another: serve it as it "
+            "is, with steps in its reward_model.json."
+        )
+    return dataclasses.replace(with_step_outputs(found, process), layout=process.name)
 
 
 def _ensemble(stored: StoredModel, first: ConvertedHead | None, options: ConversionOptions) -> ConvertedHead:
@@ -326,6 +357,12 @@ def _copy_tokenizer(source: Path, unfinished: Path, chat_template: Path | None) 
         for file in unfinished.glob("chat_template.*"):
             file.unlink()
         shutil.copy(chat_template, unfinished / CHAT_TEMPLATE_FILE)
+
+
+def _write_chat_template(folder: Path, template: str) -> None:
+    for file in folder.glob("chat_template.*"):
+        file.unlink()
+    (folder / CHAT_TEMPLATE_FILE).write_text(template, encoding="utf-8")
 
 
 def _fallback_pad_token(config: Any, folder: Path) -> tuple[int | None, Sequence[str]]:
