@@ -34,7 +34,7 @@ from export.process_layouts import (
     with_step_outputs,
 )
 from export.stored_model import StoredModel, has_one_label, read_model
-from export.token_logits import token_logits_head
+from export.token_logits import TokenLogits, token_logits_head
 from service.checkpoints.adapter import ADAPTER_WEIGHTS_FILE, is_adapter, merge_adapter
 from service.checkpoints.architecture import Fit, fit_classifier
 from service.checkpoints.checkpoint import open_checkpoint

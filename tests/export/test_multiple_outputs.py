@@ -82,8 +82,8 @@ def qrm(folder: Path) -> Published:
         for index in (2, 6)
     }
     for seed, norm in enumerate(norms.values()):
-        norm.running_mean.copy_(random(16, seed=10 + seed))
-        norm.running_var.copy_(random(16, seed=12 + seed).abs() + 0.5)
+        norm.running_mean = random(16, seed=10 + seed)
+        norm.running_var = random(16, seed=12 + seed).abs() + 0.5
         norm.weight.copy_(random(16, seed=14 + seed) + 1)
         norm.bias.copy_(random(16, seed=16 + seed))
     first, second, last = random(16, HIDDEN_SIZE, seed=1), random(16, 16, seed=2), 4 * random(3, 16, seed=3)

@@ -13,7 +13,8 @@ from tiny_layouts import HIDDEN_SIZE, random, store_armo_rm
 from tiny_models import write_tiny_causal_lm, write_tiny_checkpoint
 
 from export.convert import convert
-from export.onnx.bundle_export import Bounds, ExportPlan, export_bundle
+from export.onnx.bundle_export import ExportPlan, export_bundle
+from export.onnx.reward_comparison import Bounds
 from export.token_logits import TokenLogits
 from service.checkpoints.reward_description import LowerBound
 from service.errors import InvalidRequest
