@@ -174,6 +174,8 @@ def test_a_layout_with_several_outputs_is_served_with_them(write: Callable[[Path
 
     expected = expected_outputs(tmp_path / "plain", published.read)
     assert [list(score.outputs) for score in scores] == [pytest.approx(outputs, abs=1e-4) for outputs in expected]
+    is_gated = parts.info.outputs[0] == "reward"
+    assert [score.reward for score in scores] == [score.outputs[0] if is_gated else None for score in scores]
     assert (conversion.origin, parts.info.forward, len(parts.info.outputs)) == (
         published.layout,
         "packed",
