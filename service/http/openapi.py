@@ -153,8 +153,9 @@ _MODEL = {
             "properties": {
                 "outputs": {"type": "array", "items": {"type": "string"}},
                 "combination": {
-                    "enum": ["output", "weights", "mean", "min", "lower_bound", None],
-                    "description": "output: there is one; null: no weights are known, so there is no reward.",
+                    "type": ["string", "null"],
+                    "description": "output: there is one; weights: their weighted sum; else the name of another rule. "
+                    "Null: no weights are known, so there is no reward.",
                 },
                 "weights": {"type": ["object", "null"], "additionalProperties": {"type": "number"}},
                 "decided_by": {"enum": ["checkpoint", "settings", None]},
