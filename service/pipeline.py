@@ -195,8 +195,12 @@ class Pipeline:
             for index, found in zip(indices, measured, strict=True):
                 score = outcomes[index]
                 if isinstance(score, Score):
+                    # What was measured, because a diagnostician may return a Score with more than the statistics.
                     outcomes[index] = replace(
-                        score, reward_std_epistemic=found.reward_std_epistemic, traits=found.traits
+                        found,
+                        outputs=score.outputs,
+                        step_outputs=score.step_outputs,
+                        step_rewards=score.step_rewards,
                     )
 
     def warm_up(self, budget: BatchBudget, token_ids: Sequence[int]) -> WarmUp:

@@ -10,7 +10,7 @@ import pytest
 
 from service.checkpoints.reward_description import MeanOfOutputs, WeightedSum
 from service.diagnostics.diagnosis import Diagnostician
-from service.diagnostics.item_state import ItemState
+from service.diagnostics.item_state import ItemState, Outcome
 from service.diagnostics.monitors.monitor import Monitors, describe_state
 from service.errors import InvalidRequest, NonFiniteReward, SettingsError, WeightsMissing
 from service.protocols.native import (
@@ -103,7 +103,7 @@ def test_results_have_named_rewards(score: Score, expected: dict[str, Any]) -> N
 def test_weights_make_the_reward_again() -> None:
     """The reward is the sum by the request's weights, errors are unchanged, and sums that overflow become errors."""
     failed = NonFiniteReward("no")
-    scores = [Score(2.0, outputs=(1.0, 10.0)), failed, Score(1e38, outputs=(1e38, 1e38))]
+    scores: list[Outcome] = [Score(2.0, outputs=(1.0, 10.0)), failed, Score(1e38, outputs=(1e38, 1e38))]
 
     first, second, third = with_weights(scores, RULE, {"a/b~c": 1e300})
 
