@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 from safetensors.torch import load_file, save_file
 
+from export.conversion_options import ConversionOptions
 from export.converted_head import ConvertedHead, head_module, layered_head
 from export.ensemble import ensemble_of, heads_in_file, require_equal_bodies
 from export.gated_layouts import GateOptions, gated_head, is_gated
@@ -42,7 +43,7 @@ from service.checkpoints.files import ADAPTER_CONFIG_FILE, CONVERSION_FILE, TOKE
 from service.checkpoints.head_validation import validate_head
 from service.checkpoints.reward_description import (
     ClassifierHead,
-    Combination,
+    MeanOfOutputs,
     Provenance,
     RewardDescription,
     TextRule,
@@ -53,7 +54,6 @@ from service.checkpoints.validation import DECODER_HEAD, describe_names, unplace
 from service.checkpoints.weights import VALUE_HEAD_FILE
 from service.errors import CheckpointError
 from service.outputs import new_folder
-from service.records import Activation
 from service.settings import ModelSettings
 from service.transformers_logging import transformers_silenced
 
@@ -92,45 +92,6 @@ class Conversion:
     """Sentences on differences between training and serving."""
 
 
-@dataclass(frozen=True, slots=True)
-class ConversionOptions:
-    """What the user says of a conversion."""
-
-    base: Path | None = None
-    """The adapter's base model; required where the adapter names none that can be found."""
-
-    drop_bias: bool = False
-    """Leave out the bias of a linear head, so that the result is a plain classifier. That shifts all rewards by one
-    constant."""
-
-    allow_pickle: bool = False
-    """Also read pickled weights, with torch's restricted unpickler, which allows tensors only."""
-
-    activation: Activation | None = None
-    """The function between the layers of a deeper head of an unknown layout."""
-
-    outputs: tuple[str, ...] = ()
-    """Names of the numbers of a head that gives several; of a gated head its objectives."""
-
-    gate_pattern: str | None = None
-    """The text between prompt and completion, where a gate reads; None: that of the model's type."""
-
-    token_logits: TokenLogits | None = None
-    """The tokens of a language model whose logits are the reward."""
-
-    process: str | None = None
-    """Name of the layout of a process reward model; None: that of the source's class, where there is one."""
-
-    members: tuple[Path, ...] = ()
-    """Further members of an ensemble: checkpoints on the same body, or files of heads."""
-
-    combine: Combination | None = None
-    """How the members' numbers become the reward."""
-
-    chat_template: Path | None = None
-    """The chat template of the result; None: that of the source."""
-
-
 def convert(source: Path, out: Path, *, overwrite: bool = False, **options: Any) -> Conversion:
     """Write a checkpoint made from ``source`` to ``out``; nothing is written unless it is valid.
 
@@ -151,6 +112,7 @@ def convert(source: Path, out: Path, *, overwrite: bool = False, **options: Any)
     chosen = ConversionOptions(**options)
     with new_folder(out, overwrite=overwrite, marker=CONVERSION_FILE) as unfinished:
         if is_adapter(source):
+            _refuse_adapter(source, chosen)
             conversion = _convert_adapter(source, unfinished, chosen.base, drop_bias=chosen.drop_bias)
         else:
             conversion = _convert_model(read_model(source, allow_pickle=chosen.allow_pickle), unfinished, chosen)
@@ -159,6 +121,13 @@ def convert(source: Path, out: Path, *, overwrite: bool = False, **options: Any)
         manifest = json.dumps(dataclasses.asdict(conversion), indent=2)
         (unfinished / CONVERSION_FILE).write_text(manifest + "\n", encoding="utf-8")
     return conversion
+
+
+def _refuse_adapter(source: Path, options: ConversionOptions) -> None:
+    if options.members or options.token_logits is not None or options.outputs:
+        raise CheckpointError(
+            f"{source} is an adapter, which is merged with its own head alone: convert it first, and then the result."
+        )
 
 
 def _validate(unfinished: Path, out: Path) -> tuple[str, ...]:
@@ -275,7 +244,7 @@ def _ensemble(stored: StoredModel, first: ConvertedHead | None, options: Convers
         other = read_model(member, allow_pickle=options.allow_pickle)
         require_equal_bodies(stored, other, fit.body_prefix)
         heads.append(_own_head(other, options) or _classifier_head(other, other.fit()))
-    return ensemble_of(heads, options.combine)
+    return ensemble_of(heads, options.combine or MeanOfOutputs())
 
 
 def _classifier_head(stored: StoredModel, fit: Fit) -> ConvertedHead:
@@ -300,6 +269,11 @@ def _own_head(stored: StoredModel, options: ConversionOptions) -> ConvertedHead 
             f"{stored.source} has no value head, which is one tensor of shape [1, {hidden_size}] outside the body: "
             f"put it into the folder as {VALUE_HEAD_FILE}, train a reward model with `reward-train`, or pass "
             "--log-odds with two tokens whose logits are the reward."
+        )
+    if outside <= set(fit.head):
+        raise CheckpointError(
+            f"{stored.source} is a classifier with several labels, which is not converted: serve it as it is, with "
+            "model.outputs or model.class_reward."
         )
     if fit.head != (DECODER_HEAD,):
         raise CheckpointError(

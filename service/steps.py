@@ -178,8 +178,8 @@ def _tokens_up_to(
 ) -> list[int] | None:
     """Return how many leading tokens each number of characters has; None where a token crosses one of these boundaries.
 
-    The parts between the boundaries, tokenized alone, have the tokens of the text, or each text up to a boundary has: either
-    shows that no token crosses it.
+    The parts between the boundaries, tokenized alone, have the tokens of the text, or each text up to a boundary has:
+    either shows that no token crosses it.
     """
     boundaries = [0, *chars, len(text)] if chars[-1] < len(text) else [0, *chars]
     parts = [encode(text[begin:end]) for begin, end in pairwise(boundaries)]

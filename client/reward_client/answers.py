@@ -15,7 +15,9 @@ from reward_client.diagnostics import Diagnostics
 from reward_client.errors import BadAnswer, ItemFailure, ItemsFailed, RewardMissing
 from reward_client.fields import read_fields
 
-_NOT_DIAGNOSTICS = frozenset({"index", "id", "reward", "rewards", "step_rewards", "step_outputs"})
+_NOT_DIAGNOSTICS = frozenset(
+    {"index", "id", "reward", "rewards", "reward_members", "reward_std", "step_rewards", "step_outputs"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,12 @@ class ScoredItem:
 
     step_outputs: tuple[Mapping[str, float], ...] = ()
     """The raw outputs at each step, by name, of a model with several; empty for a model with one."""
+
+    reward_members: tuple[float, ...] = ()
+    """The rewards of the members of an ensemble, in order; empty for other models."""
+
+    reward_std: float | None = None
+    """Their standard deviation, with divisor n; None for other models."""
 
     @property
     def known_reward(self) -> float:
@@ -107,6 +115,8 @@ def read_scores(content: bytes, num_items: int) -> ChunkScores:
             _finite(result["reward"], f"The reward of result {index}")
         if "rewards" in result:
             _check_named(result["rewards"], f"The rewards of result {index}")
+        if "reward_members" in result:
+            _check_members(result, f"result {index}")
         _check_steps(result, index)
     return ChunkScores(_model_version(answer), results)
 
@@ -170,7 +180,9 @@ def _scored(version: str, result: Mapping[str, Any]) -> ScoredItem:
     rewards = {name: float(value) for name, value in result.get("rewards", {}).items()}
     steps = tuple(map(float, result.get("step_rewards", ())))
     outputs = tuple({name: float(one) for name, one in step.items()} for step in result.get("step_outputs", ()))
-    return ScoredItem(reward, version, result.get("id"), diagnostics, rewards, steps, outputs)
+    members = tuple(map(float, result.get("reward_members", ())))
+    std = float(result["reward_std"]) if members else None
+    return ScoredItem(reward, version, result.get("id"), diagnostics, rewards, steps, outputs, members, std)
 
 
 def _failure(index: int, error: object) -> ItemFailure:
@@ -197,6 +209,14 @@ def _check_named(values: object, name: str) -> None:
         raise BadAnswer(f"{name} are not an object with a number for each output")
     for value in values.values():
         _finite(value, f"One of {name[0].lower()}{name[1:]}")
+
+
+def _check_members(result: Mapping[str, Any], name: str) -> None:
+    members = result["reward_members"]
+    if not isinstance(members, list) or not members:
+        raise BadAnswer(f"The reward_members of {name} are not a list of numbers")
+    for value in (*members, result.get("reward_std")):
+        _finite(value, f"A member of the ensemble of {name}, or their deviation,")
 
 
 def _check_steps(result: Mapping[str, Any], index: int) -> None:

@@ -41,6 +41,7 @@ from service.checkpoints.validation import (
     resolve_pad_token_id,
     validate_appended,
     validate_finite,
+    validate_steps,
     validate_vocabulary,
     validate_weights,
     with_pad_token_id,
@@ -208,6 +209,7 @@ def open_checkpoint(path: Path, settings: ModelSettings) -> Checkpoint:
     pad_token_id = resolve_pad_token_id(path, config, tokenizer, fit.embedding_size)
     config = with_pad_token_id(config, pad_token_id)
     validate_appended(path, description, fit.embedding_size)
+    validate_steps(path, description, fit.embedding_size)
     max_input_tokens = resolve_max_input_tokens(path, fit.max_positions, tokenizer, settings.max_input_tokens)
     return Checkpoint(
         path=path,

@@ -300,6 +300,27 @@ def validate_appended(path: Path, description: RewardDescription | None, embeddi
             )
 
 
+def validate_steps(path: Path, description: RewardDescription | None, embedding_size: int) -> None:
+    """Check that a description says where a model that rewards steps is read.
+
+    Raises:
+        CheckpointError: it names no marker, no token id where that is needed, or one without a row in the embedding.
+    """
+    steps = description.steps if description else None
+    if steps is None:
+        return
+    file = path / DESCRIPTION_FILE
+    if not steps.marker and steps.marker_token_id is None:
+        raise CheckpointError(f"steps in {file} has neither a marker nor a marker_token_id: name what ends a step.")
+    if steps.separate and steps.marker_token_id is None:
+        raise CheckpointError(f"steps in {file} are tokenized alone, but it has no marker_token_id to put after each.")
+    if steps.marker_token_id is not None and not 0 <= steps.marker_token_id < embedding_size:
+        raise CheckpointError(
+            f"steps in {file} has the marker_token_id {steps.marker_token_id}, but the embedding has "
+            f"{embedding_size:,} rows: take both from the same model."
+        )
+
+
 def resolve_pad_token_id(path: Path, config: Any, tokenizer: Any, embedding_size: int) -> int:
     """Return the pad token that pooling skips.
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from several_outputs import PAIRS, Reading, expected_outputs, scores_of, served
-from tiny_layouts import HIDDEN_SIZE, random, store
+from tiny_layouts import HIDDEN_SIZE, random, store, store_armo_rm
 from tiny_models import write_tiny_causal_lm, write_tiny_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -54,24 +54,10 @@ def armo_rm(folder: Path) -> Published:
     RLHFlow/ArmoRM-Llama3-8B-v0.1: ``LlamaForRewardModelWithGating`` of its modeling_custom.py, which many public
     repositories carry. The gate reads the token where the last occurrence of the end of the user turn begins.
     """
-    gate = [random(24, HIDDEN_SIZE, seed=1), random(24, 24, seed=2), 8 * random(3, 24, seed=3)]
-    biases = [random(24, seed=4), random(24, seed=5), random(3, seed=6)]
-    transform = torch.eye(3) - 0.3 * random(3, 3, seed=7).abs()
-    head = {
-        "regression_layer.weight": random(3, HIDDEN_SIZE, seed=8),
-        "reward_transform_matrix": transform,
-        "gating.logit_scale": torch.tensor([1.5]),
-        **{f"gating.layers.{index}.weight": weight for index, weight in enumerate(gate)},
-        **{f"gating.layers.{index}.bias": bias for index, bias in enumerate(biases)},
-    }
-    store(
-        folder,
-        head,
-        architectures=["LlamaForRewardModelWithGating"],
-        num_objectives=3,
-        gating_temperature=2,
-        auto_map={"AutoModelForSequenceClassification": "modeling_custom.LlamaForRewardModelWithGating"},
-    )
+    head = store_armo_rm(folder)
+    gate = [head[f"gating.layers.{index}.weight"] for index in range(3)]
+    biases = [head[f"gating.layers.{index}.bias"] for index in range(3)]
+    transform = head["reward_transform_matrix"]
 
     def read(states: torch.Tensor, ids: list[int]) -> torch.Tensor:
         inner = states[gate_position(folder, ids)]
@@ -96,8 +82,8 @@ def qrm(folder: Path) -> Published:
         for index in (2, 6)
     }
     for seed, norm in enumerate(norms.values()):
-        norm.running_mean.copy_(random(16, seed=10 + seed))
-        norm.running_var.copy_(random(16, seed=12 + seed).abs() + 0.5)
+        norm.running_mean = random(16, seed=10 + seed)
+        norm.running_var = random(16, seed=12 + seed).abs() + 0.5
         norm.weight.copy_(random(16, seed=14 + seed) + 1)
         norm.bias.copy_(random(16, seed=16 + seed))
     first, second, last = random(16, HIDDEN_SIZE, seed=1), random(16, 16, seed=2), 4 * random(3, 16, seed=3)
@@ -188,6 +174,8 @@ def test_a_layout_with_several_outputs_is_served_with_them(write: Callable[[Path
 
     expected = expected_outputs(tmp_path / "plain", published.read)
     assert [list(score.outputs) for score in scores] == [pytest.approx(outputs, abs=1e-4) for outputs in expected]
+    is_gated = parts.info.outputs[0] == "reward"
+    assert [score.reward for score in scores] == [score.outputs[0] if is_gated else None for score in scores]
     assert (conversion.origin, parts.info.forward, len(parts.info.outputs)) == (
         published.layout,
         "packed",
@@ -198,13 +186,17 @@ def test_a_layout_with_several_outputs_is_served_with_them(write: Callable[[Path
     assert described["source"]["layout"] == published.layout
 
 
-@pytest.mark.parametrize("forward", ["packed", "padded"])
-@pytest.mark.parametrize("write", [armo_rm, urm])
-def test_outputs_do_not_depend_on_the_batch(write: Callable[[Path], Published], forward: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("write", "forward", "kernels"),
+    [(armo_rm, "packed", "off"), (armo_rm, "packed", "auto"), (armo_rm, "padded", "off"), (urm, "packed", "off")],
+)
+def test_outputs_do_not_depend_on_the_batch(
+    write: Callable[[Path], Published], forward: str, kernels: str, tmp_path: Path
+) -> None:
     """In bfloat16 a text has the same bits alone, in a batch of four in another order, and in one batch with all."""
     published = write(tmp_path / "source")
     convert(tmp_path / "source", tmp_path / "out", **published.options)
-    parts = served(tmp_path / "out", forward=forward, dtype="bfloat16", kernels="off")
+    parts = served(tmp_path / "out", forward=forward, dtype="bfloat16", kernels=kernels)
 
     alone = [score.outputs for score in scores_of(parts, PAIRS, batch=1)]
 

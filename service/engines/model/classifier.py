@@ -136,10 +136,7 @@ class Classifier:
         Raises:
             ValueError: the tokens between prompt and completion are not there, so there is no such state.
         """
-        position = last_occurrence(ids, self.gate_pattern)
-        if position is None:
-            raise ValueError("A sequence without the tokens that the gate reads has no reward")
-        return position
+        return gate_position(ids, self.gate_pattern)
 
     def recording(
         self, taps: tuple[StateTap, ...], readouts: Sequence[Readout]
@@ -166,7 +163,8 @@ class Classifier:
                 return batch_invariant_head(states, head.weight, head.bias)
             return torch.cat([head(state[None]) for state in states])
         if not self.is_on_cpu:
-            return head(states, gate_states, batch_invariant_layers)
+            outputs: torch.Tensor = head(states, gate_states, batch_invariant_layers)
+            return outputs
         if gate_states is None:
             return torch.cat([head(state[None]) for state in states])
         return torch.cat([head(state[None], gate[None]) for state, gate in zip(states, gate_states, strict=True)])
@@ -188,6 +186,18 @@ def pooled_position(ids: Sequence[int], pooling: Pooling, pad_token_id: int | No
     if pooling == "last" or pad_token_id is None:
         return last
     return next((position for position in range(last, -1, -1) if ids[position] != pad_token_id), 0)
+
+
+def gate_position(ids: Sequence[int], pattern: Sequence[int]) -> int:
+    """Return the position whose state a gate reads: where the last occurrence of its token pattern begins.
+
+    Raises:
+        ValueError: the pattern does not occur, so there is no such state.
+    """
+    position = last_occurrence(ids, pattern)
+    if position is None:
+        raise ValueError("A sequence without the tokens that the gate reads has no reward")
+    return position
 
 
 def stored_dtype(config: PretrainedConfig) -> torch.dtype:
