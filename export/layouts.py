@@ -12,10 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from service.checkpoints.reward_description import (
-    LayeredHead,
-    LinearLayer,
-)
+from export.process_layouts import PROCESS_LAYOUTS
+from service.checkpoints.reward_description import LinearLayer
 from service.checkpoints.validation import describe_names
 from service.checkpoints.weights import TensorInfo
 from service.errors import CheckpointError
@@ -42,6 +40,9 @@ class Layout:
 
     activation: Activation | None = None
     """The activation between the layers; None: the head is one linear layer."""
+
+    gate: str = ""
+    """What weights several objectives, in words; empty: the head has no gate."""
 
     pooling: Pooling = "last"
     """``last`` where training read the last token of the text, ``hf`` where it skipped pad tokens."""
@@ -88,12 +89,41 @@ LAYOUTS = (
         pooling="hf",
     ),
     Layout(
+        "Qwen2ForProcessRewardModel",
+        "Qwen/Qwen2.5-Math-PRM-7B and -72B, Qwen/Qwen2.5-Math-7B-PRM800K",
+        "score",
+        ("Qwen2ForProcessRewardModel",),
+        activation="relu",
+        pooling="hf",
+    ),
+    Layout(
         "INF-ORM",
         "infly/INF-ORM-Llama3.1-70B",
         "score",
         ("INFORMForSequenceClassification",),
         activation="relu",
         pooling="hf",
+    ),
+    Layout(
+        "ArmoRM",
+        "RLHFlow/ArmoRM-Llama3-8B-v0.1",
+        "regression_layer",
+        ("LlamaForRewardModelWithGating",),
+        gate="a gate on the end of the prompt",
+    ),
+    Layout(
+        "QRM",
+        "nicolinho/QRM-Llama3.1-8B-v2, nicolinho/QRM-Gemma-2-27B",
+        "regression_layer",
+        ("LlamaForRewardModelWithGating", "Gemma2ForQuantileSequenceClassification"),
+        gate="means of quantiles, a gate on the end of the prompt",
+    ),
+    Layout(
+        "URM",
+        "LxzGordon/URM-LLaMa-3.1-8B",
+        "score",
+        ("LlamaForSequenceClassificationWithNormal_Weights",),
+        gate="means, a gate on the pooled token",
     ),
     Layout("token classifier", "verl, AReaL: AutoModelForTokenClassification with one label", "score"),
     Layout("OpenRLHF", "OpenRLHF, with any value_head_prefix", "value_head"),
@@ -105,15 +135,10 @@ class FoundHead:
     """The head of a checkpoint: its layers, with the names under which they are stored."""
 
     layout: str
-    layers: LayeredHead
+    layers: tuple[LinearLayer, ...]
     pooling: Pooling
     text: str = ""
     """The form of the text of training; see ``Layout``."""
-
-    @property
-    def is_linear(self) -> bool:
-        """Whether it is one linear layer."""
-        return len(self.layers.layers) == 1
 
 
 def find_head(
@@ -156,7 +181,7 @@ def find_head(
     )
     name = layout.name if layout else "OpenRLHF" if getattr(config, "value_head_prefix", None) else "linear layers"
     pooling = layout.pooling if layout else "last"
-    return FoundHead(name, LayeredHead(found), pooling, layout.text if layout else "")
+    return FoundHead(name, found, pooling, layout.text if layout else "")
 
 
 def _layers_of(tensors: Mapping[str, TensorInfo]) -> tuple[str, list[str]] | None:
@@ -180,6 +205,8 @@ def _layout_of(module: str, num_layers: int, config: Any) -> Layout | None:
     architectures = set(config.architectures or ())
     for layout in LAYOUTS:
         is_deep, is_class = layout.activation is not None, bool(architectures & set(layout.architectures))
+        if layout.gate:
+            continue
         if layout.module == module and is_deep == (num_layers > 1) and (is_class or not layout.architectures):
             return layout
     return None
@@ -187,5 +214,7 @@ def _layout_of(module: str, num_layers: int, config: Any) -> Layout | None:
 
 def listed() -> Sequence[str]:
     """Return the known layouts as lines for a terminal."""
-    width = max(len(layout.name) for layout in LAYOUTS)
-    return [f"{layout.name:{width}}  {layout.module}: {layout.models}" for layout in LAYOUTS]
+    named = [layout for layout in PROCESS_LAYOUTS if not layout.architectures]
+    width = max(len(layout.name) for layout in (*LAYOUTS, *named))
+    lines = [f"{layout.name:{width}}  {layout.module}: {layout.models}" for layout in LAYOUTS]
+    return [*lines, *(f"{layout.name:{width}}  --process {layout.name}: {layout.models}" for layout in named)]

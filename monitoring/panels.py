@@ -209,6 +209,19 @@ _REWARD = Row(
             (Query(f"sum by (le) (increase(rm_reward_bucket{{{JOB}}}[$__rate_interval]))", "{{le}}"),),
         ),
         Panel(
+            "Outputs of the model",
+            "Median of each output of a model with several, by name, interpolated within a bucket.",
+            "timeseries",
+            (
+                Query(
+                    "histogram_quantile(0.5, sum by (output, le) "
+                    f"(increase(rm_output_bucket{{{JOB}}}[$__rate_interval])))",
+                    "{{output}}",
+                ),
+            ),
+            empty_when="the model has one output.",
+        ),
+        Panel(
             "Rewards against the calibration",
             "Distribution of the standardised rewards: distance from the calibration's mean in standard deviations.",
             "heatmap",

@@ -12,18 +12,21 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from reward_client.diagnostics import Diagnostics
-from reward_client.errors import BadAnswer, ItemFailure, ItemsFailed
+from reward_client.errors import BadAnswer, ItemFailure, ItemsFailed, RewardMissing
 from reward_client.fields import read_fields
 
-_NOT_DIAGNOSTICS = frozenset({"index", "id", "reward"})
+_NOT_DIAGNOSTICS = frozenset(
+    {"index", "id", "reward", "rewards", "reward_members", "reward_std", "step_rewards", "step_outputs"}
+)
 
 
 @dataclass(frozen=True, slots=True)
 class ScoredItem:
     """The result of one item."""
 
-    reward: float
-    """The raw output of the scalar head, finite."""
+    reward: float | None
+    """The raw output of the scalar head, finite; of a model with several outputs their weighted sum. None only where
+    neither the call nor the service has weights of them."""
 
     model_version: str
     """Version of the model that computed it."""
@@ -33,6 +36,32 @@ class ScoredItem:
 
     diagnostics: Mapping[str, Any] = field(default_factory=dict)
     """Every further field of the result, as the service sent it."""
+
+    rewards: Mapping[str, float] = field(default_factory=dict)
+    """The raw outputs of a model with several, by name; empty for a model with one."""
+
+    step_rewards: tuple[float, ...] = ()
+    """The reward of each step, in order; empty for an item without steps."""
+
+    step_outputs: tuple[Mapping[str, float], ...] = ()
+    """The raw outputs at each step, by name, of a model with several; empty for a model with one."""
+
+    reward_members: tuple[float, ...] = ()
+    """The rewards of the members of an ensemble, in order; empty for other models."""
+
+    reward_std: float | None = None
+    """Their standard deviation, with divisor n; None for other models."""
+
+    @property
+    def known_reward(self) -> float:
+        """The reward, for a caller that needs one.
+
+        Raises:
+            RewardMissing: the model has several outputs, and no weights of them are known.
+        """
+        if self.reward is None:
+            raise RewardMissing(self.rewards)
+        return self.reward
 
     @property
     def details(self) -> Diagnostics:
@@ -80,10 +109,15 @@ def read_scores(content: bytes, num_items: int) -> ChunkScores:
     for index, result in enumerate(results):
         if not isinstance(result, dict) or result.get("index") != index:
             raise BadAnswer(f"Result {index} does not have index {index}")
-        if ("error" in result) == ("reward" in result):
+        if ("error" in result) == any(name in result for name in ("reward", "rewards", "step_outputs")):
             raise BadAnswer(f"Result {index} must have either a reward or an error")
         if "reward" in result:
             _finite(result["reward"], f"The reward of result {index}")
+        if "rewards" in result:
+            _check_named(result["rewards"], f"The rewards of result {index}")
+        if "reward_members" in result:
+            _check_members(result, f"result {index}")
+        _check_steps(result, index)
     return ChunkScores(_model_version(answer), results)
 
 
@@ -142,7 +176,13 @@ def read_problem(content: bytes) -> dict[str, Any]:
 
 def _scored(version: str, result: Mapping[str, Any]) -> ScoredItem:
     diagnostics = {name: value for name, value in result.items() if name not in _NOT_DIAGNOSTICS}
-    return ScoredItem(float(result["reward"]), version, result.get("id"), diagnostics)
+    reward = float(result["reward"]) if "reward" in result else None
+    rewards = {name: float(value) for name, value in result.get("rewards", {}).items()}
+    steps = tuple(map(float, result.get("step_rewards", ())))
+    outputs = tuple({name: float(one) for name, one in step.items()} for step in result.get("step_outputs", ()))
+    members = tuple(map(float, result.get("reward_members", ())))
+    std = float(result["reward_std"]) if members else None
+    return ScoredItem(reward, version, result.get("id"), diagnostics, rewards, steps, outputs, members, std)
 
 
 def _failure(index: int, error: object) -> ItemFailure:
@@ -162,6 +202,31 @@ def _vector(values: object, length: int) -> tuple[float, ...]:
     if not isinstance(values, list) or len(values) != length:
         raise BadAnswer(f"{length} completions were sent; a row of the response has another length")
     return tuple(_finite(value, "A number of the comparison") for value in values)
+
+
+def _check_named(values: object, name: str) -> None:
+    if not isinstance(values, dict) or not values:
+        raise BadAnswer(f"{name} are not an object with a number for each output")
+    for value in values.values():
+        _finite(value, f"One of {name[0].lower()}{name[1:]}")
+
+
+def _check_members(result: Mapping[str, Any], name: str) -> None:
+    members = result["reward_members"]
+    if not isinstance(members, list) or not members:
+        raise BadAnswer(f"The reward_members of {name} are not a list of numbers")
+    for value in (*members, result.get("reward_std")):
+        _finite(value, f"A member of the ensemble of {name}, or their deviation,")
+
+
+def _check_steps(result: Mapping[str, Any], index: int) -> None:
+    rewards, outputs = result.get("step_rewards", []), result.get("step_outputs", [])
+    if not isinstance(rewards, list) or not isinstance(outputs, list):
+        raise BadAnswer(f"The steps of result {index} are not a list")
+    for reward in rewards:
+        _finite(reward, f"A step reward of result {index}")
+    for values in outputs:
+        _check_named(values, f"The step outputs of result {index}")
 
 
 def _finite(value: object, name: str) -> float:

@@ -28,6 +28,7 @@ from reward_client.answers import (
 from reward_client.checks import (
     check_headers,
     check_items,
+    check_weights,
     elements,
     headers_with_key,
     instance_of,
@@ -54,15 +55,17 @@ from reward_client.requests import (
     ChunkLimits,
     Completion,
     Prompt,
+    Steps,
+    Weights,
     WireItem,
     chunk_ranges,
     completion_content,
     encode,
     encode_items,
-    exchange_items,
     group_key,
     prompt_content,
     score_body,
+    step_items,
     timeout_ms,
     without_none,
 )
@@ -147,60 +150,74 @@ class AsyncRewardClient:
     async def score(
         self,
         prompts: Iterable[Prompt],
-        completions: Iterable[Completion],
+        completions: Iterable[Completion] | None = None,
         *,
+        steps: Steps | None = None,
         diagnostics: None = None,
         truncation: Truncation | None = None,
         template: TemplateChoice | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        weights: Weights | None = None,
     ) -> list[float]: ...
 
     @overload
     async def score(
         self,
         prompts: Iterable[Prompt],
-        completions: Iterable[Completion],
+        completions: Iterable[Completion] | None = None,
         *,
+        steps: Steps | None = None,
         diagnostics: DiagnosticsLevel,
         truncation: Truncation | None = None,
         template: TemplateChoice | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        weights: Weights | None = None,
     ) -> list[ScoredItem]: ...
 
     async def score(
         self,
         prompts: Iterable[Prompt],
-        completions: Iterable[Completion],
+        completions: Iterable[Completion] | None = None,
         *,
+        steps: Steps | None = None,
         diagnostics: DiagnosticsLevel | None = None,
         truncation: Truncation | None = None,
         template: TemplateChoice | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        weights: Weights | None = None,
     ) -> list[float] | list[ScoredItem]:
         """Return the raw reward of each completion, in input order.
 
         Args:
             prompts: texts, or conversations as lists of ``{"role", "content"}``; a list, tuple, column or generator.
             completions: one for each prompt; texts, or lists of messages that begin with an assistant's.
+            steps: the steps that get rewards of their own: lists of strings in place of the completions, one for each
+                prompt; or ``"marker"``: the completions have the model's marker after each; or ``"turns"``: each
+                assistant turn of a completion. The reward is then the model's aggregate of them; with ``diagnostics``
+                the results have ``step_rewards``.
             diagnostics: None: return rewards alone, as floats. A level: return ``ScoredItem``, as ``score_items`` does.
             truncation: what happens to an item that is too long; None: the service's setting.
             template: how a plain-text prompt is rendered; None: the service's setting.
             chat_template_kwargs: values for the chat template, of names that the service allows.
+            weights: of a model with several outputs, the weight of each by name, 0 where it is left out; None: the
+                service's own. The reward is their weighted sum.
 
         Raises:
+            RewardMissing: ``diagnostics`` is None, the model has several outputs, and no weights are known.
             InvalidArgument: one of the two is no list (a string is none), they differ in length, or an element is
                 neither a text nor a conversation.
             ClientError: no rewards; see ``score_items``.
         """
-        items = exchange_items(prompts, completions)
+        items = step_items(prompts, completions, steps)
         scored = await self.score_items(
             items,
             diagnostics=diagnostics or "none",
             truncation=truncation,
             template=template,
             chat_template_kwargs=chat_template_kwargs,
+            weights=weights,
         )
-        return [item.reward for item in scored] if diagnostics is None else scored
+        return [item.known_reward for item in scored] if diagnostics is None else scored
 
     async def score_items(
         self,
@@ -210,6 +227,7 @@ class AsyncRewardClient:
         truncation: Truncation | None = None,
         template: TemplateChoice | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        weights: Weights | None = None,
     ) -> list[ScoredItem]:
         """Return reward and diagnostics of each item, in input order.
 
@@ -218,11 +236,12 @@ class AsyncRewardClient:
 
         Args:
             items: objects of the wire format: ``prompt`` and ``completion`` (and ``tools``), or ``text``, or
-                ``token_ids``; and ``id``, ``group``.
+                ``token_ids``; and ``steps``, ``id``, ``group``.
             diagnostics: which diagnostics are returned in addition to the reward.
             truncation: as for ``score``.
             template: as for ``score``.
             chat_template_kwargs: as for ``score``.
+            weights: as for ``score``.
 
         Raises:
             RequestRejected: the service refused the request (4xx).
@@ -235,6 +254,7 @@ class AsyncRewardClient:
             InvalidArgument: the items are no list of dictionaries, or one cannot be written as JSON; nothing was sent.
         """
         _check_options(diagnostics, truncation, template)
+        checked_weights = check_weights(weights)
         item_list = elements(items, "items", "items of the wire format")
         check_items(item_list)
         if not item_list:
@@ -248,6 +268,7 @@ class AsyncRewardClient:
                 "truncation": truncation,
                 "template": template,
                 "chat_template_kwargs": chat_template_kwargs,
+                "weights": checked_weights,
             }
         )
         async with self._call() as call:
@@ -255,8 +276,15 @@ class AsyncRewardClient:
             scores = await call_with_retries(lambda: self._score_chunks(chunks, options, call), self.retries, call)
         return join_scores(scores)
 
-    async def compare(self, prompt: Prompt, completions: Iterable[Completion]) -> Comparison:
+    async def compare(
+        self, prompt: Prompt, completions: Iterable[Completion], *, weights: Weights | None = None
+    ) -> Comparison:
         """Return rewards and pairwise Bradley-Terry probabilities of two or more completions of one prompt.
+
+        Args:
+            prompt: a text or a conversation.
+            completions: texts, or lists of messages that begin with an assistant's.
+            weights: as for ``score``.
 
         Raises:
             ClientError: as ``score_items``; a completion without a reward fails the whole comparison.
@@ -269,7 +297,9 @@ class AsyncRewardClient:
         ]
         if len(contents) < 2:
             raise InvalidArgument(f"A comparison needs at least two completions, not {len(contents)}")
-        request = {"prompt": prompt_content(prompt), "completions": contents}
+        request = without_none(
+            {"prompt": prompt_content(prompt), "completions": contents, "weights": check_weights(weights)}
+        )
         encode_items([request])  # a text that JSON cannot represent is the caller's error, before the first attempt
 
         async with self._call() as call:

@@ -18,7 +18,7 @@ from reward_client.models import ServedModel
 from reward_client.options import DiagnosticsLevel, TemplateChoice, Truncation
 from reward_client.provenance import ReferenceCheck
 from reward_client.references import Reference
-from reward_client.requests import DEFAULT_CHUNKS, ChunkLimits, Completion, Prompt, WireItem
+from reward_client.requests import DEFAULT_CHUNKS, ChunkLimits, Completion, Prompt, Steps, Weights, WireItem
 from reward_client.retries import DEFAULT_RETRY_POLICY, RetryPolicy
 
 T = TypeVar("T")
@@ -82,35 +82,41 @@ class RewardClient:
     def score(
         self,
         prompts: Iterable[Prompt],
-        completions: Iterable[Completion],
+        completions: Iterable[Completion] | None = None,
         *,
+        steps: Steps | None = None,
         diagnostics: None = None,
         truncation: Truncation | None = None,
         template: TemplateChoice | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        weights: Weights | None = None,
     ) -> list[float]: ...
 
     @overload
     def score(
         self,
         prompts: Iterable[Prompt],
-        completions: Iterable[Completion],
+        completions: Iterable[Completion] | None = None,
         *,
+        steps: Steps | None = None,
         diagnostics: DiagnosticsLevel,
         truncation: Truncation | None = None,
         template: TemplateChoice | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        weights: Weights | None = None,
     ) -> list[ScoredItem]: ...
 
     def score(
         self,
         prompts: Iterable[Prompt],
-        completions: Iterable[Completion],
+        completions: Iterable[Completion] | None = None,
         *,
+        steps: Steps | None = None,
         diagnostics: DiagnosticsLevel | None = None,
         truncation: Truncation | None = None,
         template: TemplateChoice | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        weights: Weights | None = None,
     ) -> list[float] | list[ScoredItem]:
         """Return the raw reward of each completion, in input order; see ``AsyncRewardClient.score``."""
         if diagnostics is None:
@@ -118,19 +124,23 @@ class RewardClient:
                 self._client.score(
                     prompts,
                     completions,
+                    steps=steps,
                     truncation=truncation,
                     template=template,
                     chat_template_kwargs=chat_template_kwargs,
+                    weights=weights,
                 )
             )
         return self._run(
             self._client.score(
                 prompts,
                 completions,
+                steps=steps,
                 diagnostics=diagnostics,
                 truncation=truncation,
                 template=template,
                 chat_template_kwargs=chat_template_kwargs,
+                weights=weights,
             )
         )
 
@@ -142,6 +152,7 @@ class RewardClient:
         truncation: Truncation | None = None,
         template: TemplateChoice | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        weights: Weights | None = None,
     ) -> list[ScoredItem]:
         """Return reward and diagnostics of each item; see ``AsyncRewardClient.score_items``."""
         return self._run(
@@ -151,12 +162,15 @@ class RewardClient:
                 truncation=truncation,
                 template=template,
                 chat_template_kwargs=chat_template_kwargs,
+                weights=weights,
             )
         )
 
-    def compare(self, prompt: Prompt, completions: Iterable[Completion]) -> Comparison:
+    def compare(
+        self, prompt: Prompt, completions: Iterable[Completion], *, weights: Weights | None = None
+    ) -> Comparison:
         """Return rewards and preference probabilities; see ``AsyncRewardClient.compare``."""
-        return self._run(self._client.compare(prompt, completions))
+        return self._run(self._client.compare(prompt, completions, weights=weights))
 
     def model(self) -> ServedModel:
         """Return the description of the served model; see ``AsyncRewardClient.model``."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from export.calibration.data import CalibrationData, read_items, require_enough, sample_prompts
 from export.calibration.hacks import SUITE
-from service.arguments import CommandParser, device, not_empty, whole_number
+from service.arguments import CommandParser, device, named_weight, not_empty, whole_number
 from service.checkpoints.files import ADAPTER_CONFIG_FILE, CALIBRATION_FILE
 from service.checkpoints.hub import check_source, local_folder
 from service.commands import run_command, tell_on_standard_error
@@ -140,6 +140,13 @@ def _parser() -> CommandParser:
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         help="arithmetic of the body; default: as reward-serve",
+    )
+    parser.add_argument(
+        "--weights",
+        nargs="+",
+        type=named_weight,
+        metavar="NAME=WEIGHT",
+        help="of the outputs of a model with several, whose weighted sum is calibrated; default: the model's own",
     )
     parser.add_argument("--device", type=device, help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--max-input-tokens", type=whole_number(1), metavar="N", help="token limit of the service")

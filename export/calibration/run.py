@@ -128,6 +128,8 @@ def _settings(options: argparse.Namespace) -> Settings:
     known = {name: value for name, value in model.items() if value is not None}
     if options.max_input_tokens:
         known["max_input_tokens"] = options.max_input_tokens
+    if options.weights:
+        known["reward_weights"] = dict(options.weights)
     return read_settings({"model": ModelSettings(**known).model_dump()})
 
 

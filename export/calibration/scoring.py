@@ -112,6 +112,12 @@ def score_items(
 
 
 def _score(served: ServedModel, exchanges: Sequence[Exchange], advance: Advance) -> tuple[ScoredItems, list[int]]:
+    if not served.rule.has_reward:
+        raise CalibrationError(
+            f"The model has the outputs {', '.join(served.info.outputs)} and no weights of them, so there is no reward "
+            "to calibrate: give --weights, as NAME=WEIGHT for each, and the same to reward-serve as "
+            "model.reward_weights."
+        )
     encoded = list(encode_items(served.tokenization, map(Item, exchanges), Encoding()))
     sequences = {index: entry for index, entry in enumerate(encoded) if isinstance(entry, TokenSequence)}
     if not sequences:
@@ -121,7 +127,7 @@ def _score(served: ServedModel, exchanges: Sequence[Exchange], advance: Advance)
     states: NDArray[np.float32] | None = None
     failures: list[HttpError] = []
     results = score_offline(
-        Pipeline(served.scorer.pipeline.engine, StateRecorder()),
+        Pipeline(served.scorer.pipeline.engine, StateRecorder(), rule=served.rule),
         encoded,
         max_batch_sequences=served.settings.batching.max_batch_sequences,
         advance=advance,

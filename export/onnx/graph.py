@@ -18,7 +18,7 @@ from torch import nn
 
 from service.checkpoints.bundle import GRAPH_FILE
 from service.engines.model.classifier import Classifier
-from service.engines.onnx import INPUTS, REWARD, STATES
+from service.engines.onnx import GATE_INPUT, INPUTS, REWARD, STATES
 from service.engines.rewiring import rewire
 from service.errors import CheckpointError
 from service.records import StateTap
@@ -43,6 +43,7 @@ class RewardGraph(nn.Module):
         super().__init__()
         self.model = classifier.model
         self._has_state_head = classifier.state_head is not None
+        self._num_outputs = len(classifier.outputs)
         # Rotary embeddings need positions per sequence. Learned position embeddings may start at another number than 0.
         has_rope = bool(getattr(classifier.config, "rope_parameters", None))
         self._takes_positions = has_rope and "position_ids" in classifier.body.forward.__annotations__
@@ -55,8 +56,11 @@ class RewardGraph(nn.Module):
         position_ids: torch.Tensor,
         pooled_position: torch.Tensor,
         mean_weights: torch.Tensor,
+        gate_position: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return rewards fp32 [batch] and states fp32 [batch, taps, hidden].
+        """Return outputs of the head and states fp32 [batch, taps, hidden].
+
+        The outputs are fp32 [batch, outputs]; of a head with one output fp32 [batch].
 
         Args:
             input_ids: int64 [batch, length], padded on the right.
@@ -64,6 +68,7 @@ class RewardGraph(nn.Module):
             position_ids: int64 [batch, length], counted from 0.
             pooled_position: int64 [batch], the position that a head on one state and ``last`` taps read.
             mean_weights: fp32 [batch, length], the weight of each token in ``mean`` taps.
+            gate_position: int64 [batch], the position that the gate of a gated head reads; None for other heads.
         """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         if self._takes_positions:
@@ -73,11 +78,15 @@ class RewardGraph(nn.Module):
         if self._has_state_head:
             output = self.model.base_model(**inputs, **output_options, use_cache=False)
             pooled = output.last_hidden_state[rows, pooled_position]
-            reward = self.model.score(pooled)[:, 0].float()
+            if gate_position is None:
+                outputs = self.model.score(pooled).float()
+            else:
+                outputs = self.model.score(pooled, output.last_hidden_state[rows, gate_position])
         else:
             output = self.model(**inputs, **output_options)
-            reward = output.logits[:, 0].float()
-        return reward, self._read_states(output.hidden_states, rows, pooled_position, mean_weights)
+            outputs = output.logits.float()
+        states = self._read_states(output.hidden_states, rows, pooled_position, mean_weights)
+        return (outputs[:, 0] if self._num_outputs == 1 else outputs), states
 
     def _read_states(
         self, layers: Any, rows: torch.Tensor, pooled_position: torch.Tensor, mean_weights: torch.Tensor
@@ -108,9 +117,9 @@ def write_graph(classifier: Classifier, taps: Sequence[StateTap], folder: Path) 
                 _example(classifier),
                 dynamo=True,
                 opset_version=OPSET,
-                input_names=list(INPUTS),
+                input_names=[*INPUTS, *([GATE_INPUT] if classifier.gate_pattern else [])],
                 output_names=[REWARD, STATES],
-                dynamic_shapes=_dynamic_shapes(),
+                dynamic_shapes=_dynamic_shapes(classifier),
                 verbose=False,
             )
     except Exception as error:  # the tracer raises anything, depending on the model's code
@@ -130,13 +139,15 @@ def _example(classifier: Classifier) -> tuple[torch.Tensor, ...]:
     columns = torch.arange(longest)
     mask = (columns < lengths[:, None]).long()
     ids = (7 * columns + torch.arange(3)[:, None]) % classifier.config.vocab_size
-    return ids, mask, columns.expand(3, -1).contiguous(), lengths - 1, mask / lengths[:, None]
+    inputs = ids, mask, columns.expand(3, -1).contiguous(), lengths - 1, mask / lengths[:, None]
+    return (*inputs, lengths // 2) if classifier.gate_pattern else inputs
 
 
-def _dynamic_shapes() -> tuple[dict[int, Any], ...]:
+def _dynamic_shapes(classifier: Classifier) -> tuple[dict[int, Any], ...]:
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
     matrix, vector = {0: batch, 1: length}, {0: batch}
-    return matrix, matrix, matrix, vector, matrix
+    shapes = matrix, matrix, matrix, vector, matrix
+    return (*shapes, vector) if classifier.gate_pattern else shapes
 
 
 def _num_bytes(classifier: Classifier) -> int:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from service.checkpoints.bundle import DTYPES, Bundle, Manifest, Precision
 from service.engines.base import EngineInfo, EngineOutput
 from service.engines.deduplication import Reading, UniquePass, scatter, unique_readings
-from service.engines.model.classifier import pooled_position
+from service.engines.model.classifier import gate_position, pooled_position
 from service.engines.onnx_session import is_out_of_memory, open_session
 from service.errors import EngineOutOfMemory, ParityError, SettingsError
 from service.records import Pooling, StateTap, TokenSequence
@@ -33,6 +33,9 @@ CUDA_LENGTH_STEP = 8
 """On GPUs batches are padded to a multiple of this length, because matrix units work on multiples of eight."""
 
 INPUTS = ("input_ids", "attention_mask", "position_ids", "pooled_position", "mean_weights")
+GATE_INPUT = "gate_position"
+"""A further input of the graph of a model whose head has a gate."""
+
 REWARD, STATES = "reward", "states"
 
 Feed: TypeAlias = dict[str, NDArray[Any]]
@@ -52,11 +55,18 @@ class Padding:
     reads_first: bool
     """Whether the model's own head reads the first token, as encoders' heads do."""
 
+    gate_pattern: tuple[int, ...] = ()
+    """Token ids of which the gate of the head reads the first one; empty where it has none."""
+
     length_step: int = 1
     """Batches are padded to a multiple of it."""
 
     def feed(self, readings: Sequence[Reading]) -> Feed:
-        """Return the graph's inputs: int64 [batch, length], pooled positions int64 [batch], weights float32."""
+        """Return the graph's inputs: int64 [batch, length], positions int64 [batch], weights float32.
+
+        Raises:
+            ValueError: a sequence lacks the tokens that a gate reads, or has no tokens.
+        """
         lengths = [len(ids) for ids, _ in readings]
         longest = -(-max(lengths) // self.length_step) * self.length_step
         shape = (len(readings), longest)
@@ -68,13 +78,17 @@ class Padding:
             first = mean_start if mean_start < len(ids) else 0
             weights[row, first : len(ids)] = 1.0 / (len(ids) - first)
         columns = np.arange(longest, dtype=np.int64)
-        return {
+        gates = {} if not self.gate_pattern else {GATE_INPUT: self._gate_positions(readings)}
+        return gates | {
             "input_ids": input_ids,
             "attention_mask": (columns < np.array(lengths)[:, None]).astype(np.int64),
             "position_ids": np.ascontiguousarray(np.broadcast_to(columns, shape)),
             "pooled_position": np.array([self._position(ids) for ids, _ in readings], dtype=np.int64),
             "mean_weights": weights,
         }
+
+    def _gate_positions(self, readings: Sequence[Reading]) -> NDArray[np.int64]:
+        return np.array([gate_position(ids, self.gate_pattern) for ids, _ in readings], dtype=np.int64)
 
     def _position(self, ids: tuple[int, ...]) -> int:
         return 0 if self.reads_first else pooled_position(ids, self.pooling, self.pad_token_id)
@@ -120,8 +134,10 @@ class OnnxEngine:
 
         Raises:
             EngineOutOfMemory: the device ran out of memory; the engine is usable again, a smaller batch may fit.
-            ValueError: a sequence has no tokens.
+            ValueError: a sequence has no tokens, or has steps, which the graph does not read.
         """
+        if any(sequence.step_positions for sequence in sequences):
+            raise ValueError("The graph reads the head at one token of a sequence")
         passes = passes_over(unique_readings(sequences), one_by_one=self._deterministic, states=states)
         outputs = (self._run_pass(readings, states=states) for readings in passes)
         return scatter(sequences, outputs, states=states)
@@ -137,10 +153,14 @@ class OnnxEngine:
 
     def _run_pass(self, readings: list[Reading], *, states: bool) -> tuple[UniquePass, EngineOutput]:
         feed = self._padding.feed(readings)
-        rewards, all_states = self._run({name: feed[name] for name in self._graph_inputs})
+        outputs, all_states = self._run({name: feed[name] for name in self._graph_inputs})
         found = all_states[:, self._tap_indices] if states else None
         computed = UniquePass([reading.token_ids for reading in readings], readings if states else [])
-        return computed, EngineOutput(rewards.tolist(), [0] * len(readings), found)
+        shared_tokens = [0] * len(readings)
+        if outputs.ndim == 1:  # of a head with one output
+            return computed, EngineOutput(outputs.tolist(), shared_tokens, found)
+        values = [row[None] for row in outputs]
+        return computed, EngineOutput(outputs[:, 0].tolist(), shared_tokens, found, outputs=values)
 
     def _run(self, feed: Feed) -> list[NDArray[np.float32]]:
         if self._session is None:
@@ -228,6 +248,7 @@ def load_onnx_engine(
         pooling=bundle.checkpoint.pooling,
         pad_token_id=manifest.pad_token_id,
         reads_first=not manifest.has_linear_head,
+        gate_pattern=bundle.checkpoint.gate_pattern,
         length_step=1 if device == "cpu" else CUDA_LENGTH_STEP,
     )
     info = _describe(bundle, batching, device, session.get_providers(), taps)
@@ -258,6 +279,9 @@ def _describe(
         max_batch_tokens=batching.max_batch_tokens or BATCH_TOKENS["cpu" if device == "cpu" else "cuda"],
         parity={**asdict(manifest.parity), "compared_to": "plain transformers in float32, at export"},
         taps=manifest.taps if taps is None else taps,
+        outputs=bundle.checkpoint.outputs,
+        gate_pattern=bundle.checkpoint.gate_pattern,
+        reads_steps=False,
         providers=tuple(providers),
     )
 
@@ -270,8 +294,12 @@ def check_probes(engine: OnnxEngine, manifest: Manifest) -> None:
     """
     limit = engine.info.max_input_tokens
     probes = [probe for probe in manifest.probes if len(probe.token_ids) <= limit]
-    rewards = engine.forward([TokenSequence(probe.token_ids) for probe in probes]).rewards
-    gaps = [abs(reward - probe.reward) for reward, probe in zip(rewards, probes, strict=True)]
+    outputs = engine.forward([TokenSequence(probe.token_ids) for probe in probes]).at_pooled if probes else []
+    gaps = [
+        abs(value - recorded)
+        for values, probe in zip(outputs, probes, strict=True)
+        for value, recorded in zip(values, probe.outputs or (probe.reward,), strict=True)
+    ]
     gap = max((inf if isnan(gap) else gap for gap in gaps), default=0.0)
     if gap > manifest.probe_tolerance:
         raise ParityError(

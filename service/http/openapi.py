@@ -68,13 +68,46 @@ _DIAGNOSTICS = {
 }
 _RESULT = {
     "type": "object",
-    "description": "Exactly one of reward and error.",
+    "description": "Either error, or reward. A model with several outputs has rewards, and reward only where weights "
+    "of them are known.",
     "required": ["index"],
-    "oneOf": [{"required": ["reward"]}, {"required": ["error"]}],
+    "oneOf": [
+        {"anyOf": [{"required": [name]} for name in ("reward", "rewards", "step_outputs")]},
+        {"required": ["error"]},
+    ],
     "properties": {
         "index": {"type": "integer"},
         "id": {"type": ["string", "integer"], "description": "As in the request."},
-        "reward": {"type": "number", "description": "The raw output of the scalar head, without an activation."},
+        "reward": {
+            "type": "number",
+            "description": "The raw output of the scalar head, without an activation; of "
+            "several outputs their weighted sum.",
+        },
+        "rewards": {
+            "type": "object",
+            "description": "The raw outputs of a model with several, by name; absent for a model with one.",
+            "additionalProperties": {"type": "number"},
+        },
+        "reward_members": {
+            "type": "array",
+            "description": "The rewards of the members of an ensemble, in order; absent for other models.",
+            "items": {"type": "number"},
+        },
+        "reward_std": {
+            "type": "number",
+            "description": "Standard deviation of reward_members, with divisor n.",
+        },
+        "step_rewards": {
+            "type": "array",
+            "description": "The reward of each step, in order; absent for an item without steps. The reward is their "
+            "aggregate, which /v1/model names.",
+            "items": {"type": "number"},
+        },
+        "step_outputs": {
+            "type": "array",
+            "description": "The raw outputs at each step of a model with several, by name.",
+            "items": {"type": "object", "additionalProperties": {"type": "number"}},
+        },
         **_DIAGNOSTICS,
         "error": {"$ref": _REF.format(name="ItemError")},
     },
@@ -114,6 +147,31 @@ _ANSWERS = {
 _MODEL = {
     "type": "object",
     "properties": {
+        "reward_rule": {
+            "type": "object",
+            "description": "How the numbers that the model gives become one reward; docs/models.md explains it.",
+            "properties": {
+                "outputs": {"type": "array", "items": {"type": "string"}},
+                "combination": {
+                    "type": ["string", "null"],
+                    "description": "output: there is one; weights: their weighted sum; else the name of another rule. "
+                    "Null: no weights are known, so there is no reward.",
+                },
+                "weights": {"type": ["object", "null"], "additionalProperties": {"type": "number"}},
+                "decided_by": {"enum": ["checkpoint", "settings", None]},
+            },
+        },
+        "steps": {
+            "type": "object",
+            "description": "How the model is read at the steps of an item.",
+            "properties": {
+                "readable": {"type": "boolean", "description": "Whether an item may have steps."},
+                "marker": {"type": ["string", "null"], "description": "What training put after each step."},
+                "marker_token_id": {"type": ["integer", "null"]},
+                "separate": {"type": "boolean", "description": "Whether each step is tokenized alone."},
+                "aggregate": {"enum": ["last", "min", "mean", "product"]},
+            },
+        },
         "text_rule": {
             "type": "object",
             "description": "How the text of an item becomes token ids by default; docs/text.md explains it.",

@@ -24,8 +24,9 @@ from service.errors import (
     TooManyItems,
 )
 from service.protocols.problem import problem
+from service.protocols.reward_weights import weights_missing
 from service.protocols.violations import invalid
-from service.records import Encoding, Item, ModelIdentity, Score, ScoreRequest, Usage
+from service.records import Encoding, Item, ModelIdentity, Score, ScoreRequest, Steps, Usage
 from service.settings import LimitSettings, ProtocolName, ProtocolSettings
 
 Activation: TypeAlias = Literal["none", "sigmoid"]
@@ -73,6 +74,19 @@ class ProtocolContext:
     settings: ProtocolSettings
     unadded_bos: str | None = None
     """The BOS that the chat template writes and the tokenizer does not add; None: there is none."""
+    outputs: tuple[str, ...] = ("reward",)
+    """Names of the numbers that the model gives for an item."""
+    has_reward: bool = True
+    """Whether they make one reward: there is one, or weights of them are known."""
+    reads_markers: bool = False
+    """Whether the model rewards steps, each at a marker token: then every item is read at its markers."""
+    gives_probabilities: bool = False
+    """Whether the reward is the probability of one of several outputs."""
+
+    @property
+    def item_outputs(self) -> tuple[str, ...]:
+        """Names of the numbers of an item; of a model that rewards steps that is the aggregate of its steps alone."""
+        return ("reward",) if self.reads_markers else self.outputs
 
     @property
     def level(self) -> DiagnosticsLevel:
@@ -106,6 +120,8 @@ class Call:
     max_tokens: int | None = None
     """Longest item that the request allows, in tokens; a longer one is refused."""
     activation: Activation = "none"
+    softmax: bool = False
+    """Whether the outputs at steps are given as probabilities."""
     rendering: Rendering | None = None
     """How a prompt whose form the route had to decide about is taken; None: the route had nothing to decide."""
     bos_added: frozenset[int] = frozenset()
@@ -143,6 +159,8 @@ class ScoringRoute:
     """On the native scoring route: whether a body is of this protocol. None: the path is the protocol's own."""
     allows_empty: bool = False
     """Whether a request without items is answered with none."""
+    answers_vectors: bool = False
+    """Whether an answer has every output of the model and needs no reward."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,10 +201,13 @@ def score_request(call: Call, protocol: Protocol, context: ProtocolContext, rout
 
     Raises:
         ModelNotFound: the request names another model and ``strict_model_names`` is set.
+        WeightsMissing: the model has several outputs without weights, and the route answers with one reward.
         InvalidRequest: there are no items, and the route needs one.
         TooManyItems, ItemTooLong: over a limit of the service.
     """
     check_model(call.model, context)
+    if not context.has_reward and (context.reads_markers or not route.answers_vectors):
+        raise weights_missing(context.outputs, "")
     limits = context.limits
     if not call.items and not route.allows_empty:
         raise invalid("", "too_few", "The request has 0 items; it needs at least 1")
@@ -197,7 +218,10 @@ def score_request(call: Call, protocol: Protocol, context: ProtocolContext, rout
                 f"Item {index} has {item.content.num_chars} characters; the limit is {limits.max_item_chars}"
             )
     timeout_s = min(protocol.deadline_s, limits.deadline_s)
-    return ScoreRequest(call.items, call.encoding, call.level, timeout_s, waits_for_room=protocol.waits_for_room)
+    items = call.items
+    if context.reads_markers:
+        items = tuple(replace(item, steps=Steps("marker")) for item in items)
+    return ScoreRequest(items, call.encoding, call.level, timeout_s, waits_for_room=protocol.waits_for_room)
 
 
 def check_model(name: str | None, context: ProtocolContext) -> None:
@@ -222,7 +246,7 @@ def scores_of(call: Call, outcomes: Sequence[Outcome]) -> tuple[Score, ...]:
     for index, outcome in enumerate(outcomes):
         if isinstance(outcome, HttpError):
             raise outcome
-        if not math.isfinite(outcome.reward):
+        if not all(map(math.isfinite, outputs_of(outcome))):
             raise NonFiniteReward(f"Item {index} has no finite reward")
         if call.max_tokens is not None and num_tokens(outcome) > call.max_tokens:
             raise SequenceTooLong(
@@ -231,6 +255,17 @@ def scores_of(call: Call, outcomes: Sequence[Outcome]) -> tuple[Score, ...]:
             )
         scores.append(outcome)
     return tuple(scores)
+
+
+def reward_of(score: Score) -> float:
+    """The reward of an item on a route that needs one; `score_request` has refused models without."""
+    assert score.reward is not None  # noqa: S101
+    return score.reward
+
+
+def outputs_of(score: Score) -> tuple[float, ...]:
+    """All numbers of an item: the outputs of a model with several, else the reward alone."""
+    return score.outputs or (reward_of(score),)
 
 
 def num_tokens(score: Score) -> int:
@@ -277,3 +312,10 @@ def sigmoid(reward: float) -> float:
         return 1.0 / (1.0 + math.exp(-reward))
     odds = math.exp(reward)
     return odds / (1.0 + odds)
+
+
+def softmax(logits: Sequence[float]) -> list[float]:
+    """The probabilities of logits; of numbers up to zero, so that no exponential overflows."""
+    largest = max(logits)
+    odds = [math.exp(logit - largest) for logit in logits]
+    return [one / math.fsum(odds) for one in odds]

@@ -260,12 +260,12 @@ class Caller:
     def score(self) -> list[float]:
         if self.name == "sync":
             with RewardClient(self.url, **OPTIONS) as client:
-                return [item.reward for item in client.score_items(ITEMS)]
+                return [item.known_reward for item in client.score_items(ITEMS)]
         return asyncio.run(self._score())
 
     async def _score(self) -> list[float]:
         async with AsyncRewardClient(self.url, **OPTIONS) as client:
-            return [item.reward for item in await client.score_items(ITEMS)]
+            return [item.known_reward for item in await client.score_items(ITEMS)]
 
 
 @pytest.mark.parametrize("name", Caller.names)

@@ -111,6 +111,7 @@ def test_levels(calibration: Calibration) -> None:
     assert basic.style.repeat4 is None
     assert basic.length is not None
     assert basic.length.length_z is not None
+    assert basic.reward is not None
     assert basic.reward_z == pytest.approx(calibration.rewards.z(basic.reward))
     assert basic.reward_length_adjusted is not None
     assert full.ood is not None

@@ -45,6 +45,7 @@ def other_value(name: str) -> str:
     special = {"model.cuda_graphs": "false", "tokenization.template": "concat", "server.port": "9000"}
     special |= {"tokenization.special_tokens": "leading", "tokenization.unrendered": "accept"}
     special |= {"tokenization.chat_template_kwargs": '["mode"]'}
+    special |= {"model.reward_weights": '{"help": 0.5}'}
     literals = {
         "model.engine": "onnx", "model.forward": "padded", "model.dtype": "float32", "model.pooling": "last",
         "model.device": "cpu", "model.kernels": "off", "model.quantization": "int8",

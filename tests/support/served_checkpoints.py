@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx2
 
@@ -16,9 +17,9 @@ from service.settings import read_settings
 
 
 @asynccontextmanager
-async def application(checkpoint: Path, *, dtype: str = "float32") -> AsyncIterator[httpx2.AsyncClient]:
-    """Serve the checkpoint folder and yield a client that calls the application."""
-    served = assemble(read_settings({"model": {"path": str(checkpoint), "dtype": dtype}}))
+async def application(checkpoint: Path, *, dtype: str = "float32", **model: Any) -> AsyncIterator[httpx2.AsyncClient]:
+    """Serve the checkpoint folder, with further settings of ``model``, and yield a client of the application."""
+    served = assemble(read_settings({"model": {"path": str(checkpoint), "dtype": dtype, **model}}))
     access_log = AccessLog(str(checkpoint.parent / "requests.log"))
 
     async def exposition() -> str:

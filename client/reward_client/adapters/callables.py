@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from typing import Any, Unpack
 
 from reward_client.adapters.options import ClientOptions, ScoreOptions
+from reward_client.checks import check_weights
 from reward_client.options import TemplateChoice, Truncation
-from reward_client.requests import Completion, Prompt
+from reward_client.requests import Completion, Prompt, Weights
 from reward_client.synchronous import RewardClient
 
 
@@ -21,6 +22,7 @@ class RewardFunction:
     Args:
         url: the root URL of the service.
         truncation: what happens to an item that is too long; None: the service's setting.
+        weights: of the outputs of a model with several; None: the service's own.
         template: how a plain-text prompt is rendered; None: the service's setting.
         options: those of ``RewardClient``.
 
@@ -33,11 +35,12 @@ class RewardFunction:
         url: str,
         *,
         truncation: Truncation | None = None,
+        weights: Weights | None = None,
         template: TemplateChoice | None = None,
         **options: Unpack[ClientOptions],
     ) -> None:
         self.client = RewardClient(url, **options)
-        self.score_options = ScoreOptions(truncation=truncation, template=template)
+        self.score_options = ScoreOptions(truncation=truncation, template=template, weights=check_weights(weights))
 
     def __call__(self, prompts: Iterable[Prompt], completions: Iterable[Completion], *_: Any, **__: Any) -> list[float]:
         """Return the raw reward of each completion, in order; further arguments are ignored.

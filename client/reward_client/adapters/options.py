@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any, TypedDict, cast
 
 from reward_client.adapters.columns import check_columns
+from reward_client.checks import check_weights
 from reward_client.errors import InvalidArgument
 from reward_client.options import TemplateChoice, Truncation
 from reward_client.references import Reference
-from reward_client.requests import ChunkLimits
+from reward_client.requests import ChunkLimits, Weights
 from reward_client.retries import RetryPolicy
 
 PREFIX = "REMOTE_REWARD_"
@@ -41,6 +42,7 @@ class ScoreOptions(TypedDict, total=False):
 
     truncation: Truncation | None
     template: TemplateChoice | None
+    weights: Weights | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,7 @@ def read_options(given: Mapping[str, Any], where: str, environ: Mapping[str, str
     """Return the options of an adapter; those that are given take precedence over the environment.
 
     The variables are ``REMOTE_REWARD_`` and one of URL, DEADLINE_S, MAX_CONNECTIONS, WAIT_FOR_START_S, PROXY, HEADERS
-    (a JSON object), TRUNCATION, TEMPLATE and EXTRAS (names separated by commas).
+    (a JSON object), TRUNCATION, TEMPLATE, WEIGHTS (a JSON object) and EXTRAS (names separated by commas).
 
     Args:
         given: keyword arguments or the values of a configuration file.
@@ -86,7 +88,11 @@ def read_options(given: Mapping[str, Any], where: str, environ: Mapping[str, str
     url = options.pop("url", None)
     if not url:
         raise InvalidArgument(f"The URL of the reward service is not set: set {where}")
-    score = ScoreOptions(truncation=options.pop("truncation", None), template=options.pop("template", None))
+    score = ScoreOptions(
+        truncation=options.pop("truncation", None),
+        template=options.pop("template", None),
+        weights=check_weights(options.pop("weights", None)),
+    )
     extras = check_columns(options.pop("extras", DEFAULT_EXTRAS))
     return AdapterOptions(str(url), score, extras, cast("ClientOptions", options))
 
@@ -120,7 +126,18 @@ _PARSERS: Mapping[str, Callable[[str], Any]] = {
     "headers": json.loads,
     "truncation": str,
     "template": str,
+    "weights": json.loads,
     "extras": _names,
 }
 
-_OPTIONS = frozenset(_PARSERS) | ClientOptions.__annotations__.keys() | {"url", "truncation", "template", "extras"}
+_OPTIONS = (
+    frozenset(_PARSERS)
+    | ClientOptions.__annotations__.keys()
+    | {
+        "url",
+        "truncation",
+        "template",
+        "weights",
+        "extras",
+    }
+)

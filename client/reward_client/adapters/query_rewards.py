@@ -46,10 +46,14 @@ def _score(queries: list[str], prompts: list[Any]) -> dict[str, Any]:
     client, options = _client()
     items = [_item(query, prompt) for query, prompt in zip(queries, prompts, strict=True)]
     scored = client.score_items(
-        items, diagnostics=level_of(options.extras), truncation=options.score["truncation"], template="concat"
+        items,
+        diagnostics=level_of(options.extras),
+        truncation=options.score["truncation"],
+        template="concat",
+        weights=options.score["weights"],
     )
     rows = [numbers(item, options.extras) for item in scored]
-    rewards = [item.reward for item in scored]
+    rewards = [item.known_reward for item in scored]
     return {
         "rewards": rewards,
         "scores": list(rewards),

@@ -48,7 +48,8 @@ async def compute_score(
         prompt_key: the name of the prompt in ``extra_info``.
         reward_router_address: the address of a reward model that verl runs; there must be none.
         reward_model_tokenizer: as above.
-        options: ``reward_kwargs``: ``url``, ``truncation``, ``template``, ``extras`` and the options of the client.
+        options: ``reward_kwargs``: ``url``, ``truncation``, ``template``, ``weights``, ``extras`` and the options of
+            the client.
 
     Returns:
         ``score``, the raw reward, and the diagnostics of ``extras`` (``rm_scored_tokens``), the same keys each time;
@@ -148,7 +149,7 @@ async def _score(
 ) -> dict[str, float]:
     level = level_of(options.extras)
     [item] = await client.score([prompt], [completion], diagnostics=level, **options.score)
-    return {"score": item.reward, **numbers(item, options.extras)}
+    return {"score": item.known_reward, **numbers(item, options.extras)}
 
 
 def _hashable(options: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
