@@ -308,7 +308,7 @@ REMEDIES: dict[Callable[[Path], None], str] = {
     separate_value_head: "as LLaMA-Factory stores it .* run `reward-convert",
     pickled_value_head: "run `reward-convert --allow-pickle",
     missing_layer: "save or copy the whole model again",
-    three_labels: "3 numbers per text.* num_labels=1",
+    three_labels: r"3 numbers per text.*model\.class_reward.*model\.outputs",
     default_label_count: "set num_labels to 1",
     other_vocabulary: "take both from the same model",
     head_of_another_model: "score.weight is stored as .* take both from the same model",

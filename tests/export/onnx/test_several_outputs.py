@@ -20,6 +20,8 @@ from service.checkpoints.reward_description import LowerBound
 from service.errors import InvalidRequest
 from service.records import Encoding, Item, TemplatedText
 
+pytestmark = pytest.mark.timeout(900)  # the tracer is slow where other processes use the cores too
+
 
 def gated(folder: Path) -> None:
     """ArmoRM's head, whose gate reads a second token."""
@@ -47,7 +49,10 @@ def labels(folder: Path) -> None:
     write_tiny_checkpoint(folder / "out", num_labels=3, problem_type="regression", id2label=names)
 
 
-@pytest.mark.parametrize("write", [gated, ensemble, log_odds, labels])
+@pytest.mark.parametrize(
+    "write",
+    [gated, *(pytest.param(write, marks=pytest.mark.slow) for write in (ensemble, log_odds, labels))],
+)
 def test_a_bundle_has_the_outputs_of_the_checkpoint(write: Callable[[Path], None], tmp_path: Path) -> None:
     """Each output of each text is that of the torch engine, and so is the reward that the rule makes of them."""
     write(tmp_path)
@@ -66,6 +71,7 @@ def test_a_bundle_has_the_outputs_of_the_checkpoint(write: Callable[[Path], None
         assert isinstance(refused, InvalidRequest)
 
 
+@pytest.mark.slow
 def test_the_layers_of_a_gate_are_not_quantized(tmp_path: Path) -> None:
     """An int8 bundle stores each layer of a gated head in fp32, bit for bit."""
     import onnx
