@@ -183,7 +183,7 @@ def _convert_model(
         origin=found.layout if found else "transformers",
         head=found.layers.tensor_names() if found else (),
         dropped_bias=bias if bias and drop_bias else 0.0,
-        notes=(*pad_notes, *_text_notes(found, unfinished)),
+        notes=(*stored.notes, *pad_notes, *_text_notes(found, unfinished)),
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from service.checkpoints.architecture import Fit, fit_classifier, has_classifier
 from service.checkpoints.configuration import read_config, read_json
 from service.checkpoints.files import CONFIG_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+from service.checkpoints.quantization_format import read_quantization
 from service.checkpoints.reward_description import (
     DESCRIPTION_FILE,
     ClassifierHead,
@@ -37,8 +38,8 @@ def load_config(path: Path) -> Any:
     """Return transformers' configuration of a checkpoint folder; code from the folder is never run.
 
     Raises:
-        CheckpointError: it is missing, invalid, quantized, requires remote code, or is of an architecture without a
-            sequence classifier.
+        CheckpointError: it is missing, invalid, quantized in a format that is not widened, requires remote code, or is
+            of an architecture without a sequence classifier.
     """
     from huggingface_hub.errors import StrictDataclassError
 
@@ -52,11 +53,7 @@ def load_config(path: Path) -> Any:
             f"{path / CONFIG_FILE} requires remote code (auto_map), which is never run: if transformers supports the "
             "architecture, remove auto_map; otherwise save the model as a supported architecture."
         )
-    if stored.get("quantization_config") is not None:
-        raise CheckpointError(
-            f"{path} is stored quantized, which changes rewards: "
-            "serve the unquantized model, or dequantize it and save it again."
-        )
+    read_quantization(path)
     try:
         config = read_config(path)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:

@@ -111,6 +111,13 @@ _FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
     "llama": _GROUPED_HEADS,
     "qwen2": _GROUPED_HEADS,
     "qwen3": {**_GROUPED_HEADS, "head_dim": 16},
+    "qwen3_moe": {
+        **_GROUPED_HEADS,
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+    },
     "mistral": {**_GROUPED_HEADS, "sliding_window": 16},
     "gemma2": _GEMMA,
     "gemma3": _GEMMA,

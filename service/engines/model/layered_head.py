@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from service.checkpoints.quantized_weights import read_in_float32
 from service.checkpoints.reward_description import LayeredHead, LinearLayer
-from service.checkpoints.weights import open_weights, read_tensor_infos, weight_files
 from service.records import Activation
 
 ACTIVATIONS: Mapping[Activation, type[nn.Module]] = {
@@ -62,9 +62,4 @@ def activation_module(name: Activation) -> nn.Module:
 
 def load_layered_head(folder: Path, head: LayeredHead) -> LayeredHeadModule:
     """Read the tensors of a validated head from the weight files of a checkpoint folder, in fp32, on the CPU."""
-    infos = read_tensor_infos(weight_files(folder))
-    tensors = {}
-    for name in head.tensor_names():
-        with open_weights(infos[name].file) as weights:
-            tensors[name] = weights.get_tensor(name)
-    return LayeredHeadModule(head, tensors)
+    return LayeredHeadModule(head, read_in_float32(folder, head.tensor_names()))
