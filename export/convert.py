@@ -20,23 +20,28 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from export.layouts import FoundHead, find_head
+from export.converted_head import ConvertedHead, head_module, layered_head
+from export.ensemble import ensemble_of, heads_in_file, require_equal_bodies
+from export.gated_layouts import GateOptions, gated_head, is_gated
+from export.layouts import find_head
 from export.stored_model import StoredModel, has_one_label, read_model
+from export.token_logits import TokenLogits, token_logits_head
 from service.checkpoints.adapter import ADAPTER_WEIGHTS_FILE, is_adapter, merge_adapter
 from service.checkpoints.architecture import Fit, fit_classifier
 from service.checkpoints.checkpoint import open_checkpoint
+from service.checkpoints.described_heads import LayeredHead, LinearLayer
 from service.checkpoints.files import ADAPTER_CONFIG_FILE, CONVERSION_FILE, TOKENIZER_FILE
+from service.checkpoints.head_validation import validate_head
 from service.checkpoints.reward_description import (
     ClassifierHead,
-    LayeredHead,
-    LinearLayer,
+    Combination,
     Provenance,
     RewardDescription,
     TextRule,
     read_description,
     write_description,
 )
-from service.checkpoints.validation import DECODER_HEAD, describe_names, unplaced_message, validate_layers
+from service.checkpoints.validation import DECODER_HEAD, describe_names, unplaced_message
 from service.checkpoints.weights import VALUE_HEAD_FILE
 from service.errors import CheckpointError
 from service.outputs import new_folder
@@ -44,6 +49,7 @@ from service.records import Activation
 from service.settings import ModelSettings
 from service.transformers_logging import transformers_silenced
 
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
 SEPARATE_HEAD = Path(VALUE_HEAD_FILE).stem
 TOKENIZER_FILES = (
     "tokenizer*.json",
@@ -78,41 +84,65 @@ class Conversion:
     """Sentences on differences between training and serving."""
 
 
-def convert(
-    source: Path,
-    out: Path,
-    *,
-    base: Path | None = None,
-    drop_bias: bool = False,
-    allow_pickle: bool = False,
-    activation: Activation | None = None,
-    overwrite: bool = False,
-) -> Conversion:
+@dataclass(frozen=True, slots=True)
+class ConversionOptions:
+    """What the user says of a conversion."""
+
+    base: Path | None = None
+    """The adapter's base model; required where the adapter names none that can be found."""
+
+    drop_bias: bool = False
+    """Leave out the bias of a linear head, so that the result is a plain classifier. That shifts all rewards by one
+    constant."""
+
+    allow_pickle: bool = False
+    """Also read pickled weights, with torch's restricted unpickler, which allows tensors only."""
+
+    activation: Activation | None = None
+    """The function between the layers of a deeper head of an unknown layout."""
+
+    outputs: tuple[str, ...] = ()
+    """Names of the numbers of a head that gives several; of a gated head its objectives."""
+
+    gate_pattern: str | None = None
+    """The text between prompt and completion, where a gate reads; None: that of the model's type."""
+
+    token_logits: TokenLogits | None = None
+    """The tokens of a language model whose logits are the reward."""
+
+    members: tuple[Path, ...] = ()
+    """Further members of an ensemble: checkpoints on the same body, or files of heads."""
+
+    combine: Combination | None = None
+    """How the members' numbers become the reward."""
+
+    chat_template: Path | None = None
+    """The chat template of the result; None: that of the source."""
+
+
+def convert(source: Path, out: Path, *, overwrite: bool = False, **options: Any) -> Conversion:
     """Write a checkpoint made from ``source`` to ``out``; nothing is written unless it is valid.
 
     A head that is one linear layer without a bias becomes the classifier's. Another one is stored with all its layers
     and described in ``reward_model.json``, which also has the pooling and what is appended to a text.
 
     Args:
-        source: a checkpoint with a value head, or a PEFT adapter with a scalar or value head.
+        source: a checkpoint with a value head or of a known layout, a causal language model of which tokens are read,
+            or a PEFT adapter with a scalar or value head.
         out: a folder that does not exist or is empty.
-        base: the adapter's base model; required where the adapter names none that can be found.
-        drop_bias: leave out the bias of a linear head, so that the result is a plain classifier. That shifts all
-            rewards by one constant.
-        allow_pickle: also read pickled weights, with torch's restricted unpickler, which allows tensors only.
-        activation: the function between the layers of a deeper head of an unknown layout.
         overwrite: replace an earlier conversion in ``out``.
+        options: fields of ``ConversionOptions``.
 
     Raises:
         CheckpointError: there is nothing to convert, or the result would be refused; names the remedy.
         OutputError: ``out`` is not empty, or cannot be written.
     """
+    chosen = ConversionOptions(**options)
     with new_folder(out, overwrite=overwrite, marker=CONVERSION_FILE) as unfinished:
         if is_adapter(source):
-            conversion = _convert_adapter(source, unfinished, base, drop_bias=drop_bias)
+            conversion = _convert_adapter(source, unfinished, chosen.base, drop_bias=chosen.drop_bias)
         else:
-            stored = read_model(source, allow_pickle=allow_pickle)
-            conversion = _convert_model(stored, unfinished, drop_bias=drop_bias, activation=activation)
+            conversion = _convert_model(read_model(source, allow_pickle=chosen.allow_pickle), unfinished, chosen)
         notes = _validate(unfinished, out)
         conversion = dataclasses.replace(conversion, notes=(*conversion.notes, *notes))
         manifest = json.dumps(dataclasses.asdict(conversion), indent=2)
@@ -162,28 +192,28 @@ def _put_head_into_adapter(source: Path, work_dir: Path, head: Any) -> Path:
     return work_dir
 
 
-def _convert_model(
-    stored: StoredModel, unfinished: Path, *, drop_bias: bool, activation: Activation | None
-) -> Conversion:
+def _convert_model(stored: StoredModel, unfinished: Path, options: ConversionOptions) -> Conversion:
     source, config = stored.source, stored.config
     _refuse_mean_pooling(stored)
-    fit = stored.fit()
-    found = _find_head(stored, fit, activation)
+    found = _find_head(stored, options)
     if found is None and not stored.is_pickled and not stored.is_renamed and has_one_label(source):
         raise CheckpointError(f"{source} is already a plain scalar-head checkpoint: serve it as it is.")
-    _copy_tokenizer(source, unfinished)
+    _copy_tokenizer(source, unfinished, options.chat_template)
     pad_token_id, pad_notes = _fallback_pad_token(config, unfinished)
     config.get_text_config().pad_token_id = pad_token_id
-    bias = _bias(stored, found) if found is not None and found.is_linear else None
-    is_plain = found is None or (found.is_linear and (not bias or drop_bias))
-    head = _save(stored, unfinished, found, is_plain=is_plain)
-    write_description(unfinished, _description(stored, found, head))
+    layer = None if found is None else found.linear
+    bias = (
+        None if found is None or layer is None or layer.bias is None else float(found.tensors[layer.bias].flatten()[0])
+    )
+    is_plain = found is None or (layer is not None and (not bias or options.drop_bias))
+    _save(stored, unfinished, found, is_plain=is_plain)
+    write_description(unfinished, _description(stored, None if is_plain else found, found))
     return Conversion(
         source=str(source),
         origin=found.layout if found else "transformers",
-        head=found.layers.tensor_names() if found else (),
-        dropped_bias=bias if bias and drop_bias else 0.0,
-        notes=(*stored.notes, *pad_notes, *_text_notes(found, unfinished)),
+        head=found.sources if found else (),
+        dropped_bias=bias if bias and options.drop_bias else 0.0,
+        notes=(*stored.notes, *pad_notes, *_text_notes(found, unfinished), *(found.notes if found else ())),
     )
 
 
@@ -192,9 +222,40 @@ def _refuse_mean_pooling(stored: StoredModel) -> None:
         raise CheckpointError(f"{stored.source} reads the {stored.config.pooling} of all states, which is not served.")
 
 
-def _find_head(stored: StoredModel, fit: Fit, activation: Activation | None) -> FoundHead | None:
-    """Return the head that the classifier does not have; None where the classifier's own is complete."""
+def _find_head(stored: StoredModel, options: ConversionOptions) -> ConvertedHead | None:
+    """Return the head that the result has; None where it is the classifier's own, complete in the source."""
+    if options.token_logits is not None:
+        return token_logits_head(stored, options.token_logits)
+    found = _own_head(stored, options)
+    return found if not options.members else _ensemble(stored, found, options)
+
+
+def _ensemble(stored: StoredModel, first: ConvertedHead | None, options: ConversionOptions) -> ConvertedHead:
+    """Return the heads of the source and of the further members as one head."""
+    fit = stored.fit()
+    heads = [first or _classifier_head(stored, fit)]
+    for member in options.members:
+        if member.is_file():
+            heads += heads_in_file(member, stored.config.get_text_config().hidden_size, heads[0])
+            continue
+        other = read_model(member, allow_pickle=options.allow_pickle)
+        require_equal_bodies(stored, other, fit.body_prefix)
+        heads.append(_own_head(other, options) or _classifier_head(other, other.fit()))
+    return ensemble_of(heads, options.combine)
+
+
+def _classifier_head(stored: StoredModel, fit: Fit) -> ConvertedHead:
+    """Return the head that the classifier of a decoder has."""
+    if fit.head != (DECODER_HEAD,) or DECODER_HEAD not in stored.tensors:
+        raise CheckpointError(f"{stored.source} has no head on the state of one token, so it is no member.")
+    return layered_head([LinearLayer(DECODER_HEAD)], stored.tensors, layout="transformers", pooling="hf")
+
+
+def _own_head(stored: StoredModel, options: ConversionOptions) -> ConvertedHead | None:
+    """Return the head of a source that the classifier does not have; None where the classifier's own is complete."""
+    fit = stored.fit()
     outside = {name for name in fit.unplaced if not name.startswith((fit.body_prefix, NORMALIZER_PREFIX))}
+    outside |= set(fit.mismatched_head)
     if not fit.missing_head and not outside:
         return None
     modules = {name.partition(".")[0] for name in outside}
@@ -203,37 +264,59 @@ def _find_head(stored: StoredModel, fit: Fit, activation: Activation | None) -> 
     if not outside:
         raise CheckpointError(
             f"{stored.source} has no value head, which is one tensor of shape [1, {hidden_size}] outside the body: "
-            f"put it into the folder as {VALUE_HEAD_FILE}, or train a reward model with `reward-train`."
+            f"put it into the folder as {VALUE_HEAD_FILE}, train a reward model with `reward-train`, or pass "
+            "--log-odds with two tokens whose logits are the reward."
         )
     if fit.head != (DECODER_HEAD,):
         raise CheckpointError(
             f"{stored.source} stores {describe_names(sorted(outside))}, but the head of {fit.architecture} has other "
             f"parts ({', '.join(fit.head)}): only decoders can be converted."
         )
+    if is_gated(outside):
+        return gated_head(stored, outside, GateOptions(options.gate_pattern, options.outputs))
     infos = {name: stored.infos[name] for name in sorted(outside)}
-    found = find_head(stored.source, stored.config, infos, activation)
-    validate_layers(stored.source, found.layers, infos, hidden_size)
+    found = find_head(stored.source, stored.config, infos, options.activation)
+    width = validate_head(stored.source, LayeredHead(found.layers), infos, hidden_size)
     is_separate = all(info.file.stem == SEPARATE_HEAD for info in infos.values())
-    return dataclasses.replace(found, layout="LLaMA-Factory") if is_separate else found
+    return layered_head(
+        found.layers,
+        stored.tensors,
+        layout="LLaMA-Factory" if is_separate else found.layout,
+        outputs=_outputs(stored, width, options),
+        pooling=found.pooling,
+        text=found.text,
+    )
 
 
-def _bias(stored: StoredModel, found: FoundHead) -> float | None:
-    """Return the bias of a linear head; None without one."""
-    name = found.layers.layers[0].bias
-    return None if name is None else float(stored.tensors[name].flatten()[0])
+def _outputs(stored: StoredModel, width: int, options: ConversionOptions) -> tuple[str, ...]:
+    """Return the names of the numbers that a head gives."""
+    if options.outputs and len(options.outputs) != width:
+        raise CheckpointError(
+            f"--outputs has {len(options.outputs)} names, but the head of {stored.source} gives {width} numbers."
+        )
+    if width > 1 and not options.outputs:
+        raise CheckpointError(
+            f"The head of {stored.source} gives {width} numbers per text, not one reward: pass --outputs with a name "
+            "for each."
+        )
+    return options.outputs or ("reward",)
 
 
-def _description(stored: StoredModel, found: FoundHead | None, head: LayeredHead | None) -> RewardDescription:
+def _description(
+    stored: StoredModel, described: ConvertedHead | None, found: ConvertedHead | None
+) -> RewardDescription:
     append = getattr(stored.config, "reward_token_id", None) if found is not None else None
     return RewardDescription(
-        head=ClassifierHead() if head is None else head,
+        head=ClassifierHead() if described is None else described.head,
+        outputs=("reward",) if described is None else described.outputs,
+        combine=None if described is None else described.combine,
         pooling=found.pooling if found else "hf",
         text=TextRule(append_token_ids=() if append is None else (int(append),)),
         source=Provenance(found.layout if found else "transformers", stored.architecture),
     )
 
 
-def _text_notes(found: FoundHead | None, folder: Path) -> Sequence[str]:
+def _text_notes(found: ConvertedHead | None, folder: Path) -> Sequence[str]:
     """Report the text of training where the tokenizer has no chat template that would write it."""
     from transformers import AutoTokenizer
 
@@ -254,11 +337,18 @@ def _dropped_bias(source: Path, bias: Any | None, *, drop_bias: bool) -> float:
     return constant
 
 
-def _copy_tokenizer(source: Path, unfinished: Path) -> None:
-    """Copy the tokenizer's files byte for byte, because saving it again could change its token ids."""
+def _copy_tokenizer(source: Path, unfinished: Path, chat_template: Path | None) -> None:
+    """Copy the tokenizer's files byte for byte, because saving it again could change its token ids.
+
+    A chat template from the user takes the place of the source's.
+    """
     for pattern in TOKENIZER_FILES:
         for file in source.glob(pattern):
             shutil.copy(file, unfinished)
+    if chat_template is not None:
+        for file in unfinished.glob("chat_template.*"):
+            file.unlink()
+        shutil.copy(chat_template, unfinished / CHAT_TEMPLATE_FILE)
 
 
 def _fallback_pad_token(config: Any, folder: Path) -> tuple[int | None, Sequence[str]]:
@@ -274,17 +364,18 @@ def _fallback_pad_token(config: Any, folder: Path) -> tuple[int | None, Sequence
     return pad_token_id, (f"The config had no pad token; it is now {pad_token_id}, the {fallback}.",)
 
 
-def _save(stored: StoredModel, unfinished: Path, found: FoundHead | None, *, is_plain: bool) -> LayeredHead | None:
-    """Write configuration and weights; return the head under its stored names, None where it is the classifier's."""
+def _save(stored: StoredModel, unfinished: Path, found: ConvertedHead | None, *, is_plain: bool) -> None:
+    """Write configuration and weights, with the head in place of the classifier's."""
     import torch
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
     config, tensors = stored.config, dict(stored.tensors)
-    layers = [] if found is None else list(found.layers.layers)
-    head = {name: tensors.pop(name) for layer in layers for name in (layer.weight, layer.bias) if name is not None}
-    if layers:
+    if found is not None:
+        outside = set(found.sources) - {stored.fit().embedding}
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in outside}
+        layer = found.linear
         placeholder = torch.zeros(1, config.get_text_config().hidden_size)
-        tensors[DECODER_HEAD] = head[layers[0].weight] if is_plain else placeholder
+        tensors[DECODER_HEAD] = found.tensors[layer.weight] if is_plain and layer is not None else placeholder
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(NORMALIZER_PREFIX)}
     fit = fit_classifier(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     _refuse_incomplete(stored.source, fit)
@@ -296,10 +387,9 @@ def _save(stored: StoredModel, unfinished: Path, found: FoundHead | None, *, is_
         for name in fit.head:
             # The head is small and often stored in fp32 although the body is bf16; its dtype is preserved.
             model.get_parameter(name).data = tensors[name].contiguous()
-        if not is_plain:
-            model.score = _sequence(layers, head)
+        if found is not None and not is_plain:
+            model.score = head_module(found.tensors)
         model.save_pretrained(unfinished)
-    return None if is_plain else _stored_as(layers)
 
 
 def _refuse_incomplete(source: Path, fit: Fit) -> None:
@@ -311,28 +401,3 @@ def _refuse_incomplete(source: Path, fit: Fit) -> None:
         )
     if fit.unplaced:
         raise CheckpointError(unplaced_message(source, fit))
-
-
-def _sequence(layers: Sequence[LinearLayer], head: dict[str, Any]) -> Any:
-    """Return the layers as modules of the classifier, every second one a place for the activation."""
-    from torch import nn
-
-    modules: list[nn.Module] = []
-    for layer in layers:
-        weight = head[layer.weight]
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=layer.bias is not None, device="meta")
-        linear.weight = nn.Parameter(weight.contiguous())
-        if layer.bias is not None:
-            linear.bias = nn.Parameter(head[layer.bias].contiguous())
-        modules += [linear, nn.Identity()]
-    return nn.Sequential(*modules)
-
-
-def _stored_as(layers: Sequence[LinearLayer]) -> LayeredHead:
-    """Return the layers under the names that ``_sequence`` gives them in the classifier."""
-    return LayeredHead(
-        tuple(
-            LinearLayer(f"score.{2 * place}.weight", layer.bias and f"score.{2 * place}.bias", layer.activation)
-            for place, layer in enumerate(layers)
-        )
-    )

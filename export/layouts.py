@@ -12,10 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from service.checkpoints.reward_description import (
-    LayeredHead,
-    LinearLayer,
-)
+from service.checkpoints.reward_description import LinearLayer
 from service.checkpoints.validation import describe_names
 from service.checkpoints.weights import TensorInfo
 from service.errors import CheckpointError
@@ -42,6 +39,9 @@ class Layout:
 
     activation: Activation | None = None
     """The activation between the layers; None: the head is one linear layer."""
+
+    gate: str = ""
+    """What weights several objectives, in words; empty: the head has no gate."""
 
     pooling: Pooling = "last"
     """``last`` where training read the last token of the text, ``hf`` where it skipped pad tokens."""
@@ -95,6 +95,27 @@ LAYOUTS = (
         activation="relu",
         pooling="hf",
     ),
+    Layout(
+        "ArmoRM",
+        "RLHFlow/ArmoRM-Llama3-8B-v0.1",
+        "regression_layer",
+        ("LlamaForRewardModelWithGating",),
+        gate="a gate on the end of the prompt",
+    ),
+    Layout(
+        "QRM",
+        "nicolinho/QRM-Llama3.1-8B-v2, nicolinho/QRM-Gemma-2-27B",
+        "regression_layer",
+        ("LlamaForRewardModelWithGating", "Gemma2ForQuantileSequenceClassification"),
+        gate="means of quantiles, a gate on the end of the prompt",
+    ),
+    Layout(
+        "URM",
+        "LxzGordon/URM-LLaMa-3.1-8B",
+        "score",
+        ("LlamaForSequenceClassificationWithNormal_Weights",),
+        gate="means, a gate on the pooled token",
+    ),
     Layout("token classifier", "verl, AReaL: AutoModelForTokenClassification with one label", "score"),
     Layout("OpenRLHF", "OpenRLHF, with any value_head_prefix", "value_head"),
 )
@@ -105,15 +126,10 @@ class FoundHead:
     """The head of a checkpoint: its layers, with the names under which they are stored."""
 
     layout: str
-    layers: LayeredHead
+    layers: tuple[LinearLayer, ...]
     pooling: Pooling
     text: str = ""
     """The form of the text of training; see ``Layout``."""
-
-    @property
-    def is_linear(self) -> bool:
-        """Whether it is one linear layer."""
-        return len(self.layers.layers) == 1
 
 
 def find_head(
@@ -156,7 +172,7 @@ def find_head(
     )
     name = layout.name if layout else "OpenRLHF" if getattr(config, "value_head_prefix", None) else "linear layers"
     pooling = layout.pooling if layout else "last"
-    return FoundHead(name, LayeredHead(found), pooling, layout.text if layout else "")
+    return FoundHead(name, found, pooling, layout.text if layout else "")
 
 
 def _layers_of(tensors: Mapping[str, TensorInfo]) -> tuple[str, list[str]] | None:
@@ -180,6 +196,8 @@ def _layout_of(module: str, num_layers: int, config: Any) -> Layout | None:
     architectures = set(config.architectures or ())
     for layout in LAYOUTS:
         is_deep, is_class = layout.activation is not None, bool(architectures & set(layout.architectures))
+        if layout.gate:
+            continue
         if layout.module == module and is_deep == (num_layers > 1) and (is_class or not layout.architectures):
             return layout
     return None

@@ -244,6 +244,8 @@ def score_in_batches(engine: Engine, work: Work, now: Callable[[], float], *, ah
         for index, outcome in batch.results:
             if isinstance(outcome, HttpError):
                 raise outcome
+            if outcome.reward is None:
+                raise ValueError("The head has several outputs and no weights, so there is no reward to compare")
             rewards[index] = outcome.reward
     return Outcome(now() - started, tuple(rewards), num_shared)
 

@@ -68,16 +68,22 @@ def _column_name(path: Sequence[str]) -> str:
     return name
 
 
+OUTPUT_PREFIX = "output_"
+"""Put in front of the name of each output of a model with several."""
+
+
 @lru_cache
-def own_columns(level: DiagnosticsLevel, *, pairs: bool, items: bool) -> dict[str, type]:
+def own_columns(level: DiagnosticsLevel, *, pairs: bool, items: bool, outputs: tuple[str, ...] = ()) -> dict[str, type]:
     """Return the columns that are added to those of the input, with their types, in order.
 
     Args:
         level: of diagnostics.
+        outputs: names of the outputs of a model with several.
         pairs: whether there are rows with a chosen and a rejected completion.
         items: whether there are rows of one completion.
     """
-    diagnostics = {"reward": float} | {name: kind for name, (_, kind) in diagnostic_columns(level).items()}
+    rewards = {"reward": float} | {OUTPUT_PREFIX + name: float for name in outputs}
+    diagnostics = rewards | {name: kind for name, (_, kind) in diagnostic_columns(level).items()}
     columns = dict(LOCATION_COLUMNS)
     if items:
         columns |= diagnostics
@@ -88,13 +94,13 @@ def own_columns(level: DiagnosticsLevel, *, pairs: bool, items: bool) -> dict[st
 
 
 @lru_cache
-def _reserved(level: DiagnosticsLevel) -> frozenset[str]:
-    return frozenset(own_columns(level, pairs=True, items=True)) | {RANK_COLUMN}
+def _reserved(level: DiagnosticsLevel, outputs: tuple[str, ...]) -> frozenset[str]:
+    return frozenset(own_columns(level, pairs=True, items=True, outputs=outputs)) | {RANK_COLUMN}
 
 
-def input_columns(values: Mapping[str, Any], level: DiagnosticsLevel) -> dict[str, Any]:
-    """Return the columns of the input; one that has the name of an output's column is called ``input_NAME``."""
-    reserved = _reserved(level)
+def input_columns(values: Mapping[str, Any], level: DiagnosticsLevel, outputs: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the columns of the input; one that has the name of an added column is called ``input_NAME``."""
+    reserved = _reserved(level, outputs)
     return {name if _original(name) not in reserved else _RENAMED + name: value for name, value in values.items()}
 
 
@@ -115,7 +121,7 @@ def scored_columns(row: InputRow, answers: Sequence[Answer], version: str, level
 
     Returns:
         Columns of `own_columns`; those that are absent are null. Of a pair in which one completion has an error, the
-        other one has its reward, and there is no margin.
+        other one has its reward, and there is no margin. A model with several outputs and no weights has no reward.
     """
     columns: dict[str, Any] = {"source_file": row.source, "source_row": row.number, "model_version": version}
     error = row.error
@@ -125,13 +131,14 @@ def scored_columns(row: InputRow, answers: Sequence[Answer], version: str, level
             error = error or (RowError(answer.code, f"{prefix[:-1]}: {answer.detail}") if is_pair else answer)
         else:
             columns |= _answer_columns(prefix, answer, level)
-    if is_pair and error is None:
+    if is_pair and error is None and columns["chosen_reward"] is not None:
         columns["margin"] = columns["chosen_reward"] - columns["rejected_reward"]
     return columns | ({} if error is None else {"error_code": error.code, "error_detail": error.detail})
 
 
 def _answer_columns(prefix: str, answer: Mapping[str, Any], level: DiagnosticsLevel) -> dict[str, Any]:
-    columns = {prefix + "reward": float(answer["reward"])}
+    columns: dict[str, Any] = {prefix + "reward": answer["reward"]}
+    columns |= {f"{prefix}{OUTPUT_PREFIX}{name}": value for name, value in answer.get("rewards", {}).items()}
     for name, (path, _) in diagnostic_columns(level).items():
         columns[prefix + name] = _member(answer, path)
     return columns

@@ -18,7 +18,7 @@ from scoring.job_folder import FOLDER_MARKER, JobFolder, check_job_folder, may_r
 from scoring.parts import OUTPUT_SUFFIXES, format_of
 from scoring.selection import selection
 from scoring.sources import SizedFile, check_first_rows, count_rows, divide, find_files
-from service.arguments import CommandParser, device, not_empty, whole_number
+from service.arguments import CommandParser, device, named_weight, not_empty, whole_number
 from service.checkpoints.hub import check_source, local_folder
 from service.commands import run_command, tell_on_standard_error
 from service.data.files import is_url
@@ -118,6 +118,7 @@ def _settings_of(options: argparse.Namespace, files: Sequence[SizedFile]) -> dic
         "--diagnostics": options.diagnostics,
         "--truncation": options.truncation,
         "--calibration": options.calibration,
+        "--weights": options.weights and [list(weight) for weight in options.weights],
         "--select": None if options.select is None else str(options.select),
         "--block-rows": options.block_rows,
         "output format": _format(options),
@@ -191,7 +192,9 @@ def _runner(options: argparse.Namespace, plan: OutputPlan) -> Iterator[BlockRunn
         from scoring.service_scorer import ServiceScorer
 
         with RewardClient(options.url, wait_for_start_s=START_WAIT_S) as client:
-            yield InProcessRunner(ServiceScorer(client, plan.level, options.truncation))
+            yield InProcessRunner(
+                ServiceScorer(client, plan.level, options.truncation, options.weights and dict(options.weights))
+            )
     elif _uses_ray(options):
         try:
             from scoring.ray_data import RayRunner, model_version_on_cluster, plan_pool, started_ray
@@ -213,7 +216,9 @@ def _model_settings(options: argparse.Namespace, threads: int | None) -> Setting
     from service.settings import read_settings
 
     given = {"path": options.model, "device": options.device, "dtype": options.dtype, "engine": options.engine}
-    model = {name: value for name, value in given.items() if value is not None}
+    model: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if options.weights:
+        model["reward_weights"] = dict(options.weights)
     tree = {
         "model": model | ({} if threads is None else {"num_threads": threads}),
         "diagnostics": {"level": options.diagnostics, "calibration": options.calibration},
@@ -262,6 +267,13 @@ def _parser() -> CommandParser:
         default=BLOCK_ROWS,
         metavar="N",
         help=f"rows that are written and resumed as a whole (default: {BLOCK_ROWS:,})",
+    )
+    add(
+        "--weights",
+        nargs="+",
+        type=named_weight,
+        metavar="NAME=WEIGHT",
+        help="of the outputs of a model with several, whose weighted sum is the reward (default: the model's own)",
     )
     _add_model_options(parser)
     return parser

@@ -63,11 +63,17 @@ class EncodedBlock:
     content: bytes = field(repr=False)
 
 
-def encode_block(scored: ScoredBlock, version: str, plan: OutputPlan) -> EncodedBlock:
+def encode_block(scored: ScoredBlock, version: str, plan: OutputPlan, outputs: tuple[str, ...] = ()) -> EncodedBlock:
     """Return the part file and the record of a scored block.
 
+    Args:
+        scored: the block.
+        version: of the model.
+        plan: of the output.
+        outputs: names of the outputs of a model with several.
+
     Raises:
-        JobError: a row is a pair, and completions are to be selected.
+        JobError: a row is a pair or has no reward, and completions are to be selected.
     """
     block, level = scored.block, plan.level
     answers = iter(scored.answers())
@@ -78,8 +84,8 @@ def encode_block(scored: ScoredBlock, version: str, plan: OutputPlan) -> Encoded
         added.append(scored_columns(row, own, version, level))
     num_pairs = sum(row.parsed is not None and len(row.parsed.completions) > 1 for row in block.rows)
     num_items = sum(row.parsed is not None and len(row.parsed.completions) == 1 for row in block.rows)
-    own_types = own_columns(level, pairs=num_pairs > 0, items=num_items > 0 or not num_pairs)
-    inputs = [input_columns(row.values, level) for row in block.rows]
+    own_types = own_columns(level, pairs=num_pairs > 0, items=num_items > 0 or not num_pairs, outputs=outputs)
+    inputs = [input_columns(row.values, level, outputs) for row in block.rows]
     content = encode_part(inputs, added, own_types, plan.kind, [row.parsed is not None for row in block.rows])
     candidates = () if plan.selection is None else tuple(candidates_of(block.rows, added, plan.selection))
     record = BlockRecord(block.key, block.digest, len(content), statistics_of(block.rows, added), candidates)

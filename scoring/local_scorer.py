@@ -24,7 +24,7 @@ from service.diagnostics.item_state import ItemState, Outcome
 from service.errors import HttpError, ItemTooLong
 from service.offline import encode_items, score_offline
 from service.protocols.native import diagnostics_of
-from service.records import Encoding, Score, TokenSequence
+from service.records import Encoding, TokenSequence
 from service.settings import Settings
 
 LOOK_AHEAD_BATCHES = 8
@@ -61,6 +61,12 @@ class LocalScorer:
     def version(self) -> str:
         """Version of the model."""
         return self._served.identity.version
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the outputs of a model with several; empty for a model with one."""
+        outputs = self._served.info.outputs
+        return outputs if len(outputs) > 1 else ()
 
     def score_blocks(self, blocks: Iterable[Block]) -> Iterator[ScoredBlock]:
         """Yield every block with its answers as soon as all its items have an outcome."""
@@ -105,7 +111,7 @@ class LocalScorer:
 
     def _answers(self, states: Sequence[ItemState]) -> list[Answer]:
         outcomes = self._served.scorer.pipeline.diagnostician.diagnose(states, self._level)
-        return [_answer(outcome, self._level) for outcome in outcomes]
+        return [_answer(outcome, self._level, self.outputs) for outcome in outcomes]
 
 
 def _encoded(
@@ -122,16 +128,14 @@ def _encoded(
             yield state.encoded
 
 
-def _answer(outcome: Outcome, level: DiagnosticsLevel) -> Answer:
+def _answer(outcome: Outcome, level: DiagnosticsLevel, outputs: Sequence[str]) -> Answer:
     if isinstance(outcome, HttpError):
         return RowError(outcome.code, outcome.detail)
-    return {"reward": _finite(outcome), **_plain(diagnostics_of(outcome, level))}
-
-
-def _finite(score: Score) -> float:
-    if not math.isfinite(score.reward):  # the pipeline has turned such rewards into errors
+    rewards = dict(zip(outputs, outcome.outputs, strict=True)) if outcome.outputs else {}
+    known = [*rewards.values(), *([] if outcome.reward is None else [outcome.reward])]
+    if not all(map(math.isfinite, known)):  # the pipeline has turned such rewards into errors
         raise ValueError("A reward is not finite")
-    return score.reward
+    return {"reward": outcome.reward, "rewards": rewards, **_plain(diagnostics_of(outcome, level))}
 
 
 def _plain(members: Mapping[str, Any]) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def encode_blocks(scorer: BlockScorer, blocks: Iterable[Block], plan: OutputPlan
     scored_blocks = scorer.score_blocks(blocks)
     with ThreadPoolExecutor(1, thread_name_prefix="encode") as encoder, closing(scored_blocks):  # type: ignore[type-var]
         for scored in scored_blocks:
-            waiting.append(encoder.submit(encode_block, scored, scorer.version, plan))
+            waiting.append(encoder.submit(encode_block, scored, scorer.version, plan, scorer.outputs))
             while waiting and (len(waiting) > MAX_ENCODING_BLOCKS or waiting[0].done()):
                 yield waiting.popleft().result()
         while waiting:

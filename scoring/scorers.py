@@ -29,6 +29,11 @@ class BlockScorer(Protocol):
         """Version of the model."""
         ...
 
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the outputs of a model with several; empty for a model with one."""
+        ...
+
     def score_blocks(self, blocks: Iterable[Block]) -> Iterator[ScoredBlock]:
         """Yield every block once with its answers, in any order; blocks are read only as others are completed."""
         ...

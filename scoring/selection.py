@@ -54,12 +54,14 @@ def candidates_of(rows: Sequence[InputRow], columns: Sequence[Mapping[str, Any]]
     """Return the rows of a block that may be selected.
 
     Raises:
-        JobError: a row is a pair, whose completions are chosen already.
+        JobError: a row is a pair, whose completions are chosen already; or it has no reward to select by.
     """
     by_prompt: defaultdict[str, list[Candidate]] = defaultdict(list)
     for index, (row, added) in enumerate(zip(rows, columns, strict=True)):
         if row.parsed is not None and len(row.parsed.completions) > 1:
             raise JobError(f"{row.source}, row {row.number} is a pair: --select needs rows of one completion each.")
+        if row.parsed is not None and added.get("reward") is None and "error_code" not in added:
+            raise JobError("The model has several outputs and no weights of them: --select needs --weights.")
         if added.get("reward") is not None:
             key = hashlib.sha256(repr(prompt_of(row)).encode(errors="surrogatepass")).hexdigest()[:32]
             by_prompt[key].append((key, index, added["reward"]))

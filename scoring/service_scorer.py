@@ -37,17 +37,27 @@ class ServiceScorer:
         client: of the service; the caller closes it.
         level: of diagnostics.
         truncation: what happens to an item that is too long; None: the service's setting.
+        weights: of the outputs of a model with several; None: the service's own.
 
     Raises:
         ClientError: the service does not answer.
     """
 
-    def __init__(self, client: RewardClient, level: DiagnosticsLevel, truncation: Truncation | None) -> None:
+    def __init__(
+        self,
+        client: RewardClient,
+        level: DiagnosticsLevel,
+        truncation: Truncation | None,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
         self._client = client
         self._level = level
         self._truncation = truncation
+        self._weights = weights
         model = client.model()
         self._version = model.version
+        outputs = model.reward_rule.outputs
+        self._outputs = outputs if len(outputs) > 1 else ()
         limit = model.limits.get("max_item_chars")
         self._max_item_chars = limit if isinstance(limit, int) else _ALL_CHARS
 
@@ -55,6 +65,11 @@ class ServiceScorer:
     def version(self) -> str:
         """Version of the model that the service had at the beginning."""
         return self._version
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the outputs of a model with several; empty for a model with one."""
+        return self._outputs
 
     def score_blocks(self, blocks: Iterable[Block]) -> Iterator[ScoredBlock]:
         """Yield every block with its answers, in order.
@@ -84,7 +99,9 @@ class ServiceScorer:
     def _send(self, items: Sequence[Item]) -> list[Answer]:
         wire = [_wire_item(item) for item in items]
         try:
-            scored = self._client.score_items(wire, diagnostics=self._level, truncation=self._truncation)
+            scored = self._client.score_items(
+                wire, diagnostics=self._level, truncation=self._truncation, weights=self._weights
+            )
         except ItemsFailed as failed:
             errors = {failure.index: RowError(failure.code, failure.detail) for failure in failed.failures}
             return [errors[index] if item is None else self._answer(item) for index, item in enumerate(failed.items)]
@@ -104,7 +121,7 @@ class ServiceScorer:
                 f"The service has changed its model from version {self._version} to {item.model_version}; the rewards "
                 "of two models cannot be in one output: start again with --overwrite."
             )
-        return {"reward": item.reward, **item.diagnostics}
+        return {"reward": item.reward, "rewards": item.rewards, **item.diagnostics}
 
 
 def _grouped(indices: Sequence[int], items: Sequence[Item]) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -86,6 +87,22 @@ def number_between(minimum: float, maximum: float) -> Callable[[str], float]:
         return number
 
     return parse
+
+
+def named_weight(text: str) -> tuple[str, float]:
+    """Return name and weight of an argument ``NAME=WEIGHT``.
+
+    Raises:
+        ArgumentTypeError: it has no name, or the weight is no finite number.
+    """
+    name, _, weight = text.rpartition("=")
+    try:
+        value = float(weight)
+    except ValueError:
+        value = math.nan
+    if not name or not math.isfinite(value):
+        raise argparse.ArgumentTypeError("it must be NAME=WEIGHT, where the weight is a finite number")
+    return name, value
 
 
 def not_empty(text: str) -> str:

@@ -28,8 +28,10 @@ from service.errors import CheckpointError, SettingsError, StartupError
 from service.metrics import Metrics
 from service.pipeline import Pipeline
 from service.records import Encoding, ModelIdentity, StateTap
+from service.reward_rule import RewardRule
 from service.scorer import Scorer
 from service.settings import ModelSettings, Settings, TokenizationSettings, name_as_given
+from service.steps import PLAIN_READING, StepReading
 from service.tokenization import Tokenization
 
 logger = logging.getLogger(__name__)
@@ -68,6 +70,11 @@ class ServedModel:
     """The calibration, or why there is none."""
 
     @property
+    def rule(self) -> RewardRule:
+        """How the outputs of the model become a reward."""
+        return self.scorer.pipeline.rule
+
+    @property
     def origin(self) -> Origin | None:
         """What the model was initialised from, according to its manifest; None where it has none."""
         return read_origin(self.checkpoint.path) if self.checkpoint else None
@@ -84,6 +91,8 @@ class ServedModel:
             "reward_model": self.checkpoint.description.as_json()
             if self.checkpoint and self.checkpoint.description
             else None,
+            "reward_rule": self.rule.description(),
+            "steps": self.tokenization.step_description() | {"aggregate": self.rule.step_aggregate},
             "template": self.tokenization.template_for(Encoding()),
             "text_rule": self.tokenization.rule.description(),
             "truncation": settings.tokenization.truncation,
@@ -119,13 +128,26 @@ def _open_folder(folder: Path, settings: ModelSettings) -> OpenedModel:
     if is_bundle(folder):
         _refuse_settings_of_torch(settings, folder)
         bundle = open_bundle(folder, settings)
+        reward_rule_of(bundle.checkpoint, settings)
         return OpenedModel(bundle.checkpoint, bundle)
     if settings.engine == "onnx":
         raise SettingsError(
             f"model.engine is onnx, but {folder} is not an ONNX bundle: run `reward-export {settings.path or 'demo'} "
             "OUT` and serve OUT."
         )
-    return OpenedModel(open_checkpoint(folder, settings))
+    checkpoint = open_checkpoint(folder, settings)
+    reward_rule_of(checkpoint, settings)
+    return OpenedModel(checkpoint)
+
+
+def reward_rule_of(checkpoint: Checkpoint | None, settings: ModelSettings) -> RewardRule:
+    """Return how the outputs of a model become a reward; the settings' weights take precedence over the checkpoint's.
+
+    Raises:
+        SettingsError: the settings' weights do not fit the model's outputs.
+    """
+    rule = RewardRule.of(checkpoint.description if checkpoint else None, settings.step_aggregate)
+    return rule.weighted(settings.reward_weights)
 
 
 def assemble(
@@ -166,7 +188,20 @@ def with_calibration(served: ServedModel, file: Path) -> ServedModel:
     return _join(settings, served.identity, served.checkpoint, served.tokenization, engine, lookup)
 
 
-def open_tokenization(checkpoint: Checkpoint, settings: TokenizationSettings) -> Tokenization:
+def step_reading_of(checkpoint: Checkpoint, *, max_steps: int, is_bundle: bool = False) -> StepReading:
+    """Return how a model is read at steps."""
+    refusal = ""
+    if is_bundle:
+        refusal = "An ONNX graph reads the head at one token of a text: serve the checkpoint itself to score steps."
+    elif checkpoint.gate_pattern:
+        refusal = "The head weights its objectives by the prompt of a whole text, and has no rewards of steps."
+    skipped = checkpoint.pad_token_id if checkpoint.pooling == "hf" else None
+    return StepReading(checkpoint.step_marker, max_steps, skipped, refusal)
+
+
+def open_tokenization(
+    checkpoint: Checkpoint, settings: TokenizationSettings, step_reading: StepReading = PLAIN_READING
+) -> Tokenization:
     """Return the tokenization of an opened checkpoint.
 
     Raises:
@@ -179,6 +214,8 @@ def open_tokenization(checkpoint: Checkpoint, settings: TokenizationSettings) ->
         vocab_size=checkpoint.embedding_size,
         inputs=checkpoint.inputs,
         append_token_ids=checkpoint.append_token_ids,
+        gate_pattern=checkpoint.gate_pattern,
+        step_reading=step_reading,
     )
 
 
@@ -216,7 +253,11 @@ def _assemble_oracle(settings: Settings) -> ServedModel:
     )
     tokenizer = byte_tokenizer(max_input_tokens)
     tokenization = Tokenization(
-        tokenizer, settings.tokenization, max_input_tokens=max_input_tokens, vocab_size=len(tokenizer)
+        tokenizer,
+        settings.tokenization,
+        max_input_tokens=max_input_tokens,
+        vocab_size=len(tokenizer),
+        step_reading=StepReading(max_steps=settings.limits.max_item_steps),
     )
     identity = ModelIdentity(settings.model.name or "oracle", "oracle")
     return _join(settings, identity, None, tokenization, engine, without_calibration("The oracle has no states."))
@@ -228,7 +269,10 @@ def _assemble_model(settings: Settings, taps: tuple[StateTap, ...] | None, opene
     enable_huge_pages()
     opened = opened or open_model(settings.model)
     checkpoint = opened.checkpoint
-    tokenization = open_tokenization(checkpoint, settings.tokenization)
+    step_reading = step_reading_of(
+        checkpoint, max_steps=settings.limits.max_item_steps, is_bundle=opened.bundle is not None
+    )
+    tokenization = open_tokenization(checkpoint, settings.tokenization, step_reading)
     logger.info("%s", tokenization.rule.sentence)
     if taps is None:
         lookup = _find_calibration(settings, checkpoint, tokenization)
@@ -239,6 +283,8 @@ def _assemble_model(settings: Settings, taps: tuple[StateTap, ...] | None, opene
         checkpoint,
         dtype=engine.info.arithmetic if opened.bundle is None else opened.bundle.arithmetic,
         template=tokenization.rule.name,
+        reward_weights=settings.model.reward_weights,
+        step_aggregate=settings.model.step_aggregate,
     )
     return _join(settings, identity, checkpoint, tokenization, engine, lookup)
 
@@ -274,7 +320,7 @@ def _load_engine(
 
 
 def _find_calibration(settings: Settings, checkpoint: Checkpoint, tokenization: Tokenization) -> Lookup:
-    binding = binding_of(checkpoint, template=tokenization.rule.name)
+    binding = binding_of(checkpoint, template=tokenization.rule.name, reward_weights=settings.model.reward_weights)
     return find_calibration(checkpoint.path, settings.diagnostics.calibration, binding)
 
 
@@ -299,7 +345,7 @@ def _join(
     diagnostician = Diagnostician(calibration, special_ids, settings.diagnostics.alpha, info.taps)
     scorer = Scorer(
         tokenization,
-        Pipeline(engine, diagnostician),
+        Pipeline(engine, diagnostician, rule=reward_rule_of(checkpoint, settings.model)),
         settings.limits,
         settings.batching,
         metrics,

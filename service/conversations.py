@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from service.errors import CompletionNotRendered, HttpError, InvalidRequest
 from service.records import Exchange, Message
+from service.steps import MAX_BORDER_CHARS
 
 SAMPLE_PROMPT = "What does a reward model do?"
 SAMPLE_COMPLETION = "It reads a prompt with its answer and says, as one number, how much people would like that answer."
@@ -104,6 +105,39 @@ class ConversationRenderer:
         except Exception as error:  # noqa: BLE001 - a template is a program and may raise anything
             return self._rejection(prompt, completion, error)
         return self._checked(text, start, completion)
+
+    def turn_ends(self, exchange: Exchange, variables: Variables, text: str) -> tuple[int, ...] | HttpError:
+        """Return how many characters of a rendered conversation there are up to the end of each assistant turn.
+
+        That is the conversation up to this turn, rendered alone, which the text must begin with.
+
+        Args:
+            exchange: what was rendered.
+            variables: with which it was rendered.
+            text: the rendered conversation.
+
+        Returns:
+            One number for each assistant turn of the completion; InvalidRequest where there are too many to find out,
+            or the template renders earlier turns otherwise once others follow.
+        """
+        prompt = (Message("user", exchange.prompt),) if isinstance(exchange.prompt, str) else exchange.prompt
+        completion = _turns(exchange.completion)
+        tools = json.loads(exchange.tools) if exchange.tools else None
+        last_turns = [index for index, turn in enumerate(completion) if turn.role == "assistant"]
+        if len(last_turns) * len(text) > MAX_BORDER_CHARS:
+            return InvalidRequest(f"The conversation is too long to find the ends of {len(last_turns)} turns.")
+        ends = []
+        for index in last_turns:
+            try:
+                begin = self._render((*prompt, *completion[: index + 1]), tools, variables)
+            except Exception as error:  # noqa: BLE001 - a template is a program and may raise anything
+                return self._rejection(prompt, completion[: index + 1], error)
+            if not text.startswith(begin):
+                return InvalidRequest(
+                    "The chat template renders a turn otherwise once others follow, so the ends of turns are unknown."
+                )
+            ends.append(len(begin))
+        return tuple(ends)
 
     def _checked(self, text: str, start: int | None, completion: tuple[Message, ...]) -> Rendered | HttpError:
         is_whole = prints_whole(completion, text[start or 0 :])

@@ -13,6 +13,7 @@
     │   ├── UnsupportedMediaType   415    a Content-Type or Content-Encoding that is not supported
     │   ├── InvalidRequest         422    a field is missing, unknown, of the wrong type or out of range
     │   ├── CompletionNotRendered  422    the chat template leaves out a part of the completion
+    │   ├── WeightsMissing         422    the model has several outputs, and nothing says how they make one reward
     │   ├── SequenceTooLong        422    more tokens than the model's limit, and truncation cannot help
     │   └── Overloaded             503    the queue is full; carries retry_after_s
     ├── ScoringFailed                     the service fails on it, or cannot accept it now
@@ -157,6 +158,12 @@ class CompletionNotRendered(RequestRefused):
 
     status, code = 422, "completion_not_rendered"
     title = "The chat template leaves out a part of the completion"
+
+
+class WeightsMissing(RequestRefused):
+    """The model has several outputs, and no weights of them are known, so there is no reward to answer with."""
+
+    status, code, title = 422, "weights_missing", "The model has several outputs and no weights of them are known"
 
 
 class SequenceTooLong(RequestRefused):

@@ -146,11 +146,24 @@ class Metrics:
 
     def _declare_scores(self) -> None:
         registry = self.registry
-        self.reward = Histogram("rm_reward", "Raw rewards. The sum can decrease.", buckets=REWARDS, registry=registry)
+        self.reward = Histogram(
+            "rm_reward",
+            "Raw rewards by the service's own weights. The sum can decrease.",
+            buckets=REWARDS,
+            registry=registry,
+        )
         self.completion_length = Histogram(
             "rm_completion_length_tokens",
             "Completion tokens of scored items for which it is known where the prompt ends.",
             buckets=TOKENS,
+            registry=registry,
+        )
+
+        self.output = Histogram(
+            "rm_output",
+            "Raw outputs of a model with several, by name; at most the first 32. The sum can decrease.",
+            ["output"],
+            buckets=REWARDS,
             registry=registry,
         )
 

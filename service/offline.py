@@ -40,7 +40,7 @@ ITEMS_PER_ENCODING = 256
 _NO_GROUP = Item(Exchange("", ""))
 """A placeholder for the item of a sequence: the prefix key is then computed from the tokens alone."""
 
-_Key: TypeAlias = tuple[tuple[int, ...], int | None]
+_Key: TypeAlias = tuple[tuple[int, ...], int | None, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +156,7 @@ def _requests(sequences: Iterable[TokenSequence], budget: BatchBudget) -> list[l
 
 def _key(sequence: TokenSequence) -> _Key:
     """Sequences with equal keys have equal rewards and states: pooling may depend on where the completion begins."""
-    return sequence.row, sequence.num_prompt_tokens
+    return sequence.row, sequence.num_prompt_tokens, sequence.step_positions
 
 
 # --- Scoring ---------------------------------------------------------------------------------------------------------

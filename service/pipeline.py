@@ -10,9 +10,9 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import NoReturn
+from typing import NoReturn, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,9 +31,13 @@ from service.errors import (
     WarmUpFailed,
 )
 from service.records import Score, TokenSequence
+from service.reward_rule import RewardRule
 from service.scheduling.budget import BatchBudget
 
 logger = logging.getLogger(__name__)
+
+Outputs: TypeAlias = float | NDArray[np.float32]
+"""What the head gave for a sequence: its one output, or [steps + 1, outputs] as in ``EngineOutput``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +100,7 @@ class Pipeline:
         engine: the engine, which nothing else uses.
         diagnostician: measures the states of a batch; None: one without a calibration.
         clock: seconds.
+        rule: makes rewards of the outputs of the engine; None: a single output is the reward.
     """
 
     def __init__(
@@ -103,8 +108,10 @@ class Pipeline:
         engine: Engine,
         diagnostician: Diagnostician | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        rule: RewardRule | None = None,
     ) -> None:
         self.engine = engine
+        self.rule = rule or RewardRule(engine.info.outputs)
         self.diagnostician = diagnostician or Diagnostician(None)
         self._clock = clock
         self._last_end = -math.inf
@@ -159,7 +166,9 @@ class Pipeline:
         run = batch.run
         run.run_all()
         computed = self._clock()
-        outcomes = [score_of(reward, sequence) for reward, sequence in zip(run.rewards, run.sequences, strict=True)]
+        outcomes = [
+            score_of(outputs, sequence, self.rule) for outputs, sequence in zip(run.outputs, run.sequences, strict=True)
+        ]
         self._read_states(outcomes, run, batch.needs_states)
         self._last_end = self._clock()
         return BatchOutcome(
@@ -174,13 +183,21 @@ class Pipeline:
 
     def _read_states(self, outcomes: list[Outcome], run: _BatchRun, needed: Sequence[bool]) -> None:
         """Replace the Scores that need states by Scores with the statistics of the states."""
-        rewards = {index: outcome.reward for index, outcome in enumerate(outcomes) if isinstance(outcome, Score)}
+        rewards = {
+            index: outcome.reward
+            for index, outcome in enumerate(outcomes)
+            if isinstance(outcome, Score) and outcome.reward is not None
+        }
         indices = [index for index in rewards if needed[index] and index in run.states]
         if indices:
             states = np.stack([run.states[index] for index in indices])
             measured = self.diagnostician.read_states([rewards[index] for index in indices], states)
-            for index, score in zip(indices, measured, strict=True):
-                outcomes[index] = score
+            for index, found in zip(indices, measured, strict=True):
+                score = outcomes[index]
+                if isinstance(score, Score):
+                    outcomes[index] = replace(
+                        score, reward_std_epistemic=found.reward_std_epistemic, traits=found.traits
+                    )
 
     def warm_up(self, budget: BatchBudget, token_ids: Sequence[int]) -> WarmUp:
         """Run the largest legal batches, so that a lack of memory shows at start and not under load.
@@ -237,7 +254,7 @@ class _BatchRun:
         self.sequences = sequences
         self._needs_states = states
         self._launched: Pending[EngineOutput] | None = None
-        self._found: dict[int, float | HttpError] = {}
+        self._found: dict[int, Outputs | HttpError] = {}
         self._failure_logged = False
         self.num_forwards = 0
         self.out_of_memory = False
@@ -246,8 +263,8 @@ class _BatchRun:
         self.states: dict[int, NDArray[np.float32]] = {}
 
     @property
-    def rewards(self) -> list[float | HttpError]:
-        """In the order of the sequences; a reward may be NaN or infinite."""
+    def outputs(self) -> list[Outputs | HttpError]:
+        """The head's outputs of each sequence, or its error, in order; they may be NaN or infinite."""
         return [self._found[index] for index in range(len(self.sequences))]
 
     def launch(self) -> None:
@@ -286,13 +303,13 @@ class _BatchRun:
         return True
 
     def _record(self, part: range, output: EngineOutput) -> None:
-        if len(output.rewards) != len(part):
+        if len(output.rewards) != len(part) or (output.outputs is not None and len(output.outputs) != len(part)):
             # It is unknown which reward belongs to which sequence, so none is used; a retry would run the same code.
             mismatch = OutputMismatch(f"The engine returned {len(output.rewards)} rewards for {len(part)} sequences.")
             logger.error("%s", mismatch)
             self._found.update(dict.fromkeys(part, mismatch))
             return
-        self._found.update(zip(part, output.rewards, strict=True))
+        self._found.update(zip(part, output.rewards if output.outputs is None else output.outputs, strict=True))
         if output.states is not None:
             self.states.update(zip(part, output.states, strict=True))
         if output.shared_tokens:
@@ -343,16 +360,37 @@ def isolate_failures(num_sequences: int, try_pass: Callable[[range], bool]) -> l
     return failed
 
 
-def score_of(reward: float | HttpError, sequence: TokenSequence) -> Outcome:
-    """Return the Score of a reward; an error is returned as it is.
+def score_of(outputs: Outputs | HttpError, sequence: TokenSequence, rule: RewardRule) -> Outcome:
+    """Return the Score of what the head gave for a sequence; an error is returned as it is.
 
-    A reward that is NaN or infinite becomes NonFiniteReward: it is never passed on as a number.
+    A number that is NaN or infinite becomes NonFiniteReward: it is never passed on.
     """
-    if isinstance(reward, HttpError):
-        return reward
-    if not math.isfinite(reward):
-        return NonFiniteReward(f"The model returned {reward} for {sequence.num_tokens} tokens.")
-    return Score(reward)
+    if isinstance(outputs, HttpError):
+        return outputs
+    if isinstance(outputs, float):  # one output and no steps
+        reward = rule.reward_of([outputs])
+        score = Score(reward)
+        values = [outputs] if reward is None else [outputs, reward]
+    else:
+        score = _score_of_values(outputs.tolist(), rule)
+        values = [*outputs.ravel().tolist(), *score.step_rewards, *([] if score.reward is None else [score.reward])]
+    for value in values:
+        if not math.isfinite(value):
+            return NonFiniteReward(f"The model returned {value} for {sequence.num_tokens} tokens.")
+    return score
+
+
+def _score_of_values(values: Sequence[Sequence[float]], rule: RewardRule) -> Score:
+    """Return the Score of the outputs at each step and at the pooled token."""
+    *steps, pooled = values
+    if not steps:
+        return Score(rule.reward_of(pooled), outputs=tuple(pooled))
+    rewards = [reward for reward in map(rule.reward_of, steps) if reward is not None]
+    return Score(
+        rule.aggregate(rewards) if rewards else None,
+        step_outputs=tuple(map(tuple, steps)),
+        step_rewards=tuple(rewards),
+    )
 
 
 def largest_batches(budget: BatchBudget, max_input_tokens: int, token_ids: Sequence[int]) -> list[list[TokenSequence]]:

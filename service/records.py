@@ -21,6 +21,9 @@ Pooling: TypeAlias = Literal["hf", "last"]
 Activation: TypeAlias = Literal["none", "relu", "gelu", "gelu_tanh", "silu", "selu", "tanh", "sigmoid"]
 """The function after a linear layer of a head. ``gelu`` is exact, ``gelu_tanh`` its approximation."""
 
+StepAggregate: TypeAlias = Literal["last", "min", "mean", "product"]
+"""How the rewards of the steps of a text become its reward."""
+
 BatchCost: TypeAlias = Literal["packed", "padded"]
 """How an engine computes a batch. ``packed``: without padding; ``padded``: all sequences padded to the longest."""
 
@@ -139,12 +142,33 @@ class TokenIds:
 Content: TypeAlias = Exchange | TemplatedText | TokenIds
 
 
+StepKind: TypeAlias = Literal["texts", "marker", "turns"]
+"""How an item says where its steps end. ``texts``: the completion is given as a list of steps; ``marker``: at each
+marker token; ``turns``: with each assistant turn of the completion."""
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """Where the steps of an item end, as the request says it."""
+
+    kind: StepKind
+
+    texts: tuple[str, ...] = field(default=(), repr=False)
+    """The steps of kind ``texts``, without markers."""
+
+    token_id: int | None = None
+    """The marker token; None: the model's."""
+
+
 @dataclass(frozen=True, slots=True)
 class Item:
     """One entry of a request."""
 
     content: Content
-    """What is to be scored."""
+    """What is to be scored. With steps of kind ``texts`` its completion is these texts without markers, on lines."""
+
+    steps: Steps | None = field(default=None, kw_only=True)
+    """The steps that get rewards of their own; None: the whole text gets one."""
 
     id: str | int | None = None
     """The caller's name or number of the item; it is returned with the answer."""
@@ -191,6 +215,9 @@ class ScoreRequest:
     waits_for_room: bool = False
     """Whether a request that finds the queue full waits for room, up to its timeout, instead of being refused."""
 
+    weights: Mapping[str, float] | None = None
+    """Weight of each output in the reward, by name; an output without one has weight 0. None: the model's own."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelInputs:
@@ -230,6 +257,9 @@ class TokenSequence:
 
     token_types: tuple[int, ...] = field(default=(), repr=False)
     """The segment of each token (0: prompt, 1: completion), for models that read it; empty where all are 0."""
+
+    step_positions: tuple[int, ...] = field(default=(), repr=False)
+    """Indices of further tokens whose states the head reads, ascending: the last token of each step."""
 
     partly_rendered: bool = False
     """Whether the chat template left out a part of the completion, which the settings accept."""
@@ -419,8 +449,10 @@ class GroupReport:
 class Score:
     """The reward of one item and its diagnostics. None: not requested, or unknown; no value is a guess."""
 
-    reward: float
-    """The raw output of the scalar head."""
+    reward: float | None
+    """The reward that the reward rule gives; of a head with one output its raw output.
+
+    None only where the head has several outputs and no weights are known."""
 
     length: LengthReport | None = None
 
@@ -444,6 +476,18 @@ class Score:
 
     gap: CalibrationGap | None = None
     """Why calibrated diagnostics that were requested are None."""
+
+    outputs: tuple[float, ...] = ()
+    """The head's outputs at the pooled token, where it has several and no steps are read; empty otherwise."""
+
+    step_outputs: tuple[tuple[float, ...], ...] = ()
+    """The head's outputs at the last token of each step, in order; empty without steps."""
+
+    step_rewards: tuple[float, ...] = ()
+    """The reward of each step, in order; empty without steps, and where ``reward`` is None."""
+
+    own_weights: bool = False
+    """Whether weights of the request made the reward: it is then on another scale than the calibration's rewards."""
 
     traits: tuple[float, ...] | None = field(default=None, repr=False, compare=False)
     """State statistics that the detectors read once the whole request is known; never part of a response."""

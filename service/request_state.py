@@ -141,4 +141,11 @@ def _outcome_for(encoded: TokenSequence | HttpError, computed: TokenSequence, ou
     if isinstance(outcome, HttpError) or isinstance(encoded, HttpError):
         return outcome
     same_prompt = encoded.num_prompt_tokens == computed.num_prompt_tokens
-    return outcome if same_prompt else Score(outcome.reward)
+    if same_prompt:
+        return outcome
+    return Score(
+        outcome.reward,
+        outputs=outcome.outputs,
+        step_outputs=outcome.step_outputs,
+        step_rewards=outcome.step_rewards,
+    )

@@ -23,6 +23,7 @@ from service.metrics import Metrics
 from service.pipeline import Pipeline
 from service.records import Encoding, Item, ScoreRequest, TokenSequence
 from service.request_state import RequestState, ScoredRequest
+from service.request_weights import with_weights
 from service.scheduling.budget import BatchBudget
 from service.scheduling.queue import Queue
 from service.scheduling.work import SMALL_REQUEST_ITEMS, Work, chunks_of, is_small_chunk, plan_work
@@ -103,7 +104,7 @@ class Scorer:
         self._all_answered.set()
         queue = Queue(limits.max_queue_tokens, info.min_shared_prefix_tokens, batch_tokens=budget.max_tokens)
         self._queue = WorkQueue(queue, clock)
-        self._metrics = ScoringMetrics(metrics)
+        self._metrics = ScoringMetrics(metrics, info.outputs)
         self._metrics.read_queue(
             lambda: len(self._queue), lambda: self._queue.num_waiting_tokens, self._queue.oldest_wait_s
         )
@@ -325,6 +326,8 @@ class Scorer:
 
     async def _complete(self, state: RequestState, readings: Sequence[_TextReading]) -> None:
         """Add the diagnostics to the Scores of a request, once the engine has computed all of it."""
+        if state.request.weights is not None:
+            state.complete(with_weights(state.outcomes, self._pipeline.rule, state.request.weights))
         if readings:
             state.record_texts([text for reading in readings for text in await reading])
         complete = partial(self._pipeline.diagnostician.complete, state.items, state.request.diagnostics)

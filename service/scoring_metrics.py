@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from service.diagnostics.item_state import ItemState
+from service.diagnostics.monitors.observation import MAX_OUTPUTS
 from service.errors import HttpError, NonFiniteReward, RequestRefused
 from service.metrics import Metrics
 from service.pipeline import BatchOutcome
@@ -15,10 +16,18 @@ from service.scheduling.budget import BatchBudget, batch_cost
 
 
 class ScoringMetrics:
-    """The metrics that the scorer and the engine loop write; safe to call from both of their threads."""
+    """The metrics that the scorer and the engine loop write; safe to call from both of their threads.
 
-    def __init__(self, metrics: Metrics) -> None:
+    Args:
+        metrics: of the replica.
+        outputs: names of the model's outputs.
+    """
+
+    def __init__(self, metrics: Metrics, outputs: Sequence[str] = ()) -> None:
         self._metrics = metrics
+        # Created once: names of outputs are not from requests, and looking a label up costs as much as the observation.
+        several = outputs[:MAX_OUTPUTS] if len(outputs) > 1 else ()
+        self._outputs = [metrics.output.labels(output=name) for name in several]
 
     def read_queue(
         self, num_sequences: Callable[[], int], num_tokens: Callable[[], int], oldest_wait_s: Callable[[], float]
@@ -58,9 +67,15 @@ class ScoringMetrics:
             self.count_items(num_items, label)
         for item in items:
             if isinstance(item.outcome, Score) and item.sequence is not None:
-                metrics.reward.observe(item.outcome.reward)
+                self._observe_outputs(item.outcome)
                 if item.sequence.num_completion_tokens is not None:
                     metrics.completion_length.observe(item.sequence.num_completion_tokens)
+
+    def _observe_outputs(self, score: Score) -> None:
+        if score.reward is not None and not score.own_weights:
+            self._metrics.reward.observe(score.reward)
+        for histogram, value in zip(self._outputs, score.outputs, strict=False):
+            histogram.observe(value)
 
     def observe_batch(self, lengths: Sequence[int], outcome: BatchOutcome, budget: BatchBudget) -> None:
         """Observe a batch that was computed.

@@ -13,12 +13,12 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeAlias, TypeGuard, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from reward_client.options import DiagnosticsLevel, TemplateChoice, Truncation
 
 from service.errors import SettingsError
-from service.records import DEMO_MODEL, Pooling
+from service.records import DEMO_MODEL, Pooling, StepAggregate
 
 ProtocolName: TypeAlias = Literal["openrlhf", "vllm", "llamafactory", "slime", "kserve", "sglang", "tei"]
 PROTOCOL_NAMES: tuple[ProtocolName, ...] = get_args(ProtocolName)
@@ -67,6 +67,30 @@ class ModelSettings(Section):
         None,
         description="Token whose hidden state is scored. hf: the rightmost that is not the pad token, as transformers "
         "does; last: the last token; null: what the checkpoint's reward_model.json says, else hf.",
+    )
+    outputs: tuple[str, ...] | None = Field(
+        None,
+        min_length=2,
+        description="Names of the labels of a model whose labels are outputs of a regression, in order; null: what "
+        "reward_model.json says, or id2label where the problem_type is regression.",
+    )
+    class_reward: str | None = Field(
+        None,
+        description="How the logits of a model whose labels are classes become the reward: logit:LABEL, "
+        "log_probability:LABEL, probability:LABEL or logit_difference:LABEL,LABEL, with names or indices of labels; "
+        "null: such a model is refused.",
+    )
+    step_aggregate: StepAggregate | None = Field(
+        None,
+        description="How the rewards of an item's steps become its reward; null: what the checkpoint's "
+        "reward_model.json says, else last.",
+    )
+    reward_weights: dict[str, FiniteFloat] | None = Field(
+        None,
+        min_length=1,
+        json_schema_extra={VALUES: "names of outputs with their weights, at least one, as a mapping; or null"},
+        description="Of a model with several outputs, the weight of each in the reward; 0 for an output that is not "
+        "named. null: what the checkpoint's reward_model.json says.",
     )
     max_input_tokens: int | None = Field(
         None,
@@ -164,6 +188,7 @@ class LimitSettings(Section):
     max_compare_completions: int = Field(
         256, ge=2, description="Completions of a comparison; the size of the answer grows with the square."
     )
+    max_item_steps: int = Field(512, ge=1, description="Steps of one item that get rewards of their own.")
     max_item_chars: int = Field(131_072, ge=1, description="Characters of one item, checked before tokenizing.")
     max_queue_tokens: int = Field(
         2_097_152,

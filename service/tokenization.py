@@ -29,13 +29,25 @@ from service.records import (
     Exchange,
     Item,
     ModelInputs,
+    Steps,
     TemplatedText,
     TextProbe,
     TokenIds,
     TokenSequence,
 )
 from service.settings import TokenizationSettings
+from service.steps import (
+    PLAIN_READING,
+    StepEnds,
+    StepReading,
+    check_count,
+    ends_of_texts,
+    find_positions,
+    marked_completion,
+    refuse_steps,
+)
 from service.text_rule import decide_rule
+from service.token_pattern import last_occurrence
 
 __all__ = ["SAMPLE", "SAMPLE_COMPLETION", "SAMPLE_PROMPT", "Tokenization"]
 
@@ -67,6 +79,9 @@ class _Text:
     is_whole: bool = True
     """Whether it contains the whole completion."""
 
+    steps: StepEnds | None = None
+    """Where its steps end; None: it has none."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Pair:
@@ -95,7 +110,9 @@ class Tokenization:
         max_input_tokens: maximal length of a TokenSequence.
         vocab_size: rows of the embedding; token ids that callers send must be less.
         append_token_ids: stand after every text that does not end in them, such as a reward token.
+        gate_pattern: token ids between prompt and completion, of which the head reads one; every item must have them.
         inputs: what the model reads.
+        step_reading: how the model is read at steps.
 
     ``rule`` is how text becomes token ids by default. ``sample_token_ids`` are the ids of ``SAMPLE`` with the default
     settings.
@@ -114,9 +131,13 @@ class Tokenization:
         max_input_tokens: int,
         vocab_size: int,
         append_token_ids: tuple[int, ...] = (),
+        gate_pattern: tuple[int, ...] = (),
         inputs: ModelInputs = PLAIN_INPUTS,
+        step_reading: StepReading = PLAIN_READING,
     ) -> None:
         self._tokenizer = tokenizer
+        self._inputs = inputs
+        self._step_reading = step_reading
         self._backend = _private_backend(tokenizer)
         self._conversations = ConversationRenderer(tokenizer, accepts_partial=settings.unrendered == "accept")
         self.rule = decide_rule(tokenizer, self._backend, settings, inputs, self._conversations.content)
@@ -138,6 +159,7 @@ class Tokenization:
         self._max_input_tokens = max_input_tokens
         self._vocab_size = vocab_size
         self._appended = append_token_ids
+        self._gate_pattern = gate_pattern
         self.sample_token_ids = self._encode_sample()
         self._refuse_other_ids()
         self._tokens_per_char, self._extra_tokens = self._measure_sample()
@@ -147,6 +169,16 @@ class Tokenization:
         """The texts of the tokenizer's special tokens."""
         added = self._tokenizer.added_tokens_decoder.values()
         return frozenset(token.content for token in added if token.special)
+
+    def step_description(self) -> dict[str, Any]:
+        """Return how the model is read at steps as JSON-ready values for ``/v1/model``."""
+        reading = self._step_reading
+        return {
+            "readable": not (reading.refusal or self._inputs.is_encoder),
+            "marker": reading.marker.text,
+            "marker_token_id": reading.marker.token_id,
+            "separate": reading.marker.separate,
+        }
 
     def template_for(self, encoding: Encoding) -> TemplateChoice:
         """Return how a prompt that is a plain string is rendered with this encoding."""
@@ -174,6 +206,8 @@ class Tokenization:
             One entry per item, in order: a TokenSequence, or one of
             InvalidRequest: messages without a chat template, or messages that it rejects; a template or variables that
             the model does not have; ids outside the vocabulary; no tokens at all.
+            InvalidRequest too: an item without the tokens that the gate of the model's head reads; steps of which the
+            last token cannot be determined.
             CompletionNotRendered: the chat template leaves out a part of the completion.
             SequenceTooLong: more than ``max_input_tokens`` where truncation was not requested or is not possible.
         """
@@ -181,12 +215,14 @@ class Tokenization:
         prepared = [self._prepare(item, encoding, prompts) for item in items]
         encoded = iter(self._encode_all([entry for entry in prepared if isinstance(entry, _Text | _Pair)]))
         outcomes: list[TokenSequence | HttpError] = []
-        for entry in prepared:
+        for item, entry in zip(items, prepared, strict=True):
             match entry:
                 case _Text() | _Pair():
-                    outcomes.append(self._fit(self._tokens(entry, next(encoded)), encoding.truncation))
+                    tokens = self._tokens(entry, next(encoded))
+                    fitted = self._fit(tokens, encoding.truncation) if isinstance(tokens, _Tokens) else tokens
+                    outcomes.append(self._gated(fitted))
                 case TokenIds():
-                    outcomes.append(self._check_ids(entry))
+                    outcomes.append(self._gated(self._check_ids(entry, item.steps)))
                 case HttpError():
                     outcomes.append(entry)
         return outcomes
@@ -223,19 +259,61 @@ class Tokenization:
         self, item: Item, encoding: Encoding, prompts: dict[tuple[object, str], Any]
     ) -> _Text | _Pair | TokenIds | HttpError:
         content = item.content
+        refusal = refuse_steps(item, self._step_reading, self._inputs)
+        if refusal is not None:
+            return refusal
         match content:
             case Exchange():
+                if item.steps is not None:
+                    return self._prepare_steps(content, item.steps, encoding, prompts)
                 return self._prepare_exchange(content, encoding, prompts)
             case TemplatedText():
-                rule = self.rule
+                rule, ends = self.rule, self._marker_ends(item.steps)
                 if not encoding.add_bos:
-                    return _Text(content.text, is_exchange=False)
+                    return _Text(content.text, is_exchange=False, steps=ends)
                 after = () if rule.template == "chat" and rule.adds_end else rule.after
-                return _Text(content.text, rule.before, after, is_exchange=False)
+                return _Text(content.text, rule.before, after, is_exchange=False, steps=ends)
             case TokenIds():
                 return content
             case _:
                 assert_never(content)
+
+    def _marker_ends(self, steps: Steps | None) -> StepEnds | None:
+        if steps is None:
+            return None
+        return StepEnds(self._step_reading.marker.token_id if steps.token_id is None else steps.token_id)
+
+    def _prepare_steps(
+        self, exchange: Exchange, steps: Steps, encoding: Encoding, prompts: dict[tuple[object, str], Any]
+    ) -> _Text | HttpError:
+        marker = self._step_reading.marker
+        if steps.kind == "texts":
+            exchange = replace(exchange, completion=marked_completion(steps, marker))
+        prepared = self._prepare_exchange(exchange, encoding, prompts)
+        if isinstance(prepared, HttpError):
+            return prepared
+        if isinstance(prepared, _Pair) or (steps.kind == "turns" and self._appended):
+            return InvalidRequest("The model reads pairs of texts or an appended token, so its steps cannot be read.")
+        ends: StepEnds | HttpError | None
+        match steps.kind:
+            case "texts" if prepared.prompt_chars is None:
+                ends = InvalidRequest("It is unknown where the completion begins, so its steps cannot be read.")
+            case "texts":
+                ends = ends_of_texts(steps, marker, prepared.text, prepared.prompt_chars or 0)
+            case "marker":
+                ends = self._marker_ends(steps)
+            case "turns":
+                ends = self._turn_ends(exchange, encoding, prepared.text)
+        return ends if isinstance(ends, HttpError) else replace(prepared, steps=ends)
+
+    def _turn_ends(self, exchange: Exchange, encoding: Encoding, text: str) -> StepEnds | HttpError:
+        is_plain = isinstance(exchange.prompt, str) and isinstance(exchange.completion, str)
+        if is_plain and self.template_for(encoding) != "chat":
+            return InvalidRequest("A text that no chat template renders has no turns.")
+        ends = self._conversations.turn_ends(exchange, dict(encoding.template_variables), text)
+        if isinstance(ends, HttpError):
+            return ends
+        return StepEnds(chars=ends, skipped_id=self._step_reading.pad_token_id)
 
     def _prepare_exchange(
         self, exchange: Exchange, encoding: Encoding, prompts: dict[tuple[object, str], Any]
@@ -265,24 +343,53 @@ class Tokenization:
             is_whole=rendered.is_whole,
         )
 
-    def _tokens(self, entry: _Text | _Pair, encoded: Any) -> _Tokens:
+    def _tokens(self, entry: _Text | _Pair, encoded: Any) -> _Tokens | HttpError:
         return self._pair_tokens(entry, encoded) if isinstance(entry, _Pair) else self._text_tokens(entry, encoded)
 
-    def _text_tokens(self, text: _Text, encoded: Any) -> _Tokens:
+    def _text_tokens(self, text: _Text, encoded: Any) -> _Tokens | HttpError:
         ids = tuple(encoded.ids)
         num_prompt_tokens = None if text.prompt_chars is None else _tokens_before(text.prompt_chars, encoded)
+        positions: tuple[int, ...] = ()
+        if text.steps is not None:
+            ids = self._with_separate_steps(ids, text.steps)
+            found = self._step_positions(text, ids, num_prompt_tokens)
+            if isinstance(found, HttpError):
+                return found
+            positions = found
         if ids[: len(text.before)] != text.before:
             ids = text.before + ids
+            positions = tuple(position + len(text.before) for position in positions)
             if num_prompt_tokens is not None:
                 num_prompt_tokens += len(text.before)
         ids = self._with_appended(ids + text.after)
         sequence = TokenSequence(
-            ids, num_prompt_tokens, completion_chars=text.completion_chars, partly_rendered=not text.is_whole
+            ids,
+            num_prompt_tokens,
+            completion_chars=text.completion_chars,
+            step_positions=positions,
+            partly_rendered=not text.is_whole,
         )
         if num_prompt_tokens is not None:
             return _Tokens(sequence, num_prompt_tokens)
         # Where an exchange has no known border nothing is dropped: it might be of the completion.
         return _Tokens(sequence, 0 if text.is_exchange else len(ids))
+
+    def _with_separate_steps(self, ids: tuple[int, ...], steps: StepEnds) -> tuple[int, ...]:
+        """Return the ids of a text with those of the steps that are tokenized alone, each with the marker after it."""
+        for step in steps.texts:
+            ids += (*self._encode_one(step).ids, *(() if steps.token_id is None else (steps.token_id,)))
+        return ids
+
+    def _step_positions(
+        self, text: _Text, ids: tuple[int, ...], num_prompt_tokens: int | None
+    ) -> tuple[int, ...] | HttpError:
+        assert text.steps is not None  # noqa: S101 - the caller has checked it
+        found = find_positions(
+            text.steps, ids, text.text, num_prompt_tokens, lambda part: tuple(self._encode_one(part).ids)
+        )
+        if isinstance(found, HttpError):
+            return found
+        return check_count(found, self._step_reading) or found
 
     def _with_appended(self, ids: tuple[int, ...]) -> tuple[int, ...]:
         """Return the ids of a text with what the model's description puts behind it, which is not put there twice."""
@@ -320,22 +427,42 @@ class Tokenization:
                 f"{len(ids):,} tokens; the limit is {limit:,}. "
                 f"{len(ids) - (end_of_prompt or len(ids)):,} of them are in the completion, which is never truncated."
             )
+        if sequence.step_positions[:1] and sequence.step_positions[0] < num_leading + excess:
+            return SequenceTooLong(f"{len(ids):,} tokens; the limit is {limit:,}, and truncation would drop a step.")
         return replace(
             sequence,
             token_ids=ids[:num_leading] + ids[num_leading + excess :],
+            step_positions=tuple(position - excess for position in sequence.step_positions),
             token_types=sequence.token_types[:num_leading] + sequence.token_types[num_leading + excess :],
             num_prompt_tokens=None if sequence.num_prompt_tokens is None else sequence.num_prompt_tokens - excess,
             num_dropped=excess,
         )
 
-    def _check_ids(self, content: TokenIds) -> TokenSequence | HttpError:
+    def _gated(self, outcome: TokenSequence | HttpError) -> TokenSequence | HttpError:
+        """Refuse a sequence without the tokens that the gate of the head reads: it has no reward."""
+        if not self._gate_pattern or isinstance(outcome, HttpError):
+            return outcome
+        if last_occurrence(outcome.token_ids, self._gate_pattern) is None:
+            return InvalidRequest(
+                "The model weights its objectives by the state at the end of the prompt, and the item does not have "
+                "the tokens that its chat template writes there: send prompt and completion, or a text rendered by it."
+            )
+        return outcome
+
+    def _check_ids(self, content: TokenIds, steps: Steps | None) -> TokenSequence | HttpError:
         ids = content.ids
         if not ids:
             return InvalidRequest("The item has no tokens.")
         if min(ids) < 0 or max(ids) >= self._vocab_size:
             index = next(index for index, token_id in enumerate(ids) if not 0 <= token_id < self._vocab_size)
             return InvalidRequest(f"The token id at index {index} is not in the vocabulary of {self._vocab_size:,}.")
-        return TokenSequence(ids) if len(ids) <= self._max_input_tokens else _too_long(len(ids), self._max_input_tokens)
+        if len(ids) > self._max_input_tokens:
+            return _too_long(len(ids), self._max_input_tokens)
+        ends = self._marker_ends(steps)
+        if ends is None:
+            return TokenSequence(ids)
+        positions = self._step_positions(_Text("", is_exchange=False, steps=ends), ids, None)
+        return positions if isinstance(positions, HttpError) else TokenSequence(ids, step_positions=positions)
 
     def _refuse_unrenderable(self) -> None:
         refusal = self._conversations.refusal
@@ -350,7 +477,10 @@ class Tokenization:
                 "correct it, or set tokenization.template to concat."
             )
         (encoded,) = self._encode_all([prepared])
-        return self._tokens(prepared, encoded).sequence.token_ids
+        tokens = self._tokens(prepared, encoded)
+        if isinstance(tokens, HttpError):
+            raise CheckpointError(f"The service cannot encode a sample: {tokens}")
+        return tokens.sequence.token_ids
 
     def probes(self) -> list[TextProbe]:
         """Return sample texts as they are served, with what the tokenizer's own call gives for them.

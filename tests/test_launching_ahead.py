@@ -75,7 +75,7 @@ def expected(*completions: str) -> list[float]:
     return [oracle_reward_of_text(PROMPT, completion) for completion in completions]
 
 
-def rewards(scored: ScoredRequest) -> list[float | type[HttpError]]:
+def rewards(scored: ScoredRequest) -> list[float | type[HttpError] | None]:
     return [outcome.reward if isinstance(outcome, Score) else type(outcome) for outcome in scored.outcomes]
 
 

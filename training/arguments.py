@@ -12,6 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from reward_client.provenance import TRAINING_MANIFEST_FILE
 
@@ -19,6 +20,7 @@ from service.arguments import CommandParser
 from service.errors import DatasetError, OutputError, SettingsError
 from service.outputs import check_output_folder
 from training.hub_datasets import check_hub_dataset
+from training.objectives import parse_objective
 from training.preferences import read_pairs
 from training.recipe import DtypeChoice, Recipe
 from training.sources import Source, is_on_hub
@@ -67,7 +69,9 @@ class RunOptions:
 
 def read_recipe(options: argparse.Namespace, max_positions: int | None = None) -> Recipe:
     """Return the recipe of the command line; the default of ``--max-length`` is not above the base's positions."""
-    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(Recipe)}
+    values: dict[str, Any] = {field.name: getattr(options, field.name, None) for field in dataclasses.fields(Recipe)}
+    values["objectives"] = tuple(name for name, _ in options.objectives)
+    values["objective_weights"] = tuple(weight for _, weight in options.objectives if weight is not None)
     if values["max_length"] is None:
         values["max_length"] = min(_DEFAULT.max_length, max_positions or _DEFAULT.max_length)
     return Recipe(**values)
@@ -200,6 +204,8 @@ def _fixed_options(recipe: Recipe, base: str) -> dict[str, str]:
     folder = Path(base).expanduser()
     name = folder.resolve() if folder.is_dir() else base
     values = {"--base": name, "--full": recipe.full} | ({} if recipe.full else _adapter_options(recipe))
+    if recipe.objectives:
+        values["--objectives"] = " ".join(recipe.objectives)
     return {option: str(value) for option, value in values.items()}
 
 
@@ -294,6 +300,15 @@ def _add_weights_options(group: argparse._ArgumentGroup) -> None:
 
 def _add_pairs_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
+    add(
+        "--objectives",
+        nargs="+",
+        type=parse_objective,
+        default=[],
+        metavar="NAME[=WEIGHT]",
+        help="train one output for each of these names, on the pairs whose field objective has it; the weights make "
+        "one reward of the outputs",
+    )
     add(
         "--max-length",
         type=int,

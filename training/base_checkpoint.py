@@ -49,12 +49,16 @@ def locate_base(base: str) -> tuple[Path, str]:
     return local_folder(base), base
 
 
-def read_base_facts(folder: Path) -> BaseFacts:
+def read_base_facts(folder: Path, num_outputs: int = 1) -> BaseFacts:
     """Check the small files of a base and return what its configuration tells.
+
+    Args:
+        folder: of the base.
+        num_outputs: outputs of the head that will be trained.
 
     Raises:
         CheckpointError: the folder is an adapter, has no readable ``config.json``, or its weights are missing, damaged
-            or end in a head with several outputs.
+            or end in a head with another number of outputs.
     """
     if is_adapter(folder):
         raise CheckpointError(
@@ -66,16 +70,17 @@ def read_base_facts(folder: Path) -> BaseFacts:
     refuse_quantized(folder, "a base for training")
     config = read_json(folder / CONFIG_FILE)
     for name, tensor in read_tensor_infos(weight_files(folder)).items():
-        if name in HEAD_NAMES and tensor.shape[0] != 1:
-            raise CheckpointError(several_outputs(str(folder), name, tensor.shape[0]))
+        if name in HEAD_NAMES and tensor.shape[0] != num_outputs:
+            raise CheckpointError(other_outputs(str(folder), name, tensor.shape[0], num_outputs))
     return BaseFacts(_first_count(config, _LAYER_KEYS), _first_count(config, _POSITION_KEYS))
 
 
-def several_outputs(base: str, name: str, num_outputs: int) -> str:
-    """Return the message for a base whose classification head is no scalar head."""
+def other_outputs(base: str, name: str, stored: int, wanted: int = 1) -> str:
+    """Return the message for a base whose classification head has another number of outputs than is trained."""
+    model = "a reward model has one" if wanted == 1 else f"--objectives names {wanted}"
     return (
-        f"{base} is a classifier with {num_outputs} outputs ({name}), and a reward model has one: "
-        "start from the language model that it was made of, or from a checkpoint with num_labels=1."
+        f"{base} is a classifier with {stored} output{'s' if stored != 1 else ''} ({name}), and {model}: "
+        f"start from the language model that it was made of, or from a checkpoint with num_labels={wanted}."
     )
 
 

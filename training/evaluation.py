@@ -64,10 +64,10 @@ class Evaluation:
     """Pearson's correlation of the reward with the logarithm of the completion's characters."""
 
 
-def evaluate(model: PreTrainedModel, pairs: Sequence[TokenizedPair]) -> Evaluation:
-    """Score both completions of each pair and compare the rewards with the human choice."""
-    chosen = rewards(model, [pair.chosen_ids for pair in pairs])
-    rejected = rewards(model, [pair.rejected_ids for pair in pairs])
+def evaluate(model: PreTrainedModel, pairs: Sequence[TokenizedPair], output: int = 0) -> Evaluation:
+    """Score both completions of each pair and compare the rewards, one output of the head, with the human choice."""
+    chosen = rewards(model, [pair.chosen_ids for pair in pairs], output)
+    rejected = rewards(model, [pair.rejected_ids for pair in pairs], output)
     margins = chosen - rejected
     log_lengths = [math.log1p(len(text)) for text in _completions(pair.pair for pair in pairs)]
     return Evaluation(
@@ -92,8 +92,8 @@ def describe(name: str, evaluation: Evaluation) -> str:
     )
 
 
-def rewards(model: PreTrainedModel, sequences: Sequence[tuple[int, ...]]) -> NDArray[np.float32]:
-    """Return the raw rewards, float32 [sequence], in input order.
+def rewards(model: PreTrainedModel, sequences: Sequence[tuple[int, ...]], output: int = 0) -> NDArray[np.float32]:
+    """Return the raw rewards, float32 [sequence], in input order: one output of the head.
 
     The forward pass is the model's own, not that of an engine: the model is the object that the trainer holds, with its
     adapter and in its dtype, and an engine loads a checkpoint from files. The batches are those that the service forms
@@ -108,7 +108,7 @@ def rewards(model: PreTrainedModel, sequences: Sequence[tuple[int, ...]]) -> NDA
         for batch in plan_batches(map(TokenSequence, sequences), budget):
             ids, mask = _pad([sequence.token_ids for sequence in batch.sequences], pad_id)
             logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
-            for indices, reward in zip(batch.indices, logits.squeeze(-1).float().cpu().numpy(), strict=True):
+            for indices, reward in zip(batch.indices, logits[:, output].float().cpu().numpy(), strict=True):
                 answers[list(indices)] = reward
     model.train(was_training)
     return answers

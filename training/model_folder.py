@@ -16,17 +16,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from service.checkpoints.adapter import merge_adapter
 from service.checkpoints.checkpoint import open_checkpoint
-from service.checkpoints.reward_description import (
-    ClassifierHead,
-    Provenance,
-    RewardDescription,
-    write_description,
-)
+from service.checkpoints.reward_description import write_description
 from service.errors import CheckpointError
 from service.settings import ModelSettings
 from service.transformers_logging import transformers_silenced
 from training.manifest import Manifest
 from training.model_card import CARD_FILE, model_card
+from training.objectives import describe_outputs
 
 
 def clear_folder(folder: Path) -> None:
@@ -61,8 +57,7 @@ def write_model(
         unfinished = Path(work_dir)
         with transformers_silenced():
             _save(model, tokenizer, manifest.base, base_dir, unfinished)
-        # TRL trains transformers' classifier, so its pooling is that of training.
-        write_description(unfinished, RewardDescription(ClassifierHead(), source=Provenance("reward-train")))
+        write_description(unfinished, describe_outputs(manifest.recipe))
         card = model_card(manifest, folder, is_adapter=not manifest.recipe.full)
         (unfinished / CARD_FILE).write_text(card, encoding="utf-8")
         if manifest.recipe.full:

@@ -54,6 +54,9 @@ class PreferencePair:
     reviews: tuple[Review, ...] = ()
     """The votes of single annotators, where they are known."""
 
+    objective: str = ""
+    """What the completions were compared by, such as ``helpfulness``; empty where the row does not say."""
+
     location: str = field(default="", compare=False)
     """The row's file and number, for messages."""
 
@@ -112,8 +115,8 @@ def parse_pair(row: Row, default_source: str = "") -> PreferencePair:
     """Return the pair of a row.
 
     Args:
-        row: a pair as `service.data.prompts` defines it; further keys are ``id``, ``source`` and ``reviews`` (a list of
-            votes, or an object of votes by annotator), all others are ignored.
+        row: a pair as `service.data.prompts` defines it; further keys are ``id``, ``source``, ``objective`` and
+            ``reviews`` (a list of votes, or an object of votes by annotator), all others are ignored.
         default_source: the source of a row that has none.
 
     Raises:
@@ -132,8 +135,18 @@ def _pair(row: Row, texts: PromptCompletions, default_source: str) -> Preference
         id=str(row.values.get("id") or row.location),
         source=str(row.values.get("source") or default_source),
         reviews=_parse_reviews(row),
+        objective=_parse_objective(row),
         location=row.location,
     )
+
+
+def _parse_objective(row: Row) -> str:
+    given = row.values.get("objective")
+    if given is None:
+        return ""
+    if not isinstance(given, str):
+        raise DatasetError(f'{row.location}: "objective" must be the name of an objective, a string.')
+    return given
 
 
 def _parse_reviews(row: Row) -> tuple[Review, ...]:

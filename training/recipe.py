@@ -11,6 +11,9 @@ from service.errors import SettingsError
 
 DtypeChoice: TypeAlias = Literal["auto", "bf16", "fp32"]
 
+MAX_OBJECTIVES = 64
+"""Outputs of one model."""
+
 MAX_SEED = 2**32 - 1
 """The largest seed that NumPy accepts."""
 
@@ -78,6 +81,12 @@ class Recipe:
     """Leave out pairs of which a smaller share of the annotators preferred the chosen completion; pairs without reviews
     are included. None: include all pairs."""
 
+    objectives: tuple[str, ...] = ()
+    """Names of the outputs, each trained on the pairs that are labelled with it; empty: one output for all pairs."""
+
+    objective_weights: tuple[float, ...] = ()
+    """Weight of each objective in the reward, in their order; empty: the model has no reward without other weights."""
+
     seed: int = 0
     """Of the order of pairs and of random draws."""
 
@@ -129,7 +138,18 @@ def check_recipe(recipe: Recipe) -> None:
     for option, value, is_in_range, wanted in ranges:
         if not is_in_range:
             raise SettingsError(f"{option} is {value}; it must be {wanted}.")
+    _check_objectives(recipe)
     recipe.accumulation_steps()
+
+
+def _check_objectives(recipe: Recipe) -> None:
+    names, weights = recipe.objectives, recipe.objective_weights
+    if len(names) == 1 or len(set(names)) < len(names):
+        raise SettingsError("--objectives has one name, or a name twice: name two or more outputs, each once.")
+    if len(names) > MAX_OBJECTIVES:
+        raise SettingsError(f"--objectives has {len(names)} names; it must have at most {MAX_OBJECTIVES}.")
+    if weights and len(weights) != len(names):
+        raise SettingsError("--objectives has weights for some of the names only: give all of them one, or none.")
 
 
 def resolve_dtype(choice: DtypeChoice, *, native_bfloat16: bool) -> Literal["bf16", "fp32"]:

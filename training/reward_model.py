@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, TaskType
@@ -18,7 +19,7 @@ from service.checkpoints.architecture import max_positions
 from service.engines.devices.device import has_native_bfloat16
 from service.errors import CheckpointError
 from service.transformers_logging import transformers_silenced
-from training.base_checkpoint import check_against_base, several_outputs
+from training.base_checkpoint import check_against_base, other_outputs
 from training.recipe import Recipe
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -51,7 +52,7 @@ def load_base(base: Path, recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTo
             tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
             model, report = AutoModelForSequenceClassification.from_pretrained(
                 base,
-                num_labels=1,
+                **_labels(recipe),
                 dtype=dtype,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
@@ -62,18 +63,32 @@ def load_base(base: Path, recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTo
             f"The base model {base} cannot be loaded ({type(error).__name__}); "
             "give a checkpoint folder, a hub id that can be reached, or 'demo'."
         ) from error
-    _refuse_other_shapes(base, report["mismatched_keys"])
+    _refuse_other_shapes(base, report["mismatched_keys"], recipe)
     check_against_base(recipe, model.config.get_text_config().num_hidden_layers, max_positions(model))
     _set_pad_token(model, tokenizer)
-    _prepare_head(model, missing=set(report["missing_keys"]), full=recipe.full)
+    _prepare_head(model, missing=set(report["missing_keys"]), recipe=recipe)
     return model, tokenizer
 
 
-def _refuse_other_shapes(base: Path, mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]]) -> None:
+def num_outputs(recipe: Recipe) -> int:
+    """Outputs of the head that a recipe trains."""
+    return max(1, len(recipe.objectives))
+
+
+def _labels(recipe: Recipe) -> dict[str, Any]:
+    if not recipe.objectives:
+        return {"num_labels": 1}
+    labels = dict(enumerate(recipe.objectives))
+    return {"id2label": labels, "label2id": {name: index for index, name in labels.items()}}
+
+
+def _refuse_other_shapes(
+    base: Path, mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]], recipe: Recipe
+) -> None:
     """Refuse weights that were left random because their stored shape (the second entry) is not the model's."""
     for name, stored, wanted in mismatched:
-        if wanted[0] == 1 and stored[1:] == wanted[1:]:
-            raise CheckpointError(several_outputs(str(base), name, stored[0]))
+        if wanted[0] == num_outputs(recipe) and stored[1:] == wanted[1:]:
+            raise CheckpointError(other_outputs(str(base), name, stored[0], wanted[0]))
         raise CheckpointError(
             f"{name} of {base} has the shape {list(stored)}, but its config.json describes {list(wanted)}: "
             "copy or save the checkpoint again."
@@ -88,10 +103,10 @@ def _set_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
 
-def _prepare_head(model: PreTrainedModel, *, missing: set[str], full: bool) -> None:
-    name, head = scalar_head(model)
+def _prepare_head(model: PreTrainedModel, *, missing: set[str], recipe: Recipe) -> None:
+    name, head = reward_head(model, num_outputs(recipe))
     fresh = {f"{name}.{parameter}" for parameter, _ in head.named_parameters()} & missing
-    if missing - fresh and not full:
+    if missing - fresh and not recipe.full:
         raise CheckpointError(
             f"The base lacks {min(missing - fresh)}, which an adapter would leave random; "
             "train all weights with --full."
@@ -102,16 +117,18 @@ def _prepare_head(model: PreTrainedModel, *, missing: set[str], full: bool) -> N
             torch.nn.init.zeros_(parameter)
 
 
-def scalar_head(model: PreTrainedModel) -> tuple[str, torch.nn.Linear]:
-    """Return name and module of the scalar head: the last linear layer with one output.
+def reward_head(model: PreTrainedModel, outputs: int = 1) -> tuple[str, torch.nn.Linear]:
+    """Return name and module of the head: the last linear layer with that number of outputs.
 
     Raises:
         CheckpointError: the model has none.
     """
     for name, module in reversed(list(model.named_modules())):
-        if isinstance(module, torch.nn.Linear) and module.out_features == 1:
+        if isinstance(module, torch.nn.Linear) and module.out_features == outputs:
             return name, module
-    raise CheckpointError("The base model's classification head is not a linear layer with one output; it is required.")
+    raise CheckpointError(
+        f"The base model's classification head is not a linear layer with {outputs} outputs; it is required."
+    )
 
 
 def lora_config(model: PreTrainedModel, recipe: Recipe) -> LoraConfig:
@@ -121,7 +138,7 @@ def lora_config(model: PreTrainedModel, recipe: Recipe) -> LoraConfig:
     """
     num_layers = model.config.get_text_config().num_hidden_layers
     num_adapted = num_layers if recipe.lora_layers is None else recipe.lora_layers
-    _, head = scalar_head(model)
+    _, head = reward_head(model, num_outputs(recipe))
     linear_names = {
         name.rpartition(".")[2]
         for name, module in model.named_modules()

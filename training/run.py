@@ -30,6 +30,7 @@ from training.arguments import CHECKPOINTS_FOLDER, LEFTOVERS, TENSORBOARD_FOLDER
 from training.evaluation import evaluate
 from training.manifest import Manifest
 from training.model_folder import clear_folder, write_merged, write_model
+from training.objectives import by_objective, check_all_trained, check_labels
 from training.pairs import TokenizedPair, shorten_prompts, tokenize_usable_pairs
 from training.preferences import PreferencePair, read_pairs
 from training.processes import Processes
@@ -129,7 +130,10 @@ def run(
             recipe=recipe,
             num_steps=result.num_steps,
             selected_step=result.selected_step,
-            evaluations={name: evaluate(result.model, tokenized) for name, tokenized in pairs.evaluated.items()},
+            evaluations={
+                name: evaluate(result.model, tokenized, output)
+                for name, output, tokenized in by_objective(pairs.evaluated, recipe.objectives)
+            },
             annotator_agreement=measure_annotator_agreement(pairs.read),
         )
         if processes.is_main:
@@ -155,6 +159,8 @@ def _prepare_pairs(
     inputs: Inputs, tokenizer: PreTrainedTokenizerBase, model_inputs: ModelInputs, recipe: Recipe, tell: Tell
 ) -> PreparedPairs:
     pairs = list(read_pairs(inputs.data, tell))
+    if recipe.objectives:
+        check_labels(pairs, recipe.objectives)
     tokenized = tokenize_usable_pairs(pairs, tokenizer, model_inputs, tell)
     num_refused = len(pairs) - len(tokenized)
     if recipe.shorten_prompts:
@@ -164,11 +170,15 @@ def _prepare_pairs(
         name: tokenize_usable_pairs(read_pairs([source], tell), tokenizer, model_inputs, tell)
         for name, source in zip(names, inputs.eval_sources, strict=True)
     }
+    if recipe.objectives:
+        check_labels((pair.pair for part in evaluated.values() for pair in part), recipe.objectives)
     watched = watched_pairs(next(iter(evaluated.values()), []), recipe)
     held_out = [] if evaluated else held_out_pairs(tokenized, recipe, MAX_HELD_OUT_PAIRS)
+    selection = select_pairs(tokenized, recipe, num_refused)
+    check_all_trained((pair.pair for pair in selection.pairs), recipe.objectives)
     return PreparedPairs(
         read=pairs,
-        selection=select_pairs(tokenized, recipe, num_refused),
+        selection=selection,
         evaluated=evaluated or ({HELD_OUT: held_out} if held_out else {}),
         watched=watched,
     )

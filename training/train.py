@@ -69,7 +69,9 @@ def train(
     options, processes = options or RunOptions(), read_processes()
     check_settings(recipe, options, processes, evaluates=bool(eval_sources))
     check_inputs([*data, *eval_sources], base, out_dir, options, processes)
-    return _train_on(find_base(base), data, out_dir, recipe, eval_sources, options, processes, console)
+    return _train_on(
+        find_base(base, recipe.objectives), data, out_dir, recipe, eval_sources, options, processes, console
+    )
 
 
 def _train_on(
@@ -129,10 +131,15 @@ def check_inputs(
     check_first_rows(sources)
 
 
-def find_base(base: str) -> tuple[Path, str, BaseFacts]:
+def find_base(base: str, objectives: Sequence[str] = ()) -> tuple[Path, str, BaseFacts]:
     """Return the folder of a base, its name in the manifest, and what its configuration tells.
 
+    Args:
+        base: as for `train`.
+        objectives: of the recipe.
+
     Raises:
+        SettingsError: the base has other outputs than the objectives.
         CheckpointError: see `train`.
     """
     from service.checkpoints.reward_description import refuse_described_head
@@ -140,7 +147,19 @@ def find_base(base: str) -> tuple[Path, str, BaseFacts]:
 
     folder, name = locate_base(base)
     refuse_described_head(folder, "trained further")
-    return folder, name, read_base_facts(folder)
+    _check_outputs(folder, objectives)
+    return folder, name, read_base_facts(folder, max(1, len(objectives)))
+
+
+def _check_outputs(folder: Path, objectives: Sequence[str]) -> None:
+    """Refuse to train further the outputs of a model under other names or in another order."""
+    from service.checkpoints.reward_description import read_description
+
+    description = read_description(folder)
+    if description is not None and len(description.outputs) > 1 and description.outputs != tuple(objectives):
+        raise SettingsError(
+            f"The base has the outputs {' '.join(description.outputs)}: give --objectives these names, in this order."
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -180,7 +199,7 @@ def _train(options: argparse.Namespace, processes: Processes, console: Console) 
     run_options = read_run_options(options)
     check_settings(read_recipe(options), run_options, processes, evaluates=bool(options.eval))
     check_inputs([*options.data, *options.eval], options.base, options.out, run_options, processes)
-    base = find_base(options.base)
+    base = find_base(options.base, read_recipe(options).objectives)
     recipe = read_recipe(options, max_positions=base[2].max_positions)
     # TRL reports every run to its authors otherwise; the variable is read when the libraries are imported.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

@@ -29,6 +29,8 @@ from trl import RewardConfig, RewardTrainer
 
 from service.transformers_logging import transformers_silenced
 from training.arguments import CHECKPOINTS_FOLDER, LOG_FILE, RunOptions, list_checkpoints
+from training.objective_trainer import OUTPUT_COLUMN, ObjectiveTrainer, OutputCollator
+from training.objectives import one_label
 from training.pairs import TokenizedPair
 from training.processes import Processes
 from training.progress import ProgressCallback, ProgressLine
@@ -99,22 +101,28 @@ def run_training(
     """
     # TRL and PEFT use names that transformers deprecates, and report what is done on purpose here.
     with transformers_silenced():
-        trainer = RewardTrainer(
-            model=model,
-            args=_trainer_settings(
-                recipe,
-                num_pairs=len(train_pairs),
-                evaluates=bool(eval_pairs),
-                out_dir=out_dir,
-                num_processes=processes.count,
-                report_to=options.report_to,
-            ),
-            train_dataset=_as_dataset(train_pairs),
-            eval_dataset=_as_dataset(sorted(eval_pairs, key=lambda pair: pair.num_tokens)) if eval_pairs else None,
-            processing_class=tokenizer,
-            peft_config=None if recipe.full else lora_config(model, recipe),
-            callbacks=[ProgressCallback(line, recipe.batch_pairs), *_callbacks(recipe, out_dir)],
-        )
+        several = recipe.objectives
+        make = ObjectiveTrainer if several else RewardTrainer
+        with one_label(model):
+            trainer = make(
+                model=model,
+                data_collator=OutputCollator(tokenizer.pad_token_id) if several else None,
+                args=_trainer_settings(
+                    recipe,
+                    num_pairs=len(train_pairs),
+                    evaluates=bool(eval_pairs),
+                    out_dir=out_dir,
+                    num_processes=processes.count,
+                    report_to=options.report_to,
+                ),
+                train_dataset=_as_dataset(train_pairs, several),
+                eval_dataset=(
+                    _as_dataset(sorted(eval_pairs, key=lambda pair: pair.num_tokens), several) if eval_pairs else None
+                ),
+                processing_class=tokenizer,
+                peft_config=None if recipe.full else lora_config(model, recipe),
+                callbacks=[ProgressCallback(line, recipe.batch_pairs), *_callbacks(recipe, out_dir)],
+            )
         trainer.remove_callback(PrinterCallback)
         with prompts_shared(model), line.shown():
             trainer.train(resume_from_checkpoint=str(list_checkpoints(out_dir)[-1]) if options.resume else None)
@@ -180,9 +188,11 @@ def _trainer_settings(
     )
 
 
-def _as_dataset(pairs: Sequence[TokenizedPair]) -> Dataset:
+def _as_dataset(pairs: Sequence[TokenizedPair], objectives: Sequence[str] = ()) -> Dataset:
+    outputs = {OUTPUT_COLUMN: [objectives.index(pair.pair.objective) for pair in pairs]} if objectives else {}
     return Dataset.from_dict(
         {
+            **outputs,
             "chosen_ids": [list(pair.chosen_ids) for pair in pairs],
             "rejected_ids": [list(pair.rejected_ids) for pair in pairs],
             "num_tokens": [pair.num_tokens for pair in pairs],

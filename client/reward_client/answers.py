@@ -12,18 +12,19 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from reward_client.diagnostics import Diagnostics
-from reward_client.errors import BadAnswer, ItemFailure, ItemsFailed
+from reward_client.errors import BadAnswer, ItemFailure, ItemsFailed, RewardMissing
 from reward_client.fields import read_fields
 
-_NOT_DIAGNOSTICS = frozenset({"index", "id", "reward"})
+_NOT_DIAGNOSTICS = frozenset({"index", "id", "reward", "rewards"})
 
 
 @dataclass(frozen=True, slots=True)
 class ScoredItem:
     """The result of one item."""
 
-    reward: float
-    """The raw output of the scalar head, finite."""
+    reward: float | None
+    """The raw output of the scalar head, finite; of a model with several outputs their weighted sum. None only where
+    neither the call nor the service has weights of them."""
 
     model_version: str
     """Version of the model that computed it."""
@@ -33,6 +34,20 @@ class ScoredItem:
 
     diagnostics: Mapping[str, Any] = field(default_factory=dict)
     """Every further field of the result, as the service sent it."""
+
+    rewards: Mapping[str, float] = field(default_factory=dict)
+    """The raw outputs of a model with several, by name; empty for a model with one."""
+
+    @property
+    def known_reward(self) -> float:
+        """The reward, for a caller that needs one.
+
+        Raises:
+            RewardMissing: the model has several outputs, and no weights of them are known.
+        """
+        if self.reward is None:
+            raise RewardMissing(self.rewards)
+        return self.reward
 
     @property
     def details(self) -> Diagnostics:
@@ -80,10 +95,12 @@ def read_scores(content: bytes, num_items: int) -> ChunkScores:
     for index, result in enumerate(results):
         if not isinstance(result, dict) or result.get("index") != index:
             raise BadAnswer(f"Result {index} does not have index {index}")
-        if ("error" in result) == ("reward" in result):
+        if ("error" in result) == ("reward" in result or "rewards" in result):
             raise BadAnswer(f"Result {index} must have either a reward or an error")
         if "reward" in result:
             _finite(result["reward"], f"The reward of result {index}")
+        if "rewards" in result:
+            _check_named(result["rewards"], f"The rewards of result {index}")
     return ChunkScores(_model_version(answer), results)
 
 
@@ -142,7 +159,9 @@ def read_problem(content: bytes) -> dict[str, Any]:
 
 def _scored(version: str, result: Mapping[str, Any]) -> ScoredItem:
     diagnostics = {name: value for name, value in result.items() if name not in _NOT_DIAGNOSTICS}
-    return ScoredItem(float(result["reward"]), version, result.get("id"), diagnostics)
+    reward = float(result["reward"]) if "reward" in result else None
+    rewards = {name: float(value) for name, value in result.get("rewards", {}).items()}
+    return ScoredItem(reward, version, result.get("id"), diagnostics, rewards)
 
 
 def _failure(index: int, error: object) -> ItemFailure:
@@ -162,6 +181,13 @@ def _vector(values: object, length: int) -> tuple[float, ...]:
     if not isinstance(values, list) or len(values) != length:
         raise BadAnswer(f"{length} completions were sent; a row of the response has another length")
     return tuple(_finite(value, "A number of the comparison") for value in values)
+
+
+def _check_named(values: object, name: str) -> None:
+    if not isinstance(values, dict) or not values:
+        raise BadAnswer(f"{name} are not an object with a number for each output")
+    for value in values.values():
+        _finite(value, f"One of {name[0].lower()}{name[1:]}")
 
 
 def _finite(value: object, name: str) -> float:

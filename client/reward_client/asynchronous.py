@@ -27,6 +27,7 @@ from reward_client.answers import (
 from reward_client.checks import (
     check_headers,
     check_items,
+    check_weights,
     elements,
     instance_of,
     one_of,
@@ -52,6 +53,7 @@ from reward_client.requests import (
     ChunkLimits,
     Completion,
     Prompt,
+    Weights,
     WireItem,
     chunk_ranges,
     completion_content,
@@ -147,6 +149,7 @@ class AsyncRewardClient:
         truncation: Truncation | None = None,
         template: TemplateChoice | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        weights: Weights | None = None,
     ) -> list[float]: ...
 
     @overload
@@ -159,6 +162,7 @@ class AsyncRewardClient:
         truncation: Truncation | None = None,
         template: TemplateChoice | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        weights: Weights | None = None,
     ) -> list[ScoredItem]: ...
 
     async def score(
@@ -170,6 +174,7 @@ class AsyncRewardClient:
         truncation: Truncation | None = None,
         template: TemplateChoice | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        weights: Weights | None = None,
     ) -> list[float] | list[ScoredItem]:
         """Return the raw reward of each completion, in input order.
 
@@ -180,8 +185,11 @@ class AsyncRewardClient:
             truncation: what happens to an item that is too long; None: the service's setting.
             template: how a plain-text prompt is rendered; None: the service's setting.
             chat_template_kwargs: values for the chat template, of names that the service allows.
+            weights: of a model with several outputs, the weight of each by name, 0 where it is left out; None: the
+                service's own. The reward is their weighted sum.
 
         Raises:
+            RewardMissing: ``diagnostics`` is None, the model has several outputs, and no weights are known.
             InvalidArgument: one of the two is no list (a string is none), they differ in length, or an element is
                 neither a text nor a conversation.
             ClientError: no rewards; see ``score_items``.
@@ -193,8 +201,9 @@ class AsyncRewardClient:
             truncation=truncation,
             template=template,
             chat_template_kwargs=chat_template_kwargs,
+            weights=weights,
         )
-        return [item.reward for item in scored] if diagnostics is None else scored
+        return [item.known_reward for item in scored] if diagnostics is None else scored
 
     async def score_items(
         self,
@@ -204,6 +213,7 @@ class AsyncRewardClient:
         truncation: Truncation | None = None,
         template: TemplateChoice | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        weights: Weights | None = None,
     ) -> list[ScoredItem]:
         """Return reward and diagnostics of each item, in input order.
 
@@ -217,6 +227,7 @@ class AsyncRewardClient:
             truncation: as for ``score``.
             template: as for ``score``.
             chat_template_kwargs: as for ``score``.
+            weights: as for ``score``.
 
         Raises:
             RequestRejected: the service refused the request (4xx).
@@ -229,6 +240,7 @@ class AsyncRewardClient:
             InvalidArgument: the items are no list of dictionaries, or one cannot be written as JSON; nothing was sent.
         """
         _check_options(diagnostics, truncation, template)
+        checked_weights = check_weights(weights)
         item_list = elements(items, "items", "items of the wire format")
         check_items(item_list)
         if not item_list:
@@ -242,6 +254,7 @@ class AsyncRewardClient:
                 "truncation": truncation,
                 "template": template,
                 "chat_template_kwargs": chat_template_kwargs,
+                "weights": checked_weights,
             }
         )
         async with self._call() as call:
@@ -249,8 +262,15 @@ class AsyncRewardClient:
             scores = await call_with_retries(lambda: self._score_chunks(chunks, options, call), self.retries, call)
         return join_scores(scores)
 
-    async def compare(self, prompt: Prompt, completions: Iterable[Completion]) -> Comparison:
+    async def compare(
+        self, prompt: Prompt, completions: Iterable[Completion], *, weights: Weights | None = None
+    ) -> Comparison:
         """Return rewards and pairwise Bradley-Terry probabilities of two or more completions of one prompt.
+
+        Args:
+            prompt: a text or a conversation.
+            completions: texts, or lists of messages that begin with an assistant's.
+            weights: as for ``score``.
 
         Raises:
             ClientError: as ``score_items``; a completion without a reward fails the whole comparison.
@@ -263,7 +283,9 @@ class AsyncRewardClient:
         ]
         if len(contents) < 2:
             raise InvalidArgument(f"A comparison needs at least two completions, not {len(contents)}")
-        request = {"prompt": prompt_content(prompt), "completions": contents}
+        request = without_none(
+            {"prompt": prompt_content(prompt), "completions": contents, "weights": check_weights(weights)}
+        )
         encode_items([request])  # a text that JSON cannot represent is the caller's error, before the first attempt
 
         async with self._call() as call:

@@ -54,6 +54,28 @@ def positive_integer(value: object, name: str) -> int:
     return int(value)
 
 
+def check_weights(weights: object) -> dict[str, float] | None:
+    """Return the weights of named rewards as floats; None where there are none.
+
+    Raises:
+        InvalidArgument: it is no dictionary, it is empty, a name is no string, or a weight is no finite number.
+    """
+    if weights is None:
+        return None
+    wanted = 'weights must be a dictionary such as {"helpfulness": 0.7, "safety": 0.3}'
+    if not isinstance(weights, Mapping) or not all(isinstance(name, str) for name in weights):
+        raise InvalidArgument(f"{wanted}{_found(weights)}")
+    if not weights:
+        raise InvalidArgument(f"{wanted}; it is empty")
+    checked = {}
+    for name, weight in weights.items():
+        number = _finite(weight)
+        if number is None:
+            raise InvalidArgument(f"Each of weights must be a finite number{_shown(weight)}")
+        checked[name] = number
+    return checked
+
+
 def one_of(value: object, name: str, choices: Collection[str]) -> None:
     """Check an option that may be None.
 

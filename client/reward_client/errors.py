@@ -5,6 +5,7 @@
         ├── InvalidArgument               an argument is wrong, and nothing was sent; also a ValueError
         ├── RequestRejected               the service refused the request (4xx)
         ├── ItemsFailed                   some items have no reward; carries them and the rewards of the others
+        ├── RewardMissing                 several rewards came and no weights are known, where one reward is needed
         ├── BadAnswer                     the response violates the protocol
         ├── ReferenceMismatch             the KL reference is not the checkpoint that the model was initialised from
         └── NoAnswer                      no complete response; carries url, reason and attempts
@@ -17,7 +18,7 @@ Messages give sizes, limits and positions, never the text of a user.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -88,6 +89,21 @@ class ItemsFailed(ClientError):
 
     def __reduce__(self) -> tuple[type[ItemsFailed], tuple[object, ...]]:
         return type(self), (self.failures, self.rewards, self.items)
+
+
+class RewardMissing(ClientError):
+    """One reward is needed, but the model gives several and neither the call nor the service has weights of them."""
+
+    def __init__(self, rewards: Iterable[str]) -> None:
+        self.names = tuple(rewards)
+        """Names of the rewards that the model gives."""
+        super().__init__(
+            f"The model gives the rewards {', '.join(self.names)} and no weighted sum of them: pass weights, or set "
+            "model.reward_weights of the service"
+        )
+
+    def __reduce__(self) -> tuple[type[RewardMissing], tuple[tuple[str, ...]]]:
+        return type(self), (self.names,)
 
 
 class BadAnswer(ClientError):

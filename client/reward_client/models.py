@@ -49,6 +49,20 @@ class CalibrationInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class RewardRule:
+    """How the numbers that the model gives become one reward."""
+
+    outputs: tuple[str, ...] = ("reward",)
+    """Names of the numbers; where there are several, each result has them in ``rewards``."""
+
+    combination: str | None = None
+    """``output`` (there is one), ``weights``, ``mean``, ``min``, ``lower_bound``; None: no weights are known."""
+
+    weights: Mapping[str, float] | None = None
+    """Weight of each output by name, where ``combination`` is ``weights``."""
+
+
+@dataclass(frozen=True, slots=True)
 class ServedModel:
     """What is served. A member that the service does not send is None."""
 
@@ -81,6 +95,9 @@ class ServedModel:
 
     engine: Engine = Engine()
     """How rewards are computed."""
+
+    reward_rule: RewardRule = RewardRule()
+    """How the numbers that the model gives become one reward."""
 
     calibration: CalibrationInfo = CalibrationInfo()
     """The statistics of calibrated diagnostics."""

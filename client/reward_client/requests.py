@@ -18,6 +18,8 @@ ChatMessage: TypeAlias = Mapping[str, Any]
 Prompt: TypeAlias = str | Sequence[ChatMessage]
 Completion: TypeAlias = str | Sequence[ChatMessage]
 WireItem: TypeAlias = Mapping[str, Any]
+Weights: TypeAlias = Mapping[str, float]
+"""Weight of each output of a model in the reward, by the name of the output."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from reward_client.models import ServedModel
 from reward_client.options import DiagnosticsLevel, TemplateChoice, Truncation
 from reward_client.provenance import ReferenceCheck
 from reward_client.references import Reference
-from reward_client.requests import DEFAULT_CHUNKS, ChunkLimits, Completion, Prompt, WireItem
+from reward_client.requests import DEFAULT_CHUNKS, ChunkLimits, Completion, Prompt, Weights, WireItem
 from reward_client.retries import DEFAULT_RETRY_POLICY, RetryPolicy
 
 T = TypeVar("T")
@@ -85,6 +85,7 @@ class RewardClient:
         truncation: Truncation | None = None,
         template: TemplateChoice | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        weights: Weights | None = None,
     ) -> list[float]: ...
 
     @overload
@@ -97,6 +98,7 @@ class RewardClient:
         truncation: Truncation | None = None,
         template: TemplateChoice | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        weights: Weights | None = None,
     ) -> list[ScoredItem]: ...
 
     def score(
@@ -108,6 +110,7 @@ class RewardClient:
         truncation: Truncation | None = None,
         template: TemplateChoice | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        weights: Weights | None = None,
     ) -> list[float] | list[ScoredItem]:
         """Return the raw reward of each completion, in input order; see ``AsyncRewardClient.score``."""
         if diagnostics is None:
@@ -118,6 +121,7 @@ class RewardClient:
                     truncation=truncation,
                     template=template,
                     chat_template_kwargs=chat_template_kwargs,
+                    weights=weights,
                 )
             )
         return self._run(
@@ -128,6 +132,7 @@ class RewardClient:
                 truncation=truncation,
                 template=template,
                 chat_template_kwargs=chat_template_kwargs,
+                weights=weights,
             )
         )
 
@@ -139,6 +144,7 @@ class RewardClient:
         truncation: Truncation | None = None,
         template: TemplateChoice | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        weights: Weights | None = None,
     ) -> list[ScoredItem]:
         """Return reward and diagnostics of each item; see ``AsyncRewardClient.score_items``."""
         return self._run(
@@ -148,12 +154,15 @@ class RewardClient:
                 truncation=truncation,
                 template=template,
                 chat_template_kwargs=chat_template_kwargs,
+                weights=weights,
             )
         )
 
-    def compare(self, prompt: Prompt, completions: Iterable[Completion]) -> Comparison:
+    def compare(
+        self, prompt: Prompt, completions: Iterable[Completion], *, weights: Weights | None = None
+    ) -> Comparison:
         """Return rewards and preference probabilities; see ``AsyncRewardClient.compare``."""
-        return self._run(self._client.compare(prompt, completions))
+        return self._run(self._client.compare(prompt, completions, weights=weights))
 
     def model(self) -> ServedModel:
         """Return the description of the served model; see ``AsyncRewardClient.model``."""

@@ -128,7 +128,11 @@ def _assembled(
     log_lengths, rewards, prompts = joined(list(parts.clean.values()))
     template = served.tokenization.rule.name
     return Calibration(
-        binding=binding_of(required_checkpoint(served), template=template),
+        binding=binding_of(
+            required_checkpoint(served),
+            template=template,
+            reward_weights=served.settings.model.reward_weights,
+        ),
         arithmetic=arithmetic_of(served.info),
         facts=facts,
         rewards=Reference.of(rewards),

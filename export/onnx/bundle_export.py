@@ -146,14 +146,13 @@ def _build_bundle(folder: Path, checkpoint: Checkpoint, plan: ExportPlan, stage:
     stage(f"Comparing the graph on {len(sequences)} texts")
     settings = ModelSettings(path=str(folder), device="auto")
     engine = load_onnx_engine(open_bundle(folder, settings), settings, BatchingSettings(), check=False)
-    rewards = score(engine, sequences)
-    parity = compare_rewards(rewards, reference, items)
-    validate_parity(parity, plan.bounds or BOUNDS[plan.precision], reference)
+    outputs = score(engine, sequences)
+    parity = _compare_outputs(outputs, reference, items, plan.bounds or BOUNDS[plan.precision])
     manifest = replace(
         draft,
         parity=parity,
-        probes=choose_probes(sequences, rewards),
-        probe_tolerance=probe_tolerance(plan.precision, reference),
+        probes=choose_probes(sequences, outputs),
+        probe_tolerance=max(probe_tolerance(plan.precision, one) for one in zip(*reference, strict=True)),
     )
     engine.close()
     write_manifest(folder, manifest)
@@ -177,12 +176,33 @@ def _sequences(checkpoint: Checkpoint, plan: ExportPlan) -> list[TokenSequence]:
     return encode_items(read_items(plan.items) if plan.items else built_in_items(), tokenization)
 
 
-def _reference(checkpoint: Checkpoint, sequences: Sequence[TokenSequence]) -> tuple[bool, list[float]]:
-    """Return whether the head reads one state, and the rewards of plain transformers in fp32, one text at a time."""
-    from service.engines.parity import plain_rewards
+def _compare_outputs(
+    outputs: Sequence[Sequence[float]], reference: Sequence[Sequence[float]], text_source: str, bounds: Bounds
+) -> ExportParity:
+    """Compare each output by itself, and return the largest differences and the lowest agreement.
+
+    Raises:
+        ParityError: an output is outside the bounds.
+    """
+    compared = []
+    for found, plain in zip(zip(*outputs, strict=True), zip(*reference, strict=True), strict=True):
+        compared.append(compare_rewards(found, plain, text_source))
+        validate_parity(compared[-1], bounds, plain)
+    return replace(
+        compared[0],
+        max_difference=max(one.max_difference for one in compared),
+        mean_difference=max(one.mean_difference for one in compared),
+        spearman=min(one.spearman for one in compared),
+        pair_agreement=min(one.pair_agreement for one in compared),
+    )
+
+
+def _reference(checkpoint: Checkpoint, sequences: Sequence[TokenSequence]) -> tuple[bool, list[list[float]]]:
+    """Return whether the head reads one state, and the outputs of plain transformers in fp32, one text at a time."""
+    from service.engines.parity import plain_outputs
 
     classifier = _load(checkpoint, "float32")
-    return classifier.state_head is not None, plain_rewards(classifier, [tokens.token_ids for tokens in sequences])
+    return classifier.state_head is not None, plain_outputs(classifier, [tokens.token_ids for tokens in sequences])
 
 
 def _write_graph(folder: Path, checkpoint: Checkpoint, plan: ExportPlan, taps: tuple[StateTap, ...]) -> None:
@@ -238,27 +258,34 @@ def _library_versions() -> dict[str, str]:
     return {name: onnxruntime.__version__ if name == "onnxruntime" else version(name) for name in LIBRARIES}
 
 
-def score(engine: Engine, sequences: Sequence[TokenSequence]) -> list[float]:
-    """Return the rewards of the sequences, in order; NaN where a reward is not finite.
+def score(engine: Engine, sequences: Sequence[TokenSequence]) -> list[tuple[float, ...]]:
+    """Return the outputs of the sequences, in order; NaN where one is not finite.
 
     Raises:
         ParityError: the graph does not run on a sequence.
     """
-    rewards = [math.nan] * len(sequences)
+    names = engine.info.outputs
+    outputs = [(math.nan,) * len(names)] * len(sequences)
     for index, outcome in score_offline(Pipeline(engine), sequences):
         if isinstance(outcome, Score):
-            rewards[index] = outcome.reward
+            outputs[index] = outcome.outputs or (math.nan if outcome.reward is None else outcome.reward,)
         elif not isinstance(outcome, NonFiniteReward):
             raise ParityError(f"The graph does not run on a text of {sequences[index].num_tokens} tokens: {outcome}")
-    return rewards
+    return outputs
 
 
-def choose_probes(sequences: Sequence[TokenSequence], rewards: Sequence[float], count: int = 8) -> tuple[Probe, ...]:
-    """Return some of the texts with their rewards, evenly spaced by length up to `MAX_PROBE_TOKENS` tokens."""
+def choose_probes(
+    sequences: Sequence[TokenSequence], outputs: Sequence[Sequence[float]], count: int = 8
+) -> tuple[Probe, ...]:
+    """Return some of the texts with their outputs, evenly spaced by length up to `MAX_PROBE_TOKENS` tokens."""
     by_length = sorted(range(len(sequences)), key=lambda index: sequences[index].num_tokens)
     short = [index for index in by_length if sequences[index].num_tokens <= MAX_PROBE_TOKENS] or by_length[:1]
     chosen = dict.fromkeys(short[int(rank)] for rank in np.linspace(0, len(short) - 1, count))
-    return tuple(Probe(sequences[index].token_ids, rewards[index]) for index in chosen)
+    return tuple(_probe(sequences[index], outputs[index]) for index in chosen)
+
+
+def _probe(sequence: TokenSequence, outputs: Sequence[float]) -> Probe:
+    return Probe(sequence.token_ids, outputs[0], tuple(outputs) if len(outputs) > 1 else ())
 
 
 def probe_tolerance(precision: Precision, reference: Sequence[float]) -> float:

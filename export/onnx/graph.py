@@ -43,6 +43,7 @@ class RewardGraph(nn.Module):
         super().__init__()
         self.model = classifier.model
         self._has_state_head = classifier.state_head is not None
+        self._num_outputs = len(classifier.outputs)
         # Rotary embeddings need positions per sequence. Learned position embeddings may start at another number than 0.
         has_rope = bool(getattr(classifier.config, "rope_parameters", None))
         self._takes_positions = has_rope and "position_ids" in classifier.body.forward.__annotations__
@@ -56,7 +57,9 @@ class RewardGraph(nn.Module):
         pooled_position: torch.Tensor,
         mean_weights: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return rewards fp32 [batch] and states fp32 [batch, taps, hidden].
+        """Return outputs of the head and states fp32 [batch, taps, hidden].
+
+        The outputs are fp32 [batch, outputs]; of a head with one output fp32 [batch].
 
         Args:
             input_ids: int64 [batch, length], padded on the right.
@@ -73,11 +76,12 @@ class RewardGraph(nn.Module):
         if self._has_state_head:
             output = self.model.base_model(**inputs, **output_options, use_cache=False)
             pooled = output.last_hidden_state[rows, pooled_position]
-            reward = self.model.score(pooled)[:, 0].float()
+            outputs = self.model.score(pooled).float()
         else:
             output = self.model(**inputs, **output_options)
-            reward = output.logits[:, 0].float()
-        return reward, self._read_states(output.hidden_states, rows, pooled_position, mean_weights)
+            outputs = output.logits.float()
+        states = self._read_states(output.hidden_states, rows, pooled_position, mean_weights)
+        return (outputs[:, 0] if self._num_outputs == 1 else outputs), states
 
     def _read_states(
         self, layers: Any, rows: torch.Tensor, pooled_position: torch.Tensor, mean_weights: torch.Tensor

@@ -19,7 +19,7 @@ from service.checkpoints.demo_base import DEMO_BASE, obtain_demo_base
 from service.checkpoints.files import ADAPTER_CONFIG_FILE, TOKENIZER_CONFIG_FILE
 from service.checkpoints.hub import local_folder
 from service.checkpoints.quantization_format import refuse_quantized
-from service.checkpoints.reward_description import DESCRIPTION_FILE, refuse_described_head
+from service.checkpoints.reward_description import DESCRIPTION_FILE, read_description, refuse_described_head
 from service.errors import CheckpointError
 from service.transformers_logging import transformers_silenced
 
@@ -63,10 +63,11 @@ def merge_adapter(adapter_dir: Path, out_dir: Path, base_dir: Path | None = None
     config = _read_config(adapter_dir)
     _refuse_unmergeable(config, adapter_dir)
     shapes = _tensor_shapes(adapter_dir)
-    _validate_scalar_head(shapes, adapter_dir)
+    outputs = _output_names(adapter_dir)
+    _validate_head(shapes, adapter_dir, len(outputs))
     base = _locate_base(config, base_dir)
     with transformers_silenced():
-        model, tokenizer = _load_base(base, adapter_dir, shapes)
+        model, tokenizer = _load_base(base, adapter_dir, shapes, outputs)
         _resize_embedding(model, shapes)
         _merge(model, adapter_dir, base)
         model.config.get_text_config().pad_token_id = _pad_token_id(model.config, tokenizer)
@@ -91,14 +92,20 @@ def _read_config(adapter_dir: Path) -> Mapping[str, Any]:
     return config
 
 
-def _validate_scalar_head(shapes: Mapping[str, Sequence[int]], adapter_dir: Path) -> None:
-    """Check that a head in the adapter has one output; without one, the head must be the base's."""
+def _output_names(adapter_dir: Path) -> tuple[str, ...]:
+    """Return the names of the outputs that ``reward_model.json`` beside the adapter gives; without it there is one."""
+    description = read_description(adapter_dir)
+    return ("reward",) if description is None else description.outputs
+
+
+def _validate_head(shapes: Mapping[str, Sequence[int]], adapter_dir: Path, num_outputs: int) -> None:
+    """Check the number of outputs of a head in the adapter; without one, the head must be the base's."""
+    wanted = "a reward model has one. Train with num_labels=1"
+    if num_outputs > 1:
+        wanted = f"{DESCRIPTION_FILE} names {num_outputs}. Take both from the same model"
     for name, shape in shapes.items():
-        if _is_head(name) and shape[0] != 1:
-            raise CheckpointError(
-                f"{name} of {adapter_dir / ADAPTER_WEIGHTS_FILE} has {shape[0]} outputs; a reward model has one. "
-                "Train with num_labels=1."
-            )
+        if _is_head(name) and shape[0] != num_outputs:
+            raise CheckpointError(f"{name} of {adapter_dir / ADAPTER_WEIGHTS_FILE} has {shape[0]} outputs; {wanted}.")
 
 
 def _refuse_unmergeable(config: Mapping[str, Any], adapter_dir: Path) -> None:
@@ -160,13 +167,17 @@ def _locate_base(config: Mapping[str, Any], base_dir: Path | None) -> Path | str
         raise CheckpointError(f"The adapter's base model {name} cannot be loaded: {error}") from error
 
 
-def _load_base(base: Path | str, adapter_dir: Path, adapter_tensors: Mapping[str, Sequence[int]]) -> tuple[Any, Any]:
+def _load_base(
+    base: Path | str, adapter_dir: Path, adapter_tensors: Mapping[str, Sequence[int]], outputs: Sequence[str]
+) -> tuple[Any, Any]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     refuse_described_head(Path(base), "the base of an adapter")
     refuse_quantized(Path(base), "the base of an adapter")
     try:
-        model, report = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, output_loading_info=True)
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            base, **_labels(outputs), output_loading_info=True
+        )
         has_tokenizer = (adapter_dir / TOKENIZER_CONFIG_FILE).is_file()
         tokenizer = AutoTokenizer.from_pretrained(adapter_dir if has_tokenizer else base)
     except (OSError, ValueError, RuntimeError) as error:
@@ -188,6 +199,12 @@ def _load_base(base: Path | str, adapter_dir: Path, adapter_tensors: Mapping[str
             "Name its module in modules_to_save, train and save again."
         )
     return model, tokenizer
+
+
+def _labels(outputs: Sequence[str]) -> dict[str, Any]:
+    if len(outputs) == 1:
+        return {"num_labels": 1}
+    return {"id2label": dict(enumerate(outputs)), "label2id": {name: index for index, name in enumerate(outputs)}}
 
 
 def _merge(model: Any, adapter_dir: Path, base: Path | str) -> None:

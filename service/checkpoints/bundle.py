@@ -22,6 +22,7 @@ from service.checkpoints.checkpoint import (
     hash_tokenizer,
 )
 from service.checkpoints.files import BUNDLE_MANIFEST_FILE
+from service.checkpoints.labels import resolve_description
 from service.checkpoints.reward_description import read_description, resolve_pooling
 from service.checkpoints.validation import (
     load_config,
@@ -77,7 +78,10 @@ class Probe:
     token_ids: tuple[int, ...]
 
     reward: float
-    """The graph's reward of these token ids at export."""
+    """The first output that the graph gave for these token ids at export."""
+
+    outputs: tuple[float, ...] = ()
+    """All outputs that it gave, where there are several; empty otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,10 +178,11 @@ def open_bundle(path: Path, settings: ModelSettings) -> Bundle:
     """
     manifest = read_manifest(path)
     verify_files(path, manifest.files)
-    description = read_description(path)
-    pooling = resolve_pooling(description, settings.pooling)
+    stored = read_description(path)
+    pooling = resolve_pooling(stored, settings.pooling)
     with transformers_silenced():
         config = with_pad_token_id(load_config(path), manifest.pad_token_id)
+        description = resolve_description(path, stored, config, settings)
         tokenizer = load_tokenizer(path, config, settings.chat_template)
     validate_vocabulary(path, tokenizer, manifest.embedding_size)
     limit = resolve_max_input_tokens(path, manifest.max_input_tokens, tokenizer, settings.max_input_tokens)
@@ -193,7 +198,7 @@ def open_bundle(path: Path, settings: ModelSettings) -> Bundle:
         max_input_tokens=limit,
         pad_token_id=manifest.pad_token_id,
         hashes=Hashes(
-            config=hash_config(path),
+            config=hash_config(path, description),
             weights=manifest.checkpoint_sha256.weights,
             tokenizer=hash_tokenizer(tokenizer),
             template=hash_template(tokenizer),

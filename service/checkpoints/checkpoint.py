@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,10 +22,14 @@ from service.checkpoints.configuration import read_json
 from service.checkpoints.demo import obtain_demo_model
 from service.checkpoints.files import ADAPTER_CONFIG_FILE, CONFIG_FILE
 from service.checkpoints.hub import local_folder
+from service.checkpoints.labels import resolve_description
 from service.checkpoints.quantized_weights import QuantizedTensors, find_quantized
 from service.checkpoints.reward_description import (
     DESCRIPTION_FILE,
     ClassifierHead,
+    GatedHead,
+    LayeredHead,
+    LinearLayer,
     RewardDescription,
     read_description,
     resolve_pooling,
@@ -43,8 +47,9 @@ from service.checkpoints.validation import (
     with_pad_token_id,
 )
 from service.checkpoints.weights import read_tensor_infos, weight_files, weights_sha256
-from service.records import DEMO_MODEL, PLAIN_INPUTS, ModelIdentity, ModelInputs, Pooling
+from service.records import DEMO_MODEL, PLAIN_INPUTS, ModelIdentity, ModelInputs, Pooling, StepAggregate
 from service.settings import ModelSettings
+from service.steps import StepMarker
 from service.transformers_logging import transformers_silenced
 
 UNHASHED_CONFIG_KEYS = frozenset({"transformers_version", "_name_or_path", "architectures"})
@@ -117,9 +122,26 @@ class Checkpoint:
     """Sentences on unusual properties that are not a reason to refuse."""
 
     @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the numbers that the head gives."""
+        return self.description.outputs if self.description else ("reward",)
+
+    @property
+    def step_marker(self) -> StepMarker:
+        """What training put after each step."""
+        rule = self.description.steps if self.description else None
+        return StepMarker() if rule is None else StepMarker(rule.marker, rule.marker_token_id, rule.separate)
+
+    @property
     def append_token_ids(self) -> tuple[int, ...]:
         """Token ids that stand after every text."""
         return self.description.text.append_token_ids if self.description else ()
+
+    @property
+    def gate_pattern(self) -> tuple[int, ...]:
+        """Token ids of which the gate of the head reads the first one; empty where it has none."""
+        head = self.description.head if self.description else None
+        return head.gate.token_pattern if isinstance(head, GatedHead) else ()
 
     @property
     def has_chat_template(self) -> bool:
@@ -177,14 +199,15 @@ def open_checkpoint(path: Path, settings: ModelSettings) -> Checkpoint:
         CheckpointError: its rewards could be wrong; the message names the reason and the remedy.
         SettingsError: a setting contradicts ``reward_model.json``.
     """
-    description = read_description(path)
-    pooling = resolve_pooling(description, settings.pooling)
+    stored = read_description(path)
+    pooling = resolve_pooling(stored, settings.pooling)
     with transformers_silenced():
         config = load_config(path)
+        description = resolve_description(path, stored, config, settings)
         files = weight_files(path)
-        stored = read_tensor_infos(files)
-        quantized = find_quantized(path, stored)
-        tensors = stored if quantized is None else quantized.infos
+        stored_tensors = read_tensor_infos(files)
+        quantized = find_quantized(path, stored_tensors)
+        tensors = stored_tensors if quantized is None else quantized.infos
         fit = validate_weights(path, config, tensors, description)
         tokenizer = load_tokenizer(path, config, settings.chat_template)
     validate_vocabulary(path, tokenizer, fit.embedding_size)
@@ -203,7 +226,7 @@ def open_checkpoint(path: Path, settings: ModelSettings) -> Checkpoint:
         embedding_size=fit.embedding_size,
         max_input_tokens=max_input_tokens,
         pad_token_id=pad_token_id,
-        hashes=_hash_and_scan(path, files, tokenizer),
+        hashes=_hash_and_scan(path, files, tokenizer, description),
         inputs=fit.inputs,
         pooling=pooling,
         description=description,
@@ -220,7 +243,14 @@ def _widening_notes(quantized: QuantizedTensors | None) -> Iterator[str]:
         )
 
 
-def model_version(checkpoint: Checkpoint, *, dtype: str, template: str) -> ModelIdentity:
+def model_version(
+    checkpoint: Checkpoint,
+    *,
+    dtype: str,
+    template: str,
+    reward_weights: Mapping[str, float] | None = None,
+    step_aggregate: StepAggregate | None = None,
+) -> ModelIdentity:
     """Return the model's name and a version that depends on everything that can change a reward.
 
     Forward path, device and batching are not part of the version: they change no reward beyond rounding. The token
@@ -230,6 +260,8 @@ def model_version(checkpoint: Checkpoint, *, dtype: str, template: str) -> Model
         checkpoint: the opened checkpoint.
         dtype: resolved dtype of the body's arithmetic, never "auto".
         template: name of the text rule, by which items become token ids unless a request chooses otherwise.
+        reward_weights: weights of the settings, by the name of the output; those of the checkpoint are in its hash.
+        step_aggregate: that of the settings; that of the checkpoint is in its hash.
     """
     hashes = checkpoint.hashes
     facts = {
@@ -243,6 +275,10 @@ def model_version(checkpoint: Checkpoint, *, dtype: str, template: str) -> Model
         "pooling": checkpoint.pooling,
         "template": template,
     }
+    if reward_weights is not None:
+        facts["reward_weights"] = dict(reward_weights)
+    if step_aggregate is not None:
+        facts["step_aggregate"] = step_aggregate
     return ModelIdentity(checkpoint.name, _hash_text(json.dumps(facts, sort_keys=True))[:16])
 
 
@@ -265,35 +301,49 @@ def describe(checkpoint: Checkpoint) -> list[str]:
 
 def describe_head(description: RewardDescription | None) -> str:
     """Return the head of a checkpoint in words, for a terminal."""
-    if description is None or isinstance(description.head, ClassifierHead):
+    if description is None:
         return "that of the architecture"
-    layers = [f"linear{'' if layer.bias is None else ' with bias'}" for layer in description.head.layers]
-    activations = [layer.activation for layer in description.head.layers]
-    parts = [part for pair in zip(layers, activations, strict=True) for part in pair if part != "none"]
-    return f"{', '.join(parts)} ({DESCRIPTION_FILE})"
+    head = description.head
+    outputs = f", {len(description.outputs)} outputs" if len(description.outputs) > 1 else ""
+    if isinstance(head, ClassifierHead):
+        return f"that of the architecture{outputs}"
+    if isinstance(head, LayeredHead):
+        words = _describe_layers(head.layers)
+    elif isinstance(head, GatedHead):
+        words = f"{_describe_layers([head.objectives])}, weighted by a gate of {_describe_layers(head.gate.layers)}"
+    else:
+        words = f"{len(head.members)} members, each {_describe_layers(head.members[0].layers)}"
+    return f"{words}{outputs} ({DESCRIPTION_FILE})"
 
 
-def _hash_and_scan(path: Path, files: list[Path], tokenizer: Any) -> Hashes:
+def _describe_layers(layers: Sequence[LinearLayer]) -> str:
+    parts = []
+    for layer in layers:
+        parts.append(f"linear{'' if layer.bias is None else ' with bias'}")
+        parts += [] if layer.activation == "none" else [layer.activation]
+    return ", ".join(parts)
+
+
+def _hash_and_scan(path: Path, files: list[Path], tokenizer: Any, description: RewardDescription | None) -> Hashes:
     # Hashing is limited by one core per file and the search for NaN by memory bandwidth. Running both at the same time
     # reads the same pages of the file cache.
     with ThreadPoolExecutor(max_workers=1) as pool:
         weights = pool.submit(weights_sha256, files)
         validate_finite(path, files)
         return Hashes(
-            config=hash_config(path),
+            config=hash_config(path, description),
             weights=weights.result(),
             tokenizer=hash_tokenizer(tokenizer),
             template=hash_template(tokenizer),
         )
 
 
-def hash_config(path: Path) -> str:
+def hash_config(path: Path, description: RewardDescription | None) -> str:
     """Return the sha256 of a folder's ``config.json``, without the entries that do not change a reward.
 
-    It covers ``reward_model.json`` where that changes a reward.
+    It covers the description by which the checkpoint is served, where that changes a reward.
     """
     config = {key: value for key, value in read_json(path / CONFIG_FILE).items() if key not in UNHASHED_CONFIG_KEYS}
-    description = read_description(path)
     facts = description.reward_facts() if description else {}
     if facts:
         config[DESCRIPTION_FILE] = facts

@@ -77,7 +77,8 @@ class QuantizedTensor:
         bits = self.scheme.num_bits
         shifts = torch.arange(0, 32, bits, dtype=torch.int32)
         values = (packed[..., None] >> shifts) & (2**bits - 1)
-        return values.flatten(-2)[..., :num_columns] - 2 ** (bits - 1)
+        unpacked: torch.Tensor = values.flatten(-2)[..., :num_columns] - 2 ** (bits - 1)
+        return unpacked
 
     def _expanded(self, grid: torch.Tensor, columns: torch.Tensor | None) -> torch.Tensor:
         """Return scales or zero points in a shape that broadcasts with the matrix."""

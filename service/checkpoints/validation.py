@@ -13,14 +13,12 @@ from typing import Any
 
 from service.checkpoints.architecture import Fit, fit_classifier, has_classifier
 from service.checkpoints.configuration import read_config, read_json
+from service.checkpoints.described_heads import ClassifierHead, DescribedHead
 from service.checkpoints.files import CONFIG_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+from service.checkpoints.head_validation import is_described, reads_labels, validate_outputs
+from service.checkpoints.labels import labels_message
 from service.checkpoints.quantization_format import read_quantization
-from service.checkpoints.reward_description import (
-    DESCRIPTION_FILE,
-    ClassifierHead,
-    LayeredHead,
-    RewardDescription,
-)
+from service.checkpoints.reward_description import DESCRIPTION_FILE, RewardDescription
 from service.checkpoints.weights import TensorInfo, find_non_finite, find_value_head
 from service.errors import CheckpointError
 from service.records import Pooling
@@ -88,25 +86,28 @@ def _pad_token_message(path: Path, pad_token_id: int, num_rows: int) -> str:
 def validate_weights(
     path: Path, config: Any, tensors: Mapping[str, TensorInfo], description: RewardDescription | None = None
 ) -> Fit:
-    """Return how the stored tensors fit the classifier with one label.
+    """Return how the stored tensors fit the classifier.
 
-    The comparison requires a head with one output, regardless of the config. So a causal language model, whose config
-    has the default of two labels, is distinguished from a classifier with several labels. The tensors of a described
-    head take the place of the classifier's head.
+    Without a description the comparison requires a head with one output, regardless of the config. So a causal
+    language model, whose config has the default of two labels, is distinguished from a classifier with several labels.
+    A description of the classifier's own head says what its labels are. The tensors of a described head take the place
+    of the classifier's head.
 
     Raises:
         CheckpointError: a weight of head or body is absent or of another shape, which transformers would initialise
-            with random numbers, there is not exactly one label, or a stored tensor that may belong to the computation
-            of a reward has no place in the architecture.
+            with random numbers, there are several labels without a description, or a stored tensor that may belong to
+            the computation of a reward has no place in the architecture.
     """
-    scalar_config = copy.deepcopy(config)
-    scalar_config.num_labels = 1
+    fitted_config = copy.deepcopy(config)
+    fitted_config.num_labels = config.num_labels if reads_labels(description) else 1
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    if description is not None and isinstance(description.head, LayeredHead):
-        validate_layers(path / DESCRIPTION_FILE, description.head, tensors, config.get_text_config().hidden_size)
-        shapes = _with_classifier_head(shapes, description.head, config)
+    if description is not None:
+        hidden_size = config.get_text_config().hidden_size
+        validate_outputs(path / DESCRIPTION_FILE, description, tensors, hidden_size, config.num_labels)
+        if not isinstance(description.head, ClassifierHead):
+            shapes = _with_classifier_head(shapes, description.head, config)
     try:
-        fit = fit_classifier(scalar_config, shapes)
+        fit = fit_classifier(fitted_config, shapes)
     except Exception as error:  # transformers' model classes raise anything
         raise CheckpointError(
             f"transformers cannot build the {config.model_type} classifier that {path / CONFIG_FILE} describes "
@@ -125,8 +126,8 @@ def validate_weights(
             f"{path} lacks {len(fit.missing_body)} weights of its architecture (the first is {fit.missing_body[0]}), "
             "and transformers would initialise them with random numbers: save or copy the whole model again."
         )
-    if not is_described(description):
-        _validate_one_label(path, config.num_labels, fit)
+    if description is None or not (is_described(description) or reads_labels(description)):
+        _validate_one_label(path, config, fit)
     if fit.unplaced:
         raise CheckpointError(unplaced_message(path, fit))
     for name, (stored, required) in (*fit.mismatched_head.items(), *fit.mismatched_body.items()):
@@ -137,48 +138,19 @@ def validate_weights(
     return fit
 
 
-def is_described(description: RewardDescription | None) -> bool:
-    """Whether the head is described, instead of being the classifier's."""
-    return description is not None and not isinstance(description.head, ClassifierHead)
-
-
-def validate_layers(file: Path, head: LayeredHead, tensors: Mapping[str, TensorInfo], hidden_size: int) -> None:
-    """Check that the layers of a described head are stored and follow each other from a state to one number.
-
-    Args:
-        file: the description, for messages.
-        head: the described head.
-        tensors: the stored tensors.
-        hidden_size: width of the last hidden state.
-
-    Raises:
-        CheckpointError: they do not.
-    """
-    if not head.layers:
-        raise CheckpointError(f"{file} describes a head without layers.")
-    width = hidden_size
-    for layer in head.layers:
-        missing = [name for name in (layer.weight, layer.bias) if name is not None and name not in tensors]
-        if missing:
-            raise CheckpointError(f"{file} names the tensor {missing[0]}, which the weight files do not hold.")
-        shape = tensors[layer.weight].shape
-        if len(shape) != 2 or shape[1] != width:
-            raise CheckpointError(
-                f"{layer.weight} of {file} has the shape {list(shape)}, but its input has {width} numbers."
-            )
-        width = shape[0]
-        if layer.bias is not None and tensors[layer.bias].shape != (width,):
-            raise CheckpointError(
-                f"{layer.bias} of {file} has the shape {list(tensors[layer.bias].shape)}, not [{width}]."
-            )
-    if head.layers[-1].activation != "none":
-        raise CheckpointError(f"The last layer of {file} has an activation; the service gives raw rewards: set none.")
-    if width != 1:
-        raise CheckpointError(f"The head of {file} gives {width} numbers per text, not one reward.")
+def _validate_one_label(path: Path, config: Any, fit: Fit) -> None:
+    for stored, required in fit.mismatched_head.values():
+        if stored[0] != 1 == required[0]:
+            raise CheckpointError(labels_message(path, config, stored[0]))
+    if config.num_labels != 1:
+        raise CheckpointError(
+            f"{path / CONFIG_FILE} has {config.num_labels} labels, but the stored head has one: "
+            f"run `reward-convert {path} OUT`, or set num_labels to 1 and remove id2label and label2id."
+        )
 
 
 def _with_classifier_head(
-    shapes: Mapping[str, tuple[int, ...]], head: LayeredHead, config: Any
+    shapes: Mapping[str, tuple[int, ...]], head: DescribedHead, config: Any
 ) -> dict[str, tuple[int, ...]]:
     """Return the shapes with the classifier's linear layer, as decoders have it, in place of the described head."""
     described = set(head.tensor_names())
@@ -237,20 +209,6 @@ def describe_names(names: Sequence[str], shown: int = 4) -> str:
     """Return the first names of tensors as a text, with the number of the others."""
     text = ", ".join(names[:shown])
     return text if len(names) <= shown else f"{text} and {len(names) - shown} more tensors"
-
-
-def _validate_one_label(path: Path, num_labels: int, fit: Fit) -> None:
-    for name, (stored, required) in fit.mismatched_head.items():
-        if stored[0] != 1 == required[0]:
-            raise CheckpointError(
-                f"{path} gives {stored[0]} numbers per text, not one reward ({name} is stored as {list(stored)}): "
-                "serve a model that was trained with num_labels=1."
-            )
-    if num_labels != 1:
-        raise CheckpointError(
-            f"{path / CONFIG_FILE} has {num_labels} labels, but the stored head has one: "
-            f"run `reward-convert {path} OUT`, or set num_labels to 1 and remove id2label and label2id."
-        )
 
 
 def load_tokenizer(path: Path, config: Any, template_name: str | None = None) -> Any:

@@ -63,6 +63,9 @@ class Binding:
     lexicon: str = LEXICON_VERSION
     """Version of the lexicon of style markers."""
 
+    reward_weights: str = ""
+    """Weights of several outputs that the settings gave, as JSON; empty where they gave none."""
+
     def differences(self, other: Binding) -> list[str]:
         """Return the names of the fields in which the two differ."""
         return [entry.name for entry in fields(self) if getattr(self, entry.name) != getattr(other, entry.name)]

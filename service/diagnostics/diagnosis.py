@@ -114,13 +114,13 @@ class Diagnostician:
         """
         outcomes = outcomes_of(items)
         if level == "none":
-            return [Score(outcome.reward) if isinstance(outcome, Score) else outcome for outcome in outcomes]
+            return [bare_score(outcome) if isinstance(outcome, Score) else outcome for outcome in outcomes]
         scores = {
             index: self._describe(item.outcome, item.sequence, item.text)
             for index, item in enumerate(items)
             if isinstance(item.outcome, Score) and item.sequence is not None
         }
-        groups = siblings_of(items, scores)
+        groups = siblings_of(items, {index for index, score in scores.items() if score.reward is not None})
         self._add_groups(scores, groups)
         if level == "full" and self._ood is not None:
             self._add_ood(self._ood, scores, items, groups)
@@ -137,10 +137,14 @@ class Diagnostician:
         calibration = self.calibration
         if calibration is None:
             return replace(score, length=length, style=style, gap="missing")
+        length = _with_reference(length, calibration)
         reward, num_tokens = score.reward, length.completion_tokens
+        if reward is None or score.own_weights or score.step_outputs:
+            # The calibration's rewards are those of other weights, or of whole texts.
+            return replace(score, length=length, style=style, reward_std_epistemic=None, gap="inapplicable")
         return replace(
             score,
-            length=_with_reference(length, calibration),
+            length=length,
             style=style,
             reward_z=calibration.rewards.z(reward),
             reward_percentile=calibration.rewards.percentile(reward),
@@ -204,8 +208,8 @@ def siblings_of(items: Sequence[ItemState], scored: Collection[int]) -> list[lis
 
 
 def group_reports(scores: Sequence[Score]) -> list[GroupReport]:
-    """Return the group block of each of two or more completions of one prompt."""
-    rewards = np.array([score.reward for score in scores])
+    """Return the group block of each of two or more completions of one prompt, all of which have a reward."""
+    rewards = np.array([score.reward for score in scores], np.float64)
     correlation = _length_correlation(scores, rewards)
     centred = rewards - rewards.mean()
     return [GroupReport(len(scores), correlation, float(deviation)) for deviation in centred]
@@ -218,6 +222,17 @@ def _length_correlation(scores: Sequence[Score], rewards: NDArray[np.float64]) -
         return None
     correlation = pearson_correlation(np.log1p(known), rewards)
     return correlation if math.isfinite(correlation) else None
+
+
+def bare_score(score: Score) -> Score:
+    """Return a Score without its diagnostics."""
+    return Score(
+        score.reward,
+        outputs=score.outputs,
+        step_outputs=score.step_outputs,
+        step_rewards=score.step_rewards,
+        own_weights=score.own_weights,
+    )
 
 
 def _with_reference(length: LengthReport, calibration: Calibration) -> LengthReport:

@@ -6,7 +6,9 @@ requests are scored without it.
 
 from __future__ import annotations
 
+import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,8 +67,14 @@ class Lookup:
         return {"id": calibration.id, "reason": None, "taps": taps, **{name: facts[name] for name in SHOWN_FACTS}}
 
 
-def binding_of(checkpoint: Checkpoint, *, template: str) -> Binding:
-    """Return the binding of a calibration of this checkpoint under these settings; ``template`` names its text rule."""
+def binding_of(checkpoint: Checkpoint, *, template: str, reward_weights: Mapping[str, float] | None = None) -> Binding:
+    """Return the binding of a calibration of this checkpoint under these settings.
+
+    Args:
+        checkpoint: the opened checkpoint.
+        template: name of its text rule.
+        reward_weights: weights of the settings, by the name of the output; those of the checkpoint are in its hash.
+    """
     hashes = checkpoint.hashes
     return Binding(
         weights=merged_identity(checkpoint.path, hashes.weights),
@@ -77,6 +85,7 @@ def binding_of(checkpoint: Checkpoint, *, template: str) -> Binding:
         max_input_tokens=checkpoint.max_input_tokens,
         pooling=checkpoint.pooling,
         vocab_size=checkpoint.embedding_size,
+        reward_weights="" if reward_weights is None else json.dumps(dict(reward_weights), sort_keys=True),
     )
 
 

@@ -1,4 +1,4 @@
-"""The interface of an engine, which runs forward passes: sequences in, one raw reward each out.
+"""The interface of an engine, which runs forward passes: sequences in, the raw outputs of the head out.
 
 The contract is small enough to implement in a test file. An engine is called from one thread only and has no state
 between calls that could change a reward. Cached prefixes only save work; `Engine.num_cached_tokens` reports them before
@@ -131,6 +131,12 @@ class EngineInfo:
     """Whether attention to shared prefixes is computed once and merged by log-sum-exp instead of gathering their keys.
     """
 
+    outputs: tuple[str, ...] = ("reward",)
+    """Names of the numbers that the head gives at a token, in order."""
+
+    reads_steps: bool = True
+    """Whether the head can be read at several tokens of a sequence."""
+
     quantization: str = "none"
     """``fp8`` or ``int8`` where linear layers multiply in 8 bits."""
 
@@ -148,7 +154,7 @@ class EngineOutput:
     """What one forward pass returns, in the order of the sequences."""
 
     rewards: Sequence[float]
-    """One raw logit per sequence: float32 values as Python floats."""
+    """The head's first output at the pooled token, one per sequence: float32 values as Python floats."""
 
     shared_tokens: Sequence[int] = ()
     """Tokens of each sequence that were computed for another one or in an earlier pass; empty: none were."""
@@ -159,6 +165,18 @@ class EngineOutput:
 
     cached_tokens: int = 0
     """The part of all shared tokens that was taken from the prefix cache."""
+
+    outputs: Sequence[NDArray[np.float32]] | None = None
+    """For each sequence float32 [steps + 1, outputs]: at its steps in order, and last at its pooled token.
+
+    None where the head has one output and no sequence has steps: then ``rewards`` says all."""
+
+    @property
+    def at_pooled(self) -> list[list[float]]:
+        """All outputs of the head at the pooled token of each sequence."""
+        if self.outputs is None:
+            return [[reward] for reward in self.rewards]
+        return [values[-1].tolist() for values in self.outputs]
 
 
 class Engine(Protocol):
@@ -178,7 +196,7 @@ class Engine(Protocol):
                 passes are replayed from CUDA graphs, which read no states.
 
         Returns:
-            One raw logit per sequence, in order. Not squashed, not clipped, not checked for being finite.
+            The head's outputs for each sequence, in order. Not squashed, not clipped, not checked for being finite.
 
         Raises:
             EngineOutOfMemory: the device ran out of memory; the engine is usable again, a smaller batch may fit.

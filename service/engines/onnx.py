@@ -120,8 +120,10 @@ class OnnxEngine:
 
         Raises:
             EngineOutOfMemory: the device ran out of memory; the engine is usable again, a smaller batch may fit.
-            ValueError: a sequence has no tokens.
+            ValueError: a sequence has no tokens, or has steps, which the graph does not read.
         """
+        if any(sequence.step_positions for sequence in sequences):
+            raise ValueError("The graph reads the head at one token of a sequence")
         passes = passes_over(unique_readings(sequences), one_by_one=self._deterministic, states=states)
         outputs = (self._run_pass(readings, states=states) for readings in passes)
         return scatter(sequences, outputs, states=states)
@@ -137,10 +139,14 @@ class OnnxEngine:
 
     def _run_pass(self, readings: list[Reading], *, states: bool) -> tuple[UniquePass, EngineOutput]:
         feed = self._padding.feed(readings)
-        rewards, all_states = self._run({name: feed[name] for name in self._graph_inputs})
+        outputs, all_states = self._run({name: feed[name] for name in self._graph_inputs})
         found = all_states[:, self._tap_indices] if states else None
         computed = UniquePass([reading.token_ids for reading in readings], readings if states else [])
-        return computed, EngineOutput(rewards.tolist(), [0] * len(readings), found)
+        shared_tokens = [0] * len(readings)
+        if outputs.ndim == 1:  # of a head with one output
+            return computed, EngineOutput(outputs.tolist(), shared_tokens, found)
+        values = [row[None] for row in outputs]
+        return computed, EngineOutput(outputs[:, 0].tolist(), shared_tokens, found, outputs=values)
 
     def _run(self, feed: Feed) -> list[NDArray[np.float32]]:
         if self._session is None:
@@ -258,6 +264,8 @@ def _describe(
         max_batch_tokens=batching.max_batch_tokens or BATCH_TOKENS["cpu" if device == "cpu" else "cuda"],
         parity={**asdict(manifest.parity), "compared_to": "plain transformers in float32, at export"},
         taps=manifest.taps if taps is None else taps,
+        outputs=bundle.checkpoint.outputs,
+        reads_steps=False,
         providers=tuple(providers),
     )
 
@@ -270,8 +278,12 @@ def check_probes(engine: OnnxEngine, manifest: Manifest) -> None:
     """
     limit = engine.info.max_input_tokens
     probes = [probe for probe in manifest.probes if len(probe.token_ids) <= limit]
-    rewards = engine.forward([TokenSequence(probe.token_ids) for probe in probes]).rewards
-    gaps = [abs(reward - probe.reward) for reward, probe in zip(rewards, probes, strict=True)]
+    outputs = engine.forward([TokenSequence(probe.token_ids) for probe in probes]).at_pooled if probes else []
+    gaps = [
+        abs(value - recorded)
+        for values, probe in zip(outputs, probes, strict=True)
+        for value, recorded in zip(values, probe.outputs or (probe.reward,), strict=True)
+    ]
     gap = max((inf if isnan(gap) else gap for gap in gaps), default=0.0)
     if gap > manifest.probe_tolerance:
         raise ParityError(

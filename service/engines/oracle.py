@@ -21,6 +21,8 @@ from service.errors import EngineOutOfMemory
 from service.records import BatchCost, TokenSequence
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerFast
 
 PAD_TOKEN = "<|pad|>"  # noqa: S105  a token of text, not a secret
@@ -130,14 +132,17 @@ class OracleEngine:
         return self._info
 
     def forward(self, sequences: Sequence[TokenSequence], *, states: bool = False) -> EngineOutput:
-        """Score the sequences, one known reward each; there are no taps, hence no states.
+        """Score the sequences, one known reward for each and for each step; there are no taps, hence no states.
 
         Raises:
             EngineOutOfMemory, OracleFaultError: the faults that are enabled.
         """
         del states
         self._apply_faults(sequences)
-        return EngineOutput([self._reward(sequence.token_ids) for sequence in sequences])
+        rewards = [self._reward(sequence.token_ids) for sequence in sequences]
+        if not any(sequence.step_positions for sequence in sequences):
+            return EngineOutput(rewards)
+        return EngineOutput(rewards, outputs=[self._with_steps(*pair) for pair in zip(sequences, rewards, strict=True)])
 
     def num_cached_tokens(self, sequence: TokenSequence) -> int:
         """Return zero: nothing is cached."""
@@ -146,6 +151,13 @@ class OracleEngine:
 
     def close(self) -> None:
         """Do nothing: the oracle holds no memory."""
+
+    def _with_steps(self, sequence: TokenSequence, reward: float) -> NDArray[np.float32]:
+        """Return [steps + 1, 1]: the reward of a step is that of the tokens up to its last one."""
+        import numpy as np
+
+        steps = [self._reward(sequence.token_ids[: position + 1]) for position in sequence.step_positions]
+        return np.array([*steps, reward], np.float32)[:, None]
 
     def _reward(self, token_ids: Sequence[int]) -> float:
         if self._faults.nan_on in token_ids:

@@ -1,4 +1,6 @@
-"""The start-up probe: does a forward path give the rewards of the plain transformers forward?
+"""The start-up probe: does a forward path give the outputs of the plain transformers forward?
+
+Of a head with several outputs all are compared, each output by itself: they may have different scales.
 
 What to probe and how far two numbers may differ is decided in pure functions; ``choose_path`` runs the model. The probe
 compares arithmetic only; it does not check whether the checkpoint's rewards make sense.
@@ -36,6 +38,9 @@ LENGTHS = (1, 2, 9, 40, 130)
 
 SHARED_PREFIXES = ((3, 40), (4, 60), (4, 100), (5, -3))
 """Probes that share a prefix with an ordinary one: its index in ``LENGTHS``, and the slice end of the prefix."""
+
+GATE_PREFIX = 12
+"""Tokens of a probe before those that a gate reads; shorter than the prefixes that probes share."""
 
 MAX_PROBE_TOKENS = 1280
 """No probe is longer, so that probing a large model on a CPU takes seconds."""
@@ -93,25 +98,36 @@ class Reference:
     probes: Sequence[tuple[int, ...]]
     """Token ids."""
 
-    rewards: Sequence[float]
-    """Plain rewards."""
+    outputs: Sequence[Sequence[float]]
+    """The plain outputs of each probe."""
 
-    noise: Sequence[float]
-    """How far each reward moves when the embeddings move by their last bit; zeros in fp32."""
+    noise: Sequence[Sequence[float]]
+    """How far each output moves when the embeddings move by their last bit; zeros in fp32."""
 
-    tolerances: Sequence[float]
-    """Largest difference to each reward that rounding alone explains."""
+    tolerances: Sequence[Sequence[float]]
+    """Largest difference to each output that rounding alone explains."""
 
-    def with_texts(self, rewards: Sequence[float]) -> Reference:
-        """Return the reference with other plain rewards of the last probes, which are texts."""
-        return replace(self, rewards=[*self.rewards[: len(self.rewards) - len(rewards)], *rewards])
+    def with_texts(self, outputs: Sequence[Sequence[float]]) -> Reference:
+        """Return the reference with other plain outputs of the last probes, which are texts."""
+        return replace(self, outputs=[*self.outputs[: len(self.outputs) - len(outputs)], *outputs])
 
-    def compare(self, rewards: Sequence[float]) -> Parity:
-        """Compare a path's rewards of the probes with the plain ones."""
-        gaps = differences(rewards, self.rewards)
-        gap, tolerance = max(zip(gaps, self.tolerances, strict=True), key=lambda pair: pair[0] / pair[1])
-        conclusive = median(self.tolerances) < max(self.rewards) - min(self.rewards)
-        return Parity(gap, tolerance, median(self.noise), conclusive, len(self.rewards))
+    def compare(self, outputs: Sequence[Sequence[float]]) -> Parity:
+        """Compare a path's outputs of the probes with the plain ones; the least favourable output counts."""
+        plain, found, noise, tolerances = (
+            list(zip(*values, strict=True)) for values in (self.outputs, outputs, self.noise, self.tolerances)
+        )
+        compared = [_compare(*one) for one in zip(found, plain, noise, tolerances, strict=True)]
+        worst = max(compared, key=lambda parity: parity.relative_difference)
+        return replace(worst, conclusive=all(parity.conclusive for parity in compared))
+
+
+def _compare(
+    found: Sequence[float], plain: Sequence[float], noise: Sequence[float], tolerances: Sequence[float]
+) -> Parity:
+    """Compare one output of all probes."""
+    gaps = differences(found, plain)
+    gap, tolerance = max(zip(gaps, tolerances, strict=True), key=lambda pair: pair[0] / pair[1])
+    return Parity(gap, tolerance, median(noise), median(tolerances) < max(plain) - min(plain), len(plain))
 
 
 def probe_sequences(
@@ -144,7 +160,7 @@ def probe_sequences(
 
 
 def tolerances_of(dtype: torch.dtype, plain: Sequence[float], noise: Sequence[float]) -> list[float]:
-    """Return for each probe the largest difference to its plain reward that rounding alone explains.
+    """Return for each probe the largest difference to its plain output that rounding alone explains; for one output.
 
     fp32: ``FP32_TOLERANCE``, in proportion to the largest reward above one. Half precision: ``NOISE_FACTOR`` times the
     noise of the plain forward on this probe, or on the median probe if that is more, since the path's rounding differs
@@ -164,18 +180,23 @@ def differences(rewards: Sequence[float], plain: Sequence[float]) -> list[float]
     return [inf if isnan(gap) else gap for gap in gaps]
 
 
-def quantization_error(unquantized: Sequence[float], quantized: Sequence[float]) -> dict[str, float | int]:
-    """Return how far quantization moved the rewards of the probes: rank correlation and largest difference.
+def quantization_error(
+    unquantized: Sequence[Sequence[float]], quantized: Sequence[Sequence[float]]
+) -> dict[str, float | int]:
+    """Return how far quantization moved the outputs of the probes: rank correlation and largest difference.
+
+    Of several outputs the lowest correlation and the largest difference count.
 
     A large error is reported and logged, not refused: rewards of random probes lie close together, so their order says
     little about real texts.
     """
     from scipy.stats import spearmanr  # half a second, which a start without quantization does not wait for
 
-    spearman = float(spearmanr(unquantized, quantized).statistic)
+    pairs = list(zip(zip(*unquantized, strict=True), zip(*quantized, strict=True), strict=True))
+    spearman = min(float(spearmanr(before, after).statistic) for before, after in pairs)
     error: dict[str, float | int] = {
         "spearman": spearman,
-        "max_difference": max(differences(quantized, unquantized)),
+        "max_difference": max(gap for before, after in pairs for gap in differences(after, before)),
         "num_probes": len(unquantized),
     }
     if not spearman >= MIN_SPEARMAN:
@@ -187,38 +208,47 @@ def quantization_error(unquantized: Sequence[float], quantized: Sequence[float])
 
 
 def probes_for(classifier: Classifier, max_tokens: int) -> list[tuple[int, ...]]:
-    """Return the probes of a classifier, none longer than ``max_tokens``."""
-    config = classifier.config
-    return probe_sequences(
+    """Return the probes of a classifier, none longer than ``max_tokens``.
+
+    Where its head has a gate, each probe has the tokens that the gate reads, within the prefix that probes share.
+    """
+    config, pattern = classifier.config, classifier.gate_pattern
+    probes = probe_sequences(
         vocab_size=config.vocab_size,
         pad_token_id=classifier.pad_token_id,
         eos_token_id=_first(getattr(config, "eos_token_id", None)),
         window=_window(config),
-        max_tokens=max_tokens,
+        max_tokens=max_tokens - len(pattern),
     )
+    return [(*probe[:GATE_PREFIX], *pattern, *probe[GATE_PREFIX:]) for probe in probes] if pattern else probes
 
 
 def reference_of(
-    classifier: Classifier, probes: Sequence[tuple[int, ...]], plain: Sequence[float] | None = None
+    classifier: Classifier, probes: Sequence[tuple[int, ...]], plain: Sequence[Sequence[float]] | None = None
 ) -> Reference:
-    """Measure what a path is compared with: plain rewards of the probes, their noise and their tolerances.
+    """Measure what a path is compared with: plain outputs of the probes, their noise and their tolerances.
 
     Args:
         classifier: left with the attention that transformers chose.
         probes: token ids.
-        plain: plain rewards of the probes, where they are already computed.
+        plain: plain outputs of the probes, where they are already computed.
 
     Raises:
         ParityError: plain transformers itself gives NaN or infinity.
     """
-    plain = plain_rewards(classifier, probes) if plain is None else plain
-    if not all(map(isfinite, plain)):
+    plain = plain_outputs(classifier, probes) if plain is None else plain
+    if not all(isfinite(value) for values in plain for value in values):
         raise ParityError(
             f"Plain transformers gives {classifier.architecture} no finite reward in {classifier.dtype}: "
             "choose another model.dtype"
         )
-    noise = _noise_of(classifier, probes, plain) if classifier.is_half_precision else [0.0] * len(probes)
-    return Reference(probes, plain, noise, tolerances_of(classifier.dtype, plain, noise))
+    if classifier.is_half_precision:
+        noise = _noise_of(classifier, probes, plain)
+    else:
+        noise = [[0.0] * len(values) for values in plain]
+    by_output = zip(zip(*plain, strict=True), zip(*noise, strict=True), strict=True)
+    tolerances = [tolerances_of(classifier.dtype, *one) for one in by_output]
+    return Reference(probes, plain, noise, list(zip(*tolerances, strict=True)))
 
 
 def choose_path(
@@ -238,8 +268,8 @@ def choose_path(
     for spec in candidates:
         try:
             path = open_path(classifier, spec)
-            rewards_of_passes = probed_rewards(path, reference.probes)
-            parity = max(map(reference.compare, rewards_of_passes), key=lambda found: found.relative_difference)
+            outputs_of_passes = probed_outputs(path, reference.probes)
+            parity = max(map(reference.compare, outputs_of_passes), key=lambda found: found.relative_difference)
         except Exception as error:  # noqa: BLE001 - a model that raises here, for any reason, does not run on this path
             refusals.append(f"{spec.description} does not run ({type(error).__name__}: {error})")
             continue
@@ -268,16 +298,16 @@ def open_path(classifier: Classifier, spec: PathSpec) -> ForwardPath:
     return PaddedForward(classifier)
 
 
-def probed_rewards(path: ForwardPath, probes: Sequence[tuple[int, ...]]) -> Iterator[Sequence[float]]:
-    """Yield a path's rewards of the probes: once, or with a prefix cache from a cold and a warm cache.
+def probed_outputs(path: ForwardPath, probes: Sequence[tuple[int, ...]]) -> Iterator[Sequence[Sequence[float]]]:
+    """Yield a path's outputs of the probes: once, or with a prefix cache from a cold and a warm cache.
 
     The first half of each probe is its prompt.
     """
     if not path.caches_prefixes:
-        yield path.run(probes).rewards
+        yield path.run(probes).at_pooled
         return
     for _ in range(CACHED_PASSES):
-        yield path.run(probes, prompts=[len(probe) // 2 for probe in probes]).rewards
+        yield path.run(probes, prompts=[len(probe) // 2 for probe in probes]).at_pooled
     path.clear_cache()
 
 
@@ -300,8 +330,8 @@ def _log_choice(classifier: Classifier, spec: PathSpec, parity: Parity, refusals
 
 
 @torch.inference_mode()
-def plain_rewards(classifier: Classifier, sequences: Sequence[Sequence[int]]) -> list[float]:
-    """Return the rewards of the plain transformers forward, one sequence at a time, with its default attention.
+def plain_outputs(classifier: Classifier, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+    """Return the outputs of the plain transformers forward, one sequence at a time, with its default attention.
 
     The weights are the served ones, the head's in fp32. ``last`` pooling is not transformers' own, so there the state
     of the last token is read from the output of transformers' body.
@@ -313,24 +343,29 @@ def plain_rewards(classifier: Classifier, sequences: Sequence[Sequence[int]]) ->
     Raises:
         ParityError: transformers itself does not run the model.
     """
-    return _plain_rewards(classifier, [classifier.inputs_of([row]) for row in sequences])
+    return _plain_outputs(classifier, [classifier.inputs_of([row]) for row in sequences])
+
+
+def plain_rewards(classifier: Classifier, sequences: Sequence[Sequence[int]]) -> list[float]:
+    """Return the first output of each sequence; see ``plain_outputs``."""
+    return [outputs[0] for outputs in plain_outputs(classifier, sequences)]
 
 
 @torch.inference_mode()
-def plain_rewards_of_texts(classifier: Classifier, texts: Sequence[TextProbe]) -> list[float]:
-    """Return the rewards of the plain transformers forward on what the tokenizer's own call gives for these texts."""
+def plain_outputs_of_texts(classifier: Classifier, texts: Sequence[TextProbe]) -> list[list[float]]:
+    """Return the outputs of the plain transformers forward on what the tokenizer's own call gives for these texts."""
     read = inspect.signature(classifier.model.forward).parameters
-    return _plain_rewards(
+    return _plain_outputs(
         classifier,
         [{name: classifier.token_tensor([ids]) for name, ids in text.inputs.items() if name in read} for text in texts],
     )
 
 
-def _plain_rewards(classifier: Classifier, inputs: Sequence[dict[str, torch.Tensor]]) -> list[float]:
+def _plain_outputs(classifier: Classifier, inputs: Sequence[dict[str, torch.Tensor]]) -> list[list[float]]:
     rewire(classifier, classifier.plain_attention)
     try:
         return [
-            _plain_reward(classifier, {"attention_mask": torch.ones_like(one["input_ids"])} | one) for one in inputs
+            _plain_output(classifier, {"attention_mask": torch.ones_like(one["input_ids"])} | one) for one in inputs
         ]
     except torch.OutOfMemoryError:
         raise
@@ -341,19 +376,28 @@ def _plain_rewards(classifier: Classifier, inputs: Sequence[dict[str, torch.Tens
         ) from error
 
 
-def _plain_reward(classifier: Classifier, inputs: dict[str, torch.Tensor]) -> float:
-    if classifier.pooling == "last":
-        return classifier.read_rewards(classifier.body(**inputs).last_hidden_state[:, -1])[0]
-    return float(classifier.model(**inputs).logits[0, 0])
+def _plain_output(classifier: Classifier, inputs: dict[str, torch.Tensor]) -> list[float]:
+    if classifier.pooling == "last" or classifier.gate_pattern:
+        ids = inputs["input_ids"][0].tolist()
+        states = classifier.body(**inputs).last_hidden_state[0]
+        gate = states[[classifier.gate_position(ids)]] if classifier.gate_pattern else None
+        outputs = classifier.outputs_of(states[[classifier.pooled_position(ids)]], gate)
+    else:
+        outputs = classifier.model(**inputs).logits
+    values: list[float] = outputs[0].tolist()
+    return values
 
 
-def _noise_of(classifier: Classifier, probes: Sequence[Sequence[int]], plain: Sequence[float]) -> list[float]:
-    """Return how far each plain reward moves when embeddings move by their last bit: the most of some perturbations."""
+def _noise_of(
+    classifier: Classifier, probes: Sequence[Sequence[int]], plain: Sequence[Sequence[float]]
+) -> list[list[float]]:
+    """Return how far each plain output moves when embeddings move by their last bit: the most of some perturbations."""
     moved = []
     for run_length in NOISE_RUN_LENGTHS:
         with _perturbed_embeddings(classifier, run_length):
-            moved.append(differences(plain_rewards(classifier, probes), plain))
-    return [max(gaps) for gaps in zip(*moved, strict=True)]
+            perturbed = plain_outputs(classifier, probes)
+        moved.append([differences(*pair) for pair in zip(perturbed, plain, strict=True)])
+    return [[max(gaps) for gaps in zip(*of_probe, strict=True)] for of_probe in zip(*moved, strict=True)]
 
 
 @contextmanager

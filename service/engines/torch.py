@@ -16,10 +16,18 @@ from typing import Literal, TypeVar
 import torch
 
 from service.checkpoints.configuration import read_config
+from service.checkpoints.labels import resolve_description
 from service.checkpoints.reward_description import read_description, resolve_pooling
 from service.engines.base import Deferred, EngineInfo, EngineOutput, Pending, Ready, StateTap
 from service.engines.compilation import check_compiler
-from service.engines.deduplication import Reading, UniquePass, scatter, unique_readings, unique_token_ids
+from service.engines.deduplication import (
+    Reading,
+    UniquePass,
+    scatter,
+    steps_by_row,
+    unique_readings,
+    unique_token_ids,
+)
 from service.engines.devices.device import (
     enable_huge_pages,
     is_device_lost,
@@ -37,8 +45,8 @@ from service.engines.model.taps import StateQuery, check_taps
 from service.engines.parity import (
     Parity,
     choose_path,
-    plain_rewards,
-    plain_rewards_of_texts,
+    plain_outputs,
+    plain_outputs_of_texts,
     probes_for,
     quantization_error,
     reference_of,
@@ -102,8 +110,9 @@ class TorchEngine:
         taps = self._info.taps if states else ()
         readings = unique_readings(sequences) if taps else []
         prompts = {sequence.row: sequence.num_prompt_tokens for sequence in sequences}
+        steps = steps_by_row(sequences)
         passes = [
-            self._launch_pass(token_ids, taps, readings, prompts)
+            self._launch_pass(token_ids, taps, readings, prompts, steps)
             for token_ids in self._passes_over(unique_token_ids(sequences))
         ]
         return Deferred(partial(self._complete, sequences, passes, states=bool(taps)))
@@ -114,7 +123,7 @@ class TorchEngine:
             return 0
         reads_mean = any(tap.pooling == "mean" for tap in self._info.taps)
         mean_start = Reading.of(sequence).mean_start if reads_mean else None
-        return self._path.num_cached_tokens(sequence.row, mean_start)
+        return self._path.num_cached_tokens(sequence.row, mean_start, sequence.step_positions)
 
     def close(self) -> None:
         """Free the device's memory. The engine is not used afterwards."""
@@ -142,22 +151,28 @@ class TorchEngine:
         taps: tuple[StateTap, ...],
         readings: list[Reading],
         prompts: dict[tuple[int, ...], int | None],
+        steps: dict[tuple[int, ...], tuple[int, ...]],
     ) -> _LaunchedPass:
         index = {one: position for position, one in enumerate(token_ids)}
         own = [reading for reading in readings if reading.token_ids in index]
         query = StateQuery(taps, tuple((index[reading.token_ids], reading.mean_start) for reading in own))
         cacheable = [prompts[one] for one in token_ids] if self._may_use_cache(token_ids[0]) else None
-        pending = self._translating(token_ids, partial(self._launch, token_ids, query, cacheable))
-        return _LaunchedPass(UniquePass(token_ids, own), pending)
+        own_steps = [steps.get(one, ()) for one in token_ids] if steps else []
+        pending = self._translating(token_ids, partial(self._launch, token_ids, query, cacheable, own_steps))
+        return _LaunchedPass(UniquePass(token_ids, own, own_steps), pending)
 
     def _launch(
-        self, token_ids: list[tuple[int, ...]], query: StateQuery, prompts: list[int | None] | None
+        self,
+        token_ids: list[tuple[int, ...]],
+        query: StateQuery,
+        prompts: list[int | None] | None,
+        steps: list[tuple[int, ...]],
     ) -> Pending[EngineOutput]:
         if self._path is None:
             raise RuntimeError("The engine is closed")
         if isinstance(self._path, LaunchingPath) and not self._path.caches_prefixes:
-            return self._path.launch(token_ids, query)
-        return Ready(self._path.run(token_ids, query, prompts))
+            return self._path.launch(token_ids, query, steps)
+        return Ready(self._path.run(token_ids, query, prompts, steps))
 
     def _complete(
         self, sequences: Sequence[TokenSequence], passes: list[_LaunchedPass], *, states: bool
@@ -221,12 +236,14 @@ def load_torch_engine(
         SettingsError: a setting does not fit this machine or this model, or a tap is deeper than the model.
     """
     enable_huge_pages()
-    pooling = resolve_pooling(read_description(folder), model.pooling)
+    config = read_config(folder)
+    description = resolve_description(folder, read_description(folder), config, model)
+    pooling = resolve_pooling(description, model.pooling)
     plan = plan_engine(
         model.model_copy(update={"pooling": pooling}),
         batching,
         Machine.detect(model),
-        read_config(folder),
+        config,
         pad_token_id=pad_token_id,
         max_input_tokens=max_input_tokens,
         taps=taps,
@@ -234,7 +251,12 @@ def load_torch_engine(
     _prepare_process(plan)
     kernels = _find_kernels(plan)
     classifier = load_classifier(
-        folder, dtype=plan.dtype, device=plan.device, pooling=plan.pooling, pad_token_id=pad_token_id
+        folder,
+        dtype=plan.dtype,
+        device=plan.device,
+        pooling=plan.pooling,
+        pad_token_id=pad_token_id,
+        description=description,
     )
     classifier = replace(classifier, reads_token_types=reads_token_types)
     check_taps(classifier.body, classifier.config.num_hidden_layers, plan.taps)
@@ -297,13 +319,13 @@ def _probe(
         check_float8(plan.device, classifier.dtype)
     texts = [text for text in texts if len(text.row) <= plan.max_shared_pass_tokens]
     probes = [*probes_for(classifier, plan.max_shared_pass_tokens), *(text.row for text in texts)]
-    plain = plain_rewards(classifier, probes)
+    plain = plain_outputs(classifier, probes)
     error: dict[str, float | int] = {}
     if plan.quantization != "none":
         _quantize(classifier, plan.quantization)
-        unquantized, plain = plain, plain_rewards(classifier, probes)
+        unquantized, plain = plain, plain_outputs(classifier, probes)
         error = quantization_error(unquantized, plain)
-    reference = reference_of(classifier, probes, plain).with_texts(plain_rewards_of_texts(classifier, texts))
+    reference = reference_of(classifier, probes, plain).with_texts(plain_outputs_of_texts(classifier, texts))
     path, parity = choose_path(classifier, plan.candidates(kernels), reference)
     return path, _Evidence(parity, error)
 
@@ -334,10 +356,12 @@ def _record_graphs(plan: EnginePlan, classifier: Classifier, path: ForwardPath, 
         return ""
     if not isinstance(path, PackedForward):
         return f"{path.name} batches have no fixed shapes"
+    if classifier.gate_pattern:
+        return "the gate of the head reads a further token"
     if plan.rope_length_limit is not None:
         return "the rotary frequencies depend on the longest sequence of a pass"
     path.library, failure = record_library(
-        classifier, lambda rows: path.run(rows).rewards, plan.batch_tokens_on(path.kernels), parity.tolerance
+        classifier, lambda rows: path.run(rows).at_pooled, plan.batch_tokens_on(path.kernels), parity.tolerance
     )
     return failure
 
@@ -362,6 +386,8 @@ def _describe(plan: EnginePlan, classifier: Classifier, path: ForwardPath, evide
         cuda_graph_max_tokens=path.library.max_tokens if isinstance(path, PackedForward) else 0,
         cuda_graph_failure=evidence.cuda_graph_failure,
         cascade_attention=plan.fastest_path.cascade and path.min_shared_prefix_tokens is not None,
+        outputs=classifier.outputs,
+        reads_steps=classifier.state_head is not None,
         quantization=plan.quantization,
         quantization_error=evidence.quantization_error,
     )

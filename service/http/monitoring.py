@@ -39,7 +39,7 @@ def monitor_route(served: ServedModel, gather: GatherMonitors | None) -> Route:
             "incomplete": view.incomplete,
             "calibrated": served.monitors.reference is not None,
         }
-        state = describe_state(view.state, served.monitors.reference, served.settings.monitors)
+        state = describe_state(view.state, served.monitors.reference, served.settings.monitors, served.info.outputs)
         return Response(msgspec.json.encode(answer | state), media_type="application/json")
 
     return Route("/v1/monitor", monitor)

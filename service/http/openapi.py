@@ -68,13 +68,26 @@ _DIAGNOSTICS = {
 }
 _RESULT = {
     "type": "object",
-    "description": "Exactly one of reward and error.",
+    "description": "Either error, or reward. A model with several outputs has rewards, and reward only where weights "
+    "of them are known.",
     "required": ["index"],
-    "oneOf": [{"required": ["reward"]}, {"required": ["error"]}],
+    "oneOf": [
+        {"anyOf": [{"required": ["reward"]}, {"required": ["rewards"]}]},
+        {"required": ["error"]},
+    ],
     "properties": {
         "index": {"type": "integer"},
         "id": {"type": ["string", "integer"], "description": "As in the request."},
-        "reward": {"type": "number", "description": "The raw output of the scalar head, without an activation."},
+        "reward": {
+            "type": "number",
+            "description": "The raw output of the scalar head, without an activation; of "
+            "several outputs their weighted sum.",
+        },
+        "rewards": {
+            "type": "object",
+            "description": "The raw outputs of a model with several, by name; absent for a model with one.",
+            "additionalProperties": {"type": "number"},
+        },
         **_DIAGNOSTICS,
         "error": {"$ref": _REF.format(name="ItemError")},
     },
@@ -114,6 +127,20 @@ _ANSWERS = {
 _MODEL = {
     "type": "object",
     "properties": {
+        "reward_rule": {
+            "type": "object",
+            "description": "How the numbers that the model gives become one reward; docs/models.md explains it.",
+            "properties": {
+                "outputs": {"type": "array", "items": {"type": "string"}},
+                "combination": {
+                    "type": ["string", "null"],
+                    "description": "output: there is one; weights: their weighted sum; else the name of another rule. Null: no "
+                    "weights are known, so there is no reward.",
+                },
+                "weights": {"type": ["object", "null"], "additionalProperties": {"type": "number"}},
+                "decided_by": {"enum": ["checkpoint", "settings", None]},
+            },
+        },
         "text_rule": {
             "type": "object",
             "description": "How the text of an item becomes token ids by default; docs/text.md explains it.",

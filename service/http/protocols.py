@@ -84,6 +84,8 @@ def context_of(served: ServedModel) -> ProtocolContext:
         is_calibrated=served.lookup.calibration is not None,
         special_tokens=served.tokenization.special_tokens,
         settings=settings.protocols,
+        outputs=served.info.outputs,
+        has_reward=served.rule.has_reward,
     )
 
 

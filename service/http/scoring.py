@@ -39,7 +39,14 @@ def scoring_routes(served: ServedModel) -> list[Route]:
     """The native routes that compute rewards."""
     settings = served.settings
     stage_duration = served.metrics.stage_duration
-    defaults = RequestDefaults(settings.limits, settings.tokenization.truncation, settings.diagnostics.level)
+    outputs = served.info.outputs
+    defaults = RequestDefaults(
+        settings.limits,
+        settings.tokenization.truncation,
+        settings.diagnostics.level,
+        outputs,
+        has_reward=served.rule.has_reward,
+    )
     foreign_routes = foreign_routes_on(SCORE_PATH, served)
 
     async def answer(request: Request, body: bytes, parse: _Parse, render: _Render) -> Response:
@@ -49,7 +56,7 @@ def scoring_routes(served: ServedModel) -> list[Route]:
         scored, timings = await score_and_note(served, score_request, facts, parse_s)
         template = served.tokenization.template_for(score_request.encoding)
         begin = time.perf_counter()
-        content = render(score_request, scored.outcomes, served.identity, template, scored.usage, timings)
+        content = render(score_request, scored.outcomes, served.identity, template, scored.usage, timings, outputs)
         stage_duration.labels("serialize").observe(time.perf_counter() - begin)
         return Response(content, media_type="application/json", headers={"X-Reward-Activation": "none"})
 

@@ -24,6 +24,7 @@ from service.errors import (
     TooManyItems,
 )
 from service.protocols.problem import problem
+from service.protocols.reward_weights import weights_missing
 from service.protocols.violations import invalid
 from service.records import Encoding, Item, ModelIdentity, Score, ScoreRequest, Usage
 from service.settings import LimitSettings, ProtocolName, ProtocolSettings
@@ -71,6 +72,10 @@ class ProtocolContext:
     special_tokens: frozenset[str]
     """The tokenizer's special tokens, as text."""
     settings: ProtocolSettings
+    outputs: tuple[str, ...] = ("reward",)
+    """Names of the numbers that the model gives for an item."""
+    has_reward: bool = True
+    """Whether they make one reward: there is one, or weights of them are known."""
 
     @property
     def level(self) -> DiagnosticsLevel:
@@ -139,6 +144,8 @@ class ScoringRoute:
     """On the native scoring route: whether a body is of this protocol. None: the path is the protocol's own."""
     allows_empty: bool = False
     """Whether a request without items is answered with none."""
+    answers_vectors: bool = False
+    """Whether an answer has every output of the model and needs no reward."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,10 +186,13 @@ def score_request(call: Call, protocol: Protocol, context: ProtocolContext, rout
 
     Raises:
         ModelNotFound: the request names another model and ``strict_model_names`` is set.
+        WeightsMissing: the model has several outputs without weights, and the route answers with one reward.
         InvalidRequest: there are no items, and the route needs one.
         TooManyItems, ItemTooLong: over a limit of the service.
     """
     check_model(call.model, context)
+    if not context.has_reward and not route.answers_vectors:
+        raise weights_missing(context.outputs, "")
     limits = context.limits
     if not call.items and not route.allows_empty:
         raise invalid("", "too_few", "The request has 0 items; it needs at least 1")
@@ -218,7 +228,7 @@ def scores_of(call: Call, outcomes: Sequence[Outcome]) -> tuple[Score, ...]:
     for index, outcome in enumerate(outcomes):
         if isinstance(outcome, HttpError):
             raise outcome
-        if not math.isfinite(outcome.reward):
+        if not all(map(math.isfinite, outputs_of(outcome))):
             raise NonFiniteReward(f"Item {index} has no finite reward")
         if call.max_tokens is not None and num_tokens(outcome) > call.max_tokens:
             raise SequenceTooLong(
@@ -227,6 +237,17 @@ def scores_of(call: Call, outcomes: Sequence[Outcome]) -> tuple[Score, ...]:
             )
         scores.append(outcome)
     return tuple(scores)
+
+
+def reward_of(score: Score) -> float:
+    """The reward of an item on a route that needs one; `score_request` has refused models without."""
+    assert score.reward is not None  # noqa: S101
+    return score.reward
+
+
+def outputs_of(score: Score) -> tuple[float, ...]:
+    """All numbers of an item: the outputs of a model with several, else the reward alone."""
+    return score.outputs or (reward_of(score),)
 
 
 def num_tokens(score: Score) -> int:

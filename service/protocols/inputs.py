@@ -25,6 +25,8 @@ from service.protocols.base import (
     activation_for,
     is_truncated,
     num_tokens,
+    outputs_of,
+    reward_of,
     sigmoid,
 )
 from service.protocols.native import WireMessage, completion_of, read_prompt, template_variables, tools_of
@@ -121,16 +123,22 @@ def truncation_of(wire: WirePoolingOptions, context: ProtocolContext) -> tuple[E
 
 
 def numbers(call: Call, answer: Answer) -> list[float]:
-    """Return the numbers of an answer: the rewards, or their sigmoid if that was asked for and is allowed."""
-    rewards = [score.reward for score in answer.scores]
+    """Return one number for each item: the rewards, or their sigmoid if that was asked for and is allowed."""
+    rewards = [reward_of(score) for score in answer.scores]
     return [sigmoid(reward) for reward in rewards] if call.activation == "sigmoid" else rewards
 
 
+def rows(call: Call, answer: Answer) -> list[list[float]]:
+    """Return all numbers of each item [item][output], or their sigmoid if that was asked for and is allowed."""
+    outputs = [list(outputs_of(score)) for score in answer.scores]
+    return [[sigmoid(number) for number in row] for row in outputs] if call.activation == "sigmoid" else outputs
+
+
 def vectors(call: Call, answer: Answer, encoding_format: str) -> list[list[float] | str]:
-    """Return the numbers of an answer as vectors of length one; ``base64``: of float32 in little-endian order."""
+    """Return all numbers of each item as a vector; ``base64``: of float32 in little-endian order."""
     if encoding_format == "float":
-        return [[number] for number in numbers(call, answer)]
-    return [base64.b64encode(struct.pack("<f", number)).decode() for number in numbers(call, answer)]
+        return [*rows(call, answer)]
+    return [base64.b64encode(struct.pack(f"<{len(row)}f", *row)).decode() for row in rows(call, answer)]
 
 
 def item_members(score: Score) -> dict[str, Any]:

@@ -29,6 +29,8 @@ from service.protocols.base import (
     check_model,
     is_truncated,
     num_tokens,
+    outputs_of,
+    reward_of,
 )
 from service.protocols.native import decode_body
 from service.protocols.violations import invalid
@@ -42,8 +44,9 @@ HEADER_LENGTH = "inference-header-content-length"
 
 _TEXT_INPUTS = ("sentences", "text")
 _INTEGERS = {"INT64": "q", "INT32": "i", "UINT64": "Q", "UINT32": "I"}
-_OUTPUTS = {"rewards": "FP32", "num_tokens": "INT32", "truncated": "BOOL", "ood_p": "FP32"}
-"""Datatypes of the outputs by name; ``rewards`` is answered if a request names none."""
+_OUTPUTS = {"rewards": "FP32", "reward": "FP32", "num_tokens": "INT32", "truncated": "BOOL", "ood_p": "FP32"}
+"""Datatypes of the outputs by name. ``rewards`` has a column for each output of the model, and ``reward`` is their
+combination, which a model with one output does not have. They are answered if a request names none."""
 
 MAX_DIMENSIONS = 8
 """Dimensions of a tensor."""
@@ -86,6 +89,8 @@ class _Inference(msgspec.Struct, frozen=True):
 
     id: str | None
     outputs: tuple[str, ...]
+    num_outputs: int
+    """Numbers that the model gives for an item."""
 
 
 _decoder = msgspec.json.Decoder(WireInferRequest)
@@ -129,7 +134,7 @@ def _decode(request: WireRequest, context: ProtocolContext) -> Call:
         encoding,
         context.level if "ood_p" in outputs else "basic",
         request.path.get("model"),
-        wire=_Inference(wire.id, outputs),
+        wire=_Inference(wire.id, outputs, len(context.outputs)),
     )
 
 
@@ -261,12 +266,24 @@ def _token_items(tensors: Mapping[str, tuple[WireTensor, list[Any]]]) -> tuple[I
 
 
 def _outputs(asked: Sequence[WireOutput] | None, context: ProtocolContext) -> tuple[str, ...]:
-    names = tuple(output.name for output in asked or ()) or ("rewards",)
-    known = [name for name in _OUTPUTS if name != "ood_p" or context.is_calibrated]
+    known = _known_outputs(context)
+    default = tuple(name for name in ("rewards", "reward") if name in known)
+    names = tuple(output.name for output in asked or ()) or default
     for index, name in enumerate(names):
         if name not in known:
             raise invalid(f"/outputs/{index}/name", "out_of_range", f"The outputs of this model are {', '.join(known)}")
     return names
+
+
+def _known_outputs(context: ProtocolContext) -> list[str]:
+    """Names of the outputs that this model has."""
+    absent = {"ood_p": not context.is_calibrated, "reward": len(context.outputs) == 1 or not context.has_reward}
+    return [name for name in _OUTPUTS if not absent.get(name)]
+
+
+def _width(name: str, context: ProtocolContext) -> int:
+    """Numbers per item of an output."""
+    return len(context.outputs) if name == "rewards" else 1
 
 
 def _encode(call: Call, answer: Answer) -> bytes:
@@ -277,25 +294,27 @@ def _encode(call: Call, answer: Answer) -> bytes:
     members["outputs"] = [
         {
             "name": name,
-            "shape": [len(answer.scores), 1],
+            "shape": [len(answer.scores), inference.num_outputs if name == "rewards" else 1],
             "datatype": _OUTPUTS[name],
-            "data": [_value(name, score) for score in answer.scores],
+            "data": [value for score in answer.scores for value in _values(name, score)],
         }
         for name in inference.outputs
     ]
     return msgspec.json.encode(members)
 
 
-def _value(name: str, score: Score) -> float | bool:
+def _values(name: str, score: Score) -> tuple[float | bool, ...]:
     if name == "rewards":
-        return score.reward
+        return outputs_of(score)
+    if name == "reward":
+        return (reward_of(score),)
     if name == "num_tokens":
-        return num_tokens(score)
+        return (num_tokens(score),)
     if name == "truncated":
-        return is_truncated(score)
+        return (is_truncated(score),)
     if score.ood is None:
         raise _unknown_p_value()
-    return score.ood.p_value
+    return (score.ood.p_value,)
 
 
 def _unknown_p_value() -> InvalidRequest:
@@ -336,9 +355,8 @@ def _metadata(request: WireRequest, context: ProtocolContext) -> bytes:
                 {"name": name, "datatype": datatype, "shape": [-1, *dims]} for name, datatype, _, dims in _INPUTS
             ],
             "outputs": [
-                {"name": name, "datatype": datatype, "shape": [-1, 1]}
-                for name, datatype in _OUTPUTS.items()
-                if name != "ood_p" or context.is_calibrated
+                {"name": name, "datatype": _OUTPUTS[name], "shape": [-1, _width(name, context)]}
+                for name in _known_outputs(context)
             ],
         }
     )
@@ -356,9 +374,8 @@ def _config(request: WireRequest, context: ProtocolContext) -> bytes:
                 for name, _, data_type, dims in _INPUTS
             ],
             "output": [
-                {"name": name, "data_type": f"TYPE_{datatype}", "dims": [1]}
-                for name, datatype in _OUTPUTS.items()
-                if name != "ood_p" or context.is_calibrated
+                {"name": name, "data_type": f"TYPE_{_OUTPUTS[name]}", "dims": [_width(name, context)]}
+                for name in _known_outputs(context)
             ],
         }
     )
@@ -382,6 +399,7 @@ PROTOCOL = Protocol(
             _encode,
             WireInferRequest,
             _ANSWER,
+            answers_vectors=True,
             aliases=(f"{_MODEL_PATHS[1]}/infer",),
         ),
     ),

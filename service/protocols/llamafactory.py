@@ -19,6 +19,7 @@ from service.protocols.base import (
     ProtocolContext,
     ScoringRoute,
     WireRequest,
+    reward_of,
 )
 from service.protocols.native import decode_body
 from service.records import Item, TemplatedText
@@ -62,7 +63,7 @@ def _encode(_: Call, answer: Answer) -> bytes:
             "id": f"scoreval-{answer.request_id}",
             "object": "score.evaluation",
             "model": answer.model.name,
-            "scores": [score.reward for score in answer.scores],
+            "scores": [reward_of(score) for score in answer.scores],
         }
     )
 

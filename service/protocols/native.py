@@ -27,6 +27,7 @@ from service.errors import (
 )
 from service.messages import MalformedMessage, read_completion, read_message, read_tools
 from service.protocols.problem import item_error
+from service.protocols.reward_weights import read_weights, weights_missing
 from service.protocols.violations import explain_malformed, explain_violation, invalid
 from service.records import (
     Completion,
@@ -38,6 +39,7 @@ from service.records import (
     ModelIdentity,
     Score,
     ScoreRequest,
+    Steps,
     TemplatedText,
     TemplateVariable,
     Timings,
@@ -68,6 +70,10 @@ class RequestDefaults:
     """Default for items over the token limit."""
     diagnostics: DiagnosticsLevel
     """Default level of diagnostics."""
+    outputs: tuple[str, ...] = ("reward",)
+    """Names of the numbers that the model gives for an item."""
+    has_reward: bool = True
+    """Whether there is a reward where a request has no weights."""
 
 
 class WireMessage(msgspec.Struct, forbid_unknown_fields=True):
@@ -82,13 +88,18 @@ class WireMessage(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class WireItem(msgspec.Struct, forbid_unknown_fields=True):
-    """One text to score, in exactly one of three forms: prompt and completion, templated text, or token ids."""
+    """One text to score, in exactly one of three forms: prompt and completion, templated text, or token ids.
+
+    A list of ``steps`` takes the place of the completion.
+    """
 
     prompt: str | list[WireMessage] | None = None
     completion: str | list[WireMessage] | None = None
     tools: list[dict[str, Any]] | None = None
     text: str | None = None
     token_ids: list[_TokenId] | None = None
+    steps: list[Annotated[str, Meta(min_length=1)]] | Literal["marker", "turns"] | None = None
+    step_token_id: _TokenId | None = None
     id: _Name | None = None
     group: _Name | None = None
 
@@ -101,6 +112,7 @@ class WireOptions(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     template: Literal["chat", "concat", "pair"] | None = None
     chat_template_kwargs: dict[str, TemplateVariable] | None = None
     timeout_ms: _Timeout | None = None
+    weights: dict[str, float] | None = None
 
 
 class WireScoreRequest(WireOptions, forbid_unknown_fields=True, kw_only=True):
@@ -134,7 +146,7 @@ def parse_score_request(body: bytes, defaults: RequestDefaults) -> ScoreRequest:
     """
     wire: WireScoreRequest = decode_body(_score_decoder, body)
     _check_count(len(wire.items), 1, defaults.limits.max_request_items, "/items", "items")
-    items = tuple(_read_item(item, index) for index, item in enumerate(wire.items))
+    items = tuple(_read_item(item, index, defaults.limits) for index, item in enumerate(wire.items))
     return _request(items, wire, defaults)
 
 
@@ -143,8 +155,11 @@ def parse_compare_request(body: bytes, defaults: RequestDefaults) -> ScoreReques
 
     Raises:
         MalformedBody, InvalidRequest, TooManyItems, ItemTooLong: as for ``parse_score_request``.
+        WeightsMissing: the model has several outputs, and neither the request nor the service has weights.
     """
     wire: WireCompareRequest = decode_body(_compare_decoder, body)
+    if wire.weights is None and not defaults.has_reward:
+        raise weights_missing(defaults.outputs, "weights")
     limits = defaults.limits
     max_completions = min(limits.max_compare_completions, limits.max_request_items)
     _check_count(len(wire.completions), 2, max_completions, "/completions", "completions")
@@ -164,15 +179,19 @@ def render_scores(
     template: TemplateChoice,
     usage: Usage,
     timings: Timings,
+    outputs: Sequence[str] = ("reward",),
 ) -> bytes:
     """Render the answer of ``POST /v1/score``: one result per item, in input order.
 
-    Rewards have every digit of their float32 value. An item without a reward has an ``error`` instead.
+    Rewards have every digit of their float32 value. An item without a score has an ``error`` instead. Items of a model
+    with several ``outputs`` have each of them by its name in ``rewards``, and ``reward`` where their weights are known.
 
     Raises:
         NonFiniteReward: a Score is NaN or infinite, which the scorer should have turned into an item error.
     """
-    return msgspec.json.encode(_envelope(model, template, usage, timings) | {"results": _results(request, outcomes)})
+    return msgspec.json.encode(
+        _envelope(model, template, usage, timings) | {"results": _results(request, outcomes, outputs)}
+    )
 
 
 def render_comparison(
@@ -182,6 +201,7 @@ def render_comparison(
     template: TemplateChoice,
     usage: Usage,
     timings: Timings,
+    outputs: Sequence[str] = ("reward",),
 ) -> bytes:
     """Render the answer of ``POST /v1/compare``: results as of ``/v1/score``, and pairwise win probabilities.
 
@@ -191,7 +211,7 @@ def render_comparison(
     for outcome in outcomes:
         if isinstance(outcome, HttpError):
             raise outcome
-    results = _results(request, outcomes)
+    results = _results(request, outcomes, outputs)
     rewards = [result["reward"] for result in results]
     answer = {
         "rewards": rewards,
@@ -236,7 +256,8 @@ def _request(items: tuple[Item, ...], options: WireOptions, defaults: RequestDef
         template_variables=template_variables(options.chat_template_kwargs),
     )
     timeout_s = _timeout_s(options.timeout_ms, defaults.limits.deadline_s)
-    return ScoreRequest(items, encoding, options.diagnostics or defaults.diagnostics, timeout_s)
+    weights = read_weights(options.weights, defaults.outputs)
+    return ScoreRequest(items, encoding, options.diagnostics or defaults.diagnostics, timeout_s, weights=weights)
 
 
 def template_variables(given: Mapping[str, TemplateVariable] | None) -> tuple[tuple[str, TemplateVariable], ...]:
@@ -256,12 +277,38 @@ def _check_count(count: int, minimum: int, maximum: int, pointer: str, noun: str
         raise TooManyItems(f"The request has {count} {noun}; the limit is {maximum}")
 
 
-def _read_item(wire: WireItem, index: int) -> Item:
-    return Item(_read_content(wire, index), wire.id, wire.group)
+def _read_item(wire: WireItem, index: int, limits: LimitSettings) -> Item:
+    return Item(_read_content(wire, index), wire.id, wire.group, steps=_read_steps(wire, index, limits))
+
+
+def _read_steps(wire: WireItem, index: int, limits: LimitSettings) -> Steps | None:
+    pointer = f"/items/{index}/steps"
+    if wire.step_token_id is not None and wire.steps != "marker":
+        raise invalid(f"/items/{index}/step_token_id", "not_one_form", "A marker token goes with steps: marker")
+    match wire.steps:
+        case None:
+            return None
+        case "marker":
+            return Steps("marker", token_id=wire.step_token_id)
+        case "turns":
+            return Steps("turns")
+        case []:
+            raise invalid(pointer, "too_few", "An item with a list of steps needs at least one")
+        case list(texts):
+            if len(texts) > limits.max_item_steps:
+                raise invalid(
+                    pointer, "too_many", f"The item has {len(texts)} steps; the limit is {limits.max_item_steps}"
+                )
+            return Steps("texts", tuple(texts))
 
 
 def _read_content(wire: WireItem, index: int) -> Content:
-    match wire.prompt, wire.completion, wire.text, wire.token_ids:
+    completion_or_steps: Any = wire.completion
+    if isinstance(wire.steps, list) and wire.completion is None:
+        completion_or_steps = "\n".join(wire.steps)
+    elif isinstance(wire.steps, list):
+        raise invalid(f"/items/{index}", "not_one_form", "A list of steps takes the place of the completion")
+    match wire.prompt, completion_or_steps, wire.text, wire.token_ids:
         case (str() | list()) as prompt, (str() | list()) as completion, None, None:
             return Exchange(
                 read_prompt(prompt, f"/items/{index}/prompt"),
@@ -342,23 +389,32 @@ def _envelope(model: ModelIdentity, template: TemplateChoice, usage: Usage, timi
     }
 
 
-def _results(request: ScoreRequest, outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+def _results(request: ScoreRequest, outcomes: Sequence[Outcome], outputs: Sequence[str]) -> list[dict[str, Any]]:
     return [
-        _result(index, item, outcome, request.diagnostics)
+        _result(index, item, outcome, request.diagnostics, outputs)
         for index, (item, outcome) in enumerate(zip(request.items, outcomes, strict=True))
     ]
 
 
-def _result(index: int, item: Item, outcome: Outcome, level: DiagnosticsLevel) -> dict[str, Any]:
+def _result(
+    index: int, item: Item, outcome: Outcome, level: DiagnosticsLevel, outputs: Sequence[str]
+) -> dict[str, Any]:
     result: dict[str, Any] = {"index": index}
     if item.id is not None:
         result["id"] = item.id
     if isinstance(outcome, HttpError):
         return result | {"error": item_error(outcome)}
-    if not math.isfinite(outcome.reward):
-        # The encoder would write null, and null is not a reward.
-        raise NonFiniteReward(f"Item {index} has no finite reward")
-    result["reward"] = outcome.reward
+    if outcome.reward is not None:
+        if not math.isfinite(outcome.reward):
+            # The encoder would write null, and null is not a reward.
+            raise NonFiniteReward(f"Item {index} has no finite reward")
+        result["reward"] = outcome.reward
+    if outcome.outputs:
+        result["rewards"] = dict(zip(outputs, outcome.outputs, strict=True))
+    if outcome.step_rewards:
+        result["step_rewards"] = outcome.step_rewards
+    if outcome.step_outputs and len(outputs) > 1:
+        result["step_outputs"] = [dict(zip(outputs, values, strict=True)) for values in outcome.step_outputs]
     return result | diagnostics_of(outcome, level)
 
 

@@ -22,6 +22,7 @@ from service.protocols.base import (
     is_truncated,
     num_tokens,
     ood_p,
+    reward_of,
     sigmoid,
 )
 from service.protocols.native import decode_body
@@ -29,6 +30,10 @@ from service.records import Content, Exchange, Item, Score, TemplatedText
 
 DEADLINE_S = 150.0
 """The client gives up after 180 s."""
+
+
+OUTPUT_PREFIX = "rm_reward_"
+"""Put in front of the name of each output of a model with several."""
 
 
 class WireRewardRequest(msgspec.Struct, kw_only=True):
@@ -82,13 +87,18 @@ def _content(query: str, prompt: object) -> Content:
 
 def _encode(call: Call, answer: Answer) -> bytes:
     context: ProtocolContext = call.wire
-    rewards = [score.reward for score in answer.scores]
+    rewards = [reward_of(score) for score in answer.scores]
     squashed = context.settings.openrlhf_scores == "sigmoid"
     logs = {
         "rm_tokens": [float(num_tokens(score)) for score in answer.scores],
         "rm_truncated": [float(is_truncated(score)) for score in answer.scores],
         "rm_completion_chars": [_completion_chars(score) for score in answer.scores],
     }
+    if len(context.outputs) > 1:
+        logs |= {
+            f"{OUTPUT_PREFIX}{name}": [score.outputs[index] for score in answer.scores]
+            for index, name in enumerate(context.outputs)
+        }
     if context.is_calibrated:
         logs["rm_ood_p"] = [ood_p(score) for score in answer.scores]
     scores = [sigmoid(reward) for reward in rewards] if squashed else rewards

@@ -23,8 +23,8 @@ from service.protocols.base import (
 from service.protocols.inputs import (
     WirePoolingRequest,
     item_members,
-    numbers,
     pooling_call,
+    rows,
     usage_members,
     vectors,
 )
@@ -68,7 +68,7 @@ _SCORES = {
         "model": {"type": "string"},
         "scores": {
             "type": "array",
-            "description": "For each item a list with its reward, raw.",
+            "description": "For each item a list with its reward, or with all outputs of the model; raw.",
             "items": {"type": "array", "items": {"type": "number"}},
         },
         "usage": {"type": "object", "additionalProperties": {"type": "integer"}},
@@ -130,7 +130,7 @@ def _encode_scores(call: Call, answer: Answer) -> bytes:
         {
             "object": "scoring",
             "model": answer.model.name,
-            "scores": [[number] for number in numbers(call, answer)],
+            "scores": rows(call, answer),
             "usage": usage_members(answer),
         }
     )
@@ -142,11 +142,12 @@ PROTOCOL = Protocol(
     (
         ScoringRoute(
             "/v1/embeddings",
-            "SGLang, verl: rewards as vectors of length one",
+            "SGLang, verl: rewards as vectors",
             _decode_input,
             _encode_embeddings,
             WirePoolingRequest,
             list_schema({"object": {"const": "embedding"}, "embedding": VECTOR}),
+            answers_vectors=True,
         ),
         ScoringRoute(
             "/v1/score",
@@ -156,6 +157,7 @@ PROTOCOL = Protocol(
             WireQueryRequest,
             _SCORES,
             recognises=_recognises_query,
+            answers_vectors=True,
         ),
     ),
 )

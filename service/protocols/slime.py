@@ -21,6 +21,7 @@ from service.protocols.base import (
     is_truncated,
     num_tokens,
     ood_p,
+    reward_of,
 )
 from service.protocols.native import WireMessage, decode_body, read_prompt
 from service.protocols.violations import invalid
@@ -28,6 +29,10 @@ from service.records import Encoding, Exchange, Item
 
 DEADLINE_S = 100.0
 """The client of slime gives up after 120 s, that of miles after 300 s."""
+
+
+OUTPUT_PREFIX = "reward_"
+"""Put in front of the name of each output of a model with several."""
 
 
 class WireSampleRequest(msgspec.Struct, kw_only=True):
@@ -45,6 +50,8 @@ class _Sample(msgspec.Struct, frozen=True):
     as_object: bool
     concatenated: bool
     is_calibrated: bool
+    outputs: tuple[str, ...]
+    """Names of the model's outputs."""
 
 
 _decoder = msgspec.json.Decoder(WireSampleRequest)
@@ -53,13 +60,14 @@ _OBJECT = {
     "type": "object",
     "required": ["reward"],
     "properties": {
-        "reward": {"type": "number"},
+        "reward": {"type": "number", "description": "A model with several outputs has reward_<name> beside it."},
         "length": {"type": "integer", "description": "Tokens of the response."},
         "tokens": {"type": "integer", "description": "Tokens that the model read."},
         "truncated": {"enum": [0, 1]},
         "concatenated": {"enum": [0, 1], "description": "1: the prompt was taken for templated already."},
         "ood_p": {"type": "number", "description": "Only where the model is calibrated; -1: not known."},
     },
+    "additionalProperties": {"type": "number"},
 }
 
 
@@ -86,7 +94,7 @@ def _call(request: WireRequest, context: ProtocolContext, *, as_object: bool) ->
         context.level if as_object else "basic",
         wire.model,
         rendering=decided,
-        wire=_Sample(as_object, template == "concat", context.is_calibrated),
+        wire=_Sample(as_object, template == "concat", context.is_calibrated, context.outputs),
     )
 
 
@@ -103,8 +111,10 @@ def _encode(call: Call, answer: Answer) -> bytes:
     sample: _Sample = call.wire
     (score,) = answer.scores
     if not sample.as_object:
-        return msgspec.json.encode(score.reward)
-    members: dict[str, float] = {"reward": score.reward}
+        return msgspec.json.encode(reward_of(score))
+    members: dict[str, float] = {"reward": reward_of(score)}
+    if score.outputs:
+        members |= {f"{OUTPUT_PREFIX}{name}": value for name, value in zip(sample.outputs, score.outputs, strict=True)}
     length = score.length.completion_tokens if score.length else None
     if length is not None:
         members["length"] = length

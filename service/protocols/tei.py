@@ -20,14 +20,14 @@ from service.protocols.base import (
     WireRequest,
     activation_for,
 )
-from service.protocols.inputs import numbers
+from service.protocols.inputs import rows
 from service.protocols.native import decode_body
 from service.protocols.violations import invalid
 from service.records import Content, Encoding, Exchange, Item, TemplatedText
 
 DEADLINE_S = 50.0
 LABEL = "LABEL_0"
-"""Name of the only output of a scalar head, as transformers gives it."""
+"""Name of the only output of a scalar head, as transformers gives it; several outputs have their own names."""
 
 
 class WirePredictRequest(msgspec.Struct, kw_only=True):
@@ -40,11 +40,18 @@ class WirePredictRequest(msgspec.Struct, kw_only=True):
     model: str | None = None
 
 
+class _Request(msgspec.Struct, frozen=True):
+    """What the answer needs of the request and of the model."""
+
+    is_single: bool
+    labels: tuple[str, ...]
+
+
 _decoder = msgspec.json.Decoder(WirePredictRequest)
 
 _PREDICTION = {
     "type": "array",
-    "items": {"type": "object", "properties": {"score": {"type": "number"}, "label": {"const": LABEL}}},
+    "items": {"type": "object", "properties": {"score": {"type": "number"}, "label": {"type": "string"}}},
 }
 _ANSWER = {"anyOf": [_PREDICTION, {"type": "array", "items": _PREDICTION}], "description": "Rewards, raw."}
 
@@ -57,12 +64,13 @@ def _decode(request: WireRequest, context: ProtocolContext) -> Call:
     has_pairs = any(isinstance(item.content, Exchange) for item in items)
     if has_pairs and any(isinstance(item.content, TemplatedText) for item in items):
         raise invalid("/inputs", "not_one_form", "The entries of inputs are all texts or all pairs")
+    facts = _Request(isinstance(wire.inputs, str), (LABEL,) if len(context.outputs) == 1 else context.outputs)
     encoding = context.truncating(Encoding() if has_pairs else AS_THE_TOKENIZER)
     if wire.truncate:
         # From the right the completion would be cut, so what is too long is refused.
         from_left = (wire.truncation_direction or "Right").lower() == "left"
         encoding = Encoding(encoding.template, "prompt_left" if from_left else "error", encoding.add_bos)
-    return Call(items, encoding, model=wire.model, activation=activation_for(asked, context.settings), wire=wire.inputs)
+    return Call(items, encoding, model=wire.model, activation=activation_for(asked, context.settings), wire=facts)
 
 
 def _contents(inputs: str | list[Any]) -> list[Content]:
@@ -84,8 +92,13 @@ def _content(entry: str | list[str], pointer: str) -> Content:
 
 
 def _encode(call: Call, answer: Answer) -> bytes:
-    predictions = [[{"score": number, "label": LABEL}] for number in numbers(call, answer)]
-    return msgspec.json.encode(predictions[0] if isinstance(call.wire, str) else predictions)
+    request: _Request = call.wire
+    labels = request.labels
+    predictions = [
+        [{"score": number, "label": label} for number, label in zip(row, labels, strict=True)]
+        for row in rows(call, answer)
+    ]
+    return msgspec.json.encode(predictions[0] if request.is_single else predictions)
 
 
 PROTOCOL = Protocol(
@@ -99,6 +112,7 @@ PROTOCOL = Protocol(
             _encode,
             WirePredictRequest,
             _ANSWER,
+            answers_vectors=True,
         ),
     ),
 )

@@ -26,6 +26,7 @@ from service.protocols.inputs import (
     item_members,
     numbers,
     pooling_call,
+    rows,
     truncation_of,
     usage_members,
     vectors,
@@ -104,7 +105,7 @@ def _recognises_pairs(body: bytes) -> bool:
 
 
 def _encode_classes(call: Call, answer: Answer) -> bytes:
-    entries = [{"label": None, "probs": [number], "num_classes": 1} for number in numbers(call, answer)]
+    entries = [{"label": None, "probs": row, "num_classes": len(row)} for row in rows(call, answer)]
     return _list("classify", answer, entries)
 
 
@@ -157,13 +158,16 @@ def list_schema(entry: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-VECTOR = {"description": "The reward alone; a string with encoding_format base64.", "type": ["array", "string"]}
-"""JSON schema of a vector of length one."""
+VECTOR = {
+    "description": "The reward alone, or all outputs of a model with several; a string with encoding_format base64.",
+    "type": ["array", "string"],
+}
+"""JSON schema of the vector of an item."""
 
 _CLASSES = {
     "label": {"type": "null"},
-    "probs": {"type": "array", "items": {"type": "number"}, "description": "The reward, raw."},
-    "num_classes": {"const": 1},
+    "probs": {"type": "array", "items": {"type": "number"}, "description": "The reward, or all outputs; raw."},
+    "num_classes": {"type": "integer", "description": "Outputs of the model."},
 }
 
 
@@ -185,14 +189,16 @@ PROTOCOL = Protocol(
             WirePoolingRequest,
             list_schema(_CLASSES),
             aliases=("/v1/classify",),
+            answers_vectors=True,
         ),
         ScoringRoute(
             "/pooling",
-            "vLLM: rewards as vectors of length one",
+            "vLLM: rewards as vectors",
             _decode_input,
             _encode_vectors,
             WirePoolingRequest,
             list_schema({"object": {"const": "pooling"}, "data": VECTOR}),
+            answers_vectors=True,
         ),
         _pairs_route("/score"),
         _pairs_route("/v1/score", _recognises_pairs),

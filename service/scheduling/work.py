@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from service.errors import HttpError
 from service.records import Item, TokenSequence
@@ -25,6 +26,10 @@ SMALL_CHUNK_CHARS = 4096
 
 PREFIX_KEY_TOKENS = 64
 """Leading tokens that make the prefix key of a sequence whose prompt length is unknown."""
+
+
+_Computation: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
+"""The row of a sequence and its step positions: what its outputs are computed from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,17 +77,18 @@ def plan_work(items: Sequence[Item], encoded: Sequence[TokenSequence | HttpError
         items: items of the request.
         encoded: the token sequence or the error of each item, in order.
     """
-    first: dict[tuple[int, ...], TokenSequence] = {}
-    indices: dict[tuple[int, ...], list[int]] = {}
+    first: dict[_Computation, TokenSequence] = {}
+    indices: dict[_Computation, list[int]] = {}
     for index, sequence in enumerate(encoded):
         if isinstance(sequence, TokenSequence):
-            first.setdefault(sequence.row, sequence)
-            indices.setdefault(sequence.row, []).append(index)
+            key = sequence.row, sequence.step_positions
+            first.setdefault(key, sequence)
+            indices.setdefault(key, []).append(index)
     distinct = sorted(first)
     return Work(
-        sequences=tuple(first[ids] for ids in distinct),
-        prefixes=tuple(prefix_key(items[indices[ids][0]], first[ids]) for ids in distinct),
-        item_indices=tuple(tuple(indices[ids]) for ids in distinct),
+        sequences=tuple(first[key] for key in distinct),
+        prefixes=tuple(prefix_key(items[indices[key][0]], first[key]) for key in distinct),
+        item_indices=tuple(tuple(indices[key]) for key in distinct),
     )
 
 

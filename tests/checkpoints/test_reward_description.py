@@ -174,7 +174,7 @@ REFUSALS: dict[Callable[[dict[str, Any]], str], str] = {
     no_layers: "describes a head without layers",
     final_activation: "set none",
     token_beyond_the_vocabulary: "appends the token id 100000",
-    two_outputs: "names 2 outputs",
+    two_outputs: "gives 1 numbers per text, but `outputs` names 2",
 }
 
 

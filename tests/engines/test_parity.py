@@ -170,12 +170,12 @@ def test_the_tolerance_is_what_rounding_explains(
 
 def test_every_probe_has_its_own_tolerance() -> None:
     """A difference within the tolerance of a sensitive probe exceeds that of another; the worst probe is reported."""
-    noise, limits = [0.01, 1.0, 0.01], [0.04, 4.0, 0.04]
+    noise, limits = [[0.01], [1.0], [0.01]], [[0.04], [4.0], [0.04]]
 
-    reference = Reference([(5,), (6,), (7,)], [1.0, 2.0, 3.0], noise, limits)
+    reference = Reference([(5,), (6,), (7,)], [[1.0], [2.0], [3.0]], noise, limits)
 
-    within = reference.compare([1.0, 5.0, 3.03])
-    beyond = reference.compare([1.0, 2.0, 3.5])
+    within = reference.compare([[1.0], [5.0], [3.03]])
+    beyond = reference.compare([[1.0], [2.0], [3.5]])
 
     assert within.agrees
     assert not beyond.agrees
@@ -185,7 +185,20 @@ def test_every_probe_has_its_own_tolerance() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_reward_that_is_not_finite_never_agrees(bad: float) -> None:
     """A path that returns NaN or infinity where plain transformers returns a number differs, whatever the tolerance."""
-    assert not Reference([(5,), (6,)], [1.0, 2.0], [0.0, 0.0], [1e9, 1e9]).compare([1.0, bad]).agrees
+    reference = Reference([(5,), (6,)], [[1.0], [2.0]], [[0.0], [0.0]], [[1e9], [1e9]])
+
+    assert not reference.compare([[1.0], [bad]]).agrees
+
+
+def test_every_output_is_compared_by_itself() -> None:
+    """A small output that is wrong is not hidden by a large one, and one inconclusive output makes the probe so."""
+    plain, noise, limits = [[1000.0, 0.1], [2000.0, 0.1]], [[1.0, 0.1]] * 2, [[4.0, 0.4]] * 2
+
+    reference = Reference([(5,), (6,)], plain, noise, limits)
+
+    assert reference.compare([[1003.0, 0.1], [2000.0, 0.1]]).agrees
+    assert not reference.compare([[1000.0, 0.1], [2000.0, 0.6]]).agrees
+    assert not reference.compare(plain).conclusive
 
 
 def test_a_dtype_that_overflows_is_refused(tiny_checkpoint) -> None:

@@ -10,7 +10,7 @@ from tiny_models import SENTENCES, write_tiny_checkpoint
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from service.assembly import assemble
-from service.engines.parity import choose_path, plain_rewards, probes_for, reference_of
+from service.engines.parity import choose_path, plain_outputs, probes_for, reference_of
 from service.errors import HttpError, ParityError
 from service.offline import score_offline
 from service.records import Encoding, Exchange, Item, Score, TextProbe
@@ -27,7 +27,7 @@ def served_rewards(folder: Path, **tokenization: object) -> list[float]:
     assert not any(isinstance(sequence, HttpError) for sequence in sequences)
     outcomes = dict(score_offline(served.scorer.pipeline, sequences))
     scores = [outcomes[index] for index in range(len(items))]
-    return [score.reward for score in scores if isinstance(score, Score)]
+    return [score.reward for score in scores if isinstance(score, Score) and score.reward is not None]
 
 
 @pytest.mark.parametrize("family", ["bert", "deberta-v2", "modernbert"])
@@ -50,15 +50,15 @@ def test_the_probe_sees_a_text_that_transformers_reads_otherwise(tiny_checkpoint
     """A path is refused where the tokenizer's own call gives another text than the one that is served."""
     from tiny_classifiers import load_tiny
 
-    from service.engines.parity import plain_rewards_of_texts
+    from service.engines.parity import plain_outputs_of_texts
     from service.engines.paths.base import PathSpec
 
     classifier = load_tiny(tiny_checkpoint("llama"))
     row = tuple(range(10, 40))
     probes = [*probes_for(classifier, 200), row]
-    reference = reference_of(classifier, probes, plain_rewards(classifier, probes))
+    reference = reference_of(classifier, probes, plain_outputs(classifier, probes))
     same, other = ([TextProbe(row, {"input_ids": ids})] for ids in (row, (*row, 3)))
 
-    choose_path(classifier, [PathSpec("packed")], reference.with_texts(plain_rewards_of_texts(classifier, same)))
+    choose_path(classifier, [PathSpec("packed")], reference.with_texts(plain_outputs_of_texts(classifier, same)))
     with pytest.raises(ParityError):
-        choose_path(classifier, [PathSpec("packed")], reference.with_texts(plain_rewards_of_texts(classifier, other)))
+        choose_path(classifier, [PathSpec("packed")], reference.with_texts(plain_outputs_of_texts(classifier, other)))

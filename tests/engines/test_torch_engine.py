@@ -115,7 +115,7 @@ def test_an_empty_sequence_is_an_error(tiny_checkpoint) -> None:
 class OneSequenceMemory(ScriptedPath):
     """A path on a device that runs out of memory for more than one sequence."""
 
-    def run(self, rows, query=None, prompts=None):
+    def run(self, rows, query=None, prompts=None, steps=()):
         if len(rows) > 1:
             torch.empty(2**60)
         return EngineOutput([float(row[0]) for row in rows], [0] * len(rows))
@@ -124,7 +124,7 @@ class OneSequenceMemory(ScriptedPath):
 class Broken(ScriptedPath):
     """A path with a bug that has nothing to do with memory."""
 
-    def run(self, rows, query=None, prompts=None):
+    def run(self, rows, query=None, prompts=None, steps=()):
         raise RuntimeError("shapes do not match")
 
 

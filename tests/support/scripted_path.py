@@ -24,10 +24,11 @@ class ScriptedPath(ForwardPath):
         rows: Sequence[tuple[int, ...]],
         query: StateQuery | None = None,
         prompts: Sequence[int | None] | None = None,
+        steps: Sequence[tuple[int, ...]] = (),
     ) -> EngineOutput:
         raise NotImplementedError
 
     def clear_cache(self) -> None: ...
 
-    def num_cached_tokens(self, row: tuple[int, ...], mean_start: int | None) -> int:
+    def num_cached_tokens(self, row: tuple[int, ...], mean_start: int | None, steps: tuple[int, ...] = ()) -> int:
         return 0

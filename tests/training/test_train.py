@@ -34,7 +34,7 @@ from training.pairs import TokenizedPair, tokenize_pairs
 from training.preferences import read_pairs
 from training.progress import ProgressCallback
 from training.recipe import Recipe
-from training.reward_model import load_base, lora_config, scalar_head
+from training.reward_model import load_base, lora_config, reward_head
 from training.train import train
 from training.trainer import _trainer_settings
 
@@ -231,8 +231,8 @@ def test_only_the_topmost_layers_are_adapted(tmp_path: Path) -> None:
 
 def test_the_head_of_a_reward_model_is_retained(tmp_path: Path) -> None:
     """Training from a reward model starts at its rewards; only a missing head starts at zero."""
-    _, fresh = scalar_head(load_base(write_tiny_causal_lm(tmp_path / "causal"), RECIPE)[0])
-    _, retained = scalar_head(load_base(write_tiny_checkpoint(tmp_path / "reward"), RECIPE)[0])
+    _, fresh = reward_head(load_base(write_tiny_causal_lm(tmp_path / "causal"), RECIPE)[0])
+    _, retained = reward_head(load_base(write_tiny_checkpoint(tmp_path / "reward"), RECIPE)[0])
 
     assert fresh.weight.abs().sum() == 0
     assert retained.weight.abs().sum() > 0

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from service.arguments import CommandParser, device, not_empty, whole_number
+from service.arguments import CommandParser, device, named_weight, not_empty, whole_number
 from service.checkpoints.hub import check_source, local_folder
 from service.commands import run_command, tell_on_standard_error
 from service.errors import SettingsError
@@ -76,6 +76,14 @@ def _print(findings: Findings, out: Path, console: Console) -> None:
         console.print(f"{conclusion.question}: ", end="", highlight=False)
         console.print(conclusion.answer, style=_COLOURS[conclusion.level], highlight=False)
         console.print(f"  {conclusion.reason}", style="dim", markup=False, highlight=False)
+    for output in findings.outputs:
+        pairs = f"{output.num_pairs:,} {'pairs of its own' if output.labelled else 'pairs, all of them'}"
+        console.print(
+            f"Output {output.name}: accuracy {output.accuracy.value:.1%} on {pairs}; the longer answer "
+            f"{output.longer_wins.value:.1%}; correlation with length within prompts {output.length_within.value:+.2f}",
+            markup=False,
+            highlight=False,
+        )
     console.print(f"The report is {out / HTML_FILE}", markup=False, highlight=False)
 
 
@@ -118,14 +126,16 @@ def _scorer(options: argparse.Namespace, model: str | None, opened: ExitStack) -
 
     from training.audit.scoring import ServiceScorer, load_checkpoint_scorer
 
+    weights = dict(options.weights) if options.weights else None
     if model is None:
-        return ServiceScorer(opened.enter_context(RewardClient(options.url)), options.truncation)
+        return ServiceScorer(opened.enter_context(RewardClient(options.url)), options.truncation, weights)
     return load_checkpoint_scorer(
         Path(model),
         truncation=options.truncation,
         device=options.device,
         dtype=options.dtype,
         num_threads=options.threads,
+        reward_weights=weights,
     )
 
 
@@ -164,6 +174,13 @@ def _parser() -> CommandParser:
         choices=("error", "prompt_left"),
         default="error",
         help="for conversations above the token limit: leave the pair out, or truncate the prompt on the left",
+    )
+    add(
+        "--weights",
+        nargs="+",
+        type=named_weight,
+        metavar="NAME=WEIGHT",
+        help="of the outputs of a model with several, whose weighted sum is audited (default: the model's own)",
     )
     add("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:N (checkpoint folder only)")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="checkpoint folder only")

@@ -13,6 +13,7 @@ from training.audit.data import MIN_PAIRS
 from training.audit.gaps import Gaps, measure_gaps
 from training.audit.leakage import Leakage, measure_leakage
 from training.audit.length_bias import LengthBias, measure_length_bias
+from training.audit.outputs import OutputFindings, measure_outputs
 from training.audit.overtraining import Overtraining, measure_overtraining
 from training.audit.probability import Probability, measure_probability
 from training.audit.scored_pairs import Completions, ScoredPairs, distinct_completions
@@ -41,6 +42,9 @@ class Findings:
     style: Style
     leakage: Leakage
     top: Sequence[TopCompletion]
+
+    outputs: Sequence[OutputFindings] = ()
+    """One for each output of a model with several; empty for a model with one."""
 
     overtraining: Overtraining | None = None
     """None where no training pairs were given."""
@@ -90,6 +94,7 @@ def investigate(
         style=measure_style(completions),
         leakage=measure_leakage(scored, train_pairs),
         top=top_completions(completions, scored.unit, hide_texts=hide_texts),
+        outputs=measure_outputs(scored),
         overtraining=None if trained is None or not len(trained) else measure_overtraining(scored, trained),
         annotator_agreement=measure_annotator_agreement(scored.pairs),
     )

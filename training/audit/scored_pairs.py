@@ -18,6 +18,14 @@ LengthUnit: TypeAlias = Literal["tokens", "characters"]
 
 
 @dataclass(frozen=True, slots=True)
+class OutputRewards:
+    """One output of a model with several, for both completions of each pair [pair]."""
+
+    chosen: FloatArray = field(repr=False)
+    rejected: FloatArray = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class ScoredPairs:
     """Pairs in file order, with arrays [pair]."""
 
@@ -39,6 +47,9 @@ class ScoredPairs:
 
     failures: Mapping[str, int] = field(default_factory=dict)
     """Numbers of the pairs that were left out because a completion has no reward, by reason."""
+
+    outputs: Mapping[str, OutputRewards] = field(default_factory=dict, repr=False)
+    """Each output of a model with several, by name; empty for a model with one."""
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -77,6 +88,9 @@ class ScoredPairs:
             chosen_lengths=self.chosen_lengths[mask],
             rejected_lengths=self.rejected_lengths[mask],
             unit=self.unit,
+            outputs={
+                name: OutputRewards(output.chosen[mask], output.rejected[mask]) for name, output in self.outputs.items()
+            },
         )
 
 

@@ -6,7 +6,7 @@ Both report progress by the number of completions that are done.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -17,11 +17,11 @@ from reward_client.options import Truncation
 
 from service.assembly import assemble
 from service.console import Advance
-from service.errors import HttpError
+from service.errors import HttpError, SettingsError
 from service.offline import encode_items, score_offline
 from service.records import Encoding, Exchange, Item, Score, TokenSequence
 from service.settings import Settings
-from training.audit.scored_pairs import ScoredPairs
+from training.audit.scored_pairs import OutputRewards, ScoredPairs
 from training.failures import count_reasons, reason_of
 from training.preferences import PreferencePair
 
@@ -36,6 +36,9 @@ class ScoredCompletion:
 
     num_tokens: int | None
     """Tokens of the completion, template suffix included; None where the service does not report them."""
+
+    outputs: Mapping[str, float] = field(default_factory=dict)
+    """The outputs of a model with several, by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +99,23 @@ def score_pairs(pairs: Sequence[PreferencePair], scorer: Scorer, advance: Advanc
         rejected_lengths=np.array(
             [r.num_tokens if has_token_counts else len(pair.texts[1]) for pair, _, r in complete], np.float64
         ),
+        outputs=_output_gaps(complete),
         unit="tokens" if has_token_counts else "characters",
         failures=count_reasons(reasons),
     )
+
+
+def _output_gaps(
+    complete: Sequence[tuple[PreferencePair, ScoredCompletion, ScoredCompletion]],
+) -> dict[str, OutputRewards]:
+    names = complete[0][1].outputs if complete else {}
+    return {
+        name: OutputRewards(
+            np.array([chosen.outputs[name] for _, chosen, _ in complete], dtype=np.float64),
+            np.array([rejected.outputs[name] for _, _, rejected in complete], dtype=np.float64),
+        )
+        for name in names
+    }
 
 
 class CheckpointScorer:
@@ -113,6 +130,11 @@ class CheckpointScorer:
 
     def __init__(self, settings: Settings) -> None:
         self._served = assemble(settings, taps=())  # an audit reads rewards alone
+        if not self._served.rule.has_reward:
+            raise SettingsError(
+                f"The model has the outputs {', '.join(self._served.info.outputs)} and no weights of them: give "
+                "--weights, as NAME=WEIGHT for each."
+            )
 
     def description(self) -> Mapping[str, Any]:
         """Return name, version, architecture, dtype and number of parameters."""
@@ -136,15 +158,22 @@ class CheckpointScorer:
             max_batch_sequences=settings.batching.max_batch_sequences,
             advance=advance,
         )
-        scores = {index: _outcome(encoded[index], outcome) for index, outcome in results}
+        names = self._served.info.outputs
+        scores = {index: _outcome(encoded[index], outcome, names) for index, outcome in results}
         return [scores[index] for index in range(len(exchanges))]
 
 
 class ServiceScorer:
     """Scores with a running service."""
 
-    def __init__(self, client: RewardClient, truncation: Truncation | None = None) -> None:
+    def __init__(
+        self,
+        client: RewardClient,
+        truncation: Truncation | None = None,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
         self._client = client
+        self._weights = weights
         self._truncation = truncation
 
     def description(self) -> Mapping[str, Any]:
@@ -169,7 +198,7 @@ class ServiceScorer:
     def _score_call(self, exchanges: Sequence[Exchange]) -> list[Outcome]:
         try:
             scored = self._client.score_items(
-                [exchange.as_dict() for exchange in exchanges], truncation=self._truncation
+                [exchange.as_dict() for exchange in exchanges], truncation=self._truncation, weights=self._weights
             )
         except ItemsFailed as error:
             scorable = [index for index, reward in enumerate(error.rewards) if reward is not None]
@@ -178,7 +207,9 @@ class ServiceScorer:
             for failure in error.failures:
                 scores[failure.index] = UnscoredCompletion(reason_of(failure.code, failure.detail))
             return [scores[index] for index in range(len(exchanges))]
-        return [ScoredCompletion(item.reward, _completion_tokens(item.diagnostics)) for item in scored]
+        return [
+            ScoredCompletion(item.known_reward, _completion_tokens(item.diagnostics), item.rewards) for item in scored
+        ]
 
 
 def load_checkpoint_scorer(model: Path, *, truncation: Truncation, **options: Any) -> CheckpointScorer:
@@ -193,11 +224,14 @@ def load_checkpoint_scorer(model: Path, *, truncation: Truncation, **options: An
     return CheckpointScorer(read_settings(tree))
 
 
-def _outcome(sequence: TokenSequence | HttpError, outcome: Score | HttpError) -> Outcome:
+def _outcome(sequence: TokenSequence | HttpError, outcome: Score | HttpError, names: Sequence[str]) -> Outcome:
     if isinstance(outcome, HttpError):
         return UnscoredCompletion(reason_of(outcome.code, outcome.detail))
+    assert outcome.reward is not None  # noqa: S101 - the scorer has refused models without a reward
     return ScoredCompletion(
-        outcome.reward, sequence.num_completion_tokens if isinstance(sequence, TokenSequence) else None
+        outcome.reward,
+        sequence.num_completion_tokens if isinstance(sequence, TokenSequence) else None,
+        dict(zip(names, outcome.outputs, strict=False)),
     )
 
 

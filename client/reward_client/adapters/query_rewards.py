@@ -49,7 +49,7 @@ def _score(queries: list[str], prompts: list[Any]) -> dict[str, Any]:
         items, diagnostics=level_of(options.extras), truncation=options.score["truncation"], template="concat"
     )
     rows = [numbers(item, options.extras) for item in scored]
-    rewards = [item.reward for item in scored]
+    rewards = [item.known_reward for item in scored]
     return {
         "rewards": rewards,
         "scores": list(rewards),

@@ -55,7 +55,7 @@ class _Settings:
             mean = mean_of_known(values)
             if log_metric is not None and mean is not None:
                 log_metric(METRIC_PREFIX + name, mean)
-        return [item.reward for item in items]
+        return [item.known_reward for item in items]
 
 
 class RemoteReward(_Settings):

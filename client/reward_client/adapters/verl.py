@@ -148,7 +148,7 @@ async def _score(
 ) -> dict[str, float]:
     level = level_of(options.extras)
     [item] = await client.score([prompt], [completion], diagnostics=level, **options.score)
-    return {"score": item.reward, **numbers(item, options.extras)}
+    return {"score": item.known_reward, **numbers(item, options.extras)}
 
 
 def _hashable(options: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:

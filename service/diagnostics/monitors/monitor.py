@@ -216,10 +216,10 @@ def merge_views(views: Iterable[MonitorView], *, incomplete: bool) -> MonitorVie
 
 
 def describe_state(
-    state: MonitorState, reference: MonitorReference | None, settings: MonitorSettings
+    state: MonitorState, reference: MonitorReference | None, settings: MonitorSettings, outputs: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Return a state as JSON-ready values for ``/v1/monitor``."""
-    readings = read_window(state.statistics, reference, settings)
+    """Return a state as JSON-ready values for ``/v1/monitor``; ``outputs`` names the outputs of the model."""
+    readings = read_window(state.statistics, reference, settings, outputs)
     sums = read_sums(state.sums, state.num_alarms, state.threshold) if reference is not None else []
     return {
         "window": {

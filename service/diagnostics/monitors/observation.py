@@ -32,14 +32,17 @@ Column: TypeAlias = Literal[
     "oe_surprise",
     "flag",
 ]
-"""reward: raw. log_tokens: ln(1 + completion tokens). headers to markdown: style markers per 100 words; markdown is the
-sum of the first three. repeat4, prompt_overlap: fractions of the style block. surprise: the combined -ln p.
-oe_surprise: -ln p of the detector that was trained on hacks. flag: 0 or 1."""
+"""reward: raw, by the service's own weights. log_tokens: ln(1 + completion tokens). headers to markdown: style markers
+per 100 words; markdown is the sum of the first three. repeat4, prompt_overlap: fractions of the style block. surprise:
+the combined -ln p. oe_surprise: -ln p of the detector that was trained on hacks. flag: 0 or 1."""
 
 COLUMNS: tuple[Column, ...] = get_args(Column)
 
 MAX_SURPRISE = 12.0
 """Limit of the surprise in means, above which one item would outweigh a whole batch."""
+
+MAX_OUTPUTS = 32
+"""Outputs of a model that are monitored, the first ones; each adds readings and metrics."""
 
 _UNKNOWN = math.nan
 
@@ -66,7 +69,7 @@ class Observation:
         score, tokens = self.score, self.num_completion_tokens
         log_tokens = _UNKNOWN if tokens is None else math.log1p(tokens)
         object.__setattr__(
-            self, "values", (score.reward, log_tokens, *_style_rates(score.style), *_surprises(score.ood))
+            self, "values", (_reward(score), log_tokens, *_style_rates(score.style), *_surprises(score.ood))
         )
 
 
@@ -83,6 +86,9 @@ class ObservedItems:
     truncated: NDArray[np.bool_]
     """[n]"""
 
+    outputs: NDArray[np.float64] = field(default_factory=lambda: np.empty((0, 0)))
+    """[n, outputs] of a model with several outputs; [n, 0] of one with one."""
+
     @classmethod
     def of(cls, observations: Sequence[Observation]) -> ObservedItems:
         """Return the observations, in order."""
@@ -90,6 +96,7 @@ class ObservedItems:
             np.array([seen.values for seen in observations], np.float64).reshape(-1, len(COLUMNS)),
             np.array([seen.prompt for seen in observations], np.int64),
             np.array([seen.truncated for seen in observations], np.bool_),
+            _outputs_of([seen.score for seen in observations]),
         )
 
     def columns(self, *names: Column) -> NDArray[np.float64]:
@@ -101,6 +108,21 @@ class ObservedItems:
         rows = self.columns(*names)
         is_known = ~np.isnan(rows).any(axis=1)
         return rows[is_known], self.prompts[is_known]
+
+
+def _reward(score: Score) -> float:
+    """The reward; unknown also where weights of the request made it, because it is then on a scale of its own."""
+    return _UNKNOWN if score.reward is None or score.own_weights else score.reward
+
+
+def _outputs_of(scores: Sequence[Score]) -> NDArray[np.float64]:
+    """Return the outputs [n, outputs], NaN for a score without them."""
+    size = min(max((len(score.outputs) for score in scores), default=0), MAX_OUTPUTS)
+    rows = np.full((len(scores), size), _UNKNOWN)
+    for row, score in zip(rows, scores, strict=True):
+        if score.outputs:
+            row[:] = score.outputs[:size]
+    return rows
 
 
 def _style_rates(style: StyleReport | None) -> tuple[float, ...]:

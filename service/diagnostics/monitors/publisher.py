@@ -157,7 +157,8 @@ class Publisher:
     def _count_groups(self, items: ObservedItems) -> None:
         with_ood, ood_prompts = items.known("reward", "flag")
         num_groups, num_top1_ood = count_best(with_ood[:, 0], with_ood[:, 1] > 0, ood_prompts)
-        num_pairs, num_tied = count_pairs(items.columns("reward")[:, 0], items.prompts)
+        rewards, prompts = items.known("reward")
+        num_pairs, num_tied = count_pairs(rewards[:, 0], prompts)
         self._metrics.groups.inc(num_groups)
         self._metrics.top1_ood.inc(num_top1_ood)
         self._metrics.pairs.inc(num_pairs)

@@ -6,8 +6,8 @@ Pure. A value that cannot be computed is None, with the state ``unknown``.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from service.diagnostics.monitors.alarms import LengthCorrelation, length_correlation
 from service.diagnostics.monitors.cusum import Cusum
@@ -46,15 +46,26 @@ class SignalReading:
 
 
 def read_window(
-    statistics: WindowStatistics, reference: MonitorReference | None, settings: MonitorSettings
+    statistics: WindowStatistics,
+    reference: MonitorReference | None,
+    settings: MonitorSettings,
+    outputs: Sequence[str] = (),
 ) -> list[Reading]:
-    """Return the readings of a window; those of length come first, as they are read most often."""
+    """Return the readings of a window; those of length come first, as they are read most often.
+
+    Args:
+        statistics: of the window.
+        reference: of the calibration; None without one.
+        settings: thresholds.
+        outputs: names of the model's outputs.
+    """
     return [
         *_length_readings(statistics, reference, settings),
         *_style_readings(statistics, reference),
         *_ood_readings(statistics, reference),
         *_drift_readings(statistics, reference),
         *_group_readings(statistics),
+        *_output_readings(statistics, settings, outputs),
     ]
 
 
@@ -283,6 +294,44 @@ def _group_readings(statistics: WindowStatistics) -> Iterator[Reading]:
     ):  # fmt: skip
         value = count / total if total else None
         yield Reading(name, "share", definition, value, total, state="unknown" if value is None else "shown")
+
+
+def _output_readings(
+    statistics: WindowStatistics, settings: MonitorSettings, outputs: Sequence[str]
+) -> Iterator[Reading]:
+    found = statistics.outputs
+    for name, pooled, within in zip(outputs, found.pooled, found.within, strict=False):
+        variance = pooled.variance(0)
+        ess = min(pooled.count, statistics.clusters.prompts)
+        half_width = None if variance is None else Z95 * math.sqrt(variance / ess)
+        mean = float(pooled.mean[0])
+        yield Reading(
+            name="output_mean",
+            metric="reward",
+            definition="Mean of one output of the model; the interval counts each prompt once.",
+            value=mean if pooled.count else None,
+            n=pooled.count,
+            feature=name,
+            interval=None if half_width is None else (mean - half_width, mean + half_width),
+            ess=ess if pooled.count else None,
+            state="shown" if pooled.count else "unknown",
+        )
+        own = replace(statistics, lengths=pooled, lengths_within=within)
+        for scope in reversed(SCOPES):
+            correlation = window_correlation(own, scope)
+            yield Reading(
+                name="output_length_corr",
+                metric="pearson_r",
+                definition="As reward_length_corr, of one output of the model.",
+                value=correlation.r,
+                n=correlation.n,
+                scope=scope,
+                feature=name,
+                interval=None if correlation.r is None else correlation_interval(correlation.r, correlation.size),
+                ess=max(0.0, correlation.size),
+                threshold=settings.length_corr_warn,
+                state=state_of(correlation.bound, settings.length_corr_warn, "warn"),
+            )
 
 
 def _gap_interval(

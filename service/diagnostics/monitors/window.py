@@ -64,6 +64,38 @@ class Clusters:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class OutputStatistics:
+    """The statistics of each output of a model with several; empty for a model with one."""
+
+    pooled: tuple[Moments, ...] = ()
+    """Moments of (output, log_tokens), over all items."""
+
+    within: tuple[WithinMoments, ...] = ()
+    """Co-moments of (output, log_tokens), about the means of the prompts."""
+
+    @classmethod
+    def of(cls, items: ObservedItems) -> OutputStatistics:
+        """Return the statistics of items; all completions of a prompt must be among them."""
+        log_tokens = items.columns("log_tokens")[:, 0]
+        pooled, within = [], []
+        for output in items.outputs.T:
+            rows = np.column_stack([output, log_tokens])
+            is_known = ~np.isnan(rows).any(axis=1)
+            pooled.append(Moments.of(rows[is_known]))
+            within.append(WithinMoments.of(rows[is_known], items.prompts[is_known]))
+        return cls(tuple(pooled), tuple(within))
+
+    def merged(self, other: OutputStatistics) -> OutputStatistics:
+        """Return the statistics of both segments."""
+        if not self.pooled or not other.pooled:
+            return self if self.pooled else other
+        return OutputStatistics(
+            tuple(one.merged(two) for one, two in zip(self.pooled, other.pooled, strict=True)),
+            tuple(one.merged(two) for one, two in zip(self.within, other.within, strict=True)),
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class WindowStatistics:
     """The statistics of a segment of the stream."""
 
@@ -114,6 +146,8 @@ class WindowStatistics:
     num_tied_pairs: int
     """Those of these pairs with equal rewards."""
 
+    outputs: OutputStatistics
+
     @property
     def num_items(self) -> int:
         """Number of items."""
@@ -150,11 +184,12 @@ def summarize(items: ObservedItems, style_thresholds: NDArray[np.float64] | None
     flagged = with_ood[:, 2] > 0
     style_exceedances, num_styled = _count_exceedances(items, style_thresholds)
     num_groups_with_ood, num_top1_ood = count_best(with_ood[:, 0], flagged, ood_prompts)
-    num_pairs, num_tied_pairs = count_pairs(items.columns("reward")[:, 0], items.prompts)
+    rewards, reward_prompts = items.known("reward")
+    num_pairs, num_tied_pairs = count_pairs(rewards[:, 0], reward_prompts)
     return WindowStatistics(
         clusters=Clusters.of(items.prompts),
         num_truncated=int(items.truncated.sum()),
-        rewards=Moments.of(items.columns("reward")),
+        rewards=Moments.of(rewards),
         lengths=Moments.of(lengths),
         lengths_within=WithinMoments.of(lengths, length_prompts),
         styles=Moments.of(styles),
@@ -171,6 +206,7 @@ def summarize(items: ObservedItems, style_thresholds: NDArray[np.float64] | None
         num_top1_ood=num_top1_ood,
         num_pairs=num_pairs,
         num_tied_pairs=num_tied_pairs,
+        outputs=OutputStatistics.of(items),
     )
 
 

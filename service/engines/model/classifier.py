@@ -17,21 +17,23 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, PretrainedConfig
 
 from service.checkpoints.configuration import read_config
+from service.checkpoints.described_heads import ClassifierHead
 from service.checkpoints.quantized_weights import read_widened
-from service.checkpoints.reward_description import LayeredHead, read_description
+from service.checkpoints.reward_description import RewardDescription
 from service.engines.base import StateTap
 from service.engines.linear.inplace_silu import gate_in_place
-from service.engines.model.layered_head import LayeredHeadModule, load_layered_head
+from service.engines.model.described_head import STATE_HEADS, GatedHeadModule, StateHead, load_head
 from service.engines.model.scalar_head import batch_invariant_head, batch_invariant_layers
 from service.engines.model.taps import Readout, RecordedStates, blocks_of, record_states
 from service.errors import SettingsError
 from service.records import TOKEN_TYPE_SHIFT, Pooling
+from service.token_pattern import last_occurrence
 from service.transformers_logging import transformers_silenced
 
 
 @dataclass(frozen=True, slots=True)
 class Classifier:
-    """A loaded classifier with one label."""
+    """A loaded classifier."""
 
     model: Any
     """The transformers model, on its device, in inference mode."""
@@ -48,19 +50,28 @@ class Classifier:
     reads_token_types: bool = False
     """Whether rows may hold token types beside token ids, see ``TokenSequence.row``."""
 
+    outputs: tuple[str, ...] = ("reward",)
+    """Names of the numbers that the head gives at a token, in order."""
+
     @property
     def body(self) -> Any:
         """The transformer below the head: token ids in, hidden states out."""
         return self.model.base_model
 
     @property
-    def state_head(self) -> nn.Linear | LayeredHeadModule | None:
+    def state_head(self) -> nn.Linear | StateHead | None:
         """The head on the state of one token, ``score`` in decoder families; None where the head does its own pooling.
 
-        It is one linear layer, or the layers of a described head.
+        It is one linear layer, or a described head.
         """
         head = getattr(self.model, "score", None)
-        return head if isinstance(head, (nn.Linear, LayeredHeadModule)) else None
+        return head if isinstance(head, (nn.Linear, *STATE_HEADS)) else None
+
+    @property
+    def gate_pattern(self) -> tuple[int, ...]:
+        """Token ids of which a gated head reads the first one; empty where the head reads no other token."""
+        head = self.state_head
+        return head.token_pattern if isinstance(head, GatedHeadModule) else ()
 
     @property
     def config(self) -> Any:
@@ -120,32 +131,46 @@ class Classifier:
             return 0
         return self.pooled_position([entry & ((1 << TOKEN_TYPE_SHIFT) - 1) for entry in ids])
 
+    def gate_position(self, ids: Sequence[int]) -> int:
+        """Return the position in ``ids`` whose state the gate of the head reads.
+
+        Raises:
+            ValueError: the tokens between prompt and completion are not there, so there is no such state.
+        """
+        position = last_occurrence(ids, self.gate_pattern)
+        if position is None:
+            raise ValueError("A sequence without the tokens that the gate reads has no reward")
+        return position
+
     def recording(
         self, taps: tuple[StateTap, ...], readouts: Sequence[Readout]
     ) -> AbstractContextManager[RecordedStates]:
         """Record states of the pass that runs while the context is open; see ``record_states``."""
         return record_states(self.body, self.config.num_hidden_layers, taps, readouts)
 
-    def rewards_of(self, pooled: torch.Tensor) -> torch.Tensor:
-        """Run the head on pooled states [rows, hidden]; float32 [rows], on the device.
+    def outputs_of(self, states: torch.Tensor, gate_states: torch.Tensor | None = None) -> torch.Tensor:
+        """Run the head on states [rows, hidden]; float32 [rows, outputs], on the device.
 
         The order of additions of a matrix product depends on its number of rows, so on a CPU the states are multiplied
         one by one. On a GPU, where each product would be a kernel launch, ``batch_invariant_head`` multiplies all at
         once.
+
+        Args:
+            states: of the tokens that are read.
+            gate_states: of the token that the gate reads, one for each of them; None where there is no gate pattern.
         """
         head = self.state_head
         if head is None:
             raise TypeError(f"The head of {self.architecture} does its own pooling")
+        if isinstance(head, nn.Linear):
+            if not self.is_on_cpu:
+                return batch_invariant_head(states, head.weight, head.bias)
+            return torch.cat([head(state[None]) for state in states])
         if not self.is_on_cpu:
-            if isinstance(head, LayeredHeadModule):
-                return batch_invariant_layers(pooled, head)
-            return batch_invariant_head(pooled, head.weight[0], head.bias)
-        return torch.cat([head(state[None]) for state in pooled])[:, 0]
-
-    def read_rewards(self, pooled: torch.Tensor) -> list[float]:
-        """Run the head on pooled states [rows, hidden] and copy the rewards to the host."""
-        rewards: list[float] = self.rewards_of(pooled).tolist()
-        return rewards
+            return head(states, gate_states, batch_invariant_layers)
+        if gate_states is None:
+            return torch.cat([head(state[None]) for state in states])
+        return torch.cat([head(state[None], gate[None]) for state, gate in zip(states, gate_states, strict=True)])
 
 
 def pooled_position(ids: Sequence[int], pooling: Pooling, pad_token_id: int | None) -> int:
@@ -174,13 +199,27 @@ def stored_dtype(config: PretrainedConfig) -> torch.dtype:
 
 
 def load_classifier(
-    folder: Path, *, dtype: torch.dtype, device: torch.device, pooling: Pooling, pad_token_id: int | None
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    pooling: Pooling,
+    pad_token_id: int | None,
+    description: RewardDescription | None = None,
 ) -> Classifier:
     """Load a checkpoint folder for inference.
 
     The head's weights are those of the checkpoint, bit for bit where it stores fp32, and are never rounded to the
     dtype of the body; hidden states are cast to fp32 before it. Quantized weights are widened to the dtype of the body,
     those of the head to fp32. A described head takes the place of the classifier's.
+
+    Args:
+        folder: a validated checkpoint.
+        dtype: of the body.
+        device: where the model runs.
+        pooling: the resolved pooling.
+        pad_token_id: the resolved pad token.
+        description: the resolved description; None: the head is the classifier's, with one output.
 
     Raises:
         SettingsError: another pooling is requested of a model whose own head pools.
@@ -206,14 +245,19 @@ def load_classifier(
         )
     for name in head_names:
         getattr(model, name).register_forward_pre_hook(_cast_to_fp32)
-    description = read_description(folder)
-    if description is not None and isinstance(description.head, LayeredHead):
-        model.score = load_layered_head(folder, description.head)
+    if description is not None and not isinstance(description.head, ClassifierHead):
+        model.score = load_head(folder, description.head)
     model.config.get_text_config().pad_token_id = pad_token_id
     model.requires_grad_(requires_grad=False).eval().to(device)
     gate_in_place(model.base_model)
 
-    classifier = Classifier(model, model.config._attn_implementation, pooling, pad_token_id)  # noqa: SLF001 - no public name
+    classifier = Classifier(
+        model,
+        model.config._attn_implementation,  # noqa: SLF001 - no public name
+        pooling,
+        pad_token_id,
+        outputs=("reward",) if description is None else description.outputs,
+    )
     if pooling != "hf" and classifier.state_head is None:
         raise SettingsError(
             f"model.pooling is {pooling}, but {classifier.architecture} pools in its own head: leave the setting out"

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Literal, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from service.engines.base import BatchCost, EngineOutput, Pending
 from service.engines.kernels.bindings import Kernels
@@ -64,6 +69,28 @@ def candidate_paths(choice: PathChoice, fastest: PathSpec) -> list[PathSpec]:
     return list(dict.fromkeys({"auto": [*packed, padded], "packed": packed, "padded": [padded]}[choice]))
 
 
+def output_of(
+    values: torch.Tensor,
+    steps: Sequence[tuple[int, ...]],
+    shared_tokens: Sequence[int],
+    states: NDArray[np.float32] | None,
+) -> EngineOutput:
+    """Return the output of a pass.
+
+    Args:
+        values: the head's outputs, float32 [positions, outputs], sequence by sequence: at its steps in order, and last
+            at its pooled token.
+        steps: the steps of each sequence; empty where there are none.
+        shared_tokens: see ``EngineOutput``.
+        states: see ``EngineOutput``.
+    """
+    if not steps and values.shape[1] == 1:
+        return EngineOutput(values[:, 0].tolist(), shared_tokens, states)
+    ends = list(accumulate(len(own) + 1 for own in steps or [()] * len(values)))
+    outputs = np.split(values.float().cpu().numpy(), ends[:-1])
+    return EngineOutput([float(own[-1, 0]) for own in outputs], shared_tokens, states, outputs=outputs)
+
+
 class ForwardPath(Protocol):
     """One way of running a batch through a classifier."""
 
@@ -87,6 +114,7 @@ class ForwardPath(Protocol):
         rows: Sequence[tuple[int, ...]],
         query: StateQuery | None = None,
         prompts: Sequence[int | None] | None = None,
+        steps: Sequence[tuple[int, ...]] = (),
     ) -> EngineOutput:
         """Score sequences of token ids in one pass.
 
@@ -95,6 +123,11 @@ class ForwardPath(Protocol):
             query: the states to read in addition; changes no bit of a reward.
             prompts: how many leading tokens of each sequence are its prompt, None where that is unknown; with them the
                 pass may read the prefix cache and add prompts to it. None: it does neither.
+            steps: for each sequence the positions, ascending, at which the head is read beside the pooled token; empty:
+                at none. They change no bit of a reward.
+
+        Returns:
+            ``outputs`` is None where there are no steps and the head has one output.
         """
         ...
 
@@ -102,12 +135,13 @@ class ForwardPath(Protocol):
         """Drop all cached prefixes."""
         ...
 
-    def num_cached_tokens(self, row: tuple[int, ...], mean_start: int | None) -> int:
+    def num_cached_tokens(self, row: tuple[int, ...], mean_start: int | None, steps: tuple[int, ...] = ()) -> int:
         """Return how many leading tokens of a sequence the next pass takes from the prefix cache, in any batch.
 
         Args:
             row: token ids.
-            mean_start: the first token that ``mean`` pooling may read; None: only the pooled token's state is read.
+            mean_start: the first token that ``mean`` pooling may read; None: it reads none.
+            steps: the positions at which the head is read beside the pooled token, ascending.
         """
         ...
 
@@ -116,6 +150,11 @@ class ForwardPath(Protocol):
 class LaunchingPath(ForwardPath, Protocol):
     """A forward path that can launch the next pass without waiting for the device."""
 
-    def launch(self, rows: Sequence[tuple[int, ...]], query: StateQuery | None = None) -> Pending[EngineOutput]:
+    def launch(
+        self,
+        rows: Sequence[tuple[int, ...]],
+        query: StateQuery | None = None,
+        steps: Sequence[tuple[int, ...]] = (),
+    ) -> Pending[EngineOutput]:
         """Launch a pass on the device; its result is what ``run`` returns. On a CPU it is computed at once."""
         ...

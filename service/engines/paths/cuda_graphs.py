@@ -170,7 +170,7 @@ class StaticPass:
 
     @torch.inference_mode()
     def compute(self) -> torch.Tensor:
-        """Return float32 [sequences], the rewards of the loaded batch; those of unused sequences are meaningless."""
+        """Return float32 [sequences, outputs] of the loaded batch; those of unused sequences are meaningless."""
         states = self._classifier.body(
             input_ids=self.buffers.ids,
             attention_mask=self._mask,
@@ -178,16 +178,16 @@ class StaticPass:
             use_cache=False,
             packed_layout=self._layout,
         ).last_hidden_state[0]
-        return self._classifier.rewards_of(states.index_select(0, self.buffers.pooled))
+        return self._classifier.outputs_of(states.index_select(0, self.buffers.pooled))
 
 
 class RecordedPass(StaticPass):
-    """A static pass recorded as a CUDA graph; the next replay overwrites its rewards."""
+    """A static pass recorded as a CUDA graph; the next replay overwrites its outputs."""
 
     def __init__(self, classifier: Classifier, bucket: Bucket, pool: Any) -> None:
         super().__init__(classifier, bucket)
         self._graph = torch.cuda.CUDAGraph()
-        self._rewards = self._record(pool)
+        self._outputs = self._record(pool)
 
     def _record(self, pool: Any) -> torch.Tensor:
         device = self._classifier.device
@@ -204,7 +204,7 @@ class RecordedPass(StaticPass):
     def compute(self) -> torch.Tensor:
         """Replay the pass; see ``StaticPass.compute``."""
         self._graph.replay()
-        return self._rewards
+        return self._outputs
 
 
 class PassLibrary:
@@ -241,7 +241,7 @@ def capture_graphs(classifier: Classifier, max_batch_tokens: int) -> PassLibrary
 
 def record_library(
     classifier: Classifier,
-    compute: Callable[[Sequence[tuple[int, ...]]], Sequence[float]],
+    compute: Callable[[Sequence[tuple[int, ...]]], Sequence[Sequence[float]]],
     max_batch_tokens: int,
     tolerance: float,
     capture: Callable[[Classifier, int], PassLibrary] = capture_graphs,
@@ -250,7 +250,7 @@ def record_library(
 
     Args:
         classifier: ready to run packed batches.
-        compute: returns the rewards of an ordinary pass.
+        compute: returns the head's outputs of each sequence of an ordinary pass.
         max_batch_tokens: the batch budget.
         tolerance: largest difference between the two.
         capture: records the passes; replaced in tests.
@@ -272,7 +272,7 @@ def record_library(
 def _disagreement(
     library: PassLibrary,
     classifier: Classifier,
-    compute: Callable[[Sequence[tuple[int, ...]]], Sequence[float]],
+    compute: Callable[[Sequence[tuple[int, ...]]], Sequence[Sequence[float]]],
     tolerance: float,
 ) -> str:
     for bucket, static in library.items():
@@ -280,7 +280,7 @@ def _disagreement(
         pooled = [classifier.pooled_position(row) for row in rows]
         static.load(tensor.to(classifier.device) for tensor in fill_bucket(bucket, rows, pooled, rows[0][0]).tensors)
         pairs = zip(static.compute().tolist(), compute(rows), strict=False)
-        gap = max((abs(recorded - ordinary) for recorded, ordinary in pairs), default=0.0)
+        gap = max((abs(one - other) for pair in pairs for one, other in zip(*pair, strict=True)), default=0.0)
         if not gap <= tolerance:
             return f"a recorded batch of {bucket.num_tokens} tokens differs by {gap:.3g}, more than {tolerance:.3g}"
     return ""

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from math import isfinite
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -26,10 +27,11 @@ from service.engines.kernels.bindings import Kernels
 from service.engines.kernels.patching import packs_all_linear_layers
 from service.engines.model.classifier import Classifier
 from service.engines.model.taps import Readout, StateQuery
-from service.engines.paths.base import PathSpec
+from service.engines.paths.base import PathSpec, output_of
 from service.engines.paths.cuda_graphs import Bucket, PassLibrary, StaticPass, fill_bucket
 from service.engines.rewiring import rewire
 from service.scheduling.prefix_tree import TokenIds, TokenSpan, has_shared_prefix
+from service.token_pattern import last_occurrence
 
 PADDING_ID = 0
 """The id of padding tokens at the end of a packed batch. Any id is valid: their states are computed and never read."""
@@ -113,25 +115,32 @@ class PackedForward:
         rows: Sequence[TokenIds],
         query: StateQuery | None = None,
         prompts: Sequence[int | None] | None = None,
+        steps: Sequence[tuple[int, ...]] = (),
     ) -> EngineOutput:
         """Score sequences in one pass; see ``ForwardPath.run``."""
         if self.kv_cache is None or prompts is None:
-            return self.launch(rows, query).result()
-        return self._recompute_non_finite(rows, query, self._run_cached(self.kv_cache, rows, query, prompts))
+            return self.launch(rows, query, steps).result()
+        output = self._run_cached(self.kv_cache, rows, query, prompts, steps)
+        return self._recompute_non_finite(rows, query, steps, output)
 
-    def launch(self, rows: Sequence[TokenIds], query: StateQuery | None = None) -> Pending[EngineOutput]:
+    def launch(
+        self,
+        rows: Sequence[TokenIds],
+        query: StateQuery | None = None,
+        steps: Sequence[tuple[int, ...]] = (),
+    ) -> Pending[EngineOutput]:
         """Launch a pass on the device; see ``LaunchingPath.launch``. On CUDA the host waits for nothing here.
 
         The prefix cache is neither read nor written, because states are cached only after their pass has ended.
         """
-        return Deferred(partial(self._finish, rows, query, self._launch(rows, query)))
+        return Deferred(partial(self._finish, rows, query, steps, self._launch(rows, query, steps)))
 
     def clear_cache(self) -> None:
         """Clear the prefix cache."""
         if self.kv_cache is not None:
             self.kv_cache.prefix_index.clear()
 
-    def num_cached_tokens(self, row: TokenIds, mean_start: int | None) -> int:
+    def num_cached_tokens(self, row: TokenIds, mean_start: int | None, steps: tuple[int, ...] = ()) -> int:
         """Return how many leading tokens of a sequence are cached; see ``ForwardPath.num_cached_tokens``.
 
         The queue calls this while it holds the scorer's lock, because which sequences fit a batch depends on it. That
@@ -140,13 +149,17 @@ class PackedForward:
         """
         if self.kv_cache is None or not row:
             return 0
-        return self.kv_cache.prefix_index.longest(row, self._max_cached(row, mean_start))[1]
+        return self.kv_cache.prefix_index.longest(row, self._max_cached(row, mean_start, steps))[1]
 
     @torch.inference_mode()
     def _finish(
-        self, rows: Sequence[TokenIds], query: StateQuery | None, launched: Pending[EngineOutput]
+        self,
+        rows: Sequence[TokenIds],
+        query: StateQuery | None,
+        steps: Sequence[tuple[int, ...]],
+        launched: Pending[EngineOutput],
     ) -> EngineOutput:
-        return self._recompute_non_finite(rows, query, launched.result())
+        return self._recompute_non_finite(rows, query, steps, launched.result())
 
     # --- One pass ----------------------------------------------------------------------------------------------------
 
@@ -156,23 +169,30 @@ class PackedForward:
         rows: Sequence[TokenIds],
         query: StateQuery | None,
         prompts: Sequence[int | None],
+        steps: Sequence[tuple[int, ...]],
     ) -> EngineOutput:
         """Run a pass that reads the prefix cache, and adds to it if all that it computed is finite."""
-        limits = [self._max_cached(row, start) for row, start in zip(rows, _mean_starts(rows, query), strict=True)]
+        steps_of_rows = steps or [()] * len(rows)
+        limits = [
+            self._max_cached(row, start, own)
+            for row, start, own in zip(rows, _mean_starts(rows, query), steps_of_rows, strict=True)
+        ]
         cached = cache.lookup(rows, limits)
         layout = self._layout_of(rows, cached.spans)
         with cache.begin(cached, rows, layout.sequences, prompts, self._classifier.device) as transaction:
-            output = self._launch_packed(rows, query, layout.with_cache(transaction)).result()
-            if all(map(isfinite, output.rewards)):
+            output = self._launch_packed(rows, query, steps, layout.with_cache(transaction)).result()
+            if all(_is_finite(output, index) for index in range(len(rows))):
                 transaction.commit()
         return replace(output, cached_tokens=cached.num_saved)
 
-    def _launch(self, rows: Sequence[TokenIds], query: StateQuery | None) -> Pending[EngineOutput]:
+    def _launch(
+        self, rows: Sequence[TokenIds], query: StateQuery | None, steps: Sequence[tuple[int, ...]]
+    ) -> Pending[EngineOutput]:
         """Launch a pass without the prefix cache: a recorded one where it fits, else a packed one."""
-        recorded = self._choose_recorded(rows, query)
+        recorded = None if steps else self._choose_recorded(rows, query)
         if recorded is not None:
             return self._launch_recorded(*recorded, rows)
-        return self._launch_packed(rows, query, self._layout_of(rows))
+        return self._launch_packed(rows, query, steps, self._layout_of(rows))
 
     def _choose_recorded(self, rows: Sequence[TokenIds], query: StateQuery | None) -> tuple[Bucket, StaticPass] | None:
         """Return the recorded pass for a batch that shares no prefix and reads no states; None where there is none."""
@@ -187,7 +207,7 @@ class PackedForward:
     def _launch_recorded(self, bucket: Bucket, recorded: StaticPass, rows: Sequence[TokenIds]) -> Pending[EngineOutput]:
         pooled = [self._classifier.pooled_position(row) for row in rows]
         recorded.load(self._staging.to_device(fill_bucket(bucket, rows, pooled, PADDING_ID).tensors))
-        return _output_of(self._staging.to_host([recorded.compute()[: len(rows)]]), [0] * len(rows))
+        return _output_of(self._staging.to_host([recorded.compute()[: len(rows)]]), (), [0] * len(rows))
 
     def _layout_of(self, rows: Sequence[TokenIds], cached: Sequence[TokenSpan] | None = None) -> PackedLayout:
         return PackedLayout.of(
@@ -202,25 +222,35 @@ class PackedForward:
 
     @torch.inference_mode()
     def _launch_packed(
-        self, rows: Sequence[TokenIds], query: StateQuery | None, layout: PackedLayout
+        self,
+        rows: Sequence[TokenIds],
+        query: StateQuery | None,
+        steps: Sequence[tuple[int, ...]],
+        layout: PackedLayout,
     ) -> Pending[EngineOutput]:
         classifier = self._classifier
         pooled = [
             sequence.index_of(classifier.pooled_position(row))
             for sequence, row in zip(layout.sequences, rows, strict=True)
         ]
+        head_positions = _head_positions(layout, pooled, steps) if steps else pooled
+        if classifier.gate_pattern:
+            head_positions = [*head_positions, *self._gate_positions(layout, rows, steps)]
         layout, (ids, positions, read) = layout.to_device(
             self._staging,
-            [torch.tensor([layout.token_ids(rows, PADDING_ID)]), layout.position_ids(), torch.tensor(pooled)],
+            [torch.tensor([layout.token_ids(rows, PADDING_ID)]), layout.position_ids(), torch.tensor(head_positions)],
         )
         with classifier.recording(*_readouts_of(query, layout, pooled)) as recorded:
             states = classifier.body(
                 input_ids=ids, attention_mask=self._mask, position_ids=positions, use_cache=False, packed_layout=layout
             ).last_hidden_state[0]
         self._skip_mask_inference()
-        rewards, tapped_states = classifier.rewards_of(states.index_select(0, read)), recorded.stacked()
-        results = [rewards] if tapped_states is None else [rewards, tapped_states]
-        return _output_of(self._staging.to_host(results), [sequence.num_shared for sequence in layout.sequences])
+        read_states = states.index_select(0, read)
+        outputs = classifier.outputs_of(*(read_states.chunk(2) if classifier.gate_pattern else (read_states,)))
+        tapped_states = recorded.stacked()
+        results = [outputs] if tapped_states is None else [outputs, tapped_states]
+        shared_tokens = [sequence.num_shared for sequence in layout.sequences]
+        return _output_of(self._staging.to_host(results), steps, shared_tokens)
 
     def _skip_mask_inference(self) -> None:
         """From the second pass on, pass a mask that is not read.
@@ -233,17 +263,36 @@ class PackedForward:
 
     # --- Which states are read ---------------------------------------------------------------------------------------
 
-    def _max_cached(self, row: TokenIds, mean_start: int | None) -> int:
+    def _gate_positions(
+        self, layout: PackedLayout, rows: Sequence[TokenIds], steps: Sequence[tuple[int, ...]]
+    ) -> list[int]:
+        """Return where the gate reads in the packed batch, for each token that the head reads."""
+        positions = [
+            sequence.index_of(self._classifier.gate_position(row))
+            for sequence, row in zip(layout.sequences, rows, strict=True)
+        ]
+        if not steps:
+            return positions
+        return [position for position, own in zip(positions, steps, strict=True) for _ in range(len(own) + 1)]
+
+    def _max_cached(self, row: TokenIds, mean_start: int | None, steps: tuple[int, ...]) -> int:
         """Return how many leading tokens a pass may take from the cache: none whose state is read."""
-        pooled = self._classifier.pooled_position(row)
-        return pooled if mean_start is None else min(pooled, _first_counted(row, mean_start))
+        first_read = min((self._classifier.pooled_position(row), *steps[:1]))
+        if self._classifier.gate_pattern:
+            # A sequence that the gate cannot read fails in its pass, not in the queue, which asks here too.
+            first_read = min(first_read, last_occurrence(row, self._classifier.gate_pattern) or 0)
+        return first_read if mean_start is None else min(first_read, _first_counted(row, mean_start))
 
     # --- Results that are not finite ---------------------------------------------------------------------------------
 
     def _recompute_non_finite(
-        self, rows: Sequence[TokenIds], query: StateQuery | None, output: EngineOutput
+        self,
+        rows: Sequence[TokenIds],
+        query: StateQuery | None,
+        steps: Sequence[tuple[int, ...]],
+        output: EngineOutput,
     ) -> EngineOutput:
-        """Compute sequences without a finite reward again, each alone and without the cache.
+        """Compute sequences with an output that is not finite again, each alone and without the cache.
 
         A state that is not finite affects all sequences that share a prefix with its own, even if it is after that
         prefix: in the sum of attention, zero times infinity is NaN.
@@ -251,21 +300,32 @@ class PackedForward:
         if not any(output.shared_tokens):
             return output
         rewards = list(output.rewards)
-        for index, reward in enumerate(rewards):
-            if not isfinite(reward):
-                rewards[index] = self._recompute(output, index, rows[index], query)
-        return replace(output, rewards=rewards)
+        outputs = None if output.outputs is None else list(output.outputs)
+        for index, row in enumerate(rows):
+            if not _is_finite(output, index):
+                alone = self._recompute(output, index, row, query, steps[index : index + 1])
+                rewards[index] = alone.rewards[0]
+                if outputs is not None and alone.outputs is not None:
+                    outputs[index] = alone.outputs[0]
+        return replace(output, rewards=rewards, outputs=outputs)
 
-    def _recompute(self, output: EngineOutput, index: int, row: TokenIds, query: StateQuery | None) -> float:
-        """Return the reward of a sequence computed alone, and write its states into the output."""
+    def _recompute(
+        self,
+        output: EngineOutput,
+        index: int,
+        row: TokenIds,
+        query: StateQuery | None,
+        steps: Sequence[tuple[int, ...]],
+    ) -> EngineOutput:
+        """Return the output of a sequence computed alone, and write its states into the output of the batch."""
         readings = (
             [] if query is None else [number for number, (owner, _) in enumerate(query.readings) if owner == index]
         )
         own = query and StateQuery(query.taps, tuple((0, query.readings[number][1]) for number in readings))
-        alone = self._launch([row], own if readings else None).result()
+        alone = self._launch([row], own if readings else None, steps).result()
         if output.states is not None and alone.states is not None:
             output.states[readings] = alone.states
-        return alone.rewards[0]
+        return alone
 
 
 def _register_attention(*, compiled: bool, kernels: Kernels | None) -> str:
@@ -275,14 +335,32 @@ def _register_attention(*, compiled: bool, kernels: Kernels | None) -> str:
     return register_compiled_attention() if compiled else register_packed_attention()
 
 
-def _output_of(copies: Pending[list[torch.Tensor]], shared_tokens: list[int]) -> Pending[EngineOutput]:
-    """Return the output of a launched pass, finite or not; ``copies``: its rewards, and the states if requested."""
+def _output_of(
+    copies: Pending[list[torch.Tensor]], steps: Sequence[tuple[int, ...]], shared_tokens: list[int]
+) -> Pending[EngineOutput]:
+    """Return the output of a launched pass, finite or not; ``copies``: the head's, and the states if requested."""
 
     def complete() -> EngineOutput:
-        rewards, *states = copies.result()
-        return EngineOutput(rewards.tolist(), shared_tokens, states[0].numpy() if states else None)
+        outputs, *states = copies.result()
+        return output_of(outputs, steps, shared_tokens, states[0].numpy() if states else None)
 
     return Deferred(complete)
+
+
+def _is_finite(output: EngineOutput, index: int) -> bool:
+    """Whether all that the head gave for a sequence is finite."""
+    if output.outputs is None:
+        return isfinite(output.rewards[index])
+    return bool(np.isfinite(output.outputs[index]).all())
+
+
+def _head_positions(layout: PackedLayout, pooled: Sequence[int], steps: Sequence[tuple[int, ...]]) -> list[int]:
+    """Return where the head reads in the packed batch, sequence by sequence: its steps, then its pooled token."""
+    return [
+        index
+        for sequence, own, last in zip(layout.sequences, steps, pooled, strict=True)
+        for index in (*map(sequence.index_of, own), last)
+    ]
 
 
 def _mean_starts(rows: Sequence[TokenIds], query: StateQuery | None) -> list[int | None]:

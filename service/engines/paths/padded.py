@@ -15,6 +15,7 @@ from service.engines.base import BatchCost, EngineOutput
 from service.engines.kernels.bindings import Kernels
 from service.engines.model.classifier import Classifier
 from service.engines.model.taps import Readout, StateQuery
+from service.engines.paths.base import output_of
 from service.engines.rewiring import rewire
 
 
@@ -42,33 +43,40 @@ class PaddedForward:
         rows: Sequence[tuple[int, ...]],
         query: StateQuery | None = None,
         prompts: Sequence[int | None] | None = None,
+        steps: Sequence[tuple[int, ...]] = (),
     ) -> EngineOutput:
-        """Score rows in one pass; see ``ForwardPath.run``. Nothing is cached."""
+        """Score rows in one pass; see ``ForwardPath.run``. Nothing is cached.
+
+        Raises:
+            TypeError: steps are requested of a model whose own head pools.
+        """
         del prompts
         query = query or StateQuery((), ())
         readings = query.readings
+        steps_of_rows = steps or [()] * len(rows)
         if self._pads:
-            rewards, states = self._run_padded(rows, StateQuery(query.taps, readings))
-            return EngineOutput(rewards, [0] * len(rows), _on_host(states))
-        rewards, parts = [], []
+            values, states = self._run_padded(rows, steps_of_rows, StateQuery(query.taps, readings))
+            return output_of(values, steps, [0] * len(rows), _on_host(states))
+        all_values, parts = [], []
         for index, row in enumerate(rows):
             own = tuple((0, first) for owner, first in readings if owner == index)
-            reward, part = self._run_padded([row], StateQuery(query.taps if own else (), own))
-            rewards += reward
+            values, part = self._run_padded([row], [steps_of_rows[index]], StateQuery(query.taps if own else (), own))
+            all_values.append(values)
             parts.append(part)
-        return EngineOutput(rewards, [0] * len(rows), _on_host(_in_order(readings, parts)))
+        return output_of(torch.cat(all_values), steps, [0] * len(rows), _on_host(_in_order(readings, parts)))
 
     def clear_cache(self) -> None:
         """Do nothing: nothing is cached."""
 
-    def num_cached_tokens(self, row: tuple[int, ...], mean_start: int | None) -> int:
+    def num_cached_tokens(self, row: tuple[int, ...], mean_start: int | None, steps: tuple[int, ...] = ()) -> int:
         """Return zero: nothing is cached."""
-        del row, mean_start
+        del row, mean_start, steps
         return 0
 
     def _run_padded(
-        self, rows: Sequence[tuple[int, ...]], query: StateQuery
-    ) -> tuple[list[float], torch.Tensor | None]:
+        self, rows: Sequence[tuple[int, ...]], steps: Sequence[tuple[int, ...]], query: StateQuery
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the head's outputs float32 [positions, outputs], row by row, and the states that are requested."""
         classifier = self._classifier
         longest = max(len(row) for row in rows)
         # States of padding are never read; where no pad token is defined, any token is valid.
@@ -84,11 +92,19 @@ class PaddedForward:
         ]
         with classifier.recording(query.taps, readouts) as recorded:
             if classifier.state_head is None:
-                rewards: list[float] = classifier.model(**inputs).logits[:, 0].tolist()
+                if any(steps):
+                    raise TypeError(f"The head of {classifier.architecture} does its own pooling, and reads no steps")
+                outputs: torch.Tensor = classifier.model(**inputs).logits
             else:
                 states = classifier.body(**inputs, use_cache=False).last_hidden_state
-                rewards = classifier.read_rewards(states[range(len(rows)), pooled])
-        return rewards, recorded.stacked()
+                read = [(row, position) for row, own in enumerate(steps) for position in (*own, pooled[row])]
+                of_rows = [row for row, _ in read]
+                gates = None
+                if classifier.gate_pattern:
+                    gate_of = [classifier.gate_position(row) for row in rows]
+                    gates = states[of_rows, [gate_of[row] for row in of_rows]]
+                outputs = classifier.outputs_of(states[of_rows, [position for _, position in read]], gates)
+        return outputs, recorded.stacked()
 
 
 def _in_order(readings: Sequence[tuple[int, int]], parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:

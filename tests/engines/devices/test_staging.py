@@ -52,22 +52,25 @@ def test_on_a_cpu_nothing_is_copied() -> None:
     assert back.data_ptr() == tensor.data_ptr()
 
 
+@pytest.mark.parametrize("num_outputs", [1, 3])
 @pytest.mark.parametrize("hidden", [1, 64, 96, 897])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_reward_does_not_depend_on_the_number_of_rows(hidden: int, dtype: torch.dtype) -> None:
+def test_a_reward_does_not_depend_on_the_number_of_rows(hidden: int, dtype: torch.dtype, num_outputs: int) -> None:
     """The head on all rows at once equals the linear layer, and each row has the bits that it has alone."""
     random = torch.Generator().manual_seed(0)
     states = torch.randn(300, hidden, generator=random).to(dtype)
-    head = torch.nn.Linear(hidden, 1)
-    weight, bias = head.weight[0].detach(), head.bias.detach()
+    head = torch.nn.Linear(hidden, num_outputs)
+    weight, bias = head.weight.detach(), head.bias.detach()
 
     rewards = batch_invariant_head(states, weight, bias)
 
-    scale = (states.float().abs() @ weight.abs()).max()
-    assert (rewards - head(states.float())[:, 0]).abs().max() <= 1e-6 * scale
+    scale = (states.float().abs() @ weight.abs().T).max()
+    assert (rewards - head(states.float())).abs().max() <= 1e-6 * scale
     for count in (1, 2, 17):
         assert torch.equal(batch_invariant_head(states[:count], weight, bias), rewards[:count])
-    assert torch.equal(batch_invariant_head(states, weight, None), batch_invariant_head(states, weight, torch.zeros(1)))
+    assert torch.equal(
+        batch_invariant_head(states, weight, None), batch_invariant_head(states, weight, torch.zeros(num_outputs))
+    )
 
 
 # --- Nothing synchronizes with the device ----------------------------------------------------------------------------
@@ -189,7 +192,7 @@ def test_a_lost_device_is_distinguished_from_a_failed_pass(monkeypatch: pytest.M
     """An error after which the device fails at every call is EngineUnavailable; any other one is unchanged."""
 
     class Asserts(ScriptedPath):
-        def run(self, rows, query=None, prompts=None):
+        def run(self, rows, query=None, prompts=None, steps=()):
             raise RuntimeError("CUDA error: device-side assert triggered")
 
     info = EngineInfo("torch", "Llama", "packed", "cpu", "float32", "packed", max_input_tokens=8, max_batch_tokens=8)

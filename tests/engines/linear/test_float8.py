@@ -12,7 +12,7 @@ from torch import nn
 from service.assembly import arithmetic_of
 from service.engines.base import EngineInfo
 from service.engines.linear.float8 import float8_refusal, layers_for_float8, quantize_float8
-from service.engines.parity import plain_rewards, probes_for, quantization_error
+from service.engines.parity import plain_outputs, probes_for, quantization_error
 from service.engines.torch import load_torch_engine
 from service.errors import SettingsError
 from service.settings import BatchingSettings, ModelSettings
@@ -79,13 +79,13 @@ def test_quantization_loss_is_separate_from_parity(tiny_checkpoint) -> None:
     classifier = load_tiny(tiny_checkpoint("llama"))
 
     probes = probes_for(classifier, max_tokens=400)
-    unquantized = plain_rewards(classifier, probes)
+    unquantized = plain_outputs(classifier, probes)
     with torch.no_grad():
         for module in classifier.body.modules():
             if isinstance(module, nn.Linear):
                 module.weight.copy_(module.weight.to(torch.float8_e4m3fn).to(module.weight.dtype))
 
-    error = quantization_error(unquantized, plain_rewards(classifier, probes))
+    error = quantization_error(unquantized, plain_outputs(classifier, probes))
     _, parity = probe_and_choose(classifier)
 
     assert parity.agrees
@@ -95,10 +95,10 @@ def test_quantization_loss_is_separate_from_parity(tiny_checkpoint) -> None:
 
 def test_a_changed_ranking_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     """Equal ranks log nothing; reversed ranks log a warning with the correlation."""
-    assert quantization_error([1.0, 2.0, 3.0], [1.1, 2.5, 2.6])["spearman"] == 1
+    assert quantization_error([[1.0], [2.0], [3.0]], [[1.1], [2.5], [2.6]])["spearman"] == 1
     assert not caplog.records
 
-    assert quantization_error([1.0, 2.0, 3.0], [3.0, 2.0, 1.0])["spearman"] == -1
+    assert quantization_error([[1.0], [2.0], [3.0]], [[3.0], [2.0], [1.0]])["spearman"] == -1
     assert "Spearman -1.000" in caplog.text
 
 
@@ -110,10 +110,10 @@ def test_fp8_rewards_rank_as_bf16_ones(tiny_checkpoint) -> None:
         pytest.skip("this GPU does not multiply fp8")
     classifier = load_tiny(tiny_checkpoint("llama"), torch.bfloat16, device=torch.device("cuda"))
     probes = probes_for(classifier, max_tokens=400)
-    unquantized = plain_rewards(classifier, probes)
+    unquantized = plain_outputs(classifier, probes)
 
     quantize_float8(classifier.body)
-    error = quantization_error(unquantized, plain_rewards(classifier, probes))
+    error = quantization_error(unquantized, plain_outputs(classifier, probes))
     _, parity = probe_and_choose(classifier)
 
     assert parity.agrees

@@ -188,13 +188,13 @@ def test_each_recorded_pass_is_compared_with_an_ordinary_one(tiny_checkpoint, mo
     classifier = load_tiny(tiny_checkpoint("llama"))
     path = packed_path(classifier, share_prefixes=False)
     probes = {bucket: probe_of(bucket, classifier.config.vocab_size) for bucket in SMALL}
-    ordinary = {tuple(rows): list(path.run(rows).rewards) for rows in probes.values()}
+    ordinary = {tuple(rows): path.run(rows).at_pooled for rows in probes.values()}
     attend_as_a_gpu(monkeypatch)
 
     library, failure = record_library(classifier, lambda rows: ordinary[tuple(rows)], 4096, 1e-5, record_on_cpu)
     assert (library.max_tokens, failure) == (512, "")
 
-    ordinary[tuple(probes[SMALL[1]])][2] += 0.1
+    ordinary[tuple(probes[SMALL[1]])][2][0] += 0.1
     library, failure = record_library(classifier, lambda rows: ordinary[tuple(rows)], 4096, 1e-5, record_on_cpu)
     assert library.max_tokens == 0
     assert "batch of 256 tokens differs by 0.1" in failure
@@ -205,7 +205,7 @@ def test_a_failure_to_record_is_logged(tiny_checkpoint, caplog: pytest.LogCaptur
     classifier = load_tiny(tiny_checkpoint("gemma2"))
     path = packed_path(classifier)
 
-    library, failure = record_library(classifier, lambda rows: path.run(rows).rewards, 4096, 1e-5, record_on_cpu)
+    library, failure = record_library(classifier, lambda rows: path.run(rows).at_pooled, 4096, 1e-5, record_on_cpu)
 
     assert library.max_tokens == 0
     assert "variable-length kernel" in failure

@@ -200,9 +200,9 @@ def test_rotary_frequencies_that_change_with_the_length_are_refused(llama: Path,
 def test_probes_are_spread_over_the_lengths() -> None:
     """They include the shortest sequence and the longest one below the limit for probes, and none above it."""
     sequences = [TokenSequence((1,) * length) for length in (300, 5, 10, 20, 40, 80, 160, 250, 900)]
-    rewards = [float(sequence.num_tokens) for sequence in sequences]
+    outputs = [[float(sequence.num_tokens)] for sequence in sequences]
 
-    probes = choose_probes(sequences, rewards, count=4)
+    probes = choose_probes(sequences, outputs, count=4)
 
     assert [len(probe.token_ids) for probe in probes] == [5, 20, 80, 250]
     assert all(probe.reward == len(probe.token_ids) for probe in probes)
