@@ -12,12 +12,14 @@ from service.checkpoints.adapter_base import check_base
 from service.checkpoints.files import CONVERSION_FILE
 from service.checkpoints.hub import check_source, local_folder
 from service.commands import run_command
-from service.errors import OutputError
+from service.errors import OutputError, SettingsError
 from service.outputs import check_output_folder
 from service.records import Activation
 
 if TYPE_CHECKING:
     from export.convert import Conversion
+    from export.token_logits import TokenLogits
+    from service.checkpoints.reward_description import Combination
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,6 +35,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         raise OutputError(f"{options.out} holds the checkpoint itself: choose another folder.")
     if options.base is not None:
         check_source(options.base)
+    if options.chat_template is not None and not options.chat_template.is_file():
+        raise SettingsError(f"{options.chat_template} is not a file: pass the chat template of the result.")
     source = local_folder(options.source)
     base = None if options.base is None else local_folder(options.base)
     note = None if base is None else check_base(source, base)
@@ -46,15 +50,44 @@ def _run(arguments: Sequence[str] | None) -> int:
         conversion = convert(
             source,
             options.out,
+            overwrite=options.overwrite,
             base=base,
             drop_bias=options.drop_bias,
             allow_pickle=options.allow_pickle,
-            overwrite=options.overwrite,
             activation=options.activation,
+            outputs=tuple(options.outputs),
+            gate_pattern=options.gate_pattern,
+            token_logits=_token_logits(options),
+            members=tuple(map(_member, options.members)),
+            combine=_combine(options) if options.members else None,
+            chat_template=options.chat_template,
         )
     for line in [*_report(conversion, options.out), *([note] if note else [])]:
         console.print(line, markup=False, highlight=False)
     return 0
+
+
+def _token_logits(options: argparse.Namespace) -> TokenLogits | None:
+    from export.token_logits import TokenLogits
+
+    if options.log_odds is not None:
+        return TokenLogits("log_odds", tuple(options.log_odds))
+    if options.probability is not None:
+        return TokenLogits("probability", tuple(options.probability))
+    return None if options.logit is None else TokenLogits("logit", (options.logit,))
+
+
+def _member(source: str) -> Path:
+    file = Path(source).expanduser()
+    return file if file.is_file() else local_folder(source)
+
+
+def _combine(options: argparse.Namespace) -> Combination:
+    from service.checkpoints.reward_description import LowerBound, MeanOfOutputs, MinOfOutputs
+
+    if options.aggregate == "lower_bound":
+        return LowerBound(options.num_std)
+    return MinOfOutputs() if options.aggregate == "min" else MeanOfOutputs()
 
 
 def _report(conversion: Conversion, out: Path) -> list[str]:
@@ -103,6 +136,45 @@ def _parser() -> CommandParser:
     )
     activations = [name for name in get_args(Activation) if name != "none"]
     add("--activation", choices=activations, help="between the layers of a deeper head whose layout is not known")
+    add(
+        "--outputs",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="names of the numbers of a head that gives several; of a gated head its objectives",
+    )
+    add(
+        "--gate-pattern",
+        metavar="TEXT",
+        help="the text between prompt and completion, where the gate of ArmoRM and QRM reads (default: that of the "
+        "model's type)",
+    )
+    tokens = parser.add_mutually_exclusive_group()
+    tokens.add_argument(
+        "--log-odds",
+        nargs=2,
+        metavar=("YES", "NO"),
+        help="the reward is the difference of the logits of two tokens of a language model after the text; a token is "
+        "its text, or id:NUMBER",
+    )
+    tokens.add_argument("--probability", nargs=2, metavar=("YES", "NO"), help="the probability of YES among the two")
+    tokens.add_argument("--logit", metavar="TOKEN", help="the logit of one token")
+    add(
+        "--members",
+        nargs="+",
+        default=[],
+        type=not_empty,
+        metavar="DIR",
+        help="further members of an ensemble with DIR: checkpoints on the same body, or safetensors files of heads",
+    )
+    add(
+        "--aggregate",
+        choices=("mean", "min", "lower_bound"),
+        default="mean",
+        help="the reward of an ensemble; lower_bound: the mean less --num-std standard deviations (default: mean)",
+    )
+    add("--num-std", type=float, default=1.0, metavar="K", help="standard deviations of lower_bound (default: 1)")
+    add("--chat-template", type=Path, metavar="FILE", help="the chat template of the result, instead of the source's")
     add(
         "--allow-pickle",
         action="store_true",

@@ -98,7 +98,7 @@ def head_module(tensors: Tensors) -> Any:
         *modules, leaf = name.removeprefix(f"{HEAD}.").split(".")
         module = root
         for part in modules:
-            if part not in module._modules:
+            if part not in dict(module.named_children()):
                 module.add_module(part, nn.Module())
             module = module.get_submodule(part)
         module.register_parameter(leaf, nn.Parameter(tensor.contiguous(), requires_grad=False))

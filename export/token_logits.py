@@ -179,12 +179,12 @@ def language_model_head(config: Any) -> tuple[LogitRule, str]:
     Raises:
         CheckpointError: there is no such class, or it does what a described head cannot.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise CheckpointError(f"transformers has no language model of the type {config.model_type}.")
     with transformers_silenced(), torch.device("meta"):
-        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._from_config(config).eval()
+        model = AutoModelForCausalLM.from_config(config).eval()
     head = model.get_output_embeddings()
     name = next((f"{path}.weight" for path, module in model.named_modules() if module is head), "")
     grid = torch.tensor([-90.0, -20.0, -3.0, -0.5, 0.0, 0.25, 1.0, 8.0, 40.0])

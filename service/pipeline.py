@@ -384,7 +384,7 @@ def _score_of_values(values: Sequence[Sequence[float]], rule: RewardRule) -> Sco
     """Return the Score of the outputs at each step and at the pooled token."""
     *steps, pooled = values
     if not steps:
-        return Score(rule.reward_of(pooled), outputs=tuple(pooled))
+        return Score(rule.reward_of(pooled), outputs=tuple(pooled), reward_std=rule.std_of(pooled))
     rewards = [reward for reward in map(rule.reward_of, steps) if reward is not None]
     return Score(
         rule.aggregate(rewards) if rewards else None,

@@ -486,6 +486,9 @@ class Score:
     step_rewards: tuple[float, ...] = ()
     """The reward of each step, in order; empty without steps, and where ``reward`` is None."""
 
+    reward_std: float | None = None
+    """Standard deviation of the members of an ensemble, which are the outputs; None for other models."""
+
     own_weights: bool = False
     """Whether weights of the request made the reward: it is then on another scale than the calibration's rewards."""
 

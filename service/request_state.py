@@ -148,4 +148,5 @@ def _outcome_for(encoded: TokenSequence | HttpError, computed: TokenSequence, ou
         outputs=outcome.outputs,
         step_outputs=outcome.step_outputs,
         step_rewards=outcome.step_rewards,
+        reward_std=outcome.reward_std,
     )

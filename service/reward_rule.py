@@ -124,6 +124,12 @@ class RewardRule:
             case None:
                 return outputs[0] if len(outputs) == 1 else None
 
+    def std_of(self, outputs: Sequence[float]) -> float | None:
+        """Return the standard deviation (with divisor n) of the members of an ensemble; None for other outputs."""
+        if isinstance(self.combine, MeanOfOutputs | MinOfOutputs | LowerBound):
+            return pstdev(outputs) if all(map(math.isfinite, outputs)) else math.nan
+        return None
+
     def aggregate(self, step_rewards: Sequence[float]) -> float:
         """Return the reward of a text from the rewards of its steps, of which there is at least one."""
         match self.step_aggregate:

@@ -161,6 +161,12 @@ class Tokenization:
         self._appended = append_token_ids
         self._gate_pattern = gate_pattern
         self.sample_token_ids = self._encode_sample()
+        if gate_pattern and last_occurrence(self.sample_token_ids, gate_pattern) is None:
+            raise CheckpointError(
+                "The gate of the checkpoint's head reads the end of the prompt, but a text as it is served "
+                f"({self.rule.template}) does not have the tokens that reward_model.json names there: give the "
+                "tokenizer the chat template of training."
+            )
         self._refuse_other_ids()
         self._tokens_per_char, self._extra_tokens = self._measure_sample()
 

@@ -15,7 +15,7 @@ from reward_client.diagnostics import Diagnostics
 from reward_client.errors import BadAnswer, ItemFailure, ItemsFailed, RewardMissing
 from reward_client.fields import read_fields
 
-_NOT_DIAGNOSTICS = frozenset({"index", "id", "reward", "rewards"})
+_NOT_DIAGNOSTICS = frozenset({"index", "id", "reward", "rewards", "reward_members", "reward_std"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,12 @@ class ScoredItem:
 
     rewards: Mapping[str, float] = field(default_factory=dict)
     """The raw outputs of a model with several, by name; empty for a model with one."""
+
+    reward_members: tuple[float, ...] = ()
+    """The rewards of the members of an ensemble, in order; empty for other models."""
+
+    reward_std: float | None = None
+    """Their standard deviation, with divisor n; None for other models."""
 
     @property
     def known_reward(self) -> float:
@@ -101,6 +107,8 @@ def read_scores(content: bytes, num_items: int) -> ChunkScores:
             _finite(result["reward"], f"The reward of result {index}")
         if "rewards" in result:
             _check_named(result["rewards"], f"The rewards of result {index}")
+        if "reward_members" in result:
+            _check_members(result, f"result {index}")
     return ChunkScores(_model_version(answer), results)
 
 
@@ -161,7 +169,9 @@ def _scored(version: str, result: Mapping[str, Any]) -> ScoredItem:
     diagnostics = {name: value for name, value in result.items() if name not in _NOT_DIAGNOSTICS}
     reward = float(result["reward"]) if "reward" in result else None
     rewards = {name: float(value) for name, value in result.get("rewards", {}).items()}
-    return ScoredItem(reward, version, result.get("id"), diagnostics, rewards)
+    members = tuple(map(float, result.get("reward_members", ())))
+    std = float(result["reward_std"]) if members else None
+    return ScoredItem(reward, version, result.get("id"), diagnostics, rewards, members, std)
 
 
 def _failure(index: int, error: object) -> ItemFailure:
@@ -188,6 +198,14 @@ def _check_named(values: object, name: str) -> None:
         raise BadAnswer(f"{name} are not an object with a number for each output")
     for value in values.values():
         _finite(value, f"One of {name[0].lower()}{name[1:]}")
+
+
+def _check_members(result: Mapping[str, Any], name: str) -> None:
+    members = result["reward_members"]
+    if not isinstance(members, list) or not members:
+        raise BadAnswer(f"The reward_members of {name} are not a list of numbers")
+    for value in (*members, result.get("reward_std")):
+        _finite(value, f"A member of the ensemble of {name}, or their deviation,")
 
 
 def _finite(value: object, name: str) -> float:

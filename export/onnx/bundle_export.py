@@ -214,7 +214,12 @@ def _write_graph(folder: Path, checkpoint: Checkpoint, plan: ExportPlan, taps: t
     write_graph(_load(checkpoint, "float16" if plan.precision == "fp16" else "float32"), taps, folder)
     if plan.precision != "int8":
         return
-    padding = Padding(pooling=checkpoint.pooling, pad_token_id=checkpoint.pad_token_id, reads_first=False)
+    padding = Padding(
+        pooling=checkpoint.pooling,
+        pad_token_id=checkpoint.pad_token_id,
+        reads_first=False,
+        gate_pattern=checkpoint.gate_pattern,
+    )
     feeds = (padding.feed([Reading(tokens.token_ids, 0)]) for tokens in _channel_texts(checkpoint))
     if not quantize_graph(folder, feeds):
         raise CheckpointError(f"The graph of {checkpoint.architecture} has no matrix product that can be quantized.")
@@ -243,6 +248,7 @@ def _load(checkpoint: Checkpoint, dtype: str) -> Any:
         device=torch.device("cpu"),
         pooling=checkpoint.pooling,
         pad_token_id=checkpoint.pad_token_id,
+        description=checkpoint.description,
     )
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from service.checkpoints.bundle import GRAPH_FILE
 from service.engines.model.classifier import Classifier
-from service.engines.onnx import INPUTS, REWARD, STATES
+from service.engines.onnx import GATE_INPUT, INPUTS, REWARD, STATES
 from service.engines.rewiring import rewire
 from service.errors import CheckpointError
 from service.records import StateTap
@@ -56,6 +56,7 @@ class RewardGraph(nn.Module):
         position_ids: torch.Tensor,
         pooled_position: torch.Tensor,
         mean_weights: torch.Tensor,
+        gate_position: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return outputs of the head and states fp32 [batch, taps, hidden].
 
@@ -67,6 +68,7 @@ class RewardGraph(nn.Module):
             position_ids: int64 [batch, length], counted from 0.
             pooled_position: int64 [batch], the position that a head on one state and ``last`` taps read.
             mean_weights: fp32 [batch, length], the weight of each token in ``mean`` taps.
+            gate_position: int64 [batch], the position that the gate of a gated head reads; None for other heads.
         """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         if self._takes_positions:
@@ -76,7 +78,10 @@ class RewardGraph(nn.Module):
         if self._has_state_head:
             output = self.model.base_model(**inputs, **output_options, use_cache=False)
             pooled = output.last_hidden_state[rows, pooled_position]
-            outputs = self.model.score(pooled).float()
+            if gate_position is None:
+                outputs = self.model.score(pooled).float()
+            else:
+                outputs = self.model.score(pooled, output.last_hidden_state[rows, gate_position])
         else:
             output = self.model(**inputs, **output_options)
             outputs = output.logits.float()
@@ -112,9 +117,9 @@ def write_graph(classifier: Classifier, taps: Sequence[StateTap], folder: Path) 
                 _example(classifier),
                 dynamo=True,
                 opset_version=OPSET,
-                input_names=list(INPUTS),
+                input_names=[*INPUTS, *([GATE_INPUT] if classifier.gate_pattern else [])],
                 output_names=[REWARD, STATES],
-                dynamic_shapes=_dynamic_shapes(),
+                dynamic_shapes=_dynamic_shapes(classifier),
                 verbose=False,
             )
     except Exception as error:  # the tracer raises anything, depending on the model's code
@@ -134,13 +139,15 @@ def _example(classifier: Classifier) -> tuple[torch.Tensor, ...]:
     columns = torch.arange(longest)
     mask = (columns < lengths[:, None]).long()
     ids = (7 * columns + torch.arange(3)[:, None]) % classifier.config.vocab_size
-    return ids, mask, columns.expand(3, -1).contiguous(), lengths - 1, mask / lengths[:, None]
+    inputs = ids, mask, columns.expand(3, -1).contiguous(), lengths - 1, mask / lengths[:, None]
+    return (*inputs, lengths // 2) if classifier.gate_pattern else inputs
 
 
-def _dynamic_shapes() -> tuple[dict[int, Any], ...]:
+def _dynamic_shapes(classifier: Classifier) -> tuple[dict[int, Any], ...]:
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
     matrix, vector = {0: batch, 1: length}, {0: batch}
-    return matrix, matrix, matrix, vector, matrix
+    shapes = matrix, matrix, matrix, vector, matrix
+    return (*shapes, vector) if classifier.gate_pattern else shapes
 
 
 def _num_bytes(classifier: Classifier) -> int:

@@ -1,7 +1,8 @@
 """What several labels of a classifier mean: outputs with names, or classes of which one reward is made.
 
-A classifier with several labels is one of two things. Labels of a regression are outputs that are served by name. Classes
-are refused unless a description or a setting says how their logits become a reward, since a choice would be a guess.
+A classifier with several labels is one of two things. Labels of a regression are outputs that are served by name.
+Classes are refused unless a description or a setting says how their logits become a reward, since a choice would be a
+guess.
 """
 
 from __future__ import annotations

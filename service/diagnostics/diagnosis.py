@@ -232,6 +232,7 @@ def bare_score(score: Score) -> Score:
         step_outputs=score.step_outputs,
         step_rewards=score.step_rewards,
         own_weights=score.own_weights,
+        reward_std=score.reward_std,
     )
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from service.checkpoints.bundle import DTYPES, Bundle, Manifest, Precision
 from service.engines.base import EngineInfo, EngineOutput
 from service.engines.deduplication import Reading, UniquePass, scatter, unique_readings
-from service.engines.model.classifier import pooled_position
+from service.engines.model.classifier import gate_position, pooled_position
 from service.engines.onnx_session import is_out_of_memory, open_session
 from service.errors import EngineOutOfMemory, ParityError, SettingsError
 from service.records import Pooling, StateTap, TokenSequence
@@ -33,6 +33,9 @@ CUDA_LENGTH_STEP = 8
 """On GPUs batches are padded to a multiple of this length, because matrix units work on multiples of eight."""
 
 INPUTS = ("input_ids", "attention_mask", "position_ids", "pooled_position", "mean_weights")
+GATE_INPUT = "gate_position"
+"""A further input of the graph of a model whose head has a gate."""
+
 REWARD, STATES = "reward", "states"
 
 Feed: TypeAlias = dict[str, NDArray[Any]]
@@ -52,11 +55,18 @@ class Padding:
     reads_first: bool
     """Whether the model's own head reads the first token, as encoders' heads do."""
 
+    gate_pattern: tuple[int, ...] = ()
+    """Token ids of which the gate of the head reads the first one; empty where it has none."""
+
     length_step: int = 1
     """Batches are padded to a multiple of it."""
 
     def feed(self, readings: Sequence[Reading]) -> Feed:
-        """Return the graph's inputs: int64 [batch, length], pooled positions int64 [batch], weights float32."""
+        """Return the graph's inputs: int64 [batch, length], positions int64 [batch], weights float32.
+
+        Raises:
+            ValueError: a sequence lacks the tokens that a gate reads, or has no tokens.
+        """
         lengths = [len(ids) for ids, _ in readings]
         longest = -(-max(lengths) // self.length_step) * self.length_step
         shape = (len(readings), longest)
@@ -68,13 +78,17 @@ class Padding:
             first = mean_start if mean_start < len(ids) else 0
             weights[row, first : len(ids)] = 1.0 / (len(ids) - first)
         columns = np.arange(longest, dtype=np.int64)
-        return {
+        gates = {} if not self.gate_pattern else {GATE_INPUT: self._gate_positions(readings)}
+        return gates | {
             "input_ids": input_ids,
             "attention_mask": (columns < np.array(lengths)[:, None]).astype(np.int64),
             "position_ids": np.ascontiguousarray(np.broadcast_to(columns, shape)),
             "pooled_position": np.array([self._position(ids) for ids, _ in readings], dtype=np.int64),
             "mean_weights": weights,
         }
+
+    def _gate_positions(self, readings: Sequence[Reading]) -> NDArray[np.int64]:
+        return np.array([gate_position(ids, self.gate_pattern) for ids, _ in readings], dtype=np.int64)
 
     def _position(self, ids: tuple[int, ...]) -> int:
         return 0 if self.reads_first else pooled_position(ids, self.pooling, self.pad_token_id)
@@ -234,6 +248,7 @@ def load_onnx_engine(
         pooling=bundle.checkpoint.pooling,
         pad_token_id=manifest.pad_token_id,
         reads_first=not manifest.has_linear_head,
+        gate_pattern=bundle.checkpoint.gate_pattern,
         length_step=1 if device == "cpu" else CUDA_LENGTH_STEP,
     )
     info = _describe(bundle, batching, device, session.get_providers(), taps)

@@ -88,6 +88,15 @@ _RESULT = {
             "description": "The raw outputs of a model with several, by name; absent for a model with one.",
             "additionalProperties": {"type": "number"},
         },
+        "reward_members": {
+            "type": "array",
+            "description": "The rewards of the members of an ensemble, in order; absent for other models.",
+            "items": {"type": "number"},
+        },
+        "reward_std": {
+            "type": "number",
+            "description": "Standard deviation of reward_members, with divisor n.",
+        },
         **_DIAGNOSTICS,
         "error": {"$ref": _REF.format(name="ItemError")},
     },

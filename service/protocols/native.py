@@ -411,6 +411,8 @@ def _result(
         result["reward"] = outcome.reward
     if outcome.outputs:
         result["rewards"] = dict(zip(outputs, outcome.outputs, strict=True))
+    if outcome.reward_std is not None:
+        result |= {"reward_members": outcome.outputs, "reward_std": outcome.reward_std}
     if outcome.step_rewards:
         result["step_rewards"] = outcome.step_rewards
     if outcome.step_outputs and len(outputs) > 1:

@@ -7,8 +7,7 @@ stands beside its function; all weights are random.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import SENTENCES, write_tiny_causal_lm
+from tiny_layouts import HIDDEN_SIZE, Tensors, random, store
+from tiny_models import SENTENCES
 from transformers import AutoModel, AutoTokenizer
 
 from export.conversion_command import main
@@ -28,15 +28,7 @@ from service.records import Exchange
 from service.settings import read_settings
 from training.audit.scoring import CheckpointScorer, ScoredCompletion
 
-HIDDEN_SIZE = 64
 PAIRS = [(prompt, completion) for prompt in SENTENCES[:3] for completion in SENTENCES[3:]]
-
-Tensors = Mapping[str, torch.Tensor]
-
-
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    """Random numbers that make a head's output differ by about one from text to text."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) / math.sqrt(shape[-1])
 
 
 def linear(weight: torch.Tensor, bias: float = 0.0) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -68,31 +60,6 @@ class Published:
 
     appended: tuple[int, ...] = ()
     """Token ids after the text."""
-
-
-def store(
-    folder: Path,
-    head: Tensors,
-    *,
-    family: str = "llama",
-    rename: Callable[[str], str] = lambda name: name,
-    without_lm_head: bool = True,
-    **config: Any,
-) -> None:
-    """Write a causal language model with this head, these names in its body and these entries in its config.
-
-    The body with transformers' names is written beside it, for the reading.
-    """
-    write_tiny_causal_lm(folder.with_name("plain"), family)
-    write_tiny_causal_lm(folder, family)
-    weights = {
-        rename(name): tensor
-        for name, tensor in load_file(folder / "model.safetensors").items()
-        if not (without_lm_head and name.startswith("lm_head."))
-    }
-    save_file({**weights, **head}, folder / "model.safetensors", {"format": "pt"})
-    content = json.loads((folder / "config.json").read_bytes()) | config
-    (folder / "config.json").write_text(json.dumps(content))
 
 
 def starling(folder: Path) -> Published:
@@ -344,10 +311,10 @@ def test_the_activation_of_an_unknown_layout_is_not_guessed(tmp_path: Path) -> N
 
 def test_a_head_that_is_not_known_is_named(tmp_path: Path) -> None:
     """The refusal has the names of the tensors outside the body, and the command that prints what is known."""
-    gating = {"gating.layers.0.weight": random(8, HIDDEN_SIZE), "regression_layer.weight": random(19, HIDDEN_SIZE)}
-    store(tmp_path / "source", gating)
+    mixture = {"mixture.layers.0.weight": random(8, HIDDEN_SIZE), "regression_layer.weight": random(19, HIDDEN_SIZE)}
+    store(tmp_path / "source", mixture)
 
-    with pytest.raises(CheckpointError, match=r"gating\.layers\.0\.weight, regression_layer\.weight.*--list"):
+    with pytest.raises(CheckpointError, match=r"mixture\.layers\.0\.weight, regression_layer\.weight.*--list"):
         convert(tmp_path / "source", tmp_path / "out")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from service.checkpoints.configuration import read_config
+from service.checkpoints.reward_description import read_description
 from service.engines.base import EngineInfo
 from service.engines.model.classifier import Classifier, load_classifier
 from service.engines.parity import Parity, choose_path, probes_for, reference_of
@@ -27,7 +28,14 @@ def load_tiny(
 ) -> Classifier:
     """Load a tiny checkpoint with the pad token of its own configuration."""
     pad_token_id = read_config(folder).get_text_config().pad_token_id
-    return load_classifier(folder, dtype=dtype, device=device, pooling=pooling, pad_token_id=pad_token_id)
+    return load_classifier(
+        folder,
+        dtype=dtype,
+        device=device,
+        pooling=pooling,
+        pad_token_id=pad_token_id,
+        description=read_description(folder),
+    )
 
 
 def packed_spec(**options: Any) -> PathSpec:

@@ -67,7 +67,7 @@ def write_tiny_checkpoint(
     ``config_overrides`` take precedence over the family's values.
     """
     tokenizer = tiny_tokenizer(family, pad_is_eos=pad_is_eos)
-    config = tiny_config(family, tokenizer, num_labels=1, **config_overrides)
+    config = tiny_config(family, tokenizer, **({"num_labels": 1} | config_overrides))
     model = build_model(AutoModelForSequenceClassification, config, seed)
     _save(folder, model.to(dtype), tokenizer)
     return folder

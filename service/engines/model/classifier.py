@@ -137,10 +137,7 @@ class Classifier:
         Raises:
             ValueError: the tokens between prompt and completion are not there, so there is no such state.
         """
-        position = last_occurrence(ids, self.gate_pattern)
-        if position is None:
-            raise ValueError("A sequence without the tokens that the gate reads has no reward")
-        return position
+        return gate_position(ids, self.gate_pattern)
 
     def recording(
         self, taps: tuple[StateTap, ...], readouts: Sequence[Readout]
@@ -189,6 +186,18 @@ def pooled_position(ids: Sequence[int], pooling: Pooling, pad_token_id: int | No
     if pooling == "last" or pad_token_id is None:
         return last
     return next((position for position in range(last, -1, -1) if ids[position] != pad_token_id), 0)
+
+
+def gate_position(ids: Sequence[int], pattern: Sequence[int]) -> int:
+    """Return the position whose state a gate reads: where the last occurrence of its token pattern begins.
+
+    Raises:
+        ValueError: the pattern does not occur, so there is no such state.
+    """
+    position = last_occurrence(ids, pattern)
+    if position is None:
+        raise ValueError("A sequence without the tokens that the gate reads has no reward")
+    return position
 
 
 def stored_dtype(config: PretrainedConfig) -> torch.dtype:

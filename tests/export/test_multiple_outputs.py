@@ -1,0 +1,405 @@
+"""Published layouts whose heads give several numbers are converted and served with those of an independent reading.
+
+The reading is transformers' body, loaded from the same weights, and the head written out here. Where a layout was read
+stands beside its function; all weights are random.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from several_outputs import PAIRS, Reading, expected_outputs, scores_of, served
+from tiny_layouts import HIDDEN_SIZE, random, store
+from tiny_models import write_tiny_causal_lm, write_tiny_checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from export.conversion_command import main
+from export.convert import convert
+from service.checkpoints.checkpoint import model_version, open_checkpoint
+from service.checkpoints.reward_description import LowerBound, MeanOfOutputs, MinOfOutputs
+from service.errors import CheckpointError
+from service.settings import ModelSettings
+
+PATTERN = "<|im_end|>\n<|im_start|>assistant\n"
+"""What the tiny chat template writes between prompt and completion."""
+
+OBJECTIVES = ("helpful", "correct", "brief")
+
+
+@dataclass(frozen=True)
+class Published:
+    """A tiny checkpoint of a published layout."""
+
+    read: Reading
+    layout: str
+    options: Mapping[str, Any]
+
+
+def gate_position(folder: Path, ids: list[int]) -> int:
+    """The first token of the last occurrence of the pattern, searched as the published models' code does."""
+    pattern = AutoTokenizer.from_pretrained(folder)(PATTERN, add_special_tokens=False)["input_ids"]
+    return next(j for j in range(len(ids) - len(pattern), -1, -1) if ids[j : j + len(pattern)] == pattern)
+
+
+def armo_rm(folder: Path) -> Published:
+    """``regression_layer``, ``reward_transform_matrix``, and ``gating``: ReLU, softmax at a temperature, a scale.
+
+    RLHFlow/ArmoRM-Llama3-8B-v0.1: ``LlamaForRewardModelWithGating`` of its modeling_custom.py, which many public
+    repositories carry. The gate reads the token where the last occurrence of the end of the user turn begins.
+    """
+    gate = [random(24, HIDDEN_SIZE, seed=1), random(24, 24, seed=2), 8 * random(3, 24, seed=3)]
+    biases = [random(24, seed=4), random(24, seed=5), random(3, seed=6)]
+    transform = torch.eye(3) - 0.3 * random(3, 3, seed=7).abs()
+    head = {
+        "regression_layer.weight": random(3, HIDDEN_SIZE, seed=8),
+        "reward_transform_matrix": transform,
+        "gating.logit_scale": torch.tensor([1.5]),
+        **{f"gating.layers.{index}.weight": weight for index, weight in enumerate(gate)},
+        **{f"gating.layers.{index}.bias": bias for index, bias in enumerate(biases)},
+    }
+    store(
+        folder,
+        head,
+        architectures=["LlamaForRewardModelWithGating"],
+        num_objectives=3,
+        gating_temperature=2,
+        auto_map={"AutoModelForSequenceClassification": "modeling_custom.LlamaForRewardModelWithGating"},
+    )
+
+    def read(states: torch.Tensor, ids: list[int]) -> torch.Tensor:
+        inner = states[gate_position(folder, ids)]
+        for index, (weight, bias) in enumerate(zip(gate, biases, strict=True)):
+            inner = weight @ inner + bias
+            inner = torch.relu(inner) if index < 2 else inner
+        weights = torch.softmax(inner / 2, dim=0) * 1.5
+        rewards = head["regression_layer.weight"] @ states[-1]
+        return torch.cat([(weights * (rewards @ transform)).sum()[None], rewards])
+
+    return Published(read, "ArmoRM", {"outputs": OBJECTIVES, "gate_pattern": PATTERN})
+
+
+def qrm(folder: Path) -> Published:
+    """ArmoRM's layout with quantiles of each objective, batch normalisation in the gate, and dropout between.
+
+    nicolinho/QRM-Llama3.1-8B-v2 and QRM-Gemma-2-27B, as RewardBench (rewardbench/models/qrm.py) and the index of the
+    latter's weights have it: linear layers at 0, 4, 8 and 11, normalisations at 2, 6 and 10.
+    """
+    norms = {
+        f"gating.layers.{index}": torch.nn.BatchNorm1d(16).eval().requires_grad_(requires_grad=False)
+        for index in (2, 6)
+    }
+    for seed, norm in enumerate(norms.values()):
+        norm.running_mean.copy_(random(16, seed=10 + seed))
+        norm.running_var.copy_(random(16, seed=12 + seed).abs() + 0.5)
+        norm.weight.copy_(random(16, seed=14 + seed) + 1)
+        norm.bias.copy_(random(16, seed=16 + seed))
+    first, second, last = random(16, HIDDEN_SIZE, seed=1), random(16, 16, seed=2), 4 * random(3, 16, seed=3)
+    transform = torch.eye(3) - 0.3 * random(3, 3, seed=7).abs()
+    head = {
+        "regression_layer.weight": random(15, HIDDEN_SIZE, seed=8),
+        "reward_transform_matrix": transform,
+        "gating.logit_scale": torch.tensor([0.75]),
+        "gating.layers.0.weight": first,
+        "gating.layers.4.weight": second,
+        "gating.layers.7.weight": last,
+        "gating.layers.7.bias": random(3, seed=9),
+        **{f"{name}.{part}": tensor for name, norm in norms.items() for part, tensor in norm.state_dict().items()},
+    }
+    store(
+        folder,
+        head,
+        architectures=["LlamaForRewardModelWithGating"],
+        num_quantiles=5,
+        num_objectives=3,
+        gating_temperature=1,
+    )
+
+    def read(states: torch.Tensor, ids: list[int]) -> torch.Tensor:
+        inner = states[[gate_position(folder, ids)]]
+        inner = norms["gating.layers.2"](torch.relu(inner @ first.T))
+        inner = norms["gating.layers.6"](torch.relu(inner @ second.T))
+        weights = torch.softmax(inner[0] @ last.T + head["gating.layers.7.bias"], dim=0) * 0.75
+        quantiles = (head["regression_layer.weight"] @ states[-1]).reshape(3, 5)
+        rewards = quantiles.mean(dim=1) @ transform
+        return torch.cat([(weights * rewards).sum()[None], rewards])
+
+    return Published(read, "QRM", {"outputs": OBJECTIVES, "gate_pattern": PATTERN})
+
+
+def urm(folder: Path) -> Published:
+    """``score`` with a mean and a deviation per objective, and ``weights.fc`` with SELU on the same state.
+
+    LxzGordon/URM-LLaMa-3.1-8B: ``LlamaForSequenceClassificationWithNormal_Weights``, as SGLang reads it
+    (srt/models/llama_classification and llama_reward).
+    """
+    layers = [random(HIDDEN_SIZE, HIDDEN_SIZE, seed=1), random(HIDDEN_SIZE, HIDDEN_SIZE, seed=2)]
+    layers.append(random(5, HIDDEN_SIZE, seed=3))
+    biases = [random(HIDDEN_SIZE, seed=4), random(HIDDEN_SIZE, seed=5), random(5, seed=6)]
+    head = {
+        "score.weight": random(10, HIDDEN_SIZE, seed=8),
+        **{f"weights.fc.{2 * index}.weight": weight for index, weight in enumerate(layers)},
+        **{f"weights.fc.{2 * index}.bias": bias for index, bias in enumerate(biases)},
+    }
+    store(folder, head, architectures=["LlamaForSequenceClassificationWithNormal_Weights"])
+
+    def read(states: torch.Tensor, _: list[int]) -> torch.Tensor:
+        inner = states[-1]
+        for index, (weight, bias) in enumerate(zip(layers, biases, strict=True)):
+            inner = weight @ inner + bias
+            inner = torch.selu(inner) if index < 2 else inner
+        means = (head["score.weight"] @ states[-1]).reshape(5, 2)[:, 0]
+        return torch.cat([(inner * means).sum()[None], means])
+
+    return Published(read, "URM", {})
+
+
+def attribute_model(folder: Path) -> Published:
+    """A value head with a row and a bias for each attribute, as multi-attribute training of HelpSteer stores it.
+
+    nvidia/Llama3-70B-SteerLM-RM, model card: nine floats per response, weighted for one reward.
+    """
+    head = {"v_head.weight": random(3, HIDDEN_SIZE), "v_head.bias": random(3, seed=1)}
+    store(folder, head)
+    return Published(
+        lambda states, _: head["v_head.weight"] @ states[-1] + head["v_head.bias"],
+        "Starling",
+        {"outputs": OBJECTIVES},
+    )
+
+
+PUBLISHED = (armo_rm, qrm, urm, attribute_model)
+
+
+@pytest.mark.parametrize("write", PUBLISHED)
+def test_a_layout_with_several_outputs_is_served_with_them(write: Callable[[Path], Published], tmp_path: Path) -> None:
+    """Every output is that of the reading, on the packed path with shared prefixes, and the layout is named."""
+    published = write(tmp_path / "source")
+
+    conversion = convert(tmp_path / "source", tmp_path / "out", **published.options)
+    parts = served(tmp_path / "out")
+    scores = scores_of(parts, PAIRS)
+
+    expected = expected_outputs(tmp_path / "plain", published.read)
+    assert [list(score.outputs) for score in scores] == [pytest.approx(outputs, abs=1e-4) for outputs in expected]
+    assert (conversion.origin, parts.info.forward, len(parts.info.outputs)) == (
+        published.layout,
+        "packed",
+        len(expected[0]),
+    )
+    assert torch.tensor(expected).std(dim=0).min() > 0.02
+    described = parts.description()["reward_model"]
+    assert described["source"]["layout"] == published.layout
+
+
+@pytest.mark.parametrize("forward", ["packed", "padded"])
+@pytest.mark.parametrize("write", [armo_rm, urm])
+def test_outputs_do_not_depend_on_the_batch(write: Callable[[Path], Published], forward: str, tmp_path: Path) -> None:
+    """In bfloat16 a text has the same bits alone, in a batch of four in another order, and in one batch with all."""
+    published = write(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "out", **published.options)
+    parts = served(tmp_path / "out", forward=forward, dtype="bfloat16", kernels="off")
+
+    alone = [score.outputs for score in scores_of(parts, PAIRS, batch=1)]
+
+    assert [score.outputs for score in scores_of(parts, PAIRS)] == alone
+    assert [score.outputs for score in scores_of(parts, PAIRS[::-1], batch=4)][::-1] == alone
+
+
+def test_a_gated_head_needs_the_end_of_the_prompt(tmp_path: Path) -> None:
+    """A text without the tokens that the gate reads is an error of its item, and the others are scored."""
+    from service.errors import InvalidRequest
+    from service.records import Encoding, Exchange, Item, TemplatedText, TokenIds
+
+    published = armo_rm(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "out", **published.options)
+    tokenization = served(tmp_path / "out").tokenization
+
+    items = [Item(Exchange("a", "b")), Item(TemplatedText("no prompt")), Item(TokenIds((5, 6, 7)))]
+    first, *others = tokenization.encode(items, Encoding())
+
+    assert first.num_tokens > 5  # type: ignore[union-attr]
+    assert [type(outcome) for outcome in others] == [InvalidRequest, InvalidRequest]
+
+
+def test_a_gate_whose_pattern_no_template_writes_is_refused(tmp_path: Path) -> None:
+    """A chat template that does not write what stands before the completion ends the start."""
+    published = armo_rm(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "out", **published.options)
+    template = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+    (tmp_path / "out" / "chat_template.jinja").write_text(template)
+
+    with pytest.raises(CheckpointError, match=r"does not have the tokens that reward_model\.json names"):
+        served(tmp_path / "out")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_log_odds_are_those_of_the_language_model(family: str, tmp_path: Path) -> None:
+    """The reward is the difference of two logits of transformers' own language model, capped or tied as there."""
+    tied = family == "gemma2"
+    write_tiny_causal_lm(tmp_path / "source", family, tie_word_embeddings=tied, final_logit_softcapping=2.0)
+
+    assert main([str(tmp_path / "source"), str(tmp_path / "out"), "--log-odds", "y", "n"]) == 0
+    scores = scores_of(served(tmp_path / "out"), PAIRS)
+
+    expected = log_odds(tmp_path / "source", "y", "n")
+    assert [score.reward for score in scores] == pytest.approx(expected, abs=1e-4)
+    assert max(expected) - min(expected) > 0.02
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert weights["score.0.weight"].shape == (2, HIDDEN_SIZE)
+    assert not any(name.startswith("lm_head") for name in weights)
+
+
+@torch.no_grad()
+def log_odds(folder: Path, good: str, bad: str) -> list[float]:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    found = []
+    for prompt, completion in PAIRS:
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        logits = model(**tokenizer(text, add_special_tokens=False, return_tensors="pt")).logits[0, -1]
+        pair = torch.log_softmax(logits, dim=0)[tokenizer.convert_tokens_to_ids([good, bad])]
+        found.append(float(pair[0] - pair[1]))
+    return found
+
+
+def test_a_probability_among_two_tokens_and_the_logit_of_one(tmp_path: Path) -> None:
+    """As Math-Shepherd (+ against -) and Nemotron-70B-Reward (one logit) do, with a template from the user."""
+    write_tiny_causal_lm(tmp_path / "source")
+    template = (
+        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+        "{% endfor %}<|im_start|>judge\n"
+    )
+    (tmp_path / "judge.jinja").write_text(template)
+    common = ["--chat-template", str(tmp_path / "judge.jinja")]
+
+    assert main([str(tmp_path / "source"), str(tmp_path / "p"), "--probability", "y", "n", *common]) == 0
+    assert main([str(tmp_path / "source"), str(tmp_path / "l"), "--logit", "id:7", *common]) == 0
+    probabilities = [score.reward for score in scores_of(served(tmp_path / "p"), PAIRS)]
+    logits = [score.reward for score in scores_of(served(tmp_path / "l"), PAIRS)]
+
+    (tmp_path / "source" / "chat_template.jinja").write_text(template)
+    difference = torch.tensor(log_odds(tmp_path / "source", "y", "n"))
+    assert probabilities == pytest.approx(torch.sigmoid(difference).tolist(), abs=1e-5)
+    weight = load_file(tmp_path / "source" / "model.safetensors")["lm_head.weight"]
+    expected = expected_outputs(tmp_path / "source", lambda states, _: weight[[7]] @ states[-1])
+    assert logits == pytest.approx([value for (value,) in expected], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "refusal"),
+    [
+        (["--log-odds", "y", "y"], "are the same token"),
+        (["--log-odds", "quick brown fox", "n"], "is [0-9]+ tokens of the tokenizer"),
+        (["--logit", "id:99999"], "is beyond the"),
+    ],
+)
+def test_tokens_that_cannot_be_read_are_refused(
+    arguments: list[str], refusal: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is no single token, twice the same or outside the vocabulary is refused before anything is written."""
+    write_tiny_causal_lm(tmp_path / "source")
+
+    assert main([str(tmp_path / "source"), str(tmp_path / "out"), *arguments]) == 1
+
+    import re
+
+    assert re.search(refusal, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def with_head(source: Path, folder: Path, weight: torch.Tensor) -> Path:
+    """A copy of a checkpoint with another linear head."""
+    import shutil
+
+    shutil.copytree(source, folder)
+    weights = load_file(source / "model.safetensors") | {"score.weight": weight}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("combine", "reward"),
+    [
+        (MeanOfOutputs(), lambda values: values.mean()),
+        (MinOfOutputs(), lambda values: values.min()),
+        (LowerBound(0.5), lambda values: values.mean() - 0.5 * values.std(correction=0)),
+    ],
+)
+def test_members_on_one_body_are_an_ensemble(
+    combine: Any, reward: Callable[[torch.Tensor], torch.Tensor], tmp_path: Path
+) -> None:
+    """Members are those of each checkpoint and of each row of a file, and the reward is their aggregate."""
+    source = write_tiny_checkpoint(tmp_path / "source")
+    rows = [random(1, HIDDEN_SIZE, seed=seed) for seed in range(4)]
+    first, second = (with_head(source, tmp_path / f"member{index}", rows[index]) for index in range(2))
+    save_file({"heads.weight": torch.cat(rows[2:])}, tmp_path / "heads.safetensors")
+
+    convert(first, tmp_path / "out", members=(second, tmp_path / "heads.safetensors"), combine=combine)
+    parts = served(tmp_path / "out")
+    scores = scores_of(parts, PAIRS)
+
+    expected = torch.tensor(expected_outputs(source, lambda states, ids: torch.cat(rows) @ states[last(source, ids)]))
+    assert torch.tensor([score.outputs for score in scores]).allclose(expected, atol=1e-4)
+    assert [score.reward for score in scores] == pytest.approx([float(reward(row)) for row in expected], abs=1e-4)
+    assert parts.info.outputs == ("member_0", "member_1", "member_2", "member_3")
+
+
+def last(folder: Path, ids: list[int]) -> int:
+    """The rightmost token that is not the pad token, which transformers' classifier reads."""
+    pad = json.loads((folder / "config.json").read_bytes())["pad_token_id"]
+    return max(index for index, token in enumerate(ids) if token != pad)
+
+
+def test_members_with_deeper_heads_are_an_ensemble(tmp_path: Path) -> None:
+    """Each member keeps its own layers, and its number is that of the member served alone."""
+    alone = []
+    for index in range(2):
+        head = {
+            "v_head.summary.0.weight": random(24, HIDDEN_SIZE, seed=20 + index),
+            "v_head.summary.0.bias": random(24, seed=22 + index),
+            "v_head.summary.2.weight": random(1, 24, seed=24 + index),
+            "v_head.summary.2.bias": torch.tensor([0.5]),
+        }
+        (tmp_path / f"m{index}").mkdir()
+        store(tmp_path / f"m{index}" / "source", head)
+        convert(tmp_path / f"m{index}" / "source", tmp_path / f"m{index}" / "out")
+        alone.append([score.reward for score in scores_of(served(tmp_path / f"m{index}" / "out"), PAIRS)])
+
+    members = (tmp_path / "m1" / "source",)
+    convert(tmp_path / "m0" / "source", tmp_path / "out", members=members, combine=MeanOfOutputs())
+    scores = scores_of(served(tmp_path / "out"), PAIRS)
+
+    assert [score.outputs for score in scores] == [pytest.approx(pair, abs=1e-5) for pair in zip(*alone, strict=True)]
+
+
+def test_members_on_other_bodies_are_refused(tmp_path: Path) -> None:
+    """A checkpoint with another body cannot share the pass, and the first tensor that differs is named."""
+    first, second = (write_tiny_checkpoint(tmp_path / str(seed), seed=seed) for seed in range(2))
+
+    with pytest.raises(CheckpointError, match=r"another body than .*\(model\.embed_tokens\.weight differs\)"):
+        convert(first, tmp_path / "out", members=(second,), combine=MeanOfOutputs())
+
+
+def test_the_version_covers_head_and_rule(tmp_path: Path) -> None:
+    """Models with the same weights have other versions where the aggregate or the gate's temperature differ."""
+    published = armo_rm(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "out", **published.options)
+    file = tmp_path / "out" / "reward_model.json"
+    original = json.loads(file.read_bytes())
+
+    def version(content: dict[str, Any]) -> str:
+        file.write_text(json.dumps(content))
+        checkpoint = open_checkpoint(tmp_path / "out", ModelSettings(path=str(tmp_path / "out")))
+        return model_version(checkpoint, dtype="float32", template="chat").version
+
+    warmer = json.loads(file.read_bytes())
+    warmer["head"]["gate"]["temperature"] = 3.0
+    weighted = original | {"combine": {"kind": "weights", "weights": {"helpful": 1.0}}}
+    assert len({version(original), version(warmer), version(weighted)}) == 3
