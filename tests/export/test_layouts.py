@@ -22,6 +22,7 @@ from published_layouts import (
     two_layers,
 )
 from tiny_layouts import HIDDEN_SIZE, random, store
+from tiny_mixtures import HYBRIDS, MIXTURES, PADDED_MIXTURES
 from tiny_models import SENTENCES
 from transformers import AutoModel, AutoTokenizer
 
@@ -157,3 +158,14 @@ def test_the_documented_layouts_are_those_that_are_recognised() -> None:
     assert [(name, models, pooling) for name, models, _, pooling in cells] == [
         (layout.name, layout.models, layout.pooling) for layout in LAYOUTS
     ]
+
+
+def test_the_documented_mixtures_and_hybrids_are_those_that_are_tested() -> None:
+    """docs/models.md has every tested model type with experts or a recurrence, under the path that the tests expect."""
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    packed, padded = (
+        next(line for line in page.splitlines() if line.startswith(f"| {path} | `")) for path in ("packed", "padded")
+    )
+
+    assert all(f"`{name}`" in packed for name in MIXTURES)
+    assert all(f"`{name}`" in padded for name in (*PADDED_MIXTURES, *HYBRIDS))

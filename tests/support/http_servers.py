@@ -22,7 +22,7 @@ from service.settings import read_settings
 @contextmanager
 def http_server(checkpoint: Path, **model: Any) -> Iterator[str]:
     """Serve a checkpoint in fp32 on the CPU, with these further settings of the model; yield the server's URL."""
-    settings = {"path": str(checkpoint), "device": "cpu", "dtype": "float32"} | model
+    settings = {"path": str(checkpoint), "device": "cpu", "dtype": "float32", "num_threads": 1} | model
     served = assemble(read_settings({"model": settings}))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
