@@ -6,8 +6,10 @@ The forward is transformers' body, one text at a time, and a head written in the
 
 from __future__ import annotations
 
+import inspect
+import json
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ import torch
 from http_servers import http_server
 from quantized_checkpoints import FORMATS, quantize_checkpoint
 from several_outputs import PAIRS, Reading
-from tiny_models import write_tiny_checkpoint
+from tiny_models import EOS, write_tiny_checkpoint
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from export.convert import convert
@@ -81,20 +83,40 @@ def plain_scalar(folder: Path) -> Kind:
     return Kind(lambda: classified(folder), None)
 
 
-def encoder(folder: Path) -> Kind:
-    """An encoder that reads a pair of texts, as OpenAssistant's DeBERTa does."""
-    write_tiny_checkpoint(folder, "deberta-v2")
+def encoder(family: str) -> Callable[[Path], Kind]:
+    """An encoder that reads a pair of texts, with token types (BERT) or without (OpenAssistant's DeBERTa)."""
 
-    @torch.no_grad()
-    def expected() -> list[list[float]]:
-        model, tokenizer = (
-            AutoModelForSequenceClassification.from_pretrained(folder),
-            AutoTokenizer.from_pretrained(folder),
-        )
-        inputs = [tokenizer(*pair, return_tensors="pt") for pair in PAIRS]
-        return [model(input_ids=one["input_ids"]).logits[0].tolist() for one in inputs]
+    def kind(folder: Path) -> Kind:
+        write_tiny_checkpoint(folder, family)
+        return Kind(lambda: classified_texts(folder, list(PAIRS)), None)
 
-    return Kind(expected, None)
+    return kind
+
+
+def tokenizer_adds_end(folder: Path) -> Kind:
+    """No chat template renders the text, and the tokenizer's own call adds BOS and EOS, as in training."""
+    write_tiny_checkpoint(folder)
+    (folder / "chat_template.jinja").unlink()
+    content = json.loads((folder / "tokenizer.json").read_bytes())
+    ids = {token["content"]: token["id"] for token in content["added_tokens"]}
+    processor = content["post_processor"]
+    processor["single"].append({"SpecialToken": {"id": EOS, "type_id": 0}})
+    processor["special_tokens"][EOS] = {"id": EOS, "ids": [ids[EOS]], "tokens": [EOS]}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return Kind(lambda: classified_texts(folder, [(prompt + completion,) for prompt, completion in PAIRS]), None)
+
+
+@torch.no_grad()
+def classified_texts(folder: Path, texts: Sequence[tuple[str, ...]]) -> list[list[float]]:
+    """The logits of transformers' own classifier on what the tokenizer's own call gives."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    read = inspect.signature(model.forward).parameters
+    outputs = []
+    for text in texts:
+        inputs = tokenizer(*text, return_tensors="pt", return_token_type_ids=True)
+        outputs.append(model(**{name: tensor for name, tensor in inputs.items() if name in read}).logits[0].tolist())
+    return outputs
 
 
 @torch.no_grad()
@@ -145,7 +167,9 @@ def ensemble(folder: Path) -> Kind:
 
 KINDS: dict[str, Callable[[Path], Kind]] = {
     "plain scalar": plain_scalar,
-    "encoder": encoder,
+    "encoder": encoder("deberta-v2"),
+    "encoder with token types": encoder("bert"),
+    "tokenizer adds an end": tokenizer_adds_end,
     **{write.__name__: one_reward(write) for write in published_layouts.PUBLISHED},
     **{write.__name__: several_outputs(write) for write in published_objectives.PUBLISHED},
     "ensemble": ensemble,
