@@ -37,6 +37,9 @@ def _run(arguments: Sequence[str] | None) -> int:
         check_source(options.base)
     if options.chat_template is not None and not options.chat_template.is_file():
         raise SettingsError(f"{options.chat_template} is not a file: pass the chat template of the result.")
+    for member in options.members:
+        if not Path(member).expanduser().is_file():
+            check_source(member)
     source = local_folder(options.source)
     base = None if options.base is None else local_folder(options.base)
     note = None if base is None else check_base(source, base)
@@ -58,6 +61,7 @@ def _run(arguments: Sequence[str] | None) -> int:
             outputs=tuple(options.outputs),
             gate_pattern=options.gate_pattern,
             token_logits=_token_logits(options),
+            process=options.process,
             members=tuple(map(_member, options.members)),
             combine=_combine(options) if options.members else None,
             chat_template=options.chat_template,
@@ -94,7 +98,7 @@ def _report(conversion: Conversion, out: Path) -> list[str]:
     from service.checkpoints.validation import describe_names
 
     head = f"; its head was {describe_names(conversion.head)}" if conversion.head else ""
-    lines = [f"{out} is a scalar-head checkpoint, converted from the layout {conversion.origin}{head}."]
+    lines = [f"{out} is a checkpoint for the service, converted from the layout {conversion.origin}{head}."]
     if conversion.dropped_bias:
         lines.append(
             f"A bias of {conversion.dropped_bias:.6g} was left out: add it to compare with training's rewards."
@@ -148,6 +152,11 @@ def _parser() -> CommandParser:
         metavar="TEXT",
         help="the text between prompt and completion, where the gate of ArmoRM and QRM reads (default: that of the "
         "model's type)",
+    )
+    add(
+        "--process",
+        metavar="LAYOUT",
+        help="the layout of a process reward model whose class does not show it: Skywork-o1-PRM or Math-Shepherd",
     )
     tokens = parser.add_mutually_exclusive_group()
     tokens.add_argument(

@@ -18,12 +18,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from safetensors.torch import load_file, save_file
 
+from export.conversion_options import ConversionOptions
 from export.converted_head import ConvertedHead, head_module, layered_head
 from export.ensemble import ensemble_of, heads_in_file, require_equal_bodies
 from export.gated_layouts import GateOptions, gated_head, is_gated
 from export.layouts import find_head
+from export.process_layouts import (
+    ProcessLayout,
+    label_token_ids,
+    process_layout_of,
+    step_rule,
+    with_step_outputs,
+)
 from export.stored_model import StoredModel, has_one_label, read_model
 from export.token_logits import TokenLogits, token_logits_head
 from service.checkpoints.adapter import ADAPTER_WEIGHTS_FILE, is_adapter, merge_adapter
@@ -34,7 +43,7 @@ from service.checkpoints.files import ADAPTER_CONFIG_FILE, CONVERSION_FILE, TOKE
 from service.checkpoints.head_validation import validate_head
 from service.checkpoints.reward_description import (
     ClassifierHead,
-    Combination,
+    MeanOfOutputs,
     Provenance,
     RewardDescription,
     TextRule,
@@ -45,7 +54,6 @@ from service.checkpoints.validation import DECODER_HEAD, describe_names, unplace
 from service.checkpoints.weights import VALUE_HEAD_FILE
 from service.errors import CheckpointError
 from service.outputs import new_folder
-from service.records import Activation
 from service.settings import ModelSettings
 from service.transformers_logging import transformers_silenced
 
@@ -84,42 +92,6 @@ class Conversion:
     """Sentences on differences between training and serving."""
 
 
-@dataclass(frozen=True, slots=True)
-class ConversionOptions:
-    """What the user says of a conversion."""
-
-    base: Path | None = None
-    """The adapter's base model; required where the adapter names none that can be found."""
-
-    drop_bias: bool = False
-    """Leave out the bias of a linear head, so that the result is a plain classifier. That shifts all rewards by one
-    constant."""
-
-    allow_pickle: bool = False
-    """Also read pickled weights, with torch's restricted unpickler, which allows tensors only."""
-
-    activation: Activation | None = None
-    """The function between the layers of a deeper head of an unknown layout."""
-
-    outputs: tuple[str, ...] = ()
-    """Names of the numbers of a head that gives several; of a gated head its objectives."""
-
-    gate_pattern: str | None = None
-    """The text between prompt and completion, where a gate reads; None: that of the model's type."""
-
-    token_logits: TokenLogits | None = None
-    """The tokens of a language model whose logits are the reward."""
-
-    members: tuple[Path, ...] = ()
-    """Further members of an ensemble: checkpoints on the same body, or files of heads."""
-
-    combine: Combination | None = None
-    """How the members' numbers become the reward."""
-
-    chat_template: Path | None = None
-    """The chat template of the result; None: that of the source."""
-
-
 def convert(source: Path, out: Path, *, overwrite: bool = False, **options: Any) -> Conversion:
     """Write a checkpoint made from ``source`` to ``out``; nothing is written unless it is valid.
 
@@ -140,6 +112,7 @@ def convert(source: Path, out: Path, *, overwrite: bool = False, **options: Any)
     chosen = ConversionOptions(**options)
     with new_folder(out, overwrite=overwrite, marker=CONVERSION_FILE) as unfinished:
         if is_adapter(source):
+            _refuse_adapter(source, chosen)
             conversion = _convert_adapter(source, unfinished, chosen.base, drop_bias=chosen.drop_bias)
         else:
             conversion = _convert_model(read_model(source, allow_pickle=chosen.allow_pickle), unfinished, chosen)
@@ -148,6 +121,13 @@ def convert(source: Path, out: Path, *, overwrite: bool = False, **options: Any)
         manifest = json.dumps(dataclasses.asdict(conversion), indent=2)
         (unfinished / CONVERSION_FILE).write_text(manifest + "\n", encoding="utf-8")
     return conversion
+
+
+def _refuse_adapter(source: Path, options: ConversionOptions) -> None:
+    if options.members or options.token_logits is not None or options.outputs:
+        raise CheckpointError(
+            f"{source} is an adapter, which is merged with its own head alone: convert it first, and then the result."
+        )
 
 
 def _validate(unfinished: Path, out: Path) -> tuple[str, ...]:
@@ -195,19 +175,26 @@ def _put_head_into_adapter(source: Path, work_dir: Path, head: Any) -> Path:
 def _convert_model(stored: StoredModel, unfinished: Path, options: ConversionOptions) -> Conversion:
     source, config = stored.source, stored.config
     _refuse_mean_pooling(stored)
-    found = _find_head(stored, options)
+    process = process_layout_of(config, options.process)
+    found = _find_head(stored, options) if process is None else _process_head(stored, options, process)
     if found is None and not stored.is_pickled and not stored.is_renamed and has_one_label(source):
         raise CheckpointError(f"{source} is already a plain scalar-head checkpoint: serve it as it is.")
     _copy_tokenizer(source, unfinished, options.chat_template)
+    if process is not None and process.chat_template and options.chat_template is None:
+        _write_chat_template(unfinished, process.chat_template)
     pad_token_id, pad_notes = _fallback_pad_token(config, unfinished)
     config.get_text_config().pad_token_id = pad_token_id
     layer = None if found is None else found.linear
     bias = (
         None if found is None or layer is None or layer.bias is None else float(found.tensors[layer.bias].flatten()[0])
     )
-    is_plain = found is None or (layer is not None and (not bias or options.drop_bias))
+    is_linear = layer is not None and (not bias or options.drop_bias)
+    is_plain = found is None or (is_linear and found.combine is None)
     _save(stored, unfinished, found, is_plain=is_plain)
-    write_description(unfinished, _description(stored, None if is_plain else found, found))
+    description = _description(stored, None if is_plain else found, found)
+    if process is not None:
+        description = msgspec.structs.replace(description, steps=step_rule(process, unfinished))
+    write_description(unfinished, description)
     return Conversion(
         source=str(source),
         origin=found.layout if found else "transformers",
@@ -230,6 +217,22 @@ def _find_head(stored: StoredModel, options: ConversionOptions) -> ConvertedHead
     return found if not options.members else _ensemble(stored, found, options)
 
 
+def _process_head(stored: StoredModel, options: ConversionOptions, process: ProcessLayout) -> ConvertedHead:
+    """Return the head of a process reward model, with the names of its outputs."""
+    if process.label_tokens is not None:
+        found: ConvertedHead | None = token_logits_head(
+            stored, TokenLogits("probability", label_token_ids(process, stored.source))
+        )
+    else:
+        found = _own_head(stored, dataclasses.replace(options, outputs=process.outputs))
+    if found is None:
+        raise CheckpointError(
+            f"{stored.source} has the classifier's own head, and the layout {process.name} has another: serve it as it "
+            "is, with steps in its reward_model.json."
+        )
+    return dataclasses.replace(with_step_outputs(found, process), layout=process.name)
+
+
 def _ensemble(stored: StoredModel, first: ConvertedHead | None, options: ConversionOptions) -> ConvertedHead:
     """Return the heads of the source and of the further members as one head."""
     fit = stored.fit()
@@ -241,7 +244,7 @@ def _ensemble(stored: StoredModel, first: ConvertedHead | None, options: Convers
         other = read_model(member, allow_pickle=options.allow_pickle)
         require_equal_bodies(stored, other, fit.body_prefix)
         heads.append(_own_head(other, options) or _classifier_head(other, other.fit()))
-    return ensemble_of(heads, options.combine)
+    return ensemble_of(heads, options.combine or MeanOfOutputs())
 
 
 def _classifier_head(stored: StoredModel, fit: Fit) -> ConvertedHead:
@@ -266,6 +269,11 @@ def _own_head(stored: StoredModel, options: ConversionOptions) -> ConvertedHead 
             f"{stored.source} has no value head, which is one tensor of shape [1, {hidden_size}] outside the body: "
             f"put it into the folder as {VALUE_HEAD_FILE}, train a reward model with `reward-train`, or pass "
             "--log-odds with two tokens whose logits are the reward."
+        )
+    if outside <= set(fit.head):
+        raise CheckpointError(
+            f"{stored.source} is a classifier with several labels, which is not converted: serve it as it is, with "
+            "model.outputs or model.class_reward."
         )
     if fit.head != (DECODER_HEAD,):
         raise CheckpointError(
@@ -349,6 +357,12 @@ def _copy_tokenizer(source: Path, unfinished: Path, chat_template: Path | None) 
         for file in unfinished.glob("chat_template.*"):
             file.unlink()
         shutil.copy(chat_template, unfinished / CHAT_TEMPLATE_FILE)
+
+
+def _write_chat_template(folder: Path, template: str) -> None:
+    for file in folder.glob("chat_template.*"):
+        file.unlink()
+    (folder / CHAT_TEMPLATE_FILE).write_text(template, encoding="utf-8")
 
 
 def _fallback_pad_token(config: Any, folder: Path) -> tuple[int | None, Sequence[str]]:

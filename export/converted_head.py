@@ -65,13 +65,14 @@ def stored_layers(
         tensors: those of the source.
         module: name of the module in the result.
     """
-    renamed, found = [], {}
+    renamed: list[LinearLayer] = []
+    found: dict[str, Any] = {}
     for number, layer in enumerate(layers):
         weight = f"{module}.{2 * number}.weight"
         bias = None if layer.bias is None else f"{module}.{2 * number}.bias"
         renamed.append(LinearLayer(weight, bias, layer.activation))
         found[weight] = tensors[layer.weight]
-        if bias is not None:
+        if layer.bias is not None and bias is not None:
             found[bias] = tensors[layer.bias]
     return tuple(renamed), found
 

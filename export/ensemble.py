@@ -88,7 +88,8 @@ def ensemble_of(members: Sequence[ConvertedHead], combine: Combination) -> Conve
     layers = [member.linear for member in members]
     if all(layer is not None for layer in layers):
         return _stacked(together, members, [layer for layer in layers if layer is not None])
-    heads, tensors = [], {}
+    heads: list[LayeredHead] = []
+    tensors: dict[str, Any] = {}
     for number, member in enumerate(members):
         renamed, own = stored_layers(member.head.layers, member.tensors, f"{HEAD}.members.{number}")  # type: ignore[union-attr]
         heads.append(LayeredHead(renamed))

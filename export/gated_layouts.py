@@ -14,6 +14,7 @@ from typing import Any
 from export.converted_head import HEAD, ConvertedHead, Tensors, stored_layers
 from export.stored_model import StoredModel
 from service.checkpoints.described_heads import Gate, GatedHead, LinearLayer
+from service.checkpoints.reward_description import WeightedSum
 from service.errors import CheckpointError
 
 BATCH_NORM_EPS = 1e-5
@@ -51,6 +52,9 @@ PATTERNS = {
 
 TEMPERATURES = {"llama": 10.0, "gemma2": 1.0}
 """Temperature of the gate's softmax where the configuration has no ``gating_temperature``, by model type."""
+
+REWARD = "reward"
+"""Name of the gated sum, the first output."""
 
 GATING = "gating."
 URM_GATE = "weights.fc."
@@ -119,6 +123,7 @@ def _armo(stored: StoredModel, names: set[str], options: GateOptions) -> Convert
         tensors=tensors,
         sources=tuple(sorted(names)),
         outputs=_outputs(stored, num_objectives, options),
+        combine=WeightedSum({REWARD: 1.0}),
         notes=("Each objective is the mean of its quantiles; the quantiles are not served.",)
         if num_quantiles > 1
         else (),
@@ -146,6 +151,7 @@ def _urm(stored: StoredModel, names: set[str], options: GateOptions) -> Converte
         tensors={f"{HEAD}.objectives.weight": rows[::2].contiguous(), **tensors},
         sources=tuple(sorted(names)),
         outputs=_outputs(stored, num_objectives, options),
+        combine=WeightedSum({REWARD: 1.0}),
         notes=("Each objective is the mean of its distribution; the deviations are not served.",),
     )
 
@@ -157,7 +163,7 @@ def _outputs(stored: StoredModel, num_objectives: int, options: GateOptions) -> 
             f"{stored.source} has {num_objectives} objectives, and the names of {len(names)} are known: pass "
             "--outputs with their names."
         )
-    return ("reward", *names)
+    return (REWARD, *names)
 
 
 def _index(name: str) -> int:
@@ -218,15 +224,13 @@ def _temperature(stored: StoredModel) -> float:
 
 def _token_pattern(stored: StoredModel, pattern: str | None) -> tuple[int, ...]:
     """Return the token ids between prompt and completion, by the source's tokenizer."""
-    from transformers import AutoTokenizer
-
     text = pattern or PATTERNS.get(stored.config.model_type)
     if text is None:
         raise CheckpointError(
             f"The gate of {stored.source} reads the state at the end of the prompt, and what stands there is not known "
             f"for {stored.config.model_type}: pass --gate-pattern with the text between prompt and completion."
         )
-    tokenizer = AutoTokenizer.from_pretrained(stored.source, trust_remote_code=False)
+    tokenizer = stored.tokenizer()
     ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
     if tokenizer.convert_ids_to_tokens(ids[0]) not in tokenizer.all_special_tokens + list(tokenizer.get_added_vocab()):
         raise CheckpointError(

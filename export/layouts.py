@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from export.process_layouts import PROCESS_LAYOUTS
 from service.checkpoints.reward_description import LinearLayer
 from service.checkpoints.validation import describe_names
 from service.checkpoints.weights import TensorInfo
@@ -84,6 +85,14 @@ LAYOUTS = (
         "Qwen/Qwen2.5-Math-RM-72B, Qwen/WorldPM-72B",
         "score",
         ("Qwen2ForRewardModel",),
+        activation="relu",
+        pooling="hf",
+    ),
+    Layout(
+        "Qwen2ForProcessRewardModel",
+        "Qwen/Qwen2.5-Math-PRM-7B and -72B, Qwen/Qwen2.5-Math-7B-PRM800K",
+        "score",
+        ("Qwen2ForProcessRewardModel",),
         activation="relu",
         pooling="hf",
     ),
@@ -205,5 +214,7 @@ def _layout_of(module: str, num_layers: int, config: Any) -> Layout | None:
 
 def listed() -> Sequence[str]:
     """Return the known layouts as lines for a terminal."""
-    width = max(len(layout.name) for layout in LAYOUTS)
-    return [f"{layout.name:{width}}  {layout.module}: {layout.models}" for layout in LAYOUTS]
+    named = [layout for layout in PROCESS_LAYOUTS if not layout.architectures]
+    width = max(len(layout.name) for layout in (*LAYOUTS, *named))
+    lines = [f"{layout.name:{width}}  {layout.module}: {layout.models}" for layout in LAYOUTS]
+    return [*lines, *(f"{layout.name:{width}}  --process {layout.name}: {layout.models}" for layout in named)]

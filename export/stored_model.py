@@ -17,6 +17,7 @@ from service.checkpoints.architecture import Fit, fit_classifier, has_classifier
 from service.checkpoints.configuration import read_config
 from service.checkpoints.files import CONFIG_FILE
 from service.checkpoints.quantized_weights import find_quantized
+from service.checkpoints.validation import load_tokenizer
 from service.checkpoints.weights import (
     VALUE_HEAD_FILE,
     TensorInfo,
@@ -72,6 +73,14 @@ class StoredModel:
     def architecture(self) -> str | None:
         """The class that the configuration names."""
         return next(iter(self.config.architectures or ()), None)
+
+    def tokenizer(self) -> Any:
+        """Return the tokenizer of the source.
+
+        Raises:
+            CheckpointError: there is none, or it cannot be loaded.
+        """
+        return load_tokenizer(self.source, self.config)
 
     def fit(self) -> Fit:
         """Return how the tensors fit the classifier with one label."""

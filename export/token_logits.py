@@ -16,6 +16,7 @@ from export.converted_head import HEAD, ConvertedHead
 from export.stored_model import StoredModel
 from service.checkpoints.described_heads import LayeredHead, LinearLayer
 from service.checkpoints.reward_description import Combination, Probability, WeightedSum
+from service.checkpoints.validation import DECODER_HEAD
 from service.errors import CheckpointError
 from service.transformers_logging import transformers_silenced
 
@@ -53,6 +54,8 @@ def token_logits_head(stored: StoredModel, requested: TokenLogits) -> ConvertedH
     ids = [token_id(stored, token) for token in requested.tokens]
     if len(set(ids)) != len(ids):
         raise CheckpointError(f"{' and '.join(requested.tokens)} are the same token: name two different ones.")
+    if stored.fit().head != (DECODER_HEAD,):
+        raise CheckpointError(f"{stored.source} is an encoder, which has no logits of a next token: take a decoder.")
     rule, name = language_model_head(stored.config)
     weight = _head_weight(stored, name)
     bias = stored.tensors.get(f"{name.removesuffix('weight')}bias")
@@ -91,12 +94,10 @@ def token_id(stored: StoredModel, token: str) -> int:
     Raises:
         CheckpointError: the text is not one token of the source's tokenizer.
     """
-    from transformers import AutoTokenizer
-
     number = token.removeprefix(ID_PREFIX)
     if token.startswith(ID_PREFIX) and number.isdecimal():
         return int(number)
-    tokenizer = AutoTokenizer.from_pretrained(stored.source, trust_remote_code=False)
+    tokenizer = stored.tokenizer()
     vocabulary = tokenizer.get_vocab()
     if token in vocabulary:
         return int(vocabulary[token])

@@ -215,7 +215,7 @@ class Pipeline:
         """
         longest = self.engine.info.max_input_tokens
         while True:
-            batches = largest_batches(budget, longest, token_ids)
+            batches = largest_batches(budget, longest, token_ids, self.engine.info.gate_pattern)
             begin = self._clock()
             num_fitting = 0
             try:
@@ -393,26 +393,30 @@ def _score_of_values(values: Sequence[Sequence[float]], rule: RewardRule) -> Sco
     )
 
 
-def largest_batches(budget: BatchBudget, max_input_tokens: int, token_ids: Sequence[int]) -> list[list[TokenSequence]]:
-    """Return the batches that need the most memory.
+def largest_batches(
+    budget: BatchBudget, max_input_tokens: int, token_ids: Sequence[int], ending: tuple[int, ...] = ()
+) -> list[list[TokenSequence]]:
+    """Return the batches that need the most memory; every sequence has the ``ending``.
 
     They are one sequence of the maximal length, a full budget of sequences as long as possible, and a full budget of as
     many sequences as possible.
     """
     long = min(max_input_tokens, budget.max_tokens)
     num_long = min(budget.max_tokens // long, budget.max_sequences)
-    num_short = min(budget.max_sequences, budget.max_tokens)
+    num_short = min(budget.max_sequences, max(budget.max_tokens // (len(ending) + 1), 1))
     short = min(budget.max_tokens // num_short, max_input_tokens)
     shapes = dict.fromkeys([(1, max_input_tokens), (num_long, long), (num_short, short)])
-    return [_varied_sequences(count, length, token_ids) for count, length in shapes]
+    return [_varied_sequences(count, length - len(ending), token_ids, ending) for count, length in shapes]
 
 
-def _varied_sequences(count: int, length: int, token_ids: Sequence[int]) -> list[TokenSequence]:
+def _varied_sequences(
+    count: int, length: int, token_ids: Sequence[int], ending: tuple[int, ...]
+) -> list[TokenSequence]:
     # Every pass through the vocabulary uses a larger step, so that two sequences share at most their first token.
     num_ids = len(token_ids)
     return [
         TokenSequence(
-            tuple(token_ids[(index + position * (1 + index // num_ids)) % num_ids] for position in range(length))
+            (*(token_ids[(index + position * (1 + index // num_ids)) % num_ids] for position in range(length)), *ending)
         )
         for index in range(count)
     ]

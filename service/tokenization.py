@@ -186,6 +186,12 @@ class Tokenization:
             "separate": reading.marker.separate,
         }
 
+    @property
+    def reads_markers(self) -> bool:
+        """Whether the model rewards steps, each at a marker token that is known."""
+        description = self.step_description()
+        return bool(description["readable"]) and description["marker_token_id"] is not None
+
     def template_for(self, encoding: Encoding) -> TemplateChoice:
         """Return how a prompt that is a plain string is rendered with this encoding."""
         return encoding.template or self.rule.template
@@ -357,11 +363,13 @@ class Tokenization:
         num_prompt_tokens = None if text.prompt_chars is None else _tokens_before(text.prompt_chars, encoded)
         positions: tuple[int, ...] = ()
         if text.steps is not None:
-            ids = self._with_separate_steps(ids, text.steps)
-            found = self._step_positions(text, ids, num_prompt_tokens)
-            if isinstance(found, HttpError):
-                return found
-            positions = found
+            if text.steps.texts:
+                ids, positions = self._with_separate_steps(ids, text.steps)
+            else:
+                found = self._step_positions(text, ids, num_prompt_tokens)
+                if isinstance(found, HttpError):
+                    return found
+                positions = found
         if ids[: len(text.before)] != text.before:
             ids = text.before + ids
             positions = tuple(position + len(text.before) for position in positions)
@@ -380,11 +388,13 @@ class Tokenization:
         # Where an exchange has no known border nothing is dropped: it might be of the completion.
         return _Tokens(sequence, 0 if text.is_exchange else len(ids))
 
-    def _with_separate_steps(self, ids: tuple[int, ...], steps: StepEnds) -> tuple[int, ...]:
-        """Return the ids of a text with those of the steps that are tokenized alone, each with the marker after it."""
+    def _with_separate_steps(self, ids: tuple[int, ...], steps: StepEnds) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the ids of a text with those of steps that are tokenized alone, and the index of the marker of each."""
+        positions: list[int] = []
         for step in steps.texts:
             ids += (*self._encode_one(step).ids, *(() if steps.token_id is None else (steps.token_id,)))
-        return ids
+            positions.append(len(ids) - 1)
+        return ids, tuple(positions)
 
     def _step_positions(
         self, text: _Text, ids: tuple[int, ...], num_prompt_tokens: int | None

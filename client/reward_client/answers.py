@@ -15,7 +15,9 @@ from reward_client.diagnostics import Diagnostics
 from reward_client.errors import BadAnswer, ItemFailure, ItemsFailed, RewardMissing
 from reward_client.fields import read_fields
 
-_NOT_DIAGNOSTICS = frozenset({"index", "id", "reward", "rewards", "reward_members", "reward_std"})
+_NOT_DIAGNOSTICS = frozenset(
+    {"index", "id", "reward", "rewards", "reward_members", "reward_std", "step_rewards", "step_outputs"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,12 @@ class ScoredItem:
 
     rewards: Mapping[str, float] = field(default_factory=dict)
     """The raw outputs of a model with several, by name; empty for a model with one."""
+
+    step_rewards: tuple[float, ...] = ()
+    """The reward of each step, in order; empty for an item without steps."""
+
+    step_outputs: tuple[Mapping[str, float], ...] = ()
+    """The raw outputs at each step, by name, of a model with several; empty for a model with one."""
 
     reward_members: tuple[float, ...] = ()
     """The rewards of the members of an ensemble, in order; empty for other models."""
@@ -101,7 +109,7 @@ def read_scores(content: bytes, num_items: int) -> ChunkScores:
     for index, result in enumerate(results):
         if not isinstance(result, dict) or result.get("index") != index:
             raise BadAnswer(f"Result {index} does not have index {index}")
-        if ("error" in result) == ("reward" in result or "rewards" in result):
+        if ("error" in result) == any(name in result for name in ("reward", "rewards", "step_outputs")):
             raise BadAnswer(f"Result {index} must have either a reward or an error")
         if "reward" in result:
             _finite(result["reward"], f"The reward of result {index}")
@@ -109,6 +117,7 @@ def read_scores(content: bytes, num_items: int) -> ChunkScores:
             _check_named(result["rewards"], f"The rewards of result {index}")
         if "reward_members" in result:
             _check_members(result, f"result {index}")
+        _check_steps(result, index)
     return ChunkScores(_model_version(answer), results)
 
 
@@ -169,9 +178,11 @@ def _scored(version: str, result: Mapping[str, Any]) -> ScoredItem:
     diagnostics = {name: value for name, value in result.items() if name not in _NOT_DIAGNOSTICS}
     reward = float(result["reward"]) if "reward" in result else None
     rewards = {name: float(value) for name, value in result.get("rewards", {}).items()}
+    steps = tuple(map(float, result.get("step_rewards", ())))
+    outputs = tuple({name: float(one) for name, one in step.items()} for step in result.get("step_outputs", ()))
     members = tuple(map(float, result.get("reward_members", ())))
     std = float(result["reward_std"]) if members else None
-    return ScoredItem(reward, version, result.get("id"), diagnostics, rewards, members, std)
+    return ScoredItem(reward, version, result.get("id"), diagnostics, rewards, steps, outputs, members, std)
 
 
 def _failure(index: int, error: object) -> ItemFailure:
@@ -206,6 +217,16 @@ def _check_members(result: Mapping[str, Any], name: str) -> None:
         raise BadAnswer(f"The reward_members of {name} are not a list of numbers")
     for value in (*members, result.get("reward_std")):
         _finite(value, f"A member of the ensemble of {name}, or their deviation,")
+
+
+def _check_steps(result: Mapping[str, Any], index: int) -> None:
+    rewards, outputs = result.get("step_rewards", []), result.get("step_outputs", [])
+    if not isinstance(rewards, list) or not isinstance(outputs, list):
+        raise BadAnswer(f"The steps of result {index} are not a list")
+    for reward in rewards:
+        _finite(reward, f"A step reward of result {index}")
+    for values in outputs:
+        _check_named(values, f"The step outputs of result {index}")
 
 
 def _finite(value: object, name: str) -> float:

@@ -53,16 +53,17 @@ from reward_client.requests import (
     ChunkLimits,
     Completion,
     Prompt,
+    Steps,
     Weights,
     WireItem,
     chunk_ranges,
     completion_content,
     encode,
     encode_items,
-    exchange_items,
     group_key,
     prompt_content,
     score_body,
+    step_items,
     timeout_ms,
     without_none,
 )
@@ -143,8 +144,9 @@ class AsyncRewardClient:
     async def score(
         self,
         prompts: Iterable[Prompt],
-        completions: Iterable[Completion],
+        completions: Iterable[Completion] | None = None,
         *,
+        steps: Steps | None = None,
         diagnostics: None = None,
         truncation: Truncation | None = None,
         template: TemplateChoice | None = None,
@@ -156,8 +158,9 @@ class AsyncRewardClient:
     async def score(
         self,
         prompts: Iterable[Prompt],
-        completions: Iterable[Completion],
+        completions: Iterable[Completion] | None = None,
         *,
+        steps: Steps | None = None,
         diagnostics: DiagnosticsLevel,
         truncation: Truncation | None = None,
         template: TemplateChoice | None = None,
@@ -168,8 +171,9 @@ class AsyncRewardClient:
     async def score(
         self,
         prompts: Iterable[Prompt],
-        completions: Iterable[Completion],
+        completions: Iterable[Completion] | None = None,
         *,
+        steps: Steps | None = None,
         diagnostics: DiagnosticsLevel | None = None,
         truncation: Truncation | None = None,
         template: TemplateChoice | None = None,
@@ -181,6 +185,10 @@ class AsyncRewardClient:
         Args:
             prompts: texts, or conversations as lists of ``{"role", "content"}``; a list, tuple, column or generator.
             completions: one for each prompt; texts, or lists of messages that begin with an assistant's.
+            steps: the steps that get rewards of their own: lists of strings in place of the completions, one for each
+                prompt; or ``"marker"``: the completions have the model's marker after each; or ``"turns"``: each
+                assistant turn of a completion. The reward is then the model's aggregate of them; with ``diagnostics``
+                the results have ``step_rewards``.
             diagnostics: None: return rewards alone, as floats. A level: return ``ScoredItem``, as ``score_items`` does.
             truncation: what happens to an item that is too long; None: the service's setting.
             template: how a plain-text prompt is rendered; None: the service's setting.
@@ -194,7 +202,7 @@ class AsyncRewardClient:
                 neither a text nor a conversation.
             ClientError: no rewards; see ``score_items``.
         """
-        items = exchange_items(prompts, completions)
+        items = step_items(prompts, completions, steps)
         scored = await self.score_items(
             items,
             diagnostics=diagnostics or "none",
@@ -222,7 +230,7 @@ class AsyncRewardClient:
 
         Args:
             items: objects of the wire format: ``prompt`` and ``completion`` (and ``tools``), or ``text``, or
-                ``token_ids``; and ``id``, ``group``.
+                ``token_ids``; and ``steps``, ``id``, ``group``.
             diagnostics: which diagnostics are returned in addition to the reward.
             truncation: as for ``score``.
             template: as for ``score``.

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from reward_client.checks import check_completion, check_prompt, elements, is_list, positive_integer
 from reward_client.errors import InvalidArgument
@@ -18,6 +18,8 @@ ChatMessage: TypeAlias = Mapping[str, Any]
 Prompt: TypeAlias = str | Sequence[ChatMessage]
 Completion: TypeAlias = str | Sequence[ChatMessage]
 WireItem: TypeAlias = Mapping[str, Any]
+Steps: TypeAlias = Sequence[Sequence[str]] | Literal["marker", "turns"]
+"""Steps of completions: as texts, one list for each prompt; at each marker in the completions; or their turns."""
 Weights: TypeAlias = Mapping[str, float]
 """Weight of each output of a model in the reward, by the name of the output."""
 
@@ -60,6 +62,32 @@ def exchange_items(prompts: Iterable[Prompt], completions: Iterable[Completion])
         }
         for index, (prompt, completion) in enumerate(zip(prompt_list, completion_list, strict=True))
     ]
+
+
+def step_items(
+    prompts: Iterable[Prompt], completions: Iterable[Completion] | None, steps: Steps | None
+) -> list[dict[str, Any]]:
+    """Return the wire items of prompts with their completions, or with their steps in place of completions.
+
+    Raises:
+        InvalidArgument: completions and lists of steps are both given, or neither; a list of steps is no list of
+            strings; and as `exchange_items`.
+    """
+    if steps is None or isinstance(steps, str):
+        if steps not in (None, "marker", "turns"):
+            raise InvalidArgument("steps must be lists of strings, one for each prompt, or 'marker' or 'turns'")
+        if completions is None:
+            raise InvalidArgument("completions are missing: only lists of steps take their place")
+        items = exchange_items(prompts, completions)
+        return items if steps is None else [{**item, "steps": steps} for item in items]
+    if completions is not None:
+        raise InvalidArgument("lists of steps take the place of completions: pass one of the two")
+    step_lists = [elements(one, f"steps[{index}]", "steps of a completion") for index, one in enumerate(steps)]
+    for index, texts in enumerate(step_lists):
+        if not texts or not all(isinstance(text, str) and text for text in texts):
+            raise InvalidArgument(f"steps[{index}] must be a list of at least one string, none of them empty")
+    items = exchange_items(prompts, [""] * len(step_lists))
+    return [{"prompt": item["prompt"], "steps": texts} for item, texts in zip(items, step_lists, strict=True)]
 
 
 def prompt_content(prompt: Prompt, name: str = "prompt") -> str | list[dict[str, Any]]:

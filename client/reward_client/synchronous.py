@@ -18,7 +18,7 @@ from reward_client.models import ServedModel
 from reward_client.options import DiagnosticsLevel, TemplateChoice, Truncation
 from reward_client.provenance import ReferenceCheck
 from reward_client.references import Reference
-from reward_client.requests import DEFAULT_CHUNKS, ChunkLimits, Completion, Prompt, Weights, WireItem
+from reward_client.requests import DEFAULT_CHUNKS, ChunkLimits, Completion, Prompt, Steps, Weights, WireItem
 from reward_client.retries import DEFAULT_RETRY_POLICY, RetryPolicy
 
 T = TypeVar("T")
@@ -79,8 +79,9 @@ class RewardClient:
     def score(
         self,
         prompts: Iterable[Prompt],
-        completions: Iterable[Completion],
+        completions: Iterable[Completion] | None = None,
         *,
+        steps: Steps | None = None,
         diagnostics: None = None,
         truncation: Truncation | None = None,
         template: TemplateChoice | None = None,
@@ -92,8 +93,9 @@ class RewardClient:
     def score(
         self,
         prompts: Iterable[Prompt],
-        completions: Iterable[Completion],
+        completions: Iterable[Completion] | None = None,
         *,
+        steps: Steps | None = None,
         diagnostics: DiagnosticsLevel,
         truncation: Truncation | None = None,
         template: TemplateChoice | None = None,
@@ -104,8 +106,9 @@ class RewardClient:
     def score(
         self,
         prompts: Iterable[Prompt],
-        completions: Iterable[Completion],
+        completions: Iterable[Completion] | None = None,
         *,
+        steps: Steps | None = None,
         diagnostics: DiagnosticsLevel | None = None,
         truncation: Truncation | None = None,
         template: TemplateChoice | None = None,
@@ -118,6 +121,7 @@ class RewardClient:
                 self._client.score(
                     prompts,
                     completions,
+                    steps=steps,
                     truncation=truncation,
                     template=template,
                     chat_template_kwargs=chat_template_kwargs,
@@ -128,6 +132,7 @@ class RewardClient:
             self._client.score(
                 prompts,
                 completions,
+                steps=steps,
                 diagnostics=diagnostics,
                 truncation=truncation,
                 template=template,

@@ -134,6 +134,9 @@ class EngineInfo:
     outputs: tuple[str, ...] = ("reward",)
     """Names of the numbers that the head gives at a token, in order."""
 
+    gate_pattern: tuple[int, ...] = ()
+    """Token ids that every sequence must have, one after the other, because the gate of the head reads there."""
+
     reads_steps: bool = True
     """Whether the head can be read at several tokens of a sequence."""
 

@@ -280,6 +280,7 @@ def _describe(
         parity={**asdict(manifest.parity), "compared_to": "plain transformers in float32, at export"},
         taps=manifest.taps if taps is None else taps,
         outputs=bundle.checkpoint.outputs,
+        gate_pattern=bundle.checkpoint.gate_pattern,
         reads_steps=False,
         providers=tuple(providers),
     )

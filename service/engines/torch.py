@@ -387,6 +387,7 @@ def _describe(plan: EnginePlan, classifier: Classifier, path: ForwardPath, evide
         cuda_graph_failure=evidence.cuda_graph_failure,
         cascade_attention=plan.fastest_path.cascade and path.min_shared_prefix_tokens is not None,
         outputs=classifier.outputs,
+        gate_pattern=classifier.gate_pattern,
         reads_steps=classifier.state_head is not None,
         quantization=plan.quantization,
         quantization_error=evidence.quantization_error,

@@ -72,7 +72,7 @@ _RESULT = {
     "of them are known.",
     "required": ["index"],
     "oneOf": [
-        {"anyOf": [{"required": ["reward"]}, {"required": ["rewards"]}]},
+        {"anyOf": [{"required": [name]} for name in ("reward", "rewards", "step_outputs")]},
         {"required": ["error"]},
     ],
     "properties": {
@@ -96,6 +96,17 @@ _RESULT = {
         "reward_std": {
             "type": "number",
             "description": "Standard deviation of reward_members, with divisor n.",
+        },
+        "step_rewards": {
+            "type": "array",
+            "description": "The reward of each step, in order; absent for an item without steps. The reward is their "
+            "aggregate, which /v1/model names.",
+            "items": {"type": "number"},
+        },
+        "step_outputs": {
+            "type": "array",
+            "description": "The raw outputs at each step of a model with several, by name.",
+            "items": {"type": "object", "additionalProperties": {"type": "number"}},
         },
         **_DIAGNOSTICS,
         "error": {"$ref": _REF.format(name="ItemError")},
@@ -143,11 +154,22 @@ _MODEL = {
                 "outputs": {"type": "array", "items": {"type": "string"}},
                 "combination": {
                     "type": ["string", "null"],
-                    "description": "output: there is one; weights: their weighted sum; else the name of another rule. Null: no "
-                    "weights are known, so there is no reward.",
+                    "description": "output: there is one; weights: their weighted sum; else the name of another rule. "
+                    "Null: no weights are known, so there is no reward.",
                 },
                 "weights": {"type": ["object", "null"], "additionalProperties": {"type": "number"}},
                 "decided_by": {"enum": ["checkpoint", "settings", None]},
+            },
+        },
+        "steps": {
+            "type": "object",
+            "description": "How the model is read at the steps of an item.",
+            "properties": {
+                "readable": {"type": "boolean", "description": "Whether an item may have steps."},
+                "marker": {"type": ["string", "null"], "description": "What training put after each step."},
+                "marker_token_id": {"type": ["integer", "null"]},
+                "separate": {"type": "boolean", "description": "Whether each step is tokenized alone."},
+                "aggregate": {"enum": ["last", "min", "mean", "product"]},
             },
         },
         "text_rule": {

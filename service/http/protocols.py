@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from service.assembly import ServedModel
+from service.checkpoints.reward_description import Probability
 from service.errors import HttpError
 from service.http.answering import note_parsed, score_and_note
 from service.http.body import read_json_body
@@ -86,6 +87,8 @@ def context_of(served: ServedModel) -> ProtocolContext:
         settings=settings.protocols,
         outputs=served.info.outputs,
         has_reward=served.rule.has_reward,
+        reads_markers=served.tokenization.reads_markers,
+        gives_probabilities=isinstance(served.rule.combine, Probability) and len(served.info.outputs) > 1,
     )
 
 

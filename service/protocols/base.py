@@ -26,7 +26,7 @@ from service.errors import (
 from service.protocols.problem import problem
 from service.protocols.reward_weights import weights_missing
 from service.protocols.violations import invalid
-from service.records import Encoding, Item, ModelIdentity, Score, ScoreRequest, Usage
+from service.records import Encoding, Item, ModelIdentity, Score, ScoreRequest, Steps, Usage
 from service.settings import LimitSettings, ProtocolName, ProtocolSettings
 
 Activation: TypeAlias = Literal["none", "sigmoid"]
@@ -76,6 +76,10 @@ class ProtocolContext:
     """Names of the numbers that the model gives for an item."""
     has_reward: bool = True
     """Whether they make one reward: there is one, or weights of them are known."""
+    reads_markers: bool = False
+    """Whether the model rewards steps, each at a marker token: then every item is read at its markers."""
+    gives_probabilities: bool = False
+    """Whether the reward is the probability of one of several outputs."""
 
     @property
     def level(self) -> DiagnosticsLevel:
@@ -109,6 +113,8 @@ class Call:
     max_tokens: int | None = None
     """Longest item that the request allows, in tokens; a longer one is refused."""
     activation: Activation = "none"
+    softmax: bool = False
+    """Whether the outputs at steps are given as probabilities."""
     rendering: Rendering | None = None
     """How a prompt whose form the route had to decide about is taken; None: the route had nothing to decide."""
     wire: Any = field(default=None, repr=False)
@@ -203,7 +209,10 @@ def score_request(call: Call, protocol: Protocol, context: ProtocolContext, rout
                 f"Item {index} has {item.content.num_chars} characters; the limit is {limits.max_item_chars}"
             )
     timeout_s = min(protocol.deadline_s, limits.deadline_s)
-    return ScoreRequest(call.items, call.encoding, call.level, timeout_s, waits_for_room=protocol.waits_for_room)
+    items = call.items
+    if context.reads_markers:
+        items = tuple(replace(item, steps=Steps("marker")) for item in items)
+    return ScoreRequest(items, call.encoding, call.level, timeout_s, waits_for_room=protocol.waits_for_room)
 
 
 def check_model(name: str | None, context: ProtocolContext) -> None:
@@ -294,3 +303,10 @@ def sigmoid(reward: float) -> float:
         return 1.0 / (1.0 + math.exp(-reward))
     odds = math.exp(reward)
     return odds / (1.0 + odds)
+
+
+def softmax(logits: Sequence[float]) -> list[float]:
+    """The probabilities of logits; of numbers up to zero, so that no exponential overflows."""
+    largest = max(logits)
+    odds = [math.exp(logit - largest) for logit in logits]
+    return [one / math.fsum(odds) for one in odds]

@@ -28,6 +28,7 @@ from service.protocols.base import (
     outputs_of,
     reward_of,
     sigmoid,
+    softmax,
 )
 from service.protocols.native import WireMessage, completion_of, read_prompt, template_variables, tools_of
 from service.protocols.violations import invalid
@@ -102,6 +103,7 @@ def pooling_call(wire: WirePoolingRequest, context: ProtocolContext) -> Call:
         model=wire.model,
         max_tokens=max_tokens,
         activation=activation_for(flags, context.settings),
+        softmax=context.gives_probabilities and False not in flags.values(),
         wire=wire,
     )
 
@@ -134,11 +136,35 @@ def rows(call: Call, answer: Answer) -> list[list[float]]:
     return [[sigmoid(number) for number in row] for row in outputs] if call.activation == "sigmoid" else outputs
 
 
-def vectors(call: Call, answer: Answer, encoding_format: str) -> list[list[float] | str]:
-    """Return all numbers of each item as a vector; ``base64``: of float32 in little-endian order."""
-    if encoding_format == "float":
+def step_rows(call: Call, score: Score) -> list[list[float]]:
+    """Return the numbers of an item at each of its steps [step][output]: outputs, or a softmax over several."""
+    if len(score.step_outputs[0]) == 1:
+        return [[reward] for reward in score.step_rewards]
+    rows_of_item = [list(outputs) for outputs in score.step_outputs]
+    return [softmax(row) for row in rows_of_item] if call.softmax else rows_of_item
+
+
+def vectors(call: Call, answer: Answer, encoding_format: str) -> list[list[float] | list[list[float]] | str]:
+    """Return all numbers of each item as a vector, of an item with steps as one vector for each step.
+
+    ``base64``: float32 in little-endian order, the vectors of an item one after the other.
+    """
+    found: list[list[float] | list[list[float]] | str] = []
+    for row, score in zip(_rows_or_none(call, answer), answer.scores, strict=True):
+        steps = [row] if row is not None else step_rows(call, score)
+        if encoding_format == "base64":
+            numbers_of_item = [number for step in steps for number in step]
+            found.append(base64.b64encode(struct.pack(f"<{len(numbers_of_item)}f", *numbers_of_item)).decode())
+        else:
+            found.append(steps if row is None else row)
+    return found
+
+
+def _rows_or_none(call: Call, answer: Answer) -> list[list[float] | None]:
+    """Return the numbers of each item; None where it has steps."""
+    if not any(score.step_outputs for score in answer.scores):
         return [*rows(call, answer)]
-    return [base64.b64encode(struct.pack(f"<{len(row)}f", *row)).decode() for row in rows(call, answer)]
+    return [None] * len(answer.scores)
 
 
 def item_members(score: Score) -> dict[str, Any]:

@@ -5,7 +5,6 @@ Pure. A model with one output has nothing to weigh: its output is the reward.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 from service.errors import InvalidRequest, Violation, WeightsMissing
@@ -19,12 +18,12 @@ def read_weights(given: Mapping[str, float] | None, outputs: Sequence[str]) -> M
     """Return the weights of a request by the name of the output; None where it has none.
 
     Args:
-        given: the member ``weights`` of the body.
+        given: the member ``weights`` of the body; decoded from JSON, so its numbers are finite.
         outputs: names of the model's outputs.
 
     Raises:
-        InvalidRequest: the model has one output only; there is no weight; a name is not that of an output; a weight is
-            not finite. Has the pointer to it, and repeats no unknown name.
+        InvalidRequest: the model has one output only; there is no weight; or a name is not that of an output. Has
+            the pointer to it, and repeats no unknown name.
     """
     if given is None:
         return None
@@ -38,9 +37,6 @@ def read_weights(given: Mapping[str, float] | None, outputs: Sequence[str]) -> M
             f"{len(unknown)} of the names in weights are no output of this model; its outputs are {_shown(outputs)}",
             [Violation("/weights", "out_of_range")],
         )
-    for name, weight in given.items():
-        if not math.isfinite(weight):
-            raise invalid(f"/weights/{_escaped(name)}", "out_of_range", "A weight is a finite number")
     return dict(given)
 
 
@@ -61,8 +57,3 @@ def weights_missing(outputs: Sequence[str], remedy: str) -> WeightsMissing:
 def _shown(outputs: Sequence[str]) -> str:
     more = len(outputs) - MAX_SHOWN_NAMES
     return ", ".join(outputs[:MAX_SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
-
-
-def _escaped(name: str) -> str:
-    """A name as a step of an RFC 6901 pointer."""
-    return name.replace("~", "~0").replace("/", "~1")

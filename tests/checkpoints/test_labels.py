@@ -23,7 +23,11 @@ from service.errors import CheckpointError, SettingsError
 from service.settings import ModelSettings
 
 NAMES = {0: "helpful", 1: "correct", 2: "brief"}
-CLASSES = {"num_labels": 2, "problem_type": "single_label_classification", "id2label": {0: "bad", 1: "good"}}
+CLASSES: dict[str, Any] = {
+    "num_labels": 2,
+    "problem_type": "single_label_classification",
+    "id2label": {0: "bad", 1: "good"},
+}
 
 
 @torch.no_grad()

@@ -25,8 +25,8 @@ from reward_client.adapters.callables import ItemRewardFunction, RewardFunction
 from reward_client.adapters.ms_swift import AsyncRemoteORM, RemoteORM
 from reward_client.adapters.nemo_rl import MessageLogReward
 from reward_client.adapters.options import read_options
-from reward_client.adapters.trl import AsyncRemoteReward, RemoteReward
-from reward_client.errors import InvalidArgument, ItemsFailed, RequestRejected, ServiceUnavailable
+from reward_client.adapters.trl import AsyncRemoteReward, RemoteReward, RemoteRewards
+from reward_client.errors import InvalidArgument, ItemsFailed, RequestRejected, RewardMissing, ServiceUnavailable
 
 USED_ASYNC: list[AsyncRewardClient] = []
 ONCE = RetryPolicy(max_attempts=1)
@@ -48,6 +48,18 @@ class Service(FakeServer):
         ood = {"p_value": None if text.endswith("2") else 0.25, "flag": False}
         length = {"scored_tokens": 7, "completion_tokens": 3, "truncated": index == 1}
         return {"index": index, "reward": float(text.split()[-1]), "length": length, "ood": ood}
+
+
+class TwoOutputs(FakeServer):
+    """The outputs of an item are the two numbers at the end of its text; there is no weighted sum."""
+
+    async def answer(self, request: Request) -> AsyncIterator[bytes]:
+        rows = [item["completion"].split()[-2:] for item in request.body["items"]]
+        results = [
+            {"index": index, "rewards": {"help": float(first), "brief": float(second)}}
+            for index, (first, second) in enumerate(rows)
+        ]
+        yield ok({"model": {"name": "m", "version": VERSION}, "results": results})
 
 
 class Broken(FakeServer):
@@ -212,6 +224,36 @@ def test_a_service_that_does_not_answer_is_an_exception(broken: Broken, name: st
     """When all attempts have failed, the caller gets the client's exception."""
     with pytest.raises(ServiceUnavailable):
         ADAPTERS[name](broken.url, retries=ONCE)(["answer 3"])
+
+
+def test_trl_gets_a_function_for_each_output() -> None:
+    """Each function returns its own output under its name, and the functions of a batch share one request."""
+    with running(TwoOutputs()) as server:
+        rewards = RemoteRewards(server.url, ["brief", "help"], diagnostics="none")
+        batch: dict[str, Any] = {"prompts": ["q", "q"], "completions": ["a 1 2", "b 3 -4"], "trainer_state": None}
+
+        assert [function(**batch) for function in rewards.functions] == [[2.0, -4.0], [1.0, 3.0]]
+        assert [function.__name__ for function in rewards.functions] == ["brief", "help"]
+        assert len(server.requests) == 1
+        other = batch | {"completions": ["a 1 2", "b 5 6"]}
+        assert [function(**other) for function in rewards.functions] == [[2.0, 6.0], [1.0, 5.0]]
+        assert len(server.requests) == 2
+        with pytest.raises(InvalidArgument, match="its outputs are help, brief"):
+            RemoteRewards(server.url, ["other"], diagnostics="none").functions[0](**batch)
+        with pytest.raises(RewardMissing):
+            RemoteReward(server.url, diagnostics="none")(prompts=["q"], completions=["a 1 2"])
+
+
+def test_nemo_rl_gets_a_row_of_outputs() -> None:
+    """With outputs the rewards of a log are a row in their order, each multiplied by its weight."""
+    logs = [[*QUESTION, {"role": "assistant", "content": text}] for text in ("a 1 2", "b 3 -4")]
+    with running(TwoOutputs()) as server:
+        assert MessageLogReward(server.url, outputs=["brief", "help"])(logs).rewards == [[2.0, 1.0], [-4.0, 3.0]]
+        weighted = MessageLogReward(server.url, outputs={"help": 0.5, "brief": 10})
+        assert torch.tensor(weighted(logs).rewards).shape == (2, 2)
+        assert weighted(logs).rewards == [[0.5, 20.0], [1.5, -40.0]]
+        with pytest.raises(InvalidArgument, match="no output other"):
+            MessageLogReward(server.url, outputs=["other"])(logs)
 
 
 def test_reward_functions_are_pickled_without_connections(server: Service) -> None:

@@ -39,6 +39,8 @@ def test_a_layout_with_several_outputs_is_served_with_them(write: Callable[[Path
 
     expected = expected_outputs(tmp_path / "plain", published.read)
     assert [list(score.outputs) for score in scores] == [pytest.approx(outputs, abs=1e-4) for outputs in expected]
+    is_gated = parts.info.outputs[0] == "reward"
+    assert [score.reward for score in scores] == [score.outputs[0] if is_gated else None for score in scores]
     assert (conversion.origin, parts.info.forward, len(parts.info.outputs)) == (
         published.layout,
         "packed",
@@ -49,13 +51,17 @@ def test_a_layout_with_several_outputs_is_served_with_them(write: Callable[[Path
     assert described["source"]["layout"] == published.layout
 
 
-@pytest.mark.parametrize("forward", ["packed", "padded"])
-@pytest.mark.parametrize("write", [armo_rm, urm])
-def test_outputs_do_not_depend_on_the_batch(write: Callable[[Path], Published], forward: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("write", "forward", "kernels"),
+    [(armo_rm, "packed", "off"), (armo_rm, "packed", "auto"), (armo_rm, "padded", "off"), (urm, "packed", "off")],
+)
+def test_outputs_do_not_depend_on_the_batch(
+    write: Callable[[Path], Published], forward: str, kernels: str, tmp_path: Path
+) -> None:
     """In bfloat16 a text has the same bits alone, in a batch of four in another order, and in one batch with all."""
     published = write(tmp_path / "source")
     convert(tmp_path / "source", tmp_path / "out", **published.options)
-    parts = served(tmp_path / "out", forward=forward, dtype="bfloat16", kernels="off")
+    parts = served(tmp_path / "out", forward=forward, dtype="bfloat16", kernels=kernels)
 
     alone = [score.outputs for score in scores_of(parts, PAIRS, batch=1)]
 

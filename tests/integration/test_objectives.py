@@ -62,6 +62,10 @@ def score(url: str, texts: Sequence[str], **options: Any) -> list[dict[str, Any]
     return results
 
 
+def flat(rows: Sequence[Sequence[float]]) -> list[float]:
+    return [value for row in rows for value in row]
+
+
 def refusal(url: str, route: str, **body: Any) -> dict[str, Any]:
     answer = httpx2.post(url + route, json=body, timeout=60)
     problem: dict[str, Any] = answer.json()
@@ -195,7 +199,7 @@ def test_vectors_have_every_output(url: str, bare_url: str, expected: list[list[
         ],
     }
     for found in vectors.values():
-        assert sum(found, []) == pytest.approx(sum(expected[:3], []), abs=1e-4)
+        assert flat(found) == pytest.approx(flat(expected[:3]), abs=1e-4)
     packed = post(url, "/pooling", input=texts, encoding_format="base64")["data"]
     assert struct.unpack("<2f", base64.b64decode(packed[0]["data"])) == pytest.approx(expected[0], abs=1e-4)
     assert [entry["label"] for entry in post(url, "/predict", inputs="a")] == list(OUTPUTS)
@@ -230,7 +234,7 @@ def test_kserve_has_a_column_for_each_output(url: str, bare_url: str) -> None:
     found = tensors(url)
     assert found["rewards"]["shape"] == [2, 2]
     vectors = [entry["data"] for entry in post(url, "/pooling", input=texts, add_special_tokens=False)["data"]]
-    assert found["rewards"]["data"] == pytest.approx(sum(vectors, []), abs=1e-5)
+    assert found["rewards"]["data"] == pytest.approx(flat(vectors), abs=1e-5)
     assert found["reward"]["shape"] == [2, 1]
     assert found["reward"]["data"] == pytest.approx([weighted_sum(row, WEIGHTS) for row in vectors], abs=1e-5)
     assert set(tensors(bare_url)) == {"rewards"}
@@ -251,7 +255,8 @@ def test_the_client_has_named_rewards_and_weights(url: str, bare_url: str) -> No
             client.score(prompts, completions, weights={"other": 1})
     with RewardClient(bare_url) as client:
         [item] = client.score(["p"], ["a"], diagnostics="none")
-        assert item.reward is None and set(item.rewards) == set(OUTPUTS)
+        assert item.reward is None
+        assert set(item.rewards) == set(OUTPUTS)
         with pytest.raises(RewardMissing, match="helpfulness, brevity"):
             client.score(["p"], ["a"])
         with pytest.raises(RequestRejected, match="no weights"):
@@ -263,7 +268,8 @@ async def test_the_asynchronous_client_has_named_rewards(url: str) -> None:
     async with AsyncRewardClient(url) as client:
         [item] = await client.score(["p"], [TEXTS[0]], diagnostics="basic", weights={"helpfulness": 1})
     assert item.reward == item.rewards["helpfulness"] == item.known_reward
-    assert item.details.length is not None and "rewards" not in item.diagnostics
+    assert item.details.length is not None
+    assert "rewards" not in item.diagnostics
 
 
 def test_each_output_has_metrics_and_monitors(url: str) -> None:

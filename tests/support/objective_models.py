@@ -1,4 +1,4 @@
-"""Tiny checkpoints whose head gives two named outputs, and their outputs by plain transformers and a head written here."""
+"""Tiny checkpoints whose head gives two named outputs, and the outputs by a head that is written here."""
 
 from __future__ import annotations
 

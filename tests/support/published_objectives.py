@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from several_outputs import Reading
-from tiny_layouts import HIDDEN_SIZE, random, store
+from tiny_layouts import HIDDEN_SIZE, random, store, store_armo_rm
 from transformers import AutoTokenizer
 
 PATTERN = "<|im_end|>\n<|im_start|>assistant\n"
@@ -42,24 +42,10 @@ def armo_rm(folder: Path) -> Published:
     RLHFlow/ArmoRM-Llama3-8B-v0.1: ``LlamaForRewardModelWithGating`` of its modeling_custom.py, which many public
     repositories carry. The gate reads the token where the last occurrence of the end of the user turn begins.
     """
-    gate = [random(24, HIDDEN_SIZE, seed=1), random(24, 24, seed=2), 8 * random(3, 24, seed=3)]
-    biases = [random(24, seed=4), random(24, seed=5), random(3, seed=6)]
-    transform = torch.eye(3) - 0.3 * random(3, 3, seed=7).abs()
-    head = {
-        "regression_layer.weight": random(3, HIDDEN_SIZE, seed=8),
-        "reward_transform_matrix": transform,
-        "gating.logit_scale": torch.tensor([1.5]),
-        **{f"gating.layers.{index}.weight": weight for index, weight in enumerate(gate)},
-        **{f"gating.layers.{index}.bias": bias for index, bias in enumerate(biases)},
-    }
-    store(
-        folder,
-        head,
-        architectures=["LlamaForRewardModelWithGating"],
-        num_objectives=3,
-        gating_temperature=2,
-        auto_map={"AutoModelForSequenceClassification": "modeling_custom.LlamaForRewardModelWithGating"},
-    )
+    head = store_armo_rm(folder)
+    gate = [head[f"gating.layers.{index}.weight"] for index in range(3)]
+    biases = [head[f"gating.layers.{index}.bias"] for index in range(3)]
+    transform = head["reward_transform_matrix"]
 
     def read(states: torch.Tensor, ids: list[int]) -> torch.Tensor:
         inner = states[gate_position(folder, ids)]
@@ -84,8 +70,8 @@ def qrm(folder: Path) -> Published:
         for index in (2, 6)
     }
     for seed, norm in enumerate(norms.values()):
-        norm.running_mean.copy_(random(16, seed=10 + seed))
-        norm.running_var.copy_(random(16, seed=12 + seed).abs() + 0.5)
+        norm.running_mean = random(16, seed=10 + seed)
+        norm.running_var = random(16, seed=12 + seed).abs() + 0.5
         norm.weight.copy_(random(16, seed=14 + seed) + 1)
         norm.bias.copy_(random(16, seed=16 + seed))
     first, second, last = random(16, HIDDEN_SIZE, seed=1), random(16, 16, seed=2), 4 * random(3, 16, seed=3)

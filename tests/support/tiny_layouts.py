@@ -45,3 +45,24 @@ def store(
     save_file({**weights, **head}, folder / "model.safetensors", {"format": "pt"})
     content = json.loads((folder / "config.json").read_bytes()) | config
     (folder / "config.json").write_text(json.dumps(content))
+
+
+def store_armo_rm(folder: Path) -> Tensors:
+    """Write a model with ArmoRM's head: three objectives, and a gate of three layers at a temperature of 2."""
+    widths = [(24, HIDDEN_SIZE), (24, 24), (3, 24)]
+    head = {
+        "regression_layer.weight": random(3, HIDDEN_SIZE, seed=8),
+        "reward_transform_matrix": torch.eye(3) - 0.3 * random(3, 3, seed=7).abs(),
+        "gating.logit_scale": torch.tensor([1.5]),
+        **{f"gating.layers.{index}.weight": 3 * random(*shape, seed=index) for index, shape in enumerate(widths)},
+        **{f"gating.layers.{index}.bias": random(shape[0], seed=4 + index) for index, shape in enumerate(widths)},
+    }
+    store(
+        folder,
+        head,
+        architectures=["LlamaForRewardModelWithGating"],
+        num_objectives=3,
+        gating_temperature=2,
+        auto_map={"AutoModelForSequenceClassification": "modeling_custom.LlamaForRewardModelWithGating"},
+    )
+    return head

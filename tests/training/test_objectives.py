@@ -52,7 +52,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A model that the command trained on two objectives with weights, merged into a plain checkpoint."""
     folder = tmp_path_factory.mktemp("objectives")
     write_tiny_causal_lm(folder / "base")
-    data = write_pairs(folder / "train.jsonl", two_objectives(160))
+    data = write_pairs(folder / "train.jsonl", two_objectives(120))
     dev = write_pairs(folder / "dev.jsonl", two_objectives(40, seed=1))
     named = [f"{name}={weight}" for name, weight in zip(OBJECTIVES, WEIGHTS, strict=True)]
     options = ["--data", data, "--eval", dev, "--base", folder / "base", "--out", folder / "out"]
@@ -62,6 +62,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(folder / "out", folder / "merged", dev)
 
 
+@pytest.mark.slow
 def test_each_output_learns_its_objective(run: Run) -> None:
     """On unseen prompts each output agrees with the pairs of its own objective, as the manifest reports for each."""
     evaluations = json.loads((run.folder / TRAINING_MANIFEST_FILE).read_text())["evaluations"]
@@ -70,6 +71,7 @@ def test_each_output_learns_its_objective(run: Run) -> None:
     assert all(found["num_pairs"] == 40 and found["accuracy"]["value"] > 0.9 for found in evaluations.values())
 
 
+@pytest.mark.slow
 def test_the_description_has_names_and_weights(run: Run) -> None:
     """Adapter and merged checkpoint describe the outputs and the weights of the reward."""
     for folder in (run.folder, run.merged):
@@ -79,8 +81,9 @@ def test_the_description_has_names_and_weights(run: Run) -> None:
         assert description.combine == WeightedSum(dict(zip(OBJECTIVES, WEIGHTS, strict=True)))
 
 
+@pytest.mark.slow
 async def test_the_model_is_served_with_both_rewards(run: Run) -> None:
-    """Over HTTP both named rewards are those of plain transformers on the merged checkpoint, beside the weighted sum."""
+    """Over HTTP both named rewards are those of plain transformers on the merged checkpoint, beside their sum."""
     rows = [json.loads(line) for line in run.dev.read_text().splitlines()][:6]
     items = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
     tokenizer = AutoTokenizer.from_pretrained(run.merged)
@@ -101,7 +104,7 @@ async def test_the_model_is_served_with_both_rewards(run: Run) -> None:
 
 
 def test_the_loss_of_a_pair_is_that_of_its_output() -> None:
-    """The trainer's loss is the Bradley-Terry loss of each pair's own output, and the other output has no gradient."""
+    """The trainer's loss is the Bradley-Terry loss of each pair's own output; the other output has no gradient."""
     logits = torch.tensor([[1.0, 5.0], [2.0, -1.0], [0.5, 3.0], [9.0, 0.5]], requires_grad=True)
     inputs = {
         OUTPUT_COLUMN: torch.tensor([0, 1]),
@@ -115,7 +118,7 @@ def test_the_loss_of_a_pair_is_that_of_its_output() -> None:
     loss.backward()
 
     chosen, rejected = torch.tensor([1.0, -1.0]), torch.tensor([0.5, 0.5])
-    assert float(loss) == pytest.approx(float(reward_model_loss(chosen, rejected)), abs=1e-6)
+    assert loss.item() == pytest.approx(reward_model_loss(chosen, rejected).item(), abs=1e-6)
     assert logits.grad is not None
     assert logits.grad[[0, 2], 1].abs().sum() == 0
     assert logits.grad[[1, 3], 0].abs().sum() == 0
@@ -158,7 +161,7 @@ def _trainer_state() -> dict[str, Any]:
         (labelled(polite_pairs(8), "a"), ["a"], "name two or more outputs"),
         (labelled(polite_pairs(8), "a"), ["a", "b", "a"], "a name twice"),
         (labelled(polite_pairs(8), "a"), ["a=1", "b"], "weights for some of the names only"),
-        (polite_pairs(8)[:1] + [polite_pairs(1)[0] | {"objective": 3}], ["a", "b"], '"objective" must be the name'),
+        ([*polite_pairs(8)[:1], polite_pairs(1)[0] | {"objective": 3}], ["a", "b"], '"objective" must be the name'),
     ],
 )
 def test_mistakes_are_one_sentence(

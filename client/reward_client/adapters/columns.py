@@ -75,6 +75,18 @@ def column_values(items: Sequence[ScoredItem], names: Iterable[str]) -> dict[str
     return {name: [_number(COLUMNS[name].read(item)) for item in details] for name in names}
 
 
+def named_reward(item: ScoredItem, name: str) -> float:
+    """Return one output of a model with several.
+
+    Raises:
+        InvalidArgument: the model has no output of that name.
+    """
+    if name not in item.rewards:
+        names = ", ".join(item.rewards) or "one, which has no name"
+        raise InvalidArgument(f"The model has no output {name}; its outputs are {names}")
+    return item.rewards[name]
+
+
 def mean_of_known(values: Iterable[float | None]) -> float | None:
     """Return the mean of the values that are known; None if there are none."""
     known = [value for value in values if value is not None]

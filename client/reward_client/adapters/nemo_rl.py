@@ -25,10 +25,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Unpack
 
+from reward_client.adapters.columns import named_reward
 from reward_client.adapters.options import ClientOptions
-from reward_client.checks import one_of
+from reward_client.checks import check_weights, elements, one_of
 from reward_client.errors import InvalidArgument
 from reward_client.options import TemplateChoice, Truncation
+from reward_client.requests import Weights
 from reward_client.synchronous import RewardClient
 
 MessageLog = Sequence[Mapping[str, Any]]
@@ -46,8 +48,9 @@ class EnvironmentStep:
     metadata: list[Any]
     """As given."""
     next_stop_strings: list[None]
-    rewards: list[float]
-    """The raw reward of each log."""
+    rewards: list[float] | list[list[float]]
+    """The raw reward of each log; with ``outputs`` [log][output], which NeMo-RL sums for a log's total reward and
+    normalises one by one for GDPO."""
     terminateds: list[bool]
     """True: a rewarded conversation has ended."""
     answers: list[str]
@@ -62,6 +65,8 @@ class MessageLogReward:
         content: ``messages``: the contents are plain texts and the service renders its template over them.
             ``templated``: they are already in the actor's template, as the data processors of NeMo-RL that apply a chat
             template leave them; they are joined and scored as they are.
+        outputs: of a model with several outputs, the names of those that are returned for each log, or their weights
+            by name, by which each is multiplied. None: the reward alone.
         truncation: what happens to an item that is too long; None: the service's setting.
         options: those of ``RewardClient``.
 
@@ -74,12 +79,14 @@ class MessageLogReward:
         url: str,
         *,
         content: Literal["messages", "templated"] = "messages",
+        outputs: Sequence[str] | Weights | None = None,
         truncation: Truncation | None = None,
         **options: Unpack[ClientOptions],
     ) -> None:
         one_of(content, "content", ("messages", "templated"))
         self.client = RewardClient(url, **options)
         self.content = content
+        self.weights = _weights_of(outputs)
         self.truncation: Truncation | None = truncation
 
     def __call__(
@@ -88,7 +95,8 @@ class MessageLogReward:
         """Return the rewards of a batch of logs and everything else that an environment returns.
 
         Raises:
-            InvalidArgument: a log does not end with a message of the assistant, or has none before it.
+            InvalidArgument: a log does not end with a message of the assistant, or has none before it; or the model
+                has no output of a name that was given.
             ClientError: see ``AsyncRewardClient.score``.
         """
         exchanges = [_exchange(log, index) for index, log in enumerate(message_log_batch)]
@@ -98,7 +106,7 @@ class MessageLogReward:
         if self.content == "templated":
             template = "concat"
             prompts = ["".join(message["content"] for message in prompt) for prompt in prompts]
-        rewards = self.client.score(prompts, answers, truncation=self.truncation, template=template)
+        rewards = self._score(prompts, answers, template)
         number = len(rewards)
         return EnvironmentStep(
             observations=[{"role": "environment", "content": ""} for _ in rewards],
@@ -108,6 +116,20 @@ class MessageLogReward:
             terminateds=[True] * number,
             answers=answers,
         )
+
+    def _score(
+        self, prompts: Sequence[Any], answers: Sequence[str], template: TemplateChoice | None
+    ) -> list[float] | list[list[float]]:
+        if self.weights is None:
+            return self.client.score(prompts, answers, truncation=self.truncation, template=template)
+        items = self.client.score(prompts, answers, diagnostics="none", truncation=self.truncation, template=template)
+        return [[weight * named_reward(item, name) for name, weight in self.weights.items()] for item in items]
+
+
+def _weights_of(outputs: Sequence[str] | Weights | None) -> dict[str, float] | None:
+    if outputs is None or isinstance(outputs, Mapping):
+        return check_weights(outputs)
+    return check_weights(dict.fromkeys(elements(outputs, "outputs", "names of outputs"), 1.0))
 
 
 def _exchange(log: MessageLog, index: int) -> tuple[list[dict[str, Any]], str]:

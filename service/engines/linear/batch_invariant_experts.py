@@ -45,7 +45,7 @@ def batch_invariant_experts(
         expert_weights: their weights, [tokens, top k].
     """
     outputs = states.new_empty(*expert_ids.shape, states.shape[-1])
-    for expert in expert_ids.unique().tolist():
+    for expert in torch.unique(expert_ids).tolist():
         tokens, places = torch.where(expert_ids == expert)
         outputs[tokens, places] = _run_expert(experts, expert, states[tokens])
     return (outputs * expert_weights[..., None]).sum(dim=1).to(states.dtype)
@@ -64,5 +64,5 @@ def _multiply(experts: Any, name: str, expert: int, rows: torch.Tensor) -> torch
     weight = weight.T if experts.is_transposed else weight
     bias = getattr(experts, f"{name}_bias")[expert] if experts.has_bias else None
     num_padding = -len(rows) % BLOCK_ROWS
-    blocks = pad(rows, (0, 0, 0, num_padding)).split(BLOCK_ROWS)
+    blocks = torch.split(pad(rows, (0, 0, 0, num_padding)), BLOCK_ROWS)
     return torch.cat([linear(block, weight, bias) for block in blocks])[: len(rows)]

@@ -164,7 +164,8 @@ class Classifier:
                 return batch_invariant_head(states, head.weight, head.bias)
             return torch.cat([head(state[None]) for state in states])
         if not self.is_on_cpu:
-            return head(states, gate_states, batch_invariant_layers)
+            outputs: torch.Tensor = head(states, gate_states, batch_invariant_layers)
+            return outputs
         if gate_states is None:
             return torch.cat([head(state[None]) for state in states])
         return torch.cat([head(state[None], gate[None]) for state, gate in zip(states, gate_states, strict=True)])

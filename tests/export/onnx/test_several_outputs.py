@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from several_outputs import PAIRS, scores_of, served
-from tiny_layouts import HIDDEN_SIZE, random, store
+from tiny_layouts import HIDDEN_SIZE, random, store_armo_rm
 from tiny_models import write_tiny_causal_lm, write_tiny_checkpoint
 
 from export.convert import convert
-from export.onnx.bundle_export import Bounds, ExportPlan, export_bundle
+from export.onnx.bundle_export import ExportPlan, export_bundle
+from export.onnx.reward_comparison import Bounds
 from export.token_logits import TokenLogits
 from service.checkpoints.reward_description import LowerBound
 from service.errors import InvalidRequest
@@ -22,16 +23,7 @@ from service.records import Encoding, Item, TemplatedText
 
 def gated(folder: Path) -> None:
     """ArmoRM's head, whose gate reads a second token."""
-    head = {
-        "regression_layer.weight": random(3, HIDDEN_SIZE, seed=8),
-        "reward_transform_matrix": torch.eye(3),
-        "gating.logit_scale": torch.tensor([1.5]),
-        "gating.layers.0.weight": random(24, HIDDEN_SIZE, seed=1),
-        "gating.layers.0.bias": random(24, seed=2),
-        "gating.layers.1.weight": 8 * random(3, 24, seed=3),
-        "gating.layers.1.bias": random(3, seed=4),
-    }
-    store(folder / "source", head, gating_temperature=2)
+    store_armo_rm(folder / "source")
     pattern = "<|im_end|>\n<|im_start|>assistant\n"
     convert(folder / "source", folder / "out", outputs=("one", "two", "three"), gate_pattern=pattern)
 
