@@ -200,7 +200,7 @@ def _convert_model(stored: StoredModel, unfinished: Path, options: ConversionOpt
         origin=found.layout if found else "transformers",
         head=found.sources if found else (),
         dropped_bias=bias if bias and options.drop_bias else 0.0,
-        notes=(*pad_notes, *_text_notes(found, unfinished), *(found.notes if found else ())),
+        notes=(*stored.notes, *pad_notes, *_text_notes(found, unfinished), *(found.notes if found else ())),
     )
 
 

@@ -16,12 +16,14 @@ from typing import Any
 from service.checkpoints.architecture import Fit, fit_classifier, has_classifier
 from service.checkpoints.configuration import read_config
 from service.checkpoints.files import CONFIG_FILE
+from service.checkpoints.quantized_weights import find_quantized
 from service.checkpoints.validation import load_tokenizer
 from service.checkpoints.weights import (
     VALUE_HEAD_FILE,
     TensorInfo,
     open_weights,
     pickled_weights,
+    read_tensor_infos,
     weight_files,
 )
 from service.errors import CheckpointError
@@ -32,6 +34,8 @@ WRAPPERS = ("module.", "_orig_mod.", "pretrained_model.")
 
 KNOWN_AS = {"internlm2": "llama", "gpt_neox_reward_model": "gpt_neox"}
 """Model types of published reward models that transformers does not have, and the one with the same computation."""
+
+_NOT_KNOWN_AS = frozenset({"model_type", "auto_map", "quantization_config"})
 
 INTERNLM2_NAMES = {
     "tok_embeddings": "embed_tokens",
@@ -56,6 +60,9 @@ class StoredModel:
 
     is_renamed: bool = False
     """Whether a tensor has another name than in the files."""
+
+    notes: tuple[str, ...] = ()
+    """Sentences on what reading the tensors changed."""
 
     @property
     def is_pickled(self) -> bool:
@@ -89,8 +96,8 @@ def read_model(source: Path, *, allow_pickle: bool) -> StoredModel:
     """
     config = _read_config(source)
     tensors, infos = _read_tensors(source, allow_pickle=allow_pickle)
-    stored = StoredModel(source, config, tensors, infos)
-    stored = _renamed(stored, {name: _unwrapped(name) for name in infos})
+    stored = _widened(StoredModel(source, config, tensors, infos))
+    stored = _renamed(stored, {name: _unwrapped(name) for name in stored.infos})
     if _stored_type(source) == "internlm2":
         stored = _as_llama(stored)
     return _with_body_prefix(stored)
@@ -111,7 +118,7 @@ def _read_config(source: Path) -> Any:
     try:
         if stored_type in KNOWN_AS:
             content = json.loads((source / CONFIG_FILE).read_bytes())
-            content = {key: value for key, value in content.items() if key not in {"model_type", "auto_map"}}
+            content = {key: value for key, value in content.items() if key not in _NOT_KNOWN_AS}
             config = AutoConfig.for_model(KNOWN_AS[stored_type], **content)
         else:
             config = read_config(source)
@@ -151,7 +158,23 @@ def _read_tensors(source: Path, *, allow_pickle: bool) -> tuple[dict[str, Any], 
         for name, tensor in _open_file(file).items():
             tensors[name] = tensor
             infos[name] = TensorInfo(file, tuple(tensor.shape), str(tensor.dtype))
+        if file.suffix == ".safetensors":
+            infos |= read_tensor_infos([file])
     return tensors, infos
+
+
+def _widened(stored: StoredModel) -> StoredModel:
+    """Return the model with its quantized matrices in the dtype of its configuration."""
+    quantized = find_quantized(stored.source, stored.infos)
+    if quantized is None:
+        return stored
+    import torch
+
+    name = str(stored.config.dtype or "bfloat16").removeprefix("torch.")
+    dtype: torch.dtype = getattr(torch, name)
+    tensors = quantized.read(stored.tensors.__getitem__, lambda _: dtype)
+    note = f"Weights stored quantized ({quantized.quantization}) were widened to {name}."
+    return replace(stored, tensors=tensors, infos=quantized.infos, notes=(note,))
 
 
 def _open_file(file: Path) -> Mapping[str, Any]:

@@ -101,6 +101,7 @@ class ServedModel:
             "deterministic": settings.batching.deterministic,
             "sample_token_ids": list(self.tokenization.sample_token_ids),
             "limits": {**settings.limits.model_dump(), "max_input_tokens": self.info.max_input_tokens},
+            "stored_quantization": self.checkpoint.stored_quantization if self.checkpoint else None,
             "initialised_from": asdict(self.origin) if self.origin else None,
             "sha256": asdict(self.checkpoint.hashes) if self.checkpoint else {},
             "notes": list(self.checkpoint.notes) if self.checkpoint else [],

@@ -15,6 +15,7 @@ from service.checkpoints.configuration import read_json
 from service.checkpoints.demo_base import DEMO_BASE, obtain_demo_base
 from service.checkpoints.files import CONFIG_FILE
 from service.checkpoints.hub import local_folder
+from service.checkpoints.quantization_format import refuse_quantized
 from service.checkpoints.weights import read_tensor_infos, weight_files
 from service.errors import CheckpointError, SettingsError
 from training.recipe import Recipe
@@ -66,6 +67,7 @@ def read_base_facts(folder: Path, num_outputs: int = 1) -> BaseFacts:
         )
     if not (folder / CONFIG_FILE).is_file():
         raise CheckpointError(f"{folder} has no {CONFIG_FILE}: pass the folder of a checkpoint.")
+    refuse_quantized(folder, "a base for training")
     config = read_json(folder / CONFIG_FILE)
     for name, tensor in read_tensor_infos(weight_files(folder)).items():
         if name in HEAD_NAMES and tensor.shape[0] != num_outputs:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from service.checkpoints.demo_base import DEMO_BASE, obtain_demo_base
 from service.checkpoints.files import ADAPTER_CONFIG_FILE, TOKENIZER_CONFIG_FILE
 from service.checkpoints.hub import local_folder
+from service.checkpoints.quantization_format import refuse_quantized
 from service.checkpoints.reward_description import DESCRIPTION_FILE, read_description, refuse_described_head
 from service.errors import CheckpointError
 from service.transformers_logging import transformers_silenced
@@ -172,6 +173,7 @@ def _load_base(
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     refuse_described_head(Path(base), "the base of an adapter")
+    refuse_quantized(Path(base), "the base of an adapter")
     try:
         model, report = AutoModelForSequenceClassification.from_pretrained(
             base, **_labels(outputs), output_loading_info=True

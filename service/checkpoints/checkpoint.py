@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from service.checkpoints.demo import obtain_demo_model
 from service.checkpoints.files import ADAPTER_CONFIG_FILE, CONFIG_FILE
 from service.checkpoints.hub import local_folder
 from service.checkpoints.labels import resolve_description
+from service.checkpoints.quantized_weights import QuantizedTensors, find_quantized
 from service.checkpoints.reward_description import (
     DESCRIPTION_FILE,
     ClassifierHead,
@@ -115,6 +116,9 @@ class Checkpoint:
     inputs: ModelInputs = PLAIN_INPUTS
     """What the model reads beside token ids."""
 
+    stored_quantization: str | None = None
+    """How quantized weights are stored, which are widened when they are loaded; None: they are not quantized."""
+
     notes: tuple[str, ...] = ()
     """Sentences on unusual properties that are not a reason to refuse."""
 
@@ -202,7 +206,9 @@ def open_checkpoint(path: Path, settings: ModelSettings) -> Checkpoint:
         config = load_config(path)
         description = resolve_description(path, stored, config, settings)
         files = weight_files(path)
-        tensors = read_tensor_infos(files)
+        stored_tensors = read_tensor_infos(files)
+        quantized = find_quantized(path, stored_tensors)
+        tensors = stored_tensors if quantized is None else quantized.infos
         fit = validate_weights(path, config, tensors, description)
         tokenizer = load_tokenizer(path, config, settings.chat_template)
     validate_vocabulary(path, tokenizer, fit.embedding_size)
@@ -226,8 +232,17 @@ def open_checkpoint(path: Path, settings: ModelSettings) -> Checkpoint:
         inputs=fit.inputs,
         pooling=pooling,
         description=description,
-        notes=tuple(notes_on(config, tokenizer, pooling)),
+        stored_quantization=None if quantized is None else str(quantized.quantization),
+        notes=(*_widening_notes(quantized), *notes_on(config, tokenizer, pooling)),
     )
+
+
+def _widening_notes(quantized: QuantizedTensors | None) -> Iterator[str]:
+    if quantized is not None:
+        yield (
+            f"{len(quantized.matrices)} weight matrices are stored quantized ({quantized.quantization}); they are "
+            "widened when they are loaded, and activations are not quantized."
+        )
 
 
 def model_version(

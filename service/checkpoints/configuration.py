@@ -62,8 +62,7 @@ def usable_entries(file: Path, stored: Mapping[str, Any]) -> dict[str, Any]:
         CheckpointError: a dtype does not exist, or the type of a rotary scaling is null.
     """
     content = {key: value for key, value in stored.items() if key not in ATTENTION_KEYS}
-    if content.get("quantization_config", ...) is None:
-        del content["quantization_config"]
+    content.pop("quantization_config", None)  # weights are widened before transformers gets them
     for key in DTYPE_KEYS:
         if isinstance(content.get(key), str):
             content[key] = _dtype_name(file, key, content[key])

@@ -17,6 +17,7 @@ from service.checkpoints.described_heads import ClassifierHead, DescribedHead
 from service.checkpoints.files import CONFIG_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from service.checkpoints.head_validation import is_described, reads_labels, validate_outputs
 from service.checkpoints.labels import labels_message
+from service.checkpoints.quantization_format import read_quantization
 from service.checkpoints.reward_description import DESCRIPTION_FILE, RewardDescription
 from service.checkpoints.weights import TensorInfo, find_non_finite, find_value_head
 from service.errors import CheckpointError
@@ -35,8 +36,8 @@ def load_config(path: Path) -> Any:
     """Return transformers' configuration of a checkpoint folder; code from the folder is never run.
 
     Raises:
-        CheckpointError: it is missing, invalid, quantized, requires remote code, or is of an architecture without a
-            sequence classifier.
+        CheckpointError: it is missing, invalid, quantized in a format that is not widened, requires remote code, or is
+            of an architecture without a sequence classifier.
     """
     from huggingface_hub.errors import StrictDataclassError
 
@@ -50,11 +51,7 @@ def load_config(path: Path) -> Any:
             f"{path / CONFIG_FILE} requires remote code (auto_map), which is never run: if transformers supports the "
             "architecture, remove auto_map; otherwise save the model as a supported architecture."
         )
-    if stored.get("quantization_config") is not None:
-        raise CheckpointError(
-            f"{path} is stored quantized, which changes rewards: "
-            "serve the unquantized model, or dequantize it and save it again."
-        )
+    read_quantization(path)
     try:
         config = read_config(path)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:

@@ -156,6 +156,8 @@ def find_non_finite(files: Iterable[Path]) -> str | None:
         with open_weights(file) as weights:
             for name in weights.keys():  # noqa: SIM118 - the handle is not a mapping
                 tensor = weights.get_tensor(name)
+                if tensor.is_floating_point() and tensor.itemsize == 1:
+                    tensor = tensor.float()  # torch has no reductions of fp8
                 # Minimum and maximum propagate NaN, and computing them takes one pass and no additional memory.
                 if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
                     return str(name)

@@ -9,6 +9,7 @@ from service.engines.compilation import compile_blocks, restore_blocks
 from service.engines.kernels.bindings import Kernels
 from service.engines.kernels.patching import attach_kernels, detach_kernels
 from service.engines.linear.batch_invariant import set_batch_invariant_linear
+from service.engines.linear.batch_invariant_experts import set_batch_invariant_experts
 from service.engines.model.classifier import Classifier
 
 
@@ -25,12 +26,13 @@ def rewire(
     Args:
         classifier: changed in place.
         attention: an attention implementation that is registered with transformers.
-        batch_invariant_linear: whether linear layers multiply in blocks of fixed numbers of rows.
+        batch_invariant_linear: whether linear layers and experts multiply in blocks of fixed numbers of rows.
         compiled: whether the blocks run compiled; the attention must then support it.
         kernels: the CPU kernels, which replace modules where they compute the same; None: no module is replaced.
     """
     classifier.model.set_attn_implementation(attention)
     set_batch_invariant_linear(classifier.body, enabled=batch_invariant_linear)
+    set_batch_invariant_experts(classifier.body, enabled=batch_invariant_linear)
     restore_blocks(classifier.body)
     detach_kernels(classifier.body)
     if compiled:

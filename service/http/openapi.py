@@ -186,6 +186,11 @@ _MODEL = {
                 "content": {"enum": ["text", "parts"]},
             },
         },
+        "stored_quantization": {
+            "type": ["string", "null"],
+            "description": "How quantized weights are stored, which are widened when they are loaded; null: they are "
+            "not quantized.",
+        },
         "initialised_from": {
             "type": ["object", "null"],
             "description": "The checkpoint at which the model's training started; null without a manifest.",

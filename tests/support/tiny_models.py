@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny_mixtures import HYBRIDS, MIXTURES, PADDED_MIXTURES
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoConfig,
@@ -127,6 +128,10 @@ _FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
         "type_vocab_size": 0,
     },
     "modernbert": {"local_attention": 16, "cls_token_id": 1, "sep_token_id": 2},
+    **MIXTURES,
+    **PADDED_MIXTURES,
+    **HYBRIDS,
+    "doge": {**_GROUPED_HEADS, "head_dim": 16, "is_moe": True, "num_experts": 4, "num_experts_per_tok": 2},
 }
 
 

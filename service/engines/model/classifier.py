@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, PretrainedConfig
 
 from service.checkpoints.configuration import read_config
 from service.checkpoints.described_heads import ClassifierHead
+from service.checkpoints.quantized_weights import read_widened
 from service.checkpoints.reward_description import RewardDescription
 from service.engines.base import StateTap
 from service.engines.linear.inplace_silu import gate_in_place
@@ -219,7 +220,8 @@ def load_classifier(
     """Load a checkpoint folder for inference.
 
     The head's weights are those of the checkpoint, bit for bit where it stores fp32, and are never rounded to the
-    dtype of the body; hidden states are cast to fp32 before it. A described head takes the place of the classifier's.
+    dtype of the body; hidden states are cast to fp32 before it. Quantized weights are widened to the dtype of the body,
+    those of the head to fp32. A described head takes the place of the classifier's.
 
     Args:
         folder: a validated checkpoint.
@@ -237,16 +239,19 @@ def load_classifier(
         outline = AutoModelForSequenceClassification.from_config(config)
     head_names = [name for name, _ in outline.named_children() if name != outline.base_model_prefix]
 
+    head_prefixes = tuple(f"{name}." for name in head_names)
+
     # Fused attention does not support soft caps, and some versions of transformers choose it for such models anyway.
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
     with transformers_silenced(), _loaded_in_fp32(type(outline), head_names):
-        model = AutoModelForSequenceClassification.from_pretrained(
-            folder,
+        widened = read_widened(folder, lambda name: torch.float32 if name.startswith(head_prefixes) else dtype)
+        model = type(outline).from_pretrained(
+            folder if widened is None else None,
             config=config,
+            state_dict=widened,
             dtype=dtype,
             attn_implementation="eager" if capped else None,
             local_files_only=True,
-            trust_remote_code=False,
         )
     for name in head_names:
         getattr(model, name).register_forward_pre_hook(_cast_to_fp32)

@@ -22,7 +22,7 @@ from service.checkpoints.described_heads import (
     LayeredHead,
     LinearLayer,
 )
-from service.checkpoints.weights import open_weights, read_tensor_infos, weight_files
+from service.checkpoints.quantized_weights import read_in_float32
 from service.engines.model.scalar_head import tree_sums
 from service.records import Activation
 
@@ -182,9 +182,4 @@ def head_module(head: DescribedHead, tensors: Tensors) -> StateHead:
 
 def load_head(folder: Path, head: DescribedHead) -> StateHead:
     """Read the tensors of a validated head from the weight files of a checkpoint folder, in fp32, on the CPU."""
-    infos = read_tensor_infos(weight_files(folder))
-    tensors = {}
-    for name in head.tensor_names():
-        with open_weights(infos[name].file) as weights:
-            tensors[name] = weights.get_tensor(name)
-    return head_module(head, tensors)
+    return head_module(head, read_in_float32(folder, head.tensor_names()))

@@ -13,6 +13,7 @@ from math import isfinite
 
 import numpy as np
 import torch
+from torch import nn
 
 from service.engines.attention.call import PackingUnsupportedError
 from service.engines.attention.interface import register_packed_attention
@@ -39,6 +40,27 @@ MIN_SHARED_TOKENS = 8
 """Sharing a shorter prefix costs as much in attention as it saves in linear layers (24M parameters, two cores)."""
 
 
+ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention", "attention"})
+"""Values of ``layer_types`` in configurations that name layers which mix tokens by attention alone."""
+
+
+def token_mixing_outside_attention(classifier: Classifier) -> str | None:
+    """Return what mixes the tokens of a model beside its attention, such as a recurrence; None: nothing is known.
+
+    Layers of a hybrid run over a packed batch without knowing where a sequence ends. The parity probe detects that in
+    fp32. In half precision a small model's rounding can be as large as the error, so it is not left to the probe.
+    """
+    config = classifier.config
+    layers = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
+    others = sorted({str(layer) for layer in layers} - ATTENTION_LAYERS)
+    if others:
+        return f"layers of the type {', '.join(others)}"
+    convolution = next(
+        (name for name, module in classifier.body.named_modules() if isinstance(module, nn.Conv1d)), None
+    )
+    return None if convolution is None else f"the convolution {convolution}"
+
+
 class PackedForward:
     """Runs a batch as one packed sequence of tokens. The cost of a batch is the number of its tokens, shared ones once.
 
@@ -57,6 +79,12 @@ class PackedForward:
         if classifier.state_head is None:
             raise PackingUnsupportedError(
                 f"{classifier.architecture} does not compute its reward from the state of one token"
+            )
+        mixing = token_mixing_outside_attention(classifier)
+        if mixing is not None:
+            raise PackingUnsupportedError(
+                f"{classifier.architecture} mixes tokens outside of its attention ({mixing}), which would mix the "
+                "sequences of a packed batch"
             )
         if classifier.reads_token_types:
             raise PackingUnsupportedError(f"{classifier.architecture} reads token types, which packed batches lack")
