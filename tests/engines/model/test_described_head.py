@@ -44,7 +44,8 @@ def test_a_state_has_the_same_bits_in_any_batch(make: object) -> None:
 
     def run(rows: list[int]) -> torch.Tensor:
         with torch.inference_mode():
-            return head(states[rows], None if gate_of is None else gate_of[rows], batch_invariant_layers)
+            found: torch.Tensor = head(states[rows], None if gate_of is None else gate_of[rows], batch_invariant_layers)
+        return found
 
     alone = torch.cat([run([row]) for row in range(17)])
     for size in (2, 3, 8, 17):
