@@ -215,6 +215,6 @@ def _layout_of(module: str, num_layers: int, config: Any) -> Layout | None:
 def listed() -> Sequence[str]:
     """Return the known layouts as lines for a terminal."""
     named = [layout for layout in PROCESS_LAYOUTS if not layout.architectures]
-    width = max(len(layout.name) for layout in (*LAYOUTS, *named))
+    width = max(len(name) for name in [*(layout.name for layout in LAYOUTS), *(layout.name for layout in named)])
     lines = [f"{layout.name:{width}}  {layout.module}: {layout.models}" for layout in LAYOUTS]
     return [*lines, *(f"{layout.name:{width}}  --process {layout.name}: {layout.models}" for layout in named)]

@@ -65,7 +65,10 @@ def item(**fields: Any) -> dict[str, Any]:
 def test_neither_the_batch_nor_the_cache_changes_a_step(url: str, expected: list[float]) -> None:
     """Step rewards are those of the independent reading alone, among other items with the same prompt, and cached."""
     prefixes = [item(steps=list(STEPS[:count]), id=count) for count in range(1, len(STEPS) + 1)]
-    others = [{"prompt": PROMPT, "completion": MARKED}, {"prompt": "Another?", "steps": ["a", "b"]}]
+    others: list[dict[str, Any]] = [
+        {"prompt": PROMPT, "completion": MARKED},
+        {"prompt": "Another?", "steps": ["a", "b"]},
+    ]
     for turn in range(4):
         items = random.Random(turn).sample(prefixes + others, len(prefixes) + len(others))
         answer = post(url, items=items)
@@ -165,7 +168,8 @@ def test_the_synchronous_client(url: str, expected: list[float]) -> None:
         assert scored.step_rewards == pytest.approx(expected, abs=1e-4)
         assert set(scored.step_outputs[0]) == {"negative", "positive"}
         assert "step_rewards" not in scored.diagnostics
-        for arguments in ({"completions": ["a"], "steps": [["a"]]}, {"steps": [[]]}, {"steps": "marker"}):
+        refused: list[dict[str, Any]] = [{"completions": ["a"], "steps": [["a"]]}, {"steps": [[]]}, {"steps": "marker"}]
+        for arguments in refused:
             with pytest.raises(InvalidArgument):
                 client.score([PROMPT], **arguments)
         with pytest.raises(ItemsFailed, match="no marker token"):

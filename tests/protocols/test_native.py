@@ -216,13 +216,16 @@ EXPECTATIONS: list[tuple[bytes, str]] = [
     (b'{"items":[{"timeout_ms":1}]}', 'Unknown field "timeout_ms"; it is a field of a score request (at /items/0)'),
     (
         b'{"items":[{"colour":1}]}',
-        'Unknown field "colour"; an item has prompt, completion, tools, text, token_ids, id, group (at /items/0)',
+        (
+            'Unknown field "colour"; an item has prompt, completion, tools, text, token_ids, steps, step_token_id, id, '
+            "group (at /items/0)"
+        ),
     ),
     (
         b'{"items":[{"%s":1}]}' % CANARY.encode(),
         (
             "Unknown field with a name of 11 characters; "
-            "an item has prompt, completion, tools, text, token_ids, id, group (at /items/0)"
+            "an item has prompt, completion, tools, text, token_ids, steps, step_token_id, id, group (at /items/0)"
         ),
     ),
     (b"{}", 'Missing field "items": a list of items (at /items)'),
