@@ -45,10 +45,10 @@ def other_value(name: str) -> str:
     special = {"model.cuda_graphs": "false", "tokenization.template": "concat", "server.port": "9000"}
     special |= {"tokenization.special_tokens": "leading", "tokenization.unrendered": "accept"}
     special |= {"tokenization.chat_template_kwargs": '["mode"]'}
-    special |= {"model.reward_weights": '{"help": 0.5}'}
+    special |= {"model.reward_weights": '{"help": 0.5}', "model.outputs": '["a", "b"]'}
     literals = {
         "model.engine": "onnx", "model.forward": "padded", "model.dtype": "float32", "model.pooling": "last",
-        "model.device": "cpu", "model.kernels": "off", "model.quantization": "int8",
+        "model.device": "cpu", "model.step_aggregate": "min", "model.kernels": "off", "model.quantization": "int8",
         "tokenization.truncation": "prompt_left",
         "diagnostics.level": "full", "runtime": "local", "protocols.enabled": "slime,kserve",
         "protocols.truncation": "prompt_left", "protocols.activation": "sigmoid",
