@@ -16,7 +16,7 @@ from service.errors import DeadlineExceeded, HttpError, InternalError
 from service.metrics import Metrics
 from service.request_shard import RequestShard, ShardResult
 from service.request_state import RequestState
-from service.scheduling.scatter import ReplicaLoad, num_tokens, plan_shards, select
+from service.scheduling.scatter import ReplicaLoad, ShardPlan, num_tokens, plan_shards, select
 from service.scheduling.work import Work
 
 logger = logging.getLogger(__name__)
@@ -98,17 +98,17 @@ class Scatterer:
         """Whether a request has enough tokens to be scattered where there are siblings."""
         return num_tokens(work) >= self._rule.min_tokens
 
-    async def shards_of(self, work: Work) -> dict[str, tuple[int, ...]] | None:
-        """Return the indices of the sequences by replica, the own one under an empty name; None: not scattered."""
-        siblings = await self._siblings.loads()
-        if not siblings:
-            return None
-        own = ReplicaLoad("", self._own_load())
-        rule = self._rule
-        plan = plan_shards(work, own, siblings, min_tokens=rule.min_shard_tokens, shares_prefixes=rule.shares_prefixes)
-        return None if plan.keys() == {""} else plan
+    async def siblings(self) -> Sequence[ReplicaLoad]:
+        """Return the load of each sibling; empty where this replica is the only one."""
+        return await self._siblings.loads()
 
-    def start(self, state: RequestState, plan: dict[str, tuple[int, ...]], deadline: float) -> asyncio.Task[None]:
+    def plan(self, work: Work, siblings: Sequence[ReplicaLoad]) -> ShardPlan | None:
+        """Return the indices of the sequences by replica, the own one under an empty name; None: not scattered."""
+        own, rule = ReplicaLoad("", self._own_load()), self._rule
+        plan = plan_shards(work, own, siblings, min_tokens=rule.min_shard_tokens, shares_prefixes=rule.shares_prefixes)
+        return None if plan.keys() <= {""} else plan
+
+    def start(self, state: RequestState, plan: ShardPlan, deadline: float) -> asyncio.Task[None]:
         """Start to compute all shards of a request; ``state.computed`` is done when all are, or one has failed.
 
         The caller cancels the task when the request ends before that.
@@ -120,7 +120,7 @@ class Scatterer:
         for state in list(self._running):
             state.fail(error())
 
-    async def _run(self, state: RequestState, plan: dict[str, tuple[int, ...]], deadline: float) -> None:
+    async def _run(self, state: RequestState, plan: ShardPlan, deadline: float) -> None:
         self._running.add(state)
         try:
             async with asyncio.TaskGroup() as group:
@@ -149,7 +149,7 @@ class Scatterer:
                 result = await self._ask(name, work, state, deadline)
             except DeadlineExceeded:
                 raise
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001
                 # Whatever happened there, this replica or another one can compute the shard: scoring is pure.
                 logger.warning("A shard of %d sequences failed on %s: %r", len(work.sequences), name, error)
                 self._metrics.shards.labels(outcome="retried").inc()

@@ -345,15 +345,15 @@ class Scorer:
         self, key: Hashable, state: RequestState, queued: float, deadline: float
     ) -> asyncio.Task[None] | None:
         """Put a request into the queue, or start to compute a large one on several replicas; return that task."""
-        scatterer = self._scatterer
-        plan = None
+        scatterer, plan = self._scatterer, None
         if scatterer is not None and scatterer.is_large(state.work):
-            plan = await scatterer.shards_of(state.work)
+            siblings = await scatterer.siblings()
+            self._queue.cancel(key)  # the reservation, which is not a load that this request has to wait for
+            plan = scatterer.plan(state.work, siblings)
         self._refuse_if_stopped()
         if scatterer is None or plan is None:
             self._queue.put(key, state, now=queued, deadline=deadline)
             return None
-        self._queue.cancel(key)  # the reservation; the shard of the own engine counts itself
         return scatterer.start(state, plan, deadline)
 
     async def _compute_here(self, work: Work, state: RequestState, deadline: float) -> ShardResult:

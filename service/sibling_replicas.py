@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import time
 from collections.abc import Sequence
@@ -75,6 +76,12 @@ class SiblingReplicas:
 
     async def compute(self, name: str, shard: RequestShard) -> ShardResult:
         """Let a sibling compute a shard, as `Siblings.compute`."""
+        # Ray gives all calls that are made while it handles one HTTP request the id of that request, and its router,
+        # which finds a waiting call by this id, would forget all but one of several shards. Outside of the context of
+        # the request each call gets an id of its own.
+        return await asyncio.create_task(self._call(name, shard), context=contextvars.Context())
+
+    async def _call(self, name: str, shard: RequestShard) -> ShardResult:
         response = self._handle.compute_shard.remote(shard, replica=name)
         try:
             answer: ShardResult | HttpError = await response

@@ -114,10 +114,7 @@ def _cut(group: _Group, work: Work, fair_share: float, *, shares_prefixes: bool)
         return [group]
     num_pieces = min(math.ceil(group.cost / fair_share), len(group.indices))
     bounds = [len(group.indices) * piece // num_pieces for piece in range(num_pieces + 1)]
-    return [
-        _group(group.indices[begin:end], work, shares_prefixes=shares_prefixes)
-        for begin, end in pairwise(bounds)
-    ]
+    return [_group(group.indices[begin:end], work, shares_prefixes=shares_prefixes) for begin, end in pairwise(bounds)]
 
 
 def _prefix_tokens(sequence: TokenSequence) -> int:

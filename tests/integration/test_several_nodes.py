@@ -45,7 +45,7 @@ def expected(prompts: list[str], completions: list[str]) -> list[float]:
 
 
 def seconds_of_one_request(url: str, label: str) -> float:
-    """Time one request of 4,096 items... """
+    """Time one request of 4,096 items..."""
     prompts, completions = texts(1024, label)
     with RewardClient(url, deadline_s=120) as client:
         begin = time.perf_counter()

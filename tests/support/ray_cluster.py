@@ -48,12 +48,14 @@ def application(name: str, replicas: int, oracle: dict[str, Any], **settings: An
         "route_prefix": f"/{name}",
         "import_path": SIMULATED_APP,
         "args": {"model": {"engine": "oracle"}, "oracle": oracle, "log": "/dev/null", **settings},
-        "deployments": [{
-            "name": "reward",
-            "num_replicas": replicas,
-            "max_replicas_per_node": 1,
-            "ray_actor_options": {"num_cpus": 0.1},
-        }],
+        "deployments": [
+            {
+                "name": "reward",
+                "num_replicas": replicas,
+                "max_replicas_per_node": 1,
+                "ray_actor_options": {"num_cpus": 0.1},
+            }
+        ],
     }
 
 
