@@ -7,6 +7,7 @@ import pickle
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar, cast
 
 import pytest
 
@@ -23,7 +24,13 @@ from service.settings import BatchingSettings, LimitSettings, ScatterSettings, T
 from service.tokenization import Tokenization
 
 TOKENS = 256
+_Message = TypeVar("_Message")
 Intercept = Callable[[str, RequestShard], None]
+
+
+def copied(message: _Message) -> _Message:
+    """The message as the other side gets it."""
+    return cast("_Message", pickle.loads(pickle.dumps(message)))  # noqa: S301 - the test's own
 
 
 @dataclass
@@ -33,17 +40,19 @@ class Replicas:
     scorers: dict[str, Scorer] = field(default_factory=dict)
     metrics: dict[str, Metrics] = field(default_factory=dict)
     intercept: Intercept = lambda name, shard: None
-    running: set[str] = field(default_factory=set)
+    both_asked: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set once both siblings of three replicas compute a shard."""
+    asked: set[str] = field(default_factory=set)
 
     async def loads(self) -> Sequence[ReplicaLoad]:
         return [ReplicaLoad(name, scorer.queued_tokens) for name, scorer in self.scorers.items() if name != "first"]
 
     async def compute(self, name: str, shard: RequestShard) -> ShardResult:
         self.intercept(name, shard)
-        self.running.add(name)
-        result = await self.scorers[name].compute_shard(pickle.loads(pickle.dumps(shard)))
-        self.running.discard(name)
-        return pickle.loads(pickle.dumps(result))  # type: ignore[no-any-return]
+        self.asked.add(name)
+        if len(self.asked) == 2:
+            asyncio.get_running_loop().call_later(0.02, self.both_asked.set)
+        return copied(await self.scorers[name].compute_shard(copied(shard)))
 
     def shards(self, outcome: str) -> float:
         value = self.metrics["first"].registry.get_sample_value("rm_request_shards_total", {"outcome": outcome})
@@ -189,8 +198,7 @@ async def test_cancellation_travels() -> None:
     """A client that leaves takes its work off the queues of all replicas."""
     async with replicas(faults=OracleFaults(seconds_per_token=1e-4)) as all_:
         task = asyncio.create_task(all_.scorers["first"].score(request(texts(200))))
-        while len(all_.running) < 2:
-            await asyncio.sleep(0.01)
+        await all_.both_asked.wait()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -204,8 +212,7 @@ async def test_a_replica_that_stops_answers_scattered_requests() -> None:
     """At the end of the drain a request whose shards wait elsewhere gets an error, as every other accepted one."""
     async with replicas(faults=OracleFaults(seconds_per_token=1e-3)) as all_:
         task = asyncio.create_task(all_.scorers["first"].score(request(texts(200))))
-        while len(all_.running) < 2:
-            await asyncio.sleep(0.01)
+        await all_.both_asked.wait()
         await all_.scorers["first"].stop(drain_s=0)
 
         with pytest.raises(Draining):

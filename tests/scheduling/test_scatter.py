@@ -54,7 +54,7 @@ def test_every_sequence_is_in_one_shard(
 
 
 def test_groups_stay_whole_and_shards_are_equal() -> None:
-    """128 groups of eight on four replicas: no group is divided, and no shard has more than 2 percent above a fourth."""
+    """128 groups of eight on four replicas: no group is divided, and shards are equal within 2 percent."""
     work = work_of(*[8] * 128)
 
     shards = plan(work, idle("a", "b", "c"))

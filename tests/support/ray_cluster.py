@@ -1,4 +1,4 @@
-"""A Ray cluster of several nodes on this machine, with the applications of a Serve configuration, in a process of its own.
+"""A Ray cluster of several nodes on this machine, in a process of its own, with applications of a Serve configuration.
 
 Run as a script it starts the cluster, prints ``ready``, and then follows the lines of its standard input: ``kill N``
 ends node N without warning (0 is the head), and the end of the input ends everything.
@@ -7,18 +7,19 @@ ends node N without warning (0 is the head), and the end of the input ends every
 from __future__ import annotations
 
 import json
-import secrets
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import psutil
+import yaml
 from ray_serve_command import documented_environment
 from serving import eventually, free_port
 
@@ -33,6 +34,30 @@ class RunningCluster:
     url: str
     process: subprocess.Popen[bytes]
     messages: Path
+    config: dict[str, Any]
+    """The Serve configuration without applications."""
+    environment: dict[str, str]
+    dashboard: str
+    """Address of Ray's REST interface."""
+
+    def deploy(self, *applications: dict[str, Any]) -> None:
+        """Run ``serve deploy`` with these applications; Ray then brings them about."""
+        file = self.messages.parent / "serve_config.yaml"
+        file.write_text(yaml.safe_dump(self.config | {"applications": list(applications)}))
+        serve = Path(sys.executable).parent / "serve"
+        subprocess.run([serve, "deploy", "-a", self.dashboard, str(file)], env=self.environment, check=True)
+
+    def status(self) -> dict[str, Any]:
+        """By name what Ray reports of each application."""
+        token = {"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"}
+        answer = httpx2.get(f"{self.dashboard}/api/serve/applications/", headers=token, timeout=30.0, trust_env=False)
+        applications: dict[str, Any] = answer.raise_for_status().json()["applications"]
+        return applications
+
+    def num_running(self, name: str) -> int:
+        """How many replicas of an application run."""
+        replicas = self.status()[name]["deployments"]["reward"]["replicas"]
+        return sum(replica["state"] == "RUNNING" for replica in replicas)
 
     def kill_node(self, number: int) -> None:
         """End a node and its replica at once."""
@@ -60,24 +85,38 @@ def application(name: str, replicas: int, oracle: dict[str, Any], **settings: An
 
 
 @contextmanager
-def running_cluster(folder: Path, *applications: dict[str, Any], nodes: int) -> Iterator[RunningCluster]:
-    """Run the applications on a cluster of so many nodes until the block ends."""
+def running_cluster(
+    folder: Path, *applications: dict[str, Any], nodes: int = 1, variables: Mapping[str, str] | None = None
+) -> Iterator[RunningCluster]:
+    """Run the applications on a cluster of so many nodes until the block ends.
+
+    Args:
+        folder: gets the cluster's output.
+        applications: that are deployed before the block begins.
+        nodes: of the cluster.
+        variables: further environment variables of all its processes.
+    """
     port = free_port()
     config = {
         "proxy_location": "EveryNode",
         "http_options": {"host": "127.0.0.1", "port": port},
         "logging_config": {"enable_access_log": False},
-        "applications": list(applications),
     }
+    dashboard_port = free_port()
     messages = folder / "cluster.txt"
     # Ray's Unix sockets need a short path, shorter than pytest's.
     with tempfile.TemporaryDirectory(prefix="rs-", dir="/tmp", ignore_cleanup_errors=True) as ray_folder:
         environment = documented_environment(ha_proxy=False, folder=ray_folder)
-        environment |= {"RAY_AUTH_TOKEN": secrets.token_hex(32), "PYTHONPATH": ":".join(sys.path)}
+        environment |= {"PYTHONPATH": ":".join(sys.path), **(variables or {})}
         del environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"]  # it is for a single node
+        wanted = {
+            "nodes": nodes,
+            "dashboard_port": dashboard_port,
+            "config": config | {"applications": list(applications)},
+        }
         with messages.open("wb") as out:
             process = subprocess.Popen(
-                [sys.executable, __file__, json.dumps({"nodes": nodes, "config": config})],
+                [sys.executable, __file__, json.dumps(wanted)],
                 stdin=subprocess.PIPE,
                 stdout=out,
                 stderr=out,
@@ -88,7 +127,8 @@ def running_cluster(folder: Path, *applications: dict[str, Any], nodes: int) -> 
                 lambda: process.poll() is not None or "ready\n" in messages.read_text(), START_TIMEOUT_S
             ), messages.read_text()
             assert process.poll() is None, messages.read_text()
-            yield RunningCluster(f"http://127.0.0.1:{port}", process, messages)
+            url, dashboard = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{dashboard_port}"
+            yield RunningCluster(url, process, messages, config, environment, dashboard)
         finally:
             family = descendants(process)
             assert process.stdin is not None
@@ -127,7 +167,11 @@ def main() -> None:
 
     wanted = json.loads(sys.argv[1])
     resources = {"num_cpus": 2, "object_store_memory": 80_000_000}
-    cluster = Cluster(initialize_head=True, connect=False, head_node_args={**resources, "include_dashboard": False})
+    cluster = Cluster(
+        initialize_head=True,
+        connect=False,
+        head_node_args={**resources, "include_dashboard": True, "dashboard_port": wanted["dashboard_port"]},
+    )
     others = [cluster.add_node(**resources) for _ in range(wanted["nodes"] - 1)]
     ray.init(address=cluster.address, log_to_driver=False)
     config = ServeDeploySchema.model_validate(wanted["config"])
