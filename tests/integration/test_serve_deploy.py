@@ -48,7 +48,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster
     with running_cluster(tmp_path_factory.mktemp("deploy"), variables=short_intervals) as running:
         applications = [everywhere(app) for app in (ALPHA, BETA, scaled_application())]
         running.deploy(*applications)
-        assert eventually(lambda: are_running(running, "alpha", "beta", "scaled"), 90), running.status()
+        assert eventually(lambda: are_running(running, "alpha", "beta", "scaled"), 180), running.status()
         yield running
 
 
@@ -131,13 +131,13 @@ async def test_change_of_model(cluster: RunningCluster) -> None:
 
     async with load(f"{cluster.url}/alpha", callers=4) as change:
         await asyncio.to_thread(cluster.deploy, everywhere(ALPHA, salt="a2"), *others)
-        assert await until(lambda: change.versions["oracle-a2"] > 0, 60)
-        assert await until(lambda: are_running(cluster, "alpha"), 60)
+        assert await until(lambda: change.versions["oracle-a2"] > 0, 90)
+        assert await until(lambda: are_running(cluster, "alpha"), 90)
         versions |= change.versions
     # A key of more than 64 bytes is refused by BLAKE2b: the warm-up of the new replicas fails.
     async with load(f"{cluster.url}/alpha", callers=4) as bad:
         await asyncio.to_thread(cluster.deploy, everywhere(ALPHA, salt="x" * 65), *others)
-        assert await until(lambda: cluster.status()["alpha"]["status"] in {"DEPLOY_FAILED", "UNHEALTHY"}, 60)
+        assert await until(lambda: cluster.status()["alpha"]["status"] in {"DEPLOY_FAILED", "UNHEALTHY"}, 90)
         await asyncio.sleep(1)
 
     print(f"change of model: {dict(versions)}, bad model: {dict(bad.versions)}")
@@ -150,9 +150,9 @@ async def test_scaling_by_load(cluster: RunningCluster) -> None:
     """Replicas follow the waiting tokens from one to three and back, and no request fails on the way."""
     url = f"{cluster.url}/scaled"
     async with load(url, callers=24, items=8) as heavy:
-        assert await until(lambda: cluster.num_running("scaled") == 3, 60), cluster.status()["scaled"]
+        assert await until(lambda: cluster.num_running("scaled") == 3, 90), cluster.status()["scaled"]
     async with load(url, callers=1, items=1) as light:
-        assert await until(lambda: cluster.num_running("scaled") == 1, 60), cluster.status()["scaled"]
+        assert await until(lambda: cluster.num_running("scaled") == 1, 90), cluster.status()["scaled"]
 
     print(f"1 to 3 replicas: {heavy.versions.total()} requests; back to 1: {light.versions.total()} requests")
     assert heavy.failed == light.failed == []

@@ -23,7 +23,9 @@ import yaml
 from ray_serve_command import documented_environment
 from serving import eventually, free_port
 
-START_TIMEOUT_S = 150.0
+from service.launch.ray_environment import _PATIENCE as PATIENCE
+
+START_TIMEOUT_S = 240.0
 SIMULATED_APP = "loadtest.simulated_app:build_app"
 
 
@@ -107,7 +109,7 @@ def running_cluster(
     # Ray's Unix sockets need a short path, shorter than pytest's.
     with tempfile.TemporaryDirectory(prefix="rs-", dir="/tmp", ignore_cleanup_errors=True) as ray_folder:
         environment = documented_environment(ha_proxy=False, folder=ray_folder)
-        environment |= {"PYTHONPATH": ":".join(sys.path), **(variables or {})}
+        environment |= {**PATIENCE, "PYTHONPATH": ":".join(sys.path), **(variables or {})}
         del environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"]  # it is for a single node
         wanted = {
             "nodes": nodes,
@@ -177,8 +179,9 @@ def main() -> None:
     config = ServeDeploySchema.model_validate(wanted["config"])
     serve.start(proxy_location="EveryNode", http_options=wanted["config"]["http_options"])
     serve.context._get_global_client().deploy_apps(config, _blocking=False)
-    while not all(status.status == "RUNNING" for status in serve.status().applications.values()):
-        time.sleep(0.2)
+    names = {application.name for application in config.applications}
+    while {name for name, status in serve.status().applications.items() if status.status == "RUNNING"} != names:
+        time.sleep(0.5)
     print("ready", flush=True)
     for line in sys.stdin:
         cluster.remove_node(others[int(line.split()[1]) - 1], allow_graceful=False)
