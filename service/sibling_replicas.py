@@ -23,7 +23,9 @@ logger = logging.getLogger(__name__)
 LOADS_TIMEOUT_S = 0.5
 """Seconds to wait for the loads of all replicas; afterwards the last known ones are used."""
 LOADS_FRESH_S = 1.0
-"""Seconds for which the loads are not asked for again."""
+"""Seconds for which the loads of few replicas are not asked for again."""
+LOADS_PER_S = 16
+"""With many replicas the loads are asked for less often, so that each replica makes at most so many calls a second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +67,10 @@ class SiblingReplicas:
         return results, len(results) < len(answers)
 
     async def loads(self) -> Sequence[ReplicaLoad]:
-        """Return the load of each sibling of the same build that accepts shards, a second old at most."""
+        """Return the load of each sibling of the same build that accepts shards, old by a second or more with many replicas."""
         async with self._asking:
-            if time.monotonic() - self._asked_at > LOADS_FRESH_S:
+            fresh_s = max(LOADS_FRESH_S, len(self._loads) / LOADS_PER_S)
+            if time.monotonic() - self._asked_at > fresh_s:
                 reports, _ = await self.call_all("load", timeout_s=LOADS_TIMEOUT_S)
                 if reports:
                     self._loads = tuple(self._siblings_among(reports))

@@ -1,4 +1,4 @@
-"""What docs/scaling.md says of models that are larger than one GPU: transformers' tensor parallelism, on two CPU ranks."""
+"""Models larger than one GPU (docs/scaling.md): tensor parallelism of transformers on two CPU ranks."""
 
 from __future__ import annotations
 
