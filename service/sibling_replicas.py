@@ -67,7 +67,7 @@ class SiblingReplicas:
         return results, len(results) < len(answers)
 
     async def loads(self) -> Sequence[ReplicaLoad]:
-        """Return the load of each sibling of the same build that accepts shards, old by a second or more with many replicas."""
+        """Return the load of each sibling of the same build that accepts shards; it may be some seconds old."""
         async with self._asking:
             fresh_s = max(LOADS_FRESH_S, len(self._loads) / LOADS_PER_S)
             if time.monotonic() - self._asked_at > fresh_s:
