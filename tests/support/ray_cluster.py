@@ -178,7 +178,8 @@ def main() -> None:
     ray.init(address=cluster.address, log_to_driver=False)
     config = ServeDeploySchema.model_validate(wanted["config"])
     serve.start(proxy_location="EveryNode", http_options=wanted["config"]["http_options"])
-    serve.context._get_global_client().deploy_apps(config, _blocking=False)
+    if config.applications:
+        serve.context._get_global_client().deploy_apps(config, _blocking=False)
     names = {application.name for application in config.applications}
     while {name for name, status in serve.status().applications.items() if status.status == "RUNNING"} != names:
         time.sleep(0.5)
