@@ -24,6 +24,12 @@ logger = logging.getLogger(__name__)
 MAX_SIBLINGS_TRIED = 2
 """Siblings that are asked for a shard before the own engine computes it."""
 
+CHECK_S = 5.0
+"""Seconds after which a shard's replica is looked for among the siblings again."""
+MAX_MISSES = 2
+"""Checks that a sibling may be missing at before its shard is computed elsewhere: its machine may have disappeared
+without closing the connection. A sibling that leaves in order is missing too; its shard may then be computed twice."""
+
 
 class Siblings(Protocol):
     """The other replicas of the application that serve the same model with the same code."""
@@ -164,10 +170,27 @@ class Scatterer:
 
     async def _ask(self, name: str, work: Work, state: RequestState, deadline: float) -> ShardResult:
         shard = RequestShard(work, state.level, deadline - self._clock(), self._rule.build)
-        result = await self._siblings.compute(name, shard)
+        result = await self._watched(name, asyncio.ensure_future(self._siblings.compute(name, shard)))
         if len(result.outcomes) != len(work.sequences) or len(result.shared_tokens) != len(work.sequences):
             raise InternalError("A sibling returned the wrong number of results.")
         return result
+
+    async def _watched(self, name: str, call: asyncio.Future[ShardResult]) -> ShardResult:
+        """Return the result of a call to a sibling.
+
+        Raises:
+            ConnectionError: the sibling is not one of the application's replicas any more.
+        """
+        misses = 0
+        try:
+            while not (await asyncio.wait({call}, timeout=CHECK_S))[0]:
+                present = {load.name for load in await self._siblings.loads()}
+                misses = 0 if name in present else misses + 1
+                if misses >= MAX_MISSES:
+                    raise ConnectionError("The replica has gone.")
+            return call.result()
+        finally:
+            call.cancel()
 
     async def _next_sibling(self, tried: set[str]) -> str:
         """Return the sibling with the least waiting work that was not asked yet; empty: the own engine is next."""

@@ -11,6 +11,7 @@ from typing import TypeVar, cast
 
 import pytest
 
+from service import scattering
 from service.engines.oracle import RAISE_BYTE, OracleEngine, OracleFaults, byte_tokenizer, oracle_reward_of_text
 from service.errors import DeadlineExceeded, Draining, EngineFailed, HttpError, Overloaded
 from service.metrics import Metrics
@@ -166,6 +167,31 @@ async def test_without_any_sibling_the_own_engine_computes_all() -> None:
 
     assert rewards(scored) == expected(pairs)
     assert here == 3
+
+
+async def test_a_sibling_that_vanishes_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sibling that never answers, and that Ray does not list any more, costs no answer."""
+    monkeypatch.setattr(scattering, "CHECK_S", 0.05)
+    never = asyncio.Event()
+
+    class Vanishing(Replicas):
+        async def loads(self) -> Sequence[ReplicaLoad]:
+            return [load for load in await super().loads() if load.name not in self.asked or load.name != "second"]
+
+        async def compute(self, name: str, shard: RequestShard) -> ShardResult:
+            if name == "second":
+                self.asked.add(name)
+                await never.wait()
+            return await super().compute(name, shard)
+
+    pairs = texts(200)
+    async with replicas() as all_:
+        all_.__class__ = Vanishing
+        scored = await all_.scorers["first"].score(request(pairs))
+        retried = all_.shards("retried")
+
+    assert rewards(scored) == expected(pairs)
+    assert retried == 1
 
 
 async def test_item_errors_come_back() -> None:
