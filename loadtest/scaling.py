@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from reward_client.errors import RewardServiceError
 from rich.table import Table
 
 from loadtest.console import report_console
@@ -25,7 +26,6 @@ from loadtest.scaling_plot import draw
 from loadtest.simulated_server import SimulatedServer, simulated_server
 from loadtest.wire import NATIVE
 from service.engines.oracle import oracle_reward_of_text
-from service.errors import RewardServiceError
 
 ITEM_BYTES = 128
 """Tokens of an item: the oracle's tokens are bytes."""

@@ -23,7 +23,7 @@ class SimulatedReplica(RewardReplica):
 
     async def __init__(self, tree: dict[str, Any]) -> None:  # type: ignore[misc]  # Ray awaits it
         self._oracle: dict[str, Any] = tree.pop(ORACLE, {})
-        await super().__init__(tree)  # type: ignore[misc]
+        await super().__init__(tree)
 
     def assemble(self, settings: Settings) -> ServedModel:
         """Assemble the oracle with the salt and the delay of the arguments."""

@@ -155,7 +155,7 @@ def deployment_of(replica: type[RewardReplica]) -> Any:
         health_check_timeout_s=30,
         graceful_shutdown_timeout_s=30,
         graceful_shutdown_wait_loop_s=0.2,
-        request_router_config=RequestRouterConfig(request_router_class=ShardRouter),  # type: ignore[arg-type]
+        request_router_config=RequestRouterConfig(request_router_class=ShardRouter),
     )(serve.ingress()(replica))
 
 

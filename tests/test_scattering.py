@@ -120,7 +120,7 @@ async def test_all_replicas_compute_one_request() -> None:
     assert all(
         outcome.group is not None and outcome.group.n == 4 for outcome in scored.outcomes if isinstance(outcome, Score)
     )
-    assert shards == (1, 2)
+    assert shards == (1.0, 2.0)
     assert counted == {"first": 200, "second": 0, "third": 0}
 
 

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from ray_cluster import RunningCluster, application, running_cluster
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 SECONDS_PER_TOKEN = 60e-6
 """Of the simulated forward pass; 16,667 tokens/s for each replica."""
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "oracle": {"seconds_per_token": SECONDS_PER_TOKEN},
     "batching": {"max_batch_tokens": 2048},
     "scatter": {"min_tokens": 4096},

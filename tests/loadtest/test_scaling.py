@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from reward_client.errors import RewardServiceError
 
 from loadtest.generator import LoadRun, Reply
 from loadtest.scaling import GROUP_SIZE, ITEM_BYTES, SHAPES, Measurement, check, items_of, table
@@ -13,7 +14,6 @@ from loadtest.scaling_plot import draw
 from loadtest.simulated_server import serve_config
 from loadtest.wire import NATIVE
 from service.engines.oracle import oracle_reward_of_text
-from service.errors import RewardServiceError
 from service.launch.serve_config import ServeConfig
 
 
