@@ -25,6 +25,13 @@ from service.launch.ray_environment import direct_loopback, ray_environment
 APPLICATION = "loadtest.simulated_app:build_app"
 READY_WITHIN_S = 600.0
 STOP_WITHIN_S = 20.0
+NOT_FOR_SERVE_RUN = (
+    "REPORTER_UPDATE_INTERVAL_MS",
+    "AUTOSCALER_UPDATE_INTERVAL_S",
+    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD",
+    "LOG_NAME_UPDATE_INTERVAL_S",
+)
+"""Variables of `ray_environment` that ``serve run`` needs as they are by default (docs/operations.md)."""
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -90,6 +97,8 @@ def simulated_server(replicas: int, *, seconds_per_token: float, max_batch_token
             folder, ports, write_token(folder), cores=os.cpu_count() or 1, deadline_s=600.0, drain_s=1.0
         )
         environment |= direct_loopback(os.environ) | {"RAY_TMPDIR": str(folder)}
+        for name in NOT_FOR_SERVE_RUN:
+            environment.pop(name)
         log = folder / "serve.log"
         with log.open("wb") as output:
             process = subprocess.Popen(  # noqa: S603 - a fixed command
