@@ -1,6 +1,6 @@
 """The Ray Serve application: one deployment that is both HTTP ingress and engine.
 
-The only module that imports Ray. It makes a replica of the model that ``assembly`` loads and the HTTP application of
+It makes a replica of the model that ``assembly`` loads and the HTTP application of
 ``http.routes``, collects metrics and monitors of all replicas, and is the process that ``reward-serve`` supervises.
 """
 
@@ -11,16 +11,18 @@ import json
 import os
 import re
 import sys
+import time
 from typing import Any, TextIO
 
 import ray
 from ray import serve
-from ray.serve.exceptions import RayServeException
-from ray.serve.handle import DeploymentHandle
+from ray.serve.config import RequestRouterConfig
 from starlette.types import ASGIApp
 
 from service.assembly import ServedModel, assemble
+from service.autoscaling import BUSY, QUEUE_S
 from service.diagnostics.monitors.monitor import MonitorView, merge_views
+from service.errors import HttpError, NotReady
 from service.http.access_log import AccessLog
 from service.http.open_requests import OpenRequests
 from service.http.routes import create_app
@@ -28,7 +30,10 @@ from service.launch.exposure import keys_for
 from service.launch.launch import Launch
 from service.launch.ray_failures import explain_failure, is_of_ray
 from service.metrics import merge_expositions
-from service.settings import read_settings
+from service.request_shard import RequestShard, ShardResult
+from service.settings import Settings, read_settings
+from service.shard_router import ShardRouter
+from service.sibling_replicas import LoadReport, SiblingReplicas
 
 APP_NAME = "reward"
 SCRAPE_TIMEOUT_S = 2.0
@@ -46,11 +51,19 @@ class RewardReplica:
         settings = read_settings(tree)
         self._api_keys = keys_for(settings.security)
         self._access_log = AccessLog(settings.log)
-        self._served: ServedModel = await asyncio.to_thread(assemble, settings)
-        await self._served.scorer.start()
+        self._served: ServedModel = await asyncio.to_thread(self.assemble, settings)
+        scorer = self._served.scorer
+        await scorer.start()
         self._open_requests = OpenRequests()
-        self._siblings: DeploymentHandle | None = None
         self._name = serve.get_replica_context().replica_tag
+        self._siblings = SiblingReplicas(self._served.build)
+        if settings.scatter.enabled:
+            scorer.scatter_over(self._siblings, settings.scatter, self._served.build)
+        self._stats_at, self._stats_busy_s = time.monotonic(), scorer.engine_busy_s
+
+    def assemble(self, settings: Settings) -> ServedModel:
+        """Load the model; called in a thread."""
+        return assemble(settings)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Return the HTTP application; Ray calls this once, after the constructor."""
@@ -76,6 +89,35 @@ class RewardReplica:
         """This replica's name and the state of its monitors, of all items or of one run."""
         return self._name, self._served.monitors.view(run_id)
 
+    async def load(self) -> LoadReport:
+        """What a sibling needs to know before it sends a shard."""
+        scorer = self._served.scorer
+        return LoadReport(self._name, self._served.build, scorer.queued_tokens, scorer.state == "ready")
+
+    async def compute_shard(self, shard: RequestShard, replica: str) -> ShardResult | HttpError:
+        """Compute a shard of a request that a sibling has received; errors are returned, as Ray wraps raised ones.
+
+        Args:
+            shard: as `Scorer.compute_shard`.
+            replica: the replica that was chosen; read by `ShardRouter`.
+        """
+        del replica
+        if shard.build != self._served.build:
+            return NotReady("This replica serves another model version, or runs other code.")
+        try:
+            return await self._served.scorer.compute_shard(shard)
+        except HttpError as error:
+            return error
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """The statistics that `QueuedTokensPolicy` reads; Ray calls this every few seconds where it scales."""
+        scorer, now = self._served.scorer, time.monotonic()
+        busy_s = scorer.engine_busy_s
+        elapsed_s = max(now - self._stats_at, 1e-3)
+        busy = (busy_s - self._stats_busy_s) / elapsed_s
+        self._stats_at, self._stats_busy_s = now, busy_s
+        return {QUEUE_S: float(scorer.queue_s), BUSY: min(1.0, max(0.0, busy))}
+
     async def drain(self, drain_s: float) -> None:
         """Refuse new requests, and return once the accepted ones are answered or after ``drain_s`` seconds."""
         await self._served.scorer.stop(drain_s)
@@ -96,17 +138,8 @@ class RewardReplica:
 
     async def _call_all(self, method: str, *arguments: Any) -> tuple[dict[str, Any], bool]:
         """Call a method of every replica; return the results by replica, and whether some are missing."""
-        if self._siblings is None:
-            context = serve.get_replica_context()
-            self._siblings = serve.get_deployment_handle(context.deployment, context.app_name)
-        try:
-            answers = await self._siblings.broadcast(method, *arguments).results_async(
-                timeout_s=SCRAPE_TIMEOUT_S, return_exceptions=True
-            )
-        except (TimeoutError, RayServeException):
-            return {}, True
-        by_replica = dict(answer for answer in answers if not isinstance(answer, BaseException))
-        return by_replica, len(by_replica) < len(answers)
+        results, incomplete = await self._siblings.call_all(method, *arguments, timeout_s=SCRAPE_TIMEOUT_S)
+        return dict(results), incomplete
 
     async def __del__(self) -> None:
         """Stop the engine thread and free the device; Ray calls it once, after the drain."""
@@ -114,16 +147,22 @@ class RewardReplica:
         self._access_log.close()
 
 
-deployment: Any = serve.deployment(
-    name="reward",
-    max_ongoing_requests=512,
-    # A checkpoint that is refused once is refused again, so the first refusal is reported and not retried.
-    max_constructor_retry_count=1,
-    health_check_period_s=10,
-    health_check_timeout_s=30,
-    graceful_shutdown_timeout_s=30,
-    graceful_shutdown_wait_loop_s=0.2,
-)(serve.ingress()(RewardReplica))
+def deployment_of(replica: type[RewardReplica]) -> Any:
+    """Make the deployment of a kind of replica."""
+    return serve.deployment(
+        name="reward",
+        max_ongoing_requests=512,
+        # A checkpoint that is refused once is refused again, so the first refusal is reported and not retried.
+        max_constructor_retry_count=1,
+        health_check_period_s=10,
+        health_check_timeout_s=30,
+        graceful_shutdown_timeout_s=30,
+        graceful_shutdown_wait_loop_s=0.2,
+        request_router_config=RequestRouterConfig(request_router_class=ShardRouter),
+    )(serve.ingress()(replica))
+
+
+deployment: Any = deployment_of(RewardReplica)
 
 
 def build_app(args: dict[str, Any]) -> serve.Application:

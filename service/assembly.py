@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from importlib.metadata import version as distribution_version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reward_client.provenance import Origin, read_origin
 
@@ -33,6 +33,9 @@ from service.scorer import Scorer
 from service.settings import ModelSettings, Settings, TokenizationSettings, name_as_given
 from service.steps import PLAIN_READING, StepReading
 from service.tokenization import Tokenization
+
+if TYPE_CHECKING:
+    from service.engines.oracle import OracleFaults
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +81,12 @@ class ServedModel:
     def origin(self) -> Origin | None:
         """What the model was initialised from, according to its manifest; None where it has none."""
         return read_origin(self.checkpoint.path) if self.checkpoint else None
+
+    @property
+    def build(self) -> str:
+        """Model version and code: replicas of one build give the same rewards and read each other's messages."""
+        code = f"{distribution_version('reward-service')}+{self.settings.code_revision}"
+        return f"{self.identity.version} {code}"
 
     def description(self) -> dict[str, Any]:
         """Return what is served and how, as JSON-ready values for ``/v1/model``."""
@@ -165,7 +174,7 @@ def assemble(
             fit the model or the machine.
     """
     if settings.model.engine == "oracle":
-        return _assemble_oracle(settings)
+        return assemble_oracle(settings)
     with ThreadPoolExecutor(1, thread_name_prefix="assemble") as loader:
         # OpenMP creates a team of threads for each thread that computes, and ends it with that thread. A team of the
         # loading thread in addition to the engine's would exceed the number of cores, and both would sleep between
@@ -243,11 +252,20 @@ def _refuse_settings_of_torch(settings: ModelSettings, folder: Path) -> None:
         )
 
 
-def _assemble_oracle(settings: Settings) -> ServedModel:
+def assemble_oracle(settings: Settings, *, salt: str = "", faults: OracleFaults | None = None) -> ServedModel:
+    """Assemble the parts that serve the oracle.
+
+    Args:
+        settings: all settings; those of checkpoints have no effect.
+        salt: of the rewards; the model version names it.
+        faults: faults and delays, for tests and simulations; None: none.
+    """
     from service.engines.oracle import OracleEngine, byte_tokenizer
 
     max_input_tokens = settings.model.max_input_tokens or ORACLE_INPUT_TOKENS
     engine = OracleEngine(
+        salt=salt,
+        faults=faults,
         max_input_tokens=max_input_tokens,
         max_batch_tokens=settings.batching.max_batch_tokens or ORACLE_BATCH_TOKENS,
     )
@@ -259,7 +277,7 @@ def _assemble_oracle(settings: Settings) -> ServedModel:
         vocab_size=len(tokenizer),
         step_reading=StepReading(max_steps=settings.limits.max_item_steps),
     )
-    identity = ModelIdentity(settings.model.name or "oracle", "oracle")
+    identity = ModelIdentity(settings.model.name or "oracle", f"oracle-{salt}" if salt else "oracle")
     return _join(settings, identity, None, tokenization, engine, without_calibration("The oracle has no states."))
 
 

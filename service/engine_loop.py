@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from service.errors import DeadlineExceeded, EngineUnavailable, InternalError, WarmUpFailed
 from service.pipeline import BatchOutcome, Pipeline, StartedBatch
-from service.request_state import RequestState
+from service.request_state import QueuedWork
 from service.scheduling.budget import BatchBudget
 from service.scheduling.flows import Entry
 from service.scoring_metrics import ScoringMetrics
@@ -35,7 +35,7 @@ class _InFlightBatch:
 
     entries: tuple[Entry, ...]
 
-    states: tuple[RequestState, ...]
+    states: tuple[QueuedWork, ...]
     """The request of each entry."""
 
     started: StartedBatch | None
@@ -87,6 +87,7 @@ class EngineLoop:
         # Like the budget these are written by the engine thread alone.
         self._busy_since: float | None = None
         self._busy_until = -math.inf
+        self._total_busy_s = 0.0
         metrics.set_budget(budget)
 
     @property
@@ -104,6 +105,11 @@ class EngineLoop:
         """Seconds for which the oldest batch in flight has been running; 0 when the engine is idle."""
         busy_since = self._busy_since
         return 0.0 if busy_since is None else self._clock() - busy_since
+
+    @property
+    def total_busy_s(self) -> float:
+        """Seconds for which batches have been running since the start."""
+        return self._total_busy_s + self.busy_s
 
     async def start(self, on_death: Callable[[], None]) -> None:
         """Start the thread and return when the engine is warm; called once, on the event loop that gets the outcomes.
@@ -168,7 +174,7 @@ class EngineLoop:
         begin = self._clock()
         self._busy_since = begin if self._busy_since is None else self._busy_since
         sequences = [entry.sequence for entry in entries]
-        levels = [state.request.diagnostics for state in taken.computed]
+        levels = [state.level for state in taken.computed]
         started = _guarded(len(entries), partial(self._pipeline.start, sequences, levels))
         return _InFlightBatch(entries, taken.computed, started, self._budget, begin)
 
@@ -179,6 +185,7 @@ class EngineLoop:
         end = self._clock()
         busy_s = end - max(batch.begin, self._busy_until)
         self._busy_until = end
+        self._total_busy_s += busy_s
         self._busy_since = end if in_flight else None
         lengths = batch.lengths
         self._queue.record_throughput(sum(lengths), busy_s)
@@ -252,6 +259,6 @@ def _resolve(batch: _InFlightBatch, outcome: BatchOutcome, engine_s: float) -> N
         state.resolve(entry.index, its_outcome, shared_tokens)
 
 
-def _expire(states: Sequence[RequestState]) -> None:
+def _expire(states: Sequence[QueuedWork]) -> None:
     for state in states:
         state.fail(DeadlineExceeded("The deadline passed in the queue."))

@@ -210,6 +210,16 @@ class Metrics:
             registry=registry,
         )
 
+        self.shards = Counter(
+            "rm_request_shards",
+            "Shards of large requests that this replica received: here (computed by its own engine), sibling (by "
+            "another replica), retried (a replica refused it, failed or died).",
+            ["outcome"],
+            registry=registry,
+        )
+        for outcome in ("here", "sibling", "retried"):
+            self.shards.labels(outcome=outcome)
+
     def _declare_health(self) -> None:
         registry = self.registry
         self.model = Info("rm_model", "The served model.", registry=registry)

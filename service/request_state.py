@@ -8,6 +8,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
+
+from reward_client.options import DiagnosticsLevel
 
 from service.diagnostics.item_state import ItemState, Outcome, outcomes_of
 from service.diagnostics.text import TextFacts
@@ -33,6 +36,32 @@ class ScoredRequest:
     timings: Timings
 
 
+class QueuedWork(Protocol):
+    """Work in the queue and its results so far: of a request, or of a shard of one."""
+
+    @property
+    def work(self) -> Work:
+        """What the engine computes."""
+        ...
+
+    @property
+    def level(self) -> DiagnosticsLevel:
+        """Decides whether hidden states are read."""
+        ...
+
+    def resolve(self, index: int, outcome: Outcome, shared_tokens: int) -> None:
+        """Record the outcome of one sequence of the work."""
+        ...
+
+    def record_batch(self, begin: float, engine_s: float) -> None:
+        """Record the times of a batch with sequences of the work."""
+        ...
+
+    def fail(self, error: HttpError) -> None:
+        """End all of the work with an error, unless it has ended."""
+        ...
+
+
 class RequestState:
     """An accepted request and its results so far.
 
@@ -48,6 +77,7 @@ class RequestState:
     ) -> None:
         self.request = request
         self.work = work
+        self.level = request.diagnostics
         self.computed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done when every item has its outcome from the engine, or with the error that ends the whole request."""
         self.items = [
@@ -102,6 +132,11 @@ class RequestState:
     def record_batch(self, begin: float, engine_s: float) -> None:
         """Record the times of a batch of this request; those of its last batch are the times of its slowest items."""
         self._queue_s, self._engine_s = begin - self._queued_at, engine_s
+
+    def record_times(self, queue_s: float, engine_s: float) -> None:
+        """Record the times of a shard; the request's are those of its slowest shard."""
+        if queue_s + engine_s >= self._queue_s + self._engine_s:
+            self._queue_s, self._engine_s = queue_s, engine_s
 
     def fail(self, error: HttpError) -> None:
         """End the whole request with an error, unless it has ended."""

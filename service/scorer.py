@@ -22,13 +22,16 @@ from service.errors import DeadlineExceeded, Draining, EngineUnavailable, HttpEr
 from service.metrics import Metrics
 from service.pipeline import Pipeline
 from service.records import Encoding, Item, ScoreRequest, TokenSequence
+from service.request_shard import RequestShard, ShardResult, ShardState
 from service.request_state import RequestState, ScoredRequest
 from service.request_weights import with_weights
+from service.scattering import Scatterer, ScatterRule, Siblings
 from service.scheduling.budget import BatchBudget
 from service.scheduling.queue import Queue
+from service.scheduling.scatter import num_tokens as tokens_of
 from service.scheduling.work import SMALL_REQUEST_ITEMS, Work, chunks_of, is_small_chunk, plan_work
 from service.scoring_metrics import ScoringMetrics
-from service.settings import BatchingSettings, LimitSettings
+from service.settings import BatchingSettings, LimitSettings, ScatterSettings
 from service.work_queue import WorkQueue
 
 State: TypeAlias = Literal["starting", "ready", "draining", "failed"]
@@ -104,6 +107,8 @@ class Scorer:
         self._all_answered.set()
         queue = Queue(limits.max_queue_tokens, info.min_shared_prefix_tokens, batch_tokens=budget.max_tokens)
         self._queue = WorkQueue(queue, clock)
+        self._scatterer: Scatterer | None = None
+        self._replica_metrics = metrics
         self._metrics = ScoringMetrics(metrics, info.outputs)
         self._metrics.read_queue(
             lambda: len(self._queue), lambda: self._queue.num_waiting_tokens, self._queue.oldest_wait_s
@@ -128,6 +133,17 @@ class Scorer:
         return self._queue.num_waiting_tokens
 
     @property
+    def queue_s(self) -> float:
+        """Seconds of engine time that wait in the queue, at the recent throughput; 0 until that is measured."""
+        tokens_per_s = self._queue.tokens_per_s
+        return self.queued_tokens / tokens_per_s if tokens_per_s else 0.0
+
+    @property
+    def engine_busy_s(self) -> float:
+        """Seconds for which the engine has been running batches since its start."""
+        return self._engine_loop.total_busy_s
+
+    @property
     def budget(self) -> BatchBudget:
         """The current budget of a pass; it shrinks when the device runs out of memory."""
         return self._engine_loop.budget
@@ -147,6 +163,25 @@ class Scorer:
         if self._state == "starting":
             self._enter("ready")
 
+    def scatter_over(self, siblings: Siblings, settings: ScatterSettings, build: str) -> None:
+        """Let the replicas of this application compute parts of large requests; called once, after `start`.
+
+        Args:
+            siblings: the other replicas.
+            settings: which requests are large.
+            build: model version and code of this replica; shards are exchanged between equal ones only.
+        """
+        min_tokens = settings.min_tokens or 2 * self.budget.max_tokens
+        shares_prefixes = self._pipeline.engine.info.min_shared_prefix_tokens is not None
+        self._scatterer = Scatterer(
+            siblings,
+            ScatterRule(build, min_tokens, shares_prefixes),
+            self._compute_here,
+            lambda: self.queued_tokens,
+            self._replica_metrics,
+            self._clock,
+        )
+
     async def stop(self, drain_s: float) -> None:
         """Accept no more requests, answer the accepted ones for up to ``drain_s``, then end the engine thread.
 
@@ -159,6 +194,8 @@ class Scorer:
                 await self._all_answered.wait()
         self._queue.close()
         self._queue.fail_all(_shut_down)
+        if self._scatterer is not None:
+            self._scatterer.fail_all(_shut_down)
         await self._engine_loop.join(ENGINE_STOP_S)
         self._threads.shutdown(wait=False)
 
@@ -291,16 +328,68 @@ class Scorer:
         encoded, work = await self._encode(request)
         queued = self._clock()
         state = RequestState(request, encoded, work, queued)
-        self._refuse_if_stopped()
-        self._queue.put(key, state, now=queued, deadline=deadline)
-        readings = self._read_texts(state)
-        await state.computed
+        scattered = await self._queue_or_scatter(key, state, queued, deadline)
+        try:
+            readings = self._read_texts(state)
+            await state.computed
+        finally:
+            if scattered is not None:
+                scattered.cancel()
         await self._complete(state, readings)
         scored = state.scored(tokenize_s=queued - begin, total_s=self._clock() - arrived)
         self._metrics.observe_request(scored, state.items)
         if self._monitors is not None:
             self._monitors.observe_request(state.items, request.run_id)
         return scored
+
+    async def _queue_or_scatter(
+        self, key: Hashable, state: RequestState, queued: float, deadline: float
+    ) -> asyncio.Task[None] | None:
+        """Put a request into the queue, or start to compute a large one on several replicas; return that task."""
+        scatterer, plan = self._scatterer, None
+        if scatterer is not None and scatterer.is_large(state.work):
+            siblings = await scatterer.siblings()
+            self._queue.cancel(key)  # the reservation, which is not a load that this request has to wait for
+            plan = scatterer.plan(state.work, siblings)
+        self._refuse_if_stopped()
+        if scatterer is None or plan is None:
+            self._queue.put(key, state, now=queued, deadline=deadline)
+            return None
+        return scatterer.start(state, plan, deadline)
+
+    async def _compute_here(self, work: Work, state: RequestState, deadline: float) -> ShardResult:
+        """Compute a part of an accepted request on the own engine."""
+        self._refuse_if_stopped()
+        return await self._compute(next(self._keys), ShardState(work, state.level, self._clock()), deadline)
+
+    async def compute_shard(self, shard: RequestShard) -> ShardResult:
+        """Compute a shard of a request that another replica has received.
+
+        It is neither a request nor an item of this replica: metrics count its batches only.
+
+        Raises:
+            HttpError: as `score`.
+            CancelledError: the other replica does not need it any more.
+        """
+        key, now = next(self._keys), self._clock()
+        deadline = now + min(shard.timeout_s, self._limits.deadline_s)
+        self._admit(key, tokens_of(shard.work), deadline)
+        self._accept(0)
+        try:
+            async with asyncio.timeout(deadline - now):
+                return await self._compute(key, ShardState(shard.work, shard.level, now), deadline)
+        except TimeoutError:
+            raise DeadlineExceeded("The deadline of the shard has passed.") from None
+        finally:
+            self._release(key, 0)
+
+    async def _compute(self, key: Hashable, state: ShardState, deadline: float) -> ShardResult:
+        self._queue.put(key, state, now=self._clock(), deadline=deadline)
+        try:
+            await state.computed
+        finally:
+            self._queue.cancel(key)
+        return state.result()
 
     async def _encode(self, request: ScoreRequest) -> tuple[list[TokenSequence | HttpError], Work]:
         encoded: list[TokenSequence | HttpError] = []

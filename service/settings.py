@@ -230,6 +230,20 @@ class BatchingSettings(Section):
     )
 
 
+class ScatterSettings(Section):
+    """How a large request is divided among the replicas of its application. One replica alone computes all itself."""
+
+    enabled: bool = Field(
+        True, description="Whether the replica that receives a large request lets other replicas compute parts of it."
+    )
+    min_tokens: int | None = Field(
+        None,
+        ge=2,
+        description="Tokens of a request from which on it is divided, so that each replica gets at least half as many; "
+        "null: twice the budget of a forward pass. Smaller requests are computed where they arrive.",
+    )
+
+
 class DiagnosticsSettings(Section):
     """What is reported about an item beside its reward."""
 
@@ -345,6 +359,7 @@ class Settings(Section):
     tokenization: TokenizationSettings = TokenizationSettings()
     limits: LimitSettings = LimitSettings()
     batching: BatchingSettings = BatchingSettings()
+    scatter: ScatterSettings = ScatterSettings()
     diagnostics: DiagnosticsSettings = DiagnosticsSettings()
     monitors: MonitorSettings = MonitorSettings()
     protocols: ProtocolSettings = ProtocolSettings()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 from service.errors import HttpError
-from service.request_state import RequestState
+from service.request_state import QueuedWork
 from service.scheduling.budget import BatchBudget
 from service.scheduling.flows import Entry
 from service.scheduling.packed_batch import NumCachedTokens
@@ -23,10 +23,10 @@ class TakenWork:
 
     batch: TakenBatch
 
-    computed: tuple[RequestState, ...]
+    computed: tuple[QueuedWork, ...]
     """The request of each entry to compute, in order."""
 
-    expired: tuple[RequestState, ...]
+    expired: tuple[QueuedWork, ...]
     """The request of each expired entry, in order."""
 
 
@@ -42,7 +42,7 @@ class WorkQueue:
         self._queue = queue
         self._clock = clock
         self._changed = threading.Condition()
-        self._requests: dict[Hashable, RequestState] = {}
+        self._requests: dict[Hashable, QueuedWork] = {}
         self._is_closed = False
 
     def __len__(self) -> int:
@@ -52,6 +52,11 @@ class WorkQueue:
     def num_waiting_tokens(self) -> int:
         """Tokens that wait for the engine; those of requests that are being tokenized are estimated."""
         return self._queue.num_waiting_tokens
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """The recent throughput of the engine; None until something was measured."""
+        return self._queue.tokens_per_s
 
     @property
     def is_closed(self) -> bool:
@@ -69,7 +74,7 @@ class WorkQueue:
         with self._changed:
             self._queue.admit(key, num_tokens, time_left_s=deadline - self._clock())
 
-    def put(self, key: Hashable, state: RequestState, *, now: float, deadline: float) -> None:
+    def put(self, key: Hashable, state: QueuedWork, *, now: float, deadline: float) -> None:
         """Put the work of a request into the queue and wake the engine thread.
 
         The caller makes sure that the queue is not closed: nobody would take the work.
@@ -122,5 +127,5 @@ class WorkQueue:
         for state in list(self._requests.values()):
             state.fail(error())
 
-    def _requests_of(self, entries: Sequence[Entry]) -> tuple[RequestState, ...]:
+    def _requests_of(self, entries: Sequence[Entry]) -> tuple[QueuedWork, ...]:
         return tuple(self._requests[entry.request] for entry in entries)

@@ -60,6 +60,11 @@ class Queue:
         return self._admission.num_reserved_tokens + self._flows.num_tokens
 
     @property
+    def tokens_per_s(self) -> float | None:
+        """The recent throughput of the engine; None until something was measured."""
+        return self._admission.throughput.tokens_per_s
+
+    @property
     def oldest_arrival(self) -> float | None:
         """Arrival of the waiting request that arrived first; None when nothing waits."""
         return self._flows.oldest_arrival

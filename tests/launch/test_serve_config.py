@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,38 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from service.autoscaling import QueuedTokensPolicy
 from service.errors import SettingsError
 from service.launch.ports import Ports
 from service.launch.ray_environment import ray_environment
+from service.launch.serve_config import (
+    POLICY,
+    Application,
+    AutoscalingConfig,
+    DeploymentConfig,
+    HttpOptions,
+    LoggingConfig,
+    Policy,
+    PolicyArguments,
+    RayActorOptions,
+    ServeConfig,
+    check_serve_config,
+    main,
+)
 from service.settings import read_settings
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # of Ray's own making, while it is imported
-    from ray.serve.schema import ServeDeploySchema
+    from ray.serve.config import AutoscalingConfig as RayAutoscalingConfig
+    from ray.serve.config import AutoscalingPolicy
+    from ray.serve.schema import (
+        DeploymentSchema,
+        HTTPOptionsSchema,
+        RayActorOptionsSchema,
+        ServeApplicationSchema,
+        ServeDeploySchema,
+    )
+    from ray.serve.schema import LoggingConfig as RayLoggingConfig
 
     from service.app import APP_NAME, build_app, deployment
 
@@ -30,33 +55,111 @@ def config() -> Any:
     return yaml.safe_load((ROOT / "serve_config.yaml").read_text())
 
 
-def unknown_keys(tree: Any, model: BaseModel, path: str = "") -> Iterator[str]:
-    """Keys of the tree for which the parsed model has no field, in nested models too."""
-    for key, value in tree.items():
-        if key not in type(model).model_fields:
-            yield f"{path}/{key}"
-            continue
-        parsed = getattr(model, key)
-        if isinstance(parsed, BaseModel):
-            yield from unknown_keys(value, parsed, f"{path}/{key}")
-        elif isinstance(parsed, list):
-            for index, (entry, part) in enumerate(zip(value, parsed, strict=True)):
-                if isinstance(part, BaseModel):
-                    yield from unknown_keys(entry, part, f"{path}/{key}/{index}")
+def deployment_of(config: dict[str, Any]) -> dict[str, Any]:
+    deployment: dict[str, Any] = config["applications"][0]["deployments"][0]
+    return deployment
 
 
-def test_every_key_is_known(config: dict[str, Any]) -> None:
-    """The file has no key that Ray would silently ignore."""
-    assert list(unknown_keys(config, ServeDeploySchema.model_validate(config))) == []
+def test_the_file_is_valid(config: dict[str, Any]) -> None:
+    """The file has no key that Ray would silently ignore, and its parts agree."""
+    check_serve_config(config)
 
 
-def test_the_search_for_unknown_keys_finds_one(config: dict[str, Any]) -> None:
-    """A misspelt nested key, which Ray's own schema accepts, is found."""
-    config["applications"][0]["deployments"][0]["num_replica"] = 3
+AUTOSCALING = {
+    "min_replicas": 1,
+    "max_replicas": 8,
+    "policy": {"policy_function": POLICY, "policy_kwargs": {"target_queue_s": 1.5}},
+}
 
-    assert list(unknown_keys(config, ServeDeploySchema.model_validate(config))) == [
-        "/applications/0/deployments/0/num_replica"
-    ]
+
+def with_autoscaling(config: dict[str, Any], **changes: Any) -> None:
+    del deployment_of(config)["num_replicas"]
+    deployment_of(config)["autoscaling_config"] = AUTOSCALING | changes
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(proxy_locations="EveryNode"), "proxy_locations is not a key .did you mean proxy_location"),
+        (lambda c: c["http_options"].pop("host"), "http_options/host: Field required"),
+        (lambda c: deployment_of(c).update(num_replica=3), "deployments/0/num_replica is not a key .*num_replicas"),
+        (lambda c: deployment_of(c)["ray_actor_options"].update(num_gpu=1), "num_gpu is not a key .*num_gpus"),
+        (lambda c: deployment_of(c)["ray_actor_options"].update(num_gpus=1.5), "num_gpus must be a whole number"),
+        (lambda c: deployment_of(c).update(max_ongoing_requests=5), "max_ongoing_requests: .*32"),
+        (lambda c: deployment_of(c).update(graceful_shutdown_timeout_s=60), "must be above limits.deadline_s"),
+        (lambda c: deployment_of(c).update(autoscaling_config=AUTOSCALING), "num_replicas or autoscaling_config"),
+        (lambda c: with_autoscaling(c, max_replica=3), "max_replica is not a key"),
+        (lambda c: with_autoscaling(c, min_replicas=9), "needs min_replicas <= initial_replicas <= max_replicas"),
+        (lambda c: with_autoscaling(c, policy={"policy_function": "mine:policy"}), "policy_function"),
+        (lambda c: c["applications"][0]["args"].update(limit={}), "limit: is not a setting .did you mean limits"),
+        (lambda c: c["applications"][0]["args"].update(model={"device": "cuda"}), "num_gpus is 0"),
+        (lambda c: c["applications"].append(c["applications"][0]), "Several applications have the name reward"),
+        (lambda c: c["applications"][0].update(import_path="service.app:deployment"), "import_path must be"),
+    ],
+)
+def test_mistakes_are_named(config: dict[str, Any], change: Callable[[dict[str, Any]], object], message: str) -> None:
+    """Each mistake, most of which Ray accepts silently, is refused by a sentence that names it."""
+    change(config)
+
+    with pytest.raises(SettingsError, match=message):
+        check_serve_config(config)
+
+
+@pytest.mark.parametrize("num_gpus", [0, 0.25, 0.5, 1, 2])
+def test_gpus_of_a_replica(config: dict[str, Any], num_gpus: float) -> None:
+    """A replica may take a fraction of a GPU, one, or several."""
+    deployment_of(config)["ray_actor_options"]["num_gpus"] = num_gpus
+
+    check_serve_config(config)
+
+
+def test_several_applications(config: dict[str, Any]) -> None:
+    """Several models, each under a route prefix of its own, with autoscaling, are one valid file."""
+    with_autoscaling(config)
+    config["applications"].append(config["applications"][0] | {"name": "other", "route_prefix": "/other"})
+
+    checked, settings = check_serve_config(config)
+
+    assert [application.route_prefix for application in checked.applications] == ["/", "/other"]
+    assert len(settings) == 2
+
+
+RAY_MODELS = {
+    ServeConfig: ServeDeploySchema,
+    HttpOptions: HTTPOptionsSchema,
+    Application: ServeApplicationSchema,
+    DeploymentConfig: DeploymentSchema,
+    RayActorOptions: RayActorOptionsSchema,
+    AutoscalingConfig: RayAutoscalingConfig,
+    Policy: AutoscalingPolicy,
+    LoggingConfig: RayLoggingConfig,
+}
+
+
+@pytest.mark.parametrize("model", RAY_MODELS)
+def test_every_key_is_rays(model: type[BaseModel]) -> None:
+    """The strict schema allows no key that Ray does not know."""
+    assert model.model_fields.keys() <= RAY_MODELS[model].model_fields.keys()
+
+
+def test_the_policy_takes_its_arguments() -> None:
+    """Names and defaults in the schema are those of the policy."""
+    parameters = inspect.signature(QueuedTokensPolicy).parameters
+
+    assert {name: parameter.default for name, parameter in parameters.items()} == PolicyArguments().model_dump()
+    assert f"{QueuedTokensPolicy.__module__}:{QueuedTokensPolicy.__name__}" == POLICY
+
+
+def test_the_command_checks_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command prints the applications of a valid file, and what is wrong with another one."""
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("applications: []")
+
+    assert main([str(ROOT / "serve_config.yaml")]) == 0
+    assert main([str(bad)]) == 1
+    assert main([str(tmp_path / "none.yaml")]) == 1
+    assert main([]) == 2
+    assert capsys.readouterr().out == "reward at /\n"
 
 
 def test_arguments_are_settings(config: dict[str, Any]) -> None:

@@ -1,0 +1,155 @@
+"""Starts the simulated application with any number of replicas behind HAProxy, by Ray's own command ``serve run``."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from service.errors import ServerStartError
+from service.launch.ports import reserved_block
+from service.launch.private_folder import private_folder, write_token
+from service.launch.ray_environment import direct_loopback, ray_environment
+
+APPLICATION = "loadtest.simulated_app:build_app"
+READY_WITHIN_S = 600.0
+STOP_WITHIN_S = 20.0
+NOT_FOR_SERVE_RUN = (
+    "REPORTER_UPDATE_INTERVAL_MS",
+    "AUTOSCALER_UPDATE_INTERVAL_S",
+    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD",
+    "LOG_NAME_UPDATE_INTERVAL_S",
+)
+"""Variables of `ray_environment` that ``serve run`` needs as they are by default (docs/operations.md)."""
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def serve_config(port: int, replicas: int, seconds_per_token: float, max_batch_tokens: int) -> dict[str, Any]:
+    """Return the Serve configuration of a simulation."""
+    return {
+        "http_options": {"host": "127.0.0.1", "port": port},
+        "logging_config": {"enable_access_log": False},
+        "applications": [{
+            "name": "reward",
+            "route_prefix": "/",
+            "import_path": APPLICATION,
+            "args": {
+                "model": {"engine": "oracle"},
+                "oracle": {"seconds_per_token": seconds_per_token},
+                "batching": {"max_batch_tokens": max_batch_tokens},
+                "log": os.devnull,
+            },
+            "deployments": [{
+                "name": "reward",
+                "num_replicas": replicas,
+                # A sleep needs no core; Ray only counts them.
+                "ray_actor_options": {"num_cpus": 0.01},
+            }],
+        }],
+    }  # fmt: skip
+
+
+class SimulatedServer:
+    """A running simulation.
+
+    Args:
+        url: of its HTTP interface.
+        process: that started it.
+    """
+
+    def __init__(self, url: str, process: psutil.Process) -> None:
+        self.url = url
+        self._process = process
+
+    def cpu_s(self) -> Mapping[str, float]:
+        """Return the CPU seconds so far by part: ``replicas``, ``proxy`` and ``ray`` (everything else)."""
+        spent: defaultdict[str, float] = defaultdict(float)
+        for process in self._process.children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                times = process.cpu_times()
+                spent[_part_of(" ".join(process.cmdline()))] += times.user + times.system
+        return spent
+
+
+@contextlib.contextmanager
+def simulated_server(replicas: int, *, seconds_per_token: float, max_batch_tokens: int) -> Iterator[SimulatedServer]:
+    """Run the simulation with so many replicas until the block ends.
+
+    Raises:
+        ServerStartError: it ended before it was ready, or was not ready in time.
+    """
+    with private_folder() as folder, reserved_block(port := _free_port(), replicas) as (ports, owners):
+        file = folder / "serve_config.yaml"
+        config = serve_config(port, replicas, seconds_per_token, max_batch_tokens)
+        file.write_text(yaml.safe_dump(config), encoding="utf-8")
+        environment = ray_environment(
+            folder, ports, write_token(folder), cores=os.cpu_count() or 1, deadline_s=600.0, drain_s=1.0
+        )
+        environment |= direct_loopback(os.environ) | {"RAY_TMPDIR": str(folder)}
+        for name in NOT_FOR_SERVE_RUN:
+            environment.pop(name)
+        log = folder / "serve.log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(  # noqa: S603 - a fixed command
+                [str(Path(sys.executable).parent / "serve"), "run", str(file)],
+                env={**os.environ, **environment},
+                stdout=output,
+                stderr=output,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                pass_fds=owners,
+            )
+        try:
+            _await_all(process, port, replicas, log)
+            yield SimulatedServer(f"http://127.0.0.1:{port}", psutil.Process(process.pid))
+        finally:
+            _stop(process)
+
+
+def _await_all(process: subprocess.Popen[bytes], port: int, replicas: int, log: Path) -> None:
+    """Return once the metrics of all replicas can be read through the proxy."""
+    give_up_at = time.monotonic() + READY_WITHIN_S
+    while time.monotonic() < give_up_at:
+        if process.poll() is not None:
+            raise ServerStartError(f"serve run ended with status {process.returncode}: {log.read_text()[-2000:]}")
+        with contextlib.suppress(OSError), _DIRECT.open(f"http://127.0.0.1:{port}/metrics", timeout=10.0) as answer:
+            if answer.read().decode().count("\nrm_ready{") == replicas:
+                return
+        time.sleep(0.5)
+    raise ServerStartError(f"{replicas} replicas were not ready within {READY_WITHIN_S:.0f} s.")
+
+
+def _part_of(command: str) -> str:
+    if "ServeReplica" in command:
+        return "replicas"
+    return "proxy" if "haproxy" in command.lower() or "ProxyActor" in command else "ray"
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the command and all processes that it has started."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_WITHIN_S)
+        for relative in [*family, psutil.Process(process.pid)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                relative.kill()
+    process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,130 @@
+"""Four replicas on four Ray nodes of this machine, with an oracle whose passes take as long as a model's."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray_cluster import RunningCluster, application, running_cluster
+from reward_client import AsyncRewardClient, ChunkLimits, RewardClient
+from serving import eventually
+
+from service.engines.oracle import oracle_reward_of_text
+
+pytestmark = pytest.mark.slow
+
+SECONDS_PER_TOKEN = 60e-6
+"""Of the simulated forward pass; 16,667 tokens/s for each replica."""
+SETTINGS: dict[str, Any] = {
+    "oracle": {"seconds_per_token": SECONDS_PER_TOKEN},
+    "batching": {"max_batch_tokens": 2048},
+    "scatter": {"min_tokens": 4096},
+}
+GROUP_SIZE = 8
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster]:
+    """The same application with one replica and with four, which have a node each."""
+    applications = (application("one", 1, **SETTINGS), application("four", 4, **SETTINGS))
+    with running_cluster(tmp_path_factory.mktemp("cluster"), *applications, nodes=4) as running:
+        yield running
+
+
+@pytest.fixture
+def losing_cluster(tmp_path: Path) -> Iterator[RunningCluster]:
+    """A cluster of its own for the test that takes a node from it, since tests may run in any order."""
+    with running_cluster(tmp_path, application("four", 4, **SETTINGS), nodes=4) as running:
+        yield running
+
+
+def texts(num_items: int, label: str, words: int = 8) -> tuple[list[str], list[str]]:
+    """Prompts and completions in groups of eight; no two calls with different labels share one."""
+    prompts = [f"{label}: question {number // GROUP_SIZE:06d}? " for number in range(num_items)]
+    return prompts, [f"answer {number:06d} " + "word " * (words + number % 17) for number in range(num_items)]
+
+
+def expected(prompts: list[str], completions: list[str]) -> list[float]:
+    return [oracle_reward_of_text(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+
+
+def seconds_of_one_request(url: str, label: str) -> float:
+    """Time one request of 1,024 items and check its rewards."""
+    prompts, completions = texts(1024, label)
+    with RewardClient(url, deadline_s=120, chunks=ChunkLimits(max_items=2048)) as client:
+        begin = time.perf_counter()
+        rewards = client.score(prompts, completions)
+        seconds = time.perf_counter() - begin
+    assert rewards == expected(prompts, completions)
+    return seconds
+
+
+def test_one_large_request(cluster: RunningCluster) -> None:
+    """One request of 1,024 items finishes at least 3.5 times as fast on four replicas as on one, every reward right."""
+    seconds_of_one_request(f"{cluster.url}/four", "warm-up")
+    one = min(seconds_of_one_request(f"{cluster.url}/one", f"one {run}") for run in range(2))
+    four = min(seconds_of_one_request(f"{cluster.url}/four", f"four {run}") for run in range(4))
+
+    print(f"1,024 items: one replica {one:.2f} s, four replicas {four:.2f} s: {one / four:.2f}x")
+    assert one / four >= 3.5
+
+
+async def items_per_s(url: str, label: str, seconds: float) -> float:
+    """Score groups of eight from 48 callers for so many seconds; return the items answered per second."""
+    answered = 0
+    begin = time.perf_counter() + 1.0  # the first second is not counted
+    numbers = itertools.count()
+
+    async def work(client: AsyncRewardClient) -> None:
+        nonlocal answered
+        while time.perf_counter() < begin + seconds:
+            # Long texts: the processor time of a request must stay small beside its simulated forward pass.
+            prompts, completions = texts(GROUP_SIZE, f"{label} {next(numbers)}", words=40)
+            rewards = await client.score(prompts, completions)
+            assert rewards == expected(prompts, completions)
+            if begin <= time.perf_counter() <= begin + seconds:
+                answered += len(rewards)
+
+    async with AsyncRewardClient(url, deadline_s=120, max_connections=48) as client:
+        await asyncio.gather(*(work(client) for _ in range(48)))
+    return answered / seconds
+
+
+async def test_independent_load(cluster: RunningCluster) -> None:
+    """Independent small requests are answered at least 3.7 times as fast by four replicas as by one."""
+    one = await items_per_s(f"{cluster.url}/one", "load one", 8.0)
+    four = await items_per_s(f"{cluster.url}/four", "load four", 8.0)
+
+    print(f"groups of 8: one replica {one:.0f} items/s, four replicas {four:.0f} items/s: {four / one:.2f}x")
+    assert four / one >= 3.7
+
+
+async def test_a_node_is_killed_under_load(losing_cluster: RunningCluster) -> None:
+    """A node that dies while large and small requests run costs no answer: each one comes once, and is right."""
+    url = f"{losing_cluster.url}/four"
+    killed = asyncio.Event()
+
+    async def work(client: AsyncRewardClient, size: int, caller: int) -> int:
+        calls = after = 0
+        while after < 2:
+            after += killed.is_set()
+            prompts, completions = texts(size, f"kill {caller} {calls}")
+            assert await client.score(prompts, completions) == expected(prompts, completions)
+            calls += 1
+        return calls * size
+
+    async with AsyncRewardClient(url, deadline_s=120, max_connections=32, chunks=ChunkLimits(max_items=2048)) as client:
+        callers = [asyncio.create_task(work(client, size, number)) for number, size in enumerate([512] * 2 + [8] * 14)]
+        await asyncio.sleep(3)
+        await asyncio.to_thread(losing_cluster.kill_node, 3)
+        await asyncio.sleep(1)
+        killed.set()
+        num_items = sum(await asyncio.gather(*callers))
+
+    print(f"{num_items} items from 16 callers, a node killed meanwhile: all rewards right")
+    assert await asyncio.to_thread(eventually, lambda: "kill 3\n" in losing_cluster.messages.read_text(), 30)
