@@ -102,6 +102,13 @@ def validate_weights(
             f"transformers cannot build the {config.model_type} classifier that {path / CONFIG_FILE} describes "
             f"({type(error).__name__}): check its values; if they are right, the architecture is not supported."
         ) from error
+    _validate_fit(path, config, tensors, description, fit)
+    return fit
+
+
+def _validate_fit(
+    path: Path, config: Any, tensors: Mapping[str, TensorInfo], description: RewardDescription | None, fit: Fit
+) -> None:
     if is_described(description) and fit.missing_head:
         raise CheckpointError(
             f"{path / DESCRIPTION_FILE} describes a head on the state of one token, but {fit.architecture} pools in "
@@ -124,7 +131,6 @@ def validate_weights(
             f"The weights of {path} do not match its {CONFIG_FILE}: {name} is stored as {list(stored)}, but the config "
             f"requires {list(required)}; take both from the same model."
         )
-    return fit
 
 
 def _validate_one_label(path: Path, config: Any, fit: Fit) -> None:
