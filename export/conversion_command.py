@@ -17,7 +17,7 @@ from service.outputs import check_output_folder
 from service.records import Activation
 
 if TYPE_CHECKING:
-    from export.convert import Conversion
+    from export.conversion import Conversion
     from export.token_logits import TokenLogits
     from service.checkpoints.reward_description import Combination
 

@@ -10,36 +10,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
-from safetensors.torch import load_file, save_file
 
+from export.adapter_conversion import convert_adapter, refuse_adapter
+from export.conversion import Conversion
 from export.conversion_options import ConversionOptions
 from export.converted_head import ConvertedHead, head_module, layered_head
+from export.copied_tokenizer import copy_tokenizer, fallback_pad_token, text_notes, write_chat_template
 from export.ensemble import ensemble_of, heads_in_file, require_equal_bodies
 from export.gated_layouts import GateOptions, gated_head, is_gated
 from export.layouts import find_head
-from export.process_layouts import (
-    ProcessLayout,
-    label_token_ids,
-    process_layout_of,
-    step_rule,
-    with_step_outputs,
-)
+from export.process_layouts import ProcessLayout, label_token_ids, process_layout_of, step_rule, with_step_outputs
 from export.stored_model import StoredModel, has_one_label, read_model
 from export.token_logits import TokenLogits, token_logits_head
-from service.checkpoints.adapter import ADAPTER_WEIGHTS_FILE, is_adapter, merge_adapter
+from service.checkpoints.adapter import is_adapter
 from service.checkpoints.architecture import Fit, fit_classifier
 from service.checkpoints.checkpoint import open_checkpoint
 from service.checkpoints.described_heads import LayeredHead, LinearLayer
-from service.checkpoints.files import ADAPTER_CONFIG_FILE, CONVERSION_FILE, TOKENIZER_FILE
+from service.checkpoints.files import CONVERSION_FILE
 from service.checkpoints.head_validation import validate_head
 from service.checkpoints.reward_description import (
     ClassifierHead,
@@ -47,7 +39,6 @@ from service.checkpoints.reward_description import (
     Provenance,
     RewardDescription,
     TextRule,
-    read_description,
     write_description,
 )
 from service.checkpoints.validation import DECODER_HEAD, describe_names, unplaced_message
@@ -57,39 +48,9 @@ from service.outputs import new_folder
 from service.settings import ModelSettings
 from service.transformers_logging import transformers_silenced
 
-CHAT_TEMPLATE_FILE = "chat_template.jinja"
 SEPARATE_HEAD = Path(VALUE_HEAD_FILE).stem
-TOKENIZER_FILES = (
-    "tokenizer*.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.*",
-    "vocab.*",
-    "merges.txt",
-)
 NORMALIZER_PREFIX = "normalizer."
 """Prefix of the running mean and variance that Beaver stores; the service gives rewards without normalisation."""
-
-
-@dataclass(frozen=True, slots=True)
-class Conversion:
-    """What a conversion changed; written into the result as ``conversion.json``."""
-
-    source: str
-    """The folder that was converted."""
-
-    origin: str
-    """The layout that was recognised, or the library that wrote it."""
-
-    head: tuple[str, ...]
-    """The tensors that became the head; empty where the head had the classifier's name already."""
-
-    dropped_bias: float
-    """The constant by which served rewards are lower than those of training."""
-
-    notes: tuple[str, ...]
-    """Sentences on differences between training and serving."""
 
 
 def convert(source: Path, out: Path, *, overwrite: bool = False, **options: Any) -> Conversion:
@@ -112,8 +73,8 @@ def convert(source: Path, out: Path, *, overwrite: bool = False, **options: Any)
     chosen = ConversionOptions(**options)
     with new_folder(out, overwrite=overwrite, marker=CONVERSION_FILE) as unfinished:
         if is_adapter(source):
-            _refuse_adapter(source, chosen)
-            conversion = _convert_adapter(source, unfinished, chosen.base, drop_bias=chosen.drop_bias)
+            refuse_adapter(source, chosen)
+            conversion = convert_adapter(source, unfinished, chosen.base, drop_bias=chosen.drop_bias)
         else:
             conversion = _convert_model(read_model(source, allow_pickle=chosen.allow_pickle), unfinished, chosen)
         notes = _validate(unfinished, out)
@@ -121,13 +82,6 @@ def convert(source: Path, out: Path, *, overwrite: bool = False, **options: Any)
         manifest = json.dumps(dataclasses.asdict(conversion), indent=2)
         (unfinished / CONVERSION_FILE).write_text(manifest + "\n", encoding="utf-8")
     return conversion
-
-
-def _refuse_adapter(source: Path, options: ConversionOptions) -> None:
-    if options.members or options.token_logits is not None or options.outputs:
-        raise CheckpointError(
-            f"{source} is an adapter, which is merged with its own head alone: convert it first, and then the result."
-        )
 
 
 def _validate(unfinished: Path, out: Path) -> tuple[str, ...]:
@@ -139,39 +93,6 @@ def _validate(unfinished: Path, out: Path) -> tuple[str, ...]:
         raise CheckpointError(f"Nothing was written, since the result would be refused: {refusal}") from error
 
 
-def _convert_adapter(source: Path, unfinished: Path, base: Path | None, *, drop_bias: bool) -> Conversion:
-    if not (source / VALUE_HEAD_FILE).is_file():
-        merge_adapter(source, unfinished, base)
-        if read_description(unfinished) is None:
-            write_description(unfinished, RewardDescription(ClassifierHead(), source=Provenance("PEFT")))
-        return Conversion(str(source), "PEFT", (), 0.0, ())
-    tensors = load_file(source / VALUE_HEAD_FILE)
-    weights = [name for name in tensors if name.endswith("weight")]
-    if len(weights) != 1:
-        raise CheckpointError(
-            f"{source / VALUE_HEAD_FILE} does not hold one head: exactly one tensor name must end in weight."
-        )
-    bias = tensors.get(weights[0].removesuffix("weight") + "bias")
-    dropped = _dropped_bias(source, bias, drop_bias=drop_bias)
-    with tempfile.TemporaryDirectory() as work_dir:
-        merge_adapter(_put_head_into_adapter(source, Path(work_dir), tensors[weights[0]]), unfinished, base)
-    write_description(
-        unfinished, RewardDescription(ClassifierHead(), pooling="last", source=Provenance("LLaMA-Factory"))
-    )
-    return Conversion(str(source), "LLaMA-Factory", (weights[0],), dropped, ())
-
-
-def _put_head_into_adapter(source: Path, work_dir: Path, head: Any) -> Path:
-    """Write a copy of the adapter that holds the head as PEFT would have saved it with the task type SEQ_CLS."""
-    shutil.copytree(source, work_dir, dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoint-*", "*.bin"))
-    config = json.loads((source / ADAPTER_CONFIG_FILE).read_bytes())
-    config |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
-    (work_dir / ADAPTER_CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
-    weights = load_file(source / ADAPTER_WEIGHTS_FILE) | {"base_model.model.score.weight": head}
-    save_file(weights, work_dir / ADAPTER_WEIGHTS_FILE, {"format": "pt"})
-    return work_dir
-
-
 def _convert_model(stored: StoredModel, unfinished: Path, options: ConversionOptions) -> Conversion:
     source, config = stored.source, stored.config
     _refuse_mean_pooling(stored)
@@ -179,10 +100,10 @@ def _convert_model(stored: StoredModel, unfinished: Path, options: ConversionOpt
     found = _find_head(stored, options) if process is None else _process_head(stored, options, process)
     if found is None and not stored.is_pickled and not stored.is_renamed and has_one_label(source):
         raise CheckpointError(f"{source} is already a plain scalar-head checkpoint: serve it as it is.")
-    _copy_tokenizer(source, unfinished, options.chat_template)
+    copy_tokenizer(source, unfinished, options.chat_template)
     if process is not None and process.chat_template and options.chat_template is None:
-        _write_chat_template(unfinished, process.chat_template)
-    pad_token_id, pad_notes = _fallback_pad_token(config, unfinished)
+        write_chat_template(unfinished, process.chat_template)
+    pad_token_id, pad_notes = fallback_pad_token(config, unfinished)
     config.get_text_config().pad_token_id = pad_token_id
     layer = None if found is None else found.linear
     bias = (
@@ -200,7 +121,7 @@ def _convert_model(stored: StoredModel, unfinished: Path, options: ConversionOpt
         origin=found.layout if found else "transformers",
         head=found.sources if found else (),
         dropped_bias=bias if bias and options.drop_bias else 0.0,
-        notes=(*stored.notes, *pad_notes, *_text_notes(found, unfinished), *(found.notes if found else ())),
+        notes=(*stored.notes, *pad_notes, *text_notes(found, unfinished), *(found.notes if found else ())),
     )
 
 
@@ -322,60 +243,6 @@ def _description(
         text=TextRule(append_token_ids=() if append is None else (int(append),)),
         source=Provenance(found.layout if found else "transformers", stored.architecture),
     )
-
-
-def _text_notes(found: ConvertedHead | None, folder: Path) -> Sequence[str]:
-    """Report the text of training where the tokenizer has no chat template that would write it."""
-    from transformers import AutoTokenizer
-
-    if found is None or not found.text or not (folder / TOKENIZER_FILE).is_file():
-        return ()
-    if AutoTokenizer.from_pretrained(folder, trust_remote_code=False).chat_template:
-        return ()
-    return (f"{found.text}: give the tokenizer such a chat template, or send texts of this form.",)
-
-
-def _dropped_bias(source: Path, bias: Any | None, *, drop_bias: bool) -> float:
-    constant = 0.0 if bias is None else float(bias.flatten()[0])
-    if constant and not drop_bias:
-        raise CheckpointError(
-            f"The value head of {source} has a bias of {constant:.6g}, and transformers' classifier has none: "
-            "pass --drop-bias if all rewards may shift by this constant (comparisons stay the same)."
-        )
-    return constant
-
-
-def _copy_tokenizer(source: Path, unfinished: Path, chat_template: Path | None) -> None:
-    """Copy the tokenizer's files byte for byte, because saving it again could change its token ids.
-
-    A chat template from the user takes the place of the source's.
-    """
-    for pattern in TOKENIZER_FILES:
-        for file in source.glob(pattern):
-            shutil.copy(file, unfinished)
-    if chat_template is not None:
-        for file in unfinished.glob("chat_template.*"):
-            file.unlink()
-        shutil.copy(chat_template, unfinished / CHAT_TEMPLATE_FILE)
-
-
-def _write_chat_template(folder: Path, template: str) -> None:
-    for file in folder.glob("chat_template.*"):
-        file.unlink()
-    (folder / CHAT_TEMPLATE_FILE).write_text(template, encoding="utf-8")
-
-
-def _fallback_pad_token(config: Any, folder: Path) -> tuple[int | None, Sequence[str]]:
-    """Return the pad token that trainers use where the config has none, and the note that reports it."""
-    from transformers import AutoTokenizer
-
-    stored = config.get_text_config().pad_token_id
-    if stored is not None or not (folder / TOKENIZER_FILE).is_file():
-        return stored, ()
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    fallback = "tokenizer's pad token" if tokenizer.pad_token_id is not None else "EOS token, as TRL does"
-    pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return pad_token_id, (f"The config had no pad token; it is now {pad_token_id}, the {fallback}.",)
 
 
 def _save(stored: StoredModel, unfinished: Path, found: ConvertedHead | None, *, is_plain: bool) -> None:

@@ -17,7 +17,7 @@ from service.checkpoints.architecture import Fit, fit_classifier, has_classifier
 from service.checkpoints.configuration import read_config
 from service.checkpoints.files import CONFIG_FILE
 from service.checkpoints.quantized_weights import find_quantized
-from service.checkpoints.validation import load_tokenizer
+from service.checkpoints.tokenizer_validation import load_tokenizer
 from service.checkpoints.weights import (
     VALUE_HEAD_FILE,
     TensorInfo,

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias, Union, get_args, get_origin, get_type_hints
 from reward_client.options import DiagnosticsLevel
 
 from scoring.blocks import InputRow, RowError
-from service.protocols.native import BASIC_DIAGNOSTICS, FULL_DIAGNOSTICS
+from service.protocols.native_answers import BASIC_DIAGNOSTICS, FULL_DIAGNOSTICS
 from service.records import Score
 
 Answer: TypeAlias = Mapping[str, Any] | RowError

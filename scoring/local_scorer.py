@@ -23,7 +23,7 @@ from service.assembly import ServedModel, assemble
 from service.diagnostics.item_state import ItemState, Outcome
 from service.errors import HttpError, ItemTooLong
 from service.offline import encode_items, score_offline
-from service.protocols.native import diagnostics_of
+from service.protocols.native_answers import diagnostics_of
 from service.records import Encoding, TokenSequence
 from service.settings import Settings
 

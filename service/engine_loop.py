@@ -22,6 +22,7 @@ from service.request_state import QueuedWork
 from service.scheduling.budget import BatchBudget
 from service.scheduling.flows import Entry
 from service.scoring_metrics import ScoringMetrics
+from service.warm_up import warm_up
 from service.work_queue import TakenWork, WorkQueue
 
 logger = logging.getLogger(__name__)
@@ -144,9 +145,9 @@ class EngineLoop:
             self._call_event_loop(self._die, error)
 
     def _warm_up(self) -> None:
-        warm_up = self._pipeline.warm_up(self._budget, self._sample_token_ids)
-        self._queue.record_throughput(warm_up.num_tokens, warm_up.seconds)
-        self._set_budget(warm_up.budget)
+        done = warm_up(self._pipeline.engine, self._budget, self._sample_token_ids)
+        self._queue.record_throughput(done.num_tokens, done.seconds)
+        self._set_budget(done.budget)
 
     def _serve(self) -> None:
         """Run batches until the queue is closed.

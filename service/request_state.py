@@ -12,6 +12,7 @@ from typing import Protocol
 
 from reward_client.options import DiagnosticsLevel
 
+from service.diagnostics.diagnosis import bare_score
 from service.diagnostics.item_state import ItemState, Outcome, outcomes_of
 from service.diagnostics.text import TextFacts
 from service.errors import HttpError
@@ -178,10 +179,4 @@ def _outcome_for(encoded: TokenSequence | HttpError, computed: TokenSequence, ou
     same_prompt = encoded.num_prompt_tokens == computed.num_prompt_tokens
     if same_prompt:
         return outcome
-    return Score(
-        outcome.reward,
-        outputs=outcome.outputs,
-        step_outputs=outcome.step_outputs,
-        step_rewards=outcome.step_rewards,
-        reward_std=outcome.reward_std,
-    )
+    return bare_score(outcome)

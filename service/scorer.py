@@ -18,10 +18,11 @@ from typing import Literal, Protocol, TypeAlias, TypeVar
 from service.diagnostics.monitors.monitor import Monitors
 from service.diagnostics.text import TextFacts
 from service.engine_loop import EngineLoop, engine_died
-from service.errors import DeadlineExceeded, Draining, EngineUnavailable, HttpError, NotReady, Overloaded
+from service.errors import DeadlineExceeded, Draining, EngineUnavailable, HttpError, NotReady
 from service.metrics import Metrics
 from service.pipeline import Pipeline
 from service.records import Encoding, Item, ScoreRequest, TokenSequence
+from service.request_admission import RequestAdmission
 from service.request_shard import RequestShard, ShardResult, ShardState
 from service.request_state import RequestState, ScoredRequest
 from service.request_weights import with_weights
@@ -37,9 +38,6 @@ from service.work_queue import WorkQueue
 State: TypeAlias = Literal["starting", "ready", "draining", "failed"]
 _Result = TypeVar("_Result")
 _TextReading: TypeAlias = "asyncio.Future[list[TextFacts | None]]"
-
-ROOM_POLL_S = 0.05
-"""Seconds after which a request that waits for room in the queue looks for it again."""
 
 ENGINE_STOP_S = 5.0
 """How long `Scorer.stop` waits for the running pass; afterwards the process may end without it."""
@@ -101,8 +99,6 @@ class Scorer:
         self._threads = ThreadPoolExecutor(num_tokenizer_threads, thread_name_prefix="tokenize")
         self._keys = itertools.count()
         self._num_accepted = 0
-        self._num_patient_tokens = 0
-        self._patience = asyncio.Lock()
         self._all_answered = asyncio.Event()
         self._all_answered.set()
         queue = Queue(limits.max_queue_tokens, info.min_shared_prefix_tokens, batch_tokens=budget.max_tokens)
@@ -112,6 +108,9 @@ class Scorer:
         self._metrics = ScoringMetrics(metrics, info.outputs)
         self._metrics.read_queue(
             lambda: len(self._queue), lambda: self._queue.num_waiting_tokens, self._queue.oldest_wait_s
+        )
+        self._admission = RequestAdmission(
+            self._queue, limits.max_queue_tokens, self.refuse_unless_ready, self._metrics, clock
         )
         self._engine_loop = EngineLoop(pipeline, self._queue, budget, encoder.sample_token_ids, self._metrics, clock)
 
@@ -228,7 +227,8 @@ class Scorer:
         num_items = len(request.items)
         arrived = self._clock()
         timeout_s = min(request.timeout_s, self._limits.deadline_s)
-        key = await self._admit_patiently(request, arrived + timeout_s)
+        key, num_tokens = next(self._keys), self._encoder.estimate_tokens(request.items)
+        await self._admission.reserve(request, key, num_tokens, arrived + timeout_s)
         self._accept(num_items)
         try:
             async with asyncio.timeout(arrived + timeout_s - self._clock()):
@@ -244,50 +244,6 @@ class Scorer:
             raise
         finally:
             self._release(key, num_items)
-
-    async def _admit_patiently(self, request: ScoreRequest, deadline: float) -> Hashable:
-        """Refuse before any work, or reserve room in the queue and return the key of the reservation.
-
-        A request that ``waits_for_room`` is refused only at its deadline, or where those that wait for room have as
-        many tokens as the queue may hold.
-        """
-        key, num_tokens = next(self._keys), self._encoder.estimate_tokens(request.items)
-        try:
-            try:
-                self._admit(key, num_tokens, deadline)
-            except Overloaded as refusal:
-                if not request.waits_for_room:
-                    raise
-                await self._wait_for_room(key, num_tokens, deadline, refusal)
-        except HttpError as refusal:
-            self._metrics.count_refused(refusal, len(request.items))
-            raise
-        except asyncio.CancelledError:
-            self._metrics.count_items(len(request.items), "cancelled")
-            raise
-        return key
-
-    def _admit(self, key: Hashable, num_tokens: int, deadline: float) -> None:
-        self.refuse_unless_ready()
-        self._queue.admit(key, num_tokens, deadline=deadline)
-
-    async def _wait_for_room(self, key: Hashable, num_tokens: int, deadline: float, refusal: Overloaded) -> None:
-        """Reserve room once there is some; raise the refusal at the deadline, or if too many tokens wait already."""
-        if self._num_patient_tokens and self._num_patient_tokens + num_tokens > self._limits.max_queue_tokens:
-            raise refusal
-        self._num_patient_tokens += num_tokens
-        try:
-            # In order of arrival: otherwise a small request would always find room before a large one.
-            async with asyncio.timeout(deadline - self._clock()), self._patience:
-                while True:
-                    try:
-                        return self._admit(key, num_tokens, deadline)
-                    except Overloaded:
-                        await asyncio.sleep(ROOM_POLL_S)
-        except TimeoutError:
-            raise refusal from None
-        finally:
-            self._num_patient_tokens -= num_tokens
 
     def refuse_unless_ready(self) -> None:
         """Return if requests are accepted.
@@ -373,7 +329,7 @@ class Scorer:
         """
         key, now = next(self._keys), self._clock()
         deadline = now + min(shard.timeout_s, self._limits.deadline_s)
-        self._admit(key, tokens_of(shard.work), deadline)
+        self._admission.reserve_now(key, tokens_of(shard.work), deadline)
         self._accept(0)
         try:
             async with asyncio.timeout(deadline - now):

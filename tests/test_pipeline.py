@@ -11,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reward_client.options import DiagnosticsLevel
 
+from service.batch_run import isolate_failures
 from service.engines.base import EngineOutput
 from service.engines.oracle import OracleEngine, OracleFaults, oracle_reward
 from service.errors import EngineFailed, EngineOutOfMemory, HttpError, NonFiniteReward, OutputMismatch, WarmUpFailed
-from service.pipeline import Pipeline, isolate_failures
+from service.pipeline import Pipeline
 from service.records import Score, TokenSequence
 from service.scheduling.budget import BatchBudget
+from service.warm_up import warm_up
 
 RAISES, NAN, INFINITY = 1, 2, 3
 
@@ -227,7 +229,7 @@ def test_warm_up_runs_the_largest_legal_batches() -> None:
     """One longest sequence, a full budget of longest ones and one of shortest ones, without shared prefixes."""
     engine = ScriptedEngine(max_input_tokens=64)
 
-    warm = Pipeline(engine).warm_up(BUDGET, IDS)
+    warm = warm_up(engine, BUDGET, IDS)
 
     shapes = [(len(batch), batch[0].num_tokens) for batch in engine.batches]
     assert shapes == [(1, 64), (4, 64), (32, 8)]
@@ -238,16 +240,16 @@ def test_warm_up_runs_the_largest_legal_batches() -> None:
 
 def test_warm_up_finds_the_budget_that_fits() -> None:
     """A device without memory for the requested budget starts with half of it, or half of that."""
-    pipeline = Pipeline(ScriptedEngine(max_input_tokens=50, faults=OracleFaults(memory_tokens=70)))
+    engine = ScriptedEngine(max_input_tokens=50, faults=OracleFaults(memory_tokens=70))
 
-    assert pipeline.warm_up(BUDGET, IDS).budget.max_tokens == 64
+    assert warm_up(engine, BUDGET, IDS).budget.max_tokens == 64
 
 
 def test_warm_up_of_a_budget_below_the_longest_sequence() -> None:
     """The longest sequence is run alone even if it is longer than the budget."""
     engine = ScriptedEngine(max_input_tokens=1000)
 
-    Pipeline(engine).warm_up(BUDGET, IDS)
+    warm_up(engine, BUDGET, IDS)
 
     assert [(len(batch), batch[0].num_tokens) for batch in engine.batches] == [(1, 1000), (1, 256), (32, 8)]
 
@@ -272,7 +274,7 @@ def broken(*_: object) -> list[float]:
 def test_warm_up_refuses_to_start(engine: ScriptedEngine, sentence: str) -> None:
     """An engine that fails ends the start with one sentence about what failed."""
     with pytest.raises(WarmUpFailed, match=sentence):
-        Pipeline(engine).warm_up(BUDGET, IDS)
+        warm_up(engine, BUDGET, IDS)
 
 
 def test_errors_have_an_http_status() -> None:

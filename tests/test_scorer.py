@@ -541,7 +541,7 @@ async def test_waiting_for_room_is_limited(tokenization: Tokenization) -> None:
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
-        assert scorer._num_patient_tokens == 0
+        assert scorer._admission._num_patient_tokens == 0
         engine.gate.set()
         await asyncio.gather(*accepted)
 

@@ -10,16 +10,8 @@ import yaml
 from service.checkpoints import checkpoint
 from service.checkpoints.checkpoint import checkpoint_name, locate_checkpoint
 from service.errors import SettingsError
-from service.settings import (
-    ModelSettings,
-    Settings,
-    allowed_values,
-    did_you_mean,
-    name_as_given,
-    read_settings,
-    setting_field,
-    setting_names,
-)
+from service.setting_fields import allowed_values, did_you_mean, setting_field, setting_names
+from service.settings import ModelSettings, Settings, name_as_given, read_settings
 
 
 @pytest.mark.parametrize("path", [None, "demo"])
@@ -40,7 +32,7 @@ def test_bare_on_and_off_in_yaml(text: str, value: str) -> None:
 
 def test_names_are_unique_and_complete() -> None:
     """Every section contributes its settings under its own name."""
-    names = list(setting_names())
+    names = list(setting_names(Settings))
 
     assert len(set(names)) == len(names)
     assert {name.split(".")[0] for name in names} == set(Settings.model_fields)
@@ -48,8 +40,8 @@ def test_names_are_unique_and_complete() -> None:
 
 def test_suggestion() -> None:
     """A name close to a known one is suggested; for others nothing is."""
-    assert did_you_mean("model.dtyp", setting_names()) == " (did you mean model.dtype?)"
-    assert did_you_mean("something.else", setting_names()) == ""
+    assert did_you_mean("model.dtyp", setting_names(Settings)) == " (did you mean model.dtype?)"
+    assert did_you_mean("something.else", setting_names(Settings)) == ""
 
 
 def test_all_errors_are_in_one_sentence() -> None:
@@ -77,7 +69,7 @@ def test_all_errors_are_in_one_sentence() -> None:
 )
 def test_allowed_values(name: str, values: str) -> None:
     """The values that a setting takes are said in words, with the ends of its range."""
-    field = setting_field(name)
+    field = setting_field(name, Settings)
 
     assert field is not None
     assert allowed_values(field) == values
@@ -85,7 +77,7 @@ def test_allowed_values(name: str, values: str) -> None:
 
 def test_sections_and_unknown_names_have_no_field() -> None:
     """Only single settings have values."""
-    assert [setting_field(name) for name in ("model", "model.nope", "nope.name", "nope")] == [None] * 4
+    assert [setting_field(name, Settings) for name in ("model", "model.nope", "nope.name", "nope")] == [None] * 4
 
 
 def test_checkpoint_is_named_as_given(tmp_path: Path) -> None:

@@ -24,14 +24,13 @@ from service.checkpoints.checkpoint import (
 from service.checkpoints.files import BUNDLE_MANIFEST_FILE
 from service.checkpoints.labels import resolve_description
 from service.checkpoints.reward_description import read_description, resolve_pooling
-from service.checkpoints.validation import (
-    load_config,
+from service.checkpoints.tokenizer_validation import (
     load_tokenizer,
-    notes_on,
     resolve_max_input_tokens,
     validate_vocabulary,
     with_pad_token_id,
 )
+from service.checkpoints.validation import load_config, notes_on
 from service.checkpoints.weights import files_sha256
 from service.errors import CheckpointError
 from service.records import ModelInputs, Pooling, StateTap

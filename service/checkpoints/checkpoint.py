@@ -34,19 +34,16 @@ from service.checkpoints.reward_description import (
     read_description,
     resolve_pooling,
 )
-from service.checkpoints.validation import (
-    load_config,
+from service.checkpoints.tokenizer_validation import (
     load_tokenizer,
-    notes_on,
     resolve_max_input_tokens,
     resolve_pad_token_id,
     validate_appended,
-    validate_finite,
     validate_steps,
     validate_vocabulary,
-    validate_weights,
     with_pad_token_id,
 )
+from service.checkpoints.validation import load_config, notes_on, validate_finite, validate_weights
 from service.checkpoints.weights import read_tensor_infos, weight_files, weights_sha256
 from service.records import DEMO_MODEL, PLAIN_INPUTS, ModelIdentity, ModelInputs, Pooling, StepAggregate
 from service.settings import ModelSettings

@@ -20,13 +20,8 @@ from service.http.answering import note_parsed, score_and_note
 from service.http.body import read_json_body
 from service.http.facts import facts_of, run_id_of
 from service.http.protocols import foreign_routes_on
-from service.protocols.native import (
-    RequestDefaults,
-    parse_compare_request,
-    parse_score_request,
-    render_comparison,
-    render_scores,
-)
+from service.protocols.native import RequestDefaults, parse_compare_request, parse_score_request
+from service.protocols.native_answers import render_comparison, render_scores
 from service.records import ScoreRequest
 
 _Parse: TypeAlias = Callable[[bytes, RequestDefaults], ScoreRequest]

@@ -12,7 +12,7 @@ from pydantic_settings import CliSettingsSource
 
 from service.arguments import CommandParser
 from service.launch.start_settings import NULL, SHORT_OPTIONS, StartSettings
-from service.settings import allowed_values, setting_field
+from service.setting_fields import allowed_values, setting_field
 
 _METAVARS = {
     "model.path": "DIR",

@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic.fields import FieldInfo
 
 from service.launch.start_settings import SHORT_OPTIONS, StartSettings
-from service.settings import allowed_values, is_section
+from service.setting_fields import allowed_values, is_section
 
 BEGIN = "<!-- settings: written by python -m service.launch.reference -->"
 END = "<!-- end of settings -->"

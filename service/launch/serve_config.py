@@ -16,7 +16,8 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from service.errors import SettingsError
-from service.settings import Section, Settings, did_you_mean, read_settings
+from service.setting_fields import did_you_mean
+from service.settings import Section, Settings, read_settings
 
 IMPORT_PATH = "service.app:build_app"
 POLICY = "service.autoscaling:QueuedTokensPolicy"

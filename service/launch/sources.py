@@ -21,7 +21,7 @@ from pydantic_settings import EnvSettingsSource, InitSettingsSource, PydanticBas
 from service.errors import SettingsError
 from service.launch.options import Options, parse_options
 from service.launch.start_settings import ENV_PREFIX, SETTING_NAMES, SHORT_OPTIONS, StartSettings, env_variable
-from service.settings import describe_invalid, did_you_mean
+from service.setting_fields import describe_invalid, did_you_mean
 
 CONFIG_VARIABLE = "REWARD_CONFIG"
 """Names the configuration file if ``--config`` does not."""
@@ -56,7 +56,7 @@ def read_sources(arguments: Sequence[str] | None = None) -> tuple[StartSettings,
     try:
         settings = StartSettings(_build_sources=(sources, {}))
     except ValidationError as error:
-        raise SettingsError(describe_invalid(error, SETTING_NAMES, source_of, StartSettings)) from None
+        raise SettingsError(describe_invalid(error, SETTING_NAMES, StartSettings, source_of)) from None
     _refuse_other_encodings(settings, source_of)
     return settings, options
 

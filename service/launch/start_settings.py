@@ -7,7 +7,8 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from service.settings import Section, Settings, setting_names
+from service.setting_fields import setting_names
+from service.settings import Section, Settings
 
 ENV_PREFIX = "REWARD_"
 ENV_DELIMITER = "__"

@@ -21,7 +21,7 @@ from service.protocols.base import (
     WireRequest,
     reward_of,
 )
-from service.protocols.native import decode_body
+from service.protocols.json_body import decode_body
 from service.records import Item, TemplatedText
 
 DEADLINE_S = 120.0

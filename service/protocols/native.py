@@ -1,4 +1,4 @@
-"""The service's own wire format, version 1: request bodies to ScoreRequests, outcomes to answer bodies.
+"""Request bodies of the service's own wire format, version 1, as ScoreRequests.
 
 Pure: it depends neither on a web framework nor on an engine. A body is decoded once, from its bytes. Its errors
 (``violations``) say where and what is expected and repeat no text of it. A field that is null counts as left out. Of
@@ -7,28 +7,19 @@ repeated keys in a JSON object the last one counts.
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
-from reward_client.options import DiagnosticsLevel, TemplateChoice, Truncation
+from reward_client.options import DiagnosticsLevel, Truncation
 
-from service.diagnostics.item_state import Outcome
-from service.errors import (
-    HttpError,
-    ItemTooLong,
-    MalformedBody,
-    NonFiniteReward,
-    TooManyItems,
-)
+from service.errors import ItemTooLong, TooManyItems
 from service.messages import MalformedMessage, read_completion, read_message, read_tools
-from service.protocols.problem import item_error
+from service.protocols.json_body import decode_body
 from service.protocols.reward_weights import read_weights, weights_missing
-from service.protocols.violations import explain_malformed, explain_violation, invalid
+from service.protocols.violations import invalid
 from service.records import (
     Completion,
     Content,
@@ -36,15 +27,11 @@ from service.records import (
     Exchange,
     Item,
     Message,
-    ModelIdentity,
-    Score,
     ScoreRequest,
     Steps,
     TemplatedText,
     TemplateVariable,
-    Timings,
     TokenIds,
-    Usage,
 )
 from service.settings import LimitSettings
 
@@ -53,10 +40,6 @@ MAX_NAME_CHARS = 256
 
 MAX_MESSAGES = 1024
 """Messages of one prompt or completion: a chat template takes as long for an empty message as for a long one."""
-
-BASIC_DIAGNOSTICS = ("reward_z", "reward_percentile", "reward_length_adjusted", "length", "style")
-FULL_DIAGNOSTICS = ("reward_std_epistemic", "ood")
-"""Members of a result at level ``basic``, and those that ``full`` adds."""
 
 _Name = Annotated[str, Meta(max_length=MAX_NAME_CHARS)] | Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 _TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
@@ -173,78 +156,6 @@ def parse_compare_request(body: bytes, defaults: RequestDefaults) -> ScoreReques
         for index, completion in enumerate(wire.completions)
     )
     return _request(items, wire, defaults)
-
-
-def render_scores(
-    request: ScoreRequest,
-    outcomes: Sequence[Outcome],
-    model: ModelIdentity,
-    template: TemplateChoice,
-    usage: Usage,
-    timings: Timings,
-    outputs: Sequence[str] = ("reward",),
-) -> bytes:
-    """Render the answer of ``POST /v1/score``: one result per item, in input order.
-
-    Rewards have every digit of their float32 value. An item without a score has an ``error`` instead. Items of a model
-    with several ``outputs`` have each of them by its name in ``rewards``, and ``reward`` where their weights are known.
-
-    Raises:
-        NonFiniteReward: a Score is NaN or infinite, which the scorer should have turned into an item error.
-    """
-    return msgspec.json.encode(
-        _envelope(model, template, usage, timings) | {"results": _results(request, outcomes, outputs)}
-    )
-
-
-def render_comparison(
-    request: ScoreRequest,
-    outcomes: Sequence[Outcome],
-    model: ModelIdentity,
-    template: TemplateChoice,
-    usage: Usage,
-    timings: Timings,
-    outputs: Sequence[str] = ("reward",),
-) -> bytes:
-    """Render the answer of ``POST /v1/compare``: results as of ``/v1/score``, and pairwise win probabilities.
-
-    Raises:
-        HttpError: the error of the first completion without a reward, since a comparison needs all of them.
-    """
-    for outcome in outcomes:
-        if isinstance(outcome, HttpError):
-            raise outcome
-    results = _results(request, outcomes, outputs)
-    rewards = [result["reward"] for result in results]
-    answer = {
-        "rewards": rewards,
-        "probabilities": win_probabilities(rewards),
-        "best": max(range(len(rewards)), key=rewards.__getitem__),
-        "results": results,
-    }
-    return msgspec.json.encode(_envelope(model, template, usage, timings) | answer)
-
-
-def win_probabilities(rewards: Sequence[float]) -> list[list[float]]:
-    """Probability that completion ``i`` (row) is preferred to completion ``j`` (column), 0.5 on the diagonal.
-
-    Bradley and Terry 1952 with strengths ``exp(reward)``: ``sigma(r_i - r_j)``. The exponential is only taken of
-    non-positive numbers, so no difference of rewards overflows, and entries ``i, j`` and ``j, i`` sum to one.
-
-    Args:
-        rewards: [completion].
-
-    Returns:
-        [completion][completion].
-    """
-    table = [[0.5] * len(rewards) for _ in rewards]
-    for i, row_reward in enumerate(rewards):
-        for j in range(i + 1, len(rewards)):
-            margin = row_reward - rewards[j]
-            odds_of_loser = math.exp(-abs(margin))
-            winner, loser = 1.0 / (1.0 + odds_of_loser), odds_of_loser / (1.0 + odds_of_loser)
-            table[i][j], table[j][i] = (winner, loser) if margin >= 0 else (loser, winner)
-    return table
 
 
 def _request(items: tuple[Item, ...], options: WireOptions, defaults: RequestDefaults) -> ScoreRequest:
@@ -383,98 +294,3 @@ def tools_of(tools: list[dict[str, Any]] | None, pointer: str) -> str:
         return read_tools(tools)
     except MalformedMessage as error:
         raise invalid(f"{pointer}{error.pointer}", error.code, str(error)) from None
-
-
-def _envelope(model: ModelIdentity, template: TemplateChoice, usage: Usage, timings: Timings) -> dict[str, Any]:
-    return {
-        "model": {"name": model.name, "version": model.version},
-        "template": template,
-        "usage": usage,
-        "timings_ms": {stage: round(seconds * 1000, 3) for stage, seconds in timings.by_stage.items()},
-    }
-
-
-def _results(request: ScoreRequest, outcomes: Sequence[Outcome], outputs: Sequence[str]) -> list[dict[str, Any]]:
-    return [
-        _result(index, item, outcome, request.diagnostics, outputs)
-        for index, (item, outcome) in enumerate(zip(request.items, outcomes, strict=True))
-    ]
-
-
-def _result(
-    index: int, item: Item, outcome: Outcome, level: DiagnosticsLevel, outputs: Sequence[str]
-) -> dict[str, Any]:
-    result: dict[str, Any] = {"index": index}
-    if item.id is not None:
-        result["id"] = item.id
-    if isinstance(outcome, HttpError):
-        return result | {"error": item_error(outcome)}
-    if outcome.reward is not None:
-        if not math.isfinite(outcome.reward):
-            # The encoder would write null, and null is not a reward.
-            raise NonFiniteReward(f"Item {index} has no finite reward")
-        result["reward"] = outcome.reward
-    if outcome.outputs:
-        result["rewards"] = dict(zip(outputs, outcome.outputs, strict=True))
-    if outcome.reward_std is not None:
-        result |= {"reward_members": outcome.outputs, "reward_std": outcome.reward_std}
-    if outcome.step_rewards:
-        result["step_rewards"] = outcome.step_rewards
-    if outcome.step_outputs and len(outputs) > 1:
-        result["step_outputs"] = [dict(zip(outputs, values, strict=True)) for values in outcome.step_outputs]
-    return result | diagnostics_of(outcome, level)
-
-
-def diagnostics_of(score: Score, level: DiagnosticsLevel) -> dict[str, Any]:
-    """Return the diagnostics of an item as members of its result, JSON-encodable.
-
-    Members that the level does not include are absent; members that are not known are null, with the reason in
-    ``calibration``. The ``group`` block is absent if the prompt has one completion only.
-    """
-    if level == "none":
-        return {}
-    members: dict[str, Any] = {name: getattr(score, name) for name in BASIC_DIAGNOSTICS}
-    if level == "full":
-        members |= {name: getattr(score, name) for name in FULL_DIAGNOSTICS}
-    if score.group is not None:
-        members["group"] = score.group
-    if score.gap is not None:
-        members["calibration"] = score.gap
-    return members
-
-
-_LONE_SURROGATE = re.compile(
-    rb"(?<!\\)(?:\\\\)*+(?:\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F][0-9a-fA-F]{2})"
-    rb"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2})"
-)
-"""An escape of half a surrogate pair: a high one without a low one after it, or a low one without a high one before it.
-The search takes time in proportion to the bytes, whatever they are."""
-
-ESCAPE_BYTES = len(rb"\uXXXX")
-SEARCHED_BYTES = 1024 * 1024
-"""Bytes of a body that is not JSON in which a lone surrogate is searched for."""
-
-
-def decode_body(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:
-    """Decode a JSON body to the struct of its decoder.
-
-    Raises:
-        MalformedBody, InvalidRequest: as for ``parse_score_request``.
-    """
-    try:
-        return decoder.decode(body)
-    except msgspec.ValidationError as error:
-        raise explain_violation(error, decoder.type) from None
-    except RecursionError:
-        raise MalformedBody("The body is nested too deeply") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise _malformed(body, error) from None
-
-
-def _malformed(body: bytes, error: Exception) -> HttpError:
-    """Distinguish a lone surrogate (the caller's tokenizer cut a pair) from a body that is not JSON."""
-    found = _LONE_SURROGATE.search(body, 0, SEARCHED_BYTES)
-    is_cut = found is not None and len(body) > SEARCHED_BYTES and found.end() > SEARCHED_BYTES - ESCAPE_BYTES
-    if found and not is_cut:  # where the search ends, the other half of a pair may not have been seen
-        return invalid("", "lone_surrogate", "A string has a lone surrogate, which is not a character")
-    return explain_malformed(error, body)

@@ -25,7 +25,7 @@ from service.protocols.base import (
     reward_of,
     sigmoid,
 )
-from service.protocols.native import decode_body
+from service.protocols.json_body import decode_body
 from service.records import Content, Exchange, Item, Score, TemplatedText
 
 DEADLINE_S = 150.0

@@ -28,7 +28,7 @@ from service.protocols.inputs import (
     usage_members,
     vectors,
 )
-from service.protocols.native import decode_body
+from service.protocols.json_body import decode_body
 from service.protocols.violations import invalid
 from service.protocols.vllm import VECTOR, list_schema
 from service.records import Content, Exchange, Item, TemplatedText, TokenIds

@@ -23,7 +23,8 @@ from service.protocols.base import (
     ood_p,
     reward_of,
 )
-from service.protocols.native import WireMessage, decode_body, read_prompt
+from service.protocols.json_body import decode_body
+from service.protocols.native import WireMessage, read_prompt
 from service.protocols.violations import invalid
 from service.records import Encoding, Exchange, Item
 

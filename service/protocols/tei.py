@@ -21,7 +21,7 @@ from service.protocols.base import (
     activation_for,
 )
 from service.protocols.inputs import rows
-from service.protocols.native import decode_body
+from service.protocols.json_body import decode_body
 from service.protocols.violations import invalid
 from service.records import Content, Encoding, Exchange, Item, TemplatedText
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from http_application import checkpoint_client
 from reward_client.provenance import TRAINING_MANIFEST_FILE, Origin, base_hash, check_reference, read_origin
-from served_checkpoints import application
 from tiny_adapters import write_adapter
 from tiny_models import write_tiny_checkpoint
 
@@ -93,7 +93,7 @@ async def test_the_service_compares_references(tmp_path: Path) -> None:
     checkpoint = write_tiny_checkpoint(tmp_path / "model")
     write_manifest(checkpoint, base="org/sft-v3", base_hash=HASH)
 
-    async with application(checkpoint) as client:
+    async with checkpoint_client(checkpoint) as client:
         plain = (await client.get("/v1/model")).json()
         same = (await client.get("/v1/model", params={"reference": "org/sft-v3"})).json()
         other = (await client.get("/v1/model", params={"reference": "0" * 64})).json()

@@ -22,7 +22,7 @@ from reward_client import AsyncRewardClient, ChunkLimits, Diagnostics, RetryPoli
 from reward_client.diagnostics import GroupBlock, LengthBlock, OodBlock, StyleBlock
 from reward_client.errors import BadAnswer, ClientDeadlineExceeded, ItemsFailed, RequestRejected, ServiceUnavailable
 
-from service.protocols.native import BASIC_DIAGNOSTICS, FULL_DIAGNOSTICS
+from service.protocols.native_answers import BASIC_DIAGNOSTICS, FULL_DIAGNOSTICS
 from service.records import GroupReport, LengthReport, OodReport, StyleReport
 
 QUICK = RetryPolicy(max_attempts=4, first_wait_s=0.005, max_wait_s=0.02, jitter_s=0.005)

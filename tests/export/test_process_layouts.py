@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from http_application import checkpoint_client
 from process_models import (
     PROMPT,
     STEPS,
@@ -17,7 +18,6 @@ from process_models import (
     write_qwen_prm,
     write_skywork_prm,
 )
-from served_checkpoints import application
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from export.convert import convert
@@ -25,7 +25,7 @@ from service.checkpoints.reward_description import read_description
 
 
 async def results(folder: Path, *items: dict[str, Any]) -> list[dict[str, Any]]:
-    async with application(folder) as client:
+    async with checkpoint_client(folder) as client:
         answer = await client.post("/v1/score", json={"items": list(items), "diagnostics": "none"})
         assert answer.status_code == 200, answer.text
         found: list[dict[str, Any]] = answer.json()["results"]

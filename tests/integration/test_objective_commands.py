@@ -8,9 +8,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from http_application import checkpoint_client
 from objective_models import OUTPUTS, WEIGHTS, expected_outputs, weighted_sum, write_two_outputs
 from preference_rows import polite_pairs
-from served_checkpoints import application
 from tiny_calibration import calibrate, write_pairs
 
 from export.calibration import command as calibrate_command
@@ -25,7 +25,7 @@ ITEMS = [{"prompt": f"Question {number}?", "completion": f"Answer number {number
 
 async def score(folder: Path, weights: dict[str, float] | None, **model: Any) -> list[dict[str, Any]]:
     body: dict[str, Any] = {"items": ITEMS, "diagnostics": "full"} | ({} if weights is None else {"weights": weights})
-    async with application(folder, **model) as client:
+    async with checkpoint_client(folder, **model) as client:
         answer = await client.post("/v1/score", json=body)
     assert answer.status_code == 200, answer.text
     results: list[dict[str, Any]] = answer.json()["results"]

@@ -191,7 +191,7 @@ def test_http_host_is_loopback_and_written_out(config: dict[str, Any]) -> None:
 def test_unknown_setting_does_not_deploy() -> None:
     """An argument that is not a setting is refused and named."""
     with pytest.raises(
-        SettingsError, match=r"limits\.max_itens: is not a setting \(did you mean limits\.max_item_chars"
+        SettingsError, match=r"limits\.max_itens: is not a setting \(did you mean limits\.max_item_steps"
     ):
         build_app({"limits": {"max_itens": 3}})
 

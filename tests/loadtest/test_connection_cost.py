@@ -7,20 +7,14 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from misbehaving_server import FakeServer, Request, ok, running
+from misbehaving_server import CountingServer, Request, ok, running
 from serving import free_port
 
 from loadtest.connections import main
 
 
-class Counting(FakeServer):
-    """Rewards are lengths of texts; counts its connections."""
-
-    connections = 0
-
-    async def serve(self, reader, writer) -> None:
-        self.connections += 1
-        await super().serve(reader, writer)
+class Counting(CountingServer):
+    """Rewards are lengths of texts."""
 
     async def answer(self, request: Request) -> AsyncIterator[bytes]:
         yield ok({"rewards": [float(len(query)) for query in request.body["query"]]})

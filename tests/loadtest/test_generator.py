@@ -6,7 +6,7 @@ import json
 from collections.abc import AsyncIterator
 
 import pytest
-from misbehaving_server import FakeServer, Request, ok, problem, response, running
+from misbehaving_server import CountingServer, FakeServer, Request, ok, problem, response, running
 
 from loadtest.generator import send_all
 from loadtest.wire import UnexpectedAnswer, VllmWire
@@ -15,14 +15,8 @@ from loadtest.wire import UnexpectedAnswer, VllmWire
 def test_replies_are_in_the_order_of_the_requests_and_connections_are_reused() -> None:
     """Replies are assigned to their requests, and no more than the given number of connections is used."""
 
-    class Counting(FakeServer):
-        """Rewards are prompt numbers; counts its connections."""
-
-        connections = 0
-
-        async def serve(self, reader, writer) -> None:
-            self.connections += 1
-            await super().serve(reader, writer)
+    class Counting(CountingServer):
+        """Rewards are prompt numbers."""
 
         async def answer(self, request: Request) -> AsyncIterator[bytes]:
             yield ok({"results": [{"reward": float(item["prompt"])} for item in request.body["items"]]})

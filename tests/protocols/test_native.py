@@ -18,15 +18,8 @@ from service.errors import (
     SequenceTooLong,
     TooManyItems,
 )
-from service.protocols.native import (
-    MAX_NAME_CHARS,
-    RequestDefaults,
-    parse_compare_request,
-    parse_score_request,
-    render_comparison,
-    render_scores,
-    win_probabilities,
-)
+from service.protocols.native import MAX_NAME_CHARS, RequestDefaults, parse_compare_request, parse_score_request
+from service.protocols.native_answers import render_comparison, render_scores, win_probabilities
 from service.records import (
     Encoding,
     Exchange,

@@ -13,12 +13,8 @@ from service.diagnostics.diagnosis import Diagnostician
 from service.diagnostics.item_state import ItemState, Outcome
 from service.diagnostics.monitors.monitor import Monitors, describe_state
 from service.errors import InvalidRequest, NonFiniteReward, SettingsError, WeightsMissing
-from service.protocols.native import (
-    RequestDefaults,
-    parse_compare_request,
-    parse_score_request,
-    render_scores,
-)
+from service.protocols.native import RequestDefaults, parse_compare_request, parse_score_request
+from service.protocols.native_answers import render_scores
 from service.records import (
     Exchange,
     Item,

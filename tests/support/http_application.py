@@ -42,6 +42,15 @@ class Application:
         return [result["reward"] for result in answer.json()["results"]]
 
 
+def asgi_app(served: ServedModel, log: AccessLog, api_keys: ApiKeys | None = None) -> Any:
+    """The routes of one replica."""
+
+    async def exposition() -> str:
+        return served.metrics.render().decode()
+
+    return create_app(served, exposition, log, OpenRequests(), api_keys=api_keys)
+
+
 @asynccontextmanager
 async def application(
     folder: Path, *, faults: OracleFaults | None = None, api_keys: ApiKeys | None = None, **tree: Any
@@ -62,11 +71,8 @@ async def application(
         scorer = Scorer(served.tokenization, Pipeline(engine), settings.limits, settings.batching, served.metrics)
         served = replace(served, scorer=scorer)
 
-    async def exposition() -> str:
-        return served.metrics.render().decode()
-
     log = AccessLog(str(folder / "requests.jsonl"))
-    app = create_app(served, exposition, log, OpenRequests(), api_keys=api_keys)
+    app = asgi_app(served, log, api_keys)
     await served.scorer.start()
     try:
         async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://app") as client:
@@ -74,3 +80,12 @@ async def application(
     finally:
         await served.scorer.stop(0.0)
         log.close()
+
+
+@asynccontextmanager
+async def checkpoint_client(
+    checkpoint: Path, *, dtype: str = "float32", **model: Any
+) -> AsyncIterator[httpx2.AsyncClient]:
+    """Serve a checkpoint folder, with further settings of ``model``, and yield a client of the application."""
+    async with application(checkpoint.parent, model={"path": str(checkpoint), "dtype": dtype, **model}) as started:
+        yield started.client

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from http_application import asgi_app
 
 from service.assembly import ServedModel, assemble
 from service.http.access_log import AccessLog
-from service.http.open_requests import OpenRequests
-from service.http.routes import create_app
 from service.settings import read_settings
 
 
@@ -29,7 +28,7 @@ def http_server(checkpoint: Path, **model: Any) -> Iterator[str]:
         listener.listen()
         log = AccessLog(str(checkpoint.parent / "requests.jsonl"))
         server = uvicorn.Server(
-            uvicorn.Config(_app(served, log), lifespan="off", log_config=None, log_level="critical")
+            uvicorn.Config(asgi_app(served, log), lifespan="off", log_config=None, log_level="critical")
         )
         thread = threading.Thread(target=asyncio.run, args=[_serve(served, server, listener)])
         thread.start()
@@ -40,13 +39,6 @@ def http_server(checkpoint: Path, **model: Any) -> Iterator[str]:
             thread.join(30)
             log.close()
         assert not thread.is_alive()
-
-
-def _app(served: ServedModel, log: AccessLog) -> Any:
-    async def exposition() -> str:
-        return served.metrics.render().decode()
-
-    return create_app(served, exposition, log, OpenRequests())
 
 
 async def _serve(served: ServedModel, server: uvicorn.Server, listener: socket.socket) -> None:

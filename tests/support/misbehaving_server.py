@@ -63,6 +63,16 @@ class FakeServer:
         return Request(len(self.requests), method, path, headers, json.loads(content) if content else None)
 
 
+class CountingServer(FakeServer):
+    """Counts its connections."""
+
+    connections = 0
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        await super().serve(reader, writer)
+
+
 AnyServer = TypeVar("AnyServer", bound=FakeServer)
 
 

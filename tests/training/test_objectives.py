@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from http_application import checkpoint_client
 from preference_rows import longer_wins_pairs, polite_pairs, write_pairs
 from reward_client.provenance import TRAINING_MANIFEST_FILE
-from served_checkpoints import application
 from tiny_models import write_tiny_causal_lm, write_tiny_checkpoint
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -89,7 +89,7 @@ async def test_the_model_is_served_with_both_rewards(run: Run) -> None:
     tokenizer = AutoTokenizer.from_pretrained(run.merged)
     plain = AutoModelForSequenceClassification.from_pretrained(run.merged, dtype=torch.float32)
 
-    async with application(run.merged) as client:
+    async with checkpoint_client(run.merged) as client:
         results = (await client.post("/v1/score", json={"items": items})).json()["results"]
 
     for item, result in zip(items, results, strict=True):

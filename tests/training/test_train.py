@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from http_application import checkpoint_client
 from peft import PeftModel
 from preference_rows import polite_pairs, with_slips, write_pairs
 from reward_client.provenance import TRAINING_MANIFEST_FILE, Origin, base_hash, read_origin
 from safetensors.torch import load_file, save_file
-from served_checkpoints import application
 from tiny_models import write_tiny_causal_lm, write_tiny_checkpoint
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -127,7 +127,7 @@ async def test_the_served_checkpoint_has_the_accuracy_of_the_manifest(run: Run, 
         for completion in (pair.chosen, pair.rejected)
     ]
 
-    async with application(merged) as client:
+    async with checkpoint_client(merged) as client:
         answer = await client.post("/v1/score", json={"items": items})
         model = (await client.get("/v1/model", params={"reference": str(run.base.name)})).json()
 

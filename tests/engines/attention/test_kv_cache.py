@@ -31,11 +31,11 @@ from service.engines.parity import plain_rewards
 from service.engines.paths.packed import MIN_SHARED_TOKENS, PackedForward
 from service.engines.plan import PREFIX_CACHE_MIB
 from service.engines.torch import TorchEngine, load_torch_engine
-from service.pipeline import Pipeline
 from service.records import StateTap, TokenSequence
 from service.scheduling.budget import BatchBudget
 from service.scheduling.prefix_tree import common_prefix_length, plan_prefix_sharing
 from service.settings import BatchingSettings, ModelSettings
+from service.warm_up import warm_up
 
 LARGE_CACHE = 2**22
 MEAN_OF_ALL_LAYERS = tuple(StateTap(layer, pooling) for layer in range(4) for pooling in ("last", "mean"))
@@ -247,7 +247,7 @@ def test_warm_up_caches_nothing(tiny_checkpoint) -> None:
     """The synthetic batches of the warm-up are never requested again, and none of them is cached."""
     engine = load(tiny_checkpoint("llama"))
 
-    Pipeline(engine).warm_up(BatchBudget("packed", 512, 16), range(5, 200))
+    warm_up(engine, BatchBudget("packed", 512, 16), range(5, 200))
 
     assert isinstance(engine._path, PackedForward)
     assert engine._path.kv_cache is not None
