@@ -70,7 +70,7 @@ def first_alarms(steps: Rows) -> dict[str, int]:
 
 
 def lead_time(first: Mapping[str, int], peak_step: int) -> int | None:
-    """Return the step of the earliest alarm less that at which gold peaks, negative if the alarm came first; or None."""
+    """Return the step of the first alarm less that at which gold peaks, negative if the alarm came first, or None."""
     return min(first.values()) - peak_step if first else None
 
 

@@ -323,7 +323,8 @@ class Trainer:
 
 def read_prompts(path: Path | None) -> list[list[dict[str, str]]]:
     """Return the prompts as conversations: of each line of a JSON-lines file its ``prompt``, a text or messages."""
-    found = QUESTIONS if path is None else [json.loads(line)["prompt"] for line in path.open(encoding="utf-8")]
+    rows = [] if path is None else path.read_text(encoding="utf-8").splitlines()
+    found = QUESTIONS if path is None else [json.loads(row)["prompt"] for row in rows]
     return [[{"role": "user", "content": one}] if isinstance(one, str) else one for one in found]
 
 
