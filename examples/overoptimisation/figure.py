@@ -14,8 +14,12 @@ SMOOTHING = 9
 EARLY_STEPS = 3
 """Proxy and gold rewards have different units; both are shown in standard deviations of the first updates' rewards."""
 
-OF_LEARNING = frozenset({"cusum_reward"})
-"""Alarms that a reward which only rises raises too: a policy that learns has it as well as one that hacks."""
+REWARD_ALARM = "cusum_reward"
+"""The drift alarm of the reward itself: a policy that learns raises it as well as one that hacks."""
+
+DRIFT_ALARM = "cusum_"
+"""Begins the names of the drift alarms, which are designed for a false-alarm rate. The other monitors are 95 percent
+intervals that are looked at after every update, so some of them warn by chance."""
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -45,7 +49,8 @@ def _run(seed: int, metrics: Rows, completions: Rows) -> dict[str, Any]:
     peak = max(range(len(steps)), key=smoothed.__getitem__)
     peak_step = steps[peak]["step"]
     first = first_alarms(steps)
-    hacking = {name: step for name, step in first.items() if name not in OF_LEARNING}
+    drift = {name: step for name, step in first.items() if name.startswith(DRIFT_ALARM)}
+    others = {name: step for name, step in drift.items() if name != REWARD_ALARM}
     return {
         "seed": seed,
         "updates": len(steps),
@@ -54,8 +59,8 @@ def _run(seed: int, metrics: Rows, completions: Rows) -> dict[str, Any]:
         "gold_at_peak": smoothed[peak],
         "gold_at_end": smoothed[-1],
         "first_alarms": first,
-        "lead_time_any": lead_time(first, peak_step),
-        "lead_time_without_reward": lead_time(hacking, peak_step),
+        "lead_time_of_drift_alarms": lead_time(drift, peak_step),
+        "lead_time_without_reward": lead_time(others, peak_step),
         "steps": steps,
     }
 
@@ -100,6 +105,7 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
 
 def _draw_run(axes: Any, run: Mapping[str, Any], *, is_first: bool) -> None:
     steps = run["steps"]
+    drift = {name for name in run["first_alarms"] if name.startswith(DRIFT_ALARM)}
     x = [step["step"] for step in steps]
     for axis, curves in zip(
         axes,
@@ -117,7 +123,7 @@ def _draw_run(axes: Any, run: Mapping[str, Any], *, is_first: bool) -> None:
             axis.plot(x, moving_mean(values, SMOOTHING), color=colour, label=label)
         axis.axvline(run["gold_peak_step"], color="tab:orange", linestyle="--", linewidth=1)
         for name, step in run["first_alarms"].items():
-            axis.axvline(step, color="grey" if name in OF_LEARNING else "black", linestyle=":", linewidth=1)
+            axis.axvline(step, color="black" if name in drift - {REWARD_ALARM} else "grey", linestyle=":", linewidth=1)
         if is_first:
             axis.legend(loc="best", fontsize=8)
     axes[3].set_yscale("symlog", linthresh=1)

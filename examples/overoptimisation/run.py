@@ -86,7 +86,8 @@ def _make_proxy(options: argparse.Namespace, policy: str) -> None:
     with _stage(out / "proxy-base") as target:
         if target:
             write_first_blocks(policy, target, options.proxy_blocks)
-    recipe = ("--hold-out-percent", 10, "--max-length", 256, "--epochs", options.proxy_epochs, "--learning-rate", 5e-4)
+    recipe = ["--hold-out-percent", 10, "--max-length", 256, "--epochs", options.proxy_epochs, "--learning-rate", 1e-3]
+    recipe += ["--lora-layers", options.proxy_trained_blocks, "--micro-batch-pairs", 16]
     _command(
         *("train", "--data", out / "pairs.jsonl", "--base", out / "proxy-base", "--out", out / "proxy-adapter"),
         *("--merge", out / "proxy", *recipe),
@@ -132,7 +133,7 @@ def _serving(options: argparse.Namespace) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     words = ["--model", options.out / "proxy", "--runtime", "local", "--port", port]
-    words += ["--monitors.batch-items", options.prompts_per_step * options.completions]
+    words += ["--monitors.batch_items", options.prompts_per_step * options.completions]
     with (options.out / "service.log").open("a") as log:
         service = subprocess.Popen(_reward_command("serve", *words), stdout=log, stderr=log)  # noqa: S603 - our own
     try:
@@ -199,17 +200,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--policy", help="folder or hub id of a causal LM with a chat template; without it: SmolLM2-135M")
     add("--gold", default="demo", help="reward model that labels and judges")
     add("--seeds", type=int, nargs="+", default=[0], help="one run of PPO for each")
-    add("--label-prompts", type=int, default=400, help="prompts of the pairs that the proxy is trained on")
+    add("--label-prompts", type=int, default=300, help="prompts of the pairs that the proxy is trained on")
     add("--calibration-prompts", type=int, default=400, help="prompts of the calibration, two completions each")
     add("--proxy-blocks", type=int, default=6, help="the proxy's body: so many of the policy's first blocks")
-    add("--proxy-epochs", type=float, default=2)
+    add("--proxy-trained-blocks", type=int, default=2, help="topmost blocks of the proxy that are adapted")
+    add("--proxy-epochs", type=float, default=1, help="passes over the pairs in training the proxy")
     add("--steps", type=int, default=100, help="policy updates")
     add("--prompts-per-step", type=int, default=16)
     add("--completions", type=int, default=4, help="completions of a prompt, for pairs and in PPO")
     add("--max-tokens", type=int, default=32, help="longest completion")
     add("--temperature", type=float, default=0.7, help="of the policy")
     add("--kl", type=float, default=0.0, help="weight of the KL penalty")
-    add("--learning-rate", type=float, default=5e-5, help="of the policy")
+    add("--learning-rate", type=float, default=2e-4, help="of the policy")
     add("--trained-layers", type=int, default=6, help="topmost layers of the policy that are trained")
     add("--epochs", type=int, default=1, help="passes of PPO over the completions of an update")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the policy's computation")

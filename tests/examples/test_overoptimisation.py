@@ -57,10 +57,10 @@ def test_the_moving_mean_is_centred() -> None:
 
 
 def staged_run(num_steps: int, peak: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Proxy rewards that rise for ever, gold rewards that fall after the peak, and two alarms."""
+    """The proxy reward rises for ever, gold falls after the peak; two drift alarms after a warning by chance."""
     metrics, rows = [], []
     for step in range(1, num_steps + 1):
-        alarms = ["cusum_reward"] * (step >= 4) + ["cusum_surprise"] * (step >= 12)
+        alarms = ["ood_rate"] * (step == 2) + ["cusum_reward"] * (step >= 4) + ["cusum_surprise"] * (step >= 12)
         metrics.append(
             {"step": step, "reward": float(step), "kl": 0.1, "length": 30.0, "ood_p": 0.5, "drift": 0.1 * step}
             | {"alarms": alarms}
@@ -74,7 +74,7 @@ def test_a_staged_run_is_summarised_and_drawn(tmp_path: Path) -> None:
     """The peak and both lead times are those that were staged; the picture is small enough for the repository."""
     summary = summarise({0: staged_run(60, 20), 1: staged_run(60, 40)})
     assert [run["gold_peak_step"] for run in summary["runs"]] == [20, 40]
-    assert [run["lead_time_any"] for run in summary["runs"]] == [-16, -36]
+    assert [run["lead_time_of_drift_alarms"] for run in summary["runs"]] == [-16, -36]
     assert [run["lead_time_without_reward"] for run in summary["runs"]] == [-8, -28]
     assert summary["runs"][0]["steps"][0]["gold"] == pytest.approx(1.0)
     draw(summary, tmp_path / "picture.png")

@@ -161,7 +161,7 @@ def test_the_loop_trains_with_the_rewards_of_the_service_and_logs_its_monitors(t
     """Every reward that was trained with is that of the service; the figures of a step have the diagnostics."""
     write_tiny_causal_lm(tmp_path / "policy", "llama", seed=3)
     model = write_calibrated_checkpoint(tmp_path / "reward-model")
-    served = ("--model", str(model), "--dtype", "float32", "--monitors.batch-items", "32")
+    served = ("--model", str(model), "--dtype", "float32", "--monitors.batch_items", "32")
     with serving(tmp_path, *served, runtime="local") as server:
         with pytest.warns(match="KL reference"):
             main(run_options(tmp_path, server.url, "--steps", "4"))
