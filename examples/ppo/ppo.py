@@ -340,7 +340,7 @@ def shuffled_forever(prompts: Sequence[Any], count: int, seed: int) -> Iterator[
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train, and leave the files in the output folder."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     options.policy = options.policy or str(_demo_policy())
     options.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(options.seed)
@@ -385,11 +385,12 @@ def _demo_policy() -> Path:
     return obtain_demo_base()
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    found = argparse.ArgumentParser(
         description=(__doc__ or "").partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    add = parser.add_argument
+    add = found.add_argument
     add("--url", default="http://127.0.0.1:8000", help="root URL of the reward service")
     add("--policy", help="folder or hub id of a causal LM with a chat template; without it: SmolLM2-135M")
     add("--prompts", type=Path, help="JSON lines with a prompt each, a text or messages; without it: built-in ones")
@@ -410,7 +411,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of frozen weights and the computation")
     add("--deadline-s", type=float, default=300.0, help="seconds within which the service must answer, with retries")
     add("--seed", type=int, default=0)
-    return parser
+    return found
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from reward_client import RewardClient
 from reward_client.errors import NoAnswer
 from serving import serving
 from tiny_calibration import write_calibrated_checkpoint
-from tiny_models import write_tiny_causal_lm
+from tiny_models import write_tiny_causal_lm, write_tiny_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.ppo.ppo import (
@@ -21,6 +21,7 @@ from examples.ppo.ppo import (
     Trainer,
     advantages_of,
     main,
+    parser,
     ppo_loss,
     read_prompts,
     shuffled_forever,
@@ -183,12 +184,11 @@ def test_the_loop_trains_with_the_rewards_of_the_service_and_logs_its_monitors(t
 def test_no_reward_is_made_up_when_the_service_is_gone(tmp_path: Path) -> None:
     """The step ends with the client's exception, and neither the policy nor the files change."""
     write_tiny_causal_lm(tmp_path / "policy", "llama", seed=3)
-    with serving(tmp_path, "--engine", "oracle", runtime="local") as server, pytest.warns(match="KL reference"):
+    model = write_tiny_checkpoint(tmp_path / "reward-model", "llama")
+    with serving(tmp_path, "--model", str(model), runtime="local") as server, pytest.warns(match="KL reference"):
         main(run_options(tmp_path, server.url, "--steps", "1"))
     critic = Critic(server.url, "run", str(tmp_path / "policy"), deadline_s=3.0)
-    from examples.ppo.ppo import _parser
-
-    options = _parser().parse_args(run_options(tmp_path, server.url))
+    options = parser().parse_args(run_options(tmp_path, server.url))
     trainer = Trainer(options, critic)
     before = [weight.clone() for weight in trainer.policy.parameters()]
     with pytest.raises(NoAnswer):
