@@ -358,8 +358,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for step in range(1, options.steps + 1):
                 figures, completions = trainer.step(next(batches))
                 _report(step, figures)
-                _write(metrics, [{"step": step, **figures}])
                 _write(rows, [{"step": step, **row} for row in completions])
+                _write(metrics, [{"step": step, **figures}])
     finally:
         critic.close()
 
