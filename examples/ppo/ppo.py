@@ -92,10 +92,9 @@ class Policy(torch.nn.Module):
         head = self.language_model.get_output_embeddings()
         head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
         width = self.language_model.config.hidden_size
-        self.value_head = torch.nn.Sequential(
-            torch.nn.LayerNorm(width, elementwise_affine=False), torch.nn.Linear(width, 1)
-        )
-        torch.nn.init.zeros_(self.value_head[1].weight)
+        value = torch.nn.Linear(width, 1)
+        torch.nn.init.zeros_(value.weight)
+        self.value_head = torch.nn.Sequential(torch.nn.LayerNorm(width, elementwise_affine=False), value)
 
     def forward(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """Return log-probability and value of each completion token, both [n, t] in float32.
@@ -295,11 +294,7 @@ class Trainer:
             "length": rollout.mask.sum(1).mean().item(),
             "ood_p": sum(p_values) / len(p_values) if p_values else None,
             "loss": sum(losses) / len(losses),
-            "seconds": {
-                "sample": sampled - began,
-                "score": scored - sampled,
-                "update": time.monotonic() - scored,
-            },
+            "seconds": {"sample": sampled - began, "score": scored - sampled, "update": time.monotonic() - scored},
         }
         return figures, [
             {"prompt": prompt, "completion": text, "reward": item.reward}
@@ -314,7 +309,7 @@ class Trainer:
                 fixed = (old_logprobs[part], advantages[part], returns[part], rollout.mask[part])
                 loss = ppo_loss(logprobs, values, *fixed, options.clip)
                 self.optimizer.zero_grad()
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]  # torch's
                 torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
                 self.optimizer.step()
                 losses.append(loss.item())
@@ -330,7 +325,8 @@ def read_prompts(path: Path | None) -> list[list[dict[str, str]]]:
 
 def shuffled_forever(prompts: Sequence[Any], count: int, seed: int) -> Iterator[list[Any]]:
     """Yield batches of ``count`` prompts; each prompt comes once before any comes again."""
-    rng, waiting = random.Random(seed), []  # noqa: S311 - an order, not a secret
+    rng = random.Random(seed)  # noqa: S311 - an order, not a secret
+    waiting: list[Any] = []
     while True:
         while len(waiting) < count:
             waiting += rng.sample(prompts, len(prompts))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -139,7 +140,7 @@ def test_every_prompt_comes_once_before_any_comes_again() -> None:
 
 def test_prompts_are_texts_or_conversations(tmp_path: Path) -> None:
     """A text becomes a user turn; messages stay as they are."""
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"prompt": "Hi"},
         {"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]},
     ]
@@ -153,7 +154,7 @@ def run_options(tmp_path: Path, url: str, *more: str) -> list[str]:
     return [*words.split(), *more]
 
 
-def rows_of(path: Path) -> list[dict[str, object]]:
+def rows_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
