@@ -21,14 +21,16 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from reward_client import RewardClient
 
 from examples.overoptimisation.figure import draw, summarise
 from examples.overoptimisation.samples import labelled_pairs, read_rows, sample, write_first_blocks, write_rows
+from examples.ppo.ppo import Policy
 
 PPO = Path(__file__).parents[1] / "ppo" / "ppo.py"
 
@@ -40,11 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     policy = options.policy or str(_demo_base())
     label, calibrate, train = _split_prompts(options)
-    common = {"policy": policy, "max_tokens": options.max_tokens, "temperature": options.temperature}
-    for name, prompts, count in (("labelled", label, options.completions), ("normal", calibrate, 2)):
-        with _stage(out / f"{name}.jsonl") as target:
-            if target:
-                sample(target, prompts, count, seed=options.seeds[0], **common)
+    _sample_completions(options, policy, {"labelled": (label, options.completions), "normal": (calibrate, 2)})
     _make_proxy(options, policy)
     with _stage(out / "prompts.jsonl") as target:
         if target:
@@ -72,6 +70,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 _QUIET = ("--diagnostics", "none")
+
+
+def _sample_completions(
+    options: argparse.Namespace, policy: str, files: Mapping[str, tuple[Sequence[str], int]]
+) -> None:
+    """Write the completions of the initial policy: for each name of a file its prompts, and how many of each."""
+    if all((options.out / f"{name}.jsonl").exists() for name in files):
+        return
+    torch.manual_seed(options.seeds[0])
+    initial = Policy(policy, getattr(torch, options.dtype), 0, options.temperature)
+    for name, (prompts, count) in files.items():
+        with _stage(options.out / f"{name}.jsonl") as target:
+            if target:
+                sample(target, prompts, count, policy=initial, folder=policy, max_tokens=options.max_tokens)
 
 
 def _make_proxy(options: argparse.Namespace, policy: str) -> None:

@@ -18,20 +18,16 @@ SAMPLING_BATCH = 96
 """Completions that are sampled at once."""
 
 
-def sample(
-    path: Path, prompts: Sequence[str], count: int, *, policy: str, max_tokens: int, temperature: float, seed: int
-) -> None:
+def sample(path: Path, prompts: Sequence[str], count: int, *, policy: Policy, folder: str, max_tokens: int) -> None:
     """Write ``count`` completions of each prompt, one row each, after the rows that the file has already."""
-    torch.manual_seed(seed)
-    tokenizer = AutoTokenizer.from_pretrained(policy)
-    model = Policy(policy, torch.bfloat16, 0, temperature)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     num_done = len(read_rows(path)) if path.exists() else 0
     waiting = [prompt for prompt in prompts for _ in range(count)][num_done:]
     with path.open("a", encoding="utf-8") as file:
         for start in range(0, len(waiting), SAMPLING_BATCH):
             batch = waiting[start : start + SAMPLING_BATCH]
             conversations = [[{"role": "user", "content": prompt}] for prompt in batch]
-            completions = model.sample(tokenizer, conversations, max_tokens).completions
+            completions = policy.sample(tokenizer, conversations, max_tokens).completions
             rows = ({"prompt": prompt, "completion": text} for prompt, text in zip(batch, completions, strict=True))
             file.writelines(json.dumps(row) + "\n" for row in rows)
             file.flush()

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import write_tiny_causal_lm
+from tiny_calibration import made_up_text
+from tiny_models import write_tiny_causal_lm, write_tiny_checkpoint
 from transformers import AutoModelForCausalLM
 
 from examples.overoptimisation.figure import draw, first_alarms, lead_time, moving_mean, summarise
-from examples.overoptimisation.samples import labelled_pairs, write_first_blocks
+from examples.overoptimisation.run import main
+from examples.overoptimisation.samples import labelled_pairs, read_rows, write_first_blocks, write_rows
 
 
 def test_pairs_are_all_of_a_prompt_and_gold_chooses() -> None:
@@ -79,3 +83,26 @@ def test_a_staged_run_is_summarised_and_drawn(tmp_path: Path) -> None:
     assert summary["runs"][0]["steps"][0]["gold"] == pytest.approx(1.0)
     draw(summary, tmp_path / "picture.png")
     assert 10_000 < (tmp_path / "picture.png").stat().st_size < 200_000
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_command_runs_every_stage_and_then_none_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From prompts to the picture with tiny models: the judged completions are those that were trained with."""
+    policy = write_tiny_causal_lm(tmp_path / "policy", "llama", seed=3)
+    gold = write_tiny_checkpoint(tmp_path / "gold-model", "llama", seed=5)
+    rng, out = random.Random(0), tmp_path / "out"
+    write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"{made_up_text(rng, 1)} {index}"} for index in range(420)])
+    words = f"--prompts {tmp_path / 'prompts.jsonl'} --out {out} --policy {policy} --gold {gold} --dtype float32"
+    words += " --label-prompts 40 --calibration-prompts 360 --proxy-blocks 2 --proxy-trained-blocks 1"
+    words += " --trained-layers 1 --max-tokens 12 --steps 3 --prompts-per-step 8 --temperature 1.0"
+    main(words.split())
+    summary = json.loads((out / "overoptimisation.json").read_text())
+    [run] = summary["runs"]
+    assert [step["step"] for step in run["steps"]] == [1, 2, 3]
+    assert (out / "overoptimisation.png").is_file()
+    trained, judged = (read_rows(out / "seed-0" / name) for name in ("completions.jsonl", "gold.jsonl"))
+    assert [row["reward"] for row in trained] == [row["input_reward"] for row in judged]
+    assert capsys.readouterr().out.count("making ") == 9
+    main(words.split())
+    assert "making " not in capsys.readouterr().out
