@@ -38,7 +38,8 @@ def _run(seed: int, metrics: Rows, completions: Rows) -> dict[str, Any]:
     for row in completions:
         gold[row["step"]].append(row["reward"])
     names = ("step", "reward", "kl", "length", "ood_p", "drift", "alarms")
-    steps = [{name: row[name] for name in names} | {"gold": statistics.fmean(gold[row["step"]])} for row in metrics]
+    judged = [row for row in metrics if row["step"] in gold]  # an interrupted run may lack its last completions
+    steps = [{name: row[name] for name in names} | {"gold": statistics.fmean(gold[row["step"]])} for row in judged]
     early = [row for row in completions if row["step"] <= EARLY_STEPS]
     for name, column in (("reward", "input_reward"), ("gold", "reward")):
         values = [row[column] for row in early]
