@@ -34,7 +34,7 @@ def read_weights(given: Mapping[str, float] | None, outputs: Sequence[str]) -> M
     unknown = sorted(given.keys() - set(outputs))
     if unknown:
         raise InvalidRequest(
-            f"{len(unknown)} of the names in weights are no output of this model; its outputs are {_shown(outputs)}",
+            f"Names in weights that are no output of this model: {len(unknown)}; its outputs are {_shown(outputs)}",
             [Violation("/weights", "out_of_range")],
         )
     return dict(given)
