@@ -163,6 +163,8 @@ class Tokenization:
     def encode(self, items: Sequence[Item], encoding: Encoding) -> list[TokenSequence | HttpError]:
         """Tokenize the items in one call of the tokenizer; an item that cannot be encoded yields its error.
 
+        A model that rewards steps is read at its markers unless an item says otherwise: it was trained nowhere else.
+
         An Exchange whose prompt is a string becomes a user turn and an assistant turn of the chat template, with
         ``concat`` the two strings joined, or with ``pair`` the tokenizer's pair of texts. A prompt or completion of
         messages is always rendered by the chat template. A text that no template renders gets the special tokens that
@@ -187,6 +189,11 @@ class Tokenization:
             CompletionNotRendered: the chat template leaves out a part of the completion.
             SequenceTooLong: more than ``max_input_tokens`` where truncation was not requested or is not possible.
         """
+        if self.reads_markers:
+            items = [replace(item, steps=Steps("marker")) if item.steps is None else item for item in items]
+        return self._encode(items, encoding)
+
+    def _encode(self, items: Sequence[Item], encoding: Encoding) -> list[TokenSequence | HttpError]:
         prompts: dict[tuple[object, str], Any] = {}
         prepared = [self._texts.prepare(item, encoding, prompts) for item in items]
         encoded = iter(
@@ -347,7 +354,7 @@ class Tokenization:
             return []
         probes = []
         for completion in (SAMPLE_COMPLETION, OTHER_COMPLETION):
-            (outcome,) = self.encode([Item(Exchange(SAMPLE_PROMPT, completion))], Encoding())
+            (outcome,) = self._encode([Item(Exchange(SAMPLE_PROMPT, completion))], Encoding())
             if isinstance(outcome, TokenSequence):
                 probes.append(TextProbe(outcome.row, self._own_call(completion)))
         return probes

@@ -12,6 +12,9 @@ from service.records import ScoreRequest, Timings
 from service.request_state import ScoredRequest
 
 
+SERVICE_UNAVAILABLE = 503
+
+
 def note_parsed(served: ServedModel, facts: RequestFacts, num_items: int) -> float:
     """Note the items of a parsed request; return the seconds from its arrival.
 
@@ -34,7 +37,12 @@ async def score_and_note(
     Raises:
         HttpError: as `Scorer.score`.
     """
-    scored = await served.scorer.score(request)
+    try:
+        scored = await served.scorer.score(request)
+    except HttpError as error:
+        if facts.quota is not None and error.status == SERVICE_UNAVAILABLE:
+            facts.quota.give_back(len(request.items))
+        raise
     total_s = time.perf_counter() - facts.started_at
     stages = scored.timings
     timings = Timings(parse_s, stages.tokenize_s, stages.queue_s, stages.engine_s, total_s)

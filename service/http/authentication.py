@@ -122,6 +122,10 @@ class Quota:
             )
         self._level -= num_items
 
+    def give_back(self, num_items: int) -> None:
+        """Give back what a request has taken that the service could not accept."""
+        self._level = min(self._capacity, self._level + num_items)
+
 
 def presented_keys(scope: Scope) -> tuple[str, ...]:
     """Return the keys that a request presents: one with Bearer, user name and password with Basic, none otherwise."""

@@ -28,6 +28,10 @@ class Quota(Protocol):
         """
         ...
 
+    def give_back(self, num_items: int) -> None:
+        """Give back the items of a request that the service could not accept."""
+        ...
+
 
 @dataclass(slots=True)
 class RequestFacts:

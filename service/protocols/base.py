@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import msgspec
@@ -26,7 +26,7 @@ from service.errors import (
 from service.protocols.problem import problem
 from service.protocols.reward_weights import weights_missing
 from service.protocols.violations import invalid
-from service.records import Encoding, Item, ModelIdentity, Score, ScoreRequest, Steps, Usage
+from service.records import Encoding, Item, ModelIdentity, Score, ScoreRequest, Usage
 from service.settings import LimitSettings, ProtocolName, ProtocolSettings
 
 Activation: TypeAlias = Literal["none", "sigmoid"]
@@ -218,10 +218,7 @@ def score_request(call: Call, protocol: Protocol, context: ProtocolContext, rout
                 f"Item {index} has {item.content.num_chars} characters; the limit is {limits.max_item_chars}"
             )
     timeout_s = min(protocol.deadline_s, limits.deadline_s)
-    items = call.items
-    if context.reads_markers:
-        items = tuple(replace(item, steps=Steps("marker")) for item in items)
-    return ScoreRequest(items, call.encoding, call.level, timeout_s, waits_for_room=protocol.waits_for_room)
+    return ScoreRequest(call.items, call.encoding, call.level, timeout_s, waits_for_room=protocol.waits_for_room)
 
 
 def check_model(name: str | None, context: ProtocolContext) -> None:
