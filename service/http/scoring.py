@@ -46,6 +46,7 @@ def scoring_routes(served: ServedModel) -> list[Route]:
         settings.diagnostics.level,
         outputs,
         has_reward=served.rule.has_reward,
+        reads_markers=served.tokenization.reads_markers,
     )
     foreign_routes = foreign_routes_on(SCORE_PATH, served)
 

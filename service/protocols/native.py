@@ -77,6 +77,8 @@ class RequestDefaults:
     """Names of the numbers that the model gives for an item."""
     has_reward: bool = True
     """Whether there is a reward where a request has no weights."""
+    reads_markers: bool = False
+    """Whether the model rewards steps, so that completions that are compared are read at their markers."""
 
 
 class WireMessage(msgspec.Struct, forbid_unknown_fields=True):
@@ -168,8 +170,9 @@ def parse_compare_request(body: bytes, defaults: RequestDefaults) -> ScoreReques
     _check_count(len(wire.completions), 2, max_completions, "/completions", "completions")
     prompt = read_prompt(wire.prompt, "/prompt")
     tools = tools_of(wire.tools, "/tools")
+    steps = Steps("marker") if defaults.reads_markers else None
     items = tuple(
-        Item(Exchange(prompt, completion_of(completion, f"/completions/{index}"), tools))
+        Item(Exchange(prompt, completion_of(completion, f"/completions/{index}"), tools), steps=steps)
         for index, completion in enumerate(wire.completions)
     )
     return _request(items, wire, defaults)
