@@ -149,8 +149,13 @@ class ItemTexts:
             return InvalidRequest("The model reads pairs of texts or an appended token, so its steps cannot be read.")
         ends: StepEnds | HttpError | None
         match steps.kind:
-            case "texts" if prepared.prompt_chars is None:
+            case "texts" | "marker" if prepared.prompt_chars is None:
                 ends = InvalidRequest("It is unknown where the completion begins, so its steps cannot be read.")
+            case "texts" if marker.separate and prepared.prompt_chars != len(prepared.text):
+                ends = InvalidRequest(
+                    "The chat template writes text behind a completion, where steps that are tokenized alone would "
+                    "stand: send token ids, or give the tokenizer the chat template of training."
+                )
             case "texts":
                 ends = ends_of_texts(steps, marker, prepared.text, prepared.prompt_chars or 0)
             case "marker":

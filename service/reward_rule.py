@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean, pstdev
+from statistics import pstdev
 from typing import Any, Literal
 
 import msgspec
@@ -110,13 +110,13 @@ class RewardRule:
         match combine:
             case WeightedSum(factors):
                 known = dict(zip(self.outputs, outputs, strict=True))
-                return math.fsum(factor * known[name] for name, factor in factors.items())
+                return _sum([factor * known[name] for name, factor in factors.items()])
             case MeanOfOutputs():
-                return fmean(outputs)
+                return _mean(outputs)
             case MinOfOutputs():
                 return _min(outputs)
             case LowerBound(num_std):
-                return fmean(outputs) - num_std * pstdev(outputs)
+                return _mean(outputs) - num_std * _std(outputs)
             case Probability(name):
                 return probability(outputs, self.outputs.index(name))
             case LogProbability(name):
@@ -127,7 +127,7 @@ class RewardRule:
     def std_of(self, outputs: Sequence[float]) -> float | None:
         """Return the standard deviation (with divisor n) of the members of an ensemble; None for other outputs."""
         if isinstance(self.combine, MeanOfOutputs | MinOfOutputs | LowerBound):
-            return pstdev(outputs) if all(map(math.isfinite, outputs)) else math.nan
+            return _std(outputs)
         return None
 
     def aggregate(self, step_rewards: Sequence[float]) -> float:
@@ -138,7 +138,7 @@ class RewardRule:
             case "min":
                 return _min(step_rewards)
             case "mean":
-                return fmean(step_rewards)
+                return _mean(step_rewards)
             case "product":
                 return math.prod(step_rewards)
 
@@ -160,6 +160,28 @@ def log_probability(logits: Sequence[float], index: int) -> float:
     terms = [0.0, *logits] if len(logits) == 1 else logits
     largest = max(terms)
     return logits[index] - largest - math.log(math.fsum(math.exp(term - largest) for term in terms))
+
+
+def _sum(terms: Sequence[float]) -> float:
+    """Return the exactly rounded sum; NaN where a term is not finite or the sum is beyond float64.
+
+    ``math.fsum`` raises there, but one bad output is an error of its item and not of the whole batch.
+    """
+    if not all(map(math.isfinite, terms)):
+        return math.nan
+    try:
+        return math.fsum(terms)
+    except OverflowError:
+        return math.nan
+
+
+def _mean(values: Sequence[float]) -> float:
+    return _sum(values) / len(values)
+
+
+def _std(values: Sequence[float]) -> float:
+    """Return the standard deviation with divisor n; NaN where a value is not finite, for which ``pstdev`` raises."""
+    return pstdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def _min(values: Sequence[float]) -> float:

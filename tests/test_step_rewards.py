@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tiny_models import write_tiny_checkpoint
 
@@ -14,11 +17,18 @@ from service.checkpoints.checkpoint import open_checkpoint
 from service.checkpoints.reward_description import (
     DESCRIPTION_FILE,
     ClassifierHead,
+    Combination,
+    LogProbability,
+    LowerBound,
+    MeanOfOutputs,
+    MinOfOutputs,
     Probability,
     RewardDescription,
     StepRule,
+    WeightedSum,
     write_description,
 )
+from service.engines.base import EngineOutput
 from service.engines.oracle import OracleEngine, OracleFaults, oracle_reward
 from service.errors import CheckpointError, NonFiniteReward
 from service.pipeline import Pipeline
@@ -27,6 +37,20 @@ from service.reward_rule import RewardRule
 from service.settings import ModelSettings
 
 STEPS = [0.5, 0.25, 0.75]
+
+
+class TwoOutputs(OracleEngine):
+    """An engine with two outputs for each of the given token ids."""
+
+    def __init__(self, outputs: dict[tuple[int, ...], list[float]]) -> None:
+        super().__init__()
+        self._outputs = outputs
+
+    def forward(self, sequences: Sequence[TokenSequence], *, states: bool = False) -> EngineOutput:
+        """Return the given outputs."""
+        output = super().forward(sequences, states=states)
+        found = [np.array([self._outputs[sequence.row]], np.float32) for sequence in sequences]
+        return replace(output, outputs=found)
 
 
 @pytest.mark.parametrize(
@@ -90,6 +114,51 @@ def test_a_step_that_is_not_finite_fails_its_item() -> None:
 
     assert isinstance(bad, NonFiniteReward)
     assert isinstance(good, Score)
+
+
+BAD = (math.inf, -math.inf, math.nan)
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("other", [1.0, -math.inf])
+@pytest.mark.parametrize(
+    "combine",
+    [WeightedSum({"a": 1.0, "b": 1.0}), MeanOfOutputs(), LowerBound(1.0), Probability("a"), LogProbability("b")],
+)
+def test_a_number_that_is_not_finite_is_never_an_exception(combine: Combination, bad: float, other: float) -> None:
+    """The rules give NaN or infinity, never an exception: that would fail all items of the batch."""
+    rule = RewardRule(("a", "b"), combine)
+
+    for outputs in ([bad, other], [other, bad]):
+        reward = rule.reward_of(outputs)
+        assert reward is not None
+        assert not math.isfinite(reward)
+        assert not math.isfinite(rule.std_of(outputs) or math.nan)
+
+
+def test_a_sum_beyond_float64_is_no_number() -> None:
+    """Weights of a request may be that large; ``math.fsum`` would raise."""
+    rule = RewardRule(("a", "b"), step_aggregate="mean")
+
+    for outputs in ([1.0, 1.0], [10.0, -10.0], [10.0, 10.0]):
+        reward = rule.reward_of(outputs, {"a": 1.5e308, "b": 1.5e308})
+        assert reward is not None
+        assert not math.isfinite(reward)
+    assert not math.isfinite(rule.aggregate([1.5e308, 1.5e308]))
+    assert rule.reward_of([2.0, 3.0], {"a": 0.5, "b": -1.0}) == -2.0
+
+
+@pytest.mark.parametrize("combine", [LowerBound(1.0), MeanOfOutputs(), MinOfOutputs(), WeightedSum({"a": 1.0})])
+def test_a_member_that_is_not_finite_fails_its_item_alone(combine: Combination) -> None:
+    """The other items of the batch get their rewards."""
+    engine = TwoOutputs({(7,): [math.inf, math.nan], (8,): [1.0, 3.0]})
+    rule = RewardRule(("a", "b"), combine)
+
+    bad, good = Pipeline(engine, rule=rule).run([TokenSequence((7,)), TokenSequence((8,))], ["none"] * 2).outcomes
+
+    assert isinstance(bad, NonFiniteReward)
+    assert isinstance(good, Score)
+    assert good.reward == {LowerBound: 1.0, MeanOfOutputs: 2.0, MinOfOutputs: 1.0, WeightedSum: 1.0}[type(combine)]
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,27 @@ def test_steps_that_are_tokenized_alone() -> None:
     assert sequence.num_prompt_tokens == len(tokenizer(PROMPT)["input_ids"])
 
 
+def test_steps_that_are_tokenized_alone_need_the_end_of_the_text() -> None:
+    """A template that closes the assistant's turn would stand before them, which is no text of training."""
+    newline = tiny_tokenizer("llama")("\n", add_special_tokens=False)["input_ids"][-1]
+
+    error = refused(tokenization(StepMarker("\n", newline, separate=True)), texts_item())
+
+    assert "writes text behind a completion" in str(error)
+
+
+def test_markers_are_refused_where_the_completion_has_no_known_begin() -> None:
+    """Markers of the prompt would be taken for ends of steps."""
+    template = (
+        "{% for m in messages %}{% if loop.last %}LAST{{ m.content | length }}{% endif %}{{ m.content }}{% endfor %}"
+    )
+    item = Item(Exchange(f"A{EOT}B", f"one, and two{EOT}"), steps=Steps("marker"))
+
+    error = refused(tokenization(StepMarker(EOT, marker_id()), template=template), item)
+
+    assert "unknown where the completion begins" in str(error)
+
+
 def test_a_marker_that_the_template_trims_is_refused() -> None:
     """A template that changes the completion leaves the end of its last step unknown."""
     scheme = tokenization(

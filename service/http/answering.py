@@ -11,7 +11,6 @@ from service.http.facts import RequestFacts
 from service.records import ScoreRequest, Timings
 from service.request_state import ScoredRequest
 
-
 SERVICE_UNAVAILABLE = 503
 
 

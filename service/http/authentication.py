@@ -55,7 +55,7 @@ class Authentication:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
-        if scope["type"] != "http" or scope["path"] in self._public:
+        if scope["type"] != "http" or path_in_application(scope) in self._public:
             await self._app(scope, receive, send)
             return
         facts: RequestFacts = scope["state"]["facts"]
@@ -82,7 +82,7 @@ class Authentication:
         key = next(filter(None, map(self._keys.find, presented)), None)
         if key is None:
             raise Unauthenticated("The API key is not known here")
-        if scope["path"] in ADMIN_PATHS and key.scope != "admin":
+        if path_in_application(scope) in ADMIN_PATHS and key.scope != "admin":
             raise Forbidden("This route needs a key with scope admin")
         return key
 
@@ -125,6 +125,13 @@ class Quota:
     def give_back(self, num_items: int) -> None:
         """Give back what a request has taken that the service could not accept."""
         self._level = min(self._capacity, self._level + num_items)
+
+
+def path_in_application(scope: Scope) -> str:
+    """Return the path by which the routes are found: behind ``root_path``, where an application has a route prefix."""
+    path: str = scope["path"]
+    prefix: str = scope.get("root_path", "")
+    return path.removeprefix(prefix) if path.startswith(f"{prefix}/") else path
 
 
 def presented_keys(scope: Scope) -> tuple[str, ...]:

@@ -63,8 +63,11 @@ def _count(text: bytes) -> int:
 
 
 def _end_of_step(body: bytes, begin: int) -> int:
-    """Return where a step ends: not after a backslash, which may escape the next byte."""
+    """Return where a step that does not begin within an escape ends: not within one either.
+
+    It takes time in proportion to the step, however many backslashes follow each other.
+    """
     end = min(begin + _STEP, len(body))
-    while end < len(body) and body[end - 1 : end] == b"\\":
-        end += 1
-    return end
+    part = body[begin:end]
+    num_backslashes = len(part) - len(part.rstrip(b"\\"))
+    return min(end + num_backslashes % 2, len(body))

@@ -27,22 +27,29 @@ time, then under overload nearly every answer would come just after its deadline
 
 
 class Throughput:
-    """Recent tokens per engine second: a mean with exponentially decaying weights."""
+    """Recent tokens per engine second, and tokens of a pass: means with exponentially decaying weights."""
 
     def __init__(self) -> None:
         self._tokens = 0.0
         self._seconds = 0.0
+        self._token_seconds = 0.0
 
     @property
     def tokens_per_s(self) -> float | None:
         """None until something was measured."""
         return self._tokens / self._seconds if self._seconds > 0 else None
 
+    @property
+    def pass_tokens(self) -> float:
+        """Tokens of the pass that runs at a random time, by recent passes; 0 until something was measured."""
+        return self._token_seconds / self._seconds if self._seconds > 0 else 0.0
+
     def record(self, num_tokens: int, seconds: float) -> None:
         """Add one batch: the tokens of its sequences, and its seconds of engine time."""
         decay = 0.5 ** (seconds / THROUGHPUT_HALF_LIFE_S)
         self._tokens = self._tokens * decay + num_tokens
         self._seconds = self._seconds * decay + seconds
+        self._token_seconds = self._token_seconds * decay + num_tokens * seconds
 
 
 class Admission:
@@ -50,7 +57,7 @@ class Admission:
 
     Args:
         max_waiting_tokens: requests that would exceed it are refused.
-        batch_tokens: usual tokens of the pass that is running when a request arrives.
+        batch_tokens: budget of a pass, and so the most tokens that the pass has which runs when a request arrives.
     """
 
     def __init__(self, max_waiting_tokens: int, batch_tokens: int = 0) -> None:
@@ -106,11 +113,14 @@ class Admission:
         self, num_tokens: int, waiting: int, time_left_s: float, tokens_before: Callable[[int], int]
     ) -> None:
         speed = self.throughput.tokens_per_s
+        # Small passes have a low throughput, so a full budget at their throughput would take far too long: every
+        # request but one would be refused, and passes would stay small.
+        running = min(self._batch_tokens, self.throughput.pass_tokens)
         usable_s = USED_SHARE * time_left_s
-        if not speed or (waiting + num_tokens + self._batch_tokens) / speed <= usable_s:
+        if not speed or (waiting + num_tokens + running) / speed <= usable_s:
             return
         before = tokens_before(num_tokens) + sum(min(tokens, num_tokens) for tokens in self._reserved.values())
-        seconds = (min(before, waiting) + num_tokens + self._batch_tokens) / speed
+        seconds = (min(before, waiting) + num_tokens + running) / speed
         if seconds > usable_s:
             raise Overloaded(
                 f"{waiting} tokens wait, so the answer would come after {seconds:.3g} s or more; {time_left_s:.3g} s "

@@ -63,6 +63,22 @@ async def test_qwen_prm(tmp_path: Path) -> None:
     assert max(expected) - min(expected) > 0.1
 
 
+async def test_completions_are_compared_by_their_steps(tmp_path: Path) -> None:
+    """``/v1/compare`` reads a process reward model at the markers; a completion without one is refused."""
+    source, out = write_qwen_prm(tmp_path / "source"), tmp_path / "out"
+    convert(source, out)
+    parts = [STEPS[:1], STEPS[1:]]
+    completions = ["".join(f"{step}<extra_0>" for step in steps) for steps in parts]
+
+    async with application(out) as client:
+        answer = await client.post("/v1/compare", json={"prompt": PROMPT, "completions": completions})
+        unmarked = await client.post("/v1/compare", json={"prompt": PROMPT, "completions": [STEPS[0], completions[1]]})
+
+    expected = [min(softmax(qwen_rewards(source, out, steps))) for steps in parts]
+    assert answer.json()["rewards"] == pytest.approx(expected, abs=1e-4)
+    assert unmarked.status_code == 422
+
+
 async def test_skywork_prm(tmp_path: Path) -> None:
     """A value head at line breaks: each step is tokenized alone, as the authors' code does."""
     source, out = write_skywork_prm(tmp_path / "source"), tmp_path / "out"

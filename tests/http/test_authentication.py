@@ -9,9 +9,11 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 from http_application import Application, application
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from service.api_keys import ApiKey, ApiKeys, hash_of, new_key, read_api_keys
 from service.errors import OutputError, QuotaExceeded, SettingsError
@@ -54,6 +56,22 @@ def routes_of(app: Application) -> list[tuple[str, str]]:
         if isinstance(route, Route)
         for method in sorted(route.methods or {"GET"})
     ]
+
+
+async def test_a_route_prefix_changes_no_right(app: Application) -> None:
+    """Behind a route prefix, which Ray Serve passes as root_path, probes are open and metrics need the scope admin."""
+    inner: Any = app.client._transport
+
+    async def prefixed(scope: Scope, receive: Receive, send: Send) -> None:
+        await inner.app({**scope, "root_path": "/helpful"}, receive, send)
+
+    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(prefixed), base_url="http://app/helpful") as client:
+        for path in ("/metrics", "/metrics/"):
+            assert (await client.get(path)).status_code == 401
+            assert (await client.get(path, headers=bearer(SCORE_KEY))).status_code == 403
+            assert (await client.get(path, headers=bearer(ADMIN_KEY))).status_code == 200
+        assert (await client.get("/livez")).status_code == 200
+        assert (await client.get("/v1/model")).status_code == 401
 
 
 async def test_every_route_but_the_probes_is_denied_without_a_key(app: Application) -> None:

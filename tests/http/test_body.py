@@ -74,6 +74,20 @@ async def test_a_body_of_many_small_values_is_refused_before_it_is_decoded() -> 
     await check_values(text, LIMITS.max_request_values)
 
 
+async def test_backslashes_at_the_end_of_a_step_are_counted_in_bounded_time() -> None:
+    """A long run of backslashes costs no more than other bytes, and what follows it is inside or outside as in JSON."""
+    values = b"1," * (4 * MIB) + b"1"
+    for num_backslashes, is_refused in ((16 * MIB, True), (16 * MIB + 1, False)):
+        body = b'["' + b"\\" * num_backslashes + b'",' + values + b"]"
+        begin = time.thread_time()
+        if is_refused:
+            with pytest.raises(TooManyItems):
+                await check_values(body, 4 * MIB)
+        else:
+            await check_values(body, 4 * MIB)  # the string does not end, so there are no values
+        assert time.thread_time() - begin < 2.0  # 6 seconds where each backslash was looked at
+
+
 async def test_the_limit_on_values_is_exact() -> None:
     """Above 1 MiB a body with as many values as the limit passes, and one more is refused."""
     ids = b"1000000," * (SMALL_BODY_BYTES // 8) + b"1"

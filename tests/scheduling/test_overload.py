@@ -138,3 +138,16 @@ def test_a_request_that_is_too_large_for_its_deadline_is_not_refused_by_an_empty
     queue = Queue(10**9, batch_tokens=BUDGET.max_tokens)
     queue.record_throughput(SPEED * 10, 10.0)
     queue.admit("large", 10**7, time_left_s=0.1)
+
+
+def test_requests_are_admitted_after_a_time_of_small_passes() -> None:
+    """Passes of one small request have a low throughput; requests that arrive together then are still admitted."""
+    queue = Queue(2_097_152, batch_tokens=65_536)
+    queue.record_throughput(65_536, 0.7)
+    for _ in range(2000):
+        queue.record_throughput(ITEM_TOKENS, 0.025)  # 4,000 tokens a second: a full pass would take 16 s
+
+    for number in range(64):
+        queue.admit(number, ITEM_TOKENS, time_left_s=10.0)
+    with pytest.raises(Overloaded):
+        queue.admit("large", 50_000, time_left_s=10.0)
