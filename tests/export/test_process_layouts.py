@@ -70,7 +70,7 @@ async def test_completions_are_compared_by_their_steps(tmp_path: Path) -> None:
     parts = [STEPS[:1], STEPS[1:]]
     completions = ["".join(f"{step}<extra_0>" for step in steps) for steps in parts]
 
-    async with application(out) as client:
+    async with checkpoint_client(out) as client:
         answer = await client.post("/v1/compare", json={"prompt": PROMPT, "completions": completions})
         unmarked = await client.post("/v1/compare", json={"prompt": PROMPT, "completions": [STEPS[0], completions[1]]})
 
