@@ -37,7 +37,7 @@ def softmax(logits: list[list[float]]) -> list[float]:
 
 
 async def test_qwen_prm(tmp_path: Path) -> None:
-    """Two labels at a marker: texts, a marked completion, a rendered text and token ids agree with the model's card."""
+    """Two labels at a marker: texts, marked completions and token ids, with steps or without, agree with the card."""
     source, out = write_qwen_prm(tmp_path / "source"), tmp_path / "out"
     convert(source, out)
     logits = qwen_rewards(source, out, STEPS)
@@ -48,6 +48,8 @@ async def test_qwen_prm(tmp_path: Path) -> None:
         out,
         {"prompt": PROMPT, "steps": list(STEPS)},
         {"prompt": PROMPT, "completion": "".join(f"{step}<extra_0>" for step in STEPS), "steps": "marker"},
+        {"prompt": PROMPT, "completion": "".join(f"{step}<extra_0>" for step in STEPS)},
+        {"text": text},
         {"text": text, "steps": "marker"},
         {"token_ids": AutoTokenizer.from_pretrained(source)(text)["input_ids"], "steps": "marker"},
     )
@@ -77,6 +79,22 @@ async def test_completions_are_compared_by_their_steps(tmp_path: Path) -> None:
     expected = [min(softmax(qwen_rewards(source, out, steps))) for steps in parts]
     assert answer.json()["rewards"] == pytest.approx(expected, abs=1e-4)
     assert unmarked.status_code == 422
+
+
+async def test_an_item_without_a_marker_is_refused(tmp_path: Path) -> None:
+    """A model that rewards steps gives no reward where it was not trained to: such items fail alone, on every route."""
+    out = tmp_path / "out"
+    convert(write_qwen_prm(tmp_path / "source"), out)
+    marked = f"{STEPS[0]}<extra_0>"
+
+    async with checkpoint_client(out) as client:
+        items = [{"prompt": PROMPT, "completion": STEPS[0]}, {"prompt": PROMPT, "completion": marked}]
+        native = (await client.post("/v1/score", json={"items": items})).json()["results"]
+        foreign = await client.post("/rm", json={"prompt": PROMPT, "response": STEPS[0]})
+
+    assert native[0]["error"]["code"] == "invalid_request"
+    assert len(native[1]["step_rewards"]) == 1
+    assert foreign.status_code == 422
 
 
 async def test_skywork_prm(tmp_path: Path) -> None:

@@ -140,6 +140,14 @@ async def test_a_quota_is_answered_with_429_and_a_time(app: Application, route: 
     assert (await app.post(route, body, **bearer(SCORE_KEY))).status_code == 200
 
 
+async def test_a_refused_request_uses_no_quota(app: Application) -> None:
+    """A request that is answered with 503 gives its items back, so that retries of a start do not end in a 429."""
+    await app.served.scorer.stop(0.0)
+    for _ in range(5):
+        answer = await app.post("/v1/score", {"items": [ITEM] * 3}, **bearer(LIMITED_KEY))
+        assert answer.json()["code"] == "draining"
+
+
 def test_a_quota_refills_and_admits_a_large_request_when_it_is_full() -> None:
     """A bucket of 60 items a minute gives one back each second; a request of 100 passes a full bucket."""
     now = 0.0
