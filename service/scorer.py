@@ -251,8 +251,9 @@ class Scorer:
         A request that ``waits_for_room`` is refused only at its deadline, or where those that wait for room have as
         many tokens as the queue may hold.
         """
-        key, num_tokens = next(self._keys), self._encoder.estimate_tokens(request.items)
+        key = next(self._keys)
         try:
+            num_tokens = await self._estimate_own_tokens(request.items)
             try:
                 self._admit(key, num_tokens, deadline)
             except Overloaded as refusal:
@@ -266,6 +267,11 @@ class Scorer:
             self._metrics.count_items(len(request.items), "cancelled")
             raise
         return key
+
+    async def _estimate_own_tokens(self, items: Sequence[Item]) -> int:
+        """Estimate how many tokens of a request the own engine computes: of a large one siblings compute parts."""
+        num_tokens = self._encoder.estimate_tokens(items)
+        return num_tokens if self._scatterer is None else await self._scatterer.own_tokens(num_tokens)
 
     def _admit(self, key: Hashable, num_tokens: int, deadline: float) -> None:
         self.refuse_unless_ready()

@@ -20,13 +20,14 @@ pytestmark = pytest.mark.slow
 
 NUM_REPLICAS = 3
 NUM_ITEMS = 1024
+NUM_REQUESTS = 6
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """``reward-serve`` with three replicas that have announced themselves to each other."""
     options = ("--engine", "oracle", "--replicas", str(NUM_REPLICAS))
-    with serving(tmp_path_factory.mktemp("haproxy"), *options) as running:
+    with serving(tmp_path_factory.mktemp("haproxy"), *options, timeout_s=300) as running:
         yield running
 
 
@@ -40,7 +41,8 @@ def shards(server: RunningServer, outcome: str) -> float:
 async def score(client: AsyncRewardClient, label: str) -> None:
     """Score one request of 1,024 items in groups of eight; each reward must be that of its text."""
     prompts = [f"{label}: question {number // 8:04d}? " for number in range(NUM_ITEMS)]
-    completions = [f"answer {number:04d} " + "word " * (20 + number % 17) for number in range(NUM_ITEMS)]
+    # About 400,000 tokens: a shard has at least as many as a pass of the oracle, 65,536.
+    completions = [f"answer {number:04d} " + "word " * (60 + number % 17) for number in range(NUM_ITEMS)]
     pairs = zip(prompts, completions, strict=True)
     assert await client.score(prompts, completions) == [oracle_reward_of_text(*pair) for pair in pairs]
 
@@ -53,26 +55,29 @@ async def test_all_replicas_compute_a_large_request(server: RunningServer) -> No
     """Each request gives a shard to each of three replicas, none is retried, and every reward is right."""
     before = {outcome: shards(server, outcome) for outcome in ("here", "sibling", "retried")}
     async with client_of(server) as client:
-        for number in range(4):
+        for number in range(NUM_REQUESTS):
             await score(client, f"divided {number}")
-    after = {outcome: shards(server, outcome) for outcome in before}
+    new = {outcome: shards(server, outcome) - count for outcome, count in before.items()}
 
-    assert {outcome: after[outcome] - before[outcome] for outcome in before} == {"here": 4, "sibling": 8, "retried": 0}
+    assert new == {"here": NUM_REQUESTS, "sibling": NUM_REQUESTS * (NUM_REPLICAS - 1), "retried": 0}
 
 
 async def test_a_replica_is_killed_while_it_has_shards(server: RunningServer) -> None:
     """A replica that stops in the middle of shards, and then dies, costs no reward: they are computed elsewhere."""
     replica = next(process for process in server.descendants() if "ServeReplica" in " ".join(process.cmdline()))
     async with client_of(server) as client:
-        await score(client, "before")  # the siblings are known
+        for number in range(NUM_REQUESTS):  # every replica knows its siblings then
+            await score(client, f"before {number}")
         replica.send_signal(signal.SIGSTOP)
-        calls = [asyncio.create_task(score(client, f"killed {number}")) for number in range(6)]
+        calls = [asyncio.create_task(score(client, f"killed {number}")) for number in range(NUM_REQUESTS)]
         await asyncio.sleep(0.7)
         replica.kill()
         await asyncio.gather(*calls)
         retried = await asyncio.to_thread(shards, server, "retried")
 
-    print(f"6 requests of {NUM_ITEMS} items, {retried:.0f} shards of the killed replica computed elsewhere")
+    print(
+        f"{NUM_REQUESTS} requests of {NUM_ITEMS} items, {retried:.0f} shards of the killed replica computed elsewhere"
+    )
     assert retried >= 1
     assert await asyncio.to_thread(eventually, lambda: num_replicas(server) == NUM_REPLICAS, 60)
 
