@@ -127,7 +127,7 @@ def _proxy_environment(
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(int(deadline_s) + 30),
         # A connection that sends nothing for so long is closed; one that waits for its answer is not.
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "30",
-        # Idle connections beyond Ray's default of 4,096 would keep everybody out; two of them take five of the open files.
+        # Idle connections beyond Ray's default of 4,096 would keep everybody out; two take five open files.
         "RAY_SERVE_HAPROXY_MAXCONN": str(max_connections),
         # A dead replica is noticed in two seconds instead of ten.
         "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -77,6 +78,17 @@ def with_autoscaling(config: dict[str, Any], **changes: Any) -> None:
     deployment_of(config)["autoscaling_config"] = AUTOSCALING | changes
 
 
+def test_the_autoscaling_of_the_file_is_valid() -> None:
+    """The commented block in place of num_replicas passes the strict check as it stands."""
+    text = (ROOT / "serve_config.yaml").read_text()
+    block = re.search(r"        # autoscaling_config:\n(        #   .*\n)+", text)
+    assert block is not None
+    config = yaml.safe_load(text.replace("        num_replicas: 1\n", block[0].replace("        # ", "        ")))
+
+    assert deployment_of(config)["autoscaling_config"]["policy"]["policy_function"] == POLICY
+    check_serve_config(config)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -89,6 +101,7 @@ def with_autoscaling(config: dict[str, Any], **changes: Any) -> None:
         (lambda c: deployment_of(c).update(graceful_shutdown_timeout_s=60), "must be above limits.deadline_s"),
         (lambda c: deployment_of(c).update(autoscaling_config=AUTOSCALING), "num_replicas or autoscaling_config"),
         (lambda c: with_autoscaling(c, max_replica=3), "max_replica is not a key"),
+        (lambda c: with_autoscaling(c, look_back_period_s=10), "look_back_period_s: .*greater than 10"),
         (lambda c: with_autoscaling(c, min_replicas=9), "needs min_replicas <= initial_replicas <= max_replicas"),
         (lambda c: with_autoscaling(c, policy={"policy_function": "mine:policy"}), "policy_function"),
         (lambda c: c["applications"][0]["args"].update(limit={}), "limit: is not a setting .did you mean limits"),
