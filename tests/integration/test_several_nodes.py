@@ -69,10 +69,10 @@ def test_one_large_request(cluster: RunningCluster) -> None:
     assert one / four >= MIN_SPEEDUP
 
 
-async def items_per_s(url: str, label: str, seconds: float) -> float:
-    """Score groups of eight from 48 callers for so many seconds; return the items answered per second."""
+async def items_per_s(url: str, label: str, callers: int, seconds: float = 8.0) -> float:
+    """Score groups of eight from so many callers for so many seconds; return the items answered per second."""
     answered = 0
-    begin = time.perf_counter() + 1.0  # the first second is not counted
+    begin = time.perf_counter() + 2.0  # the first seconds are not counted
     numbers = itertools.count()
 
     async def work(client: AsyncRewardClient) -> None:
@@ -85,18 +85,19 @@ async def items_per_s(url: str, label: str, seconds: float) -> float:
             if begin <= time.perf_counter() <= begin + seconds:
                 answered += len(rewards)
 
-    async with AsyncRewardClient(url, deadline_s=120, max_connections=48) as client:
-        await asyncio.gather(*(work(client) for _ in range(48)))
+    async with AsyncRewardClient(url, deadline_s=120, max_connections=callers) as client:
+        await asyncio.gather(*(work(client) for _ in range(callers)))
     return answered / seconds
 
 
 async def test_independent_load(cluster: RunningCluster) -> None:
     """Independent small requests are answered at least 3 times as fast by four replicas as by one."""
-    one = await items_per_s(f"{cluster.url}/one", "load one", 5.0)
-    four = await items_per_s(f"{cluster.url}/four", "load four", 5.0)
+    # With as many callers for one replica as for four, an answer would take about as long as the measurement.
+    one = await items_per_s(f"{cluster.url}/one", "load one", callers=12)
+    four = await items_per_s(f"{cluster.url}/four", "load four", callers=48)
 
     print(f"groups of 8: one replica {one:.0f} items/s, four replicas {four:.0f} items/s: {four / one:.2f}x")
-    assert four / one >= MIN_SPEEDUP
+    assert MIN_SPEEDUP <= four / one < 6.0  # above it one replica was not measured in its steady state
 
 
 async def test_a_node_is_killed_under_load(cluster: RunningCluster) -> None:
