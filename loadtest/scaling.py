@@ -72,6 +72,9 @@ class Measurement:
     cpu_ms_per_request: dict[str, float]
     """CPU milliseconds of a request, by part."""
 
+    load_average: float
+    """Of the machine over one minute, the simulation included; above the number of cores others wanted them too."""
+
 
 def items_of(number: int, num_items: int) -> list[dict[str, str]]:
     """Return the items of a request: groups with a prompt of their own, every text unique and of `ITEM_BYTES`."""
@@ -111,6 +114,7 @@ def measure(
         run.latency_s(0.99),
         {part: seconds / run.wall_s for part, seconds in spent.items()},
         {part: 1000 * seconds / num_requests for part, seconds in spent.items()},
+        os.getloadavg()[0],
     )
 
 
@@ -139,19 +143,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for shape in SHAPES:
                 measurements.append(measure(server, shape, replicas, options.tokens_per_s, numbers))
                 console.print(table(measurements[-1:]))
+        save(measurements, options)  # what was measured is kept where a larger number of replicas does not start
+    console.print(table(measurements))
+    return 0
+
+
+def save(measurements: Sequence[Measurement], options: argparse.Namespace) -> None:
+    """Write the figures and the plot to the files that were asked for."""
     report = {
         "tokens_per_s_of_a_replica": options.tokens_per_s,
         "tokens_of_an_item": ITEM_BYTES,
         "cores": len(os.sched_getaffinity(0)),
-        "load_average_at_the_end": os.getloadavg()[0],
         "measurements": [asdict(measurement) for measurement in measurements],
     }
-    console.print(table(measurements))
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if options.plot:
         draw(measurements, options.plot)
-    return 0
 
 
 def table(measurements: Sequence[Measurement]) -> Table:

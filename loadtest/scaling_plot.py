@@ -24,7 +24,9 @@ def draw(measurements: Sequence[Measurement], file: Path) -> None:
     ideal = {row.replicas: row.ideal_items_per_s for row in measurements}
     throughput.plot(list(ideal), list(ideal.values()), color="gray", linestyle="--", label="forward passes alone")
     for axes, title, unit in ((throughput, "Throughput", "items/s"), (latency, "Latency of a request", "p99, ms")):
-        axes.set(title=title, xlabel="replicas", ylabel=unit, xscale="log", yscale="log")
+        axes.set(title=title, xlabel="replicas", ylabel=unit, xscale="log")
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter("{x:,.0f}")
         axes.set_xticks(list(ideal), [str(replicas) for replicas in ideal])
         axes.minorticks_off()
         axes.grid(alpha=0.3)

@@ -32,6 +32,8 @@ NOT_FOR_SERVE_RUN = (
     "LOG_NAME_UPDATE_INTERVAL_S",
 )
 """Variables of `ray_environment` that ``serve run`` needs as they are by default (docs/operations.md)."""
+DEPLOY_FAILED = "Deploying app 'reward' failed"
+"""What Ray's controller writes where it refuses an application; ``serve run`` then waits for a better one."""
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -121,8 +123,10 @@ def _await_all(process: subprocess.Popen[bytes], port: int, replicas: int, log: 
     """Return once the metrics of all replicas can be read through the proxy."""
     give_up_at = time.monotonic() + READY_WITHIN_S
     while time.monotonic() < give_up_at:
-        if process.poll() is not None:
-            raise ServerStartError(f"serve run ended with status {process.returncode}: {log.read_text()[-2000:]}")
+        if process.poll() is not None or DEPLOY_FAILED in log.read_text(errors="replace"):
+            raise ServerStartError(
+                f"serve run did not start the application: {log.read_text(errors='replace')[-2000:]}"
+            )
         with contextlib.suppress(OSError), _DIRECT.open(f"http://127.0.0.1:{port}/metrics", timeout=10.0) as answer:
             if answer.read().decode().count("\nrm_ready{") == replicas:
                 return

@@ -16,7 +16,6 @@ from typing import Any, TextIO
 
 import ray
 from ray import serve
-from ray.serve.config import RequestRouterConfig
 from starlette.types import ASGIApp
 
 from service.assembly import ServedModel, assemble
@@ -32,7 +31,6 @@ from service.launch.ray_failures import explain_failure, is_of_ray
 from service.metrics import merge_expositions
 from service.request_shard import RequestShard, ShardResult
 from service.settings import Settings, read_settings
-from service.shard_router import ShardRouter
 from service.sibling_replicas import LoadReport, SiblingReplicas
 
 APP_NAME = "reward"
@@ -59,6 +57,7 @@ class RewardReplica:
         self._siblings = SiblingReplicas(self._served.build)
         if settings.scatter.enabled:
             scorer.scatter_over(self._siblings, settings.scatter, self._served.build)
+            await self._announced(self._name)
         self._stats_at, self._stats_busy_s = time.monotonic(), scorer.engine_busy_s
 
     def assemble(self, settings: Settings) -> ServedModel:
@@ -94,14 +93,17 @@ class RewardReplica:
         scorer = self._served.scorer
         return LoadReport(self._name, self._served.build, scorer.queued_tokens, scorer.state == "ready")
 
-    async def compute_shard(self, shard: RequestShard, replica: str) -> ShardResult | HttpError:
+    @serve.multiplexed(max_num_models_per_replica=1)  # type: ignore[untyped-decorator]
+    async def _announced(self, name: str) -> str:
+        """Announce the name as a model that only this replica has, so that siblings can call it by its name."""
+        return name
+
+    async def compute_shard(self, shard: RequestShard) -> ShardResult | HttpError:
         """Compute a shard of a request that a sibling has received; errors are returned, as Ray wraps raised ones.
 
         Args:
             shard: as `Scorer.compute_shard`.
-            replica: the replica that was chosen; read by `ShardRouter`.
         """
-        del replica
         if shard.build != self._served.build:
             return NotReady("This replica serves another model version, or runs other code.")
         try:
@@ -158,7 +160,6 @@ def deployment_of(replica: type[RewardReplica]) -> Any:
         health_check_timeout_s=30,
         graceful_shutdown_timeout_s=30,
         graceful_shutdown_wait_loop_s=0.2,
-        request_router_config=RequestRouterConfig(request_router_class=ShardRouter),
     )(serve.ingress()(replica))
 
 

@@ -6,12 +6,16 @@ What there is room for is decided in ``scheduling.admission``.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Hashable
+from collections.abc import Awaitable, Callable, Hashable, Sequence
+from typing import TypeAlias
 
 from service.errors import HttpError, Overloaded
-from service.records import ScoreRequest
+from service.records import Item, ScoreRequest
 from service.scoring_metrics import ScoringMetrics
 from service.work_queue import WorkQueue
+
+EstimateTokens: TypeAlias = Callable[[Sequence[Item]], Awaitable[int]]
+"""Estimates the tokens of items without tokenizing them."""
 
 ROOM_POLL_S = 0.05
 """Seconds after which a request that waits for room in the queue looks for it again."""
@@ -44,7 +48,7 @@ class RequestAdmission:
         self._num_patient_tokens = 0
         self._patience = asyncio.Lock()
 
-    async def reserve(self, request: ScoreRequest, key: Hashable, num_tokens: int, deadline: float) -> None:
+    async def reserve(self, request: ScoreRequest, key: Hashable, estimate: EstimateTokens, deadline: float) -> None:
         """Refuse a request before any work, or reserve room for it in the queue.
 
         A request that ``waits_for_room`` is refused only at its deadline, or where those that wait for room have as
@@ -53,7 +57,7 @@ class RequestAdmission:
         Args:
             request: the request.
             key: the name of the reservation.
-            num_tokens: the tokens of the request, estimated.
+            estimate: returns how many tokens of the items the own engine computes.
             deadline: by the clock.
 
         Raises:
@@ -61,6 +65,7 @@ class RequestAdmission:
             HttpError: no requests are accepted.
         """
         try:
+            num_tokens = await estimate(request.items)
             try:
                 self.reserve_now(key, num_tokens, deadline)
             except Overloaded as refusal:
@@ -75,7 +80,7 @@ class RequestAdmission:
             raise
 
     def reserve_now(self, key: Hashable, num_tokens: int, deadline: float) -> None:
-        """Reserve room in the queue, or refuse at once; arguments and errors as of ``reserve``."""
+        """Reserve room in the queue for a number of tokens, or refuse at once; errors as of ``reserve``."""
         self._refuse_unless_ready()
         self._queue.admit(key, num_tokens, deadline=deadline)
 

@@ -16,7 +16,7 @@ from service.errors import DeadlineExceeded, HttpError, InternalError
 from service.metrics import Metrics
 from service.request_shard import RequestShard, ShardResult
 from service.request_state import RequestState
-from service.scheduling.scatter import ReplicaLoad, ShardPlan, num_tokens, plan_shards, select
+from service.scheduling.scatter import ReplicaLoad, ShardPlan, num_tokens, own_tokens, plan_shards, select
 from service.scheduling.work import Work
 
 logger = logging.getLogger(__name__)
@@ -103,6 +103,13 @@ class Scatterer:
     def is_large(self, work: Work) -> bool:
         """Whether a request has enough tokens to be scattered where there are siblings."""
         return num_tokens(work) >= self._rule.min_tokens
+
+    async def own_tokens(self, num_tokens: int) -> int:
+        """Estimate how many tokens the own engine computes of a request with an estimated number of tokens."""
+        if num_tokens < self._rule.min_tokens:
+            return num_tokens
+        waiting = [sibling.waiting_tokens for sibling in await self._siblings.loads()]
+        return own_tokens(num_tokens, self._own_load(), waiting, min_tokens=self._rule.min_shard_tokens)
 
     async def siblings(self) -> Sequence[ReplicaLoad]:
         """Return the load of each sibling; empty where this replica is the only one."""

@@ -227,8 +227,8 @@ class Scorer:
         num_items = len(request.items)
         arrived = self._clock()
         timeout_s = min(request.timeout_s, self._limits.deadline_s)
-        key, num_tokens = next(self._keys), self._encoder.estimate_tokens(request.items)
-        await self._admission.reserve(request, key, num_tokens, arrived + timeout_s)
+        key = next(self._keys)
+        await self._admission.reserve(request, key, self._estimate_own_tokens, arrived + timeout_s)
         self._accept(num_items)
         try:
             async with asyncio.timeout(arrived + timeout_s - self._clock()):
@@ -244,6 +244,11 @@ class Scorer:
             raise
         finally:
             self._release(key, num_items)
+
+    async def _estimate_own_tokens(self, items: Sequence[Item]) -> int:
+        """Estimate how many tokens of a request the own engine computes: of a large one siblings compute parts."""
+        num_tokens = self._encoder.estimate_tokens(items)
+        return num_tokens if self._scatterer is None else await self._scatterer.own_tokens(num_tokens)
 
     def refuse_unless_ready(self) -> None:
         """Return if requests are accepted.

@@ -85,7 +85,9 @@ class SiblingReplicas:
         return await asyncio.create_task(self._call(name, shard), context=contextvars.Context())
 
     async def _call(self, name: str, shard: RequestShard) -> ShardResult:
-        response = self._handle.compute_shard.remote(shard, replica=name)
+        # Every replica announces its name as the id of a model that it alone has, so Ray sends the call there. Where
+        # that replica has gone, or its queue does not answer, another one gets it: all can compute any shard.
+        response = self._handle.options(method_name="compute_shard", multiplexed_model_id=name).remote(shard)
         try:
             answer: ShardResult | HttpError = await response
         except asyncio.CancelledError:

@@ -124,6 +124,26 @@ async def test_all_replicas_compute_one_request() -> None:
     assert counted == {"first": 200, "second": 0, "third": 0}
 
 
+async def test_admission_counts_the_own_share_only() -> None:
+    """A request that one replica could not compute in time is accepted where siblings compute parts of it."""
+    faults = OracleFaults(seconds_per_token=1e-4)
+    pairs = texts(1000)
+    # For one engine 3.6 s of work, more than the half of the deadline that admission counts on; for three 1.2 s.
+    fills = [request(texts(20)), request(pairs, timeout_s=6)]
+
+    async def outcome(num: int) -> ScoredRequest | BaseException:
+        async with replicas(num, faults) as all_:
+            scorer = all_.scorers["first"]
+            tasks = [asyncio.create_task(scorer.score(fill)) for fill in fills]
+            return (await asyncio.gather(*tasks, return_exceptions=True))[1]
+
+    shared, alone = await outcome(3), await outcome(1)
+
+    assert isinstance(shared, ScoredRequest)
+    assert rewards(shared) == expected(pairs)
+    assert isinstance(alone, Overloaded)
+
+
 async def test_small_requests_are_not_scattered() -> None:
     """Below the threshold no sibling is even asked for its load."""
     async with replicas() as all_:

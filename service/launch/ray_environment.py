@@ -18,6 +18,8 @@ _REQUEST_PATH = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(64 * 1024 * 1024),
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
+    # A replica whose answer to the question for its queue takes longer would get no shard that is meant for it.
+    "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "1",
     # Requests and answers need not cross between two event loops: the service never blocks its own, long work runs in
     # threads.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
@@ -54,8 +56,12 @@ _QUIET_BACKGROUND = {
 
 
 def max_connections_within(open_files: int) -> int:
-    """Return how many connections HAProxy may hold under a limit of open files: two for each, and a reserve."""
-    return max(1024, min(16_384, (open_files - 1000) // 2))
+    """Return how many connections HAProxy may hold under a limit of open files, with a reserve of 1,000.
+
+    A connection needs two, for its client and its replica, and HAProxy reserves a pipe of two for every fourth one. It
+    does not start where the limit is below their sum.
+    """
+    return max(1024, min(16_384, (open_files - 1000) * 2 // 5))
 
 
 def ray_environment(
@@ -121,7 +127,7 @@ def _proxy_environment(
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(int(deadline_s) + 30),
         # A connection that sends nothing for so long is closed; one that waits for its answer is not.
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "30",
-        # Idle connections beyond Ray's default of 4,096 would keep everybody out; each takes two of the open files.
+        # Idle connections beyond Ray's default of 4,096 would keep everybody out; two take five open files.
         "RAY_SERVE_HAPROXY_MAXCONN": str(max_connections),
         # A dead replica is noticed in two seconds instead of ten.
         "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",

@@ -21,6 +21,8 @@ from service.settings import Section, Settings, read_settings
 
 IMPORT_PATH = "service.app:build_app"
 POLICY = "service.autoscaling:QueuedTokensPolicy"
+REPORT_INTERVAL_S = 10.0
+"""Ray's ``metrics_interval_s``: seconds between two reports of a replica to the autoscaler."""
 
 _Fraction = Annotated[float, Field(ge=0)]
 _Seconds = Annotated[float, Field(gt=0)]
@@ -67,7 +69,8 @@ class AutoscalingConfig(Section):
     min_replicas: int = Field(1, ge=1)
     initial_replicas: int | None = Field(None, ge=1)
     max_replicas: int = Field(ge=1)
-    look_back_period_s: _Seconds = 30.0
+    # Ray warns of a period within its interval of reports, and will refuse it.
+    look_back_period_s: float = Field(30.0, gt=REPORT_INTERVAL_S)
     upscale_delay_s: float = Field(30.0, ge=0)
     downscale_delay_s: float = Field(600.0, ge=0)
     upscaling_factor: _Seconds | None = None

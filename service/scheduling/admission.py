@@ -82,7 +82,7 @@ class Admission:
 
         Args:
             request: a key without a reservation.
-            num_tokens: an estimate of the request's tokens.
+            num_tokens: an estimate of the request's tokens; of a scattered request, of those for this engine.
             num_queued_tokens: tokens in the queue, reservations not included.
             time_left_s: seconds until the request's deadline.
             tokens_before: returns how many queued tokens are computed before a request of so many tokens is finished;
@@ -97,7 +97,7 @@ class Admission:
         excess = waiting + num_tokens - self._max_waiting_tokens
         if waiting and excess > 0:
             raise Overloaded(
-                f"{waiting} tokens wait and {num_tokens} more were sent; the limit is {self._max_waiting_tokens}.",
+                f"{waiting} tokens wait and {num_tokens} more would; the limit is {self._max_waiting_tokens}.",
                 retry_after_s=self._seconds_for(min(excess, waiting)),
             )
         if waiting:

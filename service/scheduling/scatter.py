@@ -84,6 +84,27 @@ def plan_shards(
     return {name: tuple(sorted(indices)) for name, indices in assigned.items()}
 
 
+def own_tokens(num_tokens: int, own_waiting: int, sibling_waiting: Sequence[int], *, min_tokens: int) -> int:
+    """Estimate how many tokens of a request this replica computes itself, before the request is tokenized.
+
+    As `plan_shards`: the replicas that take part, those of the siblings with the least waiting work, finish at about
+    the same time. A replica on which more waits than that gets nothing.
+
+    Args:
+        num_tokens: an estimate of the request's tokens.
+        own_waiting: tokens that wait for the own engine.
+        sibling_waiting: tokens that wait for the engine of each sibling.
+        min_tokens: as for `plan_shards`.
+    """
+    num_siblings = min(1 + len(sibling_waiting), num_tokens // min_tokens) - 1
+    if num_siblings < 1:
+        return num_tokens
+    waiting = sorted([own_waiting, *sorted(sibling_waiting)[:num_siblings]])
+    while (level := (num_tokens + sum(waiting)) / len(waiting)) < waiting[-1]:
+        waiting.pop()
+    return max(0, math.ceil(level) - own_waiting)
+
+
 def select(work: Work, indices: Sequence[int]) -> Work:
     """Return the part of the work with these sequences; it answers no items itself."""
     return Work(

@@ -33,7 +33,7 @@ def scaled_application() -> dict[str, Any]:
     deployment["autoscaling_config"] = {
         "min_replicas": 1,
         "max_replicas": 3,
-        "look_back_period_s": 2,
+        "look_back_period_s": 11,
         "upscale_delay_s": 1,
         "downscale_delay_s": 2,
         "policy": {"policy_function": POLICY, "policy_kwargs": {"target_queue_s": 0.5}},

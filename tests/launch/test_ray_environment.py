@@ -12,7 +12,7 @@ import pytest
 from service.errors import ServerStartError
 from service.launch.ports import FIRST_PORT, LAST_PORT, Ports, reserved_block, reserved_http
 from service.launch.private_folder import write_token
-from service.launch.ray_environment import direct_loopback, ray_environment
+from service.launch.ray_environment import direct_loopback, max_connections_within, ray_environment
 
 
 @pytest.fixture
@@ -153,3 +153,10 @@ def test_loopback_is_added_to_what_bypasses_proxies() -> None:
         ("no_proxy", "NO_PROXY", "no_grpc_proxy"), "intern.example,127.0.0.1,localhost,::1"
     )
     assert direct_loopback({})["no_grpc_proxy"] == "127.0.0.1,localhost,::1"
+
+
+@pytest.mark.parametrize(("open_files", "connections"), [(20_000, 7600), (1_048_576, 16_384), (4096, 1238)])
+def test_haproxy_starts_under_the_limit_of_open_files(open_files: int, connections: int) -> None:
+    """HAProxy needs two files and half a pipe for each connection, and does not start where they exceed the limit."""
+    assert max_connections_within(open_files) == connections
+    assert 2 * connections + 2 * (connections // 4) + 100 < open_files

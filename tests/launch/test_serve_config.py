@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -77,6 +78,17 @@ def with_autoscaling(config: dict[str, Any], **changes: Any) -> None:
     deployment_of(config)["autoscaling_config"] = AUTOSCALING | changes
 
 
+def test_the_autoscaling_of_the_file_is_valid() -> None:
+    """The commented block in place of num_replicas passes the strict check as it stands."""
+    text = (ROOT / "serve_config.yaml").read_text()
+    block = re.search(r"        # autoscaling_config:\n(        #   .*\n)+", text)
+    assert block is not None
+    config = yaml.safe_load(text.replace("        num_replicas: 1\n", block[0].replace("        # ", "        ")))
+
+    assert deployment_of(config)["autoscaling_config"]["policy"]["policy_function"] == POLICY
+    check_serve_config(config)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -89,6 +101,7 @@ def with_autoscaling(config: dict[str, Any], **changes: Any) -> None:
         (lambda c: deployment_of(c).update(graceful_shutdown_timeout_s=60), "must be above limits.deadline_s"),
         (lambda c: deployment_of(c).update(autoscaling_config=AUTOSCALING), "num_replicas or autoscaling_config"),
         (lambda c: with_autoscaling(c, max_replica=3), "max_replica is not a key"),
+        (lambda c: with_autoscaling(c, look_back_period_s=10), "look_back_period_s: .*greater than 10"),
         (lambda c: with_autoscaling(c, min_replicas=9), "needs min_replicas <= initial_replicas <= max_replicas"),
         (lambda c: with_autoscaling(c, policy={"policy_function": "mine:policy"}), "policy_function"),
         (lambda c: c["applications"][0]["args"].update(limit={}), "limit: is not a setting .did you mean limits"),
@@ -190,9 +203,7 @@ def test_http_host_is_loopback_and_written_out(config: dict[str, Any]) -> None:
 
 def test_unknown_setting_does_not_deploy() -> None:
     """An argument that is not a setting is refused and named."""
-    with pytest.raises(
-        SettingsError, match=r"limits\.max_itens: is not a setting \(did you mean limits\.max_item_steps"
-    ):
+    with pytest.raises(SettingsError, match=r"limits\.max_itens: is not a setting \(did you mean limits\.max_item_"):
         build_app({"limits": {"max_itens": 3}})
 
 
@@ -201,6 +212,8 @@ def test_documented_environment_is_the_one_of_the_command(tmp_path: Path) -> Non
     lines = (ROOT / "docs" / "serve.env").read_text().splitlines()
     documented = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
     ports = Ports(8000, 21001, 21002, 21003, 21004, 21005, range(21006, 21050))
-    ours = ray_environment(tmp_path, ports, tmp_path / "token", cores=2, deadline_s=600.0, drain_s=5)
+    ours = ray_environment(
+        tmp_path, ports, tmp_path / "token", cores=2, deadline_s=600.0, drain_s=5, max_connections=8192
+    )
 
     assert documented.items() <= ours.items()

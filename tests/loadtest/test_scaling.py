@@ -19,7 +19,7 @@ from service.launch.serve_config import ServeConfig
 
 def measurement(shape: str, replicas: int) -> Measurement:
     cores = {"replicas": 0.5, "proxy": 0.1, "ray": 0.1, "client": 0.2}
-    return Measurement(shape, replicas, 150.0 * replicas, 156.0 * replicas, 0.1, 0.3, cores, cores)
+    return Measurement(shape, replicas, 150.0 * replicas, 156.0 * replicas, 0.1, 0.3, cores, cores, 1.5)
 
 
 def test_items_have_one_size_and_no_text_twice() -> None:

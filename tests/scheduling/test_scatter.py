@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from service.records import Exchange, Item, TokenSequence
-from service.scheduling.scatter import ReplicaLoad, ShardPlan, num_tokens, plan_shards, select
+from service.scheduling.scatter import ReplicaLoad, ShardPlan, num_tokens, own_tokens, plan_shards, select
 from service.scheduling.work import Work, plan_work
 
 
@@ -90,3 +91,30 @@ def test_a_small_request_stays() -> None:
     work = work_of(8)
 
     assert plan(work, idle("a", "b"), min_tokens=num_tokens(work)) == {"": tuple(range(8))}
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "own", "siblings", "expected"),
+    [
+        (9000, 0, [], 9000),
+        (9000, 0, [0, 0], 3000),
+        (9000, 6000, [0, 0], 0),  # the others finish it after 4,500
+        (9000, 3000, [0, 0], 1000),
+        (9000, 0, [50_000, 0], 4500),
+        (1999, 0, [0, 0], 1999),  # one shard only
+        (2000, 0, [500, 100, 300], 1050),  # two shards: the sibling with the least work
+    ],
+)
+def test_own_tokens(num_tokens: int, own: int, siblings: list[int], expected: int) -> None:
+    """The estimated own part makes all replicas that take part finish at the same time."""
+    assert own_tokens(num_tokens, own, siblings, min_tokens=1000) == expected
+
+
+@given(st.integers(1, 20), st.lists(st.integers(0, 8000), max_size=6), st.integers(0, 8000))
+def test_own_tokens_are_those_of_the_plan(num_groups: int, loads: list[int], own: int) -> None:
+    """The estimate differs from the plan for equal groups of one by at most the largest group."""
+    work = work_of(*[1] * num_groups)
+    siblings = [ReplicaLoad(str(number), load) for number, load in enumerate(loads)]
+    planned = tokens(work, plan(work, siblings, own=own).get("", ()))
+
+    assert abs(own_tokens(num_tokens(work), own, loads, min_tokens=100) - planned) <= 100

@@ -1,7 +1,7 @@
 """A Ray cluster of several nodes on this machine, in a process of its own, with applications of a Serve configuration.
 
 Run as a script it starts the cluster, prints ``ready``, and then follows the lines of its standard input: ``kill N``
-ends node N without warning (0 is the head), and the end of the input ends everything.
+ends node N, but never the head, node 0, without warning and starts another one; the end of the input ends everything.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class RunningCluster:
         return sum(replica["state"] == "RUNNING" for replica in replicas)
 
     def kill_node(self, number: int) -> None:
-        """End a node and its replica at once."""
+        """End a node and its replica at once; another node starts in its place."""
         assert self.process.stdin is not None
         self.process.stdin.write(f"kill {number}\n".encode())
         self.process.stdin.flush()
@@ -185,8 +185,10 @@ def main() -> None:
         time.sleep(0.5)
     print("ready", flush=True)
     for line in sys.stdin:
-        cluster.remove_node(others[int(line.split()[1]) - 1], allow_graceful=False)
+        index = int(line.split()[1]) - 1
+        cluster.remove_node(others[index], allow_graceful=False)
         print(line.strip(), flush=True)
+        others[index] = cluster.add_node(**resources)
 
 
 if __name__ == "__main__":
