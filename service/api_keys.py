@@ -10,19 +10,14 @@ import hmac
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, TypeAlias, get_args
 
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
 from service.errors import SettingsError
+from service.records import KEY_NAME_PATTERN, KeyScope
 from service.settings import Section
 
-KeyScope: TypeAlias = Literal["score", "admin"]
-"""``score``: routes that score and describe the model; ``admin``: every route."""
-KEY_SCOPES: tuple[KeyScope, ...] = get_args(KeyScope)
-
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
 KEY_BYTES = 32
 """Random bytes of a new key."""
 _PREFIX = "rs_"
@@ -32,7 +27,7 @@ _PREFIX = "rs_"
 class ApiKey(Section):
     """One entry of the file of keys."""
 
-    name: str = Field(pattern=NAME_PATTERN, description="In logs; never secret.")
+    name: str = Field(pattern=KEY_NAME_PATTERN, description="In logs; never secret.")
     scope: KeyScope = "score"
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the key, in hexadecimal.")
     items_per_minute: int | None = Field(

@@ -15,6 +15,13 @@ from reward_client.options import DiagnosticsLevel, TemplateChoice, Truncation
 DEMO_MODEL = "demo"
 """``model.path`` of the demo model, in the settings and in the arguments of every command."""
 
+KeyScope: TypeAlias = Literal["score", "admin"]
+"""What an API key may use. ``score``: routes that score and describe the model; ``admin``: every route."""
+KEY_SCOPES: tuple[KeyScope, ...] = get_args(KeyScope)
+
+KEY_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
+"""Of the name of an API key."""
+
 Pooling: TypeAlias = Literal["hf", "last"]
 """Which token the scalar head reads. ``hf``: the rightmost that is not the pad token; ``last``: the last one."""
 

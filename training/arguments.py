@@ -20,7 +20,7 @@ from service.arguments import CommandParser
 from service.errors import DatasetError, OutputError, SettingsError
 from service.outputs import check_output_folder
 from training.hub_datasets import check_hub_dataset
-from training.objectives import parse_objective
+from training.objective_argument import parse_objective
 from training.preferences import read_pairs
 from training.recipe import DtypeChoice, Recipe
 from training.sources import Source, is_on_hub

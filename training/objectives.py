@@ -6,9 +6,6 @@ share the model's body and nothing else. The names, and the weights if there are
 
 from __future__ import annotations
 
-import argparse
-import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,29 +17,6 @@ from service.checkpoints.reward_description import ClassifierHead, Provenance, R
 from service.errors import DatasetError
 from training.preferences import PreferencePair
 from training.recipe import Recipe
-
-NAME_RULE = "1 to 64 of A-Z a-z 0-9 _ . -"
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-
-
-def parse_objective(text: str) -> tuple[str, float | None]:
-    """Return name and weight of an argument ``NAME`` or ``NAME=WEIGHT``.
-
-    Raises:
-        argparse.ArgumentTypeError: the name has other characters, or the weight is no finite number.
-    """
-    name, equals, weight = text.partition("=")
-    if not _NAME.fullmatch(name):
-        raise argparse.ArgumentTypeError(f"the name of an objective is {NAME_RULE}")
-    if not equals:
-        return name, None
-    try:
-        value = float(weight)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"the weight of {name} is not a finite number")
-    return name, value
 
 
 def describe_outputs(recipe: Recipe) -> RewardDescription:

@@ -7,10 +7,14 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from service.api_keys import KEY_SCOPES, NAME_PATTERN, ApiKey, hash_of, new_key, read_api_keys
 from service.arguments import CommandParser
 from service.errors import OutputError, SettingsError
+from service.records import KEY_NAME_PATTERN, KEY_SCOPES
+
+if TYPE_CHECKING:
+    from service.api_keys import ApiKey
 
 OWNER_ONLY = 0o600
 
@@ -36,8 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--items-per-minute", type=_positive, metavar="N", help="quota of items; beyond it requests get 429"
     )
     options = parser.parse_args(arguments)
-    if not re.fullmatch(NAME_PATTERN, options.name):
+    if not re.fullmatch(KEY_NAME_PATTERN, options.name):
         parser.error("a name has 1 to 64 of A-Z a-z 0-9 _ . - and begins with a letter or digit")
+
+    from service.api_keys import ApiKey, hash_of, new_key
+
     key = new_key()
     entry = ApiKey(
         name=options.name, scope=options.scope, sha256=hash_of(key), items_per_minute=options.items_per_minute
@@ -54,6 +61,8 @@ def append_entry(file: Path, entry: ApiKey) -> None:
         SettingsError: the file is not a valid file of keys, or has an entry of that name.
         OutputError: it cannot be written.
     """
+    from service.api_keys import read_api_keys
+
     lines = [f"- name: {entry.name}", f"  scope: {entry.scope}", f"  sha256: {entry.sha256}"]
     if entry.items_per_minute is not None:
         lines.append(f"  items_per_minute: {entry.items_per_minute}")

@@ -72,6 +72,7 @@ VALID_ARGUMENTS = {
     "reward-calibrate": ["model", "many.jsonl", "--out", "{out}"],
     "reward-convert": ["model", "{out}"],
     "reward-export": ["model", "{out}"],
+    "reward-key": ["trainer", "--file", "{out}"],
 }
 
 
