@@ -6,7 +6,7 @@ PORT   ?= 8000
 MODEL  ?=
 BIN    := $(VENV)/bin
 
-.PHONY: serve dev test test-slow start-soak image-check coverage check check-lock format lock prometheus clean
+.PHONY: serve dev test test-slow soak start-soak image-check coverage check check-lock format lock prometheus clean
 .DEFAULT_GOAL := help
 
 help: ## print the targets
@@ -49,7 +49,10 @@ test: $(VENV)/dev.installed ## the fast tests
 	$(BIN)/python -m pytest -m 'not slow and not gpu'
 
 test-slow: $(VENV)/dev.installed ## real servers, the demo model and long checks
-	$(BIN)/python -m pytest -m 'slow and not gpu'
+	$(BIN)/python -m pytest -m 'slow and not soak and not gpu'
+
+soak: $(VENV)/dev.installed ## what takes minutes each: clusters of nodes, clients of frameworks on the demo model, examples
+	$(BIN)/python -m pytest -m 'soak and not gpu'
 
 STARTS ?= 20
 start-soak: $(VENV)/dev.installed ## STARTS starts beside two busy loops: ready, or ended with a sentence

@@ -37,7 +37,7 @@ class Served:
     """Largest difference between two rewards of one text; 0: they are equal bit for bit."""
 
 
-@pytest.fixture(scope="session", params=["tiny", "demo"])
+@pytest.fixture(scope="session", params=["tiny", pytest.param("demo", marks=pytest.mark.soak)])
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Served:
     """One of the two models."""
     if request.param == "tiny":

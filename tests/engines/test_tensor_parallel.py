@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tensor_parallel_rank
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.soak]
 
 ROWS = [[1 + row * 10 + column for column in range(10)] for row in range(4)]
 

@@ -86,6 +86,7 @@ def test_a_staged_run_is_summarised_and_drawn(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_the_command_runs_every_stage_and_then_none_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From prompts to the picture with tiny models: the judged completions are those that were trained with."""

@@ -15,7 +15,7 @@ from serving import eventually
 
 from service.engines.oracle import oracle_reward_of_text
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.soak]
 
 SECONDS_PER_TOKEN = 60e-6
 """Of the simulated forward pass; 16,667 tokens/s for each replica."""
