@@ -73,13 +73,15 @@ def test_states_are_those_of_transformers(tiny_checkpoint, family: str) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("family", "forward"), [("gemma3", "packed"), ("llama", "padded"), ("bert", "padded")])
 def test_states_change_no_bit_of_a_reward(tiny_checkpoint, family: str, forward: str, dtype: str) -> None:
-    """Rewards are bit-identical with states, without them, and from an engine that has no taps."""
+    """Rewards are bit-identical with states, without them, and from an engine that has no taps.
+
+    Each pass is the first of its engine: in float32 a prefix that is taken from the cache may move a reward by rounding.
+    """
     folder = tiny_checkpoint(family)
     sequences = sequences_of(rows_that_share(load_tiny(folder)))
-    engine = load(folder, dtype, forward=forward)
 
-    with_states = engine.forward(sequences, states=True)
-    without = engine.forward(sequences)
+    with_states = load(folder, dtype, forward=forward).forward(sequences, states=True)
+    without = load(folder, dtype, forward=forward).forward(sequences)
 
     assert list(with_states.rewards) == list(without.rewards)
     assert list(with_states.rewards) == list(load(folder, dtype, taps=(), forward=forward).forward(sequences).rewards)
