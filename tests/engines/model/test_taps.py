@@ -75,7 +75,7 @@ def test_states_are_those_of_transformers(tiny_checkpoint, family: str) -> None:
 def test_states_change_no_bit_of_a_reward(tiny_checkpoint, family: str, forward: str, dtype: str) -> None:
     """Rewards are bit-identical with states, without them, and from an engine that has no taps.
 
-    Each pass is the first of its engine: in float32 a prefix that is taken from the cache may move a reward by rounding.
+    Each pass is the first of its engine: in float32 a prefix from the cache may move a reward by rounding.
     """
     folder = tiny_checkpoint(family)
     sequences = sequences_of(rows_that_share(load_tiny(folder)))
