@@ -182,6 +182,7 @@ def test_the_loop_trains_with_the_rewards_of_the_service_and_logs_its_monitors(t
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_no_reward_is_made_up_when_the_service_is_gone(tmp_path: Path) -> None:
     """The step ends with the client's exception, and neither the policy nor the files change."""
     write_tiny_causal_lm(tmp_path / "policy", "llama", seed=3)

@@ -24,6 +24,7 @@ KILL_AFTER = 5
 RLOO_STEPS = 3
 
 
+@pytest.mark.soak
 def test_it_completes_with_true_rewards_when_a_replica_is_killed(tmp_path: Path) -> None:
     """All steps are done; every reward that was trained with is that of the service, and none was made up."""
     reward_model = write_tiny_checkpoint(tmp_path / "reward-model", "llama")

@@ -114,6 +114,7 @@ async def until(condition: Any, seconds: float) -> bool:
     return await asyncio.to_thread(eventually, condition, seconds)
 
 
+@pytest.mark.soak
 async def test_several_models(cluster: RunningCluster) -> None:
     """Two models of one file answer under their own prefixes, and no answer is of the other model."""
     async with load(f"{cluster.url}/alpha", callers=2) as alpha, load(f"{cluster.url}/beta", callers=2) as beta:
@@ -146,6 +147,7 @@ async def test_change_of_model(cluster: RunningCluster) -> None:
     assert bad.versions.keys() == {"oracle-a2"}
 
 
+@pytest.mark.soak
 async def test_scaling_by_load(cluster: RunningCluster) -> None:
     """Replicas follow the waiting tokens from one to three and back, and no request fails on the way."""
     url = f"{cluster.url}/scaled"
