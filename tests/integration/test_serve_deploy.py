@@ -42,14 +42,26 @@ def scaled_application() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster]:
+def shared_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster]:
     """A running Ray cluster with three applications from one file."""
     short_intervals = {"RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5"}
     with running_cluster(tmp_path_factory.mktemp("deploy"), variables=short_intervals) as running:
-        applications = [everywhere(app) for app in (ALPHA, BETA, scaled_application())]
-        running.deploy(*applications)
-        assert eventually(lambda: are_running(running, "alpha", "beta", "scaled"), 180), running.status()
         yield running
+
+
+@pytest.fixture
+def cluster(shared_cluster: RunningCluster) -> RunningCluster:
+    """The cluster with the three applications as they are at first, whatever an earlier test has deployed."""
+    shared_cluster.deploy(*(everywhere(app) for app in (ALPHA, BETA, scaled_application())))
+
+    def is_as_at_first() -> bool:
+        if not are_running(shared_cluster, "alpha", "beta", "scaled"):
+            return False
+        answer = httpx2.get(f"{shared_cluster.url}/alpha/v1/model", timeout=10, trust_env=False)
+        return answer.status_code == 200 and answer.json()["model"]["version"] == "oracle-a"
+
+    assert eventually(is_as_at_first, 180), shared_cluster.status()
+    return shared_cluster
 
 
 def everywhere(app: dict[str, Any], **oracle: Any) -> dict[str, Any]:
