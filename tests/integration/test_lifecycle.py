@@ -91,7 +91,7 @@ def test_stop_with_a_long_queue(tmp_path: Path) -> None:
     """With twice the work that the drain has time for, whole requests are finished, and the others get 503 draining."""
 
     def send(number: int) -> str:
-        items = [{"prompt": f"{number:02} ", "completion": f"{n:02} " + "x" * 44} for n in range(QUEUED_TOKENS // 50)]
+        items = [{"prompt": f"{number:02} {n:02} ", "completion": "x" * 44} for n in range(QUEUED_TOKENS // 50)]
         answer = httpx2.post(f"{server.url}/v1/score", json={"items": items}, timeout=60)
         if answer.status_code == 200:
             rewards = [result["reward"] for result in answer.json()["results"]]
@@ -102,7 +102,7 @@ def test_stop_with_a_long_queue(tmp_path: Path) -> None:
         return str(answer.json()["code"])
 
     command = (sys.executable, "-c", SLOW_ORACLE)
-    options = (*ORACLE, "--max-batch-tokens", str(QUEUED_TOKENS))
+    options = (*ORACLE, "--max-batch-tokens", str(QUEUED_TOKENS // 4))
     with (
         serving(tmp_path, *options, runtime="local", command=command) as server,
         ThreadPoolExecutor(NUM_QUEUED) as pool,
