@@ -472,7 +472,9 @@ class AsyncRewardClient:
         except httpx2.DecodingError as error:
             raise BadAnswer("The response cannot be decompressed") from error
         except httpx2.TransportError as error:
-            raise AttemptFailedError(connection_failure(error, attempt_s), not_started=never_connected(error)) from error
+            raise AttemptFailedError(
+                connection_failure(error, attempt_s), not_started=never_connected(error)
+            ) from error
         self._note_answer(answer)
         if answer.status_code == httpx2.codes.OK:
             return answer.content

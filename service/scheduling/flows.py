@@ -303,7 +303,11 @@ class FlowTable:
 
     def _pop_skipped_too_often(self) -> Flow | None:
         """Pop the least recently served flow if it was skipped too often; once in `MAX_SKIPPED_BATCHES` batches."""
-        if self.finishes_one_by_one or not self._least_recent or self._num_batches - self._last_aged_batch <= MAX_SKIPPED_BATCHES:
+        if (
+            self.finishes_one_by_one
+            or not self._least_recent
+            or self._num_batches - self._last_aged_batch <= MAX_SKIPPED_BATCHES
+        ):
             return None
         flow = next(iter(self._least_recent.values()))
         if self._num_batches - flow.last_batch <= MAX_SKIPPED_BATCHES:

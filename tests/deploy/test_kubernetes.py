@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from service.http.middleware import QUIET_ROUTES
+from service.launch.haproxy import SCRIPT
 from service.launch.supervisor import STOP_AFTER_S
 from service.settings import read_settings
 
