@@ -34,6 +34,7 @@ from service.settings import Settings, read_settings
 from service.sibling_replicas import LoadReport, SiblingReplicas
 
 APP_NAME = "reward"
+MAX_ONGOING_REQUESTS = 100_000
 SCRAPE_TIMEOUT_S = 2.0
 ANSWER_S = 0.5
 """Seconds for sending answers that are already computed once the scorer has stopped."""
@@ -153,11 +154,14 @@ def deployment_of(replica: type[RewardReplica]) -> Any:
     """Make the deployment of a kind of replica."""
     return serve.deployment(
         name="reward",
-        max_ongoing_requests=512,
+        # More than HAProxy has connections: a request that waited in Ray for another one's place, whose body may never
+        # come, would be neither refused nor measured, and a probe would wait too. The scorer refuses by waiting work.
+        max_ongoing_requests=MAX_ONGOING_REQUESTS,
         # A checkpoint that is refused once is refused again, so the first refusal is reported and not retried.
         max_constructor_retry_count=1,
-        health_check_period_s=10,
-        health_check_timeout_s=30,
+        # A replica that does not answer three checks is replaced, at most 35 s after it froze.
+        health_check_period_s=5,
+        health_check_timeout_s=10,
         graceful_shutdown_timeout_s=30,
         graceful_shutdown_wait_loop_s=0.2,
     )(serve.ingress()(replica))

@@ -182,15 +182,15 @@ class Scorer:
         )
 
     async def stop(self, drain_s: float) -> None:
-        """Accept no more requests, answer the accepted ones for up to ``drain_s``, then end the engine thread.
+        """Accept no more requests, finish accepted ones one by one for up to ``drain_s``, then end the engine thread.
 
-        Requests that are not answered by then get Draining. May be called again; a pass that hangs is abandoned.
+        What is not answered by then gets Draining. May be called again; a pass that hangs is abandoned.
         """
+        self._queue.finish_one_by_one()
         if self._state != "failed":
             self._enter("draining")
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(drain_s):
-                await self._all_answered.wait()
+            await asyncio.wait_for(self._all_answered.wait(), drain_s)
         self._queue.close()
         self._queue.fail_all(_shut_down)
         if self._scatterer is not None:

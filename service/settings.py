@@ -178,6 +178,12 @@ class LimitSettings(Section):
     max_request_bytes: int = Field(
         64 * 1024 * 1024, ge=1024, description="Bytes of a request body, also after decompression."
     )
+    max_open_body_bytes: int = Field(
+        256 * 1024 * 1024,
+        ge=1024,
+        description="Bytes of the bodies of all requests that a replica has not answered, without the first 16 KiB of "
+        "each. A body beyond it is refused with 503, unless it is the only one.",
+    )
     max_request_values: int = Field(
         4 * 1024 * 1024,
         ge=1024,

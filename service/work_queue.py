@@ -116,6 +116,11 @@ class WorkQueue:
         with self._changed:
             self._queue.record_throughput(num_tokens, seconds)
 
+    def finish_one_by_one(self) -> None:
+        """From now on finish whole requests, as `Queue.finish_one_by_one`."""
+        with self._changed:
+            self._queue.finish_one_by_one()
+
     def close(self) -> None:
         """End all taking; what waits stays where it is until it is cancelled."""
         with self._changed:

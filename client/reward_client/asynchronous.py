@@ -85,6 +85,8 @@ T = TypeVar("T")
 IDLE_CONNECTION_S = 4.0
 CONNECT_TIMEOUT_S = 10.0
 READY_POLL_S = 0.25
+RETRIED_STATUSES = frozenset({httpx2.codes.REQUEST_TIMEOUT, httpx2.codes.TOO_MANY_REQUESTS})
+"""Statuses of 4xx after which the same request may succeed: the network was slow, or the quota is used up."""
 API_KEY_VARIABLE = "REWARD_API_KEY"
 """Variable of the environment with the API key."""
 
@@ -100,7 +102,8 @@ class AsyncRewardClient:
         deadline_s: seconds within which a call returns or raises; the service receives what is left.
         max_connections: concurrent requests per event loop.
         chunks: how large calls are split into requests.
-        retries: the policy after a 5xx, a 429 (quota) or a broken connection. No other 4xx is retried.
+        retries: the policy after a 5xx, a 408 (slow network), a 429 (quota) or a broken connection. No other 4xx is
+            retried, except for a 404 without a problem document, which is a proxy's.
         headers: sent with each request, such as ``{"X-Run-Id": "ppo-7"}`` or an ``Authorization``.
         api_key: sent as ``Authorization: Bearer``; None: the environment's ``REWARD_API_KEY``, if it has one.
         reference: the KL reference of the training run: its checkpoint folder, the hash over its weights, or its name.
@@ -386,7 +389,6 @@ class AsyncRewardClient:
             raise InvalidArgument(f"The proxy {shown_url(self._proxy() or '')} cannot be used: {reason}") from error
         return httpx2.AsyncClient(
             headers={"Content-Type": "application/json", **self.headers},
-            timeout=httpx2.Timeout(self.retries.read_timeout_s, connect=CONNECT_TIMEOUT_S, pool=None),
             transport=transport,
         )
 
@@ -420,7 +422,7 @@ class AsyncRewardClient:
         try:
             answer = await self._pool().get(f"{self.url}/readyz", timeout=CONNECT_TIMEOUT_S)
         except httpx2.TransportError as error:
-            return AttemptFailedError(connection_failure(error))
+            return AttemptFailedError(connection_failure(error, CONNECT_TIMEOUT_S))
         self._note_answer(answer)
         return None if answer.status_code == httpx2.codes.OK else AttemptFailedError(_describe(answer))
 
@@ -455,18 +457,24 @@ class AsyncRewardClient:
 
     async def _answer(self, method: str, route: str, call: Call, body: Callable[[], bytes] | None = None) -> bytes:
         """Return the content of the first 200. ``body`` is built for each attempt, because each has less time left."""
-        return await call_with_retries(
-            lambda: self._send(method, route, None if body is None else body()), self.retries, call
-        )
 
-    async def _send(self, method: str, route: str, content: bytes | None) -> bytes:
+        async def attempt() -> bytes:
+            content = None if body is None else body()
+            return await self._send(method, route, content, self.retries.attempt_s(call.left_s()))
+
+        return await call_with_retries(attempt, self.retries, call)
+
+    async def _send(self, method: str, route: str, content: bytes | None, attempt_s: float) -> bytes:
         """Make one attempt: return the content of a 200, or raise the exception for what came instead."""
+        timeout = httpx2.Timeout(attempt_s, connect=CONNECT_TIMEOUT_S, pool=None)
         try:
-            answer = await self._pool().request(method, self.url + route, content=content)
+            answer = await self._pool().request(method, self.url + route, content=content, timeout=timeout)
         except httpx2.DecodingError as error:
             raise BadAnswer("The response cannot be decompressed") from error
         except httpx2.TransportError as error:
-            raise AttemptFailedError(connection_failure(error), not_started=never_connected(error)) from error
+            raise AttemptFailedError(
+                connection_failure(error, attempt_s), not_started=never_connected(error)
+            ) from error
         self._note_answer(answer)
         if answer.status_code == httpx2.codes.OK:
             return answer.content
@@ -478,7 +486,7 @@ class AsyncRewardClient:
 
     def _failure_of(self, answer: httpx2.Response) -> ClientError | AttemptFailedError:
         """Return the exception for an answer that is not a 200."""
-        if answer.is_server_error or answer.status_code == httpx2.codes.TOO_MANY_REQUESTS:
+        if answer.is_server_error or answer.status_code in RETRIED_STATUSES:
             return AttemptFailedError(
                 _describe(answer), read_retry_after(answer.headers.get("Retry-After"), time.time())
             )

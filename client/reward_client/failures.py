@@ -9,8 +9,13 @@ from collections.abc import Iterator
 import httpx2
 
 
-def connection_failure(error: httpx2.TransportError) -> str:
-    """Return the reason of a failed connection, from the exception behind it where that says more."""
+def connection_failure(error: httpx2.TransportError, attempt_s: float) -> str:
+    """Return the reason of a failed connection, from the exception behind it where that says more.
+
+    Args:
+        error: of the attempt.
+        attempt_s: seconds without a byte after which it was given up.
+    """
     causes = list(_causes(error))
     for cause in causes:
         if isinstance(cause, socket.gaierror):
@@ -24,7 +29,7 @@ def connection_failure(error: httpx2.TransportError) -> str:
     if isinstance(error, httpx2.ConnectTimeout):
         return "no connection in time"
     if isinstance(error, httpx2.TimeoutException):
-        return "no byte for read_timeout_s seconds" if isinstance(error, httpx2.ReadTimeout) else type(error).__name__
+        return f"no byte for {attempt_s:.3g} s" if isinstance(error, httpx2.ReadTimeout) else type(error).__name__
     if isinstance(error, httpx2.ProxyError):
         return f"the proxy refused: {error}"
     if isinstance(error, httpx2.RemoteProtocolError):

@@ -25,6 +25,8 @@ T = TypeVar("T")
 LOGGER = logging.getLogger("reward_client")
 
 DEFAULT_WAIT_FOR_START_S = 30.0
+MIN_ATTEMPT_S = 5.0
+"""An attempt is given at least so long, however near the deadline is."""
 START_POLL_S = 2.0
 """Longest delay, without jitter, between attempts at a service that was never reached."""
 
@@ -51,7 +53,8 @@ class RetryPolicy:
     """Upper end of the uniform random seconds added to a delay."""
 
     read_timeout_s: float | None = None
-    """Seconds without a byte after which an attempt has failed; None: only the deadline bounds it."""
+    """Seconds without a byte after which an attempt has failed. None: half of the time that is left to the deadline, at
+    least five seconds. Where other requests wait, the service refuses what it expects to take longer than that half."""
 
     def __post_init__(self) -> None:
         positive_integer(self.max_attempts, "max_attempts")
@@ -59,6 +62,10 @@ class RetryPolicy:
             seconds_from_zero(getattr(self, name), name)
         if self.read_timeout_s is not None:
             positive_seconds(self.read_timeout_s, "read_timeout_s")
+
+    def attempt_s(self, left_s: float) -> float:
+        """Return the seconds without a byte after which an attempt has failed that has so many to its deadline."""
+        return max(MIN_ATTEMPT_S, left_s / 2) if self.read_timeout_s is None else self.read_timeout_s
 
     def delay_s(self, attempt: int) -> float:
         """Seconds after the failed attempt of that number, the first is 1, with jitter."""

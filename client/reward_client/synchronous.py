@@ -35,7 +35,8 @@ class RewardClient:
         deadline_s: seconds within which a call returns or raises, all attempts together.
         max_connections: requests in flight at a time, over all threads.
         chunks: how large calls are split into requests.
-        retries: the policy after a 5xx, a 429 (quota) or a broken connection. No other 4xx is retried.
+        retries: the policy after a 5xx, a 408 (slow network), a 429 (quota) or a broken connection. No other 4xx is
+            retried, except for a 404 without a problem document, which is a proxy's.
         headers: sent with each request.
         api_key: sent as ``Authorization: Bearer``; None: the environment's ``REWARD_API_KEY``, if it has one.
         reference: the KL reference of the training run; see ``AsyncRewardClient``.

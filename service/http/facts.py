@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.types import Scope
 
 from service.errors import InvalidRequest
+from service.http.body_budget import BodyAccount
 from service.records import Timings
 
 _IDENTIFIER = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
@@ -55,6 +56,8 @@ class RequestFacts:
     """Whether the caller may read what concerns other callers; without keys everybody may."""
     quota: Quota | None = None
     """Items that the key may still have scored; None: any number."""
+    body: BodyAccount | None = None
+    """The part of its body in the budget of all bodies; None: no model is loaded, and no body is read."""
     started_at: float = field(default_factory=time.perf_counter)
     """``time.perf_counter()`` at arrival."""
 

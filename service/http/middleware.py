@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import ClientGone, InternalError
 from service.http.access_log import AccessLog
+from service.http.body_budget import BodyAccount, BodyBudget
 from service.http.facts import RequestFacts, request_id_of
 from service.http.open_requests import OpenRequests
 from service.http.problems import problem_response
@@ -29,7 +30,7 @@ OTHER = "other"
 class RequestMiddleware:
     """ASGI middleware outside the routes: an exception that no route expected ends here as a 500 without details.
 
-    ``model_version`` is None while no model is loaded.
+    ``model_version`` and ``body_budget`` are None while no model is loaded.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class RequestMiddleware:
         open_requests: OpenRequests,
         path_of: Mapping[Any, str],
         echoes_request_id: bool,
+        body_budget: BodyBudget | None = None,
     ) -> None:
         self._app = app
         self._model_version = model_version
@@ -50,6 +52,7 @@ class RequestMiddleware:
         self._open_requests = open_requests
         self._path_of = path_of
         self._echoes_request_id = echoes_request_id
+        self._body_budget = body_budget
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
@@ -62,7 +65,8 @@ class RequestMiddleware:
             await self._answer(scope, receive, send)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        facts = RequestFacts(request_id_of(scope))
+        body = None if self._body_budget is None else BodyAccount(self._body_budget)
+        facts = RequestFacts(request_id_of(scope), body=body)
         scope.setdefault("state", {})["facts"] = facts
         status: list[int] = []
 
@@ -84,6 +88,8 @@ class RequestMiddleware:
             if not status:
                 await problem_response(InternalError(), facts)(scope, receive, send_with_headers)
         finally:
+            if body is not None:
+                body.release()
             self._finish(scope, facts, status[0] if status else InternalError.status)
 
     def _add_headers(self, message: Message, facts: RequestFacts) -> None:

@@ -104,6 +104,7 @@ def _scoring_endpoint(
                 request.headers,
                 request.stream(),
                 context.limits,
+                facts_of(request).body,
                 any_media_type=protocol.takes_any_media_type,
             )
         except HttpError as error:

@@ -7,8 +7,10 @@ from starlette.middleware import Middleware
 
 from service.api_keys import ApiKeys
 from service.assembly import ServedModel
+from service.errors import Overloaded
 from service.http.access_log import AccessLog
 from service.http.authentication import Authentication
+from service.http.body_budget import BodyBudget
 from service.http.middleware import RequestMiddleware
 from service.http.monitoring import GatherMonitors, monitor_route
 from service.http.open_requests import OpenRequests
@@ -58,6 +60,9 @@ def create_app(
         # An alias has the endpoint of the route that it stands for, which is listed before it and named in logs.
         path_of={route.endpoint: route.path for route in reversed(routes)},
         echoes_request_id=not host_echoes_request_id,
+        body_budget=BodyBudget(
+            served.settings.limits.max_open_body_bytes, served.metrics.shed.labels(reason=Overloaded.code).inc
+        ),
     )
     app = Starlette(
         routes=routes,

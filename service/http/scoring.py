@@ -56,7 +56,7 @@ def scoring_routes(served: ServedModel) -> list[Route]:
         return Response(content, media_type="application/json", headers={"X-Reward-Activation": "none"})
 
     async def read(request: Request) -> bytes:
-        return await read_json_body(request.headers, request.stream(), settings.limits)
+        return await read_json_body(request.headers, request.stream(), settings.limits, facts_of(request).body)
 
     async def score(request: Request) -> Response:
         body = await read(request)

@@ -31,6 +31,7 @@ from service.launch.exposure import keys_for
 from service.launch.ports import reachable, reserved_http
 from service.launch.private_folder import private_folder
 from service.launch.progress import TerminalProgress
+from service.launch.slow_heads import allow_many_files, close_slow_heads
 from service.launch.start import ANSWER_S, DRAIN_S, cores_per_replica, log_path, write_at_the_end
 from service.launch.start_settings import StartSettings
 from service.launch.supervisor import STOP_AFTER_S, STOPPED_EARLY, StopRequested, sweep
@@ -61,6 +62,7 @@ def serve_locally(settings: StartSettings, console: Console) -> None:
         StopRequested: the server was asked to stop, and has stopped.
     """
     refuse_settings_of_ray(settings)
+    allow_many_files()
     api_keys = keys_for(settings.security, settings.server.host)
     server: _LocalServer | None = None
     try:
@@ -213,6 +215,7 @@ class _LocalServer:
         self._handle_signals(asyncio.get_running_loop())
         server = _HttpServer(self._config)
         serving = asyncio.create_task(server.serve([self._listener]))
+        closing = asyncio.create_task(close_slow_heads(server.server_state.connections))
         running = asyncio.create_task(self._load_and_watch())
         stopping = asyncio.create_task(self._stop.wait())
         try:
@@ -229,6 +232,7 @@ class _LocalServer:
             raise
         finally:
             await self._open_requests.wait_until_none(ANSWER_S)
+            closing.cancel()
             server.should_exit = True
             with suppress(Exception):
                 await serving

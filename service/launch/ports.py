@@ -28,10 +28,7 @@ _OWNER, _FIXED = 1, 5
 
 @dataclass(frozen=True, slots=True)
 class Ports:
-    """TCP ports of one server. Only ``http`` is for clients; the rest are for Ray's own parts.
-
-    HAProxy opens ``proxy_metrics`` and ``proxy_stats`` on all interfaces; no setting changes that.
-    """
+    """TCP ports of one server. Only ``http`` is for clients; the rest are for Ray's own parts."""
 
     http: int
     """HTTP of the service, through HAProxy."""

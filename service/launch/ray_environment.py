@@ -7,9 +7,11 @@ means.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from service.launch.haproxy import BINARY_VARIABLE, PYTHON_VARIABLE, SCRIPT
 from service.launch.ports import Ports
 
 LOOPBACK = "127.0.0.1,localhost,::1"
@@ -129,8 +131,15 @@ def _proxy_environment(
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "30",
         # Idle connections beyond Ray's default of 4,096 would keep everybody out; two take five open files.
         "RAY_SERVE_HAPROXY_MAXCONN": str(max_connections),
-        # A dead replica is noticed in two seconds instead of ten.
+        # A dead replica is noticed in two seconds instead of ten, and one that has stopped answering in five. Without
+        # a replica that answers there is none, so one that is busy for a second or two must not count as dead.
         "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
+        "RAY_SERVE_HAPROXY_HEALTH_CHECK_FALL": "4",
+        # A dead HAProxy is replaced in seconds: three checks have to fail.
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+        # It changes Ray's configuration of HAProxy before it becomes HAProxy.
+        BINARY_VARIABLE: str(SCRIPT),
+        PYTHON_VARIABLE: sys.executable,
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports.proxy_metrics),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(ports.proxy_stats),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports.fallback),

@@ -109,11 +109,11 @@ class DeploymentConfig(Section):
     name: Literal["reward"]
     num_replicas: int | None = Field(None, ge=1)
     autoscaling_config: AutoscalingConfig | None = None
-    max_ongoing_requests: int = Field(512, ge=32)
+    max_ongoing_requests: int = Field(100_000, ge=32)
     max_queued_requests: int = Field(-1, ge=-1)
     max_replicas_per_node: int | None = Field(None, ge=1)
-    health_check_period_s: _Seconds = 10
-    health_check_timeout_s: _Seconds = 30
+    health_check_period_s: _Seconds = 5
+    health_check_timeout_s: _Seconds = 10
     graceful_shutdown_timeout_s: _Seconds = 30
     graceful_shutdown_wait_loop_s: _Seconds = 0.2
     max_surge_percent: int = Field(0, ge=0)

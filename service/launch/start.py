@@ -17,6 +17,7 @@ from rich.console import Console
 
 from service.errors import RayStartError, ServerStartError, SettingsError
 from service.launch.exposure import keys_for
+from service.launch.haproxy import check_script
 from service.launch.inspection import Inspection, inspect_checkpoint
 from service.launch.launch import Launch
 from service.launch.ports import Owners, reachable, reserved_block, reserved_http
@@ -46,6 +47,7 @@ def serve(settings: StartSettings, console: Console) -> None:
     """
     server = settings.server
     keys_for(settings.security, server.host)
+    check_script()
     with (
         reserved_http(server.host, server.port) as http,
         TerminalProgress(console, f"http://{reachable(server.host)}:{server.port}") as progress,

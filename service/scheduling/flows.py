@@ -8,6 +8,10 @@ compensation for the time before it arrived.
 Among flows of equal virtual time the smaller request is served first, with two bounds. A request that fits a batch is
 overtaken only until `OVERTAKE_LIMIT_RATIO` times its own tokens were computed, so requests of similar size are served
 nearly in order of arrival. And a flow that was skipped by `MAX_SKIPPED_BATCHES` batches is served first in the next.
+
+While the replica shuts down fairness would let all flows advance and none finish in time. Then the flow with the fewest
+waiting tokens is served until it is finished (shortest remaining time first; Schrage, 1968): no other order finishes
+more requests by any time.
 """
 
 from __future__ import annotations
@@ -134,7 +138,8 @@ class Flow:
 
 
 HeapItem: TypeAlias = tuple[float, float, int, int, Flow]
-"""Virtual time, overtake limit, waiting tokens, arrival number, flow: flows are served in this order."""
+"""Virtual time, overtake limit, waiting tokens, arrival number, flow: flows are served in this order. Where flows are
+finished one by one, the first two are zero."""
 
 
 def num_shared_tokens(before: TokenSequence, sequence: TokenSequence, min_shared_prefix_tokens: int | None) -> int:
@@ -165,6 +170,7 @@ class FlowTable:
     def __init__(self, min_shared_prefix_tokens: int | None, batch_tokens: int) -> None:
         self.num_entries = 0
         self.num_tokens = 0
+        self.finishes_one_by_one = False
         self._min_shared_prefix_tokens = min_shared_prefix_tokens
         self._batch_tokens = batch_tokens
         self._flows: OrderedDict[Hashable, Flow] = OrderedDict()  # in order of arrival
@@ -224,6 +230,13 @@ class FlowTable:
         flow = self._flows.get(request)
         return self._drop(flow) if flow else []
 
+    def finish_one_by_one(self) -> None:
+        """From now on serve the flow with the fewest waiting tokens until it is finished, those that come included."""
+        self.finishes_one_by_one = True
+        self._heap.clear()
+        for flow in self._flows.values():
+            self._push(flow)
+
     def start_batch(self) -> None:
         """Count a batch; called once before the flows of a batch are chosen."""
         self._num_batches += 1
@@ -281,7 +294,8 @@ class FlowTable:
         return 0 if before is None else num_shared_tokens(before, sequence, self._min_shared_prefix_tokens)
 
     def _push(self, flow: Flow) -> None:
-        flow.heap_item = (flow.virtual_time, flow.overtake_limit, flow.num_tokens, flow.number, flow)
+        fairness = (0.0, 0.0) if self.finishes_one_by_one else (flow.virtual_time, flow.overtake_limit)
+        flow.heap_item = (*fairness, flow.num_tokens, flow.number, flow)
         heappush(self._heap, flow.heap_item)
         if len(self._heap) > 2 * len(self._flows) + 64:  # most items are of flows that were served or dropped meanwhile
             self._heap = [flow.heap_item for flow in self._flows.values() if flow.heap_item is not None]
@@ -289,7 +303,11 @@ class FlowTable:
 
     def _pop_skipped_too_often(self) -> Flow | None:
         """Pop the least recently served flow if it was skipped too often; once in `MAX_SKIPPED_BATCHES` batches."""
-        if not self._least_recent or self._num_batches - self._last_aged_batch <= MAX_SKIPPED_BATCHES:
+        if (
+            self.finishes_one_by_one
+            or not self._least_recent
+            or self._num_batches - self._last_aged_batch <= MAX_SKIPPED_BATCHES
+        ):
             return None
         flow = next(iter(self._least_recent.values()))
         if self._num_batches - flow.last_batch <= MAX_SKIPPED_BATCHES:

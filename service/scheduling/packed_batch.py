@@ -113,8 +113,8 @@ class PackedBatchBuilder:
         self._last_cached = selection.last_cached
 
     def _add_same_prefix(self, prefix: Hashable, flow: Flow, now: float) -> None:
-        """Take entries of the same prefix from other flows."""
-        if not self._capacity.limited_to(self._same_prefix_capacity).fits(1, 1):
+        """Take entries of the same prefix from other flows, unless these flows would delay the one to be finished."""
+        if self.flows.finishes_one_by_one or not self._capacity.limited_to(self._same_prefix_capacity).fits(1, 1):
             return
         for other in list(islice(self.flows.with_prefix(prefix), self.budget.max_sequences)):
             if other is flow or other.deadline <= now:

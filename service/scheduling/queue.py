@@ -120,6 +120,10 @@ class Queue:
         self._admission.release(request)
         return len(self._flows.drop(request))
 
+    def finish_one_by_one(self) -> None:
+        """From now on finish whole requests, the one with the fewest waiting tokens first, in place of fairness."""
+        self._flows.finish_one_by_one()
+
     def take_batch(
         self, now: float, budget: BatchBudget, num_cached_tokens: NumCachedTokens = nothing_cached
     ) -> TakenBatch:

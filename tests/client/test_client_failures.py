@@ -67,6 +67,13 @@ class FailsThreeTimes(FakeServer):
                 yield ok(scores(request))
 
 
+class SlowNetworkOnce(FakeServer):
+    """The first body arrives too slowly."""
+
+    async def answer(self, request: Request) -> AsyncIterator[bytes]:
+        yield problem("408 Request Timeout", "body_too_slow") if request.number == 0 else ok(scores(request))
+
+
 class ChangesModelOnce(FakeServer):
     """A rolling update: the second request and all later ones are answered by the new model."""
 
@@ -217,6 +224,7 @@ class NoSuchServer(FailingServer):
 RECOVERING = {
     "without-faults": WithoutFaults,
     "fails-three-times": FailsThreeTimes,
+    "slow-network-once": SlowNetworkOnce,
     "model-changes-once": ChangesModelOnce,
 }
 FAILING: dict[str, Callable[[], Any]] = {

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import reward_client
 from misbehaving_server import VERSION, FakeServer, Request, ok, problem, running, scores
-from reward_client import AsyncRewardClient, ChunkLimits, Diagnostics, RetryPolicy, RewardClient, ScoredItem
+from reward_client import AsyncRewardClient, ChunkLimits, Diagnostics, RetryPolicy, RewardClient, ScoredItem, retries
 from reward_client.diagnostics import GroupBlock, LengthBlock, OodBlock, StyleBlock
 from reward_client.errors import BadAnswer, ClientDeadlineExceeded, ItemsFailed, RequestRejected, ServiceUnavailable
 
@@ -258,16 +258,26 @@ def test_a_refusal_is_not_retried() -> None:
     assert len(server.requests) == 1
 
 
+class SilentOnce(FakeServer):
+    """Never answers the first request, as a frozen replica."""
+
+    async def answer(self, request: Request) -> AsyncIterator[bytes]:
+        await asyncio.sleep(30 if request.number == 0 else 0)
+        yield ok(scores(request))
+
+
+def test_a_silent_connection_fails_within_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default an attempt gets half of the time that is left, so that another one is made before the deadline."""
+    monkeypatch.setattr(retries, "MIN_ATTEMPT_S", 0.1)
+    with running(SilentOnce()) as server, RewardClient(server.url, deadline_s=2.0) as client:
+        begin = time.monotonic()
+        assert client.score(["q"], ["1"]) == [1.0]
+
+    assert 1.0 <= time.monotonic() - begin < 2.0
+
+
 def test_a_silent_connection_fails_after_the_read_timeout(delays: list[float]) -> None:
     """A connection without a response is given up after read_timeout_s, and the next attempt succeeds."""
-
-    class SilentOnce(FakeServer):
-        """Never answers the first request."""
-
-        async def answer(self, request: Request) -> AsyncIterator[bytes]:
-            await asyncio.sleep(30 if request.number == 0 else 0)
-            yield ok(scores(request))
-
     policy = RetryPolicy(first_wait_s=0.005, jitter_s=0.005, read_timeout_s=0.2)
     with running(SilentOnce()) as server, RewardClient(server.url, retries=policy) as client:
         assert client.score(["q"], ["1"]) == [1.0]

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from service.http.middleware import QUIET_ROUTES
+from service.launch.haproxy import SCRIPT
 from service.launch.supervisor import STOP_AFTER_S
 from service.settings import read_settings
 
@@ -281,10 +282,11 @@ def test_serve_config_is_the_one_of_the_repository() -> None:
 
 
 def test_ray_environment_is_the_documented_one() -> None:
-    """Head and workers start Ray with docs/serve.env, without the token, which KubeRay makes, and the loopback."""
+    """Head and workers start Ray with docs/serve.env and haproxy.sh, without the token, which KubeRay makes."""
     lines = (ROOT / "docs" / "serve.env").read_text().splitlines()
     expected = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
     del expected["RAY_AUTH_MODE"], expected["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"]
+    expected["RAY_SERVE_HAPROXY_BINARY_PATH"] = f"/opt/service/{SCRIPT.relative_to(ROOT)}"  # as the image has it
 
     for name, template in ray_templates().items():
         env = {entry["name"]: entry["value"] for entry in template["spec"]["containers"][0]["env"]}

@@ -125,6 +125,54 @@ async def test_a_slow_body_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(await read_json_body({}, trickle(100), LIMITS)) == 2000
 
 
+async def test_a_body_that_stops_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes that came fast earn no time for a pause: a large body that stops is refused after the grace."""
+    monkeypatch.setattr(body_module, "GRACE_S", 0.1)
+    monkeypatch.setattr(body_module, "MIN_BYTES_PER_S", 1000)
+
+    async def stop() -> AsyncIterator[bytes]:
+        yield b"a" * MIB
+        for _ in range(40):
+            await asyncio.sleep(0.02)
+            yield b"a"
+
+    begin = time.perf_counter()
+    with pytest.raises(BodyTooSlow):
+        await read_json_body({}, stop(), LIMITS)
+    assert time.perf_counter() - begin < 0.5
+
+
+async def test_the_bodies_of_all_requests_have_a_budget(tmp_path: Path) -> None:
+    """A body beyond the budget gets 503, small requests and a body on its own do not, and what is answered is free."""
+    small, large = request_of(8_000), request_of(150_000)
+    released = asyncio.Event()
+
+    async def unfinished() -> AsyncIterator[bytes]:
+        yield large[:-10]
+        await released.wait()
+        yield large[-10:]
+
+    limits = {"max_open_body_bytes": 100_000, "max_item_chars": 200_000}
+    async with application(tmp_path, limits=limits) as app:
+        first = asyncio.create_task(app.client.post("/v1/score", content=unfinished()))
+        await asyncio.sleep(0.05)
+        for body, encoding in ((large, "identity"), (gzip.compress(large), "gzip")):
+            refusal = await app.post("/v1/score", body, **{"Content-Encoding": encoding})
+            assert (refusal.status_code, refusal.json()["code"]) == (503, "overloaded")
+            assert int(refusal.headers["Retry-After"]) >= 1
+        assert (await app.post("/v1/score", small)).status_code == 200
+        released.set()
+        assert (await first).status_code == 200
+        assert (await app.post("/v1/score", large)).status_code == 200
+        assert 'rm_shed_total{reason="overloaded"} 2.0' in app.served.metrics.render().decode()
+
+
+def request_of(num_chars: int) -> bytes:
+    """A request with one item that is cut to the model's limit."""
+    item = {"prompt": "a" * num_chars, "completion": "b"}
+    return json.dumps({"items": [item], "truncation": "prompt_left"}).encode()
+
+
 @pytest.mark.parametrize(
     ("content", "code"),
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -68,6 +69,58 @@ def send_large_request(url: str) -> str:
     rewards = [result["reward"] for result in answer.json()["results"]]
     assert rewards == [oracle_reward_of_text(item["prompt"], item["completion"]) for item in items]
     return "scored"
+
+
+NUM_QUEUED, QUEUED_TOKENS = 48, 1000
+SECONDS_PER_TOKEN = 2.5e-4
+"""The queue takes twice as long as the drain."""
+SLOW_ORACLE = f"""
+from functools import partial
+from service import assembly
+from service.engines.oracle import OracleFaults
+assembly.assemble_oracle = partial(
+    assembly.assemble_oracle, faults=OracleFaults(seconds_per_token={SECONDS_PER_TOKEN})
+)
+from service.launch.command import main
+raise SystemExit(main())
+"""
+
+
+@pytest.mark.slow
+def test_stop_with_a_long_queue(tmp_path: Path) -> None:
+    """With twice the work that the drain has time for, whole requests are finished, and the others get 503 draining."""
+
+    def send(number: int) -> str:
+        items = [{"prompt": f"{number:02} {n:02} ", "completion": "x" * 44} for n in range(QUEUED_TOKENS // 50)]
+        answer = httpx2.post(f"{server.url}/v1/score", json={"items": items}, timeout=60)
+        if answer.status_code == 200:
+            rewards = [result["reward"] for result in answer.json()["results"]]
+            assert rewards == [oracle_reward_of_text(item["prompt"], item["completion"]) for item in items]
+            return "scored"
+        assert answer.status_code == 503
+        assert int(answer.headers["Retry-After"]) >= 1
+        return str(answer.json()["code"])
+
+    command = (sys.executable, "-c", SLOW_ORACLE)
+    options = (*ORACLE, "--max-batch-tokens", str(QUEUED_TOKENS // 4))
+    with (
+        serving(tmp_path, *options, runtime="local", command=command) as server,
+        ThreadPoolExecutor(NUM_QUEUED) as pool,
+    ):
+        answers = [pool.submit(send, number) for number in range(NUM_QUEUED)]
+        assert eventually(lambda: num_in_flight(server) > 0.8 * NUM_QUEUED * QUEUED_TOKENS / 50, 5.0)
+        status = stop(server.process)
+        outcomes = [answer.result() for answer in answers]
+
+    assert status == 0
+    assert set(outcomes) == {"scored", "draining"}
+    assert outcomes.count("scored") >= NUM_QUEUED // 4
+
+
+def num_in_flight(server: RunningServer) -> float:
+    """How many items have been accepted and are not answered."""
+    lines = httpx2.get(f"{server.url}/metrics", timeout=30).text.splitlines()
+    return float(next(line for line in lines if line.startswith("rm_inflight_items{")).split()[-1])
 
 
 @pytest.mark.slow

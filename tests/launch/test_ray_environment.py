@@ -119,7 +119,8 @@ def test_private_paths_are_in_the_private_folder(tmp_path: Path) -> None:
     """Sockets, state and token have paths in the private folder."""
     suffixes = ("_PATH", "_LOC", "_BASE", "_FILE")
     variables = environment(tmp_path).items()
-    paths = {name: value for name, value in variables if name.endswith(suffixes) and not name.endswith("IMPORT_PATH")}
+    others = ("IMPORT_PATH", "BINARY_PATH")
+    paths = {name: value for name, value in variables if name.endswith(suffixes) and not name.endswith(others)}
 
     assert len(paths) == 6
     assert all(Path(value).is_relative_to(tmp_path) for value in paths.values())

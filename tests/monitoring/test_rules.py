@@ -17,6 +17,7 @@ from service.records import ModelIdentity
 HERE = Path(__file__).parent
 FOLDER = HERE.parents[1] / "monitoring"
 ALERT_TESTS = HERE / "alert_rules.test.yml"
+REPLACED_REPLICA = Path(__file__).with_name("replaced_replica.test.yml")
 SCRAPED = {"up"}
 """Series that Prometheus adds."""
 
@@ -77,6 +78,12 @@ def test_alerts_reach_their_receiver(labels: list[str], receiver: str) -> None:
 def test_unit_tests_of_the_alerts_pass() -> None:
     """The unit tests of the alerts pass: each fires on its stream, and does not on a similar one."""
     assert "SUCCESS" in run("promtool", "test", "rules", ALERT_TESTS)
+
+
+def test_increase_counts_over_replaced_replicas() -> None:
+    """A killed replica takes its counters along: the sum of values falls, the documented sum of increases does not."""
+    assert "SUCCESS" in run("promtool", "test", "rules", REPLACED_REPLICA)
+    assert "sum(increase(rm_items_total" in (FOLDER.parent / "docs" / "monitoring.md").read_text()
 
 
 def test_every_alert_is_tested_both_ways() -> None:

@@ -692,3 +692,22 @@ def test_ten_thousand_cancels_leave_nothing_behind() -> None:
     assert len(queue._flows._heap) < 200
     everything = take(queue, BatchBudget("packed", max_tokens=10_000, max_sequences=100))
     assert [entry.num_tokens for entry in everything] == sorted(stay)
+
+
+# --- Shutdown --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [PACKED, PADDED], ids=["packed", "padded"])
+def test_a_shutdown_finishes_whole_requests(budget: BatchBudget) -> None:
+    """Requests that advanced together are finished one by one, the one with the fewest tokens left first."""
+    queue = new_queue()
+    for number, num_sequences in enumerate((12, 20, 8, 16)):
+        put(queue, f"request {number}", [50] * num_sequences, prefixes=["prompt"] * num_sequences)
+    served = {entry.request for _ in range(4) for entry in take(queue, budget)}
+    assert served == {f"request {number}" for number in range(4)}
+
+    queue.finish_one_by_one()
+    put(queue, "late", [50])
+    order = [entry.request for batch in drain(queue, budget) for entry in batch]
+
+    assert order == sorted(order, key=["late", "request 2", "request 0", "request 3", "request 1"].index)
