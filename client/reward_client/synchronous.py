@@ -15,7 +15,7 @@ from typing import Any, Self, TypeVar, overload
 from reward_client.answers import Comparison, ScoredItem
 from reward_client.asynchronous import AsyncRewardClient
 from reward_client.models import ServedModel
-from reward_client.options import DiagnosticsLevel, TemplateChoice, Truncation
+from reward_client.options import DiagnosticsLevel, SpecialTokenText, TemplateChoice, Truncation
 from reward_client.provenance import ReferenceCheck
 from reward_client.references import Reference
 from reward_client.requests import DEFAULT_CHUNKS, ChunkLimits, Completion, Prompt, Steps, Weights, WireItem
@@ -89,6 +89,7 @@ class RewardClient:
         truncation: Truncation | None = None,
         template: TemplateChoice | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        special_tokens: SpecialTokenText | None = None,
         weights: Weights | None = None,
     ) -> list[float]: ...
 
@@ -103,6 +104,7 @@ class RewardClient:
         truncation: Truncation | None = None,
         template: TemplateChoice | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        special_tokens: SpecialTokenText | None = None,
         weights: Weights | None = None,
     ) -> list[ScoredItem]: ...
 
@@ -116,6 +118,7 @@ class RewardClient:
         truncation: Truncation | None = None,
         template: TemplateChoice | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        special_tokens: SpecialTokenText | None = None,
         weights: Weights | None = None,
     ) -> list[float] | list[ScoredItem]:
         """Return the raw reward of each completion, in input order; see ``AsyncRewardClient.score``."""
@@ -128,6 +131,7 @@ class RewardClient:
                     truncation=truncation,
                     template=template,
                     chat_template_kwargs=chat_template_kwargs,
+                    special_tokens=special_tokens,
                     weights=weights,
                 )
             )
@@ -140,6 +144,7 @@ class RewardClient:
                 truncation=truncation,
                 template=template,
                 chat_template_kwargs=chat_template_kwargs,
+                special_tokens=special_tokens,
                 weights=weights,
             )
         )
@@ -152,6 +157,7 @@ class RewardClient:
         truncation: Truncation | None = None,
         template: TemplateChoice | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        special_tokens: SpecialTokenText | None = None,
         weights: Weights | None = None,
     ) -> list[ScoredItem]:
         """Return reward and diagnostics of each item; see ``AsyncRewardClient.score_items``."""
@@ -162,6 +168,7 @@ class RewardClient:
                 truncation=truncation,
                 template=template,
                 chat_template_kwargs=chat_template_kwargs,
+                special_tokens=special_tokens,
                 weights=weights,
             )
         )

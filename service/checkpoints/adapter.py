@@ -173,7 +173,7 @@ def _load_base(
     refuse_quantized(Path(base), "the base of an adapter")
     try:
         model, report = AutoModelForSequenceClassification.from_pretrained(
-            base, **_labels(outputs), output_loading_info=True
+            base, **_labels(outputs), use_safetensors=True, output_loading_info=True
         )
         has_tokenizer = (adapter_dir / TOKENIZER_CONFIG_FILE).is_file()
         tokenizer = AutoTokenizer.from_pretrained(adapter_dir if has_tokenizer else base)
