@@ -1,8 +1,9 @@
 """Renders conversations by a model's chat template, and checks that the template prints the completion.
 
-A chat template is a program of the checkpoint. Some print nothing of a content that is a string, because they loop over
-its parts; some leave out a part of an assistant turn. A completion that does not reach the model has the reward of
-another text, so that is found out here, by what was rendered.
+A chat template is a program of the checkpoint, which runs in the service's own sandbox with bounded work. Some print
+nothing of a content that is a string, because they loop over its parts; some leave out a part of an assistant turn. A
+completion that does not reach the model has the reward of another text, so that is found out here, by what was
+rendered.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, Literal
 
+from service.chat_templates.sandbox import MAX_TEMPLATE_CHARS, BoundedTemplate
+from service.chat_templates.work import TemplateTooExpensive
 from service.errors import CompletionNotRendered, HttpError, InvalidRequest
 from service.records import Exchange, Message
 from service.steps import MAX_BOUNDARY_CHARS
@@ -66,8 +69,26 @@ class ConversationRenderer:
         self._accepts_partial = accepts_partial
         self.content: Literal["text", "parts"] = "text"
         self.refusal: str | None = None
+        self._templates: dict[bool, BoundedTemplate] = {}
+        """By whether tools are given: a tokenizer may have a template of its own for them."""
+        self._special_tokens = dict(tokenizer.special_tokens_map)
         if tokenizer.chat_template:
+            self._compile()
+        if self._templates:
             self._choose_content()
+
+    def _compile(self) -> None:
+        try:
+            plain, with_tools = (self._tokenizer.get_chat_template(None, tools) for tools in (None, [{}]))
+            template = BoundedTemplate(plain)
+            self._templates = {
+                False: template,
+                True: template if with_tools == plain else BoundedTemplate(with_tools),
+            }
+        except TemplateTooExpensive:
+            self.refusal = f"The tokenizer's chat template has more than {MAX_TEMPLATE_CHARS:,} characters"
+        except Exception as error:  # noqa: BLE001 - a template is a program, and parsing it may raise anything
+            self.refusal = f"The tokenizer's chat template cannot be compiled in the sandbox ({type(error).__name__})"
 
     def render(
         self, exchange: Exchange, variables: Variables, prompts: dict[tuple[object, str], Any]
@@ -176,18 +197,27 @@ class ConversationRenderer:
     def _render(
         self, messages: tuple[Message, ...], tools: Any, variables: Variables, *, open_ended: bool = False
     ) -> str:
-        turns = self._turns_for_template(messages)
-        return str(
-            self._tokenizer.apply_chat_template(
-                turns, tools=tools, tokenize=False, add_generation_prompt=open_ended, **variables
-            )
-        )
+        num_chars = sum(message.num_chars for message in messages) + (len(json.dumps(tools)) if tools else 0)
+        given = {
+            **self._special_tokens,
+            **variables,
+            "messages": [as_transformers_passes(turn) for turn in self._turns_for_template(messages)],
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": open_ended,
+        }
+        return self._templates[bool(tools)].render(given, num_messages=len(messages), num_chars=num_chars)
 
     def _turns_for_template(self, messages: tuple[Message, ...]) -> list[dict[str, Any]]:
         turns = [message.as_dict() for message in messages]
         return [_with_parts(turn) for turn in turns] if self.content == "parts" else turns
 
     def _rejection(self, prompt: tuple[Message, ...], completion: tuple[Message, ...], error: Exception) -> HttpError:
+        if isinstance(error, TemplateTooExpensive):
+            return InvalidRequest(
+                "The model's chat template takes more work, or prints more text, for these messages than is allowed "
+                "for a conversation of their size."
+            )
         # The message of the error may quote the conversation, so only its class is reported.
         without_system = tuple(message for message in prompt if message.role != "system")
         if without_system and len(without_system) < len(prompt):
@@ -204,18 +234,21 @@ class ConversationRenderer:
 
     def _choose_content(self) -> None:
         """Find the form of contents in which two samples are printed, or why there is none."""
-        rendered = {}
+        rendered, is_expensive = {}, False
         for form in ("text", "parts"):
             self.content = form
             try:
                 rendered[form] = [self._sample(text) for text in (SAMPLE_COMPLETION, OTHER_COMPLETION)]
-            except Exception:  # noqa: BLE001, S112 - a template is a program and may raise anything
+            except Exception as error:  # noqa: BLE001 - a template is a program and may raise anything
+                is_expensive = is_expensive or isinstance(error, TemplateTooExpensive)
                 continue
             samples = zip((SAMPLE_COMPLETION, OTHER_COMPLETION), rendered[form], strict=True)
             if all(prints_whole((Message("assistant", text),), printed) for text, printed in samples):
                 return
         self.content = "text"
-        if not rendered:
+        if is_expensive:
+            self.refusal = "The tokenizer's chat template takes more work, or prints more text, than two turns may need"
+        elif not rendered:
             self.refusal = "The tokenizer's chat template cannot render one user turn and one assistant turn"
         elif not self._accepts_partial or len(set(rendered.get("text", ""))) < 2:
             self.refusal = "The tokenizer's chat template does not print the text of an assistant turn"
@@ -249,6 +282,13 @@ def _turns(completion: str | tuple[Message, ...]) -> tuple[Message, ...]:
 def _with_parts(message: dict[str, Any]) -> dict[str, Any]:
     content = message["content"]
     return message if content is None else {**message, "content": [{"type": "text", "text": content}]}
+
+
+def as_transformers_passes(turn: dict[str, Any]) -> dict[str, Any]:
+    """Return a turn as transformers passes it to a template: without empty fields, and with an alias of reasoning."""
+    given = {name: value for name, value in turn.items() if value is not None}
+    reasoning = given.get("reasoning_content")
+    return given if reasoning is None else {"thinking": reasoning, **given}
 
 
 def _pieces(turn: Message) -> Iterator[str]:

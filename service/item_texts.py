@@ -18,6 +18,7 @@ from service.records import (
     TemplatedText,
     TokenIds,
 )
+from service.special_tokens import SpecialTokens
 from service.steps import (
     StepEnds,
     StepReading,
@@ -55,6 +56,12 @@ class PreparedText:
     steps: StepEnds | None = None
     """Where its steps end; None: it has none."""
 
+    num_special: int | None = None
+    """Special tokens that are written in its completion; None where that is not known as text."""
+
+    is_escaped: bool = False
+    """Whether separators in these special tokens make them text."""
+
 
 @dataclass(frozen=True, slots=True)
 class PreparedPair:
@@ -62,6 +69,11 @@ class PreparedPair:
 
     prompt: str = field(repr=False)
     completion: str = field(repr=False)
+    completion_chars: int
+    """Characters of the completion, without separators."""
+
+    num_special: int | None = None
+    is_escaped: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +97,9 @@ class ItemTexts:
 
     appends_tokens: bool
     """Whether token ids stand behind every text."""
+
+    special: SpecialTokens
+    """Those of the tokenizer."""
 
     @property
     def may_pair(self) -> bool:
@@ -116,9 +131,12 @@ class ItemTexts:
             return refusal
         match content:
             case Exchange():
-                if item.steps is not None:
-                    return self._prepare_steps(content, item.steps, encoding, prompts)
-                return self._prepare_exchange(content, encoding, prompts)
+                return self._with_special_tokens(content, item.steps, encoding, prompts)
+            case TemplatedText() | TokenIds() if encoding.special_tokens == "escape":
+                return InvalidRequest(
+                    "Special tokens are escaped in completions only, and the item has no completion: send prompt and "
+                    "completion."
+                )
             case TemplatedText():
                 rule, ends = self.rule, self.marker_ends(item.steps)
                 if not encoding.add_bos:
@@ -129,6 +147,34 @@ class ItemTexts:
                 return content
             case _:
                 assert_never(content)
+
+    def _with_special_tokens(
+        self,
+        exchange: Exchange,
+        steps: Steps | None,
+        encoding: Encoding,
+        prompts: dict[tuple[object, str], Any],
+    ) -> PreparedText | PreparedPair | HttpError:
+        """Prepare an exchange of which the special tokens in the completion are counted, and escaped if so chosen."""
+        num_special = self.special.count(exchange.completion)
+        chosen = encoding.special_tokens or self.rule.completion_special_tokens
+        is_escaped = num_special > 0 and chosen == "escape"
+        if is_escaped and (steps is not None or not self.special.can_escape(exchange.completion)):
+            return InvalidRequest(
+                f"The completion has {num_special} special tokens, which cannot be escaped in an item with steps, or "
+                "where one is a single character."
+            )
+        given = self.special.escaped(exchange) if is_escaped else exchange
+        prepared = (
+            self._prepare_exchange(given, encoding, prompts)
+            if steps is None
+            else self._prepare_steps(given, steps, encoding, prompts)
+        )
+        if isinstance(prepared, HttpError):
+            return prepared
+        if is_escaped:
+            prepared = replace(prepared, completion_chars=len(exchange.completion_text))
+        return replace(prepared, num_special=num_special, is_escaped=is_escaped)
 
     def marker_ends(self, steps: Steps | None) -> StepEnds | None:
         """Return where steps end that each end with a marker token; None: there are no steps."""
@@ -184,7 +230,7 @@ class ItemTexts:
                 return PreparedText(prompt + completion, before, after, len(prompt), len(completion))
             if not self.may_pair:
                 return InvalidRequest("The model reads no pairs of texts: its template is one of the others.")
-            return PreparedPair(prompt, completion)
+            return PreparedPair(prompt, completion, len(completion))
         unknown = len({name for name, _ in encoding.template_variables} - self.allowed_variables)
         if unknown:
             return InvalidRequest(

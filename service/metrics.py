@@ -157,6 +157,11 @@ class Metrics:
             buckets=REWARDS,
             registry=registry,
         )
+        self.special_token_items = Counter(
+            "rm_special_token_items_total",
+            "Scored items whose completion has special tokens of the tokenizer written in its text, escaped or not.",
+            registry=registry,
+        )
         self.completion_length = Histogram(
             "rm_completion_length_tokens",
             "Completion tokens of scored items for which it is known where the prompt ends.",

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
-from reward_client.options import DiagnosticsLevel, TemplateChoice, Truncation
+from reward_client.options import DiagnosticsLevel, SpecialTokenText, TemplateChoice, Truncation
 
 DEMO_MODEL = "demo"
 """``model.path`` of the demo model, in the settings and in the arguments of every command."""
@@ -204,6 +204,9 @@ class Encoding:
     template_variables: tuple[tuple[str, TemplateVariable], ...] = ()
     """Names and values that the chat template gets beside the conversation, in the order of their names."""
 
+    special_tokens: SpecialTokenText | None = None
+    """What becomes of special tokens that a completion's text contains; None: what the settings say."""
+
 
 @dataclass(frozen=True, slots=True)
 class ScoreRequest:
@@ -273,6 +276,9 @@ class TokenSequence:
 
     double_bos: bool = False
     """Whether it begins with two BOS tokens, which the caller sent: the service never adds a second one."""
+
+    num_written_special: int | None = None
+    """Special tokens that are written in the completion's text; None where that text is not known."""
 
     @property
     def row(self) -> tuple[int, ...]:
@@ -353,6 +359,9 @@ class LengthReport:
 
     double_bos: bool = False
     """Whether what the model read begins with two BOS tokens."""
+
+    special_tokens: int | None = None
+    """Special tokens that are written in the completion's text, also where they are escaped; None where unknown."""
 
 
 @dataclass(frozen=True, slots=True)

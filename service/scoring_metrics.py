@@ -68,6 +68,8 @@ class ScoringMetrics:
         for item in items:
             if isinstance(item.outcome, Score) and item.sequence is not None:
                 self._observe_outputs(item.outcome)
+                if item.sequence.num_written_special:
+                    metrics.special_token_items.inc()
                 if item.sequence.num_completion_tokens is not None:
                     metrics.completion_length.observe(item.sequence.num_completion_tokens)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator
-from reward_client.options import DiagnosticsLevel, TemplateChoice, Truncation
+from reward_client.options import DiagnosticsLevel, SpecialTokenText, TemplateChoice, Truncation
 
 from service.errors import SettingsError
 from service.records import DEMO_MODEL, Pooling, StepAggregate
@@ -163,6 +163,11 @@ class TokenizationSettings(Section):
     chat_template_kwargs: tuple[str, ...] = Field(
         ("enable_thinking",),
         description="Names that chat_template_kwargs of a request may hold; the chat template gets their values.",
+    )
+    completion_special_tokens: SpecialTokenText = Field(
+        "read",
+        description="Default for special tokens that are written in the text of a completion. read: they are these "
+        "tokens, as in training, so a completion can write turns of its own; escape: they are text.",
     )
     truncation: Truncation = Field(
         "error",

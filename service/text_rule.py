@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from itertools import takewhile
 from typing import Any, Literal
 
-from reward_client.options import TemplateChoice
+from reward_client.options import SpecialTokenText, TemplateChoice
 
 from service.errors import CheckpointError, SettingsError
 from service.records import ModelInputs
@@ -48,6 +48,9 @@ class TextRule:
     content: Literal["text", "parts"] = "text"
     """Form of a message's content that the chat template prints: a string, or a list with one part of type text."""
 
+    completion_special_tokens: SpecialTokenText = "read"
+    """The setting of that name."""
+
     @property
     def has_pairs(self) -> bool:
         """Whether the tokenizer has a form for pairs of texts."""
@@ -61,6 +64,7 @@ class TextRule:
             "content as parts": self.template == "chat" and self.content == "parts",
             "with the tokenizer's end token": self.template == "concat" and self.adds_end and bool(self.after),
             "leading special tokens only": self.template != "chat" and self.special_tokens == "leading",
+            "special tokens in completions as text": self.completion_special_tokens == "escape",
         }
         return ", ".join([self.template, *(detail for detail, is_so in details.items() if is_so)])
 
@@ -126,6 +130,7 @@ def decide_rule(
         adds_end=bool(after) and not is_encoder,
         special_tokens=settings.special_tokens,
         content=content,
+        completion_special_tokens=settings.completion_special_tokens,
     )
 
 

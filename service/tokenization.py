@@ -2,7 +2,8 @@
 
 The token ids must be those of training, or every reward is wrong. So this follows TRL and transformers exactly: a
 conversation is rendered by the model's chat template and gets no further special tokens; a plain text gets the special
-tokens that the tokenizer puts in front of it. A special token written out in a text becomes that token, as in training.
+tokens that the tokenizer puts in front of it. A special token written out in a text becomes that token, as in training,
+unless those in completions are escaped.
 Nothing is appended to a decoder's text, because the reward is read at the last token: for a model that was trained on
 plain texts with EOS at the end (as TRL does), the caller writes the EOS into the completion. The exception are tokens
 that the checkpoint's ``reward_model.json`` names.
@@ -35,6 +36,7 @@ from service.records import (
     TokenSequence,
 )
 from service.settings import TokenizationSettings
+from service.special_tokens import SpecialTokens
 from service.steps import (
     PLAIN_READING,
     StepEnds,
@@ -90,7 +92,8 @@ class Tokenization:
         self._tokenizer = tokenizer
         self._inputs = inputs
         self._step_reading = step_reading
-        self._copy = TokenizerCopy(tokenizer)
+        special = SpecialTokens(self.special_tokens)
+        self._copy = TokenizerCopy(tokenizer, special.separator)
         self._conversations = ConversationRenderer(tokenizer, accepts_partial=settings.unrendered == "accept")
         self.rule = decide_rule(tokenizer, self._copy.backend, settings, inputs, self._conversations.content)
         self._refuse_unrenderable()
@@ -101,6 +104,7 @@ class Tokenization:
             inputs,
             step_reading,
             appends_tokens=bool(append_token_ids),
+            special=special,
         )
         if self.rule.template == "pair" and append_token_ids:
             raise CheckpointError(
@@ -264,6 +268,7 @@ class Tokenization:
             completion_chars=text.completion_chars,
             step_positions=positions,
             partly_rendered=not text.is_whole,
+            num_written_special=text.num_special,
         )
         if num_prompt_tokens is not None:
             return UncutTokens(sequence, num_prompt_tokens)
@@ -297,7 +302,11 @@ class Tokenization:
         num_prompt = len(rule.before) + encoded.sequence_ids.count(0)
         types = tuple(encoded.type_ids) if self.reads_token_types and any(encoded.type_ids) else ()
         sequence = TokenSequence(
-            ids, num_prompt + len(rule.between), completion_chars=len(pair.completion), token_types=types
+            ids,
+            num_prompt + len(rule.between),
+            completion_chars=pair.completion_chars,
+            token_types=types,
+            num_written_special=pair.num_special,
         )
         return UncutTokens(sequence, num_prompt)
 

@@ -653,7 +653,7 @@ async def test_client_reads_what_the_service_sends(app: App) -> None:
     assert model.description == described.json()
     assert scored[1].id == 7
     last_token_id = ITEM["completion"].encode()[-1]
-    length = LengthBlock(1, 1, 1, 2, truncated=False, last_token_id=last_token_id, double_bos=False)
+    length = LengthBlock(1, 1, 1, 2, truncated=False, last_token_id=last_token_id, double_bos=False, special_tokens=0)
     assert scored[1].details.length == length
     assert scored[1].details.group == GroupBlock(2, None, 0.0)
     assert scored[1].details.calibration == "missing"

@@ -40,7 +40,7 @@ from reward_client.checks import (
 from reward_client.errors import BadAnswer, ClientError, InvalidArgument, RequestRejected
 from reward_client.failures import connection_failure, never_connected
 from reward_client.models import ServedModel, read_model
-from reward_client.options import DiagnosticsLevel, TemplateChoice, Truncation
+from reward_client.options import DiagnosticsLevel, SpecialTokenText, TemplateChoice, Truncation
 from reward_client.provenance import ReferenceCheck
 from reward_client.references import (
     Reference,
@@ -160,6 +160,7 @@ class AsyncRewardClient:
         truncation: Truncation | None = None,
         template: TemplateChoice | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        special_tokens: SpecialTokenText | None = None,
         weights: Weights | None = None,
     ) -> list[float]: ...
 
@@ -174,6 +175,7 @@ class AsyncRewardClient:
         truncation: Truncation | None = None,
         template: TemplateChoice | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        special_tokens: SpecialTokenText | None = None,
         weights: Weights | None = None,
     ) -> list[ScoredItem]: ...
 
@@ -187,6 +189,7 @@ class AsyncRewardClient:
         truncation: Truncation | None = None,
         template: TemplateChoice | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        special_tokens: SpecialTokenText | None = None,
         weights: Weights | None = None,
     ) -> list[float] | list[ScoredItem]:
         """Return the raw reward of each completion, in input order.
@@ -202,6 +205,8 @@ class AsyncRewardClient:
             truncation: what happens to an item that is too long; None: the service's setting.
             template: how a plain-text prompt is rendered; None: the service's setting.
             chat_template_kwargs: values for the chat template, of names that the service allows.
+            special_tokens: what becomes of special tokens in the text of a completion, for example of a policy that is
+                not trusted; ``"escape"``: they are text; None: the service's setting.
             weights: of a model with several outputs, the weight of each by name, 0 where it is left out; None: the
                 service's own. The reward is their weighted sum.
 
@@ -218,6 +223,7 @@ class AsyncRewardClient:
             truncation=truncation,
             template=template,
             chat_template_kwargs=chat_template_kwargs,
+            special_tokens=special_tokens,
             weights=weights,
         )
         return [item.known_reward for item in scored] if diagnostics is None else scored
@@ -230,6 +236,7 @@ class AsyncRewardClient:
         truncation: Truncation | None = None,
         template: TemplateChoice | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        special_tokens: SpecialTokenText | None = None,
         weights: Weights | None = None,
     ) -> list[ScoredItem]:
         """Return reward and diagnostics of each item, in input order.
@@ -244,6 +251,7 @@ class AsyncRewardClient:
             truncation: as for ``score``.
             template: as for ``score``.
             chat_template_kwargs: as for ``score``.
+            special_tokens: as for ``score``.
             weights: as for ``score``.
 
         Raises:
@@ -256,7 +264,7 @@ class AsyncRewardClient:
             ReferenceMismatch: ``require_reference`` is set and the check failed.
             InvalidArgument: the items are no list of dictionaries, or one cannot be written as JSON; nothing was sent.
         """
-        _check_options(diagnostics, truncation, template)
+        _check_options(diagnostics, truncation, template, special_tokens)
         checked_weights = check_weights(weights)
         item_list = elements(items, "items", "items of the wire format")
         check_items(item_list)
@@ -271,6 +279,7 @@ class AsyncRewardClient:
                 "truncation": truncation,
                 "template": template,
                 "chat_template_kwargs": chat_template_kwargs,
+                "special_tokens": special_tokens,
                 "weights": checked_weights,
             }
         )
@@ -498,10 +507,11 @@ class AsyncRewardClient:
         return BadAnswer(f"The status is {answer.status_code}; the protocol defines 200, 4xx and 5xx")
 
 
-def _check_options(diagnostics: object, truncation: object, template: object) -> None:
+def _check_options(diagnostics: object, truncation: object, template: object, special_tokens: object) -> None:
     one_of(diagnostics, "diagnostics", get_args(DiagnosticsLevel))
     one_of(truncation, "truncation", get_args(Truncation))
     one_of(template, "template", get_args(TemplateChoice))
+    one_of(special_tokens, "special_tokens", get_args(SpecialTokenText))
 
 
 def _with_url(error: BadAnswer, url: str) -> BadAnswer:

@@ -27,6 +27,8 @@ class LengthBlock:
     """The last token that the model read."""
     double_bos: bool | None = None
     """Whether what the model read begins with two BOS tokens."""
+    special_tokens: int | None = None
+    """Special tokens that are written in the completion's text."""
 
 
 @dataclass(frozen=True, slots=True)

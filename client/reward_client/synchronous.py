@@ -15,7 +15,7 @@ from typing import Any, Self, TypeVar, overload
 from reward_client.answers import Comparison, ScoredItem
 from reward_client.asynchronous import AsyncRewardClient
 from reward_client.models import ServedModel
-from reward_client.options import DiagnosticsLevel, TemplateChoice, Truncation
+from reward_client.options import DiagnosticsLevel, SpecialTokenText, TemplateChoice, Truncation
 from reward_client.provenance import ReferenceCheck
 from reward_client.references import Reference
 from reward_client.requests import DEFAULT_CHUNKS, ChunkLimits, Completion, Prompt, Steps, Weights, WireItem
@@ -90,6 +90,7 @@ class RewardClient:
         truncation: Truncation | None = None,
         template: TemplateChoice | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        special_tokens: SpecialTokenText | None = None,
         weights: Weights | None = None,
     ) -> list[float]: ...
 
@@ -104,6 +105,7 @@ class RewardClient:
         truncation: Truncation | None = None,
         template: TemplateChoice | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        special_tokens: SpecialTokenText | None = None,
         weights: Weights | None = None,
     ) -> list[ScoredItem]: ...
 
@@ -117,6 +119,7 @@ class RewardClient:
         truncation: Truncation | None = None,
         template: TemplateChoice | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        special_tokens: SpecialTokenText | None = None,
         weights: Weights | None = None,
     ) -> list[float] | list[ScoredItem]:
         """Return the raw reward of each completion, in input order; see ``AsyncRewardClient.score``."""
@@ -129,6 +132,7 @@ class RewardClient:
                     truncation=truncation,
                     template=template,
                     chat_template_kwargs=chat_template_kwargs,
+                    special_tokens=special_tokens,
                     weights=weights,
                 )
             )
@@ -141,6 +145,7 @@ class RewardClient:
                 truncation=truncation,
                 template=template,
                 chat_template_kwargs=chat_template_kwargs,
+                special_tokens=special_tokens,
                 weights=weights,
             )
         )
@@ -153,6 +158,7 @@ class RewardClient:
         truncation: Truncation | None = None,
         template: TemplateChoice | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        special_tokens: SpecialTokenText | None = None,
         weights: Weights | None = None,
     ) -> list[ScoredItem]:
         """Return reward and diagnostics of each item; see ``AsyncRewardClient.score_items``."""
@@ -163,6 +169,7 @@ class RewardClient:
                 truncation=truncation,
                 template=template,
                 chat_template_kwargs=chat_template_kwargs,
+                special_tokens=special_tokens,
                 weights=weights,
             )
         )

@@ -6,7 +6,6 @@ that is validated, hashed and checked for parity is the model that is served.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,8 +14,10 @@ from typing import Any
 from reward_client.provenance import TRAINING_MANIFEST_FILE
 from safetensors import SafetensorError, safe_open
 
+from service.checkpoints.bounds import check_configuration, check_headers
+from service.checkpoints.configuration import read_json
 from service.checkpoints.demo_base import DEMO_BASE, obtain_demo_base
-from service.checkpoints.files import ADAPTER_CONFIG_FILE, TOKENIZER_CONFIG_FILE
+from service.checkpoints.files import ADAPTER_CONFIG_FILE, CONFIG_FILE, TOKENIZER_CONFIG_FILE
 from service.checkpoints.hub import local_folder
 from service.checkpoints.quantization_format import refuse_quantized
 from service.checkpoints.reward_description import DESCRIPTION_FILE, read_description, refuse_described_head
@@ -80,16 +81,9 @@ def merge_adapter(adapter_dir: Path, out_dir: Path, base_dir: Path | None = None
 
 
 def _read_config(adapter_dir: Path) -> Mapping[str, Any]:
-    file = adapter_dir / ADAPTER_CONFIG_FILE
-    try:
-        config = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{adapter_dir} is not a PEFT adapter: it has no {ADAPTER_CONFIG_FILE}.") from None
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON; save the adapter again with PEFT.") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file} is not a JSON object; save the adapter again with PEFT.")
-    return config
+    if not (adapter_dir / ADAPTER_CONFIG_FILE).is_file():
+        raise CheckpointError(f"{adapter_dir} is not a PEFT adapter: it has no {ADAPTER_CONFIG_FILE}.")
+    return read_json(adapter_dir / ADAPTER_CONFIG_FILE)
 
 
 def _output_names(adapter_dir: Path) -> tuple[str, ...]:
@@ -144,6 +138,7 @@ def _tensor_shapes(adapter_dir: Path) -> dict[str, list[int]]:
                 f"the adapter is merged into the weights, delete {ADAPTER_CONFIG_FILE}, which transformers follows too."
             )
         raise CheckpointError(f"{adapter_dir} has no {ADAPTER_WEIGHTS_FILE}; copy the whole adapter folder.")
+    check_headers([weights])
     try:
         with safe_open(weights, framework="pt") as tensors:
             return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118 - not a mapping
@@ -172,11 +167,13 @@ def _load_base(
 ) -> tuple[Any, Any]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+    if (Path(base) / CONFIG_FILE).is_file():
+        check_configuration(Path(base) / CONFIG_FILE, read_json(Path(base) / CONFIG_FILE))
     refuse_described_head(Path(base), "the base of an adapter")
     refuse_quantized(Path(base), "the base of an adapter")
     try:
         model, report = AutoModelForSequenceClassification.from_pretrained(
-            base, **_labels(outputs), output_loading_info=True
+            base, **_labels(outputs), use_safetensors=True, output_loading_info=True
         )
         has_tokenizer = (adapter_dir / TOKENIZER_CONFIG_FILE).is_file()
         tokenizer = AutoTokenizer.from_pretrained(adapter_dir if has_tokenizer else base)

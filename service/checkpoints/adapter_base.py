@@ -5,13 +5,13 @@ An adapter of one architecture may fit the shapes of another, and the merged mod
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from reward_client.provenance import base_hash, read_origin
 
+from service.checkpoints.configuration import read_json
 from service.checkpoints.files import ADAPTER_CONFIG_FILE, CONFIG_FILE
 from service.errors import CheckpointError
 
@@ -80,11 +80,6 @@ def _config_file(name: str) -> Path | None:
 
 
 def _read(file: Path) -> Mapping[str, Any]:
-    try:
-        values = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} is not JSON; copy or save the folder again.") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{file} is not a JSON object; copy or save the folder again.")
+    values = read_json(file)
     text = values.get("text_config")
     return values | text if isinstance(text, dict) else values

@@ -1,7 +1,7 @@
 """Reads the configuration of a checkpoint folder as plain data, and builds transformers' configuration from it.
 
-Entries that say how a trainer ran the model, not what it computes, are left out: attention implementations that this
-environment need not have, and notations of dtypes that transformers does not read.
+Entries that say how a trainer ran the model, not what it computes, are left out: implementations of attention and
+experts that this environment need not have, and notations of dtypes that transformers does not read.
 """
 
 from __future__ import annotations
@@ -11,10 +11,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from service.checkpoints.bounds import check_configuration, check_file_size, check_nesting, too_deep
 from service.checkpoints.files import CONFIG_FILE
 from service.errors import CheckpointError
 
-ATTENTION_KEYS = frozenset({"attn_implementation", "_attn_implementation", "_attn_implementation_internal"})
+IMPLEMENTATION_KEYS = frozenset(
+    f"{prefix}{part}_implementation{suffix}"
+    for part in ("attn", "experts")
+    for prefix, suffix in (("", ""), ("_", ""), ("_", "_internal"))
+)
 DTYPE_KEYS = ("dtype", "torch_dtype")
 ROPE_KEYS = ("rope_scaling", "rope_parameters")
 
@@ -23,14 +28,18 @@ def read_json(file: Path) -> dict[str, Any]:
     """Return the JSON object in a file of a checkpoint.
 
     Raises:
-        CheckpointError: the file cannot be read, or holds something else.
+        CheckpointError: the file cannot be read, is larger or nested deeper than any, or holds something else.
     """
+    check_file_size(file)
     try:
         content = json.loads(file.read_bytes())
+    except RecursionError:
+        raise too_deep(file) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read as JSON: copy or save the checkpoint again.") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} is not a JSON object: copy or save the checkpoint again.")
+    check_nesting(file, content)
     return content
 
 
@@ -44,6 +53,7 @@ def read_config(folder: Path) -> Any:
     from transformers import CONFIG_MAPPING, AutoConfig
 
     stored = read_json(folder / CONFIG_FILE)
+    check_configuration(folder / CONFIG_FILE, stored)
     content = usable_entries(folder / CONFIG_FILE, stored)
     model_type = content.get("model_type")
     if content == stored or model_type not in CONFIG_MAPPING:
@@ -61,7 +71,7 @@ def usable_entries(file: Path, stored: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         CheckpointError: a dtype does not exist, or the type of a rotary scaling is null.
     """
-    content = {key: value for key, value in stored.items() if key not in ATTENTION_KEYS}
+    content = {key: value for key, value in stored.items() if key not in IMPLEMENTATION_KEYS}
     content.pop("quantization_config", None)  # weights are widened before transformers gets them
     for key in DTYPE_KEYS:
         if isinstance(content.get(key), str):

@@ -162,7 +162,7 @@ def read_description(folder: Path) -> RewardDescription | None:
                 f"{file} has format version {version}, but this service reads {FORMAT_VERSION}: run `reward-convert`."
             )
         description = msgspec.json.decode(content, type=RewardDescription)
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, msgspec.DecodeError, RecursionError) as error:
         raise CheckpointError(f"{file} is not a valid description of a reward model ({error}).") from error
     validate_names(file, description)
     return description

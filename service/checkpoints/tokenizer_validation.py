@@ -9,6 +9,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+from service.checkpoints.bounds import MAX_TOKENIZER_BYTES, check_file_size
 from service.checkpoints.configuration import read_json
 from service.checkpoints.files import CONFIG_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from service.checkpoints.reward_description import DESCRIPTION_FILE, RewardDescription
@@ -44,6 +45,8 @@ def load_tokenizer(path: Path, config: Any, template_name: str | None = None) ->
 
     if not (path / TOKENIZER_FILE).is_file():
         raise CheckpointError(_missing_tokenizer_message(path))
+    for file in sorted(path.glob("*.json")):
+        check_file_size(file, MAX_TOKENIZER_BYTES)
     if (path / TOKENIZER_CONFIG_FILE).is_file() and "auto_map" in read_json(path / TOKENIZER_CONFIG_FILE):
         raise CheckpointError(
             f"{path / TOKENIZER_CONFIG_FILE} requires remote code (auto_map), which is never run: remove auto_map, "

@@ -35,8 +35,6 @@ def load_config(path: Path) -> Any:
         CheckpointError: it is missing, invalid, quantized in a format that is not widened, requires remote code, or is
             of an architecture without a sequence classifier.
     """
-    from huggingface_hub.errors import StrictDataclassError
-
     if not (path / CONFIG_FILE).is_file():
         raise CheckpointError(
             f"{path} is not a checkpoint: it has no {CONFIG_FILE}; pass the folder that save_pretrained wrote."
@@ -50,7 +48,9 @@ def load_config(path: Path) -> Any:
     read_quantization(path)
     try:
         config = read_config(path)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # the classes of transformers raise anything
         raise CheckpointError(
             f"{path / CONFIG_FILE} does not describe a model that this version of transformers supports (model_type "
             f"{stored.get('model_type')!r}, {type(error).__name__}): check model_type and the values, or save it again."

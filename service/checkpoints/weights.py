@@ -18,6 +18,7 @@ from typing import Any
 
 from reward_client.hashing import file_sha256
 
+from service.checkpoints.bounds import check_file_size, check_headers
 from service.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
@@ -88,10 +89,11 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _shards(folder: Path, index: Path) -> list[Path]:
+    check_file_size(index)
     try:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         shards = [folder / name for name in names if Path(name).name == name]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{index} is not an index of safetensors shards: copy or save the checkpoint again."
         ) from error
@@ -114,9 +116,11 @@ def read_tensor_infos(files: Iterable[Path]) -> dict[str, TensorInfo]:
     """Return the tensors of the files by name; only the headers are read.
 
     Raises:
-        CheckpointError: a file is truncated or is not a safetensors file.
+        CheckpointError: a file is truncated, is not a safetensors file, or the files have more tensors than any model.
     """
     infos: dict[str, TensorInfo] = {}
+    files = list(files)
+    check_headers(files)
     for file in files:
         # Headers need no framework, and importing torch takes seconds.
         with open_weights(file, framework="np") as weights:

@@ -132,7 +132,7 @@ def read_calibration(path: Path) -> Calibration:
         with safe_open(path, framework="numpy") as file:
             header = json.loads((file.metadata() or {}).get("calibration", "{}"))
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise CalibrationError(f"{path} cannot be read as a calibration ({type(error).__name__}).") from error
     if header.get("format") != FORMAT:
         raise CalibrationError(f"{path} is of format {header.get('format')}; this service reads {FORMAT}.")

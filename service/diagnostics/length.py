@@ -24,4 +24,5 @@ def length_report(sequence: TokenSequence) -> LengthReport:
         truncated=sequence.truncated,
         last_token_id=sequence.token_ids[-1] if sequence.token_ids else None,
         double_bos=sequence.double_bos,
+        special_tokens=sequence.num_written_special,
     )

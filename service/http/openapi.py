@@ -184,6 +184,7 @@ _MODEL = {
                 "adds_end": {"type": "boolean"},
                 "special_tokens": {"enum": ["tokenizer", "leading"]},
                 "content": {"enum": ["text", "parts"]},
+                "completion_special_tokens": {"enum": ["read", "escape"]},
             },
         },
         "stored_quantization": {

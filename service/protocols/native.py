@@ -97,6 +97,7 @@ class WireOptions(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     truncation: Literal["error", "prompt_left"] | None = None
     template: Literal["chat", "concat", "pair"] | None = None
     chat_template_kwargs: dict[str, TemplateVariable] | None = None
+    special_tokens: Literal["read", "escape"] | None = None
     timeout_ms: _Timeout | None = None
     weights: dict[str, float] | None = None
 
@@ -168,6 +169,7 @@ def _request(items: tuple[Item, ...], options: WireOptions, defaults: RequestDef
         template=options.template,
         truncation=options.truncation or defaults.truncation,
         template_variables=template_variables(options.chat_template_kwargs),
+        special_tokens=options.special_tokens,
     )
     timeout_s = _timeout_s(options.timeout_ms, defaults.limits.deadline_s)
     weights = read_weights(options.weights, defaults.outputs)

@@ -486,6 +486,7 @@ def test_complete_answer() -> None:
                     "length_percentile": None,
                     "last_token_id": None,
                     "double_bos": False,
+                    "special_tokens": None,
                 },
             },
             {
