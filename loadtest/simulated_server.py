@@ -42,7 +42,7 @@ _DASHBOARD = re.compile(r"dashboard at \S*?(\d+\.\d+\.\d+\.\d+:\d+)")
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
-PARTS = {"replica": "ServeReplica", "proxy": "haproxy -", "controller": "ServeController", "raylet": "raylet/raylet"}
+PARTS = {"replica": "ServeReplica", "proxy": "haproxy ", "controller": "ServeController", "raylet": "raylet/raylet "}
 """What the command line of a process contains, by the part of the server that it is."""
 
 

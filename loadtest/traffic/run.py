@@ -23,7 +23,7 @@ from loadtest.traffic.machine import machine_facts, server_facts
 from loadtest.traffic.phases import Phase, RequestPlanner
 from loadtest.traffic.progress import shown_progress
 from loadtest.traffic.report import LoadTest, table, write_report
-from loadtest.traffic.scenarios import Scenario
+from loadtest.traffic.scenarios import PhaseSource, Scenario
 from loadtest.traffic.summary import StreamSummary, summarize
 from loadtest.workload import WORKLOADS
 
@@ -111,21 +111,21 @@ class PhaseSender:
 
     async def send_all(
         self,
-        scenario: Scenario,
+        source: PhaseSource,
         executor: Callable[[], Executor],
         injector: FaultInjector,
         schedule: Sequence[Fault],
         console: Console,
     ) -> None:
-        """Send all phases of a scenario while the faults are caused."""
+        """Send all phases of a source while the faults are caused."""
         sender = executor()
         faults = asyncio.create_task(injector.follow(schedule))
         try:
             async with shown_progress(console, sender.tally):
-                first = scenario.first_phases()
+                first = source.first_phases()
                 await self._send(first, sender)
                 capacity = self.summaries[0].answered_items_per_s if self.summaries else 0.0
-                await self._send(scenario.later_phases(capacity), sender, len(first))
+                await self._send(source.later_phases(capacity), sender, len(first))
         finally:
             sender.close()
             faults.cancel()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from loadtest.traffic.arrivals import Arrivals
 from loadtest.traffic.phases import BurstStream, ClosedStream, OpenStream, Phase
@@ -20,6 +21,34 @@ SMALL, BULK = "small", "bulk"
 
 class NoCapacityError(StartupError):
     """The measured capacity is zero, so there is nothing to take multiples of."""
+
+
+class PhaseSource(Protocol):
+    """What says which phases a test has."""
+
+    def first_phases(self) -> Sequence[Phase]:
+        """Return the phases that depend on no measurement."""
+        ...
+
+    def later_phases(self, items_per_s: float) -> Sequence[Phase]:
+        """Return the phases that depend on the capacity that the first phase has measured."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FixedPhases:
+    """Phases that all depend on no measurement."""
+
+    phases: Sequence[Phase]
+
+    def first_phases(self) -> Sequence[Phase]:
+        """Return all phases."""
+        return self.phases
+
+    def later_phases(self, items_per_s: float) -> Sequence[Phase]:
+        """Return none."""
+        del items_per_s
+        return ()
 
 
 @dataclass(frozen=True, slots=True)
