@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 from loadtest.connection import Address
 from loadtest.reliability.findings import Finding, at_most
@@ -17,6 +19,7 @@ from loadtest.traffic.fault_actions import CausedFault, FaultInjector
 from loadtest.traffic.faults import Fault
 from loadtest.traffic.items import EqualItems
 from loadtest.traffic.phases import ClosedStream, Phase, RequestPlanner
+from loadtest.traffic.summary import OVERLOADED
 
 REPLICAS = 2
 ITEM_BYTES = 128
@@ -82,21 +85,22 @@ async def _send_raw(url: str, exchanges: list[Exchange]) -> None:
 
 def _shifted(exchange: Exchange, seconds: float) -> Exchange:
     """Return the exchange with times from the begin of the experiment."""
-    return Exchange(
-        exchange.request,
-        exchange.intended_s + seconds,
-        exchange.sent_s + seconds,
-        exchange.done_s + seconds,
-        exchange.status,
-        failure=exchange.failure,
-        content=b"" if exchange.status == 200 else exchange.content,
+    return replace(
+        exchange,
+        intended_s=exchange.intended_s + seconds,
+        sent_s=exchange.sent_s + seconds,
+        done_s=exchange.done_s + seconds,
+        content=b"",
     )
 
 
 def _findings(
     ledger: Ledger, raw: Sequence[Exchange], caused: Sequence[CausedFault], goal_of_gap: str
 ) -> list[Finding]:
-    failed = [exchange for exchange in raw if exchange.status != 200]
+    refused = sum(exchange.status == OVERLOADED and exchange.has_retry_after for exchange in raw)
+    failed = Counter(str(exchange.failure or exchange.status) for exchange in raw if exchange.status != 200)
+    failed[str(OVERLOADED)] -= refused
+    told = ", ".join(f"{count} x {status}" for status, count in (+failed).items()) or "none"
     kills = sum("killed" in fault.detail for fault in caused)
     return [
         Finding("load", "items through the client", ledger.num_items),
@@ -107,8 +111,9 @@ def _findings(
         at_most("R5", "items answered twice", ledger.duplicated, 0),
         at_most("R6", "calls of the client that failed", ledger.errors.total(), 0),
         Finding("R6", "raw requests, repeated by nobody", len(raw)),
+        Finding("R6", "of them refused with 503 and Retry-After", refused),
         at_most(
-            "R6", "of them failed, against those that can be in flight at a kill", len(failed), RAW_CLIENTS * kills
+            "R6", f"of them failed otherwise ({told}), against those in flight", failed.total(), RAW_CLIENTS * kills
         ),
         at_most("R6", "of them 4xx", sum(400 <= exchange.status < 500 for exchange in raw), 0),
         at_most(goal_of_gap, "longest time without a good raw answer, s", _longest_gap_s(raw), RESUMES_WITHIN_S),
