@@ -6,7 +6,7 @@ PORT   ?= 8000
 MODEL  ?=
 BIN    := $(VENV)/bin
 
-.PHONY: serve dev test test-slow soak start-soak image-check coverage check check-lock format lock prometheus clean
+.PHONY: serve dev test test-slow soak chaos start-soak image-check coverage check check-lock format lock prometheus clean
 .DEFAULT_GOAL := help
 
 help: ## print the targets
@@ -53,6 +53,11 @@ test-slow: $(VENV)/dev.installed ## real servers, the demo model and long checks
 
 soak: $(VENV)/dev.installed ## what takes minutes each: clusters of nodes, clients of frameworks on the demo model, examples
 	$(BIN)/python -m pytest -m 'soak and not gpu'
+
+ITEMS ?= 1000000
+EXPERIMENTS ?=
+chaos: $(VENV)/dev.installed ## reliability goals on servers that are broken on purpose: ITEMS, EXPERIMENTS (docs/reliability.md)
+	$(BIN)/python -m loadtest.reliability.command $(EXPERIMENTS) --items $(ITEMS) --duration 30 --out chaos
 
 STARTS ?= 20
 start-soak: $(VENV)/dev.installed ## STARTS starts beside two busy loops: ready, or ended with a sentence

@@ -2,7 +2,8 @@
 
 It shares the cores with the server that it measures, so it does little itself: plain asyncio streams, request bodies
 built in advance, responses parsed after the clock has stopped. The loop is closed: each connection sends its next
-request after the response to the previous one, so latencies do not show how a server behaves when it is overloaded.
+request after the response to the previous one, so latencies do not show how a server behaves when it is overloaded;
+`loadtest.traffic` does.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from urllib.parse import urlsplit
 
+from loadtest.connection import Address, Connection
 from loadtest.wire import NATIVE, UnexpectedAnswer, WireFormat
 
 
@@ -84,15 +85,16 @@ def send_all(
 async def _send_all(
     url: str, bodies: Sequence[bytes], num_connections: int, wire: WireFormat, *, reuse: bool
 ) -> LoadRun:
-    address = urlsplit(url)
-    host, port = address.hostname or "127.0.0.1", address.port or 80
-    head = f"POST {wire.path} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
-    requests = [f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body for body in bodies]
-    connections = [await _Connection.opened(host, port) for _ in range(min(num_connections, len(bodies)))]
+    address = Address.of(url)
+    tls = address.tls_context()
+    requests = [address.post(wire.path, body) for body in bodies]
+    connections = [Connection(address, tls) for _ in range(min(num_connections, len(bodies)))]
     replies: dict[int, Reply] = {}
     waiting = iter(enumerate(requests))
-    started, cpu_started = time.perf_counter(), time.process_time()
     try:
+        for connection in connections:
+            await connection.open()
+        started, cpu_started = time.perf_counter(), time.process_time()
         await asyncio.gather(*(_send_waiting(connection, waiting, replies, reuse) for connection in connections))
         wall_s, cpu_s = time.perf_counter() - started, time.process_time() - cpu_started
     finally:
@@ -101,47 +103,8 @@ async def _send_all(
     return LoadRun(tuple(replies[number] for number in range(len(requests))), wire, wall_s, cpu_s)
 
 
-class _Connection:
-    """A persistent connection, which is opened again after the server has announced that it closes it.
-
-    A proxy does so while another one replaces it, in the first second after a service starts.
-    """
-
-    def __init__(self, host: str, port: int) -> None:
-        self._address = (host, port)
-        self._reader: asyncio.StreamReader
-        self._writer: asyncio.StreamWriter
-
-    @classmethod
-    async def opened(cls, host: str, port: int) -> _Connection:
-        connection = cls(host, port)
-        await connection._open()
-        return connection
-
-    async def _open(self) -> None:
-        self._reader, self._writer = await asyncio.open_connection(*self._address, limit=2**24)
-
-    async def send(self, request: bytes) -> tuple[int, bytes]:
-        """Send a request and return status and content of the response."""
-        if self._writer.is_closing():
-            await self._open()
-        self._writer.write(request)
-        head = await self._reader.readuntil(b"\r\n\r\n")
-        status_line, *lines = head.split(b"\r\n")
-        headers = {name.lower(): value.strip() for name, _, value in (line.partition(b":") for line in lines)}
-        if b"content-length" not in headers:
-            raise UnexpectedAnswer("A response has no Content-Length")
-        content = await self._reader.readexactly(int(headers[b"content-length"]))
-        if headers.get(b"connection", b"").lower() == b"close":
-            self.close()
-        return int(status_line.split()[1]), content
-
-    def close(self) -> None:
-        self._writer.close()
-
-
 async def _send_waiting(
-    connection: _Connection,
+    connection: Connection,
     waiting: Iterator[tuple[int, bytes]],
     replies: dict[int, Reply],
     reuse: bool,
@@ -150,7 +113,7 @@ async def _send_waiting(
         connection.close()  # opened with the others; each request opens its own
     for number, request in waiting:
         sent = time.perf_counter()
-        status, content = await connection.send(request)
-        replies[number] = Reply(status, content, time.perf_counter() - sent)
+        response = await connection.send(request)
+        replies[number] = Reply(response.status, response.content, time.perf_counter() - sent)
         if not reuse:
             connection.close()

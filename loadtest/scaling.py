@@ -23,7 +23,7 @@ from rich.table import Table
 from loadtest.console import report_console
 from loadtest.generator import LoadRun, send_all
 from loadtest.scaling_plot import draw
-from loadtest.simulated_server import SimulatedServer, simulated_server
+from loadtest.simulated_server import SimulatedServer, Simulation, simulated_server
 from loadtest.wire import NATIVE
 from service.engines.oracle import oracle_reward_of_text
 
@@ -136,9 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     numbers = itertools.count()
     console = report_console()
     for replicas in options.replicas:
-        with simulated_server(
-            replicas, seconds_per_token=1 / options.tokens_per_s, max_batch_tokens=options.max_batch_tokens
-        ) as server:
+        with simulated_server(Simulation(replicas, 1 / options.tokens_per_s, options.max_batch_tokens)) as server:
             send_all(server.url, [NATIVE.body(items_of(next(numbers), 1)) for _ in range(50 * replicas)], 8)
             for shape in SHAPES:
                 measurements.append(measure(server, shape, replicas, options.tokens_per_s, numbers))

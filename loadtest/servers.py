@@ -56,8 +56,8 @@ def running_baseline(model: Path, dtype: str, log_folder: Path) -> Iterator[Runn
 
 
 @contextlib.contextmanager
-def running_service(model: Path, dtype: str, log_folder: Path) -> Iterator[RunningServer]:
-    """Run the service on a free port until the block ends."""
+def running_service(model: Path, dtype: str, log_folder: Path, *options: str) -> Iterator[RunningServer]:
+    """Run the service, with further options of its command, on a free port until the block ends."""
     command = [
         sys.executable,
         "-m",
@@ -68,6 +68,7 @@ def running_service(model: Path, dtype: str, log_folder: Path) -> Iterator[Runni
         dtype,
         "--log",
         os.devnull,
+        *options,
     ]
     with _running("ours", command, log_folder) as (url, process):
         yield RunningServer("ours", url, process)

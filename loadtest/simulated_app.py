@@ -7,6 +7,8 @@ reward can be checked.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from service.app import RewardReplica, deployment_of
@@ -15,7 +17,7 @@ from service.engines.oracle import OracleFaults
 from service.settings import Settings, read_settings
 
 ORACLE = "oracle"
-"""Key of the application's arguments that hold ``salt`` and ``seconds_per_token``; the rest is the settings tree."""
+"""Key of the application's arguments that hold what `simulated_faults` takes; the rest is the settings tree."""
 
 
 class SimulatedReplica(RewardReplica):
@@ -26,9 +28,23 @@ class SimulatedReplica(RewardReplica):
         await super().__init__(tree)
 
     def assemble(self, settings: Settings) -> ServedModel:
-        """Assemble the oracle with the salt and the delay of the arguments."""
-        salt, seconds_per_token = self._oracle.get("salt", ""), self._oracle.get("seconds_per_token", 0.0)
-        return assemble_oracle(settings, salt=salt, faults=OracleFaults(seconds_per_token=seconds_per_token))
+        """Assemble the oracle with the salt, the delay and the faults of the arguments."""
+        return assemble_oracle(settings, salt=self._oracle.get("salt", ""), faults=simulated_faults(self._oracle))
+
+
+def simulated_faults(oracle: Mapping[str, Any]) -> OracleFaults:
+    """Return the faults of an oracle.
+
+    Args:
+        oracle: ``seconds_per_token``, the duration of a pass; ``leaked_bytes``, which stay in use for each sequence;
+            and ``control_bytes``, whether the control characters of `service.engines.oracle` trigger faults.
+    """
+    triggered = OracleFaults.by_control_bytes() if oracle.get("control_bytes") else OracleFaults()
+    return replace(
+        triggered,
+        seconds_per_token=oracle.get("seconds_per_token", 0.0),
+        leaked_bytes=oracle.get("leaked_bytes", 0),
+    )
 
 
 simulated_deployment: Any = deployment_of(SimulatedReplica)
@@ -38,8 +54,7 @@ def build_app(args: dict[str, Any]) -> Any:
     """Build the application, as `service.app.build_app`.
 
     Args:
-        args: the settings tree, and under ``oracle`` the salt of the rewards and the seconds that a pass takes for each
-            of its tokens.
+        args: the settings tree, and under ``oracle`` the salt of the rewards and what `simulated_faults` takes.
 
     Raises:
         SettingsError: a key of the settings is unknown or a value malformed.

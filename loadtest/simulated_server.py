@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -11,8 +12,10 @@ import time
 import urllib.request
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 import yaml
@@ -32,12 +35,37 @@ NOT_FOR_SERVE_RUN = (
     "LOG_NAME_UPDATE_INTERVAL_S",
 )
 """Variables of `ray_environment` that ``serve run`` needs as they are by default (docs/operations.md)."""
+LOG = "serve.log"
 DEPLOY_FAILED = "Deploying app 'reward' failed"
 """What Ray's controller writes where it refuses an application; ``serve run`` then waits for a better one."""
+_DASHBOARD = re.compile(r"dashboard at \S*?(\d+\.\d+\.\d+\.\d+:\d+)")
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
-def serve_config(port: int, replicas: int, seconds_per_token: float, max_batch_tokens: int) -> dict[str, Any]:
+PARTS = {"replica": "ServeReplica", "proxy": "haproxy ", "controller": "ServeController", "raylet": "raylet/raylet "}
+"""What the command line of a process contains, by the part of the server that it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Simulation:
+    """What is simulated.
+
+    Args:
+        replicas: their number.
+        seconds_per_token: duration of a forward pass per token.
+        max_batch_tokens: of a forward pass.
+        oracle: further arguments of the oracle, as `loadtest.simulated_app` takes them.
+        settings: further settings of the service.
+    """
+
+    replicas: int
+    seconds_per_token: float
+    max_batch_tokens: int
+    oracle: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def serve_config(port: int, simulation: Simulation) -> dict[str, Any]:
     """Return the Serve configuration of a simulation."""
     return {
         "http_options": {"host": "127.0.0.1", "port": port},
@@ -48,13 +76,14 @@ def serve_config(port: int, replicas: int, seconds_per_token: float, max_batch_t
             "import_path": APPLICATION,
             "args": {
                 "model": {"engine": "oracle"},
-                "oracle": {"seconds_per_token": seconds_per_token},
-                "batching": {"max_batch_tokens": max_batch_tokens},
+                "oracle": {"seconds_per_token": simulation.seconds_per_token, **simulation.oracle},
+                "batching": {"max_batch_tokens": simulation.max_batch_tokens},
                 "log": os.devnull,
+                **simulation.settings,
             },
             "deployments": [{
                 "name": "reward",
-                "num_replicas": replicas,
+                "num_replicas": simulation.replicas,
                 # A sleep needs no core; Ray only counts them.
                 "ray_actor_options": {"num_cpus": 0.01},
             }],
@@ -68,11 +97,15 @@ class SimulatedServer:
     Args:
         url: of its HTTP interface.
         process: that started it.
+        folder: with its configuration, and the output of ``serve run``.
+        environment: of all its processes.
     """
 
-    def __init__(self, url: str, process: psutil.Process) -> None:
+    def __init__(self, url: str, process: psutil.Process, folder: Path, environment: Mapping[str, str]) -> None:
         self.url = url
         self._process = process
+        self._folder = folder
+        self._environment = dict(environment)
 
     def cpu_s(self) -> Mapping[str, float]:
         """Return the CPU seconds so far by part: ``replicas``, ``proxy`` and ``ray`` (everything else)."""
@@ -83,29 +116,54 @@ class SimulatedServer:
                 spent[_part_of(" ".join(process.cmdline()))] += times.user + times.system
         return spent
 
+    def processes(self, part: str) -> list[psutil.Process]:
+        """Return the living processes of a part, one of `PARTS`."""
+        found = []
+        for process in self._process.children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if PARTS[part] in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def redeploy(self, simulation: Simulation) -> None:
+        """Run ``serve deploy`` with another configuration, whose replicas then replace those that run.
+
+        Raises:
+            ServerStartError: the command failed.
+        """
+        file = self._folder / "redeployed.yaml"
+        file.write_text(yaml.safe_dump(serve_config(urlsplit(self.url).port or 0, simulation)), encoding="utf-8")
+        dashboard = _DASHBOARD.search((self._folder / LOG).read_text(errors="replace"))
+        if dashboard is None:
+            raise ServerStartError("Ray's REST interface does not run, so nothing can be deployed.")
+        command = [_serve_command(), "deploy", "--address", f"http://{dashboard[1]}", str(file)]
+        done = subprocess.run(command, env=self._environment, capture_output=True, text=True, check=False)  # noqa: S603
+        if done.returncode != 0:
+            raise ServerStartError(f"serve deploy ended with status {done.returncode}: {done.stderr[-1000:]}")
+
 
 @contextlib.contextmanager
-def simulated_server(replicas: int, *, seconds_per_token: float, max_batch_tokens: int) -> Iterator[SimulatedServer]:
-    """Run the simulation with so many replicas until the block ends.
+def simulated_server(simulation: Simulation) -> Iterator[SimulatedServer]:
+    """Run a simulation until the block ends.
 
     Raises:
         ServerStartError: it ended before it was ready, or was not ready in time.
     """
-    with private_folder() as folder, reserved_block(port := _free_port(), replicas) as (ports, owners):
+    with private_folder() as folder, reserved_block(port := _free_port(), simulation.replicas) as (ports, owners):
         file = folder / "serve_config.yaml"
-        config = serve_config(port, replicas, seconds_per_token, max_batch_tokens)
-        file.write_text(yaml.safe_dump(config), encoding="utf-8")
+        file.write_text(yaml.safe_dump(serve_config(port, simulation)), encoding="utf-8")
         environment = ray_environment(
             folder, ports, write_token(folder), cores=os.cpu_count() or 1, deadline_s=600.0, drain_s=1.0
         )
         environment |= direct_loopback(os.environ) | {"RAY_TMPDIR": str(folder)}
         for name in NOT_FOR_SERVE_RUN:
             environment.pop(name)
-        log = folder / "serve.log"
+        environment = {**os.environ, **environment}
+        log = folder / LOG
         with log.open("wb") as output:
             process = subprocess.Popen(  # noqa: S603 - a fixed command
-                [str(Path(sys.executable).parent / "serve"), "run", str(file)],
-                env={**os.environ, **environment},
+                [_serve_command(), "run", str(file)],
+                env=environment,
                 stdout=output,
                 stderr=output,
                 stdin=subprocess.DEVNULL,
@@ -113,10 +171,14 @@ def simulated_server(replicas: int, *, seconds_per_token: float, max_batch_token
                 pass_fds=owners,
             )
         try:
-            _await_all(process, port, replicas, log)
-            yield SimulatedServer(f"http://127.0.0.1:{port}", psutil.Process(process.pid))
+            _await_all(process, port, simulation.replicas, log)
+            yield SimulatedServer(f"http://127.0.0.1:{port}", psutil.Process(process.pid), folder, environment)
         finally:
             _stop(process)
+
+
+def _serve_command() -> str:
+    return str(Path(sys.executable).parent / "serve")
 
 
 def _await_all(process: subprocess.Popen[bytes], port: int, replicas: int, log: Path) -> None:

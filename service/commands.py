@@ -25,6 +25,7 @@ EXTRAS = {
     "reward-calibrate": ("export.calibration.command", "export"),
     "reward-convert": ("export.conversion_command", "serve"),
     "reward-export": ("export.onnx.command", "export"),
+    "reward-loadtest": ("loadtest.traffic.command", "loadtest"),
 }
 """Module and extra of each command."""
 
@@ -138,3 +139,8 @@ def reward_convert() -> int:
 def reward_export() -> int:
     """Run ``reward-export``."""
     return _run("reward-export")
+
+
+def reward_loadtest() -> int:
+    """Run ``reward-loadtest``."""
+    return _run("reward-loadtest")

@@ -89,6 +89,9 @@ class OracleFaults:
     seconds_per_token: float = 0.0
     """The duration of a pass per token."""
 
+    leaked_bytes: int = 0
+    """Bytes of memory that stay in use for each sequence, so that a test of memory growth can be tested itself."""
+
     @classmethod
     def by_control_bytes(cls) -> OracleFaults:
         """Return the faults that a text can trigger over HTTP, by the control characters named in this module."""
@@ -115,6 +118,7 @@ class OracleEngine:
         self._salt = salt
         self._faults = faults or OracleFaults()
         self._sleep = sleep
+        self._leaked: list[bytes] = []
         self._info = EngineInfo(
             engine="oracle",
             architecture="oracle",
@@ -169,6 +173,8 @@ class OracleEngine:
     def _apply_faults(self, sequences: Sequence[TokenSequence]) -> None:
         faults = self._faults
         num_tokens = sum(sequence.num_tokens for sequence in sequences)
+        if faults.leaked_bytes:
+            self._leaked.append(b"x" * (faults.leaked_bytes * len(sequences)))
         if faults.seconds_per_token:
             self._sleep(num_tokens * faults.seconds_per_token)
         if faults.memory_tokens is not None and num_tokens > faults.memory_tokens:

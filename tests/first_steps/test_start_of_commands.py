@@ -29,7 +29,7 @@ _OF_EXTRAS = {
     "torch", "transformers", "ray", "onnxruntime", "gguf", "msgspec", "numpy", "peft", "prometheus_client", "psutil",
     "pyarrow", "pydantic", "pydantic_settings", "yaml", "rich", "safetensors", "scipy", "starlette", "torchao",
     "grafana_foundation_sdk", "matplotlib", "onnx", "onnxscript", "sklearn", "trl", "datasets", "jinja2", "statsmodels",
-    "huggingface_hub", "tokenizers", "accelerate", "fastapi", "uvicorn",
+    "huggingface_hub", "tokenizers", "accelerate", "fastapi", "uvicorn", "hdrh",
 }  # fmt: skip
 _BEYOND_SERVE = {
     "grafana_foundation_sdk",
@@ -40,6 +40,7 @@ _BEYOND_SERVE = {
     "trl",
     "datasets",
     "statsmodels",
+    "hdrh",
 }
 
 _BLOCKER = """
@@ -73,6 +74,7 @@ VALID_ARGUMENTS = {
     "reward-convert": ["model", "{out}"],
     "reward-export": ["model", "{out}"],
     "reward-key": ["trainer", "--file", "{out}"],
+    "reward-loadtest": ["--url", "http://127.0.0.1:9", "--out", "{out}"],
 }
 
 

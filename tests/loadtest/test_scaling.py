@@ -11,7 +11,7 @@ from reward_client.errors import RewardServiceError
 from loadtest.generator import LoadRun, Reply
 from loadtest.scaling import GROUP_SIZE, ITEM_BYTES, SHAPES, Measurement, check, items_of, table
 from loadtest.scaling_plot import draw
-from loadtest.simulated_server import serve_config
+from loadtest.simulated_server import Simulation, serve_config
 from loadtest.wire import NATIVE
 from service.engines.oracle import oracle_reward_of_text
 from service.launch.serve_config import ServeConfig
@@ -47,7 +47,7 @@ def test_a_wrong_reward_ends_the_measurement() -> None:
 
 def test_the_configuration_has_no_unknown_key() -> None:
     """What the simulation deploys passes the strict schema."""
-    config = ServeConfig.model_validate(serve_config(8123, 16, 5e-5, 1024))
+    config = ServeConfig.model_validate(serve_config(8123, Simulation(16, 5e-5, 1024)))
 
     assert config.applications[0].deployments[0].num_replicas == 16
 

@@ -1,0 +1,59 @@
+"""Memory of a replica over many items, and of a replica that leaks on purpose, which the measurement must find."""
+
+from __future__ import annotations
+
+import asyncio
+
+from loadtest.reliability.findings import Finding, at_least, at_most
+from loadtest.reliability.ledger import keep_ledger
+from loadtest.reliability.options import ExperimentOptions
+from loadtest.simulated_server import SimulatedServer, Simulation, simulated_server
+
+WARM_UP_SHARE = 0.25
+"""Of the items, before the first measurement: caches, histograms and arenas of the allocator fill."""
+SAMPLES = 12
+LEAKED_BYTES = 64
+"""Of the control, for each sequence: 64 MB for a million items, the smallest leak that must be found being 1 MB."""
+CLIENTS = 16
+ITEMS_PER_CALL = 64
+ITEM_BYTES = 128
+MEBIBYTE = 2**20
+
+
+def memory_growth(options: ExperimentOptions) -> list[Finding]:
+    """R15: slope of the resident memory of a replica, and of a replica with a leak of 64 bytes an item."""
+    honest, leaking = (_slope_mb(options, leaked_bytes) for leaked_bytes in (0, LEAKED_BYTES))
+    return [
+        Finding("load", "items in each run", options.items),
+        at_most("R15", "growth of resident memory, MB per million items", honest, 1.0),
+        at_least("R15", "the same with a leak of 64 bytes an item", leaking, 0.5 * LEAKED_BYTES),
+    ]
+
+
+def _slope_mb(options: ExperimentOptions, leaked_bytes: int) -> float:
+    """Return the slope in MB per million items after the warm-up, by least squares over the samples."""
+    simulation = Simulation(1, 0.0, 65_536, oracle={"leaked_bytes": leaked_bytes})
+    with simulated_server(simulation) as server:
+        asyncio.run(_score(server, int(options.items * WARM_UP_SHARE)))
+        samples = [(0, _resident_mb(server))]
+        step = max(1, options.items // SAMPLES)
+        for number in range(1, SAMPLES + 1):
+            asyncio.run(_score(server, step))
+            samples.append((number * step, _resident_mb(server)))
+    return 1e6 * slope_of(samples)
+
+
+def slope_of(samples: list[tuple[int, float]]) -> float:
+    """Return the slope of a line through points, by least squares."""
+    mean_x = sum(x for x, _ in samples) / len(samples)
+    mean_y = sum(y for _, y in samples) / len(samples)
+    spread = sum((x - mean_x) ** 2 for x, _ in samples)
+    return sum((x - mean_x) * (y - mean_y) for x, y in samples) / spread
+
+
+async def _score(server: SimulatedServer, num_items: int) -> None:
+    await keep_ledger(server.url, num_items, clients=CLIENTS, items_per_call=ITEMS_PER_CALL, item_bytes=ITEM_BYTES)
+
+
+def _resident_mb(server: SimulatedServer) -> float:
+    return sum(float(process.memory_info().rss) for process in server.processes("replica")) / MEBIBYTE

@@ -1,0 +1,157 @@
+"""Runs a load test: the phases of a scenario against a server, the faults meanwhile, and the report."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
+
+from rich.console import Console
+
+from loadtest.connection import Address
+from loadtest.console import report_console
+from loadtest.simulated_server import SimulatedServer, Simulation, simulated_server
+from loadtest.traffic.checking import ORACLE, ExpectedReward, oracle_reward_of_item
+from loadtest.traffic.execution import Executor
+from loadtest.traffic.fault_actions import CausedFault, FaultInjector
+from loadtest.traffic.faults import Fault
+from loadtest.traffic.items import EqualItems, ItemSource, WorkloadItems
+from loadtest.traffic.machine import machine_facts, server_facts
+from loadtest.traffic.phases import Phase, RequestPlanner
+from loadtest.traffic.progress import shown_progress
+from loadtest.traffic.report import LoadTest, table, write_report
+from loadtest.traffic.scenarios import PhaseSource, Scenario
+from loadtest.traffic.summary import StreamSummary, summarize
+from loadtest.workload import WORKLOADS
+
+LONGER_THAN_LIMIT_S = 10.0
+"""A request is abandoned so long after its time limit; a later answer would tell nothing more."""
+
+
+def run(options: Namespace, scenario: Scenario, schedule: Sequence[Fault], arguments: Sequence[str]) -> int:
+    """Run the load test and write its report; returns the exit status, 1 where an answer was wrong."""
+    console = Console(stderr=True, soft_wrap=True)
+    with server_of(options) as (url, server, simulation):
+        machine, model = machine_facts(), server_facts(url, options.headers)
+        if options.out is not None:
+            find_packages_of_report()
+        knows_rewards = model["engine"]["engine"] == ORACLE
+        planner = RequestPlanner(items_of(options), timeout_ms=round(1000 * options.within_s), seed=options.seed)
+        injector = FaultInjector(Address.of(url), server, simulation, options.seed)
+        sender = PhaseSender(
+            planner, within_s=options.within_s, expected=oracle_reward_of_item if knows_rewards else None
+        )
+
+        def executor() -> Executor:
+            return Executor(
+                Address.of(url),
+                headers=options.headers,
+                give_up_s=options.within_s + LONGER_THAN_LIMIT_S,
+                max_connections=options.connections,
+                reuse=not options.new_connections,
+            )
+
+        began = time.monotonic()
+        asyncio.run(sender.send_all(scenario, executor, injector, schedule, console))
+        share = sender.cpu_s / (time.monotonic() - began)
+    test = LoadTest(
+        arguments, options.within_s, knows_rewards, machine, model, sender.summaries, injector.caused, share
+    )
+    _tell(test, injector.caused)
+    if options.out is not None:
+        console.print(f"The report is {write_report(test, options.out, overwrite=options.overwrite)}", highlight=False)
+    return 0 if test.is_right else 1
+
+
+def find_packages_of_report() -> None:
+    """Import what draws the plots, so that a missing package is found before the test and not after it.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    import_module("loadtest.traffic.charts")
+
+
+@contextlib.contextmanager
+def server_of(options: Namespace) -> Iterator[tuple[str, SimulatedServer | None, Simulation | None]]:
+    """Yield the URL to send to and, where the command starts the server itself, the server."""
+    if options.start is None:
+        yield options.url, None, None
+        return
+    simulation = Simulation(options.start, 1 / options.tokens_per_s, options.max_batch_tokens)
+    with simulated_server(simulation) as server:
+        yield server.url, server, simulation
+
+
+def items_of(options: Namespace) -> ItemSource:
+    """Return the items that the options ask for."""
+    if options.tokens is not None:
+        return EqualItems(options.tokens, options.seed)
+    return WorkloadItems(WORKLOADS[options.workload], options.seed)
+
+
+class PhaseSender:
+    """Sends phases one after the other and checks each one's answers after its clock has stopped.
+
+    Args:
+        planner: makes the requests.
+        within_s: time limit of a good answer.
+        expected: gives the right rewards; None: they are unknown.
+    """
+
+    def __init__(self, planner: RequestPlanner, *, within_s: float, expected: ExpectedReward | None) -> None:
+        self.summaries: list[StreamSummary] = []
+        self.cpu_s = 0.0
+        self._planner = planner
+        self._within_s = within_s
+        self._expected = expected
+
+    async def send_all(
+        self,
+        source: PhaseSource,
+        executor: Callable[[], Executor],
+        injector: FaultInjector,
+        schedule: Sequence[Fault],
+        console: Console,
+    ) -> None:
+        """Send all phases of a source while the faults are caused."""
+        sender = executor()
+        faults = asyncio.create_task(injector.follow(schedule))
+        try:
+            async with shown_progress(console, sender.tally):
+                first = source.first_phases()
+                await self._send(first, sender)
+                capacity = self.summaries[0].answered_items_per_s if self.summaries else 0.0
+                await self._send(source.later_phases(capacity), sender, len(first))
+        finally:
+            sender.close()
+            faults.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await faults
+
+    async def _send(self, phases: Sequence[Phase], sender: Executor, begin: int = 0) -> None:
+        for number, phase in enumerate(phases, begin):
+            schedule = self._planner.schedule(phase, number)
+            phase_run = await sender.run(phase, schedule, self._planner)
+            self.cpu_s += phase_run.cpu_s
+            self.summaries += await asyncio.to_thread(
+                summarize, phase_run, within_s=self._within_s, expected=self._expected
+            )
+
+
+def _tell(test: LoadTest, faults: Sequence[CausedFault]) -> None:
+    console = report_console()
+    console.print(table(test))
+    for one in test.summaries:
+        if one.batches is not None:
+            stall = one.batches.stall_fraction
+            console.print(
+                f"{one.stream}: {one.batches.num_batches} batches, stall fraction {stall:.1%}", highlight=False
+            )
+    for fault in faults:
+        console.print(f"{fault.at_s:.1f} s: {fault.fault}: {fault.detail}", highlight=False)
+    for remark in test.remarks:
+        console.print(remark, highlight=False)
