@@ -28,7 +28,7 @@ from loadtest.reward_comparison import compare_rewards
 from loadtest.workload import WORKLOADS
 from service.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from service.engines.devices.device import resolve_device, resolve_threads
-from service.engines.kernels.bindings import kernels_for
+from service.engines.kernels.choice import kernels_for
 from service.engines.plan import default_batch_tokens
 from service.errors import DatasetError, StartupError
 from service.outputs import write_text

@@ -21,7 +21,7 @@ from tiny_classifiers import (
 from tiny_models import DECODER_FAMILIES
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from service.engines.kernels import bindings
+from service.engines.kernels import choice
 from service.engines.kernels.bindings import Kernels
 from service.engines.kernels.blocks import FusedDecoderBlock
 from service.engines.kernels.build import KernelsUnavailable
@@ -48,8 +48,8 @@ FUSED_BLOCK_FAMILIES = {"llama", "qwen2", "qwen3", "mistral", "phi3"}
 
 
 def load_for(kernels: Kernels, folder: Path) -> Classifier:
-    """Return a classifier in bfloat16 with linear layers in the arithmetic of the kernels."""
-    classifier = load_tiny(folder, torch.bfloat16)
+    """Return a classifier in the dtype of the kernels, with linear layers in their arithmetic."""
+    classifier = load_tiny(folder, kernels.dtype)
     if kernels.is_int8:
         quantize_int8(classifier.body)
     return classifier
@@ -227,10 +227,10 @@ def test_missing_kernels_are_logged(
 ) -> None:
     """Where kernels would help but are not available, a warning gives the reason, and ``on`` refuses the start."""
 
-    def missing() -> Kernels:
+    def missing(arithmetic: str) -> Kernels:
         raise KernelsUnavailable("no C++ compiler (g++) is installed to compile them: install g++")
 
-    monkeypatch.setattr(bindings, "load_kernels", missing)
+    monkeypatch.setattr(choice, "load_kernels", missing)
     settings = ModelSettings(device="cpu", dtype="bfloat16", num_threads=1)
     load = partial(load_torch_engine, pad_token_id=0, max_input_tokens=200)
 
