@@ -21,6 +21,7 @@ from tiny_classifiers import (
 from tiny_models import DECODER_FAMILIES
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from service.engines.devices.device import has_avx2
 from service.engines.kernels import choice
 from service.engines.kernels.bindings import Kernels
 from service.engines.kernels.blocks import FusedDecoderBlock
@@ -220,6 +221,29 @@ def test_the_engine_reports_its_kernels(tiny_checkpoint: Checkpoint, machine_ker
     assert without.info.kernels is None
     sequences = [TokenSequence((7, 8, 9, 10)), TokenSequence((11, 12))]
     assert engine.forward(sequences).rewards == pytest.approx(without.forward(sequences).rewards, abs=0.1)
+
+
+def test_a_cpu_with_avx2_alone_serves_float32_on_kernels(
+    tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """``auto`` is float32 there, rewards are those of plain transformers within 1e-4, and the log says why."""
+    if not has_avx2():
+        pytest.skip("this CPU has no AVX2")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(choice, "load_kernels", choice.load_kernels.__wrapped__)  # without the cache
+    if choice.kernels_for("auto", torch.device("cpu"), torch.float32)[0] is None:
+        pytest.skip("the CPU kernels are not available")
+    folder, settings = tiny_checkpoint("qwen2"), ModelSettings(device="cpu", num_threads=1)
+    rows = random_rows(load_tiny(folder))
+
+    with caplog.at_level(logging.INFO):
+        engine = load_torch_engine(folder, settings, BatchingSettings(), pad_token_id=0, max_input_tokens=200)
+
+    assert (engine.info.kernels, engine.info.dtype) == ("avx2", "float32")
+    assert "float32 on cpu (model.dtype is auto, and this CPU does not multiply bfloat16 natively)" in caplog.text
+    assert "on the compiled CPU kernels for avx2" in caplog.text
+    found = engine.forward([TokenSequence(row) for row in rows]).rewards
+    assert found == pytest.approx(plain_rewards(load_tiny(folder), rows), abs=1e-4)
 
 
 def test_missing_kernels_are_logged(
