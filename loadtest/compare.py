@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from loadtest.served_dtype import DTYPES
 from service.arguments import CommandParser, whole_number
 from service.checkpoints.hub import check_source
 from service.commands import run_command
@@ -43,7 +44,12 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--model", type=Path, metavar="DIR", help="checkpoint folder (default: a random model of 24M parameters)"
     )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="of both servers; auto: what the service would choose (default: %(default)s)",
+    )
     parser.add_argument(
         "--peer", choices=("plain", "vllm"), default="plain", help="server to compare with (default: %(default)s)"
     )

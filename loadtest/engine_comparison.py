@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 
 from loadtest.console import report_console
 from loadtest.contenders import REFERENCE, Contender, Setup, changed, exported, limit, ours, plain, synchronous
@@ -25,10 +24,12 @@ from loadtest.engine_rounds import Run, run_rounds
 from loadtest.engine_work import Work, read_groups, tokenize
 from loadtest.random_checkpoint import SHAPES, write_random_checkpoint
 from loadtest.reward_comparison import compare_rewards
+from loadtest.run_progress import RunProgress
+from loadtest.served_dtype import served_dtype
 from loadtest.workload import WORKLOADS
 from service.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from service.engines.devices.device import resolve_device, resolve_threads
-from service.engines.kernels.bindings import kernels_for
+from service.engines.kernels.choice import kernels_for
 from service.engines.plan import default_batch_tokens
 from service.errors import DatasetError, StartupError
 from service.outputs import write_text
@@ -66,26 +67,9 @@ def evaluate(run: Run, baseline: str) -> list[Finding]:
 
 
 def _compare(options: argparse.Namespace, folder: Path, console: Console) -> dict[str, Any]:
-    device = resolve_device(options.device)
-    model = options.model or write_random_checkpoint(
-        folder / "random", SHAPES[options.shape], options.dtype, device=str(device)
-    )
-    checkpoint = open_checkpoint(model, ModelSettings())
-    kernels, _ = kernels_for("auto", device, getattr(torch, options.dtype))
-    setup = Setup(
-        folder=checkpoint.path,
-        device=str(device),
-        dtype=options.dtype,
-        pad_token_id=checkpoint.pad_token_id,
-        max_input_tokens=checkpoint.max_input_tokens,
-        max_batch_tokens=options.batch_tokens or default_batch_tokens(device, kernels),
-        padded_items=options.padded_items,
-        num_threads=resolve_threads(options.threads),
-        clock=options.clock,
-    )
-    works = _works(options, checkpoint, options.items or DEFAULT_ITEMS[device.type])
-    with Progress(console=console) as progress:
-        task = progress.add_task("Loading")
+    with RunProgress(console) as progress:
+        checkpoint, setup = _set_up(options, folder, progress)
+        works = _works(options, checkpoint, options.items or DEFAULT_ITEMS[torch.device(setup.device).type])
         run = run_rounds(
             CONTENDERS
             | _requested(options)
@@ -93,9 +77,33 @@ def _compare(options: argparse.Namespace, folder: Path, console: Console) -> dic
             setup,
             works,
             options.rounds,
-            tell=lambda doing, step, total: progress.update(task, description=doing, completed=step, total=total),
+            progress.tell,
         )
     return _report(options, checkpoint, setup, works, run, console)
+
+
+def _set_up(options: argparse.Namespace, folder: Path, progress: RunProgress) -> tuple[Checkpoint, Setup]:
+    """Open the checkpoint, written where none is given, and resolve what all contenders have in common."""
+    device = resolve_device(options.device)
+    dtype = served_dtype(options.dtype, options.model, device, int8=options.int8)
+    progress.tell("Opening the model" if options.model else "Writing a random model")
+    model = options.model or write_random_checkpoint(
+        folder / "random", SHAPES[options.shape], dtype, device=str(device)
+    )
+    checkpoint = open_checkpoint(model, ModelSettings())
+    kernels, _ = kernels_for("auto", device, getattr(torch, dtype))
+    setup = Setup(
+        folder=checkpoint.path,
+        device=str(device),
+        dtype=dtype,
+        pad_token_id=checkpoint.pad_token_id,
+        max_input_tokens=checkpoint.max_input_tokens,
+        max_batch_tokens=options.batch_tokens or default_batch_tokens(device, kernels),
+        padded_items=options.padded_items,
+        num_threads=resolve_threads(options.threads),
+        clock=options.clock,
+    )
+    return checkpoint, setup
 
 
 def _requested(options: argparse.Namespace) -> dict[str, Contender]:

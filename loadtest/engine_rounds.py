@@ -5,14 +5,19 @@ It decides the order of the measurements; the report evaluates them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from loadtest.contenders import LIMIT, REFERENCE, Contender, Outcome, Setup
 from loadtest.engine_report import Measurement
 from loadtest.engine_work import Work
-from loadtest.measuring_process import running
+from loadtest.measuring_process import MeasuringProcess, running
+from loadtest.run_progress import RunTimeEstimate, Tell
+
+SAMPLE_SEQUENCES = 4
+"""Sequences of the first workload that every way scores once for the first estimate of the run time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +84,7 @@ def run_rounds(
     setup: Setup,
     works: Mapping[str, Work],
     num_rounds: int,
-    tell: Callable[[str, int, int], None],
+    tell: Tell,
 ) -> Run:
     """Measure all ways of all contenders on all work.
 
@@ -88,23 +93,45 @@ def run_rounds(
         setup: of all contenders.
         works: by the workload's name.
         num_rounds: of each workload, after a warm-up that is not counted.
-        tell: called with the title of the next step, the number of completed steps and the number of all steps.
+        tell: called before each step.
 
     Raises:
         ContenderFailedError: one could not be loaded, or raised.
     """
     run = Run()
     with ExitStack() as stack:
-        tell("Loading", 0, 1)
+        tell("Loading the models", 0, 1, None)
         processes = [stack.enter_context(running(contender, setup, name)) for name, contender in contenders.items()]
         holders = {way: process for process in processes for way in process.wait_until_loaded()}
         ways = [way for way in holders if way not in (LIMIT, REFERENCE)]
         steps = list(plan_steps(list(works), ways, num_rounds))
+        estimate = _first_estimate(holders, next(iter(works.values())), tell)
         for number, step in enumerate(steps):
-            tell(step.title, number, len(steps))
+            planned = [(later.way, _size(later.way, works[later.workload])) for later in steps[number:]]
+            tell(step.title, number, len(steps), estimate.seconds_for(planned))
             work = works[step.workload]
+            started = time.perf_counter()
             run.record(step, work, holders[step.way].score(step.way, work))
+            estimate.observe(step.way, _size(step.way, work), time.perf_counter() - started)
     return run
+
+
+def _first_estimate(holders: Mapping[str, MeasuringProcess], work: Work, tell: Tell) -> RunTimeEstimate:
+    """Let every way score a few sequences, so that the run time is known early."""
+    estimate = RunTimeEstimate()
+    num = SAMPLE_SEQUENCES
+    sample = replace(work, sequences=work.sequences[:num], groups=work.groups[:num])
+    for number, (way, process) in enumerate(holders.items()):
+        tell(f"Estimating the run time: {way}", number, len(holders), None)
+        started = time.perf_counter()
+        process.score(way, sample)
+        estimate.observe(way, _size(way, sample), time.perf_counter() - started)
+    return estimate
+
+
+def _size(way: str, work: Work) -> int:
+    """Return what the time of a way is proportional to; the limit multiplies the same matrices for any work."""
+    return 1 if way == LIMIT else work.num_tokens
 
 
 def plan_steps(workloads: Sequence[str], ways: Sequence[str], num_rounds: int) -> Iterator[Step]:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loadtest.random_checkpoint import SHAPES
+from loadtest.served_dtype import DTYPES
 from loadtest.workload import WORKLOADS
 from service.arguments import CommandParser, device, whole_number
 from service.checkpoints.hub import check_source
@@ -57,7 +58,9 @@ def _parser() -> CommandParser:
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--model", type=Path, metavar="DIR", help="checkpoint folder (default: a random model)")
     model.add_argument("--shape", choices=SHAPES, default="24M", help="size of the random model (default: %(default)s)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="auto: what the service would choose (default: %(default)s)"
+    )
     _add_ways(parser.add_argument_group("further ways of scoring"))
     _add_work(parser)
     _add_machine(parser.add_argument_group("machine and batches"))

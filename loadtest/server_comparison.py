@@ -7,18 +7,21 @@ import json
 import os
 import signal
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NoReturn
 
+import torch
 from rich.console import Console
-from rich.progress import Progress
 
 from loadtest.console import report_console
 from loadtest.load_shapes import LoadShape, Pass, passes, shapes_against_plain, shapes_against_vllm
 from loadtest.random_checkpoint import write_random_checkpoint
 from loadtest.reference import reference_rewards
+from loadtest.run_progress import RunProgress, RunTimeEstimate
+from loadtest.served_dtype import served_dtype
 from loadtest.server_report import ServerReport, compare_servers
 from loadtest.server_rounds import Measurement, measure_alternately, warm_up
 from loadtest.servers import RunningServer, running_baseline, running_service, running_vllm
@@ -51,14 +54,15 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace, folder: Path, console: Console) -> ServerReport:
-    model = options.model or write_random_checkpoint(folder / "random-24m", dtype=options.dtype)
-    shapes = _shapes(options)
-    planned = list(passes(shapes, options.rounds, options.seed))
-    with Progress(console=console) as progress:
+    with RunProgress(console) as progress:
+        progress.tell("Opening the model" if options.model else "Writing a random model")
+        options.dtype = served_dtype(options.dtype, options.model, torch.device("cpu"))
+        model = options.model or write_random_checkpoint(folder / "random-24m", dtype=options.dtype)
+        shapes = _shapes(options)
+        planned = list(passes(shapes, options.rounds, options.seed))
         measurements = _measure(options, model, folder, shapes, planned, progress)
-        step = progress.add_task("Computing reference rewards with transformers in fp32", total=None)
+        progress.tell("Computing reference rewards with transformers in fp32")
         comparisons = compare_servers(measurements, options.peer, _reference(model, planned))
-        progress.remove_task(step)
     return ServerReport(options.peer, options.dtype, shapes, measurements, comparisons)
 
 
@@ -73,17 +77,23 @@ def _measure(
     folder: Path,
     shapes: Sequence[LoadShape],
     planned: Sequence[Pass],
-    progress: Progress,
+    progress: RunProgress,
 ) -> list[Measurement]:
     """Start both servers, measure them, and stop them."""
-    step = progress.add_task("Starting the servers", total=2 * len(planned))
+    progress.tell("Starting the servers")
     with _running_peer(options, model, folder) as peer, running_service(model, options.dtype, folder) as ours:
-        progress.update(step, description="Warming up")
-        warm_up((peer, ours), shapes, seed=options.seed - 1)
-        measurements = []
-        for measurement in measure_alternately((peer, ours), planned):
-            measurements.append(measurement)
-            progress.update(step, advance=1, description=f"Round {measurement.round + 1}: {measurement.shape}")
+        progress.tell("Warming up")
+        estimate = RunTimeEstimate()
+        for warmed in warm_up((peer, ours), shapes, seed=options.seed - 1):
+            estimate.observe(warmed.shape, warmed.num_items, warmed.seconds)
+        sizes = [(one.shape.name, 2 * len(one.items)) for one in planned]
+        measurements: list[Measurement] = []
+        for number, one_pass in enumerate(planned):
+            left_s = estimate.seconds_for(sizes[number:])
+            progress.tell(f"Round {one_pass.round + 1}: {one_pass.shape.name}", number, len(planned), left_s)
+            started = time.perf_counter()
+            measurements += measure_alternately((peer, ours), [one_pass])
+            estimate.observe(*sizes[number], time.perf_counter() - started)
     return measurements
 
 

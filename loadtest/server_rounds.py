@@ -62,8 +62,17 @@ def measure_alternately(servers: tuple[RunningServer, RunningServer], planned: S
             yield _measure(one_pass, server, idle)
 
 
-def warm_up(servers: Sequence[RunningServer], shapes: Sequence[LoadShape], seed: int) -> None:
-    """Send a small pass of each shape to each server.
+@dataclass(frozen=True, slots=True)
+class WarmUp:
+    """The uncounted passes of both servers over one shape."""
+
+    shape: str
+    num_items: int
+    seconds: float
+
+
+def warm_up(servers: Sequence[RunningServer], shapes: Sequence[LoadShape], seed: int) -> Iterator[WarmUp]:
+    """Send a small pass of each shape to each server; how long that takes is a first estimate of the run time.
 
     Args:
         servers: to warm up.
@@ -71,10 +80,12 @@ def warm_up(servers: Sequence[RunningServer], shapes: Sequence[LoadShape], seed:
         seed: of the texts; another one than that of the measurement.
     """
     small = [replace(shape, num_groups=min(shape.num_groups, WARM_UP_GROUPS)) for shape in shapes]
-    for server in servers:
-        for one_pass in passes(small, rounds=1, seed=seed):
+    for one_pass in passes(small, rounds=1, seed=seed):
+        started = time.perf_counter()
+        for server in servers:
             bodies = [server.wire.body(request) for request in one_pass.requests]
             _ = send_all(server.url, bodies, one_pass.shape.num_connections, server.wire).rewards
+        yield WarmUp(one_pass.shape.name, len(servers) * len(one_pass.items), time.perf_counter() - started)
 
 
 def _await_quiet(servers: Sequence[RunningServer]) -> None:

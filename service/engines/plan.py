@@ -73,6 +73,9 @@ class EnginePlan:
     dtype: torch.dtype
     """The dtype of the model's body."""
 
+    dtype_reason: str
+    """Why this dtype, in a few words."""
+
     pooling: Pooling
     """Which token's state the head reads."""
 
@@ -118,6 +121,17 @@ class EnginePlan:
         """Return the forward paths to try, fastest first, on these kernels and without them."""
         return candidate_paths(self.forward, replace(self.fastest_path, kernels=kernels))
 
+    def explain(self, kernels: Kernels | None, reason: str) -> str:
+        """Return what passes run on and why, in one sentence; ``reason``: why there are no kernels."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        if kernels is not None:
+            operations = f"on the compiled CPU kernels for {kernels.name}"
+        elif self.device.type == "cpu":
+            operations = f"with torch's own operations, without the CPU kernels: {reason}"
+        else:
+            operations = "with torch's own operations"
+        return f"Passes compute {dtype} on {self.device} ({self.dtype_reason}), {operations}."
+
     def batch_tokens_on(self, kernels: Kernels | None) -> int:
         """Return the batch budget of a path that runs on these kernels."""
         return self.max_batch_tokens or default_batch_tokens(self.device, kernels)
@@ -156,6 +170,7 @@ def plan_engine(
         device=device,
         num_threads=machine.num_threads,
         dtype=resolve_dtype(dtype_choice, stored_dtype(config), device, native_bfloat16=machine.native_bfloat16),
+        dtype_reason=dtype_reason(model, machine),
         pooling=model.pooling or "hf",
         pad_token_id=pad_token_id,
         quantization=model.quantization,
@@ -169,6 +184,18 @@ def plan_engine(
         max_batch_tokens=batching.max_batch_tokens,
         taps=tuple(taps),
     )
+
+
+def dtype_reason(model: ModelSettings, machine: Machine) -> str:
+    """Return why the model's body has its dtype, in a few words."""
+    if model.dtype != "auto":
+        return f"model.dtype is {model.dtype}"
+    if model.quantization == "int8":
+        return "int8 has states in bfloat16"
+    if machine.device.type == "cuda":
+        return "model.dtype is auto: as the checkpoint"
+    native = "multiplies bfloat16 natively" if machine.native_bfloat16 else "does not multiply bfloat16 natively"
+    return f"model.dtype is auto, and this CPU {native}"
 
 
 def fastest_path(model: ModelSettings, batching: BatchingSettings, device: torch.device) -> PathSpec:

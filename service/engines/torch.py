@@ -35,7 +35,7 @@ from service.engines.devices.device import (
     release_memory,
     retain_freed_memory,
 )
-from service.engines.kernels import bindings
+from service.engines.kernels import choice
 from service.engines.kernels.bindings import Kernels
 from service.engines.kernels.patching import drop_plain_weights
 from service.engines.linear.float8 import check_float8, quantize_float8
@@ -291,18 +291,17 @@ def _prepare_process(plan: EnginePlan) -> None:
 
 
 def _find_kernels(plan: EnginePlan) -> Kernels | None:
-    """Return the CPU kernels that the plan allows and this machine has; logs why there are none.
+    """Return the CPU kernels that the plan allows and this machine has; logs what passes run on, and why.
 
     Raises:
         SettingsError: the plan requires them, and this machine has none.
     """
-    if plan.kernels == "off":
-        return None
     if plan.kernels == "int8":
-        return bindings.int8_kernels(plan.device, plan.dtype)
-    kernels, reason = bindings.kernels_for(plan.kernels, plan.device, plan.dtype)
-    if kernels is None and plan.device.type == "cpu" and plan.dtype == torch.bfloat16:
-        logger.warning("Passes run without the CPU kernels, which are much faster: %s.", reason)
+        kernels, reason = choice.int8_kernels(plan.device, plan.dtype), ""
+    else:
+        kernels, reason = choice.kernels_for(plan.kernels, plan.device, plan.dtype)
+    is_slow = kernels is None and plan.kernels == "auto" and choice.would_gain(plan.device, plan.dtype)
+    logger.log(logging.WARNING if is_slow else logging.INFO, "%s", plan.explain(kernels, reason))
     return kernels
 
 

@@ -71,19 +71,24 @@ def has_native_bfloat16() -> bool:
     return has_amx() or has_avx512_bf16()
 
 
+def has_avx2() -> bool:
+    """Whether this CPU has AVX2 and FMA."""
+    return _torch_uses_avx2() and all(_capabilities().get(name) for name in ("avx2", "fma3"))
+
+
 def has_avx512_bf16() -> bool:
     """Whether this CPU has AVX-512 with bfloat16."""
-    return bool(_capabilities().get("avx512_bf16"))
+    return _torch_uses_avx512() and bool(_capabilities().get("avx512_bf16"))
 
 
 def has_avx512() -> bool:
     """Whether this CPU has the AVX-512 extensions F, BW, VL and DQ, as all server CPUs with AVX-512 do."""
-    return all(_capabilities().get(f"avx512_{part}") for part in ("f", "bw", "vl", "dq"))
+    return _torch_uses_avx512() and all(_capabilities().get(f"avx512_{part}") for part in ("f", "bw", "vl", "dq"))
 
 
 def has_avx512_vnni() -> bool:
     """Whether this CPU has int8 dot products in AVX-512 (VNNI)."""
-    return bool(_capabilities().get("avx512_vnni"))
+    return _torch_uses_avx512() and bool(_capabilities().get("avx512_vnni"))
 
 
 def multiplies_int8_exactly() -> bool:
@@ -106,7 +111,16 @@ def is_intel() -> bool:
 
 def has_amx() -> bool:
     """Whether this CPU multiplies bfloat16 matrix tiles (AMX)."""
-    return bool(_capabilities().get("amx_bf16"))
+    return _torch_uses_avx512() and bool(_capabilities().get("amx_bf16"))
+
+
+def _torch_uses_avx512() -> bool:
+    """Whether torch uses AVX-512: ``ATEN_CPU_CAPABILITY`` limits our kernels to what it limits torch's own to."""
+    return _torch_uses_avx2() and torch.backends.cpu.get_cpu_capability() != "AVX2"
+
+
+def _torch_uses_avx2() -> bool:
+    return torch.backends.cpu.get_cpu_capability() not in {"DEFAULT", "NO AVX"}
 
 
 @cache

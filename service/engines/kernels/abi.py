@@ -26,7 +26,12 @@ class NormParams(Structure):
 class LinearWeight(Structure):
     """A packed weight of a linear layer and its bias."""
 
-    _fields_: ClassVar[Fields] = [("panels", c_void_p), ("bias", c_void_p), ("outputs", c_int32)]
+    _fields_: ClassVar[Fields] = [
+        ("panels", c_void_p),
+        ("bias", c_void_p),
+        ("outputs", c_int32),
+        ("format", c_int32),
+    ]
 
 
 class GatedMlpWeights(Structure):
@@ -37,6 +42,7 @@ class GatedMlpWeights(Structure):
         ("down_panels", c_void_p),
         ("inner", c_int32),
         ("activation", c_int32),
+        ("format", c_int32),
     ]
 
 
@@ -203,17 +209,17 @@ def kernel_function(library: ctypes.CDLL, name: str) -> Callable[[Structure], No
 
 
 def packing_function(library: ctypes.CDLL, name: str, num_weights: int) -> Callable[..., None]:
-    """Return a function that packs weights: weights, outputs, width, panels, threads."""
+    """Return a function that packs weights: weights, outputs, width, format, panels, threads."""
     function = getattr(library, name)
-    function.argtypes = (*[c_void_p] * num_weights, c_int32, c_int32, c_void_p, c_int32)
+    function.argtypes = (*[c_void_p] * num_weights, c_int32, c_int32, c_int32, c_void_p, c_int32)
     function.restype = None
     call: Callable[..., None] = function
     return call
 
 
-def panel_bytes_function(library: ctypes.CDLL) -> Callable[[int], int]:
-    """Return the function that gives the bytes of a packed panel of a weight of some width."""
+def panel_bytes_function(library: ctypes.CDLL) -> Callable[[int, int], int]:
+    """Return the function that gives the bytes of a packed panel of a weight of some width in some format."""
     function = library.packed_panel_bytes
-    function.argtypes, function.restype = (c_int32,), c_int64
-    call: Callable[[int], int] = function
+    function.argtypes, function.restype = (c_int32, c_int32), c_int64
+    call: Callable[[int, int], int] = function
     return call

@@ -1,7 +1,8 @@
-"""The compiled CPU kernels as functions of tensors, and the choice of the library for this machine.
+"""The compiled CPU kernels as functions of tensors.
 
-All tensors are on the CPU: states, weights and biases in bfloat16, with contiguous rows; packed weights in bytes.
-``fused_modules`` applies them to modules; ``abi`` defines the C types and struct layouts.
+All tensors are on the CPU: states, weights and biases in the dtype of the kernels, with contiguous rows; packed weights
+in bytes.
+``choice`` loads them; ``fused_modules`` applies them to modules; ``abi`` defines the C types and struct layouts.
 """
 
 from __future__ import annotations
@@ -10,13 +11,11 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import cache
 
 import torch
 
 from service.engines.kernels import abi
-from service.engines.kernels.build import KernelsUnavailable, Target, locate_library, target_of_machine
-from service.errors import SettingsError
+from service.engines.kernels.build import Target
 
 STEP = 32
 """The inner dimension of a product must be a multiple of this; also the outputs of one packed panel."""
@@ -26,7 +25,7 @@ class Norm(IntEnum):
     """Where a root mean square norm rounds and what it multiplies by; the same values as in ``rms_norm.h``."""
 
     ROUND_BEFORE_WEIGHT = 0
-    """The normalized states are rounded to bfloat16, then multiplied by the weight (Llama)."""
+    """The normalized states are rounded to the dtype, then multiplied by the weight (Llama)."""
 
     ONE_PLUS_WEIGHT = 1
     """The factor is one plus the weight, and the product is rounded (Gemma)."""
@@ -42,57 +41,14 @@ class Activation(IntEnum):
     GELU_TANH = 1
 
 
-@cache
-def load_kernels(*, int8: bool = False) -> Kernels:
-    """Return the kernels for this machine, loaded once in a process; ``int8``: those with linear layers in int8.
+class PanelFormat(IntEnum):
+    """How panels store weights; the same values as in ``kernel_args.h``."""
 
-    Raises:
-        KernelsUnavailable: this machine cannot run them; the message states the reason.
-    """
-    target = target_of_machine(int8=int8)
-    path = locate_library(target)
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise KernelsUnavailable(f"the compiled library cannot be loaded: {error}") from None
-    if not library.request_amx_permission():
-        raise KernelsUnavailable("the operating system does not permit this process to use AMX tiles")
-    return Kernels(library, target)
+    NATIVE = 0
+    """In the dtype of the kernels, or in the integers of the int8 kernels."""
 
-
-def kernels_for(choice: str, device: torch.device, dtype: torch.dtype) -> tuple[Kernels | None, str]:
-    """Return the kernels that ``model.kernels`` selects for this device and dtype, or None and the reason.
-
-    Raises:
-        SettingsError: the setting is ``on`` and no kernels are available.
-    """
-    try:
-        if choice == "off":
-            return None, "they are switched off"
-        _check_device(device, dtype)
-        return load_kernels(), ""
-    except KernelsUnavailable as reason:
-        if choice == "on":
-            raise SettingsError(f"model.kernels is on, but the CPU kernels are not available: {reason}") from None
-        return None, str(reason)
-
-
-def int8_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
-    """Return the kernels whose linear layers multiply in int8, for states in bfloat16.
-
-    Raises:
-        SettingsError: they are not available.
-    """
-    try:
-        _check_device(device, dtype)
-        return load_kernels(int8=True)
-    except KernelsUnavailable as reason:
-        raise SettingsError(f"model.quantization is int8, but the CPU kernels are not available: {reason}") from None
-
-
-def _check_device(device: torch.device, dtype: torch.dtype) -> None:
-    if device.type != "cpu" or dtype != torch.bfloat16:
-        raise KernelsUnavailable(f"they compute bfloat16 on a CPU, not {str(dtype).removeprefix('torch.')} on {device}")
+    AS_BF16 = 1
+    """fp32 weights that bfloat16 represents exactly: half the memory, and the same bits in every result."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,10 +79,12 @@ class PackedWeight:
     bias: torch.Tensor | None = None
     """[outputs]."""
 
+    format: PanelFormat = PanelFormat.NATIVE
+
     def as_struct(self) -> abi.LinearWeight:
         """Return the weight as kernels take it; valid while the tensors live."""
         bias = None if self.bias is None else self.bias.data_ptr()
-        return abi.LinearWeight(self.panels.data_ptr(), bias, self.outputs)
+        return abi.LinearWeight(self.panels.data_ptr(), bias, self.outputs, self.format)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,13 +102,18 @@ class PackedGatedMlp:
 
     activation: Activation
 
+    format: PanelFormat = PanelFormat.NATIVE
+    """Of all panels."""
+
     def as_struct(self) -> abi.GatedMlpWeights:
         """Return the weights as kernels take them; valid while the tensors live."""
-        return abi.GatedMlpWeights(self.gate_up.data_ptr(), self.down.data_ptr(), self.inner, self.activation)
+        return abi.GatedMlpWeights(
+            self.gate_up.data_ptr(), self.down.data_ptr(), self.inner, self.activation, self.format
+        )
 
 
 class Kernels:
-    """The compiled kernels of one target, as functions of bfloat16 CPU tensors; they use torch's number of threads.
+    """The compiled kernels of one target, as functions of CPU tensors; they use torch's number of threads.
 
     Raises:
         RuntimeError: the library's argument structs are not those of ``abi``.
@@ -161,6 +124,7 @@ class Kernels:
         self.name = target.name
         self.has_amx = target.has_amx
         self.is_int8 = target.is_int8
+        self.dtype = torch.float32 if target.is_float32 else torch.bfloat16
         self._packed_panel_bytes = abi.panel_bytes_function(library)
         self._pack_weight = abi.packing_function(library, "pack_weight", num_weights=1)
         self._pack_gate_up = abi.packing_function(library, "pack_gate_up", num_weights=2)
@@ -217,11 +181,7 @@ class Kernels:
 
     def pack_weight(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> PackedWeight:
         """Pack a weight [outputs, width]; width is a multiple of 32."""
-        outputs, width = weight.shape
-        weight = weight.contiguous()
-        panels = self._new_panels(-(-outputs // STEP), width)
-        self._pack_weight(weight.data_ptr(), outputs, width, panels.data_ptr(), torch.get_num_threads())
-        return PackedWeight(panels, outputs, bias)
+        return self._pack(weight, bias, self._format_for(weight))
 
     def pack_gated_mlp(
         self, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, activation: Activation
@@ -235,13 +195,30 @@ class Kernels:
             activation: the activation of the gate.
         """
         inner, width = gate.shape
-        panels = self._new_panels(2 * inner // STEP, width)
+        format_ = self._format_for(gate, up, down)
+        panels = self._new_panels(2 * inner // STEP, width, format_)
         gate, up = gate.contiguous(), up.contiguous()
-        self._pack_gate_up(gate.data_ptr(), up.data_ptr(), inner, width, panels.data_ptr(), torch.get_num_threads())
-        return PackedGatedMlp(panels, inner, self.pack_weight(down).panels, activation)
+        self._pack_gate_up(
+            gate.data_ptr(), up.data_ptr(), inner, width, format_, panels.data_ptr(), torch.get_num_threads()
+        )
+        return PackedGatedMlp(panels, inner, self._pack(down, None, format_).panels, activation, format_)
 
-    def _new_panels(self, num_panels: int, width: int) -> torch.Tensor:
-        return torch.empty(num_panels * self._packed_panel_bytes(width), dtype=torch.uint8)
+    def _format_for(self, *weights: torch.Tensor) -> PanelFormat:
+        """Return the smallest format that loses no bit of these weights."""
+        is_exact = self.dtype == torch.float32 and all(
+            torch.equal(weight.bfloat16().float(), weight) for weight in weights
+        )
+        return PanelFormat.AS_BF16 if is_exact else PanelFormat.NATIVE
+
+    def _pack(self, weight: torch.Tensor, bias: torch.Tensor | None, format_: PanelFormat) -> PackedWeight:
+        outputs, width = weight.shape
+        weight = weight.contiguous()
+        panels = self._new_panels(-(-outputs // STEP), width, format_)
+        self._pack_weight(weight.data_ptr(), outputs, width, format_, panels.data_ptr(), torch.get_num_threads())
+        return PackedWeight(panels, outputs, bias, format_)
+
+    def _new_panels(self, num_panels: int, width: int, format_: PanelFormat) -> torch.Tensor:
+        return torch.empty(num_panels * self._packed_panel_bytes(width, format_), dtype=torch.uint8)
 
     def linear(self, states: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
         """Return the product [..., outputs] of states [..., width] with a weight, bias added."""

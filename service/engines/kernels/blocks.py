@@ -118,7 +118,7 @@ def match_block(module: Any, kernels: Kernels) -> FusedDecoderBlock | None:
         return None
     mlp = mlp_layers, pack_gated_mlp(mlp_layers, activation, kernels)
     block = FusedDecoderBlock(module, (norms[0].norm, norms[1].norm), projections, mlp, kernels)
-    return block if _agrees_in_trial(block, module, projections[0]) else None
+    return block if _agrees_in_trial(block, module, projections[0], kernels.dtype) else None
 
 
 def _projections_of(attention: Any) -> tuple[nn.Linear, ...] | None:
@@ -129,9 +129,9 @@ def _projections_of(attention: Any) -> tuple[nn.Linear, ...] | None:
     return None
 
 
-def _agrees_in_trial(block: FusedDecoderBlock, module: Any, query_layer: nn.Linear) -> bool:
+def _agrees_in_trial(block: FusedDecoderBlock, module: Any, query_layer: nn.Linear, dtype: torch.dtype) -> bool:
     """Run block and module with a stand-in for the attention layer that passes the query projection on."""
-    states = trial_states(module.hidden_size)
+    states = trial_states(module.hidden_size, dtype)
     attn_out, width = module.self_attn.o_proj, module.self_attn.o_proj.in_features
     with _temporary_forward(
         module.self_attn, lambda hidden_states, **_: (attn_out(query_layer(hidden_states)[..., :width]), None)

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 from service.cache import build_once, cache_directory
 from service.engines.devices.device import (
     has_amx,
+    has_avx2,
     has_avx512,
     has_avx512_bf16,
     has_avx512_vnni,
@@ -26,6 +28,9 @@ BUILT = Path(__file__).parent / "built"
 
 LIBRARY = "kernels.so"
 COMPILE_TIMEOUT_S = 300.0
+
+Arithmetic: TypeAlias = Literal["float32", "bfloat16", "int8"]
+"""The dtype of states; ``int8``: bfloat16, with linear layers that multiply in int8."""
 
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno")
 
@@ -54,6 +59,11 @@ class Target:
         """Whether linear layers multiply in int8."""
         return "-DUSE_AVX512_VNNI" in self.flags
 
+    @property
+    def is_float32(self) -> bool:
+        """Whether states, weights and biases are fp32; else they are bfloat16."""
+        return "-DUSE_AVX2" in self.flags
+
 
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
 _BF16 = (*_AVX512, "-mavx512bf16")
@@ -70,27 +80,40 @@ AMX_BF16 = Target("amx-bf16", (*_BF16, "-mamx-tile", "-mamx-bf16", "-DUSE_AMX_BF
 AVX512_VNNI = Target("avx512-int8", (*_AVX512, "-mavx512vnni", "-DUSE_AVX512_VNNI"))
 """Products of int8 vectors in linear layers, of fp32 vectors in attention."""
 
-TARGETS = (AVX512_F32, AVX512_BF16, AMX_BF16, AVX512_VNNI)
+AVX2_F32 = Target("avx2", ("-mavx2", "-mfma", "-DUSE_AVX2"))
+"""Products of fp32 vectors, with states in fp32."""
+
+TARGETS = (AVX2_F32, AVX512_F32, AVX512_BF16, AMX_BF16, AVX512_VNNI)
 
 
-def target_of_machine(*, int8: bool = False) -> Target:
-    """Return the fastest target that this CPU supports; ``int8``: the one with linear layers in int8.
+def target_of_machine(arithmetic: Arithmetic = "bfloat16") -> Target:
+    """Return the fastest target for this arithmetic that this CPU supports.
 
     Without AMX an Intel CPU multiplies bfloat16 at half the rate of fp32 (Sapphire Rapids: 90 and 170 GFLOP/s a core),
     an AMD CPU at twice the rate.
 
     Raises:
-        KernelsUnavailable: the CPU lacks an instruction set that is required.
+        KernelsUnavailable: the CPU lacks an instruction set that is required, or torch is faster on it.
     """
+    if arithmetic == "float32":
+        return _float32_target()
     if not has_avx512():
-        raise KernelsUnavailable("this CPU has no AVX-512")
-    if int8:
+        raise KernelsUnavailable("this CPU has no AVX-512, which they need in bfloat16")
+    if arithmetic == "int8":
         if not has_avx512_vnni():
             raise KernelsUnavailable("this CPU has no AVX-512 VNNI, which int8 needs")
         return AVX512_VNNI
     if has_amx():
         return AMX_BF16
     return AVX512_BF16 if has_avx512_bf16() and not is_intel() else AVX512_F32
+
+
+def _float32_target() -> Target:
+    if has_avx512():
+        raise KernelsUnavailable("in float32 they use AVX2, and this CPU has AVX-512, which torch uses")
+    if not has_avx2():
+        raise KernelsUnavailable("this CPU has neither AVX-512 nor AVX2 with FMA")
+    return AVX2_F32
 
 
 def source_digest(target: Target) -> str:

@@ -23,12 +23,16 @@ ROPE_FUNCTION = "apply_rotary_pos_emb"
 """The name of the function that rotates queries and keys, in transformers' model families."""
 
 UNQUANTIZED_LAYERS = (nn.Linear, BatchInvariantLinear)
-"""The classes of linear layers that bfloat16 kernels replace; others (quantized otherwise, sharded) are not changed."""
+"""The linear layers that kernels without int8 replace; others (quantized otherwise, sharded) are not changed."""
 
 TRIAL_ROWS = 64
 
-TRIAL_TOLERANCE = 2**-6
-"""Largest accepted difference in a trial, relative to the largest magnitude: two units of bfloat16's last place."""
+TRIAL_TOLERANCES = {torch.bfloat16: 2**-6, torch.float32: 2**-16}
+"""Largest accepted difference in a trial, relative to the largest magnitude: two units of bfloat16's last place, and in
+fp32 what another order of some thousand additions explains."""
+
+TRIAL_EQUAL_SHARE = 0.99
+"""Least share of equal elements in the trial of a norm in bfloat16: it shows where the norm rounds."""
 
 
 class KernelForward(ABC):
@@ -82,14 +86,23 @@ def match_norm(module: Any, kernels: Kernels) -> FusedRmsNorm | None:
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, torch.Tensor) or not isinstance(epsilon, float):
         return None
-    states = trial_states(weight.shape[-1])
+    if weight.dtype != kernels.dtype:
+        return None
+    states = trial_states(weight.shape[-1], kernels.dtype)
     expected = original_forward(module)(states)
     for kind in Norm:
         forward = FusedRmsNorm(RmsNorm(weight, epsilon, kind), kernels)
-        # With the module's rounding, nearly all elements are equal: only the order of one sum differs.
-        if results_agree(forward(states), expected) and (forward(states) == expected).float().mean() > 0.99:
+        if results_agree(forward(states), expected) and _rounds_alike(forward(states), expected):
             return forward
     return None
+
+
+def _rounds_alike(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether nearly all elements are equal: with the module's rounding only the order of one sum differs.
+
+    In fp32 the kinds round alike, and that order changes the last bit of many elements.
+    """
+    return found.dtype == torch.float32 or bool((found == expected).float().mean() > TRIAL_EQUAL_SHARE)
 
 
 # --- Rotary position embeddings --------------------------------------------------------------------------------------
@@ -141,8 +154,10 @@ def _match_rope_attention(module: nn.Module, kernels: Kernels) -> KernelForward 
     head_size = getattr(module, "head_dim", None)
     if original is None or original is not type(module).forward or not isinstance(head_size, int):
         return None
-    query, key = (trial_states(heads * head_size).view(1, -1, heads, head_size).transpose(1, 2) for heads in (4, 2))
-    angles = trial_states(head_size // 2)
+    query, key = (
+        trial_states(heads * head_size, kernels.dtype).view(1, -1, heads, head_size).transpose(1, 2) for heads in (4, 2)
+    )
+    angles = trial_states(head_size // 2, kernels.dtype)
     cosines, sines = (torch.cat((half, half), dim=-1) for half in (angles.cos(), angles.sin()))
     rope = original.__globals__[ROPE_FUNCTION]
     expected = rope(query, key, cosines, sines)
@@ -205,7 +220,7 @@ def _match_gated_mlp(module: Any, layers: tuple[nn.Linear, ...], kernels: Kernel
         return None
     packs = all(can_pack(layer, kernels) and layer.bias is None for layer in layers)
     forward = (FusedGatedMlp if packs else FusedActAndMul)(layers, activation, kernels)
-    states = trial_states(layers[0].in_features)
+    states = trial_states(layers[0].in_features, kernels.dtype)
     return forward if results_agree(forward(states), original_forward(module)(states)) else None
 
 
@@ -248,9 +263,11 @@ def pack_linear(layer: nn.Linear, kernels: Kernels) -> PackedWeight:
 
 
 def can_pack(module: nn.Module, kernels: Kernels) -> bool:
-    """Whether a module is a linear layer of a class and width that these kernels support."""
+    """Whether a module is a linear layer of a class, dtype and width that these kernels support."""
     classes = (Int8Linear,) if kernels.is_int8 else UNQUANTIZED_LAYERS
-    return isinstance(module, nn.Linear) and type(module) in classes and module.in_features % STEP == 0
+    if not isinstance(module, nn.Linear) or type(module) not in classes:
+        return False
+    return module.weight.dtype == kernels.dtype and module.in_features % STEP == 0
 
 
 # --- Trials ----------------------------------------------------------------------------------------------------------
@@ -262,13 +279,13 @@ def original_forward(module: nn.Module) -> Callable[..., torch.Tensor]:
     return forward
 
 
-def trial_states(width: int) -> torch.Tensor:
-    """Return random bfloat16 states [1, TRIAL_ROWS, width], the same in each call."""
+def trial_states(width: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return random states [1, TRIAL_ROWS, width], the same in each call."""
     generator = torch.Generator().manual_seed(width)
-    return torch.randn(1, TRIAL_ROWS, width, generator=generator).to(torch.bfloat16)
+    return torch.randn(1, TRIAL_ROWS, width, generator=generator).to(dtype)
 
 
 def results_agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
     """Whether two results of a trial differ by no more than rounding."""
     difference = (found.float() - expected.float()).abs().max()
-    return bool(difference <= TRIAL_TOLERANCE * expected.float().abs().max())
+    return bool(difference <= TRIAL_TOLERANCES[expected.dtype] * expected.float().abs().max())

@@ -18,7 +18,7 @@ from service.engines.linear.int8 import Int8Linear
 
 
 def attach_kernels(body: nn.Module, kernels: Kernels) -> None:
-    """Replace forwards of a bfloat16 decoder: of blocks, norms, rotary attention, gated and linear layers.
+    """Replace forwards of a decoder in the kernels' dtype: of blocks, norms, rotary attention, gated and linear layers.
 
     With int8 kernels only the linear layers that ``quantize_int8`` changed are replaced. Packed weights are copies, so
     the weights take twice the memory until ``drop_plain_weights``.

@@ -9,8 +9,13 @@ import sys
 import pytest
 import torch
 
+from service.engines.devices import device
 from service.engines.devices.device import (
     THP_VARIABLE,
+    has_amx,
+    has_avx2,
+    has_avx512,
+    has_native_bfloat16,
     is_out_of_memory,
     resolve_device,
     resolve_dtype,
@@ -45,6 +50,29 @@ def test_dtype_on_cuda_and_by_choice() -> None:
     assert resolve_dtype("auto", torch.float16, torch.device("cuda"), native_bfloat16=True) == torch.float16
     assert resolve_dtype("float32", torch.bfloat16, torch.device("cuda"), native_bfloat16=True) == torch.float32
     assert resolve_dtype("bfloat16", torch.float32, torch.device("cpu"), native_bfloat16=False) == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("capability", "avx2", "avx512"),
+    [("AVX512", True, True), ("AVX2", True, False), ("DEFAULT", False, False)],
+)
+def test_torch_s_own_limit_of_instruction_sets_is_respected(
+    monkeypatch: pytest.MonkeyPatch, capability: str, avx2: bool, avx512: bool
+) -> None:
+    """What ``ATEN_CPU_CAPABILITY`` forbids torch is not used by the kernels, and does not count for ``auto``."""
+    features = ("avx2", "fma3", "avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "amx_bf16")
+    monkeypatch.setattr(device, "_capabilities", lambda: dict.fromkeys(features, True))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+
+    assert (has_avx2(), has_avx512(), has_amx(), has_native_bfloat16()) == (avx2, avx512, avx512, avx512)
+
+
+def test_an_arm_cpu_has_no_instruction_set_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch names other features there, so every question is answered with no."""
+    monkeypatch.setattr(device, "_capabilities", lambda: {"architecture": "aarch64", "sve": True, "bf16": True})
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "SVE256")
+
+    assert [has_avx2(), has_avx512(), has_amx(), has_native_bfloat16()] == [False] * 4
 
 
 def test_threads_are_the_setting_or_all_cores() -> None:

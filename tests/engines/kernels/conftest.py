@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from service.engines.devices.device import has_amx, has_avx512, has_avx512_bf16, has_avx512_vnni
-from service.engines.kernels.bindings import Kernels, load_kernels
+from service.engines.devices.device import has_amx, has_avx2, has_avx512, has_avx512_bf16, has_avx512_vnni
+from service.engines.kernels.bindings import Kernels
 from service.engines.kernels.build import (
     AMX_BF16,
+    AVX2_F32,
     AVX512_BF16,
     AVX512_F32,
     AVX512_VNNI,
@@ -21,6 +22,7 @@ from service.engines.kernels.build import (
     compile_kernels,
     locate_library,
 )
+from service.engines.kernels.choice import load_kernels
 
 EMULATED_AMX = Target(
     AMX_BF16.name,
@@ -39,8 +41,8 @@ EMULATED_AMX = Target(
 def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
     """The kernels of each target; AMX is emulated on a CPU without it."""
     target: Target = request.param
-    runs = {AVX512_F32: True, AVX512_VNNI: has_avx512_vnni()}.get(target, has_avx512_bf16())
-    if not has_avx512() or not runs:
+    runs = {AVX2_F32: has_avx2(), AVX512_F32: has_avx512(), AVX512_VNNI: has_avx512() and has_avx512_vnni()}
+    if not runs.get(target, has_avx512() and has_avx512_bf16()):
         pytest.skip(f"this CPU does not support the kernels for {target.name}")
     try:
         if target is not AMX_BF16:

@@ -21,7 +21,8 @@ from tiny_classifiers import (
 from tiny_models import DECODER_FAMILIES
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from service.engines.kernels import bindings
+from service.engines.devices.device import has_avx2
+from service.engines.kernels import choice
 from service.engines.kernels.bindings import Kernels
 from service.engines.kernels.blocks import FusedDecoderBlock
 from service.engines.kernels.build import KernelsUnavailable
@@ -48,8 +49,8 @@ FUSED_BLOCK_FAMILIES = {"llama", "qwen2", "qwen3", "mistral", "phi3"}
 
 
 def load_for(kernels: Kernels, folder: Path) -> Classifier:
-    """Return a classifier in bfloat16 with linear layers in the arithmetic of the kernels."""
-    classifier = load_tiny(folder, torch.bfloat16)
+    """Return a classifier in the dtype of the kernels, with linear layers in their arithmetic."""
+    classifier = load_tiny(folder, kernels.dtype)
     if kernels.is_int8:
         quantize_int8(classifier.body)
     return classifier
@@ -222,15 +223,38 @@ def test_the_engine_reports_its_kernels(tiny_checkpoint: Checkpoint, machine_ker
     assert engine.forward(sequences).rewards == pytest.approx(without.forward(sequences).rewards, abs=0.1)
 
 
+def test_a_cpu_with_avx2_alone_serves_float32_on_kernels(
+    tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """``auto`` is float32 there, rewards are those of plain transformers within 1e-4, and the log says why."""
+    if not has_avx2():
+        pytest.skip("this CPU has no AVX2")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(choice, "load_kernels", choice.load_kernels.__wrapped__)  # without the cache
+    if choice.kernels_for("auto", torch.device("cpu"), torch.float32)[0] is None:
+        pytest.skip("the CPU kernels are not available")
+    folder, settings = tiny_checkpoint("qwen2"), ModelSettings(device="cpu", num_threads=1)
+    rows = random_rows(load_tiny(folder))
+
+    with caplog.at_level(logging.INFO):
+        engine = load_torch_engine(folder, settings, BatchingSettings(), pad_token_id=0, max_input_tokens=200)
+
+    assert (engine.info.kernels, engine.info.dtype) == ("avx2", "float32")
+    assert "float32 on cpu (model.dtype is auto, and this CPU does not multiply bfloat16 natively)" in caplog.text
+    assert "on the compiled CPU kernels for avx2" in caplog.text
+    found = engine.forward([TokenSequence(row) for row in rows]).rewards
+    assert found == pytest.approx(plain_rewards(load_tiny(folder), rows), abs=1e-4)
+
+
 def test_missing_kernels_are_logged(
     tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Where kernels would help but are not available, a warning gives the reason, and ``on`` refuses the start."""
 
-    def missing() -> Kernels:
+    def missing(arithmetic: str) -> Kernels:
         raise KernelsUnavailable("no C++ compiler (g++) is installed to compile them: install g++")
 
-    monkeypatch.setattr(bindings, "load_kernels", missing)
+    monkeypatch.setattr(choice, "load_kernels", missing)
     settings = ModelSettings(device="cpu", dtype="bfloat16", num_threads=1)
     load = partial(load_torch_engine, pad_token_id=0, max_input_tokens=200)
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from service.assembly import arithmetic_of
 from service.engines.devices.device import has_avx512_vnni
-from service.engines.kernels import bindings, build
+from service.engines.kernels import build, choice
 from service.engines.linear.int8 import GROUP_SIZE, Int8Linear, fake_quantize, layers_for_int8, quantize_int8
 from service.engines.torch import load_torch_engine
 from service.errors import SettingsError
@@ -116,7 +116,7 @@ def test_settings_that_exclude_int8_are_refused(
 def test_a_cpu_without_vnni_is_refused(tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the instruction set there is no start, and the error names it."""
     monkeypatch.setattr(build, "has_avx512_vnni", lambda: False)
-    monkeypatch.setattr(bindings, "load_kernels", bindings.load_kernels.__wrapped__)  # without the cache
+    monkeypatch.setattr(choice, "load_kernels", choice.load_kernels.__wrapped__)  # without the cache
 
     with pytest.raises(SettingsError, match=r"quantization is int8.*(VNNI|AVX-512)"):
         load_engine(tiny_checkpoint("llama"), ModelSettings(device="cpu", quantization="int8"), BatchingSettings())

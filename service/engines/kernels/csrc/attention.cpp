@@ -25,7 +25,7 @@ struct Task {
     int first_query, num_queries, kv_head;
 };
 
-const bf16* head_of(const HeadsView& view, std::int64_t token, int head) {
+const state* head_of(const HeadsView& view, std::int64_t token, int head) {
     return view.states + token * view.token_stride + head * view.head_stride;
 }
 
@@ -39,14 +39,14 @@ struct TaskBuffers {
     operand *keys, *values;  // packed panels of all keys of the task
     operand *queries, *weights;  // [BLOCK, size], [BLOCK, num_keys]
     float *scores, *sums;  // [BLOCK, num_keys], [BLOCK, size]
-    const bf16** key_rows;  // [num_keys]: the state of each key; null for padding
-    const bf16** value_rows;
+    const state** key_rows;  // [num_keys]: the state of each key; null for padding
+    const state** value_rows;
 
     TaskBuffers(int num_keys, int size) {
         const std::size_t panels = cache_line_multiple(sizeof(operand) * num_keys * size);
         const std::size_t per_key = cache_line_multiple(sizeof(float) * BLOCK * num_keys);
         const std::size_t per_element = cache_line_multiple(sizeof(float) * BLOCK * size);
-        const std::size_t rows = cache_line_multiple(sizeof(bf16*) * num_keys);
+        const std::size_t rows = cache_line_multiple(sizeof(state*) * num_keys);
         auto* next = static_cast<std::uint8_t*>(
             task_buffer.reserve(2 * panels + 2 * per_key + 2 * per_element + 2 * rows));
         auto allocate = [&next](std::size_t bytes) { return std::exchange(next, next + bytes); };
@@ -56,8 +56,8 @@ struct TaskBuffers {
         scores = reinterpret_cast<float*>(allocate(per_key));
         queries = reinterpret_cast<operand*>(allocate(per_element));
         sums = reinterpret_cast<float*>(allocate(per_element));
-        key_rows = reinterpret_cast<const bf16**>(allocate(rows));
-        value_rows = reinterpret_cast<const bf16**>(allocate(rows));
+        key_rows = reinterpret_cast<const state**>(allocate(rows));
+        value_rows = reinterpret_cast<const state**>(allocate(rows));
     }
 };
 
@@ -81,19 +81,19 @@ void find_rows(
 }
 
 // Packs the keys as the right-hand matrix of queries x keys: a column is a key.
-void pack_keys(const bf16* const* rows, int num_keys, int head_size, int size, operand* panels) {
-    alignas(64) bf16 padded[TILE][BLOCK];
+void pack_keys(const state* const* rows, int num_keys, int head_size, int size, operand* panels) {
+    alignas(64) state padded[TILE][BLOCK];
     for (int first = 0; first < num_keys; first += TILE)
         for (int step = 0; step < size / BLOCK; ++step) {
             operand* tile = panels + std::size_t(first / BLOCK) * size * BLOCK + step * STEP_SIZE +
                             first % BLOCK / TILE * TILE_SIZE;
             const int num_present = std::min(BLOCK, head_size - step * BLOCK);
-            const bf16* columns[TILE];
+            const state* columns[TILE];
             for (int key = 0; key < TILE; ++key) {
-                const bf16* elements = rows[first + key] ? rows[first + key] + step * BLOCK : nullptr;
+                const state* elements = rows[first + key] ? rows[first + key] + step * BLOCK : nullptr;
                 if (elements && num_present < BLOCK) {
                     std::memset(padded[key], 0, sizeof(padded[key]));
-                    std::memcpy(padded[key], elements, sizeof(bf16) * num_present);
+                    std::memcpy(padded[key], elements, sizeof(state) * num_present);
                     elements = padded[key];
                 }
                 columns[key] = elements;
@@ -103,49 +103,42 @@ void pack_keys(const bf16* const* rows, int num_keys, int head_size, int size, o
 }
 
 // Packs the values as the right-hand matrix of weights x values: a column is an element of the head.
-void pack_values(const bf16* const* rows, int num_keys, int head_size, int size, operand* panels) {
+void pack_values(const state* const* rows, int num_keys, int head_size, int size, operand* panels) {
     for (int key = 0; key < num_keys; key += 2)
         for (int column = 0; column < size; column += LANES) {
-            const __mmask16 lanes = first_lanes(head_size - column);
-            auto load_bits = [&](const bf16* row) {
-                return row ? _mm256_maskz_loadu_epi16(lanes, row + column) : _mm256_setzero_si256();
-            };
-            const __m512i even = _mm512_cvtepu16_epi32(load_bits(rows[key]));
-            const __m512i odd = _mm512_cvtepu16_epi32(load_bits(rows[key + 1]));
+            auto elements_of = [&](int row) { return rows[row] ? rows[row] + column : nullptr; };
             operand* tile = panels + std::size_t(column / BLOCK) * num_keys * BLOCK + key / BLOCK * STEP_SIZE +
                             column % BLOCK / TILE * TILE_SIZE;
-            store_pairs(tile, key % BLOCK / 2, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+            pack_row_pair(
+                elements_of(key), elements_of(key + 1), first_lanes(head_size - column), key % BLOCK / 2, tile);
         }
 }
 
 // Replaces the products of a query with its keys by cap * tanh(product * scale / cap) / scale.
 void apply_softcap(float* products, int num_keys, const AttentionArgs& args) {
-    const __m512 inner = _mm512_set1_ps(args.scale / args.soft_cap), outer = _mm512_set1_ps(args.soft_cap / args.scale);
-    for (int key = 0; key < num_keys; key += LANES) {
-        const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(products + key), inner);
-        _mm512_storeu_ps(products + key, _mm512_mul_ps(tanh(scaled), outer));
-    }
+    const Vector inner = broadcast(args.scale / args.soft_cap), outer = broadcast(args.soft_cap / args.scale);
+    for (int key = 0; key < num_keys; key += LANES)
+        store(products + key, mul(tanh(mul(load(products + key), inner)), outer));
 }
 
 // Writes the unnormalized softmax weights exp(scale * (product - largest product)) of one query's keys and returns
 // their sum. The weights of keys outside of [first, end) are zero.
 float exp_weights(
     const float* products, int first, int end, int num_keys, const AttentionArgs& args, operand* weights) {
-    __m512 maxima = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-    auto visible = [&](int key) { return __mmask16(first_lanes(end - key) & ~first_lanes(first - key)); };
+    Vector maxima = broadcast(-std::numeric_limits<float>::infinity());
+    auto visible = [&](int key) { return lanes_between(first - key, end - key); };
     const int begin = first / LANES * LANES;
-    for (int key = begin; key < end; key += LANES)
-        maxima = _mm512_mask_max_ps(maxima, visible(key), maxima, _mm512_loadu_ps(products + key));
-    const __m512 largest = _mm512_set1_ps(_mm512_reduce_max_ps(maxima)), scale = _mm512_set1_ps(args.scale * LOG2_E);
-    __m512 sum = _mm512_setzero_ps();
+    for (int key = begin; key < end; key += LANES) maxima = max_in(visible(key), maxima, load(products + key));
+    const Vector largest = broadcast(largest_of(maxima)), scale = broadcast(args.scale * LOG2_E);
+    Vector sum = zeros();
     if (begin) std::memset(weights, 0, sizeof(operand) * begin);
     for (int key = begin; key < num_keys; key += LANES) {
-        const __m512 difference = _mm512_sub_ps(_mm512_loadu_ps(products + key), largest);
-        const __m512 exponentials = _mm512_maskz_mov_ps(visible(key), exp2(_mm512_mul_ps(difference, scale)));
-        sum = _mm512_add_ps(sum, exponentials);
+        const Vector difference = sub(load(products + key), largest);
+        const Vector exponentials = select(visible(key), exp2(mul(difference, scale)));
+        sum = add(sum, exponentials);
         store(weights + key, exponentials);
     }
-    return _mm512_reduce_add_ps(sum);
+    return sum_of(sum);
 }
 
 // Copies up to 32 queries of one head, padded with zeros to [BLOCK, size].
@@ -157,13 +150,13 @@ void copy_queries(const AttentionArgs& args, std::int64_t token, int count, int 
 
 // Divides the weighted sums of values by the sums of the weights and writes them.
 void write_output(
-    const AttentionArgs& args, const float* sums, int size, int count, const float* weight_sums, bf16* output) {
+    const AttentionArgs& args, const float* sums, int size, int count, const float* weight_sums, state* output) {
     const std::int64_t stride = std::int64_t(args.num_heads) * args.head_size;
     for (int query = 0; query < count; ++query) {
-        const __m512 factor = _mm512_set1_ps(1.0f / weight_sums[query]);
+        const Vector factor = broadcast(1.0f / weight_sums[query]);
         for (int column = 0; column < args.head_size; column += LANES)
             store(
-                output + query * stride + column, _mm512_mul_ps(_mm512_loadu_ps(sums + query * size + column), factor),
+                output + query * stride + column, mul(load(sums + query * size + column), factor),
                 first_lanes(args.head_size - column));
     }
 }

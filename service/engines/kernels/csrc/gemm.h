@@ -1,4 +1,4 @@
-// Products of bfloat16 matrices with packed panels, by the fastest unit of the target CPU.
+// Products of matrices with packed panels, by the fastest unit of the target CPU.
 //
 // Sums are fp32 and run over the inner dimension in its order, so the result of a row does not depend on the number of
 // rows.
@@ -8,7 +8,9 @@
 #include <type_traits>
 
 #include "scratch_buffer.h"
-#ifdef USE_AMX_BF16
+#if defined(USE_AVX2)
+#include "gemm_avx2.h"
+#elif defined(USE_AMX_BF16)
 #include "gemm_amx.h"
 #else
 #include "gemm_avx512.h"
@@ -21,32 +23,23 @@ inline void multiply(
 }
 
 // Copies elements, converted to the type of the output.
-inline void copy_elements(const bf16* elements, std::size_t count, bf16* output) {
-    std::memcpy(output, elements, sizeof(bf16) * count);
-}
-
-inline void copy_elements(const bf16* elements, std::size_t count, float* output) {
+template <class Element>
+inline void copy_elements(const state* elements, std::size_t count, Element* output) {
+    if constexpr (std::is_same_v<Element, state>) {
+        std::memcpy(output, elements, sizeof(state) * count);
+        return;
+    }
     for (std::size_t index = 0; index < count; index += LANES) {
-        const __mmask16 lanes = first_lanes(int(std::min(count - index, std::size_t(LANES))));
+        const Lanes lanes = first_lanes(int(std::min(count - index, std::size_t(LANES))));
         store(output + index, load(elements + index, lanes), lanes);
     }
 }
 
-// Returns elements as operands: themselves where they are bfloat16, else converted into the buffer.
+// Returns states as operands: themselves where the type is the same, else converted into the buffer.
 template <class Element>
-const Element* as_operands(const bf16* elements, std::size_t count, ScratchBuffer& buffer) {
-    if constexpr (std::is_same_v<Element, bf16>) return elements;
+const Element* as_operands(const state* elements, std::size_t count, ScratchBuffer& buffer) {
+    if constexpr (std::is_same_v<Element, state>) return elements;
     auto* output = static_cast<Element*>(buffer.reserve(sizeof(Element) * count));
     copy_elements(elements, count, output);
     return output;
-}
-
-// The same for steps of a packed panel.
-template <class Element>
-const Element* panel_as_operands(const bf16* packed, int num_steps, ScratchBuffer& buffer) {
-    if constexpr (std::is_same_v<Element, bf16>) return packed;
-    auto* tiles = static_cast<Element*>(buffer.reserve(sizeof(Element) * num_steps * STEP_SIZE));
-    for (int row = 0; row < num_steps * BLOCK; ++row)
-        store_pairs(tiles, row, _mm512_loadu_si512(packed + row * BLOCK));
-    return tiles;
 }

@@ -1,16 +1,29 @@
 // The arguments of the exported kernels, one struct for each.
 //
-// `abi.py` declares the same structs for ctypes and compares their sizes when it loads the library. States, weights and
-// biases are bfloat16 and row-major unless stated otherwise. `num_threads` is the number of OpenMP threads.
+// `abi.py` declares the same structs for ctypes and compares their sizes when it loads the library. Tensors are
+// row-major. `num_threads` is the number of OpenMP threads.
 #pragma once
 
 #include <cstdint>
 
 using bf16 = std::uint16_t;
 
+// The type of states, weights and biases.
+#ifdef USE_AVX2
+using state = float;
+#else
+using state = bf16;
+#endif
+
+// How panels store weights; the same values as in `bindings.py`.
+enum PanelFormat {
+    NATIVE = 0,  // as states, or in the integers of the library
+    AS_BF16 = 1  // fp32 weights that bfloat16 represents exactly
+};
+
 // A root mean square norm; `kind` is a NormKind, where it rounds and what it multiplies by.
 struct NormParams {
-    const bf16* weight;  // [width]
+    const state* weight;  // [width]
     float epsilon;
     std::int32_t kind;
 };
@@ -18,8 +31,9 @@ struct NormParams {
 // A packed weight of a linear layer.
 struct LinearWeight {
     const std::uint8_t* panels;
-    const bf16* bias;  // [outputs], or null
+    const state* bias;  // [outputs], or null
     std::int32_t outputs;
+    std::int32_t format;  // a PanelFormat
 };
 
 // The packed weights of a gated feed-forward layer: down(act(gate(x)) * up(x)).
@@ -28,41 +42,42 @@ struct GatedMlpWeights {
     const std::uint8_t* down_panels;
     std::int32_t inner;  // outputs of gate and of up each
     std::int32_t activation;  // an Activation
+    std::int32_t format;  // a PanelFormat, of all panels
 };
 
 struct RmsNormArgs {
-    const bf16* states;  // [num_rows, width]
-    bf16* output;  // [num_rows, width]
+    const state* states;  // [num_rows, width]
+    state* output;  // [num_rows, width]
     NormParams norm;
     std::int64_t num_rows;
     std::int32_t width, num_threads;
 };
 
 struct ApplyRopeArgs {
-    bf16* states;  // [num_tokens, num_heads, head size], changed in place; strides in elements
+    state* states;  // [num_tokens, num_heads, head size], changed in place; strides in elements
     std::int64_t token_stride, head_stride;
-    const bf16* cosines;  // [num_tokens, rotary_size]
-    const bf16* sines;  // [num_tokens, rotary_size]
+    const state* cosines;  // [num_tokens, rotary_size]
+    const state* sines;  // [num_tokens, rotary_size]
     std::int32_t num_tokens, num_heads, rotary_size, num_threads;
 };
 
 struct ActAndMulArgs {
-    bf16* gate;  // [num_elements], overwritten
-    const bf16* up;  // [num_elements]
+    state* gate;  // [num_elements], overwritten
+    const state* up;  // [num_elements]
     std::int64_t num_elements;
     std::int32_t activation, num_threads;
 };
 
 struct LinearArgs {
-    const bf16* states;  // [num_rows, width]
-    bf16* output;  // [num_rows, weight.outputs]
+    const state* states;  // [num_rows, width]
+    state* output;  // [num_rows, weight.outputs]
     LinearWeight weight;
     std::int32_t num_rows, width, num_threads;
 };
 
 struct GatedMlpArgs {
-    const bf16* states;  // [num_rows, width]
-    bf16* output;  // [num_rows, width]
+    const state* states;  // [num_rows, width]
+    state* output;  // [num_rows, width]
     GatedMlpWeights mlp;
     std::int32_t num_rows, width, num_threads;
 };
@@ -70,16 +85,16 @@ struct GatedMlpArgs {
 constexpr int MAX_PROJECTIONS = 3;  // query, key and value
 
 struct NormQkvArgs {
-    const bf16* states;  // [num_rows, width]
+    const state* states;  // [num_rows, width]
     NormParams norm;
     LinearWeight projections[MAX_PROJECTIONS];
-    bf16* outputs[MAX_PROJECTIONS];  // [num_rows, projections[i].outputs] each
+    state* outputs[MAX_PROJECTIONS];  // [num_rows, projections[i].outputs] each
     std::int32_t num_projections, num_rows, width, num_threads;
 };
 
 struct AttnOutMlpArgs {
-    bf16* states;  // [num_rows, width], changed in place
-    const bf16* attended;  // [num_rows, attended_width]
+    state* states;  // [num_rows, width], changed in place
+    const state* attended;  // [num_rows, attended_width]
     LinearWeight attn_out;
     NormParams norm;
     GatedMlpWeights mlp;
@@ -88,7 +103,7 @@ struct AttnOutMlpArgs {
 
 // States [tokens, heads, head size]; strides in elements, a head's elements are contiguous.
 struct HeadsView {
-    const bf16* states;
+    const state* states;
     std::int64_t token_stride, head_stride;
 };
 
@@ -104,7 +119,7 @@ struct KeySpan {
 
 struct AttentionArgs {
     HeadsView query, key, value;
-    bf16* output;  // [tokens, num_heads, head_size]
+    state* output;  // [tokens, num_heads, head_size]
     const SequenceSpan* sequences;
     const KeySpan* spans;
     std::int32_t num_sequences, num_heads, num_kv_heads, head_size;

@@ -11,7 +11,7 @@
 #ifdef USE_AVX512_VNNI
 #include "linear_int8.h"
 #else
-#include "linear_bf16.h"
+#include "linear_float.h"
 #endif
 
 namespace {
@@ -55,14 +55,23 @@ private:
     int first_row_ = 0, num_rows_ = 0, panel_ = 0, next_row_ = 0;
 };
 
+// The panels of a packed weight, or some of them.
+struct PanelRange {
+    const std::uint8_t* panels;
+    PanelFormat format;
+    int begin, end;
+};
+
+PanelRange all_panels(const LinearWeight& weight) {
+    return {weight.panels, PanelFormat(weight.format), 0, ceil_div(weight.outputs, BLOCK)};
+}
+
 // Multiplies a block of rows by panels and calls `epilogue(products, row, panel)` for each row of each product.
 //
 // The epilogue of a product runs while the next product is multiplied, on units that are otherwise idle. A long inner
 // dimension is processed in slices, so that a slice of a panel stays in the first-level cache for all rows.
 template <class Epilogue>
-void multiply_block(
-    const InputRows& rows, int num_rows, const std::uint8_t* panels, int first_panel, int end_panel,
-    Epilogue epilogue) {
+void multiply_block(const InputRows& rows, int num_rows, PanelRange range, Epilogue epilogue) {
     const int width = rows.width(), num_steps = width / BLOCK, num_row_tiles = ceil_div(num_rows, BLOCK);
     const int num_slices = ceil_div(num_steps, MAX_SLICE_STEPS);
     const int slice_steps = ceil_div(num_steps, num_slices);
@@ -71,12 +80,13 @@ void multiply_block(
     float* products = static_cast<float*>(product_buffer.reserve(sizeof(float) * num_products * BLOCK * BLOCK));
     DeferredEpilogue<Epilogue> pending(epilogue);
     int next_product = 0;
-    for (int panel = first_panel; panel < end_panel; ++panel) {
+    for (int panel = range.begin; panel < range.end; ++panel) {
         const int base = next_product;
         for (int step = 0; step < num_steps; step += slice_steps) {
             const int count = std::min(slice_steps, num_steps - step);
             const int rows_per_step = ceil_div(BLOCK, count);
-            const PanelSlice slice(panels + panel * panel_bytes(width), width, step, count);
+            const PanelSlice slice(
+                range.panels + panel * panel_bytes(width, range.format), width, range.format, step, count);
             for (int tile = 0; tile < num_row_tiles; ++tile) {
                 const int tile_rows = round_up(std::min(BLOCK, num_rows - tile * BLOCK), ROW_STEP);
                 float* product = products + (base + tile) % num_products * BLOCK * BLOCK;
@@ -91,35 +101,33 @@ void multiply_block(
 
 // Epilogue: writes 32 columns of a product, bias added; columns beyond the output's width are left out.
 struct StoreEpilogue {
-    bf16* output;
+    state* output;
     int num_rows, width;
-    const bf16* bias;
+    const state* bias;
 
     void operator()(const float* products, int row, int panel) const {
         if (row >= num_rows) return;
         for (int column = panel * BLOCK, half = 0; half < 2; ++half, column += LANES) {
-            const __mmask16 lanes = first_lanes(width - column);
-            const __m512 added = bias ? load(bias + column, lanes) : _mm512_setzero_ps();
-            store(
-                output + std::size_t(row) * width + column,
-                _mm512_add_ps(_mm512_load_ps(products + half * LANES), added), lanes);
+            const Lanes lanes = first_lanes(width - column);
+            const Vector added = bias ? load(bias + column, lanes) : zeros();
+            store(output + std::size_t(row) * width + column, add(load(products + half * LANES), added), lanes);
         }
     }
 };
 
 // Epilogue: adds 32 columns of a product, and a bias if there is one, to the states (the residual connection).
 struct ResidualEpilogue {
-    bf16* states;
+    state* states;
     int num_rows, width;
-    const bf16* bias;
+    const state* bias;
 
     void operator()(const float* products, int row, int panel) const {
         if (row >= num_rows) return;
         for (int column = panel * BLOCK, half = 0; half < 2; ++half, column += LANES) {
-            const __mmask16 lanes = first_lanes(width - column);
-            bf16* output = states + std::size_t(row) * width + column;
-            __m512 sum = _mm512_add_ps(_mm512_load_ps(products + half * LANES), load(output, lanes));
-            if (bias) sum = _mm512_add_ps(sum, load(bias + column, lanes));
+            const Lanes lanes = first_lanes(width - column);
+            state* output = states + std::size_t(row) * width + column;
+            Vector sum = add(load(products + half * LANES), load(output, lanes));
+            if (bias) sum = add(sum, load(bias + column, lanes));
             store(output, sum, lanes);
         }
     }
@@ -132,10 +140,8 @@ struct GateEpilogue {
     int width;
 
     void operator()(const float* products, int row, int panel) const {
-        const __m512 gate = _mm512_load_ps(products), up = _mm512_load_ps(products + LANES);
-        store(
-            output + std::size_t(row) * width + panel * LANES,
-            _mm512_mul_ps(activate<ACTIVATION>(gate), up));
+        const Vector gate = load(products), up = load(products + LANES);
+        store(output + std::size_t(row) * width + panel * LANES, mul(activate<ACTIVATION>(gate), up));
     }
 };
 
@@ -144,16 +150,18 @@ template <class Epilogue>
 void run_gated_mlp(const InputRows& rows, int num_rows, const GatedMlpWeights& mlp, Epilogue epilogue) {
     const int num_padded = round_up(num_rows, BLOCK), inner = mlp.inner;
     auto* gated = static_cast<operand*>(inner_buffer.reserve(sizeof(operand) * num_padded * inner));
+    const auto format = PanelFormat(mlp.format);
+    const PanelRange gate_up{mlp.gate_up_panels, format, 0, inner / TILE};
     if (mlp.activation == SILU)
-        multiply_block(rows, num_rows, mlp.gate_up_panels, 0, inner / TILE, GateEpilogue<SILU>{gated, inner});
+        multiply_block(rows, num_rows, gate_up, GateEpilogue<SILU>{gated, inner});
     else
-        multiply_block(rows, num_rows, mlp.gate_up_panels, 0, inner / TILE, GateEpilogue<GELU_TANH>{gated, inner});
-    const int num_panels = ceil_div(rows.width(), BLOCK);
-    multiply_block(InputRows(gated, num_padded, inner), num_rows, mlp.down_panels, 0, num_panels, epilogue);
+        multiply_block(rows, num_rows, gate_up, GateEpilogue<GELU_TANH>{gated, inner});
+    const PanelRange down{mlp.down_panels, format, 0, ceil_div(rows.width(), BLOCK)};
+    multiply_block(InputRows(gated, num_padded, inner), num_rows, down, epilogue);
 }
 
 // Returns the norms of a block of rows, in this thread's scratch memory and padded with zeros.
-InputRows normalized_rows(const bf16* states, int num_rows, int width, const NormParams& norm) {
+InputRows normalized_rows(const state* states, int num_rows, int width, const NormParams& norm) {
     const int num_padded = round_up(num_rows, BLOCK);
     auto* normalized = static_cast<operand*>(norm_buffer.reserve(sizeof(operand) * num_padded * width));
     for (int row = 0; row < num_rows; ++row)
@@ -179,25 +187,32 @@ void for_each_block(int num_rows, int num_threads, Run run) {
 extern "C" {
 
 // Returns the bytes of a packed panel: 32 rows of a weight of this width.
-std::int64_t packed_panel_bytes(int width) { return std::int64_t(panel_bytes(width)); }
+std::int64_t packed_panel_bytes(int width, int format) {
+    return std::int64_t(panel_bytes(width, PanelFormat(format)));
+}
 
 // Packs a weight [outputs, width] into ceil(outputs / 32) panels.
-void pack_weight(const bf16* weight, int outputs, int width, std::uint8_t* panels, int num_threads) {
+void pack_weight(
+    const state* weight, int outputs, int width, int format, std::uint8_t* panels, int num_threads) {
 #pragma omp parallel for num_threads(num_threads)
     for (int panel = 0; panel < ceil_div(outputs, BLOCK); ++panel) {
-        const bf16* first = weight + std::size_t(panel) * BLOCK * width;
+        const state* first = weight + std::size_t(panel) * BLOCK * width;
         const int left = outputs - panel * BLOCK;
         pack_panel(
-            first, left, first + std::size_t(TILE) * width, left - TILE, width, panels + panel * panel_bytes(width));
+            first, left, first + std::size_t(TILE) * width, left - TILE, width, PanelFormat(format),
+            panels + panel * packed_panel_bytes(width, format));
     }
 }
 
 // Packs the weights [outputs, width] of gate and up into outputs / 16 panels, of 16 columns of each.
-void pack_gate_up(const bf16* gate, const bf16* up, int outputs, int width, std::uint8_t* panels, int num_threads) {
+void pack_gate_up(
+    const state* gate, const state* up, int outputs, int width, int format, std::uint8_t* panels, int num_threads) {
 #pragma omp parallel for num_threads(num_threads)
     for (int panel = 0; panel < outputs / TILE; ++panel) {
         const std::size_t offset = std::size_t(panel) * TILE * width;
-        pack_panel(gate + offset, TILE, up + offset, TILE, width, panels + panel * panel_bytes(width));
+        pack_panel(
+            gate + offset, TILE, up + offset, TILE, width, PanelFormat(format),
+            panels + panel * packed_panel_bytes(width, format));
     }
 }
 
@@ -218,9 +233,11 @@ void linear(const LinearArgs* args) {
             const int count = std::min(block, num_rows - first);
             const int column = task % num_column_blocks;
             const InputRows rows = input_rows(args->states + std::size_t(first) * width, count, width);
+            const PanelRange range{
+                args->weight.panels, PanelFormat(args->weight.format), num_panels * column / num_column_blocks,
+                num_panels * (column + 1) / num_column_blocks};
             multiply_block(
-                rows, count, args->weight.panels, num_panels * column / num_column_blocks,
-                num_panels * (column + 1) / num_column_blocks,
+                rows, count, range,
                 StoreEpilogue{args->output + std::size_t(first) * outputs, count, outputs, args->weight.bias});
         }
     }
@@ -244,9 +261,9 @@ void norm_qkv(const NormQkvArgs* args) {
         const InputRows rows = normalized_rows(args->states + std::size_t(first) * width, count, width, args->norm);
         for (int index = 0; index < args->num_projections; ++index) {
             const LinearWeight& weight = args->projections[index];
-            bf16* output = args->outputs[index] + std::size_t(first) * weight.outputs;
+            state* output = args->outputs[index] + std::size_t(first) * weight.outputs;
             multiply_block(
-                rows, count, weight.panels, 0, ceil_div(weight.outputs, BLOCK),
+                rows, count, all_panels(weight),
                 StoreEpilogue{output, count, weight.outputs, weight.bias});
         }
     });
@@ -256,10 +273,10 @@ void norm_qkv(const NormQkvArgs* args) {
 void attn_out_mlp(const AttnOutMlpArgs* args) {
     const int width = args->width, attended_width = args->attended_width;
     for_each_block(args->num_rows, args->num_threads, [=](int first, int count) {
-        bf16* states = args->states + std::size_t(first) * width;
-        const bf16* attended = args->attended + std::size_t(first) * attended_width;
+        state* states = args->states + std::size_t(first) * width;
+        const state* attended = args->attended + std::size_t(first) * attended_width;
         multiply_block(
-            input_rows(attended, count, attended_width), count, args->attn_out.panels, 0, ceil_div(width, BLOCK),
+            input_rows(attended, count, attended_width), count, all_panels(args->attn_out),
             ResidualEpilogue{states, count, width, args->attn_out.bias});
         run_gated_mlp(
             normalized_rows(states, count, width, args->norm), count, args->mlp,

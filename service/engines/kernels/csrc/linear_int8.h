@@ -65,7 +65,7 @@ struct Panel {
 };
 
 // Bytes of one panel of a weight of this width.
-inline std::size_t panel_bytes(int width) {
+inline std::size_t panel_bytes(int width, PanelFormat /*format*/) {
     return std::size_t(width) * (BLOCK + sizeof(float) + sizeof(std::int32_t));
 }
 
@@ -90,7 +90,8 @@ inline void pack_column(const bf16* weights, int width, int column, const Panel&
 
 // Packs two groups of up to 16 weight rows each as the 32 columns of one panel; missing rows are zeros.
 inline void pack_panel(
-    const bf16* first, int num_first, const bf16* second, int num_second, int width, std::uint8_t* bytes) {
+    const bf16* first, int num_first, const bf16* second, int num_second, int width, PanelFormat /*format*/,
+    std::uint8_t* bytes) {
     const Panel panel(bytes, width);
     for (int row = 0; row < TILE; ++row) {
         pack_column(row < num_first ? first + std::size_t(row) * width : nullptr, width, row, panel);
@@ -141,7 +142,7 @@ inline InputRows input_rows(const bf16* states, int num_rows, int width) { retur
 // Consecutive steps of a panel, as operands of a product; a step is one group.
 class PanelSlice {
 public:
-    PanelSlice(const std::uint8_t* panel, int width, int first_step, int num_steps)
+    PanelSlice(const std::uint8_t* panel, int width, PanelFormat /*format*/, int first_step, int num_steps)
         : panel_(const_cast<std::uint8_t*>(panel), width),
           begin_(first_step * BLOCK),
           end_(begin_ + num_steps * BLOCK) {}

@@ -1,25 +1,31 @@
-// The operands of linear layers with bfloat16 weights: packed panels, input rows and the product of both.
+// The operands of linear layers with bfloat16 or fp32 weights: packed panels, input rows and the product of both.
 #pragma once
 
 #include "gemm.h"
 
-// Most steps of the inner dimension in one slice of a panel: a slice must stay in the first-level cache.
+// Most steps of the inner dimension in one slice of a panel: a slice must stay in the first-level cache, which on CPUs
+// without AVX-512 is as small as 32 KiB.
+#ifdef USE_AVX2
+constexpr int MAX_SLICE_STEPS = 6;
+#else
 constexpr int MAX_SLICE_STEPS = 40 / int(sizeof(operand));
+#endif
 
 // Bytes of one panel of a weight of this width.
-inline std::size_t panel_bytes(int width) { return sizeof(bf16) * std::size_t(width) * BLOCK; }
+inline std::size_t panel_bytes(int width, PanelFormat format) { return weight_bytes(format) * width * BLOCK; }
 
 // Packs two groups of up to 16 weight rows each as the 32 columns of one panel; missing rows are zeros.
 inline void pack_panel(
-    const bf16* first, int num_first, const bf16* second, int num_second, int width, std::uint8_t* panel) {
+    const state* first, int num_first, const state* second, int num_second, int width, PanelFormat format,
+    std::uint8_t* panel) {
     for (int step = 0; step < width / BLOCK; ++step)
         for (int half = 0; half < 2; ++half) {
-            const bf16* weights = half ? second : first;
+            const state* weights = half ? second : first;
             const int num_present = half ? num_second : num_first;
-            const bf16* columns[TILE];
+            const state* columns[TILE];
             for (int row = 0; row < TILE; ++row)
                 columns[row] = row < num_present ? weights + std::size_t(row) * width + step * BLOCK : nullptr;
-            pack_tile(columns, reinterpret_cast<bf16*>(panel) + step * STEP_SIZE + half * TILE_SIZE);
+            pack_weights(columns, format, panel + weight_bytes(format) * (step * STEP_SIZE + half * TILE_SIZE));
         }
 }
 
@@ -43,8 +49,8 @@ private:
     operand* tail_ = nullptr;
 };
 
-// The input rows of bfloat16 states [num_rows, width].
-inline InputRows input_rows(const bf16* states, int num_rows, int width) {
+// The input rows of states [num_rows, width].
+inline InputRows input_rows(const state* states, int num_rows, int width) {
     static thread_local ScratchBuffer buffer;
     return InputRows(as_operands<operand>(states, std::size_t(num_rows) * width, buffer), num_rows, width);
 }
@@ -52,11 +58,10 @@ inline InputRows input_rows(const bf16* states, int num_rows, int width) {
 // Consecutive steps of a panel, as operands of a product.
 class PanelSlice {
 public:
-    PanelSlice(const std::uint8_t* panel, int /*width*/, int first_step, int num_steps)
+    PanelSlice(const std::uint8_t* panel, int /*width*/, PanelFormat format, int first_step, int num_steps)
         : first_step_(first_step), num_steps_(num_steps) {
         static thread_local ScratchBuffer buffer;
-        operands_ = panel_as_operands<operand>(
-            reinterpret_cast<const bf16*>(panel) + std::size_t(first_step) * STEP_SIZE, num_steps, buffer);
+        operands_ = panel_operands(panel + weight_bytes(format) * first_step * STEP_SIZE, format, num_steps, buffer);
     }
 
     // Writes the product with `num_rows` <= 32 rows from `row` on; slices after the first add to it.
