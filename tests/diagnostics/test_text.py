@@ -63,8 +63,23 @@ def test_phrases_are_whole_words_in_any_case(text: str, hedges: int, flattery: i
     assert (markers.hedges, markers.flattery) == (hedges, flattery)
 
 
-FRAGMENTS = ["# Head", "- item", "1. one", "**bold**", "__b__", "perhaps", "it depends", "Great question!", "\u2728", "```",
-             "\n", " ", "\u0130", "\u03a3", "\u2019", "I\u2019m not sure", "**", "word"]  # fmt: skip
+FRAGMENTS = [
+    *(
+        "# Head",
+        "- item",
+        "1. one",
+        "**bold**",
+        "__b__",
+        "perhaps",
+        "it depends",
+        "Great question!",
+        "\u2728",
+        "```",
+        "**",
+    ),
+    *("\n", " ", "\u0130", "\u03a3", "\u2019", "I\u2019m not sure", "word"),
+]
+"""Markers, what begins and ends code, and letters that change their length in lower case."""
 
 
 @given(st.lists(st.sampled_from(FRAGMENTS), max_size=24).map("".join))

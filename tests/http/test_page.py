@@ -59,7 +59,7 @@ def test_the_folder_has_the_served_files_alone() -> None:
 
 
 def test_files_load_each_other_and_nothing_else() -> None:
-    """The page loads its own files, by relative links that exist; no script or style is inline, no address is remote."""
+    """The page loads its own files, by relative links that exist; nothing is inline, no address is remote."""
     links = Links((FOLDER / "index.html").read_text())
 
     assert {f"/{link}" for link in links.loaded} <= set(FILES)
