@@ -230,9 +230,9 @@ def test_live_figures_move_under_load_and_rest_when_nobody_looks(browser: Browse
             ended.set()
             thread.join(60)
         page.get_by_role("link", name="Playground").click()
-        page.wait_for_timeout(4000)
+        page.wait_for_timeout(6000)
         asked.clear()
-        page.wait_for_timeout(4000)
+        page.wait_for_timeout(6000)
         assert asked == []
 
 

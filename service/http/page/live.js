@@ -6,7 +6,7 @@ import { buckets, parseExposition, quantile, total } from "./exposition.js";
 import { MonitorPanel } from "./monitors.js";
 import { readJson, readText } from "./service.js";
 
-const INTERVAL_MS = 3000;
+const INTERVAL_MS = 5000;
 const MAX_READINGS = 100;
 const WATCHING = new Set(["/", "/livez", "/readyz", "/metrics", "/v1/model", "/v1/monitor", "/openapi.json", "other"]);
 
