@@ -73,6 +73,7 @@ export class CompletionCard {
   }
 
   showError(error) {
+    this.forget();
     this.answer.replaceChildren(element("p", { class: "error" }, `${error.title}: ${error.detail}`));
   }
 
@@ -103,7 +104,7 @@ export class CompletionCard {
   }
 
   async apply(name, edit) {
-    if (!this.latest) await this.owner.score();
+    if (!this.latest || this.latestText !== this.value) await this.owner.score();
     this.text.value = edit(this.text.value);
     this.edited = name;
     await this.owner.score();

@@ -20,6 +20,7 @@ export class MonitorPanel {
 
   refuse(message) {
     this.message.textContent = message;
+    for (const part of [this.alarmList, this.charts, this.tables]) part.replaceChildren();
   }
 
   show(answer) {
