@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 import subprocess
 import sys
 import threading
@@ -20,6 +22,7 @@ from playwright.sync_api import Browser, Locator, Page, expect
 from serving import RunningServer, serving
 from tiny_calibration import write_calibrated_checkpoint, write_pairs
 
+from loadtest.page_cost import measure
 from service.api_keys import hash_of
 
 pytestmark = pytest.mark.slow
@@ -40,7 +43,7 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, browser: Browser) -> Iterator[RunningServer]:
     """A calibrated tiny model on the local runtime; small batches, so that monitors move soon."""
-    model = write_calibrated_checkpoint(tmp_path_factory.mktemp("page") / "model")
+    model = write_calibrated_checkpoint(tmp_path_factory.mktemp("page") / "model", max_position_embeddings=2048)
     options = ("--model", str(model), "--device", "cpu", "--num-threads", "1", "--monitors.batch_items", "32")
     with serving(model.parent, *options, runtime="local") as started:
         yield started
@@ -225,7 +228,9 @@ def test_live_figures_move_under_load_and_rest_when_nobody_looks(browser: Browse
             )
             expect(page.locator("#view-live rect.bar").first).to_be_attached()
             assert page.locator("#view-live svg path.line").first.get_attribute("d") != drawn
-            expect(page.locator("[data-alarm]").first).to_contain_text("since", timeout=30_000)
+            expect(page.locator("[data-alarm]").first).to_contain_text(
+                re.compile(r"since \d\d:\d\d:\d\d"), timeout=30_000
+            )
         finally:
             ended.set()
             thread.join(60)
@@ -234,6 +239,13 @@ def test_live_figures_move_under_load_and_rest_when_nobody_looks(browser: Browse
         asked.clear()
         page.wait_for_timeout(6000)
         assert asked == []
+
+
+def test_looking_takes_less_than_a_percent(server: RunningServer) -> None:
+    """One browser that shows the live figures takes less than one percent of the machine's CPU time."""
+    cost = measure(server.url, server.process.pid, 40)
+
+    assert 0 < cost.share_of_core / (os.cpu_count() or 1) < 0.01
 
 
 def test_the_model_is_described(browser: Browser, server: RunningServer) -> None:
