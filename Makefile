@@ -6,7 +6,7 @@ PORT   ?= 8000
 MODEL  ?=
 BIN    := $(VENV)/bin
 
-.PHONY: serve dev test test-slow soak chaos start-soak image-check coverage check check-lock format lock prometheus clean
+.PHONY: serve dev test test-slow soak chaos start-soak image-check coverage check check-lock format lock prometheus chromium clean
 .DEFAULT_GOAL := help
 
 help: ## print the targets
@@ -90,6 +90,9 @@ prometheus: $(VENV)/dev.installed ## Prometheus's own tools for the tests of mon
 	cd $(VENV)/prometheus && apt-get download prometheus prometheus-alertmanager
 	for package in $(VENV)/prometheus/*.deb; do dpkg --extract $$package $(VENV)/prometheus || exit 1; done
 	for tool in prometheus promtool amtool; do ln -sf ../prometheus/usr/bin/$$tool $(BIN)/$$tool; done
+
+chromium: ## Debian's Chromium for the tests of the page; needs root
+	apt-get install --yes --quiet --no-install-recommends chromium
 
 clean: ## remove the virtual environment and the caches
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -36,6 +36,8 @@ from service.sibling_replicas import LoadReport, SiblingReplicas
 APP_NAME = "reward"
 MAX_ONGOING_REQUESTS = 100_000
 SCRAPE_TIMEOUT_S = 2.0
+SUMMARY_TIMEOUT_S = 30.0
+"""Seconds for the first answer of a replica that has just started."""
 ANSWER_S = 0.5
 """Seconds for sending answers that are already computed once the scorer has stopped."""
 OBJECT_STORE_BYTES = 200_000_000
@@ -88,6 +90,10 @@ class RewardReplica:
     async def monitors(self, run_id: str | None) -> tuple[str, MonitorView]:
         """This replica's name and the state of its monitors, of all items or of one run."""
         return self._name, self._served.monitors.view(run_id)
+
+    async def summary(self) -> str:
+        """What is served, as one line for the terminal."""
+        return self._served.summary
 
     async def load(self) -> LoadReport:
         """What a sibling needs to know before it sends a shard."""
@@ -197,13 +203,13 @@ def main() -> None:
             _report(reports, failed=explain_failure(str(error)), again=True)
             raise
         try:
-            _start_replicas(launch, reports)
+            summary = _start_replicas(launch, reports)
         except Exception as error:
             reason = _reason(error)
             again = is_of_ray(reason)
             _report(reports, failed=explain_failure(reason) if again else reason, again=again)
             raise
-        _report(reports, stage="running")
+        _report(reports, stage="running", summary=summary)
         sys.stdin.read()
         _stop(launch.drain_s)
 
@@ -231,7 +237,8 @@ def _start_ray(launch: Launch, reports: TextIO) -> None:
                 raise
 
 
-def _start_replicas(launch: Launch, reports: TextIO) -> None:
+def _start_replicas(launch: Launch, reports: TextIO) -> str:
+    """Start the replicas; return what one of them serves, as one line."""
     _report(reports, stage="model")
     replicas = deployment.options(
         num_replicas=launch.replicas,
@@ -240,7 +247,8 @@ def _start_replicas(launch: Launch, reports: TextIO) -> None:
         # Otherwise Ray creates a log record for every request, only to drop it.
         logging_config={"enable_access_log": False, "log_level": "WARNING"},
     )
-    serve.run(replicas.bind(launch.settings), name=APP_NAME, route_prefix="/")
+    handle = serve.run(replicas.bind(launch.settings), name=APP_NAME, route_prefix="/")
+    return str(handle.summary.remote().result(timeout_s=SUMMARY_TIMEOUT_S))
 
 
 def _stop(drain_s: float) -> None:

@@ -114,7 +114,17 @@ class ServedModel:
             "initialised_from": asdict(self.origin) if self.origin else None,
             "sha256": asdict(self.checkpoint.hashes) if self.checkpoint else {},
             "notes": list(self.checkpoint.notes) if self.checkpoint else [],
+            "audit_url": settings.page.audit_url,
         }
+
+    @property
+    def summary(self) -> str:
+        """What is served, as one line for the terminal."""
+        info, identity = self.info, self.identity
+        return (
+            f"{identity.name}, version {identity.version}: engine {info.engine}, {info.forward} on {info.device}, "
+            f"{info.arithmetic}"
+        )
 
 
 def open_model(settings: ModelSettings) -> OpenedModel:

@@ -358,6 +358,18 @@ class SecuritySettings(Section):
     public_metrics: bool = Field(False, description="Whether /metrics needs no API key, where there are keys.")
 
 
+class PageSettings(Section):
+    """The page for a browser, at the root of the service."""
+
+    enabled: bool = Field(True, description="Whether / is the page. Its files need no API key, the figures on it do.")
+    audit_url: str | None = Field(
+        None,
+        pattern=r"^https?://\S+$",
+        json_schema_extra={VALUES: "an address that begins with http:// or https://, or null"},
+        description="Address of a report of reward-audit, which the page links and /v1/model names; null: none.",
+    )
+
+
 class Settings(Section):
     """All settings of one served model."""
 
@@ -370,6 +382,7 @@ class Settings(Section):
     monitors: MonitorSettings = MonitorSettings()
     protocols: ProtocolSettings = ProtocolSettings()
     security: SecuritySettings = SecuritySettings()
+    page: PageSettings = PageSettings()
     log: str | None = Field(
         None,
         description="Access log: the file that gets one JSON line per request. -: standard output. null: with "

@@ -227,6 +227,10 @@ class Tokenization:
             return outcome
         return replace(outcome, double_bos=True)
 
+    def token_spans(self, text: str) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
+        """Return the token ids of a text alone, and for each its first character and the character after its last."""
+        return self._copy.spans_of(text)
+
     def estimate_tokens(self, items: Sequence[Item]) -> int:
         """Estimate the tokens of the items from their characters; at least one per item, exact for token ids.
 

@@ -87,6 +87,11 @@ class TokenizerCopy:
         """Return the token ids of a text without special tokens around it."""
         return tuple(self._encode_one(text).ids)
 
+    def spans_of(self, text: str) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
+        """Return the token ids of a text without special tokens, and the first and the last character + 1 of each."""
+        encoded = self._encode_one(text)
+        return tuple(encoded.ids), list(encoded.offsets)
+
     def _encode_batch(self, inputs: list[Any]) -> list[Any]:
         if len(inputs) == 1:  # for a single text the batch call would start its thread pool
             return [self._encode_one(inputs[0])]

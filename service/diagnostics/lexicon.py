@@ -7,7 +7,11 @@ bound to ``LEXICON_VERSION``, so every change that alters a count must change th
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+StyleKind: TypeAlias = Literal["headers", "list_items", "bold", "emoji", "hedges", "flattery"]
 
 LEXICON_VERSION = "1"
 
@@ -63,6 +67,19 @@ class StyleMarkers:
     flattery: int
 
 
+@dataclass(frozen=True, slots=True)
+class StyleSpan:
+    """One occurrence of a style marker."""
+
+    kind: StyleKind
+
+    start: int
+    """First character of the text that belongs to it; characters are Unicode code points."""
+
+    end: int
+    """The character after its last one."""
+
+
 class _Phrases:
     """Phrases of one kind, matched as whole words in any case, with the words that every match contains."""
 
@@ -70,9 +87,14 @@ class _Phrases:
         self._phrases = [(words, re.compile(rf"\b(?:{pattern})\b")) for words, pattern in phrases]
 
     def count_in(self, lowered: str) -> int:
-        return sum(
-            len(pattern.findall(lowered)) for words, pattern in self._phrases if any(word in lowered for word in words)
-        )
+        return sum(len(pattern.findall(lowered)) for pattern in self._candidates(lowered))
+
+    def find_in(self, lowered: str) -> Iterator[re.Match[str]]:
+        for pattern in self._candidates(lowered):
+            yield from pattern.finditer(lowered)
+
+    def _candidates(self, lowered: str) -> Iterator[re.Pattern[str]]:
+        return (pattern for words, pattern in self._phrases if any(word in lowered for word in words))
 
 
 _hedges = _Phrases(_HEDGES)
@@ -82,7 +104,7 @@ _flattery = _Phrases(_FLATTERY)
 def count_style_markers(text: str) -> StyleMarkers:
     """Count the style markers of a text. Markdown inside fenced code blocks does not count."""
     prose = FENCED_CODE.sub("", text) if "```" in text else text
-    lowered = text.lower().replace("\u2019", "'")
+    lowered = _lowered(text)
     return StyleMarkers(
         headers=len(_HEADER.findall(prose)) if "#" in prose else 0,
         list_items=len(_LIST_ITEM.findall(prose)),
@@ -91,3 +113,43 @@ def count_style_markers(text: str) -> StyleMarkers:
         hedges=_hedges.count_in(lowered),
         flattery=_flattery.count_in(lowered),
     )
+
+
+def find_style_markers(text: str) -> list[StyleSpan]:
+    """Return each marker that `count_style_markers` counts, in the order of the text."""
+    prose, prose_origin = _prose_of(text)
+    lowered = _lowered(text)
+    origin: Sequence[int] = range(len(text))
+    if len(lowered) != len(text):  # a character of some alphabets has two in lower case
+        origin = [index for index, character in enumerate(text) for _ in character.lower()]
+    found = [
+        *_spans("headers", _HEADER.finditer(prose), prose_origin),
+        *_spans("list_items", _LIST_ITEM.finditer(prose), prose_origin),
+        *_spans("bold", _BOLD.finditer(prose), prose_origin),
+        *_spans("emoji", _EMOJI.finditer(text), range(len(text))),
+        *_spans("hedges", _hedges.find_in(lowered), origin),
+        *_spans("flattery", _flattery.find_in(lowered), origin),
+    ]
+    return sorted(found, key=lambda span: (span.start, span.end))
+
+
+def _lowered(text: str) -> str:
+    return text.lower().replace("\u2019", "'")
+
+
+def _prose_of(text: str) -> tuple[str, Sequence[int]]:
+    """Return the text without fenced code, and the index in the text of each of its characters."""
+    if "```" not in text:
+        return text, range(len(text))
+    origin: list[int] = []
+    end = 0
+    for code in FENCED_CODE.finditer(text):
+        origin += range(end, code.start())
+        end = code.end()
+    origin += range(end, len(text))
+    return FENCED_CODE.sub("", text), origin
+
+
+def _spans(kind: StyleKind, matches: Iterator[re.Match[str]], origin: Sequence[int]) -> Iterator[StyleSpan]:
+    """Turn matches into spans of the text; no pattern matches an empty string."""
+    return (StyleSpan(kind, origin[match.start()], origin[match.end() - 1] + 1) for match in matches)

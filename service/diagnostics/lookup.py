@@ -22,7 +22,18 @@ from service.records import StateTap
 
 logger = logging.getLogger(__name__)
 
-SHOWN_FACTS = ("created", "num_prompts", "num_fit", "num_select", "num_calibrate", "admitted", "self_test", "weak")
+SHOWN_FACTS = (
+    "created",
+    "num_prompts",
+    "num_fit",
+    "num_select",
+    "num_calibrate",
+    "admitted",
+    "self_test",
+    "weak",
+    "mean_auroc",
+    "length",
+)
 """Fields of `CalibrationFacts` in ``/v1/model``."""
 
 
@@ -64,7 +75,9 @@ class Lookup:
             return {"id": None, "reason": self.reason}
         facts = calibration.facts.as_json()
         taps = [f"{tap.pooling}@{tap.layer}" for tap in self.taps]
-        return {"id": calibration.id, "reason": None, "taps": taps, **{name: facts[name] for name in SHOWN_FACTS}}
+        detection = facts["suite"].get("combined", {})
+        shown = {name: facts[name] for name in SHOWN_FACTS}
+        return {"id": calibration.id, "reason": None, "taps": taps, **shown, "detection": detection}
 
 
 def binding_of(checkpoint: Checkpoint, *, template: str, reward_weights: Mapping[str, float] | None = None) -> Binding:

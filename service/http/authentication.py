@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -34,6 +34,7 @@ class Authentication:
         keys: who may call.
         metrics: counts refusals.
         public_metrics: whether ``/metrics`` needs no key.
+        open_paths: further routes that need no key.
         clock: seconds, monotonic.
     """
 
@@ -44,12 +45,13 @@ class Authentication:
         keys: ApiKeys,
         metrics: Metrics,
         public_metrics: bool,
+        open_paths: Iterable[str] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._app = app
         self._keys = keys
         self._metrics = metrics
-        self._public = PUBLIC_PATHS | ({METRICS_PATH} if public_metrics else set())
+        self._public = PUBLIC_PATHS | ({METRICS_PATH} if public_metrics else set()) | set(open_paths)
         self._clock = clock
         self._quotas: dict[str, Quota] = {}
 

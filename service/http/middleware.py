@@ -60,7 +60,9 @@ class RequestMiddleware:
             await self._app(scope, receive, send)
             return
         # A path means the same with a slash at its end; a redirect would lose the body of a POST in many clients.
-        scope["path"] = scope["path"].rstrip("/") or "/"
+        # The path of the application itself has one behind its prefix, as its route has.
+        bare = scope["path"].rstrip("/")
+        scope["path"] = f"{bare}/" if bare == scope.get("root_path", "").rstrip("/") else bare
         with self._open_requests:
             await self._answer(scope, receive, send)
 

@@ -11,6 +11,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from service.assembly import ServedModel
+from service.diagnostics.monitors.distributions import describe_distributions
 from service.diagnostics.monitors.monitor import MonitorView, describe_state
 from service.errors import Forbidden, RunNotFound
 from service.http.facts import facts_of, run_id_of
@@ -42,6 +43,11 @@ def monitor_route(served: ServedModel, gather: GatherMonitors | None) -> Route:
             "calibrated": served.monitors.reference is not None,
         }
         state = describe_state(view.state, served.monitors.reference, served.settings.monitors, served.info.outputs)
-        return Response(msgspec.json.encode(answer | state), media_type="application/json")
+        calibration = served.lookup.calibration
+        rewards = None if calibration is None else calibration.rewards
+        distributions = {
+            "distributions": describe_distributions(view.state.items, rewards, served.settings.diagnostics.alpha)
+        }
+        return Response(msgspec.json.encode(answer | state | distributions), media_type="application/json")
 
     return Route("/v1/monitor", monitor)

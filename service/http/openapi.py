@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
+from service.diagnostics.lexicon import StyleKind
+from service.http.reading_schemas import MODEL, MODEL_IDENTITY, MONITORS, REFERENCE_PARAMETER
 from service.protocols.base import Protocol, ScoringRoute
-from service.protocols.native import MAX_NAME_CHARS, WireCompareRequest, WireScoreRequest
+from service.protocols.native import WireCompareRequest, WireScoreRequest
 from service.protocols.problem import MEDIA_TYPE
+from service.protocols.style_spans import REPETITION, WireStyleRequest
 from service.records import GroupReport, LengthReport, OodReport, StyleReport
 
 _REF = "#/components/schemas/{name}"
@@ -115,11 +118,7 @@ _RESULT = {
 _TOKENS = ("prompt_tokens", "completion_tokens", "scored_tokens", "shared_tokens")
 _STAGES = ("parse", "tokenize", "queue", "engine", "total")
 _ENVELOPE: dict[str, Any] = {
-    "model": {
-        "type": "object",
-        "required": ["name", "version"],
-        "properties": {"name": {"type": "string"}, "version": {"type": "string"}},
-    },
+    "model": MODEL_IDENTITY,
     "template": {"enum": ["chat", "concat", "pair"]},
     "usage": {"type": "object", "properties": {name: {"type": "integer"} for name in _TOKENS}},
     "timings_ms": {"type": "object", "properties": {name: {"type": "number"} for name in _STAGES}},
@@ -136,90 +135,35 @@ _COMPARISON_MEMBERS = _ENVELOPE | {
     "best": {"type": "integer", "description": "Index of the highest reward; of equal ones the first."},
 }
 _COMPARISON = {"type": "object", "required": list(_COMPARISON_MEMBERS), "properties": _COMPARISON_MEMBERS}
+_STYLE_SPANS = {
+    "type": "object",
+    "required": ["spans"],
+    "properties": {
+        "spans": {
+            "type": "array",
+            "description": "For each text, in order. Positions are in Unicode code points; spans may overlap.",
+            "items": {
+                "type": "array",
+                "items": {
+                    "type": "object",
+                    "required": ["kind", "start", "end"],
+                    "properties": {
+                        "kind": {"enum": [*get_args(StyleKind), REPETITION]},
+                        "start": {"type": "integer"},
+                        "end": {"type": "integer", "description": "The character after the last one."},
+                    },
+                },
+            },
+        }
+    },
+}
 _ANSWERS = {
     "Problem": _PROBLEM,
     "ItemError": _ITEM_ERROR,
     "Result": _RESULT,
     "Scores": _SCORES,
     "Comparison": _COMPARISON,
-}
-
-_MODEL = {
-    "type": "object",
-    "properties": {
-        "reward_rule": {
-            "type": "object",
-            "description": "How the numbers that the model gives become one reward; docs/models.md explains it.",
-            "properties": {
-                "outputs": {"type": "array", "items": {"type": "string"}},
-                "combination": {
-                    "type": ["string", "null"],
-                    "description": "output: there is one; weights: their weighted sum; else the name of another rule. "
-                    "Null: no weights are known, so there is no reward.",
-                },
-                "weights": {"type": ["object", "null"], "additionalProperties": {"type": "number"}},
-                "decided_by": {"enum": ["checkpoint", "settings", None]},
-            },
-        },
-        "steps": {
-            "type": "object",
-            "description": "How the model is read at the steps of an item.",
-            "properties": {
-                "readable": {"type": "boolean", "description": "Whether an item may have steps."},
-                "marker": {"type": ["string", "null"], "description": "What training put after each step."},
-                "marker_token_id": {"type": ["integer", "null"]},
-                "separate": {"type": "boolean", "description": "Whether each step is tokenized alone."},
-                "aggregate": {"enum": ["last", "min", "mean", "product"]},
-            },
-        },
-        "text_rule": {
-            "type": "object",
-            "description": "How the text of an item becomes token ids by default; docs/text.md explains it.",
-            "properties": {
-                "name": {"type": "string"},
-                "template": {"enum": ["chat", "concat", "pair"]},
-                "decided_by": {"enum": ["settings", "tokenizer"]},
-                **{name: {"type": "array", "items": {"type": "integer"}} for name in ("before", "between", "after")},
-                "token_types": {"type": "boolean"},
-                "adds_end": {"type": "boolean"},
-                "special_tokens": {"enum": ["tokenizer", "leading"]},
-                "content": {"enum": ["text", "parts"]},
-                "completion_special_tokens": {"enum": ["read", "escape"]},
-            },
-        },
-        "stored_quantization": {
-            "type": ["string", "null"],
-            "description": "How quantized weights are stored, which are widened when they are loaded; null: they are "
-            "not quantized.",
-        },
-        "initialised_from": {
-            "type": ["object", "null"],
-            "description": "The checkpoint at which the model's training started; null without a manifest.",
-            "properties": {"name": {"type": "string"}, "base_hash": {"type": ["string", "null"]}},
-        },
-        "reference": {
-            "type": "object",
-            "description": "Only where the request names a reference.",
-            "required": ["asked", "same", "detail"],
-            "properties": {
-                "asked": {"type": "string"},
-                "same": {"type": ["boolean", "null"], "description": "Null if unknown."},
-                "detail": {"type": "string"},
-            },
-        },
-    },
-}
-_REFERENCE_PARAMETER = {
-    "parameters": [
-        {
-            "name": "reference",
-            "in": "query",
-            "required": False,
-            "description": "Name of the reference model of a KL penalty, or a hash of its weights, to compare with "
-            "the checkpoint at which the model's training started.",
-            "schema": {"type": "string", "minLength": 1, "maxLength": MAX_NAME_CHARS},
-        }
-    ]
+    "StyleSpans": _STYLE_SPANS,
 }
 
 _RUN_PARAMETER = {
@@ -229,43 +173,6 @@ _RUN_PARAMETER = {
     "description": "The training run, which is monitored separately.",
     "schema": {"type": "string", "pattern": "^[A-Za-z0-9_.:-]{1,128}$"},
 }
-_NUMBER_OR_NULL = {"type": ["number", "null"]}
-_INTERVAL = {"type": ["array", "null"], "items": {"type": "number"}, "minItems": 2, "maxItems": 2}
-_TEXT_OR_NULL = {"type": ["string", "null"]}
-_MONITORS = {
-    "type": "object",
-    "description": "Rolling monitors of all replicas together; docs/monitoring.md explains them.",
-    "properties": {
-        "model": _ENVELOPE["model"],
-        "run": _TEXT_OR_NULL,
-        "runs": {"type": "array", "items": {"type": "string"}},
-        "incomplete": {"type": "boolean", "description": "Whether some replica did not answer."},
-        "calibrated": {
-            "type": "boolean",
-            "description": "Whether the model has a calibration; drift is unknown without one.",
-        },
-        "window": {"type": "object"},
-        "alarms": {"type": "array", "items": {"type": "object"}},
-        "monitors": {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "required": ["name", "metric", "definition", "value", "n", "state"],
-                "properties": {
-                    **{name: {"type": "string"} for name in ("name", "metric", "definition")},
-                    "state": {"enum": ["ok", "warn", "critical", "unknown", "shown"]},
-                    "n": {"type": "integer"},
-                    "scope": {"enum": ["pooled", "within", None]},
-                    "feature": _TEXT_OR_NULL,
-                    "interval": _INTERVAL,
-                    **dict.fromkeys(("value", "ess", "reference", "threshold"), _NUMBER_OR_NULL),
-                },
-            },
-        },
-        "cusum": {"type": "object"},
-    },
-}
-
 _SCORING_REFUSALS = {
     "400": "The body cannot be parsed.",
     "401": "The service has API keys, and the request has none that it knows.",
@@ -287,7 +194,7 @@ def document(protocols: Iterable[Protocol] = ()) -> dict[str, Any]:
     Args:
         protocols: compatibility protocols that have routes.
     """
-    own = [WireScoreRequest, WireCompareRequest, LengthReport, StyleReport, OodReport, GroupReport]
+    own = [WireScoreRequest, WireCompareRequest, WireStyleRequest, LengthReport, StyleReport, OodReport, GroupReport]
     protocols = tuple(protocols)
     foreign = list(dict.fromkeys(route.request_schema for protocol in protocols for route in protocol.scoring))
     requests, components = msgspec.json.schema_components([*own, *foreign], ref_template="#/components/schemas/{name}")
@@ -298,12 +205,13 @@ def document(protocols: Iterable[Protocol] = ()) -> dict[str, Any]:
         "paths": {
             "/v1/score": {"post": _scoring("Score items", requests[0], "Scores")},
             "/v1/compare": {"post": _scoring("Rank completions of one prompt", requests[1], "Comparison")},
+            "/v1/style": {"post": _style(requests[2])},
             "/v1/model": {
-                "get": _reading("The model that is served, and its engine", "application/json", _MODEL)
-                | _REFERENCE_PARAMETER
+                "get": _reading("The model that is served, and its engine", "application/json", MODEL)
+                | REFERENCE_PARAMETER
             },
             "/v1/monitor": {
-                "get": _reading("Rolling monitors", "application/json", _MONITORS, "404", "422")
+                "get": _reading("Rolling monitors", "application/json", MONITORS, "404", "422")
                 | {"parameters": [_RUN_PARAMETER]}
             },
             "/livez": {"get": _reading("The process is alive", "application/json", {"type": "object"})},
@@ -381,6 +289,16 @@ def _scoring(summary: str, request_schema: dict[str, Any], answer: str) -> dict[
         }
         | {status: _problem_answer(description) for status, description in _SCORING_REFUSALS.items()},
     }
+
+
+def _style(request_schema: dict[str, Any]) -> dict[str, Any]:
+    operation = _scoring(
+        "Find the markers of the style block in texts, without the model", request_schema, "StyleSpans"
+    )
+    success = operation["responses"]["200"]
+    del operation["parameters"], success["headers"]
+    success["description"] = "The spans of each text, in order."
+    return operation
 
 
 def _reading(summary: str, media_type: str, schema: dict[str, Any], *refusals: str) -> dict[str, Any]:

@@ -15,9 +15,11 @@ from service.http.middleware import RequestMiddleware
 from service.http.monitoring import GatherMonitors, monitor_route
 from service.http.open_requests import OpenRequests
 from service.http.operating import Exposition, operating_routes
+from service.http.page_routes import FILES, page_routes
 from service.http.problems import EXCEPTION_HANDLERS
 from service.http.protocols import protocol_routes
 from service.http.scoring import scoring_routes
+from service.http.style import style_route
 
 
 def create_app(
@@ -47,9 +49,11 @@ def create_app(
     """
     routes = [
         *scoring_routes(served),
+        style_route(served),
         *operating_routes(served, exposition, livez_checks_engine=livez_checks_engine),
         monitor_route(served, monitors),
         *protocol_routes(served),
+        *(page_routes() if served.settings.page.enabled else ()),
     ]
     request_middleware = Middleware(
         RequestMiddleware,
@@ -76,5 +80,13 @@ def create_app(
 def _authentication(served: ServedModel, keys: ApiKeys | None) -> list[Middleware]:
     if keys is None:
         return []
-    public_metrics = served.settings.security.public_metrics
-    return [Middleware(Authentication, keys=keys, metrics=served.metrics, public_metrics=public_metrics)]
+    settings = served.settings
+    return [
+        Middleware(
+            Authentication,
+            keys=keys,
+            metrics=served.metrics,
+            public_metrics=settings.security.public_metrics,
+            open_paths=FILES if settings.page.enabled else (),  # they hold no data
+        )
+    ]

@@ -1,4 +1,4 @@
-"""The application while the model loads: alive, not ready, and every other route answers 503 ``not_ready``.
+"""The application while the model loads: alive, not ready, and every other route but the page answers ``not_ready``.
 
 It needs no model, so the server can listen before anything heavy is imported.
 """
@@ -18,23 +18,26 @@ from service.http import openapi
 from service.http.access_log import AccessLog
 from service.http.middleware import RequestMiddleware
 from service.http.open_requests import OpenRequests
+from service.http.page_routes import page_routes
 from service.http.problems import EXCEPTION_HANDLERS
 from service.metrics import Metrics
 
 LIVENESS = frozenset({"/livez", "/healthz"})
 
 
-def create_starting_app(access_log: AccessLog, open_requests: OpenRequests) -> Starlette:
+def create_starting_app(access_log: AccessLog, open_requests: OpenRequests, *, page: bool) -> Starlette:
     """Build the application that answers until the model is loaded; it has the routes of the OpenAPI document.
 
     Args:
         access_log: where request lines go; closed by the caller.
         open_requests: counts requests in and out.
+        page: whether the page is served, which then waits for the model.
     """
     routes = [
         Route(path, _live() if path in LIVENESS else _not_ready(), methods=[name.upper() for name in operations])
         for path, operations in openapi.document()["paths"].items()
     ]
+    routes += page_routes() if page else []
     middleware = Middleware(
         RequestMiddleware,
         model_version=None,

@@ -35,16 +35,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if settings.model.path is not None and not settings.model.is_demo and settings.model.engine != "oracle":
             check_source(settings.model.path)
+        if options.opens_page and not settings.page.enabled:
+            raise SettingsError("page.enabled is false, so there is no page: leave --open out.")
         if options.check:
             check(settings.served_model(), console)
         elif settings.runtime == "local":
             from service.launch.local import serve_locally
 
-            serve_locally(settings, console)
+            serve_locally(settings, console, opens_page=options.opens_page)
         else:
             from service.launch.start import serve
 
-            serve(settings, console)
+            serve(settings, console, opens_page=options.opens_page)
     except StartupError as error:
         console.print(f"reward-serve: {error}", markup=False, style="red")
         return 1

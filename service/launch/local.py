@@ -39,7 +39,6 @@ from service.settings import Settings
 
 if TYPE_CHECKING:
     from service.assembly import OpenedModel, ServedModel
-    from service.scorer import Scorer
 
 REPLICA = "local"
 """Value of the label ``replica`` in ``/metrics``."""
@@ -54,8 +53,13 @@ _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _Result = TypeVar("_Result")
 
 
-def serve_locally(settings: StartSettings, console: Console) -> None:
+def serve_locally(settings: StartSettings, console: Console, *, opens_page: bool = False) -> None:
     """Run the service in this process until SIGINT or SIGTERM.
+
+    Args:
+        settings: all settings.
+        console: where progress is shown.
+        opens_page: whether a browser is to show the page once the service answers.
 
     Raises:
         StartupError: a setting needs Ray, the port is taken, the checkpoint is refused, or the engine has failed.
@@ -71,7 +75,7 @@ def serve_locally(settings: StartSettings, console: Console) -> None:
             listener = stack.enter_context(_listening(settings.server.host, settings.server.port))
             access_log = stack.enter_context(_access_log(settings.log))
             url = f"http://{reachable(settings.server.host)}:{listener.getsockname()[1]}"
-            progress = stack.enter_context(TerminalProgress(console, url))
+            progress = stack.enter_context(TerminalProgress(console, url, opens_page=opens_page))
             server = _LocalServer(replica_settings(settings), listener, access_log, progress, api_keys)
             server.run()
     except StopRequested as stop:
@@ -170,7 +174,7 @@ class _LocalServer:
         self._progress = progress
         self._api_keys = api_keys
         self._open_requests = OpenRequests()
-        self._app = _ReplaceableApp(create_starting_app(access_log, self._open_requests))
+        self._app = _ReplaceableApp(create_starting_app(access_log, self._open_requests, page=settings.page.enabled))
         self._config = uvicorn.Config(
             CancelOnDisconnect(self._app),
             ws="none",
@@ -252,17 +256,17 @@ class _LocalServer:
 
     async def _load_and_watch(self) -> None:
         """Load the model, report that it is ready, and return only by an exception."""
-        scorer = await self._load()
+        served = await self._load()
         self._is_ready = True
-        self._progress.ready()
+        self._progress.ready(served.summary)
         while True:
             await asyncio.sleep(HEALTH_CHECK_S)
             try:
-                scorer.check_health()
+                served.scorer.check_health()
             except EngineUnavailable as error:
                 raise ServerStartError(str(error)) from None
 
-    async def _load(self) -> Scorer:
+    async def _load(self) -> ServedModel:
         """Load and warm up the model, and let its application answer."""
         opened: OpenedModel | None = None
         with _without_garbage_collection():
@@ -275,7 +279,7 @@ class _LocalServer:
         if served.checkpoint is not None:
             self._progress.note(served.tokenization.rule.sentence)
         await served.scorer.start()
-        return served.scorer
+        return served
 
     def _assemble(self, opened: OpenedModel | None) -> tuple[ServedModel, ASGIApp]:
         from service.assembly import assemble

@@ -44,6 +44,8 @@ class Options:
     """Path of the configuration file."""
     check: bool
     """Whether the checkpoint is only checked and nothing is served."""
+    opens_page: bool
+    """Whether a browser is to show the page once the service answers."""
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> Options:
@@ -69,6 +71,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         const=True,
         help="check this checkpoint, or the one of --model, and its parity with transformers; serve nothing",
     )
+    parser.add_argument("--open", action="store_true", help="show the page in a browser once the service answers")
     source: CliSettingsSource[Any] = CliSettingsSource(
         StartSettings, root_parser=parser, add_argument_method=_add_setting
     )
@@ -78,12 +81,14 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     if empty:
         # As from an unset variable of a shell script; the next source, or the demo model, would be taken instead.
         parser.error(f"{SHORT_OPTIONS.get(empty[0], f'--{empty[0]}')} has an empty value")
-    config, check = values.pop("config"), values.pop("check")
+    config, check, opens_page = values.pop("config"), values.pop("check"), values.pop("open")
     if isinstance(check, str):
         if values.get("model.path", check) != check:
             parser.error("--check and --model name two checkpoints: name one")
         values["model.path"] = check
-    return Options(source(parsed_args=values), config, check is not None)
+    if opens_page and check is not None:
+        parser.error("--check serves nothing, so there is no page to --open: leave one out")
+    return Options(source(parsed_args=values), config, check is not None, opens_page)
 
 
 def _add_setting(container: Any, *names: str, dest: str, **keywords: Any) -> None:

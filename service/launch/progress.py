@@ -8,6 +8,8 @@ from typing import Self
 from rich.console import Console
 from rich.status import Status
 
+from service.launch.browser import open_in_browser
+
 _STAGES = {
     "checkpoint": "Checking the checkpoint",
     "ray": "Starting Ray",
@@ -22,11 +24,18 @@ curl -s {url}/v1/score -H 'Content-Type: application/json' -d '{{"items": [
 
 
 class TerminalProgress:
-    """Shows each stage: as a spinner on a terminal, as a plain line elsewhere."""
+    """Shows each stage: as a spinner on a terminal, as a plain line elsewhere.
 
-    def __init__(self, console: Console, url: str) -> None:
+    Args:
+        console: where it is shown.
+        url: address of the service.
+        opens_page: whether a browser is to show the page once the service answers.
+    """
+
+    def __init__(self, console: Console, url: str, *, opens_page: bool = False) -> None:
         self._console = console
         self._url = url
+        self._opens_page = opens_page
         self._status: Status | None = None
         self._started_at = time.monotonic()
 
@@ -41,13 +50,16 @@ class TerminalProgress:
         # While the checkpoint is checked a download may show its own progress, which a spinner would overwrite.
         self._show(_STAGES[name], spinner=name != "checkpoint")
 
-    def ready(self) -> None:
-        """Show that the service answers, with a request to paste."""
+    def ready(self, summary: str) -> None:
+        """Show that the service answers, what it serves, and a request to paste."""
         self._end_status()
         elapsed_s = time.monotonic() - self._started_at
         self._console.print(
-            f"Ready in {elapsed_s:.0f} s: {self._url}\n\n{_EXAMPLE.format(url=self._url)}\n", markup=False
+            f"Ready in {elapsed_s:.0f} s: {self._url} serves {summary}.\n\n{_EXAMPLE.format(url=self._url)}\n",
+            markup=False,
         )
+        if self._opens_page and not open_in_browser(self._url):
+            self._console.print(f"There is no desktop here: open {self._url} in a browser.", markup=False)
 
     def note(self, sentence: str) -> None:
         """Show a sentence that stays."""

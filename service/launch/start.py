@@ -38,8 +38,13 @@ REPLICA_DRAIN_S = 1.0
 """Seconds that a leaving replica stays reachable, so that HAProxy learns of it first."""
 
 
-def serve(settings: StartSettings, console: Console) -> None:
+def serve(settings: StartSettings, console: Console, *, opens_page: bool = False) -> None:
     """Run the service until SIGINT or SIGTERM.
+
+    Args:
+        settings: all settings.
+        console: where progress is shown.
+        opens_page: whether a browser is to show the page once the service answers.
 
     Raises:
         StartupError: API keys are missing, a port is taken, the checkpoint is refused, or the server failed.
@@ -48,9 +53,10 @@ def serve(settings: StartSettings, console: Console) -> None:
     server = settings.server
     keys_for(settings.security, server.host)
     check_script()
+    url = f"http://{reachable(server.host)}:{server.port}"
     with (
         reserved_http(server.host, server.port) as http,
-        TerminalProgress(console, f"http://{reachable(server.host)}:{server.port}") as progress,
+        TerminalProgress(console, url, opens_page=opens_page) as progress,
     ):
         with private_folder() as folder:  # what cannot be made or written is said before a model is loaded
             log_path(settings.log, folder)

@@ -56,8 +56,8 @@ class Progress(Protocol):
         """A stage has begun: ``ray``, ``serve``, ``model``, ``running``."""
         ...
 
-    def ready(self) -> None:
-        """The service answers."""
+    def ready(self, summary: str) -> None:
+        """The service answers; ``summary`` says what it serves."""
         ...
 
     def stopping(self, *, ready: bool) -> None:
@@ -152,6 +152,7 @@ class _Server:
         self._reports = os.fdopen(reports, "rb", buffering=0)
         self._unread = b""
         self._stage = "ray"
+        self._summary = ""
         self.is_ready = False
         self._process = subprocess.Popen(  # noqa: S603 - this interpreter and a module of this package
             [sys.executable, "-P", "-c", _CHILD, str(reports_child)],
@@ -177,7 +178,7 @@ class _Server:
             self._follow_reports(progress)
             self._check_alive(progress)
         self.is_ready = True
-        progress.ready()
+        progress.ready(self._summary)
 
     def watch(self) -> None:
         """Never return; raise when the server exits by itself, or Ray loses a process that it cannot replace."""
@@ -208,6 +209,7 @@ class _Server:
                 error = RayStartError if report["again"] else ServerStartError
                 raise error(_sentence(report["failed"]))
             self._stage = report["stage"]
+            self._summary = report.get("summary", "")
             if progress is not None:
                 progress.stage(report["stage"])
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections import Counter
+from dataclasses import asdict
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from service.diagnostics.lexicon import count_style_markers
+from service.diagnostics.lexicon import count_style_markers, find_style_markers
 from service.diagnostics.ngrams import NgramCounts
+from service.diagnostics.repetition import find_repetitions
 from service.diagnostics.text import (
     STATISTICS,
     TextReader,
@@ -56,6 +61,62 @@ def test_phrases_are_whole_words_in_any_case(text: str, hedges: int, flattery: i
     markers = count_style_markers(text)
 
     assert (markers.hedges, markers.flattery) == (hedges, flattery)
+
+
+FRAGMENTS = [
+    *(
+        "# Head",
+        "- item",
+        "1. one",
+        "**bold**",
+        "__b__",
+        "perhaps",
+        "it depends",
+        "Great question!",
+        "\u2728",
+        "```",
+        "**",
+    ),
+    *("\n", " ", "\u0130", "\u03a3", "\u2019", "I\u2019m not sure", "word"),
+]
+"""Markers, what begins and ends code, and letters that change their length in lower case."""
+
+
+@given(st.lists(st.sampled_from(FRAGMENTS), max_size=24).map("".join))
+def test_spans_are_the_counted_markers(text: str) -> None:
+    """Every counted marker has one span of its kind, whatever stands between: code, letters that grow in lower case."""
+    spans = find_style_markers(text)
+
+    counts = asdict(count_style_markers(text))
+    assert Counter(span.kind for span in spans) == Counter({kind: count for kind, count in counts.items() if count})
+    assert all(0 <= span.start < span.end <= len(text) for span in spans)
+
+
+def test_spans_show_the_marked_text() -> None:
+    """The characters of a span are the marker, also behind code and behind letters that grow in lower case."""
+    text = "\u0130\u0130 ```\n# no\n``` It\u2019s important to note: **bold**\n## Head\n- item \u2728 Great question"
+
+    found = [(span.kind, text[span.start : span.end]) for span in find_style_markers(text)]
+
+    assert found == [
+        ("hedges", "It\u2019s important to note"),
+        ("bold", "**bold**"),
+        ("headers", "## "),
+        ("list_items", "- "),
+        ("emoji", "\u2728"),
+        ("flattery", "Great question"),
+    ]
+
+
+def test_repetitions_are_the_counted_4_grams() -> None:
+    """The tokens of every 4-gram that occurred before are marked, joined where they touch; a first one is not."""
+    ids = (1, 2, 3, 4, 9, 1, 2, 3, 4, 5, 1, 2, 3, 4, 5)
+    spans = [(2 * index, 2 * index + 1) for index in range(len(ids))]
+
+    assert find_repetitions(ids, spans) == [(10, 17), (20, 29)]
+    assert find_repetitions(ids, [(index, index + 1) for index in range(len(ids))]) == [(5, 9), (10, 15)]
+    assert read_tokens(ids, ()).repeat4 == pytest.approx(3 / 12)
+    assert find_repetitions((1, 2, 3), [(0, 1)] * 3) == []
 
 
 def test_characters_by_hand() -> None:

@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 from service.api_keys import ApiKey, ApiKeys, hash_of, new_key, read_api_keys
 from service.errors import OutputError, QuotaExceeded, SettingsError
 from service.http.authentication import PUBLIC_PATHS, Quota
+from service.http.page_routes import FILES
 from service.launch.exposure import keys_for
 from service.launch.key_command import main
 from service.settings import SecuritySettings
@@ -75,13 +76,13 @@ async def test_a_route_prefix_changes_no_right(app: Application) -> None:
 
 
 async def test_every_route_but_the_probes_is_denied_without_a_key(app: Application) -> None:
-    """Every route without a valid key is 401 unless it is on the short list; so is a path that is no route."""
+    """Every route without a valid key is 401, probes and the files of the page excepted; so is a path without route."""
     listed = routes_of(app)
     assert len(listed) > 20
     for method, path in [*listed, ("GET", "/v1/no-such-route")]:
         for headers in ({}, bearer("wrong"), basic("wrong", "wrong"), {"Authorization": "Bearer"}):
             answer = await app.client.request(method, path, headers=headers)
-            if path in PUBLIC_PATHS:
+            if path in PUBLIC_PATHS | FILES.keys():
                 assert answer.status_code == 200, path
             else:
                 assert answer.status_code == 401, (method, path)

@@ -248,6 +248,9 @@ STAGES = {
 }
 
 
+SUMMARY = "oracle, version oracle: engine oracle, packed on cpu, float32."
+
+
 def test_messages_of_a_start(oracle_server: RunningServer) -> None:
     """Without a terminal the start prints a few plain lines and a command to paste; Ray and uvicorn print nothing."""
     lines = oracle_server.messages.read_text().splitlines()
@@ -258,6 +261,7 @@ def test_messages_of_a_start(oracle_server: RunningServer) -> None:
     stages = STAGES[oracle_server.runtime]
     assert lines[: len(stages)] == stages
     assert lines[len(stages)].startswith("Ready in ")
+    assert lines[len(stages)].endswith(f"s: {oracle_server.url} serves {SUMMARY}")
     assert lines[len(stages) + 2].startswith("curl ")
     assert len(lines) == len(stages) + 6
     assert [line["event"] for line in logged if line["request_id"] == "messages"] == ["scored"]

@@ -53,7 +53,7 @@ def other_value(name: str) -> str:
         "diagnostics.level": "full", "runtime": "local", "protocols.enabled": "slime,kserve",
         "protocols.truncation": "prompt_left", "protocols.activation": "sigmoid",
         "protocols.openrlhf_scores": "sigmoid", "protocols.slime_template": "chat",
-        "security.authentication": "required",
+        "security.authentication": "required", "page.audit_url": "https://audits.example/report",
     }  # fmt: skip
     if name in special | literals:
         return (special | literals)[name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 from tiny_models import write_tiny_checkpoint
@@ -99,9 +100,9 @@ def calibrate(folder: Path, data: Path, *options: str) -> int:
         return main([str(folder), str(data), "--items-per-set", "2", "--force", *options])
 
 
-def write_calibrated_checkpoint(folder: Path) -> Path:
+def write_calibrated_checkpoint(folder: Path, **config_overrides: Any) -> Path:
     """Write a tiny Llama classifier with its calibration and return the folder."""
-    write_tiny_checkpoint(folder, "llama", num_hidden_layers=4)
+    write_tiny_checkpoint(folder, "llama", num_hidden_layers=4, **config_overrides)
     calibrate(folder, write_pairs(folder.parent / "pairs.jsonl"))
     assert (folder / CALIBRATION_FILE).is_file()
     return folder

@@ -1,8 +1,8 @@
 """The rolling monitors of a replica: one over all items that it scores, and one for each run that sends an id.
 
-They hold state and use no clock, thread or metric; all calls must come from one thread. A window is a queue of batches.
-A batch is closed once it is large enough, and only between two requests, so that the completions of a prompt stay in
-one batch.
+They hold state and use no thread or metric; clocks are passed in, and all calls must come from one thread. A window is
+a queue of batches. A batch is closed once it is large enough, and only between two requests, so that the completions of
+a prompt stay in one batch.
 """
 
 from __future__ import annotations
@@ -11,19 +11,24 @@ import itertools
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import reduce
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from service.diagnostics.diagnosis import siblings_of
 from service.diagnostics.item_state import ItemState
+from service.diagnostics.monitors.alarm_times import AlarmTimes, earliest, iso_time, window_alarms
 from service.diagnostics.monitors.alarms import SIGNALS, stepped, steps_of
 from service.diagnostics.monitors.cusum import Cusum, family_threshold
+from service.diagnostics.monitors.distributions import NO_ITEMS, numbers_of
 from service.diagnostics.monitors.observation import Observation, ObservedItems
 from service.diagnostics.monitors.reference import MonitorReference
 from service.diagnostics.monitors.report import read_sums, read_window, window_correlation
 from service.diagnostics.monitors.window import WindowStatistics, merge_windows, summarize
-from service.records import SCOPES, Score
+from service.records import SCOPES, Scope, Score
 from service.settings import MonitorSettings
 
 IDLE_S = 3600.0
@@ -33,7 +38,7 @@ Listener = Callable[[ObservedItems, Sequence[Observation]], None]
 """Called with all items, each once; the completions of a prompt come in one call."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class MonitorState:
     """The state of a monitor by value: of one replica, or of several merged."""
 
@@ -54,6 +59,12 @@ class MonitorState:
     num_replicas: int = 1
     """Number of replicas that were merged."""
 
+    items: NDArray[np.float32] = field(default_factory=lambda: NO_ITEMS, repr=False)
+    """Reward, completion tokens and p-value of each item of the window, [n, 3]."""
+
+    alarm_times: AlarmTimes = field(default_factory=dict)
+    """When each alarm that is on has begun, as of the last full batch; merged, the earliest time."""
+
     def merged(self, other: MonitorState) -> MonitorState:
         """Return both merged: statistics and counts exactly, of each cumulative sum the larger value."""
         return MonitorState(
@@ -63,6 +74,8 @@ class MonitorState:
             dict(Counter(self.num_alarms) + Counter(other.num_alarms)),
             self.num_batches + other.num_batches,
             self.num_replicas + other.num_replicas,
+            np.concatenate([self.items, other.items]),
+            earliest(self.alarm_times, other.alarm_times),
         )
 
 
@@ -81,11 +94,25 @@ class MonitorView:
 
 
 class Monitor:
-    """One rolling window over a stream of items, with its cumulative sums."""
+    """One rolling window over a stream of items, with its cumulative sums.
 
-    def __init__(self, settings: MonitorSettings, reference: MonitorReference | None) -> None:
+    Args:
+        settings: window and thresholds.
+        reference: reference of the calibration; without one (None) drift is not monitored.
+        wall_clock: seconds since 1970, for the times of alarms.
+    """
+
+    def __init__(
+        self,
+        settings: MonitorSettings,
+        reference: MonitorReference | None,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
         self._settings = settings
         self._reference = reference
+        self._wall_clock = wall_clock
+        self._alarm_times = AlarmTimes()
+        self._items: deque[NDArray[np.float32]] = deque()
         self._threshold = family_threshold(len(SIGNALS), settings.false_alarm_batches)
         self._pending: list[Observation] = []
         self._batches: deque[WindowStatistics] = deque()
@@ -110,24 +137,42 @@ class Monitor:
     def state(self) -> MonitorState:
         """Return the window, items of the unfinished batch included, and the sums as of the last full batch."""
         statistics = merge_windows([*self._batches, self._summarized_pending()])
-        return MonitorState(statistics, self._threshold, dict(self._sums), dict(self._num_alarms), self._num_batches)
+        return MonitorState(
+            statistics,
+            self._threshold,
+            dict(self._sums),
+            dict(self._num_alarms),
+            self._num_batches,
+            items=np.concatenate([*self._items, numbers_of(self._pending)]),
+            alarm_times=dict(self._alarm_times),
+        )
 
     def _close_batch(self) -> None:
         batch = self._summarized_pending()
+        self._items.append(numbers_of(self._pending))
         self._pending = []
         self._num_closed += 1
         self._batches.append(batch)
         num_items = sum(closed.num_items for closed in self._batches)
         while num_items - self._batches[0].num_items >= self._settings.window_items:
             num_items -= self._batches.popleft().num_items
+            self._items.popleft()
         if self._reference is not None:
             self._step(batch, self._reference)
+        self._note_alarms()
 
     def _step(self, batch: WindowStatistics, reference: MonitorReference) -> None:
         before = self._sums
         self._sums = stepped(before, steps_of(batch, reference), self._threshold)
         self._num_batches += 1
         self._num_alarms.update(name for name in SIGNALS if self._sums[name].alarming and not before[name].alarming)
+
+    def _note_alarms(self) -> None:
+        """Note the time of alarms that have begun with this batch, and forget that of alarms that have ended."""
+        drifting = {f"cusum_{name}" for name in SIGNALS if self._sums[name].alarming}
+        alarms = drifting | window_alarms(self._batches, self._reference, self._settings)
+        now = self._wall_clock()
+        self._alarm_times = {name: self._alarm_times.get(name, now) for name in alarms}
 
     def _summarized_pending(self) -> WindowStatistics:
         thresholds = None if self._reference is None else self._reference.style_thresholds
@@ -263,9 +308,9 @@ def describe_state(
             "replicas": state.num_replicas,
         },
         "alarms": [
-            *({"name": found.name, "scope": found.scope, "severity": found.state}
+            *(_alarm(found.name, found.scope, found.state, state)
               for found in readings if found.state in {"warn", "critical"}),
-            *({"name": f"cusum_{found.signal}", "scope": None, "severity": "warn"} for found in sums if found.alarm),
+            *(_alarm(f"cusum_{found.signal}", None, "warn", state) for found in sums if found.alarm),
         ],
         "monitors": [asdict(reading) for reading in readings],
         "cusum": {
@@ -278,6 +323,11 @@ def describe_state(
             "signals": [asdict(found) for found in sums],
         },
     }  # fmt: skip
+
+
+def _alarm(name: str, scope: Scope | None, severity: str, state: MonitorState) -> dict[str, Any]:
+    since = state.alarm_times.get(name if scope is None else f"{name}_{scope}")
+    return {"name": name, "scope": scope, "severity": severity, "since": None if since is None else iso_time(since)}
 
 
 def _largest(one: Cusum, other: Cusum) -> Cusum:

@@ -96,6 +96,28 @@ def reward_gap(statistics: WindowStatistics, reference: MonitorReference | None)
     return float(flagged.mean[0] - unflagged.mean[0]) / reference.signals["reward"].sd
 
 
+def ood_rates(statistics: WindowStatistics, reference: MonitorReference | None) -> tuple[Reading, Reading]:
+    """Return the share of flagged items, and that of prompts whose completion with the highest reward is flagged."""
+    flag = reference.signals["flag"] if reference else None
+    rate = share_reading(
+        "ood_rate",
+        "Share of items flagged as out of distribution. State: warn when its lower bound exceeds twice the reference.",
+        statistics.num_flagged,
+        statistics.num_with_ood,
+        statistics,
+        flag,
+    )
+    top1_rate = share_reading(
+        "top1_ood_rate",
+        "Share of prompts whose completion with the highest reward is flagged; expected: the flag rate.",
+        statistics.num_top1_ood,
+        statistics.num_groups_with_ood,
+        None,
+        flag,
+    )
+    return rate, top1_rate
+
+
 def tie_rate(statistics: WindowStatistics) -> float | None:
     """Return the share of pairs of completions of one prompt that have the same reward; None without pairs."""
     return statistics.num_tied_pairs / statistics.num_pairs if statistics.num_pairs else None
@@ -232,15 +254,8 @@ def _partial_readings(
 
 
 def _ood_readings(statistics: WindowStatistics, reference: MonitorReference | None) -> Iterator[Reading]:
-    flag = reference.signals["flag"] if reference else None
-    yield share_reading(
-        "ood_rate",
-        "Share of items flagged as out of distribution. State: warn when its lower bound exceeds twice the reference.",
-        statistics.num_flagged,
-        statistics.num_with_ood,
-        statistics,
-        flag,
-    )
+    rate, top1_rate = ood_rates(statistics, reference)
+    yield rate
     surprise = reference.signals["surprise"] if reference else None
     yield mean_reading(
         "mean_surprise",
@@ -261,14 +276,7 @@ def _ood_readings(statistics: WindowStatistics, reference: MonitorReference | No
         interval=_gap_interval(statistics, reference, gap),
         state="unknown" if gap is None else "shown",
     )
-    yield share_reading(
-        "top1_ood_rate",
-        "Share of prompts whose completion with the highest reward is flagged; expected: the flag rate.",
-        statistics.num_top1_ood,
-        statistics.num_groups_with_ood,
-        None,
-        flag,
-    )
+    yield top1_rate
 
 
 def _drift_readings(statistics: WindowStatistics, reference: MonitorReference | None) -> Iterator[Reading]:

@@ -143,7 +143,34 @@ def test_hacked_stream_raises_alarms(clean: MonitorReference) -> None:
     assert {"surprise", "flag", "markdown", "flattery", "log_tokens"} <= set(state.num_alarms)
     assert set(state.num_alarms.values()) == {1}
     assert state.sums["surprise"].alarming_up
-    assert {"name": "cusum_surprise", "scope": None, "severity": "warn"} in described(monitor, clean)["alarms"]
+    raised = {(alarm["name"], alarm["severity"]) for alarm in described(monitor, clean)["alarms"]}
+    assert ("cusum_surprise", "warn") in raised
+
+
+def test_alarms_have_the_time_of_their_batch(clean: MonitorReference) -> None:
+    """An alarm has the time at which the batch was complete with which it began, and none once it has ended."""
+    now = 1_700_000_000.0
+    monitor = fed(Monitor(SETTINGS, clean, lambda: now), stream(500, seed=8))
+    assert described(monitor, clean)["alarms"] == []
+    fed(monitor, stream(1000, seed=9, hacked=0.1, slope=3.0, first_prompt=1000))
+    first = {
+        alarm["name"]: alarm["since"] for alarm in described(monitor, clean)["alarms"] if alarm["scope"] != "pooled"
+    }
+    now += 3600.0
+    fed(monitor, stream(1000, seed=10, hacked=0.1, slope=3.0, first_prompt=3000))
+    later = {
+        alarm["name"]: alarm["since"] for alarm in described(monitor, clean)["alarms"] if alarm["scope"] != "pooled"
+    }
+
+    assert {"ood_rate", "reward_length_corr", "reward_length_r2", "cusum_surprise"} <= set(first)
+    assert set(first.values()) == {"2023-11-14T22:13:20+00:00"}
+    assert first == {name: later[name] for name in first}
+
+    fed(monitor, stream(1000, seed=11, first_prompt=6000))
+    assert "reward_length_r2" not in {alarm["name"] for alarm in described(monitor, clean)["alarms"]}
+    fed(monitor, stream(1000, seed=12, slope=3.0, first_prompt=8000))
+    again = {alarm["name"]: alarm["since"] for alarm in described(monitor, clean)["alarms"]}
+    assert again["reward_length_r2"] == "2023-11-14T23:13:20+00:00"
 
 
 def test_uncertain_reference_raises_the_allowance() -> None:

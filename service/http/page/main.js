@@ -1,0 +1,55 @@
+// Joins the views: which one is shown, the API key, and what is served.
+
+import { element } from "./elements.js";
+import { Live } from "./live.js";
+import { ModelView } from "./model.js";
+import { Playground } from "./playground.js";
+import { readJson, useKey } from "./service.js";
+
+const RETRY_MS = 2000;
+const VIEWS = { playground: Playground, live: Live, model: ModelView };
+
+const status = document.querySelector("#status");
+const keyPanel = document.querySelector("#key-panel");
+const views = {};
+let shown = null;
+
+/** Show the view that the address names; each is made when it is shown for the first time. */
+function showNamed() {
+  const name = location.hash.slice(1) in VIEWS ? location.hash.slice(1) : "playground";
+  if (shown) views[shown].hide();
+  for (const section of document.querySelectorAll("main > section")) section.hidden = section.id !== `view-${name}`;
+  for (const link of document.querySelectorAll("nav a")) {
+    if (link.hash === `#${name}`) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
+  }
+  views[name] ??= new VIEWS[name](document.querySelector(`#view-${name}`));
+  shown = name;
+  views[name].show();
+}
+
+/** Say in the head what is served; wait for a model that is loading. */
+async function describe() {
+  try {
+    const { model, engine } = await readJson("v1/model");
+    status.replaceChildren(
+      element("strong", {}, model.name),
+      ` ${model.version} \u00b7 ${engine.engine}, ${engine.forward}, ${engine.dtype} on ${engine.device}`,
+    );
+    status.dataset.ready = "yes";
+  } catch (problem) {
+    status.textContent = problem.code === "not_ready" ? "The model is loading \u2026" : problem.message;
+    if (problem.status === 401) keyPanel.open = true;
+    else setTimeout(describe, RETRY_MS);
+  }
+}
+
+document.querySelector("#key-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  useKey(document.querySelector("#key").value);
+  describe();
+  views[shown].show();
+});
+addEventListener("hashchange", showNamed);
+showNamed();
+describe();
