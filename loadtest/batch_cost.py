@@ -155,8 +155,9 @@ def _print(rounds: Sequence[Round], work: BatchWork, console: Console) -> None:
             f"{work.num_items / one.job_s:,.1f} items/s, {one.share:.1%}",
             highlight=False,
         )
+    share = median(one.share for one in rounds)
     console.print(
-        f"{work.num_items:,} items ({work.num_refused:,} refused): reward-score has {median(one.share for one in rounds):.1%} of the pipeline's "
+        f"{work.num_items:,} items ({work.num_refused:,} refused): reward-score has {share:.1%} of the pipeline's "
         "items/s (median)",
         highlight=False,
     )
