@@ -28,8 +28,8 @@ from service.records import (
     TokenSequence,
 )
 
-RNG = np.random.default_rng(0)
-STATES = RNG.normal(size=(64, len(TAPS), HIDDEN)).astype(np.float32)
+_RNG = np.random.default_rng(0)
+STATES = _RNG.normal(size=(64, len(TAPS), HIDDEN)).astype(np.float32)
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,6 @@ import pytest
 
 from service.diagnostics.reference import LengthCurve, Reference
 
-RNG = np.random.default_rng(0)
-
 
 def test_z_and_percentile() -> None:
     """The z is in standard deviations, the percentile the share at or below."""
@@ -22,8 +20,9 @@ def test_z_and_percentile() -> None:
 
 def test_length_bias_is_removed() -> None:
     """An adjusted reward is not correlated with length, also where the bias saturates, and its mean is unchanged."""
-    log_lengths = RNG.uniform(1, 7, 6000)
-    rewards = np.minimum(log_lengths, 5.0) + RNG.normal(0, 0.5, 6000)
+    rng = np.random.default_rng(0)
+    log_lengths = rng.uniform(1, 7, 6000)
+    rewards = np.minimum(log_lengths, 5.0) + rng.normal(0, 0.5, 6000)
     curve = LengthCurve.of(log_lengths[:3000], rewards[:3000])
 
     fresh = [
@@ -37,7 +36,8 @@ def test_length_bias_is_removed() -> None:
 
 def test_rewards_may_fall_with_length() -> None:
     """The curve is not constrained to rise."""
-    log_lengths = RNG.uniform(1, 7, 2000)
+    rng = np.random.default_rng(0)
+    log_lengths = rng.uniform(1, 7, 2000)
 
     curve = LengthCurve.of(log_lengths, -log_lengths)
 
@@ -46,7 +46,8 @@ def test_rewards_may_fall_with_length() -> None:
 
 def test_few_distinct_lengths_are_fewer_knots() -> None:
     """Bins with equal edges are merged; the knots are ascending."""
-    curve = LengthCurve.of(np.repeat([1.0, 2.0], 500), RNG.normal(size=1000))
+    rng = np.random.default_rng(0)
+    curve = LengthCurve.of(np.repeat([1.0, 2.0], 500), rng.normal(size=1000))
 
     assert len(curve.x) <= 3
     assert np.all(np.diff(curve.x) > 0)

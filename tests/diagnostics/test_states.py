@@ -11,8 +11,8 @@ from export.calibration import fit as calibration_fit
 from export.calibration.fit import fit_gaussian, fit_laplace, fit_siblings, fit_state_form, fit_trees
 from service.diagnostics.states import PER_TAP
 
-RNG = np.random.default_rng(0)
-STATES = (RNG.normal(size=(400, 12)) @ RNG.normal(size=(12, 12))).astype(np.float32)
+_RNG = np.random.default_rng(0)
+STATES = (_RNG.normal(size=(400, 12)) @ _RNG.normal(size=(12, 12))).astype(np.float32)
 
 
 def test_low_rank_distance_is_the_full_one_with_all_axes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,15 +43,16 @@ def test_state_statistics_by_hand() -> None:
 
 def test_trees_sum_as_scikit_learn_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stored arrays give the decision function of the fitted model, up to its constant."""
+    rng = np.random.default_rng(0)
     monkeypatch.setattr(calibration_fit, "NUM_TREES", 12)
-    clean, hacked = RNG.normal(size=(300, 5)), RNG.normal(0.8, 1.2, size=(200, 5))
+    clean, hacked = rng.normal(size=(300, 5)), rng.normal(0.8, 1.2, size=(200, 5))
     fitted: list[GradientBoostingClassifier] = []
     fit = GradientBoostingClassifier.fit
     monkeypatch.setattr(GradientBoostingClassifier, "fit", lambda self, *a, **k: fitted.append(fit(self, *a, **k)))
 
     ensemble = fit_trees(clean, hacked, range(5), seed=0)
 
-    fresh = RNG.normal(size=(500, 5))
+    fresh = rng.normal(size=(500, 5))
     ours, theirs = ensemble.score(fresh), fitted[0].decision_function(fresh)
     assert ours - ours.mean() == pytest.approx(theirs - theirs.mean(), abs=1e-4)
 
@@ -69,12 +70,13 @@ def test_shrunk_gaussian_is_standardised_and_clipped() -> None:
 @pytest.mark.parametrize("size", [2, 5, 8])
 def test_sibling_distance_has_one_scale_for_all_group_sizes(size: int) -> None:
     """Deviations from siblings, scaled by sqrt(n / (n - 1)), have the same mean distance whatever n is."""
+    rng = np.random.default_rng(0)
     columns = 4
-    means = np.repeat(RNG.normal(0, 5, size=(600, columns)), 2, axis=0)
-    pairs = means + RNG.normal(size=means.shape)
+    means = np.repeat(rng.normal(0, 5, size=(600, columns)), 2, axis=0)
+    pairs = means + rng.normal(size=means.shape)
     gaussian = fit_siblings(pairs, np.repeat(np.arange(600), 2), fit_gaussian(pairs, range(columns)))
 
-    groups = [RNG.normal(0, 5, columns) + RNG.normal(size=(size, columns)) for _ in range(400)]
+    groups = [rng.normal(0, 5, columns) + rng.normal(size=(size, columns)) for _ in range(400)]
     mean = np.mean([gaussian.sibling_distance(group).mean() for group in groups])
 
     assert mean == pytest.approx(columns, rel=0.15)
@@ -82,9 +84,10 @@ def test_sibling_distance_has_one_scale_for_all_group_sizes(size: int) -> None:
 
 def test_laplace_deviation_shrinks_along_observed_preferences() -> None:
     """Without pairs the deviation is the prior's; pairs along a direction reduce it along that direction."""
+    rng = np.random.default_rng(0)
     form = fit_state_form(STATES)
     prompts = np.repeat(np.arange(200), 2)
-    rewards = STATES @ RNG.normal(size=12)
+    rewards = STATES @ rng.normal(size=12)
 
     factor = fit_laplace(STATES, rewards.astype(np.float64), prompts, form)
 
