@@ -38,8 +38,9 @@ MAX_ONGOING_REQUESTS = 100_000
 SCRAPE_TIMEOUT_S = 2.0
 SUMMARY_TIMEOUT_S = 30.0
 """Seconds for the first answer of a replica that has just started."""
-ANSWER_S = 0.5
-"""Seconds for sending answers that are already computed once the scorer has stopped."""
+SEND_S = 2.0
+"""Longest time for rendering and sending answers that are computed, once the scorer has stopped; on a busy machine a
+large one takes more than a second."""
 OBJECT_STORE_BYTES = 200_000_000
 """Size of Ray's object store; nothing large goes through it."""
 _SERVICE_ERROR = re.compile(r"service\.errors\.\w+: (.+)")
@@ -130,7 +131,7 @@ class RewardReplica:
     async def drain(self, drain_s: float) -> None:
         """Refuse new requests, and return once the accepted ones are answered or after ``drain_s`` seconds."""
         await self._served.scorer.stop(drain_s)
-        await self._open_requests.wait_until_none(ANSWER_S)
+        await self._open_requests.wait_until_none(SEND_S)
 
     async def _metrics_of_all_replicas(self) -> str:
         own_name, own = await self.exposition()
@@ -254,7 +255,7 @@ def _start_replicas(launch: Launch, reports: TextIO) -> str:
 def _stop(drain_s: float) -> None:
     # Serve stops its proxy together with the replicas, so accepted requests must be answered before that.
     handle = serve.get_app_handle(APP_NAME)
-    handle.broadcast("drain", drain_s).results(timeout_s=drain_s + 1.0, return_exceptions=True)
+    handle.broadcast("drain", drain_s).results(timeout_s=drain_s + SEND_S + 0.5, return_exceptions=True)
     serve.shutdown()
     ray.shutdown()
 

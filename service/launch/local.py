@@ -32,7 +32,7 @@ from service.launch.ports import reachable, reserved_http
 from service.launch.private_folder import private_folder
 from service.launch.progress import TerminalProgress
 from service.launch.slow_heads import allow_many_files, close_slow_heads
-from service.launch.start import ANSWER_S, DRAIN_S, cores_per_replica, log_path, write_at_the_end
+from service.launch.start import DRAIN_S, cores_per_replica, log_path, write_at_the_end
 from service.launch.start_settings import StartSettings
 from service.launch.supervisor import STOP_AFTER_S, STOPPED_EARLY, StopRequested, sweep
 from service.settings import Settings
@@ -46,6 +46,10 @@ HEALTH_CHECK_S = 0.5
 """Seconds between two checks of the engine."""
 KEEP_ALIVE_S = 90
 """Seconds that an idle connection stays open; as with Ray Serve."""
+REFUSE_S = 0.5
+"""Longest time for ending the requests that are not answered, while a pass hangs."""
+SEND_S = 2.0
+"""Longest time for rendering and sending answers that are computed, once the scorer has stopped."""
 BACKLOG = 2048
 """Connections that the kernel holds until they are accepted."""
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -235,7 +239,7 @@ class _LocalServer:
             await self._refuse_accepted()
             raise
         finally:
-            await self._open_requests.wait_until_none(ANSWER_S)
+            await self._open_requests.wait_until_none(SEND_S)
             closing.cancel()
             server.should_exit = True
             with suppress(Exception):
@@ -342,7 +346,7 @@ class _LocalServer:
     async def _refuse_accepted(self) -> None:
         """Answer every accepted request with an error now, without waiting for a pass that runs."""
         if self._served is not None:
-            await asyncio.wait({asyncio.create_task(self._served.scorer.stop(0.0))}, timeout=ANSWER_S)
+            await asyncio.wait({asyncio.create_task(self._served.scorer.stop(0.0))}, timeout=REFUSE_S)
 
 
 def _open(settings: Settings) -> OpenedModel:

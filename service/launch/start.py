@@ -30,8 +30,6 @@ from service.settings import SecuritySettings, Settings, name_as_given
 
 DRAIN_S = 6.0
 """Seconds that accepted requests get after Ctrl-C; with Serve's own shutdown this stays below ``STOP_AFTER_S``."""
-ANSWER_S = 0.5
-"""Seconds for sending answers that are already computed once the scorer has stopped."""
 START_ATTEMPTS = 3
 """Starts of Ray before the command gives up, where a failed one had to do with the machine and not with the model."""
 REPLICA_DRAIN_S = 1.0

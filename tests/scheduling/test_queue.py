@@ -710,4 +710,5 @@ def test_a_shutdown_finishes_whole_requests(budget: BatchBudget) -> None:
     put(queue, "late", [50])
     order = [entry.request for batch in drain(queue, budget) for entry in batch]
 
-    assert order == sorted(order, key=["late", "request 2", "request 0", "request 3", "request 1"].index)
+    expected: list[Hashable] = ["late", "request 2", "request 0", "request 3", "request 1"]
+    assert order == sorted(order, key=expected.index)
