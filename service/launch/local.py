@@ -27,6 +27,7 @@ from service.http.access_log import AccessLog
 from service.http.disconnect import CancelOnDisconnect
 from service.http.open_requests import OpenRequests
 from service.http.starting import create_starting_app
+from service.launch.bounded_heads import BoundedHeadProtocol
 from service.launch.exposure import keys_for
 from service.launch.ports import reachable, reserved_http
 from service.launch.private_folder import private_folder
@@ -171,6 +172,7 @@ class _LocalServer:
         self._app = _ReplaceableApp(create_starting_app(access_log, self._open_requests))
         self._config = uvicorn.Config(
             CancelOnDisconnect(self._app),
+            http=BoundedHeadProtocol,
             ws="none",
             lifespan="off",
             log_config=None,
