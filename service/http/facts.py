@@ -8,6 +8,7 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from reward_client.signatures import NONCE, NONCE_HEADER
 from starlette.requests import Request
 from starlette.types import Scope
 
@@ -83,4 +84,18 @@ def run_id_of(request: Request) -> str | None:
     given = request.headers.get("X-Run-Id")
     if given is not None and not _IDENTIFIER.fullmatch(given):
         raise InvalidRequest("X-Run-Id must be 1 to 128 of A-Z a-z 0-9 _ . : -")
+    return given
+
+
+def nonce_of(request: Request) -> str | None:
+    """The number, used once, with which the answer is signed; None: no signature is asked for.
+
+    Raises:
+        InvalidRequest: it is malformed.
+    """
+    given = request.headers.get(NONCE_HEADER)
+    if given is None:
+        return None
+    if not NONCE.fullmatch(given):
+        raise InvalidRequest(f"{NONCE_HEADER} must be 16 to 64 of A-Z a-z 0-9 _ -")
     return given

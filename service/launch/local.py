@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -35,6 +35,7 @@ from service.launch.progress import TerminalProgress
 from service.launch.start import ANSWER_S, DRAIN_S, cores_per_replica, log_path, write_at_the_end
 from service.launch.start_settings import StartSettings
 from service.launch.supervisor import STOP_AFTER_S, STOPPED_EARLY, StopRequested, sweep
+from service.launch.tls import tls_options
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -63,15 +64,16 @@ def serve_locally(settings: StartSettings, console: Console) -> None:
     """
     refuse_settings_of_ray(settings)
     api_keys = keys_for(settings.security, settings.server.host)
+    tls = tls_options(settings.server)
     server: _LocalServer | None = None
     try:
         with ExitStack() as stack:
             stack.enter_context(reserved_http(settings.server.host, settings.server.port))
             listener = stack.enter_context(_listening(settings.server.host, settings.server.port))
             access_log = stack.enter_context(_access_log(settings.log))
-            url = f"http://{reachable(settings.server.host)}:{listener.getsockname()[1]}"
+            url = f"{'https' if tls else 'http'}://{reachable(settings.server.host)}:{listener.getsockname()[1]}"
             progress = stack.enter_context(TerminalProgress(console, url))
-            server = _LocalServer(replica_settings(settings), listener, access_log, progress, api_keys)
+            server = _LocalServer(replica_settings(settings), listener, access_log, progress, api_keys, tls)
             server.run()
     except StopRequested as stop:
         if server is not None and server.has_running_threads:
@@ -162,6 +164,7 @@ class _LocalServer:
         access_log: AccessLog,
         progress: TerminalProgress,
         api_keys: ApiKeys | None,
+        tls: Mapping[str, Any],
     ) -> None:
         self._settings = settings
         self._listener = listener
@@ -183,6 +186,7 @@ class _LocalServer:
             backlog=BACKLOG,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=1,
+            **tls,
         )
         self._signals: list[int] = []
         self._is_ready = False
