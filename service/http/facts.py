@@ -15,6 +15,9 @@ from starlette.types import Scope
 from service.errors import InvalidRequest
 from service.records import Timings
 
+_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-((?!0{32})[0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+"""Version, trace id, span id and flags; an id of zeros is not valid (W3C Trace Context, section 3.2)."""
+
 _IDENTIFIER = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 
 
@@ -73,6 +76,15 @@ def request_id_of(scope: Scope) -> str:
             given: str = value.decode("latin-1")
             return given if _IDENTIFIER.fullmatch(given) else uuid.uuid4().hex
     return uuid.uuid4().hex
+
+
+def trace_id_of(scope: Scope) -> str | None:
+    """The trace id of a W3C ``traceparent``, by which logs of several services are joined; None without a valid one."""
+    for name, value in scope["headers"]:
+        if name == b"traceparent":
+            found = _TRACEPARENT.fullmatch(value.decode("latin-1"))
+            return found[1] if found else None
+    return None
 
 
 def run_id_of(request: Request) -> str | None:
