@@ -6,7 +6,7 @@ PORT   ?= 8000
 MODEL  ?=
 BIN    := $(VENV)/bin
 
-.PHONY: serve dev test test-slow soak chaos start-soak image-check coverage check check-lock format lock prometheus chromium clean
+.PHONY: serve dev test test-slow soak chaos fuzz sbom start-soak image-check coverage check check-lock format lock prometheus chromium clean
 .DEFAULT_GOAL := help
 
 help: ## print the targets
@@ -32,11 +32,13 @@ serve: $(VENV)/serve.installed ## serve the demo model, or MODEL=folder-or-hub-i
 dev: $(VENV)/dev.installed ## everything for working on the code, and the pre-commit hooks
 	$(BIN)/pre-commit install
 
-check: $(VENV)/dev.installed ## format, lint, types, import contracts, spelling, pyproject files, Dockerfile
+check: $(VENV)/dev.installed ## format, lint, types, import contracts, unsafe code, spelling, pyproject files, Dockerfile
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive service scoring export training loadtest monitoring \
+		client/reward_client demo
 	git ls-files -z ':!*.lock' ':!requirements/*.txt' ':!*.json' ':!*.safetensors' ':!*.png' ':!*.html' | xargs -0 $(BIN)/codespell
 	$(BIN)/validate-pyproject pyproject.toml client/pyproject.toml
 	$(BIN)/hadolint Dockerfile
@@ -58,6 +60,14 @@ ITEMS ?= 1000000
 EXPERIMENTS ?=
 chaos: $(VENV)/dev.installed ## reliability goals on servers that are broken on purpose: ITEMS, EXPERIMENTS (docs/reliability.md)
 	$(BIN)/python -m loadtest.reliability.command $(EXPERIMENTS) --items $(ITEMS) --duration 30 --out chaos
+
+INPUTS ?= 100000
+fuzz: $(VENV)/dev.installed ## INPUTS mutated requests to a server: no fault, no hang, no growth of memory
+	$(BIN)/python tests/fuzz_soak.py --inputs $(INPUTS)
+
+sbom: $(VENV)/dev.installed ## write sbom.json, the bill of materials of the serve environment (CycloneDX)
+	$(BIN)/uv tool run --from cyclonedx-bom==7.5.0 cyclonedx-py requirements requirements/serve.txt \
+		--pyproject pyproject.toml --output-file sbom.json
 
 STARTS ?= 20
 start-soak: $(VENV)/dev.installed ## STARTS starts beside two busy loops: ready, or ended with a sentence

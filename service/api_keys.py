@@ -13,6 +13,7 @@ from pathlib import Path
 
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
+from reward_client.signatures import MIN_KEY_CHARS
 
 from service.errors import SettingsError
 from service.records import KEY_NAME_PATTERN, KeyScope
@@ -68,6 +69,27 @@ def hash_of(key: str) -> str:
 def new_key() -> str:
     """Return a new random key."""
     return _PREFIX + secrets.token_urlsafe(KEY_BYTES)
+
+
+def read_answer_key(path: str | None) -> bytes:
+    """Return the secret that answers are signed with; empty without a file.
+
+    Raises:
+        SettingsError: the file cannot be read, or the secret is short.
+    """
+    if path is None:
+        return b""
+    try:
+        key = Path(path).expanduser().read_bytes().strip()
+    except OSError as error:
+        reason = (error.strerror or type(error).__name__).lower()
+        raise SettingsError(f"security.answer_key: {path} cannot be read ({reason}).") from None
+    if len(key) < MIN_KEY_CHARS:
+        raise SettingsError(
+            f"security.answer_key: {path} has {len(key)} characters; a secret has at least {MIN_KEY_CHARS}, for "
+            "example of `openssl rand -hex 32`."
+        )
+    return key
 
 
 def read_api_keys(path: str) -> ApiKeys:

@@ -183,6 +183,9 @@ class Item:
     group: str | int | None = None
     """The caller's name of the items that answer one prompt, where the prompt alone does not identify them."""
 
+    digest: str | None = None
+    """SHA-256 of the item as it stands in the request; it is returned with the answer. None: it was not asked for."""
+
 
 TemplateVariable: TypeAlias = str | int | float | bool | None
 """A value that a chat template gets beside the conversation."""

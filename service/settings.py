@@ -355,6 +355,11 @@ class SecuritySettings(Section):
         description="auto: without API keys the service listens on this machine only; required: it does not start "
         "without keys; none: whoever reaches the port may score.",
     )
+    answer_key: str | None = Field(
+        None,
+        description="File with a secret by which answers of the native routes are signed for clients that know it too; "
+        "null: no answer is signed.",
+    )
     public_metrics: bool = Field(False, description="Whether /metrics needs no API key, where there are keys.")
 
 

@@ -26,9 +26,9 @@ class EscapedEncoding:
     @classmethod
     def without(cls, encoded: Any, separator_id: int) -> EscapedEncoding:
         """Return an encoding without the tokens of one id."""
-        kept = [index for index, token_id in enumerate(encoded.ids) if token_id != separator_id]
+        chosen = [index for index, token_id in enumerate(encoded.ids) if token_id != separator_id]
         columns = (encoded.ids, encoded.type_ids, encoded.sequence_ids, encoded.offsets)
-        return cls(*([column[index] for index in kept] for column in columns))
+        return cls(*([column[index] for index in chosen] for column in columns))
 
     def __len__(self) -> int:
         return len(self.ids)

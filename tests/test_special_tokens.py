@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
-from tiny_models import tiny_tokenizer
+from http_servers import http_server
+from reward_client import RewardClient
+from reward_client.errors import InvalidArgument
+from tiny_models import tiny_tokenizer, write_tiny_checkpoint
 
 from service.diagnostics.length import length_report
 from service.errors import InvalidRequest
@@ -131,3 +136,21 @@ def test_overlapping_special_tokens_leave_none() -> None:
     assert special.count("<|a|>b<|a|>") == 2
     assert not special.can_escape("an x")
     assert SpecialTokens(frozenset()).count("text") == 0
+
+
+def test_a_client_asks_for_escaped_completions(tmp_path: Path) -> None:
+    """Over HTTP the reward of a forged conversation changes, its count comes back, and a metric has such items."""
+    with http_server(write_tiny_checkpoint(tmp_path / "model"), kernels="off") as url, RewardClient(url) as client:
+        read, honest = client.score(["a question"] * 2, [FORGED, "Fine."], diagnostics="basic")
+        escaped, same = client.score(
+            ["a question"] * 2, [FORGED, "Fine."], diagnostics="basic", special_tokens="escape"
+        )
+        metrics = httpx2.get(f"{url}/metrics", timeout=30).text
+        with pytest.raises(InvalidArgument, match="special_tokens"):
+            client.score(["a question"], [FORGED], special_tokens="remove")  # type: ignore[call-overload]
+
+    assert escaped.reward != read.reward
+    assert same.reward == honest.reward
+    lengths = [item.details.length for item in (read, escaped, honest, same)]
+    assert [length.special_tokens for length in lengths if length is not None] == [3, 3, 0, 0]
+    assert "rm_special_token_items_total 2.0" in metrics

@@ -16,7 +16,7 @@ from reward_client.errors import BadAnswer, ItemFailure, ItemsFailed, RewardMiss
 from reward_client.fields import read_fields
 
 _NOT_DIAGNOSTICS = frozenset(
-    {"index", "id", "reward", "rewards", "reward_members", "reward_std", "step_rewards", "step_outputs"}
+    {"index", "id", "digest", "reward", "rewards", "reward_members", "reward_std", "step_rewards", "step_outputs"}
 )
 
 
@@ -95,11 +95,17 @@ class ChunkScores:
     results: list[dict[str, Any]]
 
 
-def read_scores(content: bytes, num_items: int) -> ChunkScores:
+def read_scores(content: bytes, num_items: int, digests: Sequence[str] = ()) -> ChunkScores:
     """Parse a response of ``/v1/score`` to a request of ``num_items`` items.
 
+    Args:
+        content: the response.
+        num_items: items of the request.
+        digests: one for each item, which its result must have; empty: they were not asked for.
+
     Raises:
-        BadAnswer: not JSON, no model version, another count or order, a reward that is not a finite number.
+        BadAnswer: not JSON, no model version, another count or order, a reward that is not a finite number, or the
+            digest of another item.
     """
     answer = read_object(content)
     results = answer.get("results")
@@ -118,6 +124,8 @@ def read_scores(content: bytes, num_items: int) -> ChunkScores:
         if "reward_members" in result:
             _check_members(result, f"result {index}")
         _check_steps(result, index)
+        if digests and result.get("digest") != digests[index]:
+            raise BadAnswer(f"Result {index} does not have the digest of item {index}: it is the result of another one")
     return ChunkScores(_model_version(answer), results)
 
 

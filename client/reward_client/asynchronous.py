@@ -26,6 +26,7 @@ from reward_client.answers import (
     read_scores,
 )
 from reward_client.checks import (
+    check_answer_key,
     check_headers,
     check_items,
     check_weights,
@@ -78,6 +79,8 @@ from reward_client.retries import (
     call_with_retries,
     read_retry_after,
 )
+from reward_client.signatures import item_digest
+from reward_client.signed_transport import SignedTransport
 
 T = TypeVar("T")
 
@@ -89,6 +92,8 @@ RETRIED_STATUSES = frozenset({httpx2.codes.REQUEST_TIMEOUT, httpx2.codes.TOO_MAN
 """Statuses of 4xx after which the same request may succeed: the network was slow, or the quota is used up."""
 API_KEY_VARIABLE = "REWARD_API_KEY"
 """Variable of the environment with the API key."""
+ANSWER_KEY_VARIABLE = "REWARD_ANSWER_KEY"
+"""The same with the secret by which answers are signed."""
 
 
 class AsyncRewardClient:
@@ -111,6 +116,8 @@ class AsyncRewardClient:
         require_reference: raise ReferenceMismatch instead, also where it is unknown.
         wait_for_start_s: seconds for which a service that has never answered this client is tried. None: 30, and no
             more attempts than ``retries`` has. A service that has answered before is retried until ``deadline_s``.
+        answer_key: the secret of the service's ``security.answer_key``; only answers are taken that are signed with it
+            and bound to what was asked. None: the environment's ``REWARD_ANSWER_KEY``, else answers are not checked.
         proxy: URL of an HTTP or SOCKS proxy. None: the one that ``http_proxy``, ``https_proxy`` or ``all_proxy`` in the
             environment name for the URL, and none for a service on this machine.
 
@@ -132,6 +139,7 @@ class AsyncRewardClient:
         require_reference: bool = False,
         wait_for_start_s: float | None = None,
         proxy: str | None = None,
+        answer_key: str | None = None,
     ) -> None:
         self.url = service_url(url)
         self.deadline_s = positive_seconds(deadline_s, "deadline_s")
@@ -145,6 +153,7 @@ class AsyncRewardClient:
             None if wait_for_start_s is None else seconds_from_zero(wait_for_start_s, "wait_for_start_s")
         )
         self.proxy = None if proxy is None else proxy_url(proxy)
+        self._answer_key = check_answer_key(answer_key or os.environ.get(ANSWER_KEY_VARIABLE))
         self._reference_checked = self.reference is None
         self._reached = False
         self._pools: dict[asyncio.AbstractEventLoop, httpx2.AsyncClient] = {}
@@ -281,6 +290,7 @@ class AsyncRewardClient:
                 "chat_template_kwargs": chat_template_kwargs,
                 "special_tokens": special_tokens,
                 "weights": checked_weights,
+                "digests": True if self._answer_key else None,
             }
         )
         async with self._call() as call:
@@ -392,7 +402,8 @@ class AsyncRewardClient:
         )
         try:
             # A transport of our own: the proxy is the one that messages name, and none for this machine.
-            transport = httpx2.AsyncHTTPTransport(limits=limits, proxy=self._proxy())
+            plain = httpx2.AsyncHTTPTransport(limits=limits, proxy=self._proxy())
+            transport = SignedTransport(plain, self._answer_key) if self._answer_key else plain
         except (ImportError, ValueError, httpx2.InvalidURL) as error:
             reason = "SOCKS needs the package socksio" if isinstance(error, ImportError) else "its URL is malformed"
             raise InvalidArgument(f"The proxy {shown_url(self._proxy() or '')} cannot be used: {reason}") from error
@@ -462,7 +473,8 @@ class AsyncRewardClient:
         content = await self._answer(
             "POST", "/v1/score", call, lambda: score_body(encoded, options, timeout_s=call.left_s())
         )
-        return read_scores(content, len(encoded))
+        digests = [item_digest(item) for item in encoded] if self._answer_key else ()
+        return read_scores(content, len(encoded), digests)
 
     async def _answer(self, method: str, route: str, call: Call, body: Callable[[], bytes] | None = None) -> bytes:
         """Return the content of the first 200. ``body`` is built for each attempt, because each has less time left."""

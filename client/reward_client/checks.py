@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeGuard, TypeVar
 
 from reward_client.errors import InvalidArgument
+from reward_client.signatures import MIN_KEY_CHARS
 
 T = TypeVar("T")
 
@@ -238,3 +239,16 @@ def _shown(value: object) -> str:
 def _found(value: object) -> str:
     """What was passed instead: the type alone, because the value may be a user's text."""
     return "; it is None" if value is None else f"; it is of type {type(value).__name__}"
+
+
+def check_answer_key(key: object) -> bytes:
+    """Return the secret by which answers are signed as bytes; empty where there is none.
+
+    Raises:
+        InvalidArgument: it is no string, or shorter than the service's can be.
+    """
+    if key is None:
+        return b""
+    if not isinstance(key, str) or len(key.strip()) < MIN_KEY_CHARS:
+        raise InvalidArgument(f"answer_key must be a string of at least {MIN_KEY_CHARS} characters")
+    return key.strip().encode()

@@ -42,6 +42,7 @@ class RewardClient:
         reference: the KL reference of the training run; see ``AsyncRewardClient``.
         require_reference: raise where it is not known that the reward model was initialised from it.
         wait_for_start_s: seconds for which a service that has never answered is tried; see ``AsyncRewardClient``.
+        answer_key: the secret by which every answer must be signed; see ``AsyncRewardClient``.
         proxy: URL of a proxy; None: that of the environment, and none for a service on this machine.
 
     Raises:
@@ -62,6 +63,7 @@ class RewardClient:
         require_reference: bool = False,
         wait_for_start_s: float | None = None,
         proxy: str | None = None,
+        answer_key: str | None = None,
     ) -> None:
         self._client = AsyncRewardClient(
             url,
@@ -75,6 +77,7 @@ class RewardClient:
             require_reference=require_reference,
             wait_for_start_s=wait_for_start_s,
             proxy=proxy,
+            answer_key=answer_key,
         )
         self._lock = threading.Lock()
         self._thread: _LoopThread | None = None

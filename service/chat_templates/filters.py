@@ -10,6 +10,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 from jinja2.exceptions import SecurityError
+from jinja2.utils import Namespace
 
 from service.chat_templates.work import STEP, TemplateTooExpensive, WorkMeter
 
@@ -68,6 +69,26 @@ CHEAP_TESTS = frozenset(
 )
 DATE_FORMAT = re.compile(r"(?:[^%]|%[-_0^#]?[aAbBdeDFhjmuUVwWxyYG%])*")
 """Formats of dates without the time of day: a rendering must not depend on when exactly it takes place."""
+
+
+class ChatNamespace(Namespace):
+    """A namespace without private attributes, as in transformers."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        self, *rest = args
+        attributes = dict(*rest, **kwargs)
+        for name in attributes:
+            _check_name(name)
+        Namespace.__init__(self, attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        super().__setitem__(name, value)
+
+
+def _check_name(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError("Chat templates cannot store private attributes on a namespace.")
 
 
 def pay_replace(meter: WorkMeter, text: Any, old: Any, new: Any, count: Any = None) -> None:

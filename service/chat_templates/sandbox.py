@@ -21,7 +21,7 @@ from jinja2.parser import Parser
 from jinja2.runtime import BlockReference, Context, LoopContext, Macro, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.tests import TESTS
-from jinja2.utils import Cycler, Joiner, Namespace, pass_context
+from jinja2.utils import Cycler, Joiner, pass_context
 
 from service.chat_templates.filters import (
     ABSENT_FILTERS,
@@ -31,6 +31,7 @@ from service.chat_templates.filters import (
     CHEAP_TESTS,
     ITERATING_FILTERS,
     WIDTH_FILTERS,
+    ChatNamespace,
     date_now,
     pay_replace,
     percent_format,
@@ -91,26 +92,6 @@ OTHER_METHODS: Mapping[type, frozenset[str]] = {
     LoopContext: frozenset({"cycle", "changed"}),
     Cycler: frozenset({"next", "reset"}),
 }
-
-
-class ChatNamespace(Namespace):
-    """A namespace without private attributes, as in transformers."""
-
-    def __init__(*args: Any, **kwargs: Any) -> None:
-        self, *rest = args
-        attributes = dict(*rest, **kwargs)
-        for name in attributes:
-            _check_name(name)
-        Namespace.__init__(self, attributes)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _check_name(name)
-        super().__setitem__(name, value)
-
-
-def _check_name(name: object) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise SecurityError("Chat templates cannot store private attributes on a namespace.")
 
 
 class GenerationTag(Extension):
@@ -317,8 +298,14 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """Compute an operator after paying for its result."""
         meter = self._meter
+        if type(left) is str and type(right) is str and operator == "+":
+            meter.spend(STEP // 8 + 2 * (len(left) + len(right)))
+            return left + right
         meter.check_number(left)
         meter.check_number(right)
+        if type(left) is int and type(right) is int and operator in "+-":
+            meter.spend(STEP // 8)
+            return left + right if operator == "+" else left - right
         if operator == "*":
             for value, count in ((left, right), (right, left)):
                 if isinstance(value, str | list | tuple) and isinstance(count, int):

@@ -8,12 +8,16 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from reward_client.signatures import NONCE, NONCE_HEADER
 from starlette.requests import Request
 from starlette.types import Scope
 
 from service.errors import InvalidRequest
 from service.http.body_budget import BodyAccount
 from service.records import Timings
+
+_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-((?!0{32})[0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+"""Version, trace id, span id and flags; an id of zeros is not valid (W3C Trace Context, section 3.2)."""
 
 _IDENTIFIER = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 
@@ -77,6 +81,15 @@ def request_id_of(scope: Scope) -> str:
     return uuid.uuid4().hex
 
 
+def trace_id_of(scope: Scope) -> str | None:
+    """The trace id of a W3C ``traceparent``, by which logs of several services are joined; None without a valid one."""
+    for name, value in scope["headers"]:
+        if name == b"traceparent":
+            found = _TRACEPARENT.fullmatch(value.decode("latin-1"))
+            return found[1] if found else None
+    return None
+
+
 def run_id_of(request: Request) -> str | None:
     """The training run of a request, from ``X-Run-Id``; None without the header.
 
@@ -86,4 +99,18 @@ def run_id_of(request: Request) -> str | None:
     given = request.headers.get("X-Run-Id")
     if given is not None and not _IDENTIFIER.fullmatch(given):
         raise InvalidRequest("X-Run-Id must be 1 to 128 of A-Z a-z 0-9 _ . : -")
+    return given
+
+
+def nonce_of(request: Request) -> str | None:
+    """The number, used once, with which the answer is signed; None: no signature is asked for.
+
+    Raises:
+        InvalidRequest: it is malformed.
+    """
+    given = request.headers.get(NONCE_HEADER)
+    if given is None:
+        return None
+    if not NONCE.fullmatch(given):
+        raise InvalidRequest(f"{NONCE_HEADER} must be 16 to 64 of A-Z a-z 0-9 _ -")
     return given

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.errors import ClientGone, InternalError
 from service.http.access_log import AccessLog
 from service.http.body_budget import BodyAccount, BodyBudget
-from service.http.facts import RequestFacts, request_id_of
+from service.http.facts import RequestFacts, request_id_of, trace_id_of
 from service.http.open_requests import OpenRequests
 from service.http.problems import problem_response
 from service.metrics import Metrics
@@ -112,6 +112,7 @@ class RequestMiddleware:
         self._access_log.write(
             "scored" if facts.timings else "answered",
             request_id=facts.request_id,
+            trace_id=trace_id_of(scope),
             route=route,
             status=status,
             code=facts.code,

@@ -81,6 +81,7 @@ _RESULT = {
     "properties": {
         "index": {"type": "integer"},
         "id": {"type": ["string", "integer"], "description": "As in the request."},
+        "digest": {"type": "string", "description": "With digests: the SHA-256 of the item as it stands in the body."},
         "reward": {
             "type": "number",
             "description": "The raw output of the scalar head, without an activation; of "

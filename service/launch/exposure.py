@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 
-from service.api_keys import ApiKeys, read_api_keys
+from service.api_keys import ApiKeys, read_answer_key, read_api_keys
 from service.errors import SettingsError
 from service.settings import SecuritySettings
 
@@ -17,8 +17,9 @@ def keys_for(security: SecuritySettings, host: str | None = None) -> ApiKeys | N
         host: the address on which it listens; None: not known, as where Ray's own commands start it.
 
     Raises:
-        SettingsError: the file of keys is invalid, or there is none where one is needed.
+        SettingsError: the file of keys, or of the secret of answers, is invalid, or there is none where one is needed.
     """
+    read_answer_key(security.answer_key)  # a bad one ends the start, and not the first request
     if security.api_keys is not None:
         if security.authentication == "none":
             raise SettingsError("security.authentication is none, but security.api_keys names a file: leave one out.")

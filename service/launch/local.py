@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,6 +27,7 @@ from service.http.access_log import AccessLog
 from service.http.disconnect import CancelOnDisconnect
 from service.http.open_requests import OpenRequests
 from service.http.starting import create_starting_app
+from service.launch.bounded_heads import BoundedHeadProtocol
 from service.launch.exposure import keys_for
 from service.launch.ports import reachable, reserved_http
 from service.launch.private_folder import private_folder
@@ -35,6 +36,7 @@ from service.launch.slow_heads import allow_many_files, close_slow_heads
 from service.launch.start import DRAIN_S, cores_per_replica, log_path, write_at_the_end
 from service.launch.start_settings import StartSettings
 from service.launch.supervisor import STOP_AFTER_S, STOPPED_EARLY, StopRequested, sweep
+from service.launch.tls import tls_options
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -72,15 +74,16 @@ def serve_locally(settings: StartSettings, console: Console, *, opens_page: bool
     refuse_settings_of_ray(settings)
     allow_many_files()
     api_keys = keys_for(settings.security, settings.server.host)
+    tls = tls_options(settings.server)
     server: _LocalServer | None = None
     try:
         with ExitStack() as stack:
             stack.enter_context(reserved_http(settings.server.host, settings.server.port))
             listener = stack.enter_context(_listening(settings.server.host, settings.server.port))
             access_log = stack.enter_context(_access_log(settings.log))
-            url = f"http://{reachable(settings.server.host)}:{listener.getsockname()[1]}"
+            url = f"{'https' if tls else 'http'}://{reachable(settings.server.host)}:{listener.getsockname()[1]}"
             progress = stack.enter_context(TerminalProgress(console, url, opens_page=opens_page))
-            server = _LocalServer(replica_settings(settings), listener, access_log, progress, api_keys)
+            server = _LocalServer(replica_settings(settings), listener, access_log, progress, api_keys, tls)
             server.run()
     except StopRequested as stop:
         if server is not None and server.has_running_threads:
@@ -171,6 +174,7 @@ class _LocalServer:
         access_log: AccessLog,
         progress: TerminalProgress,
         api_keys: ApiKeys | None,
+        tls: Mapping[str, Any],
     ) -> None:
         self._settings = settings
         self._listener = listener
@@ -181,6 +185,7 @@ class _LocalServer:
         self._app = _ReplaceableApp(create_starting_app(access_log, self._open_requests, page=settings.page.enabled))
         self._config = uvicorn.Config(
             CancelOnDisconnect(self._app),
+            http=BoundedHeadProtocol,
             ws="none",
             lifespan="off",
             log_config=None,
@@ -191,6 +196,7 @@ class _LocalServer:
             backlog=BACKLOG,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=1,
+            **tls,
         )
         self._signals: list[int] = []
         self._is_ready = False

@@ -26,6 +26,7 @@ from service.launch.progress import TerminalProgress
 from service.launch.ray_environment import direct_loopback, max_connections_within, ray_environment
 from service.launch.start_settings import ServerSettings, StartSettings
 from service.launch.supervisor import supervise
+from service.launch.tls import refuse_tls
 from service.settings import SecuritySettings, Settings, name_as_given
 
 DRAIN_S = 6.0
@@ -49,6 +50,7 @@ def serve(settings: StartSettings, console: Console, *, opens_page: bool = False
         StopRequested: the server was asked to stop, and has stopped.
     """
     server = settings.server
+    refuse_tls(server)
     keys_for(settings.security, server.host)
     check_script()
     url = f"http://{reachable(server.host)}:{server.port}"
@@ -126,11 +128,12 @@ def resolve(settings: StartSettings, inspection: Inspection, log: str) -> Settin
 
 
 def _absolute(settings: StartSettings) -> SecuritySettings:
-    """The security settings with a path that holds in every process."""
+    """The security settings with paths that hold in every process."""
     security = settings.security
-    if security.api_keys is None:
-        return security
-    return security.model_copy(update={"api_keys": str(Path(security.api_keys).expanduser().absolute())})
+    named = {name: getattr(security, name) for name in ("api_keys", "answer_key")}
+    return security.model_copy(
+        update={name: str(Path(path).expanduser().absolute()) for name, path in named.items() if path is not None}
+    )
 
 
 def _launch(settings: Settings, server: ServerSettings, folder: Path, *, needs_gpu: bool) -> Launch:

@@ -53,6 +53,12 @@ class ServerSettings(Section):
 
     host: str = Field("127.0.0.1", description="Address on which HTTP listens; the default is this machine only.")
     port: int = Field(8000, ge=1, le=65535, description="TCP port of HTTP.")
+    tls_certificate: str | None = Field(
+        None,
+        description="PEM file with the certificate of the server and its chain: HTTP is then HTTPS. For runtime local; "
+        "with Ray TLS ends in front of the service. null: plain HTTP.",
+    )
+    tls_key: str | None = Field(None, description="PEM file with the private key of the certificate, not encrypted.")
     replicas: int = Field(
         1, ge=1, description="Copies of the model; each takes a GPU if the machine has any, else a share of the cores."
     )

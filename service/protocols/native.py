@@ -8,12 +8,13 @@ repeated keys in a JSON object the last one counts.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 from reward_client.options import DiagnosticsLevel, Truncation
+from reward_client.signatures import item_digest
 
 from service.errors import ItemTooLong, TooManyItems
 from service.messages import MalformedMessage, read_completion, read_message, read_tools
@@ -106,6 +107,7 @@ class WireScoreRequest(WireOptions, forbid_unknown_fields=True, kw_only=True):
     """The body of ``POST /v1/score``."""
 
     items: list[WireItem]
+    digests: bool | None = None
 
 
 class WireCompareRequest(WireOptions, forbid_unknown_fields=True, kw_only=True):
@@ -118,6 +120,14 @@ class WireCompareRequest(WireOptions, forbid_unknown_fields=True, kw_only=True):
 
 _FORM_FIELDS = ("prompt", "completion", "text", "token_ids")
 
+
+class _RawItems(msgspec.Struct):
+    """The items of a request as the bytes that stand in its body."""
+
+    items: list[msgspec.Raw]
+
+
+_raw_items_decoder = msgspec.json.Decoder(_RawItems)
 _score_decoder = msgspec.json.Decoder(WireScoreRequest)
 _compare_decoder = msgspec.json.Decoder(WireCompareRequest)
 
@@ -134,6 +144,9 @@ def parse_score_request(body: bytes, defaults: RequestDefaults) -> ScoreRequest:
     wire: WireScoreRequest = decode_body(_score_decoder, body)
     _check_count(len(wire.items), 1, defaults.limits.max_request_items, "/items", "items")
     items = tuple(_read_item(item, index, defaults.limits) for index, item in enumerate(wire.items))
+    if wire.digests:
+        raw = _raw_items_decoder.decode(body).items
+        items = tuple(replace(item, digest=item_digest(bytes(one))) for item, one in zip(items, raw, strict=True))
     return _request(items, wire, defaults)
 
 

@@ -117,6 +117,8 @@ def _result(
     result: dict[str, Any] = {"index": index}
     if item.id is not None:
         result["id"] = item.id
+    if item.digest is not None:
+        result["digest"] = item.digest
     if isinstance(outcome, HttpError):
         return result | {"error": item_error(outcome)}
     if outcome.reward is not None:

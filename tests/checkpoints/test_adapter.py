@@ -151,7 +151,7 @@ def shrink_weights(adapter: Path) -> None:
     ("damage", "message"),
     [
         (remove_config, "is not a PEFT adapter"),
-        (damage_config, "is not JSON"),
+        (damage_config, "cannot be read as JSON"),
         (pickle_weights, "is a pickle file"),
         (remove_weights, "copy the whole adapter folder"),
         (damage_weights, "cannot be read"),

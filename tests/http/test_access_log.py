@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from http_application import application
 
 from service.http import access_log
 from service.http.access_log import AccessLog
@@ -25,6 +26,26 @@ def test_lines_are_complete(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     assert [line["number"] for line in lines] == list(range(100))
     assert all(set(line) == {"time", "event", "number"} for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("traceparent", "trace_id"),
+    [
+        ("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", "0af7651916cd43dd8448eb211c80319c"),
+        ("00-00000000000000000000000000000000-b7ad6b7169203331-01", None),
+        ("00-0af7651916cd43dd8448eb211c80319c-0000000000000000-01", None),
+        ("ff-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", None),
+        (f"00-{CANARY}", None),
+    ],
+)
+async def test_the_trace_of_a_request_is_logged(tmp_path: Path, traceparent: str, trace_id: str | None) -> None:
+    """The line has the trace id of a valid traceparent, and nothing of any other."""
+    async with application(tmp_path) as running:
+        await running.post("/v1/score", {"items": [{"text": "a"}]}, traceparent=traceparent)
+
+    text = (tmp_path / "requests.jsonl").read_text()
+    assert json.loads(text.splitlines()[-1]).get("trace_id") == trace_id
+    assert CANARY not in text
 
 
 def test_restart_appends(tmp_path: Path) -> None:

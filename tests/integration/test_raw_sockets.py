@@ -45,8 +45,12 @@ HIDING = {
 }
 """The first answer may be an error; what counts is that no second one follows, since there is no second request."""
 
-AMBIGUOUS_AS_TWO = {"line-feeds-alone"}
-"""Here the hidden request is one: its header ends before it for every parser that accepts the line ends."""
+READ_AS_TWO = {("ray", "length-beyond-64-bits")}
+"""HAProxy 2.8 reads 2**64, and no other length, as 0, so that what follows is a request of its own. It alone decides
+where requests end, and both are answered to the one who sent them, so nothing is gained by it."""
+
+READ_AS_CHUNKED = {("ray", "coding-of-http-1.0")}
+"""HAProxy takes the coding, drops the length, and closes the connection, as RFC 9112 (6.1) allows."""
 
 BROKEN = {
     "nothing": b"",
@@ -63,6 +67,7 @@ BROKEN = {
     "long-header": SCORE + b"X: " + b"a" * 200_000 + b"\r\n" + LENGTH + b"\r\n" + BODY,
     "many-headers": SCORE + b"".join(b"X-%d: a\r\n" % n for n in range(20_000)) + LENGTH + b"\r\n" + BODY,
     "header-that-never-ends": SCORE + b"X: a\r\n" * 20_000,
+    "header-value-that-never-ends": SCORE + b"X: " + b"a" * 3_000_000,
     "proxy-form": b"GET http://169.254.169.254/latest HTTP/1.1\r\nHost: x\r\n\r\n",
     "connect": b"CONNECT 127.0.0.1:22 HTTP/1.1\r\nHost: x\r\n\r\n",
     "upgrade": b"GET /v1/score HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
@@ -89,19 +94,42 @@ def good_reward(server: RunningServer) -> float:
 @pytest.mark.parametrize("name", HIDING)
 def test_no_request_hides_in_another(name: str, oracle_server: RunningServer) -> None:
     """Where the end of a body is ambiguous, what follows is never taken for a request of its own."""
-    answers = RawConnection(oracle_server.url, timeout_s=2.0).send(HIDING[name], ends=True)
+    answers = RawConnection(oracle_server.url, timeout_s=1.0).send(HIDING[name])
 
+    case = (oracle_server.runtime, name)
     assert not any(answer.is_fault for answer in answers)
-    assert len(answers) <= (2 if name in AMBIGUOUS_AS_TWO else 1)
-    assert not any(answer.status == 200 for answer in answers)
+    assert len(answers) <= (2 if case in READ_AS_TWO else 1)
+    if oracle_server.runtime == "local":
+        assert [answer.status for answer in answers] == [400]
+    assert case in READ_AS_CHUNKED or not any(answer.status == 200 for answer in answers)
+    assert good_reward(oracle_server) == oracle_reward_of_text("a ", "good one")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "long-path",
+        "long-header",
+        "many-headers",
+        "header-that-never-ends",
+        "header-value-that-never-ends",
+        "many-trailers",
+    ],
+)
+def test_large_heads_are_refused(name: str, oracle_server: RunningServer) -> None:
+    """A head of more than a few dozen kilobytes, or headers, is refused, also one that never ends."""
+    answers = RawConnection(oracle_server.url, timeout_s=5.0).send(BROKEN[name])
+
+    assert [answer.status for answer in answers] in ([400], [414], [431], [])
     assert good_reward(oracle_server) == oracle_reward_of_text("a ", "good one")
 
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_bytes_harm_nobody(name: str, oracle_server: RunningServer) -> None:
     """Whatever bytes arrive, the answer is none or a status that is meant, and the next good request is answered."""
-    answers = RawConnection(oracle_server.url, timeout_s=2.0).send(BROKEN[name], ends=True)
+    answers = RawConnection(oracle_server.url, timeout_s=0.5).send(BROKEN[name])
+    of_half_closed = RawConnection(oracle_server.url, timeout_s=0.5).send(BROKEN[name], ends=True)
 
-    assert not any(answer.is_fault for answer in answers)
+    assert not any(answer.is_fault for answer in (*answers, *of_half_closed))
     assert not any(CANARY.encode() in answer.body for answer in answers)
     assert good_reward(oracle_server) == oracle_reward_of_text("a ", "good one")

@@ -75,7 +75,7 @@ class RawConnection:
         self.close()
         self._open()
         assert self._socket is not None
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(OSError):  # the server has closed the connection already
             self._socket.sendall(data)
             if ends:
                 self._socket.shutdown(socket.SHUT_WR)
