@@ -53,7 +53,12 @@ async def keep_ledger(url: str, num_items: int, *, clients: int, items_per_call:
 
     async def work() -> None:
         async with AsyncRewardClient(
-            url, deadline_s=DEADLINE_S, max_connections=1, chunks=ChunkLimits(max_items=2048)
+            url,
+            deadline_s=DEADLINE_S,
+            max_connections=1,
+            chunks=ChunkLimits(max_items=2048),
+            # A fault may come before a client's first answer.
+            wait_for_start_s=DEADLINE_S,
         ) as client:
             for items in calls:
                 await _score(client, items, ledger)
