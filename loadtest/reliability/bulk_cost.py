@@ -27,7 +27,7 @@ from service.engines.plan import default_batch_tokens
 from service.settings import ModelSettings
 
 ROUNDS = 3
-ITEMS_PER_REQUEST = 256
+ITEMS_PER_REQUEST = 64
 REQUESTS = 4
 CONNECTIONS = 2
 """One request is read and tokenized while the other one is computed, as a trainer that sends ahead would have it."""
@@ -54,7 +54,7 @@ def bulk_cost(options: ExperimentOptions) -> list[Finding]:
             num_threads=resolve_threads(None),
         )
         rounds = [
-            WORKLOADS["groups of 8"].draw(ITEMS_PER_REQUEST * REQUESTS, options.seed * 100 + number)
+            WORKLOADS["short"].draw(ITEMS_PER_REQUEST * REQUESTS, options.seed * 100 + number)
             for number in range(ROUNDS + 1)
         ]
         with (

@@ -10,8 +10,11 @@ from dataclasses import dataclass, field
 
 from reward_client import AsyncRewardClient, ChunkLimits
 from reward_client.errors import ClientError
+from rich.console import Console
 
+from loadtest.traffic.execution import NO_ANSWER, Tally
 from loadtest.traffic.items import EqualItems, Item
+from loadtest.traffic.progress import shown_progress
 from service.engines.oracle import oracle_reward_of_text
 
 DEADLINE_S = 600.0
@@ -28,6 +31,8 @@ class Ledger:
     errors: Counter[str] = field(default_factory=Counter)
     """Exceptions of the client by their class; the items of such a call have no answer."""
     seconds: float = 0.0
+    tally: Tally = field(default_factory=lambda: Tally("items"))
+    """Items for the display of progress."""
 
     @property
     def lost(self) -> int:
@@ -48,12 +53,17 @@ async def keep_ledger(url: str, num_items: int, *, clients: int, items_per_call:
 
     async def work() -> None:
         async with AsyncRewardClient(
-            url, deadline_s=DEADLINE_S, max_connections=1, chunks=ChunkLimits(max_items=2048)
+            url,
+            deadline_s=DEADLINE_S,
+            max_connections=1,
+            chunks=ChunkLimits(max_items=2048),
+            # A fault may come before a client's first answer.
+            wait_for_start_s=DEADLINE_S,
         ) as client:
             for items in calls:
                 await _score(client, items, ledger)
 
-    async with asyncio.TaskGroup() as group:
+    async with shown_progress(Console(stderr=True, soft_wrap=True), ledger.tally), asyncio.TaskGroup() as group:
         for _ in range(clients):
             group.create_task(work())
     ledger.seconds = time.monotonic() - began
@@ -67,11 +77,14 @@ def _calls(source: EqualItems, num_items: int, items_per_call: int) -> Iterator[
 
 
 async def _score(client: AsyncRewardClient, items: list[Item], ledger: Ledger) -> None:
+    ledger.tally.sent += len(items)
     try:
         scored = await client.score_items(items, diagnostics="none")
     except ClientError as error:
         ledger.errors[type(error).__name__] += 1
+        ledger.tally.by_status[NO_ANSWER] = ledger.tally.by_status.get(NO_ANSWER, 0) + len(items)
         return
+    ledger.tally.by_status[200] = ledger.tally.by_status.get(200, 0) + len(items)
     for item, answer in zip(items, scored, strict=True):
         ledger.answers[str(answer.id)] += 1
         expected = oracle_reward_of_text(item["prompt"], item["completion"])

@@ -80,6 +80,9 @@ def slow_clients(options: ExperimentOptions) -> list[Finding]:
     fault = Fault(fault="slow_clients", at_s=options.duration_s, connections=SLOW_CONNECTIONS, for_s=options.duration_s)
     alone, beside = _run(options, FixedPhases(phases), 128, [fault])
     return [
+        Finding("load", "p99 alone, s", _p99(alone)),
+        Finding("load", "p99 beside 500 slow connections, s", _p99(beside)),
+        Finding("load", "p99 of the delay of sending beside them, s", beside.send_lag_s.quantiles["p99"]),
         at_most("R20", "p99 beside 500 slow connections over p99 alone", _p99(beside) / _p99(alone), 1.5),
         at_least("R20", "good items beside them, share", beside.good_items / beside.items, 1.0),
         *_correctness([alone, beside]),
