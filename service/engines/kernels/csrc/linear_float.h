@@ -3,10 +3,10 @@
 
 #include "gemm.h"
 
-// Most steps of the inner dimension in one slice of a panel: a slice must stay in the first-level cache, which on CPUs
-// without AVX-512 is as small as 32 KiB.
+// Most steps of the inner dimension in one slice of a panel: a slice must stay in the first-level cache; on AVX2 one of
+// its two tiles, because rows are multiplied by one tile after the other.
 #ifdef USE_AVX2
-constexpr int MAX_SLICE_STEPS = 6;
+constexpr int MAX_SLICE_STEPS = 12;
 #else
 constexpr int MAX_SLICE_STEPS = 40 / int(sizeof(operand));
 #endif
@@ -29,19 +29,21 @@ inline void pack_panel(
         }
 }
 
-// The input rows of a product, read 32 at a time; a last incomplete group is copied and padded with zeros.
+// The input rows of a product, read TILE_ROWS at a time; a last incomplete group is copied and padded with zeros.
 class InputRows {
 public:
     InputRows(const operand* rows, int num_rows, int width) : rows_(rows), num_rows_(num_rows), width_(width) {
         static thread_local ScratchBuffer buffer;
-        const int first = num_rows / BLOCK * BLOCK;
+        const int first = num_rows / TILE_ROWS * TILE_ROWS;
         if (first == num_rows) return;
-        tail_ = static_cast<operand*>(buffer.reserve(sizeof(operand) * BLOCK * width));
-        std::memset(tail_, 0, sizeof(operand) * BLOCK * width);
+        tail_ = static_cast<operand*>(buffer.reserve(sizeof(operand) * TILE_ROWS * width));
+        std::memset(tail_, 0, sizeof(operand) * TILE_ROWS * width);
         std::memcpy(tail_, rows + std::size_t(first) * width, sizeof(operand) * (num_rows - first) * width);
     }
     int width() const { return width_; }
-    const operand* from(int row) const { return row + BLOCK <= num_rows_ ? rows_ + std::size_t(row) * width_ : tail_; }
+    const operand* from(int row) const {
+        return row + TILE_ROWS <= num_rows_ ? rows_ + std::size_t(row) * width_ : tail_;
+    }
 
 private:
     const operand* rows_;
@@ -64,7 +66,7 @@ public:
         operands_ = panel_operands(panel + weight_bytes(format) * first_step * STEP_SIZE, format, num_steps, buffer);
     }
 
-    // Writes the product with `num_rows` <= 32 rows from `row` on; slices after the first add to it.
+    // Writes the product with `num_rows` <= TILE_ROWS rows from `row` on; slices after the first add to it.
     template <class Interleave>
     void multiply(const InputRows& rows, int row, int num_rows, float* product, Interleave interleave) const {
         ::multiply(
