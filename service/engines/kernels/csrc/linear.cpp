@@ -16,7 +16,13 @@
 
 namespace {
 
-constexpr int MAX_BLOCK_ROWS = 256;  // with its intermediate states about the size of a core's second-level cache
+// Most rows of a block: with its intermediate states about the size of a core's second-level cache, which on CPUs without
+// AVX-512 is smaller, while states there are twice as large.
+#ifdef USE_AVX2
+constexpr int MAX_BLOCK_ROWS = 128;
+#else
+constexpr int MAX_BLOCK_ROWS = 256;
+#endif
 
 thread_local ScratchBuffer product_buffer;
 thread_local ScratchBuffer norm_buffer;
@@ -88,6 +94,7 @@ void multiply_block(const InputRows& rows, int num_rows, PanelRange range, Epilo
             const PanelSlice slice(
                 range.panels + panel * panel_bytes(width, range.format), width, range.format, step, count);
             for (int tile = 0; tile < num_row_tiles; ++tile) {
+                slice.prefetch_next(tile, num_row_tiles);
                 const int tile_rows = round_up(std::min(TILE_ROWS, num_rows - tile * TILE_ROWS), ROW_STEP);
                 float* product = products + (base + tile) % num_products * BLOCK * BLOCK;
                 slice.multiply(rows, tile * TILE_ROWS, tile_rows, product, [&](int) { pending.advance(rows_per_step); });

@@ -61,9 +61,21 @@ inline InputRows input_rows(const state* states, int num_rows, int width) {
 class PanelSlice {
 public:
     PanelSlice(const std::uint8_t* panel, int /*width*/, PanelFormat format, int first_step, int num_steps)
-        : first_step_(first_step), num_steps_(num_steps) {
+        : packed_(panel + weight_bytes(format) * first_step * STEP_SIZE),
+          num_bytes_(weight_bytes(format) * num_steps * STEP_SIZE),
+          first_step_(first_step),
+          num_steps_(num_steps) {
         static thread_local ScratchBuffer buffer;
-        operands_ = panel_operands(panel + weight_bytes(format) * first_step * STEP_SIZE, format, num_steps, buffer);
+        operands_ = panel_operands(packed_, format, num_steps, buffer);
+    }
+
+    // Loads a part of the weights that follow these into the second-level cache: part `index` of `count`.
+    void prefetch_next([[maybe_unused]] int index, [[maybe_unused]] int count) const {
+#ifdef USE_AVX2
+        const std::uint8_t* next = packed_ + num_bytes_;
+        for (std::size_t byte = num_bytes_ * index / count / 64 * 64; byte < num_bytes_ * (index + 1) / count; byte += 64)
+            _mm_prefetch(reinterpret_cast<const char*>(next + byte), _MM_HINT_T1);
+#endif
     }
 
     // Writes the product with `num_rows` <= TILE_ROWS rows from `row` on; slices after the first add to it.
@@ -75,6 +87,8 @@ public:
     }
 
 private:
+    const std::uint8_t* packed_;
+    std::size_t num_bytes_;
     const operand* operands_;
     int first_step_, num_steps_;
 };
