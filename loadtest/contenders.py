@@ -175,6 +175,11 @@ def synchronous(setup: Setup) -> Mapping[str, Way]:
     return {f"{_way_of(engine)}, synchronous": with_busy_share(score, setup.device)}
 
 
+def without_prefixes(setup: Setup, **changes: object) -> Way:
+    """The torch engine without shared prefixes and some settings of the model changed."""
+    return partial(score_in_batches, _torch_engine(setup, share_prefixes=False, **changes), now=setup.now)
+
+
 def _ways(setup: Setup, engines: Sequence[Engine]) -> dict[str, Way]:
     return {
         _way_of(engine): with_busy_share(partial(score_in_batches, engine, now=setup.now), setup.device)

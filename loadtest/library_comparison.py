@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -13,6 +12,7 @@ import torch
 from rich.table import Table
 
 from loadtest.console import report_console
+from loadtest.contenders import CLOCKS
 from loadtest.matmul_limit import LayerShape
 from loadtest.matmul_products import BASELINE, LIBRARIES, Library, LibraryMissing, Product
 from loadtest.random_checkpoint import SHAPES, ModelShape
@@ -42,6 +42,7 @@ def run(options: argparse.Namespace) -> int:
     """Compare as the command's options say; return the exit status."""
     console = report_console()
     torch.set_num_threads(resolve_threads(options.threads))
+    console.print(f"torch uses {torch.backends.cpu.get_cpu_capability()}; {options.clock} clock", markup=False)
     retain_freed_memory()  # as the service does
     libraries: dict[str, Library] = {}
     for name, library in LIBRARIES.items():
@@ -53,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
             libraries[name] = library
     for name in options.shapes:
         shapes = decoder_shapes(SHAPES[name])
-        found = compare_libraries(libraries, shapes, options.rows, options.rounds)
+        found = compare_libraries(libraries, shapes, options.rows, options.rounds, CLOCKS[options.clock])
         flops = sum(2 * count * options.rows * inputs * outputs for (inputs, outputs), count in shapes.items())
         console.print(_table(f"{name}, {options.rows} rows, {torch.get_num_threads()} threads", found, flops))
     return 0
@@ -73,7 +74,11 @@ def decoder_shapes(shape: ModelShape) -> Counter[LayerShape]:
 
 @torch.inference_mode()
 def compare_libraries(
-    libraries: Mapping[str, Library], shapes: Mapping[LayerShape, int], num_rows: int, num_rounds: int
+    libraries: Mapping[str, Library],
+    shapes: Mapping[LayerShape, int],
+    num_rows: int,
+    num_rounds: int,
+    now: Callable[[], float],
 ) -> list[LibrarySpeed]:
     """Multiply one matrix of each shape; the order of the libraries changes with every round."""
     names = list(libraries)
@@ -82,13 +87,14 @@ def compare_libraries(
     for (inputs, outputs), count in shapes.items():
         random = torch.Generator().manual_seed(0)
         states, weight = torch.randn(num_rows, inputs, generator=random), torch.randn(outputs, inputs, generator=random)
+        weight = weight.bfloat16().float()  # as most published checkpoints are stored
         products = {name: library(weight, num_rows) for name, library in libraries.items()}
         for name, library in libraries.items():
             same_bits[name] &= has_same_bits(library, weight, states, products[name](states))
         for round_ in range(num_rounds):
             first = round_ % len(names)
             for name in (*names[first:], *names[:first]):
-                seconds[name][round_] += count * _fastest(products[name], states)
+                seconds[name][round_] += count * _fastest(products[name], states, now)
     return [LibrarySpeed(name, tuple(seconds[name]), same_bits[name]) for name in names]
 
 
@@ -102,13 +108,13 @@ def has_same_bits(library: Library, weight: torch.Tensor, states: torch.Tensor, 
     )
 
 
-def _fastest(product: Product, states: torch.Tensor) -> float:
+def _fastest(product: Product, states: torch.Tensor, now: Callable[[], float]) -> float:
     product(states)  # brings the weight into the cache, as for every library
     fastest = float("inf")
     for _ in range(REPEATS):
-        started = time.perf_counter()
+        started = now()
         product(states)
-        fastest = min(fastest, time.perf_counter() - started)
+        fastest = min(fastest, now() - started)
     return fastest
 
 

@@ -37,6 +37,12 @@ def _parser() -> CommandParser:
     add("--rows", type=whole_number(1), default=2048, help="tokens of a batch (default: %(default)s)")
     add("--rounds", type=whole_number(1), default=5, help="alternating rounds (default: %(default)s)")
     add("--threads", type=whole_number(1), help="CPU threads (default: all cores)")
+    add(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: CPU seconds, for a CPU that other processes use too; with --threads 1 (default: %(default)s)",
+    )
     return parser
 
 

@@ -76,7 +76,7 @@ def onnx_runtime(weight: torch.Tensor, num_rows: int) -> Product:
 
 
 def numpy_blas(weight: torch.Tensor, num_rows: int) -> Product:
-    """The BLAS of numpy, which is OpenBLAS in numpy's own wheels; it uses as many threads as there are cores."""
+    """The BLAS of numpy: OpenBLAS in numpy's own wheels, on all cores unless OPENBLAS_NUM_THREADS says otherwise."""
     transposed, output = weight.numpy().T, torch.empty(num_rows, weight.shape[0])
 
     def multiply(states: torch.Tensor) -> torch.Tensor:

@@ -69,6 +69,21 @@ def test_kernels_are_excluded_by_compiled_blocks(model: dict[str, Any], expected
     assert kernel_choice(ModelSettings.model_validate(model)) == expected
 
 
+@pytest.mark.parametrize(
+    ("machine", "model", "words"),
+    [
+        (CPU, {}, "bfloat16 on cpu (model.dtype is auto, and this CPU multiplies bfloat16 natively), with"),
+        (CPU, {"dtype": "float32"}, "float32 on cpu (model.dtype is float32), with torch's own operations, without"),
+        (CPU, {"quantization": "int8"}, "bfloat16 on cpu (int8 has states in bfloat16), with"),
+        (CUDA, {}, "float16 on cuda (model.dtype is auto: as the checkpoint), with torch's own operations."),
+    ],
+    ids=["auto", "chosen", "int8", "cuda"],
+)  # fmt: skip
+def test_what_passes_run_on_is_explained(machine: Machine, model: dict[str, Any], words: str) -> None:
+    """The log's sentence has dtype and operations, each with its reason."""
+    assert plan(machine, **model).explain(None, "no compiler").startswith(f"Passes compute {words}")
+
+
 def test_rotary_scaling_limits_what_shares_a_pass() -> None:
     """The plan has the length up to which sequences share a pass, which bounds the probes too."""
     longrope = {"rope_type": "longrope", "original_max_position_embeddings": 4096}

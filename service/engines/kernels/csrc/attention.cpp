@@ -141,7 +141,7 @@ float exp_weights(
     return sum_of(sum);
 }
 
-// Copies up to 32 queries of one head, padded with zeros to [BLOCK, size].
+// Copies up to BLOCK queries of one head, padded with zeros to [BLOCK, size].
 void copy_queries(const AttentionArgs& args, std::int64_t token, int count, int head, int size, operand* queries) {
     std::memset(queries, 0, sizeof(operand) * BLOCK * size);
     for (int query = 0; query < count; ++query)
@@ -161,7 +161,7 @@ void write_output(
     }
 }
 
-// Up to 32 queries of a task, with the keys that any of them attends to. Keys are counted from the task's first key,
+// Up to TILE_ROWS queries of a task, with the keys that any of them attends to. Keys are counted from the task's first key,
 // which `TaskBuffers` begin with; `position` is the first query's.
 struct QueryBlock {
     std::int64_t token;  // of the first query in the packed batch
@@ -169,7 +169,7 @@ struct QueryBlock {
 };
 
 QueryBlock query_block(const AttentionArgs& args, const Task& task, int first, int position) {
-    const int count = std::min(BLOCK, task.num_queries - first);
+    const int count = std::min(TILE_ROWS, task.num_queries - first);
     // Queries attend to keys up to their own; whole blocks of keys outside of every query's window are skipped.
     const int begin_key = args.window ? std::max(0, position - args.window + 1) / BLOCK * BLOCK : 0;
     const int num_keys = (position + count - begin_key + BLOCK - 1) / BLOCK * BLOCK;
@@ -220,7 +220,7 @@ void run_task(const AttentionArgs& args, const Task& task) {
     pack_values(buffers.value_rows, num_keys, args.head_size, size, buffers.values);
 
     const int group_size = args.num_heads / args.num_kv_heads;  // query heads of one key head
-    for (int first = 0; first < task.num_queries; first += BLOCK) {
+    for (int first = 0; first < task.num_queries; first += TILE_ROWS) {
         const QueryBlock block = query_block(args, task, first, position + first - begin_key);
         for (int head = task.kv_head * group_size; head < (task.kv_head + 1) * group_size; ++head)
             attend_head(args, block, head, num_keys, size, buffers);

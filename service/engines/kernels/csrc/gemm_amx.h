@@ -28,6 +28,10 @@ using ThreadConfig = AmxTileConfig;
 // Rows of a product are computed in multiples of this.
 constexpr int ROW_STEP = BLOCK;
 
+// Most rows of a product, and what the rows of a block are a multiple of.
+constexpr int TILE_ROWS = BLOCK;
+constexpr int BLOCK_ROW_STEP = BLOCK;
+
 // Writes left x panel [32, 32] into `product`, or adds it to the product if `accumulate`; 32 rows of `left` are read.
 // Strides are in elements. `interleave(step)` runs on the vector units while the tile unit multiplies.
 template <class Interleave>

@@ -13,6 +13,10 @@ constexpr int STRIP = 8;  // rows whose sums stay in registers while a panel is 
 // Rows of a product are computed in multiples of this.
 constexpr int ROW_STEP = STRIP;
 
+// Most rows of a product, and what the rows of a block are a multiple of.
+constexpr int TILE_ROWS = BLOCK;
+constexpr int BLOCK_ROW_STEP = BLOCK;
+
 #ifdef USE_AVX512_BF16
 constexpr int VECTORS_PER_STEP = BLOCK / 2;  // of one tile: one for each pair of inner elements
 

@@ -16,7 +16,13 @@
 
 namespace {
 
-constexpr int MAX_BLOCK_ROWS = 256;  // with its intermediate states about the size of a core's second-level cache
+// Most rows of a block: with its intermediate states about the size of a core's second-level cache, which on CPUs without
+// AVX-512 is smaller, while states there are twice as large.
+#ifdef USE_AVX2
+constexpr int MAX_BLOCK_ROWS = 128;
+#else
+constexpr int MAX_BLOCK_ROWS = 256;
+#endif
 
 thread_local ScratchBuffer product_buffer;
 thread_local ScratchBuffer norm_buffer;
@@ -26,13 +32,13 @@ int ceil_div(int count, int divisor) { return (count + divisor - 1) / divisor; }
 
 int round_up(int count, int multiple) { return ceil_div(count, multiple) * multiple; }
 
-// Rows of a block, so that blocks divide `num_rows` evenly among the threads, in multiples of BLOCK.
+// Rows of a block, so that blocks divide `num_rows` evenly among the threads.
 int rows_per_block(int num_rows, int num_threads) {
     const int num_blocks = num_threads * ceil_div(num_rows, num_threads * MAX_BLOCK_ROWS);
-    return round_up(ceil_div(num_rows, num_blocks), BLOCK);
+    return round_up(ceil_div(num_rows, num_blocks), BLOCK_ROW_STEP);
 }
 
-// A product [32, 32] whose epilogue (activation, bias, rounding) runs later, a few rows at a time.
+// A product [TILE_ROWS, 32] whose epilogue (activation, bias, rounding) runs later, a few rows at a time.
 template <class Epilogue>
 class DeferredEpilogue {
 public:
@@ -72,7 +78,7 @@ PanelRange all_panels(const LinearWeight& weight) {
 // dimension is processed in slices, so that a slice of a panel stays in the first-level cache for all rows.
 template <class Epilogue>
 void multiply_block(const InputRows& rows, int num_rows, PanelRange range, Epilogue epilogue) {
-    const int width = rows.width(), num_steps = width / BLOCK, num_row_tiles = ceil_div(num_rows, BLOCK);
+    const int width = rows.width(), num_steps = width / BLOCK, num_row_tiles = ceil_div(num_rows, TILE_ROWS);
     const int num_slices = ceil_div(num_steps, MAX_SLICE_STEPS);
     const int slice_steps = ceil_div(num_steps, num_slices);
     // Products in memory: with several slices those of all row tiles, else one; and one whose epilogue is pending.
@@ -88,10 +94,11 @@ void multiply_block(const InputRows& rows, int num_rows, PanelRange range, Epilo
             const PanelSlice slice(
                 range.panels + panel * panel_bytes(width, range.format), width, range.format, step, count);
             for (int tile = 0; tile < num_row_tiles; ++tile) {
-                const int tile_rows = round_up(std::min(BLOCK, num_rows - tile * BLOCK), ROW_STEP);
+                slice.prefetch_next(tile, num_row_tiles);
+                const int tile_rows = round_up(std::min(TILE_ROWS, num_rows - tile * TILE_ROWS), ROW_STEP);
                 float* product = products + (base + tile) % num_products * BLOCK * BLOCK;
-                slice.multiply(rows, tile * BLOCK, tile_rows, product, [&](int) { pending.advance(rows_per_step); });
-                if (step + count == num_steps) pending.take(product, tile * BLOCK, tile_rows, panel);
+                slice.multiply(rows, tile * TILE_ROWS, tile_rows, product, [&](int) { pending.advance(rows_per_step); });
+                if (step + count == num_steps) pending.take(product, tile * TILE_ROWS, tile_rows, panel);
             }
         }
         next_product = (base + num_row_tiles) % num_products;
@@ -148,7 +155,7 @@ struct GateEpilogue {
 // Runs a gated feed-forward layer for a block of rows; `epilogue` receives the products of the down projection.
 template <class Epilogue>
 void run_gated_mlp(const InputRows& rows, int num_rows, const GatedMlpWeights& mlp, Epilogue epilogue) {
-    const int num_padded = round_up(num_rows, BLOCK), inner = mlp.inner;
+    const int num_padded = round_up(num_rows, TILE_ROWS), inner = mlp.inner;
     auto* gated = static_cast<operand*>(inner_buffer.reserve(sizeof(operand) * num_padded * inner));
     const auto format = PanelFormat(mlp.format);
     const PanelRange gate_up{mlp.gate_up_panels, format, 0, inner / TILE};
@@ -162,7 +169,7 @@ void run_gated_mlp(const InputRows& rows, int num_rows, const GatedMlpWeights& m
 
 // Returns the norms of a block of rows, in this thread's scratch memory and padded with zeros.
 InputRows normalized_rows(const state* states, int num_rows, int width, const NormParams& norm) {
-    const int num_padded = round_up(num_rows, BLOCK);
+    const int num_padded = round_up(num_rows, TILE_ROWS);
     auto* normalized = static_cast<operand*>(norm_buffer.reserve(sizeof(operand) * num_padded * width));
     for (int row = 0; row < num_rows; ++row)
         normalize(states + std::size_t(row) * width, width, norm, normalized + std::size_t(row) * width);

@@ -3,10 +3,10 @@
 
 #include "gemm.h"
 
-// Most steps of the inner dimension in one slice of a panel: a slice must stay in the first-level cache, which on CPUs
-// without AVX-512 is as small as 32 KiB.
+// Most steps of the inner dimension in one slice of a panel: a slice must stay in the first-level cache; on AVX2 one of
+// its two tiles, because rows are multiplied by one tile after the other.
 #ifdef USE_AVX2
-constexpr int MAX_SLICE_STEPS = 6;
+constexpr int MAX_SLICE_STEPS = 12;
 #else
 constexpr int MAX_SLICE_STEPS = 40 / int(sizeof(operand));
 #endif
@@ -29,19 +29,21 @@ inline void pack_panel(
         }
 }
 
-// The input rows of a product, read 32 at a time; a last incomplete group is copied and padded with zeros.
+// The input rows of a product, read TILE_ROWS at a time; a last incomplete group is copied and padded with zeros.
 class InputRows {
 public:
     InputRows(const operand* rows, int num_rows, int width) : rows_(rows), num_rows_(num_rows), width_(width) {
         static thread_local ScratchBuffer buffer;
-        const int first = num_rows / BLOCK * BLOCK;
+        const int first = num_rows / TILE_ROWS * TILE_ROWS;
         if (first == num_rows) return;
-        tail_ = static_cast<operand*>(buffer.reserve(sizeof(operand) * BLOCK * width));
-        std::memset(tail_, 0, sizeof(operand) * BLOCK * width);
+        tail_ = static_cast<operand*>(buffer.reserve(sizeof(operand) * TILE_ROWS * width));
+        std::memset(tail_, 0, sizeof(operand) * TILE_ROWS * width);
         std::memcpy(tail_, rows + std::size_t(first) * width, sizeof(operand) * (num_rows - first) * width);
     }
     int width() const { return width_; }
-    const operand* from(int row) const { return row + BLOCK <= num_rows_ ? rows_ + std::size_t(row) * width_ : tail_; }
+    const operand* from(int row) const {
+        return row + TILE_ROWS <= num_rows_ ? rows_ + std::size_t(row) * width_ : tail_;
+    }
 
 private:
     const operand* rows_;
@@ -59,12 +61,24 @@ inline InputRows input_rows(const state* states, int num_rows, int width) {
 class PanelSlice {
 public:
     PanelSlice(const std::uint8_t* panel, int /*width*/, PanelFormat format, int first_step, int num_steps)
-        : first_step_(first_step), num_steps_(num_steps) {
+        : packed_(panel + weight_bytes(format) * first_step * STEP_SIZE),
+          num_bytes_(weight_bytes(format) * num_steps * STEP_SIZE),
+          first_step_(first_step),
+          num_steps_(num_steps) {
         static thread_local ScratchBuffer buffer;
-        operands_ = panel_operands(panel + weight_bytes(format) * first_step * STEP_SIZE, format, num_steps, buffer);
+        operands_ = panel_operands(packed_, format, num_steps, buffer);
     }
 
-    // Writes the product with `num_rows` <= 32 rows from `row` on; slices after the first add to it.
+    // Loads a part of the weights that follow these into the second-level cache: part `index` of `count`.
+    void prefetch_next([[maybe_unused]] int index, [[maybe_unused]] int count) const {
+#ifdef USE_AVX2
+        const std::uint8_t* next = packed_ + num_bytes_;
+        for (std::size_t byte = num_bytes_ * index / count / 64 * 64; byte < num_bytes_ * (index + 1) / count; byte += 64)
+            _mm_prefetch(reinterpret_cast<const char*>(next + byte), _MM_HINT_T1);
+#endif
+    }
+
+    // Writes the product with `num_rows` <= TILE_ROWS rows from `row` on; slices after the first add to it.
     template <class Interleave>
     void multiply(const InputRows& rows, int row, int num_rows, float* product, Interleave interleave) const {
         ::multiply(
@@ -73,6 +87,8 @@ public:
     }
 
 private:
+    const std::uint8_t* packed_;
+    std::size_t num_bytes_;
     const operand* operands_;
     int first_step_, num_steps_;
 };

@@ -147,7 +147,9 @@ public:
           begin_(first_step * BLOCK),
           end_(begin_ + num_steps * BLOCK) {}
 
-    // Writes the product with `num_rows` <= 32 rows from `row` on; slices after the first add to it.
+    void prefetch_next(int /*index*/, int /*count*/) const {}
+
+    // Writes the product with `num_rows` <= TILE_ROWS rows from `row` on; slices after the first add to it.
     template <class Interleave>
     void multiply(const InputRows& rows, int row, int num_rows, float* product, Interleave interleave) const {
         for (int strip = 0; strip < num_rows; strip += STRIP)
