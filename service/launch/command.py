@@ -22,6 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     try:
         settings, options = read_sources(arguments)
+        if options.opens_page and not settings.page.enabled:
+            raise SettingsError("page.enabled is false, so there is no page: leave --open out.")
     except SettingsError as error:
         print(f"reward-serve: {error}", file=sys.stderr)
         return 1
@@ -35,8 +37,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if settings.model.path is not None and not settings.model.is_demo and settings.model.engine != "oracle":
             check_source(settings.model.path)
-        if options.opens_page and not settings.page.enabled:
-            raise SettingsError("page.enabled is false, so there is no page: leave --open out.")
         if options.check:
             check(settings.served_model(), console)
         elif settings.runtime == "local":
