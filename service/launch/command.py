@@ -22,8 +22,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     try:
         settings, options = read_sources(arguments)
-        if options.opens_page and not settings.page.enabled:
-            raise SettingsError("page.enabled is false, so there is no page: leave --open out.")
     except SettingsError as error:
         print(f"reward-serve: {error}", file=sys.stderr)
         return 1
