@@ -12,8 +12,10 @@ from pathlib import Path
 from playwright.sync_api import Browser, sync_playwright
 
 EXECUTABLES = ("chromium", "chromium-browser", "google-chrome")
-LIVE_MS = 8000
+LIVE_MS = 16_000
 """Until the charts of the live view have some readings."""
+WAIT_MS = 120_000
+"""For an answer of a slow model."""
 
 
 def main(url: str, folder: Path) -> None:
@@ -32,6 +34,7 @@ def main(url: str, folder: Path) -> None:
 
 def _photograph_example(browser: Browser, url: str, path: Path, width: int, *, dark: bool) -> None:
     page = browser.new_page(viewport={"width": width, "height": 1000}, color_scheme="dark" if dark else "light")
+    page.set_default_timeout(WAIT_MS)
     page.goto(url)
     page.get_by_role("button", name="Flattery", exact=True).click()
     page.locator(".reward").nth(1).wait_for()
@@ -44,6 +47,7 @@ def _photograph_example(browser: Browser, url: str, path: Path, width: int, *, d
 
 def _photograph_live(browser: Browser, url: str, path: Path) -> None:
     page = browser.new_page(viewport={"width": 1200, "height": 1000})
+    page.set_default_timeout(WAIT_MS)
     page.goto(f"{url}/#live")
     page.locator("#view-live svg").first.wait_for()
     page.wait_for_timeout(LIVE_MS)

@@ -197,6 +197,7 @@ def serve_once(
     with started(buildah, container, command, f"{logs}:/logs", *mounts) as process:
         ready_s = await_ready(process)
         model = httpx2.get(f"{URL}/v1/model", trust_env=False).raise_for_status().json()
+        page = httpx2.get(f"{URL}/page/main.js", trust_env=False).raise_for_status()
         answer = httpx2.post(f"{URL}/v1/score", json=SCORE, trust_env=False, timeout=30.0).raise_for_status().json()
         rewards = [result["reward"] for result in answer["results"]]
         assert len(set(rewards)) == len(ITEMS), answer
@@ -204,6 +205,7 @@ def serve_once(
         print(f"  ready after {ready_s:.1f} s; rewards {rewards}; engine {json.dumps(model['engine'])}")
         print(f"  stopped by SIGTERM within {stop(process):.1f} s, status 0", flush=True)
     routes = [json.loads(line)["route"] for line in (logs / "requests.jsonl").read_text().splitlines()]
+    assert page.headers["Content-Type"].startswith("text/javascript")
     assert "/v1/score" in routes, routes
 
 

@@ -35,8 +35,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if settings.model.path is not None and not settings.model.is_demo and settings.model.engine != "oracle":
             check_source(settings.model.path)
-        if options.opens_page and not settings.page.enabled:
-            raise SettingsError("page.enabled is false, so there is no page: leave --open out.")
         if options.check:
             check(settings.served_model(), console)
         elif settings.runtime == "local":

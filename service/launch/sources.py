@@ -58,6 +58,8 @@ def read_sources(arguments: Sequence[str] | None = None) -> tuple[StartSettings,
     except ValidationError as error:
         raise SettingsError(describe_invalid(error, SETTING_NAMES, StartSettings, source_of)) from None
     _refuse_other_encodings(settings, source_of)
+    if options.opens_page and not settings.page.enabled:
+        raise SettingsError("page.enabled is false, so there is no page: leave --open out.")
     return settings, options
 
 

@@ -94,7 +94,8 @@ export class CompletionCard {
     const [oldP, newP] = [before.ood?.p_value, now.ood?.p_value];
     const pMoved = isNumber(oldP) && isNumber(newP) ? `; p-value ${pValue(oldP)} \u2192 ${pValue(newP)}` : "";
     const change = this.edited ? `\u201c${this.edited}\u201d` : "your change";
-    return element("p", { class: "movement" }, `After ${change}: reward ${signed(now.reward - before.reward)}${pMoved}`);
+    const moved = `${fixed(before.reward)} \u2192 ${fixed(now.reward)} (${signed(now.reward - before.reward)})`;
+    return element("p", { class: "movement" }, `After ${change}: reward ${moved}${pMoved}`);
   }
 
   editButtons() {

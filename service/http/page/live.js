@@ -181,7 +181,7 @@ function chartsOf(history) {
     chart(
       "Latency",
       [["p50", rate("p50"), "one"], ["p95", rate("p95"), "two"]],
-      (value) => `${count(1000 * value)} ms`,
+      (value) => (value >= 1 ? `${fixed(value, 1)} s` : `${count(1000 * value)} ms`),
       "From the arrival of a request to its answer.",
     ),
   ];
