@@ -6,7 +6,7 @@ PORT   ?= 8000
 MODEL  ?=
 BIN    := $(VENV)/bin
 
-.PHONY: serve dev test test-slow soak chaos fuzz sbom start-soak image-check coverage check check-lock format lock prometheus chromium clean
+.PHONY: serve dev test test-slow soak gpu chaos fuzz sbom start-soak image-check coverage check check-lock format lock prometheus chromium clean
 .DEFAULT_GOAL := help
 
 help: ## print the targets
@@ -55,6 +55,11 @@ test-slow: $(VENV)/dev.installed ## real servers, the demo model and long checks
 
 soak: $(VENV)/dev.installed ## what takes minutes each: clusters of nodes, clients of frameworks on the demo model, examples
 	$(BIN)/python -m pytest -m 'soak and not gpu'
+
+MINUTES ?= 25
+gpu: $(VENV)/dev.installed ## tests and measurements of a GPU in MINUTES: one report in gpu-day/ (docs/performance.md)
+	$(INSTALL) --no-deps --requirement requirements/gpu-day.txt
+	$(BIN)/python -m loadtest.gpu_day --minutes $(MINUTES) --out gpu-day --overwrite
 
 ITEMS ?= 1000000
 EXPERIMENTS ?=

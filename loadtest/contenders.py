@@ -19,6 +19,7 @@ from loadtest.device_busy import busy_share
 from loadtest.engine_work import Work
 from loadtest.matmul_limit import layer_shapes, measure_limit
 from service.engines.base import Engine
+from service.engines.devices.device import release_memory
 from service.engines.torch import load_torch_engine
 from service.errors import HttpError
 from service.offline import score_batches
@@ -109,11 +110,18 @@ def plain(setup: Setup) -> Mapping[str, Way]:
     forward = _PlainForward(setup, setup.dtype)
     size = setup.padded_items
     return {
-        REFERENCE: lambda work: _PlainForward(setup, "float32").score(work, size=1),
+        REFERENCE: partial(_reference, setup),
         "plain, one by one": partial(forward.score, size=1),
         f"plain, padded {size}": partial(forward.score, size=size),
         f"plain, padded {size}, sorted": partial(forward.score, size=size, by_length=True),
     }
+
+
+def _reference(setup: Setup, work: Work) -> Outcome:
+    """Score in fp32, and return the memory of the fp32 weights, which other processes need on a GPU."""
+    outcome = _PlainForward(setup, "float32").score(work, size=1)
+    release_memory(torch.device(setup.device))
+    return outcome
 
 
 class _PlainForward:

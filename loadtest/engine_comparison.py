@@ -6,6 +6,7 @@ import argparse
 import json
 import platform
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version as distribution_version
@@ -22,6 +23,7 @@ from loadtest.contenders import REFERENCE, Contender, Setup, changed, exported, 
 from loadtest.engine_report import Finding, as_data, draw_plot, findings, speed_ups, table
 from loadtest.engine_rounds import Run, run_rounds
 from loadtest.engine_work import Work, read_groups, tokenize
+from loadtest.measuring_process import ContenderFailedError
 from loadtest.random_checkpoint import SHAPES, write_random_checkpoint
 from loadtest.reward_comparison import compare_rewards
 from loadtest.run_progress import RunProgress
@@ -37,6 +39,9 @@ from service.settings import ModelSettings
 
 CONTENDERS: dict[str, Contender] = {"limit": limit, "plain": plain, "ours": ours}
 
+REQUIRED = frozenset({"limit", "plain"})
+"""Contenders without which there is nothing to compare with."""
+
 DEFAULT_ITEMS = {"cpu": 128, "cuda": 1024}
 """Items of a workload, enough for several batches."""
 
@@ -46,14 +51,14 @@ def run(options: argparse.Namespace) -> int:
     console = report_console()
     try:
         with tempfile.TemporaryDirectory(prefix="reward-engines-") as folder:
-            report = _compare(options, Path(folder), console)
+            _compare(options, Path(folder), console)
     except (StartupError, DatasetError, OSError) as error:
         console.print(f"loadtest.engines: {type(error).__name__}: {error}", markup=False, style="red")
+        if isinstance(error, ContenderFailedError):
+            console.print(error.details, markup=False, highlight=False)
         return 1
     except KeyboardInterrupt:
         return 130
-    if options.json is not None:
-        write_text(options.json, json.dumps(report, indent=2) + "\n")
     return 0
 
 
@@ -66,20 +71,35 @@ def evaluate(run: Run, baseline: str) -> list[Finding]:
     return findings(run.measurements, comparisons, baseline, run.busy_shares)
 
 
-def _compare(options: argparse.Namespace, folder: Path, console: Console) -> dict[str, Any]:
+def _compare(options: argparse.Namespace, folder: Path, console: Console) -> None:
+    """Measure, print, draw and write; the file of ``--json`` is written after each workload."""
     with RunProgress(console) as progress:
         checkpoint, setup = _set_up(options, folder, progress)
         works = _works(options, checkpoint, options.items or DEFAULT_ITEMS[torch.device(setup.device).type])
+        report = partial(_as_data, options, checkpoint, setup)
         run = run_rounds(
-            CONTENDERS
-            | _requested(options)
-            | {str(bundle): partial(exported, bundle=bundle) for bundle in options.onnx},
+            contenders := _contenders(options),
             setup,
             works,
             options.rounds,
             progress.tell,
+            optional=contenders.keys() - REQUIRED if options.keep_going else (),
+            completed=None if options.json is None else lambda run: _write(options.json, report(run)),
         )
-    return _report(options, checkpoint, setup, works, run, console)
+    _print(options, report(run), works, evaluate(run, _baseline(setup)), console)
+
+
+def _contenders(options: argparse.Namespace) -> dict[str, Contender]:
+    bundles = {str(bundle): partial(exported, bundle=bundle) for bundle in options.onnx}
+    return CONTENDERS | _requested(options) | bundles
+
+
+def _baseline(setup: Setup) -> str:
+    return f"plain, padded {setup.padded_items}"
+
+
+def _write(file: Path, report: dict[str, Any]) -> None:
+    write_text(file, json.dumps(report, indent=2) + "\n")
 
 
 def _set_up(options: argparse.Namespace, folder: Path, progress: RunProgress) -> tuple[Checkpoint, Setup]:
@@ -125,38 +145,14 @@ def _works(options: argparse.Namespace, checkpoint: Checkpoint, num_items: int) 
     return {name: tokenize(WORKLOADS[name].draw(num_items, options.seed), checkpoint) for name in options.workloads}
 
 
-def _report(
-    options: argparse.Namespace,
-    checkpoint: Checkpoint,
-    setup: Setup,
-    works: dict[str, Work],
-    run: Run,
-    console: Console,
-) -> dict[str, Any]:
-    """Print the findings, draw them on request, and return them JSON-ready."""
-    name = str(options.model) if options.model else f"random, {options.shape}"
+def _as_data(options: argparse.Namespace, checkpoint: Checkpoint, setup: Setup, run: Run) -> dict[str, Any]:
+    """Return what has been measured so far, JSON-ready."""
     machine = f"{setup.num_threads} CPU threads"
     if setup.device.startswith("cuda"):
         machine = torch.cuda.get_device_name(setup.device)
-    baseline = f"plain, padded {setup.padded_items}"
-    found = evaluate(run, baseline)
-    limits = {
-        workload: median(one for (name_, _), one in run.limits.items() if name_ == workload) for workload in works
-    }
-    console.print(f"{name} ({checkpoint.architecture}), {setup.dtype}, {machine}", markup=False)
-    console.print(table(found, baseline))
-    for line in speed_ups(found):
-        console.print(f"speed-up, {line}", markup=False)
-    for workload, work in works.items():
-        console.print(
-            f"{workload}: {len(work.sequences)} items with {work.num_tokens:,} tokens, {work.num_refused} refused; "
-            f"the limit is {limits[workload]:,.0f} tokens/s "
-            f"({limits[workload] * run.flops_per_token / 1e12:,.2f} TFLOP/s)"
-        )
-    if options.plot is not None:
-        draw_plot(found, limits, f"{name}, {setup.dtype}, {machine}", options.plot)
+    workloads = dict.fromkeys(workload for workload, _ in run.limits)
     return {
-        "model": name,
+        "model": str(options.model) if options.model else f"random, {options.shape}",
         "architecture": checkpoint.architecture,
         "num_parameters": checkpoint.num_parameters,
         "flops_per_token": run.flops_per_token,
@@ -165,6 +161,34 @@ def _report(
         "versions": {"torch": torch.__version__, "transformers": distribution_version("transformers")},
         "setup": asdict(setup) | {"folder": str(setup.folder)},
         "seed": options.seed,
-        "limits": limits,
-        **as_data(found, run.measurements),
+        "limits": {
+            workload: median(one for (name, _), one in run.limits.items() if name == workload) for workload in workloads
+        },
+        "failures": dict(run.failures),
+        **as_data(evaluate(run, _baseline(setup)), run.measurements),
     }
+
+
+def _print(
+    options: argparse.Namespace,
+    report: dict[str, Any],
+    works: dict[str, Work],
+    found: Sequence[Finding],
+    console: Console,
+) -> None:
+    """Print the findings, and draw them on request."""
+    name, dtype, limits = report["model"], report["setup"]["dtype"], report["limits"]
+    console.print(f"{name} ({report['architecture']}), {dtype}, {report['machine']}", markup=False)
+    console.print(table(found, f"plain, padded {report['setup']['padded_items']}"))
+    for line in speed_ups(found):
+        console.print(f"speed-up, {line}", markup=False)
+    for workload, work in works.items():
+        console.print(
+            f"{workload}: {len(work.sequences)} items with {work.num_tokens:,} tokens, {work.num_refused} refused; "
+            f"the limit is {limits[workload]:,.0f} tokens/s "
+            f"({limits[workload] * report['flops_per_token'] / 1e12:,.2f} TFLOP/s)"
+        )
+    for way, details in report["failures"].items():
+        console.print(f"left out, {way}: {details.splitlines()[-1]}", markup=False, style="red")
+    if options.plot is not None:
+        draw_plot(found, limits, f"{name}, {dtype}, {report['machine']}", options.plot)

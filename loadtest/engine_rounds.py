@@ -6,14 +6,14 @@ It decides the order of the measurements; the report evaluates them.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
 from loadtest.contenders import LIMIT, REFERENCE, Contender, Outcome, Setup
 from loadtest.engine_report import Measurement
 from loadtest.engine_work import Work
-from loadtest.measuring_process import MeasuringProcess, running
+from loadtest.measuring_process import ContenderFailedError, MeasuringProcess, running
 from loadtest.run_progress import RunTimeEstimate, Tell
 
 SAMPLE_SEQUENCES = 4
@@ -55,6 +55,9 @@ class Run:
     busy_shares: dict[tuple[str, str], float] = field(default_factory=dict)
     """By workload and way, on a GPU only."""
 
+    failures: dict[str, str] = field(default_factory=dict)
+    """Tracebacks of the contenders and ways that failed and were left out, by name."""
+
     def record(self, step: Step, work: Work, outcome: Outcome) -> None:
         """Add the outcome of a step; the limit of a round is recorded before its other ways."""
         if step.round is None:
@@ -85,6 +88,9 @@ def run_rounds(
     works: Mapping[str, Work],
     num_rounds: int,
     tell: Tell,
+    *,
+    optional: Collection[str] = (),
+    completed: Callable[[Run], None] | None = None,
 ) -> Run:
     """Measure all ways of all contenders on all work.
 
@@ -94,37 +100,95 @@ def run_rounds(
         works: by the workload's name.
         num_rounds: of each workload, after a warm-up that is not counted.
         tell: called before each step.
+        optional: names of the contenders that are left out when they fail.
+        completed: called with all results so far after each workload.
 
     Raises:
-        ContenderFailedError: one could not be loaded, or raised.
+        ContenderFailedError: one that is not optional could not be loaded, or raised.
     """
     run = Run()
     with ExitStack() as stack:
         tell("Loading the models", 0, 1, None)
-        processes = [stack.enter_context(running(contender, setup, name)) for name, contender in contenders.items()]
-        holders = {way: process for process in processes for way in process.wait_until_loaded()}
-        ways = [way for way in holders if way not in (LIMIT, REFERENCE)]
-        steps = list(plan_steps(list(works), ways, num_rounds))
-        estimate = _first_estimate(holders, next(iter(works.values())), tell)
+        processes = {name: stack.enter_context(running(one, setup, name)) for name, one in contenders.items()}
+        ways = _Ways(processes, optional, run.failures)
+        steps = list(
+            plan_steps(list(works), [way for way in ways.holders if way not in (LIMIT, REFERENCE)], num_rounds)
+        )
+        estimate = _first_estimate(ways, next(iter(works.values())), tell)
         for number, step in enumerate(steps):
-            planned = [(later.way, _size(later.way, works[later.workload])) for later in steps[number:]]
+            planned = [
+                (later.way, _size(later.way, works[later.workload]))
+                for later in steps[number:]
+                if later.way not in run.failures
+            ]
             tell(step.title, number, len(steps), estimate.seconds_for(planned))
             work = works[step.workload]
             started = time.perf_counter()
-            run.record(step, work, holders[step.way].score(step.way, work))
-            estimate.observe(step.way, _size(step.way, work), time.perf_counter() - started)
+            if (outcome := ways.score(step.way, work)) is not None:
+                run.record(step, work, outcome)
+                estimate.observe(step.way, _size(step.way, work), time.perf_counter() - started)
+            is_last = number + 1 == len(steps) or steps[number + 1].workload != step.workload
+            if is_last and completed is not None:
+                completed(run)
     return run
 
 
-def _first_estimate(holders: Mapping[str, MeasuringProcess], work: Work, tell: Tell) -> RunTimeEstimate:
+class _Ways:
+    """The ways of all processes, without those that have failed.
+
+    Args:
+        processes: by the contender's name; they are loading.
+        optional: names of the contenders that are left out when they fail.
+        failures: tracebacks by name; failures are added to it.
+
+    Raises:
+        ContenderFailedError: a contender that is not optional could not be loaded.
+    """
+
+    def __init__(
+        self, processes: Mapping[str, MeasuringProcess], optional: Collection[str], failures: dict[str, str]
+    ) -> None:
+        self.holders: dict[str, MeasuringProcess] = {}
+        self._failures = failures
+        self._optional: set[str] = set()
+        for name, process in processes.items():
+            try:
+                ways = process.wait_until_loaded()
+            except ContenderFailedError as error:
+                if name not in optional:
+                    raise
+                failures[name] = error.details
+                continue
+            self.holders |= dict.fromkeys(ways, process)
+            if name in optional:
+                self._optional.update(ways)
+
+    def score(self, way: str, work: Work) -> Outcome | None:
+        """Score the work; None where an optional way has failed, now or earlier.
+
+        Raises:
+            ContenderFailedError: a way that is not optional raised.
+        """
+        if way in self._failures:
+            return None
+        try:
+            return self.holders[way].score(way, work)
+        except ContenderFailedError as error:
+            if way not in self._optional:
+                raise
+            self._failures[way] = error.details
+            return None
+
+
+def _first_estimate(ways: _Ways, work: Work, tell: Tell) -> RunTimeEstimate:
     """Let every way score a few sequences, so that the run time is known early."""
     estimate = RunTimeEstimate()
     num = SAMPLE_SEQUENCES
     sample = replace(work, sequences=work.sequences[:num], groups=work.groups[:num])
-    for number, (way, process) in enumerate(holders.items()):
-        tell(f"Estimating the run time: {way}", number, len(holders), None)
+    for number, way in enumerate(ways.holders):
+        tell(f"Estimating the run time: {way}", number, len(ways.holders), None)
         started = time.perf_counter()
-        process.score(way, sample)
+        ways.score(way, sample)
         estimate.observe(way, _size(way, sample), time.perf_counter() - started)
     return estimate
 

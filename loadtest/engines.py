@@ -62,9 +62,16 @@ def _parser() -> CommandParser:
         "--dtype", choices=DTYPES, default="auto", help="auto: what the service would choose (default: %(default)s)"
     )
     _add_ways(parser.add_argument_group("further ways of scoring"))
+    parser.add_argument(
+        "--keep-going",
+        action="store_true",
+        help="leave out a way of the service that fails, with its traceback in --json, instead of ending",
+    )
     _add_work(parser)
     _add_machine(parser.add_argument_group("machine and batches"))
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write findings and measurements")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write findings and measurements, after each workload"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the findings; the suffix determines the format")
     return parser
 

@@ -9,6 +9,7 @@ request after the response to the previous one, so latencies do not show how a s
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -82,25 +83,62 @@ def send_all(
     return asyncio.run(_send_all(url, bodies, num_connections, wire, reuse=reuse))
 
 
+def send_for(
+    url: str, bodies: Sequence[bytes], num_connections: int, seconds: float, wire: WireFormat = NATIVE
+) -> LoadRun:
+    """Post the bodies one after the other, again from the first after the last, until the time has passed.
+
+    Args:
+        url: of the server.
+        bodies: of the requests, at least one.
+        num_connections: number of connections that are open at once.
+        seconds: after which no further request is sent; those that are sent are answered.
+        wire: format of the bodies.
+
+    Returns:
+        The replies in the order of sending.
+
+    Raises:
+        OSError, EOFError: a connection was refused or broke.
+        UnexpectedAnswer: a response has no Content-Length.
+    """
+    return asyncio.run(_send_all(url, bodies, num_connections, wire, reuse=True, seconds=seconds))
+
+
 async def _send_all(
-    url: str, bodies: Sequence[bytes], num_connections: int, wire: WireFormat, *, reuse: bool
+    url: str,
+    bodies: Sequence[bytes],
+    num_connections: int,
+    wire: WireFormat,
+    *,
+    reuse: bool,
+    seconds: float | None = None,
 ) -> LoadRun:
     address = Address.of(url)
     tls = address.tls_context()
     requests = [address.post(wire.path, body) for body in bodies]
-    connections = [Connection(address, tls) for _ in range(min(num_connections, len(bodies)))]
+    num_connections = num_connections if seconds is not None else min(num_connections, len(bodies))
+    connections = [Connection(address, tls) for _ in range(num_connections)]
     replies: dict[int, Reply] = {}
-    waiting = iter(enumerate(requests))
     try:
         for connection in connections:
             await connection.open()
         started, cpu_started = time.perf_counter(), time.process_time()
+        waiting = iter(enumerate(requests) if seconds is None else enumerate(_until(started + seconds, requests)))
         await asyncio.gather(*(_send_waiting(connection, waiting, replies, reuse) for connection in connections))
         wall_s, cpu_s = time.perf_counter() - started, time.process_time() - cpu_started
     finally:
         for connection in connections:
             connection.close()
-    return LoadRun(tuple(replies[number] for number in range(len(requests))), wire, wall_s, cpu_s)
+    return LoadRun(tuple(replies[number] for number in range(len(replies))), wire, wall_s, cpu_s)
+
+
+def _until(deadline: float, requests: Sequence[bytes]) -> Iterator[bytes]:
+    """Yield the requests, again and again, until a time of ``perf_counter``."""
+    for request in itertools.cycle(requests):
+        if time.perf_counter() >= deadline:
+            return
+        yield request
 
 
 async def _send_waiting(

@@ -6,6 +6,7 @@ Requests and results go through a pipe. What is measured is decided by the calle
 from __future__ import annotations
 
 import multiprocessing
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -19,7 +20,16 @@ STOP_WITHIN_S = 30.0
 
 
 class ContenderFailedError(StartupError):
-    """A contender could not be loaded or raised while it scored; the message is that of its exception."""
+    """A contender could not be loaded or raised while it scored; the message is that of its exception.
+
+    Args:
+        message: of the exception.
+        details: its traceback; empty where the process died.
+    """
+
+    def __init__(self, message: str, details: str = "") -> None:
+        super().__init__(message)
+        self.details = details or message
 
 
 class MeasuringProcess:
@@ -51,7 +61,8 @@ class MeasuringProcess:
         except (EOFError, OSError):
             raise ContenderFailedError(f"The process of {self._name} died") from None
         if not succeeded:
-            raise ContenderFailedError(f"{self._name}: {result}")
+            message, details = result
+            raise ContenderFailedError(f"{self._name}: {message}", details)
         return result
 
 
@@ -78,7 +89,7 @@ def _serve(pipe: Connection, contender: Contender, setup: Setup) -> None:
     try:
         ways = contender(setup)
     except Exception as error:  # noqa: BLE001 - the other end waits for a result, whatever was raised
-        pipe.send((False, f"{type(error).__name__}: {error}"))
+        pipe.send((False, _in_words(error)))
         return
     pipe.send((True, list(ways)))
     while True:
@@ -89,4 +100,9 @@ def _serve(pipe: Connection, contender: Contender, setup: Setup) -> None:
         try:
             pipe.send((True, ways[way](work)))
         except Exception as error:  # noqa: BLE001 - as above
-            pipe.send((False, f"{type(error).__name__}: {error}"))
+            pipe.send((False, _in_words(error)))
+
+
+def _in_words(error: Exception) -> tuple[str, str]:
+    """Return an exception's message and its traceback."""
+    return f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error))

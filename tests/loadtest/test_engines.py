@@ -6,7 +6,8 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from itertools import count, pairwise
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 from launching_engine import LaunchingOracle
 
-from loadtest import matmul_limit
+from loadtest import engine_rounds, matmul_limit
 from loadtest.contenders import (
     LIMIT,
     REFERENCE,
@@ -249,8 +250,75 @@ def fails_to_score(_: Setup) -> Mapping[str, Way]:
 )
 def test_contender_that_fails_ends_the_run_with_its_own_words(contender: Contender, words: str, setup: Setup) -> None:
     """A way that fails ends the measurement with its exception's message."""
-    with pytest.raises(ContenderFailedError, match=f"broken: ValueError: {words}"):
+    with pytest.raises(ContenderFailedError, match=f"broken: ValueError: {words}") as caught:
         run_rounds({"broken": contender}, setup, {"work": Work((), ())}, 1, lambda *_: None)
+
+    assert caught.value.details.startswith("Traceback")
+
+
+def counts(_: Setup) -> Mapping[str, Way]:
+    """Ways with known rewards, one of which fails on a workload of two sequences."""
+
+    def some(work: Work) -> Outcome:
+        if len(work.sequences) > 1:
+            raise ValueError("out of memory")
+        return Outcome(1.0, (0.0,) * len(work.sequences))
+
+    def score(work: Work) -> Outcome:
+        return Outcome(1.0, (0.0,) * len(work.sequences), limit_tokens_per_s=9.0)
+
+    return {REFERENCE: score, LIMIT: score, "base": score, "some": some}
+
+
+class InProcess:
+    """A contender without a process of its own; fails as one in a process does."""
+
+    def __init__(self, contender: Contender, setup: Setup) -> None:
+        self._load, self._setup = contender, setup
+
+    def wait_until_loaded(self) -> list[str]:
+        with self._failing():
+            self._ways = self._load(self._setup)
+        return list(self._ways)
+
+    def score(self, way: str, work: Work) -> Outcome:
+        with self._failing():
+            return self._ways[way](work)
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            raise ContenderFailedError(str(error), f"Traceback of {error}") from None
+
+
+def test_optional_contenders_that_fail_are_left_out_with_their_tracebacks(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One does not load, a way of another fails at its second workload; the rest is measured, after each workload."""
+    monkeypatch.setattr(engine_rounds, "running", lambda one, setup, _: nullcontext(InProcess(one, setup)))
+    one = TokenSequence((1, 2, 3))
+    works = {"small": Work((one,), (0,)), "large": Work((one, one), (0, 0))}
+    completed: list[set[str]] = []
+
+    run = run_rounds(
+        {"counts": counts, "broken": fails_to_load},
+        setup,
+        works,
+        1,
+        lambda *_: None,
+        optional=("counts", "broken"),
+        completed=lambda run: completed.append({workload for workload, _ in run.limits}),
+    )
+
+    assert completed == [{"small"}, {"small", "large"}]
+    assert {(found.workload, found.way) for found in run.measurements} == {
+        ("small", "base"),
+        ("small", "some"),
+        ("large", "base"),
+    }
+    assert run.failures == {"broken": "Traceback of no such weights", "some": "Traceback of out of memory"}
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 from misbehaving_server import CountingServer, FakeServer, Request, ok, problem, response, running
 
-from loadtest.generator import send_all
+from loadtest.generator import send_all, send_for
 from loadtest.wire import UnexpectedAnswer, VllmWire
 
 
@@ -28,6 +28,25 @@ def test_replies_are_in_the_order_of_the_requests_and_connections_are_reused() -
     assert run.rewards == list(range(40))
     assert world.connections == 4
     assert 0 < run.latency_s(0.5) <= run.latency_s(0.95) <= run.wall_s
+
+
+def test_for_some_time_the_requests_are_sent_again_and_again() -> None:
+    """More connections than bodies are used, each body is sent several times, and every sent request has its reply."""
+
+    class Counting(CountingServer):
+        """Rewards are prompt numbers."""
+
+        async def answer(self, request: Request) -> AsyncIterator[bytes]:
+            yield ok({"results": [{"reward": float(item["prompt"])} for item in request.body["items"]]})
+
+    bodies = [json.dumps({"items": [{"prompt": str(number)}]}).encode() for number in range(3)]
+    with running(Counting()) as world:
+        run = send_for(world.url, bodies, num_connections=4, seconds=0.3)
+
+    assert world.connections == 4
+    assert len(run.rewards) > 6
+    assert run.rewards == [float(number % 3) for number in range(len(run.rewards))]
+    assert run.wall_s >= 0.3
 
 
 def test_a_closed_connection_is_opened_again() -> None:
