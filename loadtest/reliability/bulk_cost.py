@@ -22,7 +22,7 @@ from loadtest.wire import NATIVE
 from loadtest.workload import WORKLOADS, Group, cut_into_requests
 from service.checkpoints.checkpoint import open_checkpoint
 from service.engines.devices.device import resolve_device, resolve_threads
-from service.engines.kernels.bindings import kernels_for
+from service.engines.kernels.choice import kernels_for
 from service.engines.plan import default_batch_tokens
 from service.settings import ModelSettings
 

@@ -297,7 +297,8 @@ def _find_kernels(plan: EnginePlan) -> Kernels | None:
         SettingsError: the plan requires them, and this machine has none.
     """
     if plan.kernels == "int8":
-        kernels, reason = choice.int8_kernels(plan.device, plan.dtype), ""
+        kernels: Kernels | None = choice.int8_kernels(plan.device, plan.dtype)
+        reason = ""
     else:
         kernels, reason = choice.kernels_for(plan.kernels, plan.device, plan.dtype)
     is_slow = kernels is None and plan.kernels == "auto" and choice.would_gain(plan.device, plan.dtype)
