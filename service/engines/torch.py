@@ -296,6 +296,7 @@ def _find_kernels(plan: EnginePlan) -> Kernels | None:
     Raises:
         SettingsError: the plan requires them, and this machine has none.
     """
+    kernels: Kernels | None
     if plan.kernels == "int8":
         kernels: Kernels | None = choice.int8_kernels(plan.device, plan.dtype)
         reason = ""
