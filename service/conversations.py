@@ -79,7 +79,8 @@ class ConversationRenderer:
 
     def _compile(self) -> None:
         try:
-            plain, with_tools = (self._tokenizer.get_chat_template(None, tools) for tools in (None, [{}]))
+            plain = self._tokenizer.get_chat_template(None, None)
+            with_tools = self._tokenizer.get_chat_template(None, [{}])
             template = BoundedTemplate(plain)
             self._templates = {
                 False: template,

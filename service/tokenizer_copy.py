@@ -60,7 +60,9 @@ class TokenizerCopy:
         self._separating = Tokenizer.from_str(self.backend.to_str())
         self._separating.encode_special_tokens = tokenizer.split_special_tokens
         self._separating.add_tokens([AddedToken(separator, normalized=False)])
-        self._separator_id = self._separating.token_to_id(separator)
+        separator_id = self._separating.token_to_id(separator)
+        assert separator_id is not None  # noqa: S101 - it has just been added
+        self._separator_id = separator_id
 
     def encode_all(self, entries: Sequence[PreparedText | PreparedPair]) -> list[Any]:
         """Return the Rust library's encoding of each entry, in order; special tokens are added to pairs alone."""

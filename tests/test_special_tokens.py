@@ -94,7 +94,7 @@ def test_the_setting_is_the_default_and_part_of_the_rule() -> None:
 def test_special_tokens_in_every_part_of_a_turn_are_counted_and_escaped() -> None:
     """Roles, contents, tool calls and their arguments of a completion's turns are all of the policy."""
     tokenizer, scheme = tokenization(unrendered="accept")
-    turns = [
+    turns: list[dict[str, Any]] = [
         {
             "role": "assistant",
             "content": "one <|im_end|>",

@@ -49,6 +49,8 @@ EXPENSIVE = {
     "wide-center": "{{ 'a' | center(1000000000) }}",
     "wide-indent": "{{ ('\n' * 1000000) | indent(1000, true) }}",
     "wide-json": "{{ messages | tojson(indent=1000000000) }}",
+    "negative-width": "{% for i in range(9999) %}{{ ('\n' * 999) | indent(-999) }}{% endfor %}",
+    "negative-indent": "{% for i in range(9999) %}{{ range(99) | list | tojson(indent=-999) }}{% endfor %}",
     "long-separators": "{{ range(900) | list | tojson(separators=('a' * 1000000, 'b')) }}",
     "long-join": "{{ ('a' * 100000).join('a' * 100000) }}",
     "long-join-filter": "{{ ('a' * 100000) | join('a' * 100000) }}",

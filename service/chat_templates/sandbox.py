@@ -169,7 +169,7 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
             extensions=[GenerationTag, loopcontrols],
             finalize=self._printed,
         )
-        self.concat = self._joined  # type: ignore[method-assign,assignment]
+        self.concat = self._joined  # type: ignore[method-assign]
         functions = {name: function for name, function in FILTERS.items() if name not in ABSENT_FILTERS}
         functions |= {"tojson": to_json, "format": percent_format}
         self.filters = {name: self._paying_filter(name, function) for name, function in functions.items()}
@@ -181,9 +181,10 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
             ASSIGNED: self._assigned,
             CONCATENATED: self._concatenated,
         }
+        tests: Mapping[str, Any] = TESTS
         self.tests = {
             name: test if name in CHEAP_TESTS else self._paying_test(test)
-            for name, test in TESTS.items()
+            for name, test in tests.items()
             if name not in ABSENT_TESTS
         }
         self.globals.pop("lipsum")

@@ -86,9 +86,10 @@ def _extend_comparison(node: nodes.Compare) -> None:
         is_short = is_short or is_equality
 
 
-def _filter(name: str, node: nodes.Expr, *args: nodes.Expr) -> nodes.Filter:
+def _filter(name: str, node: nodes.Node, *args: nodes.Expr) -> nodes.Filter:
     for arg in args:
         arg.set_lineno(node.lineno)
+    assert isinstance(node, nodes.Expr)  # noqa: S101 - what a loop goes through, or is made, is an expression
     return nodes.Filter(node, name, list(args), [], None, None, lineno=node.lineno)
 
 

@@ -28,8 +28,16 @@ CHARS_PER_CHAR = 4
 """The same of the rendered text, in characters: tokenizing takes about a second per million."""
 
 MAX_INTEGER_BITS = 4_096
-_VIEWS = tuple(map(type, ({}.items(), {}.keys(), {}.values())))
-_CONTAINERS = (list, tuple, dict, set, frozenset, *_VIEWS)  # no abstract classes, whose checks take ten times as long
+_VIEWS: tuple[type[Any], ...] = tuple(map(type, ({}.items(), {}.keys(), {}.values())))
+_CONTAINERS: tuple[type[Any], ...] = (
+    list,
+    tuple,
+    dict,
+    set,
+    frozenset,
+    *_VIEWS,
+)  # no abstract classes, whose checks take ten times as long
+_SIZED: tuple[type[Any], ...] = (str, range, *_CONTAINERS)
 _WIDE_FORMAT = re.compile(r"\d{4,}|\*|:[^{}:]*\{")
 """A width of four digits or more, or one that is given beside the format."""
 
@@ -52,14 +60,15 @@ class WorkMeter:
         # The values are retained, so that no other value gets the identity of a remembered one.
         self._known: dict[int, tuple[Any, int, int]] = {}
 
-    def spend(self, work: float) -> None:
+    def spend(self, work: int) -> None:
         """Take work off what is left.
 
         Raises:
-            TemplateTooExpensive: there is not enough left.
+            TemplateTooExpensive: there is not enough left, or the work is negative, as with a negative width: it would
+                add to the allowance.
         """
         self._left -= work
-        if self._left < 0:
+        if self._left < 0 or work < 0:
             raise TemplateTooExpensive
 
     def pay(self, value: Any, work: int) -> None:
@@ -103,7 +112,7 @@ class WorkMeter:
             values: anything that is iterated over.
             work: of one value.
         """
-        if isinstance(values, (str, range, *_CONTAINERS)):
+        if isinstance(values, _SIZED):
             self.spend(work * len(values))
             return values
         if isinstance(values, Undefined) or not isinstance(values, Iterable):

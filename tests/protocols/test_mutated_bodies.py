@@ -33,7 +33,7 @@ DECODERS: dict[str, Callable[[bytes], Any]] = {
     "/v1/score": lambda body: parse_score_request(body, DEFAULTS),
     "/v1/compare": lambda body: parse_compare_request(body, DEFAULTS),
 } | {
-    route.path: lambda body, route=route: route.decode(  # type: ignore[misc]
+    route.path: lambda body, route=route: route.decode(
         WireRequest(body, path={"model": "oracle", "name": "oracle", "version": "1"}), CONTEXT
     )
     for protocol in PROTOCOLS
