@@ -7,6 +7,7 @@ Prints every figure with its bound; the exit status is 1 where one is missed.
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from argparse import Namespace
@@ -50,6 +51,7 @@ def _run(arguments: Sequence[str] | None) -> int:
             parser.error(f"there is no experiment of this name: {name}; there are {', '.join(EXPERIMENTS)}")
     if options.out is not None:
         check_output_folder(options.out, overwrite=True, entries=tuple(f"{name}.json" for name in EXPERIMENTS))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the servers that were started end too
     outcomes = [_measure(name, options) for name in options.experiments or EXPERIMENTS]
     return 0 if all(outcomes) else 1
 

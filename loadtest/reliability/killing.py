@@ -33,24 +33,24 @@ RESUMES_WITHIN_S = 10.0
 def killed_replicas(options: ExperimentOptions) -> list[Finding]:
     """R5, R6, R7: ``kill -9`` of a replica every 8 seconds, two replicas, through the client and beside it."""
     fault = Fault(fault="kill_replica", at_s=options.kill_every_s, every_s=options.kill_every_s)
-    return _killed(options, fault, "R7")
+    return _killed(options, options.items, fault, "R7")
 
 
 def killed_proxy(options: ExperimentOptions) -> list[Finding]:
     """R25: HAProxy is killed under load."""
-    return _killed(options, Fault(fault="kill_proxy", at_s=5.0, every_s=120.0), "R25")
+    return _killed(options, options.items // 10, Fault(fault="kill_proxy", at_s=5.0, every_s=120.0), "R25")
 
 
 def killed_controller(options: ExperimentOptions) -> list[Finding]:
     """R25: Serve's controller is killed under load."""
-    return _killed(options, Fault(fault="kill_controller", at_s=5.0, every_s=120.0), "R25")
+    return _killed(options, options.items // 10, Fault(fault="kill_controller", at_s=5.0, every_s=120.0), "R25")
 
 
-def _killed(options: ExperimentOptions, fault: Fault, goal_of_gap: str) -> list[Finding]:
+def _killed(options: ExperimentOptions, num_items: int, fault: Fault, goal_of_gap: str) -> list[Finding]:
     simulation = Simulation(REPLICAS, 1 / options.tokens_per_s, 4096)
     with simulated_server(simulation) as server:
         injector = FaultInjector(Address.of(server.url), server, simulation, options.seed)
-        ledger, raw = asyncio.run(_run(server.url, options.items, injector, fault))
+        ledger, raw = asyncio.run(_run(server.url, num_items, injector, fault))
     return _findings(ledger, raw, injector.caused, goal_of_gap)
 
 

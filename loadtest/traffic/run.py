@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -81,6 +82,7 @@ def server_of(options: Namespace) -> Iterator[tuple[str, SimulatedServer | None,
     if options.start is None:
         yield options.url, None, None
         return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the server ends too
     simulation = Simulation(options.start, 1 / options.tokens_per_s, options.max_batch_tokens)
     with simulated_server(simulation) as server:
         yield server.url, server, simulation
