@@ -169,7 +169,7 @@ def _servers(device: str, minutes: float, size: Size, folder: Path, kinds: Colle
     common = ("--model", str(model), "--device", device)
     is_tiny = device == "cpu"
     if "latency" in kinds:
-        requests = "20" if is_tiny else "200"
+        requests = "5" if is_tiny else "200"
         yield _module(
             f"latency {size.shape}",
             "latency",
@@ -179,13 +179,14 @@ def _servers(device: str, minutes: float, size: Size, folder: Path, kinds: Colle
             needs=model,
         )
     if "load" in kinds:
-        seconds = 4.0 if is_tiny else LOAD_SECONDS * min(1.0, minutes / FULL_MINUTES)
+        seconds = 2.0 if is_tiny else LOAD_SECONDS * min(1.0, minutes / FULL_MINUTES)
         yield _module(
             f"load {size.shape}",
             "load",
             2.0,
             folder,
-            *("loadtest.gpu_day.load", *common, "--seconds", f"{seconds:g}", "--items", "64" if is_tiny else "8192"),
+            *("loadtest.gpu_day.load", *common, "--seconds", f"{seconds:g}"),
+            *(("--items", "64", "--connections", "4") if is_tiny else ("--items", "8192", "--connections", "256")),
             needs=model,
         )
 
