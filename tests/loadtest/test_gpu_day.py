@@ -218,6 +218,7 @@ def test_old_versions_are_told() -> None:
 # --- The whole command -----------------------------------------------------------------------------------------------
 
 HIDING = """
+from functools import partial
 from importlib.machinery import PathFinder
 HIDDEN = frozenset({hidden})
 find_spec = PathFinder.find_spec
@@ -225,7 +226,7 @@ find_spec = PathFinder.find_spec
 def find_known(name, path=None, target=None):
     return None if name.partition(".")[0] in HIDDEN else find_spec(name, path, target)
 
-PathFinder.find_spec = find_known
+PathFinder.find_spec = partial(find_known)  # pytest makes it an attribute of a class
 """
 
 
