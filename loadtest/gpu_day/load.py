@@ -34,7 +34,13 @@ class Phase:
     num_connections: int
 
 
-PHASES = (Phase("single items", 1, 256), Phase("64 items a request", 64, 16))
+ITEMS_PER_REQUEST = 64
+
+
+def phases(num_connections: int) -> tuple[Phase, ...]:
+    """Return the phases: single items on these connections, and larger requests on a sixteenth of them."""
+    bulk = Phase(f"{ITEMS_PER_REQUEST} items a request", ITEMS_PER_REQUEST, max(1, num_connections // 16))
+    return Phase("single items", 1, num_connections), bulk
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +71,7 @@ def main() -> int:
     parser.add_argument("--device", required=True)
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--items", type=int, required=True)
+    parser.add_argument("--connections", type=int, required=True)
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
     rows: list[Load] = []
@@ -73,8 +80,9 @@ def main() -> int:
         tempfile.TemporaryDirectory(prefix="reward-load-") as logs,
         running_service(options.model, "auto", Path(logs), *settings) as server,
     ):
-        for phase in PHASES:
-            rows.append(measure(server, phase, options.items, options.seconds / len(PHASES)))
+        planned = phases(options.connections)
+        for phase in planned:
+            rows.append(measure(server, phase, options.items, options.seconds / len(planned)))
             write_text(options.json, json.dumps({"rows": [asdict(row) for row in rows]}))
     return int(any(row.num_failed for row in rows))
 

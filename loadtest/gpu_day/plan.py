@@ -73,18 +73,19 @@ class Size:
     runs: tuple[EngineRun, ...]
 
 
-ALL_OPTIONS = ("--synchronous", "--cuda-graphs", "--cascade", "--fp8", "--compile")
+OPTIONS = ("--synchronous", "--cuda-graphs", "--cascade", "--fp8")
 
-# The engines of one run are in memory together: of 8B parameters no more than these few fit on a GPU of 140 GB.
+# A run measures nothing before all of its engines are loaded, and compiling one takes minutes: it has a run of its own.
+# The engines of a run are in memory together: of 8B parameters no more than these few fit on a GPU of 140 GB.
 GPU_SIZES = (
-    Size("0.5B", 0.5, (EngineRun(ALL_OPTIONS, items=512, minutes=3.0),)),
-    Size("1.5B", 0.5, (EngineRun(ALL_OPTIONS, items=512, minutes=3.5),)),
+    Size("0.5B", 0.5, (EngineRun(OPTIONS, 512, minutes=2.5), EngineRun(("--compile",), 256, minutes=1.5, rounds=2))),
+    Size("1.5B", 0.5, (EngineRun(OPTIONS, 512, minutes=3.0), EngineRun(("--compile",), 256, minutes=1.5, rounds=2))),
     Size(
         "8B",
         1.0,
         (
-            EngineRun(("--cascade", "--fp8", "--batch-tokens", "16384"), items=128, minutes=3.0, rounds=2),
-            EngineRun(("--cuda-graphs", "--compile", "--batch-tokens", "16384"), items=128, minutes=3.0, rounds=2),
+            EngineRun(("--cascade", "--fp8", "--batch-tokens", "16384"), 128, minutes=3.0, rounds=2),
+            EngineRun(("--cuda-graphs", "--compile", "--batch-tokens", "16384"), 128, minutes=3.0, rounds=2),
         ),
     ),
 )
@@ -169,7 +170,7 @@ def _servers(device: str, minutes: float, size: Size, folder: Path, kinds: Colle
     common = ("--model", str(model), "--device", device)
     is_tiny = device == "cpu"
     if "latency" in kinds:
-        requests = "20" if is_tiny else "200"
+        requests = "5" if is_tiny else "200"
         yield _module(
             f"latency {size.shape}",
             "latency",
@@ -179,13 +180,14 @@ def _servers(device: str, minutes: float, size: Size, folder: Path, kinds: Colle
             needs=model,
         )
     if "load" in kinds:
-        seconds = 4.0 if is_tiny else LOAD_SECONDS * min(1.0, minutes / FULL_MINUTES)
+        seconds = 2.0 if is_tiny else LOAD_SECONDS * min(1.0, minutes / FULL_MINUTES)
         yield _module(
             f"load {size.shape}",
             "load",
             2.0,
             folder,
-            *("loadtest.gpu_day.load", *common, "--seconds", f"{seconds:g}", "--items", "64" if is_tiny else "8192"),
+            *("loadtest.gpu_day.load", *common, "--seconds", f"{seconds:g}"),
+            *(("--items", "64", "--connections", "4") if is_tiny else ("--items", "8192", "--connections", "256")),
             needs=model,
         )
 
