@@ -298,8 +298,7 @@ def _find_kernels(plan: EnginePlan) -> Kernels | None:
     """
     kernels: Kernels | None
     if plan.kernels == "int8":
-        kernels: Kernels | None = choice.int8_kernels(plan.device, plan.dtype)
-        reason = ""
+        kernels, reason = choice.int8_kernels(plan.device, plan.dtype), ""
     else:
         kernels, reason = choice.kernels_for(plan.kernels, plan.device, plan.dtype)
     is_slow = kernels is None and plan.kernels == "auto" and choice.would_gain(plan.device, plan.dtype)
