@@ -258,6 +258,7 @@ def packages_to_hide() -> set[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(700)
 def test_the_whole_day_runs_on_a_cpu_with_the_listed_packages_alone(tmp_path: Path) -> None:
     """Every section runs where only torch, transformers and the packages of the list can be imported."""
