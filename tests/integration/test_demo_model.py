@@ -153,6 +153,7 @@ def onnx_server(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield server
 
 
+@pytest.mark.soak
 def test_the_onnx_engine_serves_what_plain_transformers_computes(
     onnx_server: RunningServer, texts: Texts, plain_rewards: np.ndarray
 ) -> None:
@@ -164,6 +165,7 @@ def test_the_onnx_engine_serves_what_plain_transformers_computes(
     assert np.abs(served - plain_rewards).max() <= 1e-4
 
 
+@pytest.mark.soak
 def test_the_onnx_server_reports_its_engine(onnx_server: RunningServer) -> None:
     """``/v1/model`` reports engine, arithmetic, providers and the parity of the export."""
     engine = httpx2.get(f"{onnx_server.url}/v1/model").json()["engine"]
@@ -172,6 +174,7 @@ def test_the_onnx_server_reports_its_engine(onnx_server: RunningServer) -> None:
     assert engine["parity"]["max_difference"] <= 1e-4
 
 
+@pytest.mark.soak
 def test_int8_ranks_as_fp32_does(texts: Texts, plain_rewards: np.ndarray, tmp_path: Path) -> None:
     """Rewards of the int8 bundle have the rank order of plain fp32 rewards of human texts: Spearman at least 0.99."""
     minimum = 0.99 if os.environ.get("PREFERENCE_PAIRS") else 0.95

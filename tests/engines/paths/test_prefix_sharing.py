@@ -25,6 +25,7 @@ from service.engines.paths.cuda_graphs import Bucket, PassLibrary
 from service.engines.paths.packed import MIN_SHARED_TOKENS
 
 CPU = torch.device("cpu")
+AVX2_ALONE = torch.backends.cpu.get_cpu_capability() in {"AVX2", "DEFAULT"}
 
 
 @pytest.mark.parametrize("family", DECODER_FAMILIES)
@@ -44,6 +45,7 @@ def test_shared_rewards_are_plain_transformers_rewards(tiny_checkpoint, family: 
     assert sum(output.shared_tokens) > sum(map(len, rows)) / 2
 
 
+@pytest.mark.skipif(AVX2_ALONE, reason="torch sums products in bfloat16 in an order that depends on their shape")
 @pytest.mark.parametrize("family", DECODER_FAMILIES)
 def test_sharing_does_not_change_a_bit_in_bf16(tiny_checkpoint, family: str) -> None:
     """A text's bf16 reward on a CPU is bit-identical alone, without sharing, and with it in any batch and order."""
@@ -62,6 +64,8 @@ def test_sharing_does_not_change_a_bit_in_bf16(tiny_checkpoint, family: str) -> 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
 def test_long_prefixes_do_not_change_a_bit_in_bf16(tiny_checkpoint, family: str) -> None:
     """The same holds where queries are computed in several blocks and hundreds of keys are out of the window."""
+    if AVX2_ALONE or (family == "gemma2" and not torch.cpu._is_amx_tile_supported()):  # noqa: SLF001 - no other name
+        pytest.skip("torch sums products in bfloat16 in an order that depends on their shape")
     folder = tiny_checkpoint(family, max_position_embeddings=2048, sliding_window=300)
     classifier = load_tiny(folder, torch.bfloat16)
     long, other = random_rows(classifier, lengths=(1150, 700))
