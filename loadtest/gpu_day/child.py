@@ -6,7 +6,8 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +33,7 @@ class ChildEnd:
 def run_child(command: Sequence[str], environment: Mapping[str, str], log: Path, limit_s: float) -> ChildEnd:
     """Run a command, with its output in a file, for at most ``limit_s`` seconds and ``GRACE_S`` more to end."""
     started = time.monotonic()
-    with log.open("wb") as output:
+    with log.open("wb") as output, _taken_interrupts():
         process = subprocess.Popen(  # noqa: S603  (the commands of the plan)
             command,
             env=dict(environment),
@@ -49,6 +50,24 @@ def run_child(command: Sequence[str], environment: Mapping[str, str], log: Path,
     finally:
         _end(process)
     return ChildEnd(process.returncode, time.monotonic() - started, timed_out)
+
+
+@contextmanager
+def _taken_interrupts() -> Iterator[None]:
+    """Let a process that is started here be ended by SIGINT.
+
+    A shell ignores SIGINT for its background jobs, their children inherit that, and Python then does not raise
+    KeyboardInterrupt. A handler is not inherited.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

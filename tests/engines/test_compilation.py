@@ -71,6 +71,7 @@ def test_batch_composition_changes_no_bit_of_a_compiled_reward(tiny_checkpoint) 
 
 @needs_compiler
 @needs_own_vectors
+@pytest.mark.slow
 def test_an_engine_compiles_its_blocks(tiny_checkpoint) -> None:
     """``model.compile`` compiles the blocks, passes the parity probe and is reported."""
     settings = ModelSettings(device="cpu", dtype="float32", num_threads=1, compile=True)

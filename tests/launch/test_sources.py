@@ -44,6 +44,7 @@ def other_value(name: str) -> str:
     """A valid value of a setting, as text, that differs from its default."""
     special = {"model.cuda_graphs": "false", "tokenization.template": "concat", "server.port": "9000"}
     special |= {"tokenization.special_tokens": "leading", "tokenization.unrendered": "accept"}
+    special |= {"tokenization.completion_special_tokens": "escape"}
     special |= {"tokenization.chat_template_kwargs": '["mode"]'}
     special |= {"model.reward_weights": '{"help": 0.5}', "model.outputs": '["a", "b"]'}
     literals = {

@@ -225,6 +225,7 @@ def test_kernels_are_compiled_once(machine_kernels: Kernels, tmp_path: Path, mon
     assert compiled.is_relative_to(tmp_path)
 
 
+@pytest.mark.slow
 def test_installed_kernels_are_preferred(
     machine_kernels: Kernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

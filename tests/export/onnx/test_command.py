@@ -272,6 +272,7 @@ def test_lower_precisions_preserve_the_order(family: str, precision: Any, tmp_pa
     assert np.abs(np.array(together) - np.array(alone)).max() < 1e-2
 
 
+@pytest.mark.slow
 def test_a_described_head_is_exported_in_fp32(llama: Path, items: Path, tmp_path: Path) -> None:
     """A head of two layers, pooled at the last token, has its rewards in an int8 bundle too: no layer is quantized."""
     checkpoint = tmp_path / "described"
