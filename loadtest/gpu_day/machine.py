@@ -92,8 +92,8 @@ def _device_facts(choice: str) -> dict[str, Any]:
 def _commit() -> str | None:
     """Return the commit of the clone, with a mark where files are changed; None where git does not know one."""
     try:
-        found = subprocess.run(  # noqa: S603 - a fixed command
-            ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],  # noqa: S607
+        found = subprocess.run(  # noqa: S603  # nosec B603 B607 - a fixed command
+            ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],  # noqa: S607  # nosec B607
             capture_output=True,
             text=True,
             check=True,

@@ -8,7 +8,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from xml.etree.ElementTree import Element, parse
+from xml.etree.ElementTree import Element, parse  # nosec B405 - the report is pytest's own
 
 from loadtest.gpu_day.plan import ROOT
 from service.outputs import write_text
@@ -58,7 +58,7 @@ def marked_files(folder: Path) -> list[Path]:
 
 def read_outcomes(report: Path) -> dict[str, Any]:
     """Return the number of tests by outcome, and the tracebacks of those that failed, from pytest's XML report."""
-    cases = list(parse(report).getroot().iter("testcase"))  # noqa: S314 - the report is pytest's own
+    cases = list(parse(report).getroot().iter("testcase"))  # noqa: S314  # nosec B314 - pytest's own
     outcomes = [_outcome(case) for case in cases]
     return {
         "passed": outcomes.count("passed"),

@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> int:
     except (OSError, ServerStartError) as error:
         print(error, file=sys.stderr)
         return 1
-    return os.execv(binary, [binary, *arguments])  # noqa: S606 - the arguments are Ray's
+    return os.execv(binary, [binary, *arguments])  # noqa: S606  # nosec B606 - the arguments are Ray's
 
 
 def change(path: Path) -> None:

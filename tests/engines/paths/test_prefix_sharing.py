@@ -64,7 +64,7 @@ def test_sharing_does_not_change_a_bit_in_bf16(tiny_checkpoint, family: str) -> 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
 def test_long_prefixes_do_not_change_a_bit_in_bf16(tiny_checkpoint, family: str) -> None:
     """The same holds where queries are computed in several blocks and hundreds of keys are out of the window."""
-    if AVX2_ALONE or (family == "gemma2" and not torch.cpu._is_amx_tile_supported()):  # noqa: SLF001 - no other name
+    if AVX2_ALONE or (family == "gemma2" and not torch.cpu._is_amx_tile_supported()):
         pytest.skip("torch sums products in bfloat16 in an order that depends on their shape")
     folder = tiny_checkpoint(family, max_position_embeddings=2048, sliding_window=300)
     classifier = load_tiny(folder, torch.bfloat16)
