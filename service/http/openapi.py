@@ -208,7 +208,7 @@ def document(protocols: Iterable[Protocol] = ()) -> dict[str, Any]:
             "/v1/compare": {"post": _scoring("Rank completions of one prompt", requests[1], "Comparison")},
             "/v1/style": {"post": _style(requests[2])},
             "/v1/model": {
-                "get": _reading("The model that is served, and its engine", "application/json", MODEL)
+                "get": _reading("The model that is served, and its engine", "application/json", MODEL, "422")
                 | REFERENCE_PARAMETER
             },
             "/v1/monitor": {
@@ -229,6 +229,12 @@ def document(protocols: Iterable[Protocol] = ()) -> dict[str, Any]:
     for protocol in protocols:
         _add_protocol(openapi["paths"], protocol, schemas)
     return openapi
+
+
+_OTHER_MODEL = {"404": "Another model is named, and protocols.strict_model_names is set."}
+
+_PLAIN_PROBLEM = {"schema": {"$ref": _REF.format(name="Problem")}}
+"""The clients of other protocols read JSON alone."""
 
 
 def _add_protocol(paths: dict[str, Any], protocol: Protocol, schemas: Mapping[type, Any]) -> None:
@@ -252,6 +258,9 @@ def _add_alternative(operation: dict[str, Any], request: Any, answer: dict[str, 
     ):
         native = content["schema"]
         content["schema"] = {"anyOf": [*native.get("anyOf", [native]), schema]}
+    for status, description in (_SCORING_REFUSALS | _OTHER_MODEL).items():
+        refused = operation["responses"].setdefault(status, {"description": description, "content": {}})
+        refused["content"]["application/json"] = _PLAIN_PROBLEM
 
 
 def _foreign_scoring(protocol: Protocol, route: ScoringRoute, request: Any, answer: dict[str, Any]) -> dict[str, Any]:
@@ -260,10 +269,8 @@ def _foreign_scoring(protocol: Protocol, route: ScoringRoute, request: Any, answ
     success["description"] = "A reward for every item; an item without one fails the request."
     success["headers"] = {"X-Reward-Activation": {"schema": {"enum": ["none", "sigmoid"]}}}
     success["content"] = {"application/json": {"schema": answer}}
-    refused = {"404": "Another model is named, and protocols.strict_model_names is set."}
-    problem = {"application/json": {"schema": {"$ref": _REF.format(name="Problem")}}}
-    for status, description in (_SCORING_REFUSALS | refused).items():
-        operation["responses"][status] = {"description": description, "content": problem}
+    for status, description in (_SCORING_REFUSALS | _OTHER_MODEL).items():
+        operation["responses"][status] = {"description": description, "content": {"application/json": _PLAIN_PROBLEM}}
     return operation | {"tags": [protocol.name]}
 
 
