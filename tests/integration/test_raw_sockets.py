@@ -45,9 +45,10 @@ HIDING = {
 }
 """The first answer may be an error; what counts is that no second one follows, since there is no second request."""
 
-READ_AS_TWO = {("ray", "length-beyond-64-bits")}
-"""HAProxy 2.8 reads 2**64, and no other length, as 0, so that what follows is a request of its own. It alone decides
-where requests end, and both are answered to the one who sent them, so nothing is gained by it."""
+READ_AS_TWO = {("ray", "length-beyond-64-bits"), ("ray", "line-feeds-alone")}
+"""HAProxy 2.8 reads 2**64, and no other length, as 0, and takes a line feed alone for the end of a line, as RFC 9112
+(2.2) allows; what follows is then a request of its own. It alone decides where requests end, and both are answered to
+the one who sent them, so nothing is gained by it."""
 
 READ_AS_CHUNKED = {("ray", "coding-of-http-1.0")}
 """HAProxy takes the coding, drops the length, and closes the connection, as RFC 9112 (6.1) allows."""
