@@ -123,6 +123,7 @@ def test_served_pair_accuracy_equals_the_offline_one(served_rewards: np.ndarray,
     assert served.mean() == plain.mean()
 
 
+@pytest.mark.soak
 def test_bfloat16_ranks_as_fp32_does(checkpoint: Path, texts: Texts, plain_rewards: np.ndarray) -> None:
     """Rewards in bfloat16 have the rank order of plain fp32 rewards of human texts: Spearman at least 0.999."""
     # Rewards of random words are close together, so the same rounding changes more ranks.
