@@ -99,10 +99,11 @@ def test_a_mistake_gets_one_sentence_at_once(
 
     check(case, outcome)
     assert outcome.loaded == []
-    if outcome.wall_s > LIMIT_S:  # the machine may be busy: once more, beside the cheapest call
+    if outcome.wall_s > LIMIT_S:  # the machine may be busy: once more, in CPU time, beside the cheapest call; a lookup
+        # of a name waits for the network, which is no work of the command
         again = run_case(case, world, tmp_path / "again")
         slowdown = max(1.0, version_s(world, tmp_path / "version") / IDLE_VERSION_S)
-        assert min(again.wall_s, outcome.wall_s) < LIMIT_S * slowdown
+        assert min(again.cpu_s, outcome.cpu_s) < LIMIT_S * slowdown
 
 
 @pytest.mark.slow
