@@ -133,7 +133,7 @@ MONITORS: dict[str, Any] = {
                         "type": ["string", "null"],
                         "format": "date-time",
                         "description": "End of the batch with which it began; null: since the last full batch, or of "
-                        "an alarm whose beginning is not noted.",
+                        "an alarm whose start is not recorded.",
                     },
                 },
             },
