@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import log2
 
 import pytest
@@ -15,6 +17,7 @@ from service.batch_run import isolate_failures
 from service.engines.base import EngineOutput
 from service.engines.oracle import OracleEngine, OracleFaults, oracle_reward
 from service.errors import EngineFailed, EngineOutOfMemory, HttpError, NonFiniteReward, OutputMismatch, WarmUpFailed
+from service.host_memory import ProcessMemory
 from service.pipeline import Pipeline
 from service.records import Score, TokenSequence
 from service.scheduling.budget import BatchBudget
@@ -252,6 +255,69 @@ def test_warm_up_of_a_budget_below_the_longest_sequence() -> None:
     warm_up(engine, BUDGET, IDS)
 
     assert [(len(batch), batch[0].num_tokens) for batch in engine.batches] == [(1, 1000), (1, 256), (32, 8)]
+
+
+class SlowEngine(ScriptedEngine):
+    """An engine with attention heads that needs a millisecond per token on its own clock."""
+
+    def __init__(self) -> None:
+        super().__init__(max_input_tokens=8192)
+        self._info = replace(self._info, attention_heads=4)
+
+    def clock(self) -> float:
+        return sum(sequence.num_tokens for batch in self.batches for sequence in batch) / 1000
+
+
+class GivenMemory:
+    """Memory of a made-up host."""
+
+    def __init__(self, available: int, growth: int | None = 2**20) -> None:
+        self._available = available
+        self._growth = growth
+
+    def available(self) -> int:
+        return self._available
+
+    def growth(self, work: Callable[[], None]) -> int | None:
+        work()
+        return self._growth
+
+
+def test_warm_up_of_a_slow_cpu_bounds_the_memory_of_the_largest_batch() -> None:
+    """Passes of up to a quarter of a second show that 8,192 tokens fit, which would take eight seconds to compute."""
+    engine = SlowEngine()
+
+    warm = warm_up(engine, BUDGET, IDS, engine.clock, GivenMemory(available=16 * 2**30))
+
+    assert [[sequence.num_tokens for sequence in batch] for batch in engine.batches] == [[16] * 4, [64], [128], [256]]
+    assert (warm.budget, warm.num_tokens) == (BUDGET, 256)
+    assert warm.seconds == pytest.approx(0.256)
+    assert warm.bound_bytes == 2 * 2**20 * 32 + 8 * 4 * 8192**2
+
+
+@pytest.mark.parametrize("memory", [GivenMemory(available=4 * 2**30), GivenMemory(2**40, growth=None)])
+def test_warm_up_computes_what_no_bound_shows_to_fit(memory: GivenMemory) -> None:
+    """With less than twice the bound, or where memory cannot be measured, the largest batches are computed."""
+    engine = SlowEngine()
+
+    warm = warm_up(engine, BUDGET, IDS, engine.clock, memory)
+
+    assert max(sequence.num_tokens for batch in engine.batches for sequence in batch) == 8192
+    assert warm.bound_bytes is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_growth_of_memory_is_measured_at_its_peak() -> None:
+    """64 MiB that the work writes and gives back are in its growth, also when memory of that size was free before."""
+
+    def work() -> None:
+        bytearray(b"x") * 2**26
+
+    work()
+    growth = ProcessMemory().growth(work)
+
+    assert growth is not None
+    assert growth >= 0.9 * 2**26  # the kernel counts pages of a thread in batches
 
 
 def no_rewards(*_: object) -> list[float]:

@@ -131,6 +131,9 @@ class EngineInfo:
     """Whether attention to shared prefixes is computed once and merged by log-sum-exp instead of gathering their keys.
     """
 
+    attention_heads: int | None = None
+    """Query heads of a block, which bound the memory of attention scores; None: unknown."""
+
     outputs: tuple[str, ...] = ("reward",)
     """Names of the numbers that the head gives at a token, in order."""
 

@@ -279,6 +279,7 @@ def _describe(
         max_batch_tokens=batching.max_batch_tokens or BATCH_TOKENS["cpu" if device == "cpu" else "cuda"],
         parity={**asdict(manifest.parity), "compared_to": "plain transformers in float32, at export"},
         taps=manifest.taps if taps is None else taps,
+        attention_heads=getattr(bundle.checkpoint.config, "num_attention_heads", None),
         outputs=bundle.checkpoint.outputs,
         gate_pattern=bundle.checkpoint.gate_pattern,
         reads_steps=False,

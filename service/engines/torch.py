@@ -386,6 +386,7 @@ def _describe(plan: EnginePlan, classifier: Classifier, path: ForwardPath, evide
         cuda_graph_max_tokens=path.library.max_tokens if isinstance(path, PackedForward) else 0,
         cuda_graph_failure=evidence.cuda_graph_failure,
         cascade_attention=plan.fastest_path.cascade and path.min_shared_prefix_tokens is not None,
+        attention_heads=getattr(classifier.config, "num_attention_heads", None),
         outputs=classifier.outputs,
         gate_pattern=classifier.gate_pattern,
         reads_steps=classifier.state_head is not None,
