@@ -242,10 +242,7 @@ def reference_of(
             f"Plain transformers gives {classifier.architecture} no finite reward in {classifier.dtype}: "
             "choose another model.dtype"
         )
-    if classifier.is_half_precision:
-        noise = _noise_of(classifier, probes, plain)
-    else:
-        noise = [[0.0] * len(values) for values in plain]
+    noise = _noise_of(classifier, probes) if classifier.is_half_precision else [[0.0] * len(values) for values in plain]
     by_output = zip(zip(*plain, strict=True), zip(*noise, strict=True), strict=True)
     tolerances = [tolerances_of(classifier.dtype, *one) for one in by_output]
     return Reference(probes, plain, noise, list(zip(*tolerances, strict=True)))
@@ -362,11 +359,14 @@ def plain_outputs_of_texts(classifier: Classifier, texts: Sequence[TextProbe]) -
 
 
 def _plain_outputs(classifier: Classifier, inputs: Sequence[dict[str, torch.Tensor]]) -> list[list[float]]:
+    return [outputs[0] for outputs in _plain_batches(classifier, inputs)]
+
+
+def _plain_batches(classifier: Classifier, inputs: Sequence[dict[str, torch.Tensor]]) -> list[list[list[float]]]:
+    """Return the outputs of each batch; the rows of a batch are the same sequence."""
     rewire(classifier, classifier.plain_attention)
     try:
-        return [
-            _plain_output(classifier, {"attention_mask": torch.ones_like(one["input_ids"])} | one) for one in inputs
-        ]
+        return [_plain_batch(classifier, {"attention_mask": torch.ones_like(one["input_ids"])} | one) for one in inputs]
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a model's code may raise anything
@@ -376,40 +376,44 @@ def _plain_outputs(classifier: Classifier, inputs: Sequence[dict[str, torch.Tens
         ) from error
 
 
-def _plain_output(classifier: Classifier, inputs: dict[str, torch.Tensor]) -> list[float]:
+def _plain_batch(classifier: Classifier, inputs: dict[str, torch.Tensor]) -> list[list[float]]:
     if classifier.pooling == "last" or classifier.gate_pattern:
         ids = inputs["input_ids"][0].tolist()
-        states = classifier.body(**inputs).last_hidden_state[0]
-        gate = states[[classifier.gate_position(ids)]] if classifier.gate_pattern else None
-        outputs = classifier.outputs_of(states[[classifier.pooled_position(ids)]], gate)
+        states = classifier.body(**inputs).last_hidden_state
+        gates = states[:, classifier.gate_position(ids)] if classifier.gate_pattern else None
+        outputs = classifier.outputs_of(states[:, classifier.pooled_position(ids)], gates)
     else:
         outputs = classifier.model(**inputs).logits
-    values: list[float] = outputs[0].tolist()
+    values: list[list[float]] = outputs.tolist()
     return values
 
 
-def _noise_of(
-    classifier: Classifier, probes: Sequence[Sequence[int]], plain: Sequence[Sequence[float]]
-) -> list[list[float]]:
-    """Return how far each plain output moves when embeddings move by their last bit: the most of some perturbations."""
-    moved = []
-    for run_length in NOISE_RUN_LENGTHS:
-        with _perturbed_embeddings(classifier, run_length):
-            perturbed = plain_outputs(classifier, probes)
-        moved.append([differences(*pair) for pair in zip(perturbed, plain, strict=True)])
-    return [[max(gaps) for gaps in zip(*of_probe, strict=True)] for of_probe in zip(*moved, strict=True)]
+@torch.inference_mode()
+def _noise_of(classifier: Classifier, probes: Sequence[Sequence[int]]) -> list[list[float]]:
+    """Return how far each plain output moves when embeddings move by their last bit: the most of some perturbations.
+
+    A pass has a probe once as it is and once for each perturbation: rows of equal length, so nothing is padded.
+    """
+    copies = 1 + len(NOISE_RUN_LENGTHS)
+    with _perturbed_embeddings(classifier):
+        outputs = _plain_batches(classifier, [classifier.inputs_of([row] * copies) for row in probes])
+    return [
+        [max(gaps) for gaps in zip(*(differences(perturbed, plain) for perturbed in moved), strict=True)]
+        for plain, *moved in outputs
+    ]
 
 
 @contextmanager
-def _perturbed_embeddings(classifier: Classifier, run_length: int) -> Iterator[None]:
-    """Move every embedding by one unit in its last place while the context is open, alternately up and down.
+def _perturbed_embeddings(classifier: Classifier) -> Iterator[None]:
+    """Move the embeddings of all rows but the first while the context is open, by one unit in their last place.
 
-    ``run_length`` adjacent elements move in the same direction.
+    Elements move up and down in turns; ``NOISE_RUN_LENGTHS`` has for each row how many adjacent ones move together.
     """
 
     def move(_module: torch.nn.Module, _inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        signs = 1 - 2 * (torch.arange(output.shape[-1], device=output.device) // run_length % 2)
-        return output * (1 + torch.finfo(output.dtype).eps * signs).to(output.dtype)
+        index = torch.arange(output.shape[-1], device=output.device)
+        signs = torch.stack([torch.zeros_like(index), *(1 - 2 * (index // run % 2) for run in NOISE_RUN_LENGTHS)])
+        return output * (1 + torch.finfo(output.dtype).eps * signs[:, None]).to(output.dtype)
 
     handle = classifier.model.get_input_embeddings().register_forward_hook(move)
     try:
