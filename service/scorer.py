@@ -99,6 +99,8 @@ class Scorer:
         self._threads = ThreadPoolExecutor(num_tokenizer_threads, thread_name_prefix="tokenize")
         self._keys = itertools.count()
         self._num_accepted = 0
+        self.num_computing = 0
+        """Accepted requests that wait for the engine alone."""
         self._all_answered = asyncio.Event()
         self._all_answered.set()
         queue = Queue(limits.max_queue_tokens, info.min_shared_prefix_tokens, batch_tokens=budget.max_tokens)
@@ -215,8 +217,12 @@ class Scorer:
 
     # --- One request -------------------------------------------------------------------------------------------------
 
-    async def score(self, request: ScoreRequest) -> ScoredRequest:
+    async def score(self, request: ScoreRequest, *, age_s: float = 0.0) -> ScoredRequest:
         """Score a request; exactly one answer comes, as a value or as an exception.
+
+        Args:
+            request: the request.
+            age_s: seconds since it arrived, which its deadline includes.
 
         Raises:
             Overloaded, NotReady, Draining, EngineUnavailable: it was refused before any work.
@@ -225,7 +231,7 @@ class Scorer:
             CancelledError: the client disconnected; sequences that still wait are not computed.
         """
         num_items = len(request.items)
-        arrived = self._clock()
+        arrived = self._clock() - age_s
         timeout_s = min(request.timeout_s, self._limits.deadline_s)
         key = next(self._keys)
         await self._admission.reserve(request, key, self._estimate_own_tokens, arrived + timeout_s)
@@ -292,7 +298,11 @@ class Scorer:
         scattered = await self._queue_or_scatter(key, state, queued, deadline)
         try:
             readings = self._read_texts(state)
-            await state.computed
+            self.num_computing += 1
+            try:
+                await state.computed
+            finally:
+                self.num_computing -= 1
         finally:
             if scattered is not None:
                 scattered.cancel()

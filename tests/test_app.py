@@ -601,7 +601,7 @@ async def test_disconnected_client(start: Start) -> None:
 async def test_unexpected_exception_is_a_500_without_details(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
     """An unexpected exception is a 500 without details; the log has its class and frames, not its message."""
 
-    async def explode(_request: object) -> None:
+    async def explode(_request: object, **_: object) -> None:
         raise ZeroDivisionError(CANARY)
 
     monkeypatch.setattr(app.served.scorer, "score", explode)

@@ -14,6 +14,7 @@ from starlette.types import Scope
 
 from service.errors import InvalidRequest
 from service.http.body_budget import BodyAccount
+from service.http.loop_load import LoopLoad
 from service.records import Timings
 
 _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-((?!0{32})[0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
@@ -60,10 +61,19 @@ class RequestFacts:
     """Whether the caller may read what concerns other callers; without keys everybody may."""
     quota: Quota | None = None
     """Items that the key may still have scored; None: any number."""
+    load: LoopLoad | None = None
+    """The load of the event loop; None: no model is loaded."""
+    waited_s: float = 0.0
+    """Seconds for which it waited before the service saw it, by the lag of the event loop."""
     body: BodyAccount | None = None
     """The part of its body in the budget of all bodies; None: no model is loaded, and no body is read."""
     started_at: float = field(default_factory=time.perf_counter)
-    """``time.perf_counter()`` at arrival."""
+    """``time.perf_counter()`` when the service saw it."""
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since it arrived."""
+        return self.waited_s + time.perf_counter() - self.started_at
 
 
 def facts_of(request: Request) -> RequestFacts:

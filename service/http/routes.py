@@ -11,6 +11,7 @@ from service.errors import Overloaded
 from service.http.access_log import AccessLog
 from service.http.authentication import Authentication
 from service.http.body_budget import BodyBudget
+from service.http.loop_load import LoopLoad
 from service.http.middleware import RequestMiddleware
 from service.http.monitoring import GatherMonitors, monitor_route
 from service.http.open_requests import OpenRequests
@@ -55,18 +56,21 @@ def create_app(
         *protocol_routes(served),
         *(page_routes() if served.settings.page.enabled else ()),
     ]
+    # An alias has the endpoint of the route that it stands for, which is listed before it and named in logs.
+    path_of = {route.endpoint: route.path for route in reversed(routes)}
     request_middleware = Middleware(
         RequestMiddleware,
         model_version=served.identity.version,
         metrics=served.metrics,
         access_log=access_log,
         open_requests=open_requests,
-        # An alias has the endpoint of the route that it stands for, which is listed before it and named in logs.
-        path_of={route.endpoint: route.path for route in reversed(routes)},
+        path_of=path_of,
+        route_names={route.path: path_of[route.endpoint] for route in routes},
         echoes_request_id=not host_echoes_request_id,
         body_budget=BodyBudget(
             served.settings.limits.max_open_body_bytes, served.metrics.shed.labels(reason=Overloaded.code).inc
         ),
+        load=LoopLoad(open_requests, lambda: served.scorer.num_computing),
     )
     app = Starlette(
         routes=routes,
