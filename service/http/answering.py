@@ -48,7 +48,7 @@ async def score_and_note(
         raise
     total_s = time.perf_counter() - facts.started_at
     stages = scored.timings
-    timings = Timings(parse_s, stages.tokenize_s, stages.queue_s, stages.engine_s, total_s)
+    timings = Timings(parse_s, stages.tokenize_s, stages.queue_s, stages.engine_s, total_s, stages.admission_s)
     _note_answer(facts, scored.outcomes, scored.usage.scored_tokens, timings)
     return scored, timings
 

@@ -17,8 +17,11 @@ from service.http.body_budget import BodyAccount
 from service.http.loop_load import LoopLoad
 from service.records import Timings
 
-_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-((?!0{32})[0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-((?!0{32})[0-9a-f]{32})-((?!0{16})[0-9a-f]{16})-([0-9a-f]{2})")
 """Version, trace id, span id and flags; an id of zeros is not valid (W3C Trace Context, section 3.2)."""
+
+_SAMPLED = 1
+"""Flag of a traceparent whose caller records its trace."""
 
 _IDENTIFIER = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 
@@ -91,12 +94,26 @@ def request_id_of(scope: Scope) -> str:
     return uuid.uuid4().hex
 
 
-def trace_id_of(scope: Scope) -> str | None:
-    """The trace id of a W3C ``traceparent``, by which logs of several services are joined; None without a valid one."""
+@dataclass(frozen=True, slots=True)
+class TraceParent:
+    """The span of a caller (W3C Trace Context)."""
+
+    trace_id: str
+    """32 hexadecimal digits, by which logs of several services are joined."""
+
+    span_id: str
+    """16 hexadecimal digits."""
+
+    is_sampled: bool
+    """Whether the caller records its trace."""
+
+
+def trace_parent_of(scope: Scope) -> TraceParent | None:
+    """The caller's span from a W3C ``traceparent``; None without a valid one."""
     for name, value in scope["headers"]:
         if name == b"traceparent":
             found = _TRACEPARENT.fullmatch(value.decode("latin-1"))
-            return found[1] if found else None
+            return TraceParent(found[1], found[2], bool(int(found[3], 16) & _SAMPLED)) if found else None
     return None
 
 

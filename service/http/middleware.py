@@ -17,10 +17,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.errors import ClientGone, InternalError, Overloaded
 from service.http.access_log import AccessLog
 from service.http.body_budget import BodyAccount, BodyBudget
-from service.http.facts import RequestFacts, request_id_of, trace_id_of
+from service.http.facts import RequestFacts, request_id_of, trace_parent_of
 from service.http.loop_load import LoopLoad
 from service.http.open_requests import OpenRequests
 from service.http.problems import problem_response
+from service.http.tracing import AnsweredRequest, RequestTracer
 from service.metrics import Metrics
 from service.protocols.problem import MEDIA_TYPE, render_problem, retry_after_s
 
@@ -52,6 +53,7 @@ class RequestMiddleware:
         body_budget: BodyBudget | None = None,
         load: LoopLoad | None = None,
         route_names: Mapping[str, str] | None = None,
+        tracer: RequestTracer | None = None,
     ) -> None:
         self._app = app
         self._model_version = model_version
@@ -62,6 +64,7 @@ class RequestMiddleware:
         self._echoes_request_id = echoes_request_id
         self._body_budget = body_budget
         self._load = load
+        self._tracer = tracer
         self._route_names = route_names or {}
         self._num_unlogged = 0
 
@@ -159,11 +162,16 @@ class RequestMiddleware:
         self._metrics.observe_request(route, facts.code or str(status), total_s)
         if route in QUIET_ROUTES and status < 400:
             return
+        parent = trace_parent_of(scope)
+        trace_id = None if parent is None else parent.trace_id
+        if self._tracer is not None:
+            answered = AnsweredRequest(scope["method"], route, status, facts, total_s, parent)
+            trace_id = self._tracer.record(answered) or trace_id
         stages = facts.timings.by_stage if facts.timings else {"total": total_s}
         self._access_log.write(
             "scored" if facts.timings else "answered",
             request_id=facts.request_id,
-            trace_id=trace_id_of(scope),
+            trace_id=trace_id,
             route=route,
             status=status,
             code=facts.code,

@@ -21,6 +21,7 @@ from service.http.problems import EXCEPTION_HANDLERS
 from service.http.protocols import protocol_routes
 from service.http.scoring import scoring_routes
 from service.http.style import style_route
+from service.http.tracing import RequestTracer
 
 
 def create_app(
@@ -33,6 +34,7 @@ def create_app(
     api_keys: ApiKeys | None = None,
     host_echoes_request_id: bool = False,
     livez_checks_engine: bool = False,
+    tracer: RequestTracer | None = None,
 ) -> Starlette:
     """Build the application that answers for one replica.
 
@@ -47,6 +49,7 @@ def create_app(
             does.
         livez_checks_engine: whether ``/livez`` fails once the engine has died; where the process has to be restarted
             then. Ray replaces the replica instead.
+        tracer: makes traces of requests; closed by the caller. None: there are none.
     """
     routes = [
         *scoring_routes(served),
@@ -70,6 +73,7 @@ def create_app(
         body_budget=BodyBudget(
             served.settings.limits.max_open_body_bytes, served.metrics.shed.labels(reason=Overloaded.code).inc
         ),
+        tracer=tracer,
         load=LoopLoad(open_requests, lambda: served.scorer.num_computing),
     )
     app = Starlette(

@@ -41,6 +41,7 @@ from service.settings import Settings
 
 if TYPE_CHECKING:
     from service.assembly import OpenedModel, ServedModel
+    from service.http.tracing import RequestTracer
 
 REPLICA = "local"
 """Value of the label ``replica`` in ``/metrics``."""
@@ -202,6 +203,7 @@ class _LocalServer:
         self._is_ready = False
         self._loader: threading.Thread | None = None
         self._served: ServedModel | None = None
+        self._tracer: RequestTracer | None = None
 
     @property
     def has_running_threads(self) -> bool:
@@ -250,6 +252,8 @@ class _LocalServer:
             server.should_exit = True
             with suppress(Exception):
                 await serving
+            if self._tracer is not None:
+                await asyncio.to_thread(self._tracer.close)
 
     def _handle_signals(self, loop: asyncio.AbstractEventLoop) -> None:
         def request(number: int, _frame: object) -> None:
@@ -294,9 +298,13 @@ class _LocalServer:
     def _assemble(self, opened: OpenedModel | None) -> tuple[ServedModel, ASGIApp]:
         from service.assembly import assemble
         from service.http.routes import create_app
+        from service.http.tracing import request_tracer
         from service.metrics import merge_expositions
 
         served = assemble(self._settings, opened=opened)
+        self._tracer = request_tracer(
+            self._settings.tracing, model=served.identity.name, version=served.identity.version, replica=REPLICA
+        )
 
         async def exposition() -> str:
             # Labelled as with Ray, so that dashboards and alerts are the same.
@@ -310,6 +318,7 @@ class _LocalServer:
             self._open_requests,
             api_keys=self._api_keys,
             livez_checks_engine=True,
+            tracer=self._tracer,
         )
         return served, app
 
