@@ -27,6 +27,7 @@ from service.http.access_log import AccessLog
 from service.http.disconnect import CancelOnDisconnect
 from service.http.open_requests import OpenRequests
 from service.http.starting import create_starting_app
+from service.launch.accepting import ConnectionAcceptor
 from service.launch.bounded_heads import BoundedHeadProtocol
 from service.launch.exposure import keys_for
 from service.launch.ports import reachable, reserved_http
@@ -148,7 +149,25 @@ def _access_log(choice: str | None) -> Iterator[AccessLog]:
 
 
 class _HttpServer(uvicorn.Server):
-    """uvicorn without signal handlers of its own: the runtime drains the scorer before the server stops."""
+    """uvicorn that accepts connections as `ConnectionAcceptor` does.
+
+    It has no signal handlers of its own: the runtime drains the scorer before the server stops.
+    """
+
+    _acceptor: ConnectionAcceptor | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup([])
+        for listener in sockets or []:
+            self._acceptor = ConnectionAcceptor(listener, self._new_protocol, self.config.ssl)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._acceptor is not None:
+            self._acceptor.stop()
+        await super().shutdown(sockets)
+
+    def _new_protocol(self) -> asyncio.Protocol:
+        return BoundedHeadProtocol(self.config, self.server_state, self.lifespan.state)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

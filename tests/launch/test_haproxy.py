@@ -27,6 +27,14 @@ from service.errors import ServerStartError
 from service.launch import haproxy_config
 from service.launch.haproxy import PYTHON_VARIABLE, SCRIPT, change, haproxy_binary
 from service.launch.haproxy_config import changed
+from service.launch.haproxy_standby import (
+    StandbyFiles,
+    has_routes,
+    replicas_of,
+    running_standby,
+    take_over,
+    without_admin_socket,
+)
 
 Configure = Callable[..., Path]
 """Writes a configuration as Ray does; returns its file."""
@@ -205,6 +213,24 @@ def test_another_configuration_is_refused(configure: Configure) -> None:
     assert changed(once, {}) == once
     with pytest.raises(ServerStartError, match="this version of Ray is not known"):
         changed(config.replace("frontend http_frontend", "frontend renamed"), {})
+
+
+def test_what_the_second_haproxy_gets(configure: Configure, tmp_path: Path) -> None:
+    """It has the replicas of Ray's configuration and no admin socket; without routes nothing of it is kept."""
+    files = StandbyFiles(tmp_path)
+    empty, routed = (configure(free_port(), replica, fallback=1).read_text() for replica in (None, 4711))
+    assert take_over(files, empty) == (empty, [])
+    assert not files.routes.exists()
+    assert not has_routes(empty)
+    assert take_over(files, routed) == (routed, [])
+    assert files.routes.read_text() == routed
+    assert files.current.read_text() == str(os.getpid())
+    assert replicas_of(routed) == [("127.0.0.1", 4711)], "the fallback proxy is no replica"
+    assert "stats socket" in routed
+    assert "stats socket" not in without_admin_socket(routed)
+    files.standby.write_text(str(os.getpid()))  # a process id that was used again
+    assert running_standby(files) is None
+    assert take_over(files, empty) == (empty, [])
 
 
 @pytest.mark.slow
