@@ -99,8 +99,6 @@ class Scorer:
         self._threads = ThreadPoolExecutor(num_tokenizer_threads, thread_name_prefix="tokenize")
         self._keys = itertools.count()
         self._num_accepted = 0
-        self.num_computing = 0
-        """Accepted requests that wait for the engine alone."""
         self._all_answered = asyncio.Event()
         self._all_answered.set()
         queue = Queue(limits.max_queue_tokens, info.min_shared_prefix_tokens, batch_tokens=budget.max_tokens)
@@ -299,11 +297,7 @@ class Scorer:
         scattered = await self._queue_or_scatter(key, state, queued, deadline)
         try:
             readings = self._read_texts(state)
-            self.num_computing += 1
-            try:
-                await state.computed
-            finally:
-                self.num_computing -= 1
+            await state.computed
         finally:
             if scattered is not None:
                 scattered.cancel()

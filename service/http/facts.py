@@ -87,11 +87,13 @@ def facts_of(request: Request) -> RequestFacts:
 
 def request_id_of(scope: Scope) -> str:
     """The client's ``X-Request-Id`` if it can be logged as it is, else a new random one."""
-    for name, value in scope["headers"]:
-        if name == b"x-request-id":
-            given: str = value.decode("latin-1")
-            return given if _IDENTIFIER.fullmatch(given) else uuid.uuid4().hex
-    return uuid.uuid4().hex
+    return as_request_id(next((value for name, value in scope["headers"] if name == b"x-request-id"), None))
+
+
+def as_request_id(given: bytes | None) -> str:
+    """A client's ``X-Request-Id`` if it can be logged as it is, else a new random one."""
+    text = "" if given is None else given.decode("latin-1")
+    return text if _IDENTIFIER.fullmatch(text) else uuid.uuid4().hex
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,14 +1,14 @@
 """Measures how far the event loop is behind, and refuses requests that it could not answer in time.
 
 Where reading and answering requests is the limit, and not the engine, requests wait in sockets and between the steps of
-their handling, which no queue shows. `RequestGate` decides; this class has the clock, the timer and the counts.
+their handling, which the engine's queue does not show. `RequestGate` decides; this class has the clock, the timer and
+the counts.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
 
 from service.errors import Overloaded
 from service.http.open_requests import OpenRequests
@@ -23,15 +23,13 @@ class LoopLoad:
 
     Args:
         open_requests: all that are not answered.
-        num_computing: returns how many of them wait for the engine alone.
     """
 
-    def __init__(self, open_requests: OpenRequests, num_computing: Callable[[], int]) -> None:
+    def __init__(self, open_requests: OpenRequests) -> None:
         self.num_receiving = 0
         """Requests that wait for bytes of their body."""
         self._gate = RequestGate()
         self._open_requests = open_requests
-        self._num_computing = num_computing
         self._num_finished = 0
         self._is_beating = False
         self._last_lag_s = 0.0
@@ -61,15 +59,12 @@ class LoopLoad:
         """Note that a request was answered."""
         self._num_finished += 1
 
-    def refuse_unread(self) -> None:
-        """Refuse a request whose deadline is not known yet, if even the longest recent deadline would be missed.
-
-        Raises:
-            Overloaded: it would.
-        """
-        timeout_s = self._gate.longest_timeout_s(time.monotonic()) if self._is_beating else None
-        if timeout_s is not None:
-            self._refuse(self._num_waiting(), timeout_s)
+    def unread_refusal(self) -> Overloaded | None:
+        """Why a request whose deadline is not known yet is refused: even the longest recent one would be missed."""
+        if not self._is_beating:
+            return None
+        timeout_s = self._gate.longest_timeout_s(time.monotonic())
+        return None if timeout_s is None else self._refusal(self._num_waiting(), timeout_s)
 
     def refuse_late(self, timeout_s: float, age_s: float) -> None:
         """Refuse a request that was read, if it cannot be answered in time.
@@ -82,17 +77,18 @@ class LoopLoad:
             Overloaded: it cannot.
         """
         self._gate.note_timeout(timeout_s, time.monotonic())
-        self._refuse(self._num_waiting() - 1, timeout_s - age_s)
+        refusal = self._refusal(self._num_waiting() - 1, timeout_s - age_s)
+        if refusal is not None:
+            raise refusal
 
-    def _refuse(self, num_waiting: int, time_left_s: float) -> None:
+    def _refusal(self, num_waiting: int, time_left_s: float) -> Overloaded | None:
         excess_s = self._gate.excess_s(num_waiting, self.lag_s, time_left_s)
-        if excess_s:
-            raise Overloaded(
-                f"{num_waiting} requests are being read or answered, so the answer would come too late.", excess_s
-            )
+        if not excess_s:
+            return None
+        return Overloaded(f"{num_waiting} requests are open, so the answer would come too late.", excess_s)
 
     def _num_waiting(self) -> int:
-        return max(0, self._open_requests.num_open - self.num_receiving - self._num_computing())
+        return max(0, self._open_requests.num_open - self.num_receiving)
 
     def _start_interval(self) -> None:
         self._began, self._began_cpu, self._num_finished = time.monotonic(), time.thread_time(), 0

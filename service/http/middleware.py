@@ -6,7 +6,6 @@ A slash at the end of the path is ignored.
 from __future__ import annotations
 
 import asyncio
-import random
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import ClientGone, InternalError, Overloaded
+from service.errors import ClientGone, InternalError
 from service.http.access_log import AccessLog
 from service.http.body_budget import BodyAccount, BodyBudget
 from service.http.facts import RequestFacts, request_id_of, trace_parent_of
@@ -22,22 +21,17 @@ from service.http.loop_load import LoopLoad
 from service.http.open_requests import OpenRequests
 from service.http.problems import problem_response
 from service.http.tracing import AnsweredRequest, RequestTracer
+from service.http.unread_refusals import OTHER, UnreadRefusals
 from service.metrics import Metrics
-from service.protocols.problem import MEDIA_TYPE, render_problem, retry_after_s
 
 QUIET_ROUTES = frozenset({"/livez", "/readyz", "/metrics"})
 """Requested every few seconds by machines; only their failures are logged."""
-REFUSED_LOG_S = 1.0
-"""Seconds for which requests that were refused unread are counted before the log gets one line for all of them."""
-OTHER = "other"
-"""Route of a request for a path that has none; paths of clients appear in no log and no metric."""
 
 
 class RequestMiddleware:
     """ASGI middleware outside the routes: an exception that no route expected ends here as a 500 without details.
 
-    ``model_version``, ``body_budget`` and ``load`` are None while no model is loaded. ``path_of`` names the route of an
-    endpoint, ``route_names`` that of a path.
+    ``model_version``, ``body_budget`` and ``refusals`` are None while no model is loaded.
     """
 
     def __init__(
@@ -51,8 +45,7 @@ class RequestMiddleware:
         path_of: Mapping[Any, str],
         echoes_request_id: bool,
         body_budget: BodyBudget | None = None,
-        load: LoopLoad | None = None,
-        route_names: Mapping[str, str] | None = None,
+        refusals: UnreadRefusals | None = None,
         tracer: RequestTracer | None = None,
     ) -> None:
         self._app = app
@@ -63,10 +56,8 @@ class RequestMiddleware:
         self._path_of = path_of
         self._echoes_request_id = echoes_request_id
         self._body_budget = body_budget
-        self._load = load
+        self._refusals = refusals
         self._tracer = tracer
-        self._route_names = route_names or {}
-        self._num_unlogged = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
@@ -77,45 +68,15 @@ class RequestMiddleware:
         # The path of the application itself has one behind its prefix, as its route has.
         bare = scope["path"].rstrip("/")
         scope["path"] = f"{bare}/" if bare == scope.get("root_path", "").rstrip("/") else bare
-        if self._load is not None and scope["method"] == "POST":
-            try:
-                self._load.refuse_unread()
-            except Overloaded as refusal:
-                await self._refuse(scope, send, refusal)
-                return
+        if self._refusals is not None and scope["method"] == "POST" and (refusal := self._refusals.refusal()):
+            await self._refusals.answer(refusal, scope, send)
+            return
         with self._open_requests:
             await self._answer(scope, receive, send)
 
-    async def _refuse(self, scope: Scope, send: Send, refusal: Overloaded) -> None:
-        """Answer a request before anything of it is read, as cheaply as possible: there are many of them."""
-        begin = time.perf_counter()
-        request_id = request_id_of(scope)
-        content = render_problem(refusal, request_id)
-        headers = [
-            (b"content-type", MEDIA_TYPE.encode()),
-            (b"content-length", str(len(content)).encode()),
-            (b"retry-after", str(retry_after_s(refusal, random.random())).encode()),  # noqa: S311 - spreads clients
-        ]
-        if self._echoes_request_id:
-            headers.append((b"x-request-id", request_id.encode()))
-        if self._model_version is not None:
-            headers.append((b"x-model-version", self._model_version.encode()))
-        await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
-        await send({"type": "http.response.body", "body": content})
-        route = self._route_names.get(scope["path"].removeprefix(scope.get("root_path", "")), OTHER)
-        self._metrics.observe_request(route, refusal.code, time.perf_counter() - begin)
-        self._metrics.shed.labels(reason=refusal.code).inc()
-        if not self._num_unlogged:
-            asyncio.get_running_loop().call_later(REFUSED_LOG_S, self._log_refused)
-        self._num_unlogged += 1
-
-    def _log_refused(self) -> None:
-        self._access_log.write("refused", status=Overloaded.status, code=Overloaded.code, requests=self._num_unlogged)
-        self._num_unlogged = 0
-
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = None if self._body_budget is None else BodyAccount(self._body_budget)
-        load = self._load
+        load = None if self._refusals is None else self._refusals.load
         facts = RequestFacts(request_id_of(scope), body=body, load=load)
         if load is not None:
             load.begin()

@@ -22,6 +22,7 @@ from service.http.protocols import protocol_routes
 from service.http.scoring import scoring_routes
 from service.http.style import style_route
 from service.http.tracing import RequestTracer
+from service.http.unread_refusals import UnreadRefusals
 
 
 def create_app(
@@ -61,6 +62,14 @@ def create_app(
     ]
     # An alias has the endpoint of the route that it stands for, which is listed before it and named in logs.
     path_of = {route.endpoint: route.path for route in reversed(routes)}
+    refusals = UnreadRefusals(
+        LoopLoad(open_requests),
+        served.metrics,
+        access_log,
+        model_version=served.identity.version,
+        route_names={route.path: path_of[route.endpoint] for route in routes},
+        echoes_request_id=not host_echoes_request_id,
+    )
     request_middleware = Middleware(
         RequestMiddleware,
         model_version=served.identity.version,
@@ -68,13 +77,12 @@ def create_app(
         access_log=access_log,
         open_requests=open_requests,
         path_of=path_of,
-        route_names={route.path: path_of[route.endpoint] for route in routes},
         echoes_request_id=not host_echoes_request_id,
         body_budget=BodyBudget(
             served.settings.limits.max_open_body_bytes, served.metrics.shed.labels(reason=Overloaded.code).inc
         ),
         tracer=tracer,
-        load=LoopLoad(open_requests, lambda: served.scorer.num_computing),
+        refusals=refusals,
     )
     app = Starlette(
         routes=routes,
@@ -82,6 +90,7 @@ def create_app(
         exception_handlers=EXCEPTION_HANDLERS,
     )
     app.router.redirect_slashes = False
+    app.state.unread_refusals = refusals  # for a server that can refuse before it makes a request of the bytes
     return app
 
 

@@ -28,11 +28,11 @@ from service.http.disconnect import CancelOnDisconnect
 from service.http.open_requests import OpenRequests
 from service.http.starting import create_starting_app
 from service.launch.accepting import ConnectionAcceptor
-from service.launch.bounded_heads import BoundedHeadProtocol
 from service.launch.exposure import keys_for
 from service.launch.ports import reachable, reserved_http
 from service.launch.private_folder import private_folder
 from service.launch.progress import TerminalProgress
+from service.launch.shedding import Gate, SheddingProtocol
 from service.launch.slow_heads import allow_many_files, close_slow_heads
 from service.launch.start import DRAIN_S, cores_per_replica, log_path, write_at_the_end
 from service.launch.start_settings import StartSettings
@@ -156,6 +156,10 @@ class _HttpServer(uvicorn.Server):
 
     _acceptor: ConnectionAcceptor | None = None
 
+    def __init__(self, config: uvicorn.Config, gate: Gate) -> None:
+        super().__init__(config)
+        self._gate = gate
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup([])
         for listener in sockets or []:
@@ -167,7 +171,7 @@ class _HttpServer(uvicorn.Server):
         await super().shutdown(sockets)
 
     def _new_protocol(self) -> asyncio.Protocol:
-        return BoundedHeadProtocol(self.config, self.server_state, self.lifespan.state)
+        return SheddingProtocol(self._gate, self.config, self.server_state, self.lifespan.state)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -202,10 +206,10 @@ class _LocalServer:
         self._progress = progress
         self._api_keys = api_keys
         self._open_requests = OpenRequests()
+        self._gate = Gate()
         self._app = _ReplaceableApp(create_starting_app(access_log, self._open_requests, page=settings.page.enabled))
         self._config = uvicorn.Config(
             CancelOnDisconnect(self._app),
-            http=BoundedHeadProtocol,
             ws="none",
             lifespan="off",
             log_config=None,
@@ -248,7 +252,7 @@ class _LocalServer:
     async def _run(self) -> None:
         self._stop, self._hurry = asyncio.Event(), asyncio.Event()
         self._handle_signals(asyncio.get_running_loop())
-        server = _HttpServer(self._config)
+        server = _HttpServer(self._config, self._gate)
         serving = asyncio.create_task(server.serve([self._listener]))
         closing = asyncio.create_task(close_slow_heads(server.server_state.connections))
         running = asyncio.create_task(self._load_and_watch())
@@ -339,6 +343,7 @@ class _LocalServer:
             livez_checks_engine=True,
             tracer=self._tracer,
         )
+        self._gate.refusals = app.state.unread_refusals
         return served, app
 
     async def _in_loader(self, load: Callable[[], _Result]) -> _Result:

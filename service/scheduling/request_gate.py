@@ -1,7 +1,8 @@
 """The gate before the service: which requests are refused because the event loop, and not the engine, is behind.
 
 Pure: no clock and no event loop. The event loop handles its requests in turns. By Little's law, requests of which ``N``
-are there and ``R`` are finished per second of the loop's time take ``N / R`` seconds, whatever their order.
+are there and ``R`` are finished per second of the loop's time take ``N / R`` seconds, whatever their order. What they
+wait for the engine is in it: where the loop is behind, the two share the processor and Python's lock.
 """
 
 from __future__ import annotations
@@ -10,29 +11,50 @@ from service.scheduling.admission import USED_SHARE
 
 MIN_LAG_S = 0.01
 """A loop that is less late than this is not behind, and nothing is refused for its sake."""
-HALF_LIFE_S = 1.0
+HALF_LIFE_S = 2.0
 """Seconds of the loop's time after which a measurement of its speed has half its weight."""
+MIN_BEHIND_S = 0.2
+"""Seconds of being behind, by weight, from which on only the speed at such times counts."""
 MIN_FINISHED = 8
 """Finished requests, by weight, below which the speed is not known."""
 PATIENCE_S = 5.0
 """Seconds for which a deadline is remembered; at most twice as long."""
 
 
+class _Rate:
+    """Requests a second, with exponentially decaying weights."""
+
+    def __init__(self) -> None:
+        self.finished = 0.0
+        self.seconds = 0.0
+
+    def record(self, num_finished: int, seconds: float) -> None:
+        """Add an interval."""
+        decay = 0.5 ** (seconds / HALF_LIFE_S)
+        self.finished = self.finished * decay + num_finished
+        self.seconds = self.seconds * decay + seconds
+
+    @property
+    def per_second(self) -> float | None:
+        """The rate; None while too few were finished."""
+        return self.finished / self.seconds if self.finished >= MIN_FINISHED and self.seconds > 0 else None
+
+
 class RequestGate:
     """The recent speed of an event loop, and what may be refused because of it."""
 
     def __init__(self) -> None:
-        self._finished = 0.0
-        self._busy_s = 0.0
+        self._behind = _Rate()
+        self._ahead = _Rate()
         self._longest_timeouts = (0.0, 0.0)
         self._timeouts_since = 0.0
 
     @property
     def requests_per_s(self) -> float | None:
         """Requests finished per second of the loop's time; None while too few were finished."""
-        if self._finished < MIN_FINISHED or self._busy_s <= 0:
-            return None
-        return self._finished / self._busy_s
+        if self._behind.seconds >= MIN_BEHIND_S and (speed := self._behind.per_second) is not None:
+            return speed
+        return self._ahead.per_second
 
     def record(self, num_finished: int, *, elapsed_s: float, cpu_s: float, lag_s: float) -> None:
         """Add a short interval.
@@ -44,10 +66,10 @@ class RequestGate:
             lag_s: how late the loop was at its end. A loop that was behind has been busy all the time, also while its
                 thread waited for a core or for Python's lock; one that was not, for its CPU time.
         """
-        busy_s = elapsed_s if lag_s >= MIN_LAG_S else min(cpu_s, elapsed_s)
-        decay = 0.5 ** (busy_s / HALF_LIFE_S)
-        self._finished = self._finished * decay + num_finished
-        self._busy_s = self._busy_s * decay + busy_s
+        if lag_s >= MIN_LAG_S:
+            self._behind.record(num_finished, elapsed_s)
+        else:
+            self._ahead.record(num_finished, min(cpu_s, elapsed_s))
 
     def note_timeout(self, timeout_s: float, now: float) -> None:
         """Remember the deadline of a request that was read, in seconds from its arrival."""
@@ -62,8 +84,7 @@ class RequestGate:
         """How many seconds too late the loop would be with one more request; 0 where it may be accepted.
 
         Args:
-            num_waiting: requests that the loop has to handle before they can be answered. Those that wait for bytes of
-                their client or for the engine are not among them.
+            num_waiting: requests that are not answered, without those that wait for bytes of their client.
             lag_s: how late the loop is; the request has waited so long before the service saw it.
             time_left_s: seconds to its deadline. Half of them may be used (`USED_SHARE`): the engine needs time too.
         """

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from http_application import application
 
-from service.http import middleware
+from service.http import unread_refusals
 from service.http.loop_load import BEAT_S, LoopLoad
 from service.http.open_requests import OpenRequests
 from service.scheduling.request_gate import RequestGate
@@ -35,7 +35,7 @@ async def test_requests_are_refused_unread(tmp_path: Path, monkeypatch: pytest.M
         num_read += 1
         yield json.dumps(PATIENT).encode()
 
-    monkeypatch.setattr(middleware, "REFUSED_LOG_S", 0.1)
+    monkeypatch.setattr(unread_refusals, "COUNT_S", 0.1)
     async with application(tmp_path) as app:
         assert (await app.post("/v1/score", HURRIED)).status_code == 200
         slow_loop(monkeypatch, lag_s=0.6)
@@ -50,12 +50,12 @@ async def test_requests_are_refused_unread(tmp_path: Path, monkeypatch: pytest.M
             assert int(refusal.headers["Retry-After"]) >= 1
             assert refusal.headers["X-Model-Version"] == app.served.identity.version
         assert refusals[-1].headers["X-Request-Id"] == "mine"
-        metrics = app.served.metrics.render().decode()
-        assert 'rm_shed_total{reason="overloaded"} 4.0' in metrics
-        assert 'rm_requests_total{code="overloaded",route="/v1/score"} 3.0' in metrics
         monkeypatch.setattr(LoopLoad, "lag_s", 0.0)
         assert (await app.post("/v1/score", PATIENT)).status_code == 200
         await asyncio.sleep(0.2)
+        metrics = app.served.metrics.render().decode()
+        assert 'rm_shed_total{reason="overloaded"} 4.0' in metrics
+        assert 'rm_requests_total{code="overloaded",route="/v1/score"} 3.0' in metrics
     lines = [json.loads(line) for line in (tmp_path / "requests.jsonl").read_text().splitlines()]
     assert sum(line["requests"] for line in lines if line["event"] == "refused") == 4
 
@@ -85,7 +85,7 @@ async def test_the_wait_for_the_loop_is_part_of_the_deadline(tmp_path: Path, mon
 async def test_the_lag_of_the_loop_is_measured() -> None:
     """A loop that something blocks is late by as much while requests are open, and nothing is measured without any."""
     open_requests = OpenRequests()
-    load = LoopLoad(open_requests, lambda: 0)
+    load = LoopLoad(open_requests)
     assert load.lag_s == 0
     with open_requests:
         load.begin()
@@ -99,10 +99,10 @@ async def test_the_lag_of_the_loop_is_measured() -> None:
     assert load.lag_s == 0
 
 
-async def test_requests_that_wait_for_others_are_not_the_loops(tmp_path: Path) -> None:
-    """A request whose body does not come, or that the engine computes, is not counted as waiting for the loop."""
+def test_requests_that_wait_for_their_client_are_not_the_loops() -> None:
+    """A request whose body does not come is not counted as waiting for the loop."""
     open_requests = OpenRequests()
-    load = LoopLoad(open_requests, lambda: 2)
-    with open_requests, open_requests, open_requests, open_requests:
+    load = LoopLoad(open_requests)
+    with open_requests, open_requests, open_requests:
         load.num_receiving = 1
-        assert load._num_waiting() == 1
+        assert load._num_waiting() == 2
