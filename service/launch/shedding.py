@@ -1,4 +1,4 @@
-"""Refuses whole requests of a busy local runtime on the bytes, which costs a quarter of making a request of them.
+"""Refuses whole requests of a busy local runtime on the bytes, which costs a third of making a request of them.
 
 Under overload most requests are refused, and what that costs is missing for the others.
 """
