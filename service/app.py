@@ -25,6 +25,7 @@ from service.errors import HttpError, NotReady
 from service.http.access_log import AccessLog
 from service.http.open_requests import OpenRequests
 from service.http.routes import create_app
+from service.http.tracing import request_tracer
 from service.launch.exposure import keys_for
 from service.launch.launch import Launch
 from service.launch.ray_failures import explain_failure, is_of_ray
@@ -58,6 +59,10 @@ class RewardReplica:
         await scorer.start()
         self._open_requests = OpenRequests()
         self._name = serve.get_replica_context().replica_tag
+        identity = self._served.identity
+        self._tracer = request_tracer(
+            settings.tracing, model=identity.name, version=identity.version, replica=self._name
+        )
         self._siblings = SiblingReplicas(self._served.build)
         if settings.scatter.enabled:
             scorer.scatter_over(self._siblings, settings.scatter, self._served.build)
@@ -78,6 +83,7 @@ class RewardReplica:
             monitors=self._monitors_of_all_replicas,
             api_keys=self._api_keys,
             host_echoes_request_id=True,
+            tracer=self._tracer,
         )
 
     async def check_health(self) -> None:
@@ -154,6 +160,8 @@ class RewardReplica:
     async def __del__(self) -> None:
         """Stop the engine thread and free the device; Ray calls it once, after the drain."""
         await self._served.scorer.stop(0.0)
+        if self._tracer is not None:
+            await asyncio.to_thread(self._tracer.close)
         self._access_log.close()
 
 

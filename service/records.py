@@ -557,6 +557,9 @@ class Timings:
     total_s: float = 0.0
     """Seconds from arrival to answer."""
 
+    admission_s: float = 0.0
+    """Seconds of waiting for room in the queue, before tokenizing; no stage of its own in answers."""
+
     @property
     def by_stage(self) -> dict[str, float]:
         """Seconds by the name of the stage; written out because every answer needs it three times."""

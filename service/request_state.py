@@ -144,9 +144,15 @@ class RequestState:
         if not self.computed.done():
             self.computed.set_exception(error)
 
-    def scored(self, tokenize_s: float, total_s: float) -> ScoredRequest:
+    def scored(self, tokenize_s: float, total_s: float, admission_s: float = 0.0) -> ScoredRequest:
         """Return the answer, once all outcomes are there."""
-        timings = Timings(tokenize_s=tokenize_s, queue_s=self._queue_s, engine_s=self._engine_s, total_s=total_s)
+        timings = Timings(
+            tokenize_s=tokenize_s,
+            queue_s=self._queue_s,
+            engine_s=self._engine_s,
+            total_s=total_s,
+            admission_s=admission_s,
+        )
         return ScoredRequest(self.outcomes, self._usage(), timings)
 
     def _usage(self) -> Usage:

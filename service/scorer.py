@@ -215,8 +215,12 @@ class Scorer:
 
     # --- One request -------------------------------------------------------------------------------------------------
 
-    async def score(self, request: ScoreRequest) -> ScoredRequest:
+    async def score(self, request: ScoreRequest, *, age_s: float = 0.0) -> ScoredRequest:
         """Score a request; exactly one answer comes, as a value or as an exception.
+
+        Args:
+            request: the request.
+            age_s: seconds since it arrived, which its deadline includes.
 
         Raises:
             Overloaded, NotReady, Draining, EngineUnavailable: it was refused before any work.
@@ -225,14 +229,15 @@ class Scorer:
             CancelledError: the client disconnected; sequences that still wait are not computed.
         """
         num_items = len(request.items)
-        arrived = self._clock()
+        handed_over = self._clock()
+        arrived = handed_over - age_s
         timeout_s = min(request.timeout_s, self._limits.deadline_s)
         key = next(self._keys)
         await self._admission.reserve(request, key, self._estimate_own_tokens, arrived + timeout_s)
         self._accept(num_items)
         try:
             async with asyncio.timeout(arrived + timeout_s - self._clock()):
-                return await self._score_accepted(key, request, arrived, arrived + timeout_s)
+                return await self._score_accepted(key, request, arrived, handed_over, arrived + timeout_s)
         except (TimeoutError, DeadlineExceeded):
             self._metrics.count_items(num_items, "expired")
             raise DeadlineExceeded(f"No answer within {timeout_s:g} s.") from None
@@ -283,7 +288,7 @@ class Scorer:
             self._all_answered.set()
 
     async def _score_accepted(
-        self, key: Hashable, request: ScoreRequest, arrived: float, deadline: float
+        self, key: Hashable, request: ScoreRequest, arrived: float, handed_over: float, deadline: float
     ) -> ScoredRequest:
         begin = self._clock()
         encoded, work = await self._encode(request)
@@ -297,7 +302,7 @@ class Scorer:
             if scattered is not None:
                 scattered.cancel()
         await self._complete(state, readings)
-        scored = state.scored(tokenize_s=queued - begin, total_s=self._clock() - arrived)
+        scored = state.scored(queued - begin, self._clock() - arrived, admission_s=begin - handed_over)
         self._metrics.observe_request(scored, state.items)
         if self._monitors is not None:
             self._monitors.observe_request(state.items, request.run_id)

@@ -363,6 +363,25 @@ class SecuritySettings(Section):
     public_metrics: bool = Field(False, description="Whether /metrics needs no API key, where there are keys.")
 
 
+class TracingSettings(Section):
+    """OpenTelemetry traces of requests; they need the extra ``tracing``."""
+
+    endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://\S+$",
+        json_schema_extra={VALUES: "an address that begins with http:// or https://, or null"},
+        description="Address that gets spans by OTLP over HTTP, such as http://127.0.0.1:4318/v1/traces; null: no "
+        "request is traced, and nothing of OpenTelemetry is loaded by the service.",
+    )
+    sample_ratio: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="Share of the requests without a traceparent that are traced; one with a traceparent is traced if "
+        "its caller is.",
+    )
+
+
 class PageSettings(Section):
     """The page for a browser, at the root of the service."""
 
@@ -387,6 +406,7 @@ class Settings(Section):
     monitors: MonitorSettings = MonitorSettings()
     protocols: ProtocolSettings = ProtocolSettings()
     security: SecuritySettings = SecuritySettings()
+    tracing: TracingSettings = TracingSettings()
     page: PageSettings = PageSettings()
     log: str | None = Field(
         None,

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 import httpx2
 import pytest
+from backports import zstd
 from reward_client.answers import join_scores, read_scores
 from reward_client.diagnostics import GroupBlock, LengthBlock
 from reward_client.models import read_model
@@ -391,7 +392,7 @@ async def test_content_types(app: App, content_type: str | None, status: int) ->
 
 
 @pytest.mark.parametrize(("excess", "status"), [(-1, 200), (0, 200), (1, 413)])
-@pytest.mark.parametrize("transfer", ["length", "chunked", "gzip"])
+@pytest.mark.parametrize("transfer", ["length", "chunked", "gzip", "zstd"])
 async def test_limit_of_the_body(start: Start, transfer: str, excess: int, status: int) -> None:
     """The byte limit is exact: with Content-Length, in chunks without it, and after decompression."""
     limit = 1024
@@ -402,6 +403,8 @@ async def test_limit_of_the_body(start: Start, transfer: str, excess: int, statu
     async with start(limits={"max_request_bytes": limit}) as app:
         if transfer == "gzip":
             answer = await app.post(gzip.compress(body), **{"Content-Encoding": "gzip"})
+        elif transfer == "zstd":
+            answer = await app.post(zstd.compress(body), **{"Content-Encoding": "zstd"})
         elif transfer == "chunked":
             answer = await app.client.post("/v1/score", content=in_chunks(body), headers=JSON)
         else:
@@ -451,14 +454,27 @@ async def test_declared_length_over_the_limit(start: Start) -> None:
         (gzip.compress(b'{"items": []}') + b"x", "gzip", 400),
         (b'{"items": []}', "gzip", 400),
         (b"", "gzip", 400),
+        (zstd.compress(b'{"items": [{"text": "a"}]}'), "zstd", 200),
+        (zstd.compress(b" " * 10_000_000), "zstd", 413),
+        (zstd.compress(b'{"items": []}')[:-4], "zstd", 400),
+        (zstd.compress(b'{"items": []}') + b"x", "zstd", 400),
+        (b'{"items": []}', "zstd", 400),
+        (b"", "zstd", 400),
         (b'{"items": [{"text": "a"}]}', "identity", 200),
         (b"{}", "br", 415),
         (b"{}", "gzip, gzip", 415),
     ],
-    ids=["good", "bomb", "cut", "followed", "no-gzip", "empty", "identity", "br", "twice"],
+    ids=[
+        *(
+            f"{coding}-{kind}"
+            for coding in ("gzip", "zstd")
+            for kind in ("good", "bomb", "cut", "followed", "plain", "empty")
+        ),
+        *("identity", "br", "twice"),
+    ],
 )
 async def test_content_codings(start: Start, body: bytes, coding: str, status: int) -> None:
-    """Gzip is read under the same limit, which also holds for a gzip bomb; other codings are refused."""
+    """Gzip and zstd are read under the same limit, which also holds for a bomb; other codings are refused."""
     async with start(limits={"max_request_bytes": 1_000_000}) as app:
         answer = await app.post(body, **{"Content-Encoding": coding})
 
@@ -585,7 +601,7 @@ async def test_disconnected_client(start: Start) -> None:
 async def test_unexpected_exception_is_a_500_without_details(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
     """An unexpected exception is a 500 without details; the log has its class and frames, not its message."""
 
-    async def explode(_request: object) -> None:
+    async def explode(_request: object, **_: object) -> None:
         raise ZeroDivisionError(CANARY)
 
     monkeypatch.setattr(app.served.scorer, "score", explode)

@@ -34,6 +34,7 @@ EXPERIMENTS = {
     "slow-clients": ("traffic_experiments", "slow_clients"),
     "bulk-cost": ("bulk_cost", "bulk_cost"),
     "memory": ("memory", "memory_growth"),
+    "oversized-bodies": ("oversized_bodies", "oversized_bodies"),
 }
 """Module and function of each experiment, in the order in which all are run."""
 

@@ -35,11 +35,11 @@ def _slope_mb(options: ExperimentOptions, leaked_bytes: int) -> float:
     simulation = Simulation(1, 0.0, 65_536, oracle={"leaked_bytes": leaked_bytes})
     with simulated_server(simulation) as server:
         asyncio.run(_score(server, int(options.items * WARM_UP_SHARE)))
-        samples = [(0, _resident_mb(server))]
+        samples = [(0, resident_mb(server))]
         step = max(1, options.items // SAMPLES)
         for number in range(1, SAMPLES + 1):
             asyncio.run(_score(server, step))
-            samples.append((number * step, _resident_mb(server)))
+            samples.append((number * step, resident_mb(server)))
     return 1e6 * slope_of(samples)
 
 
@@ -55,5 +55,6 @@ async def _score(server: SimulatedServer, num_items: int) -> None:
     await keep_ledger(server.url, num_items, clients=CLIENTS, items_per_call=ITEMS_PER_CALL, item_bytes=ITEM_BYTES)
 
 
-def _resident_mb(server: SimulatedServer) -> float:
+def resident_mb(server: SimulatedServer) -> float:
+    """Return the resident memory of all replicas, in MiB."""
     return sum(float(process.memory_info().rss) for process in server.processes("replica")) / MEBIBYTE

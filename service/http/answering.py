@@ -6,8 +6,9 @@ import time
 
 from service.assembly import ServedModel
 from service.diagnostics.item_state import Outcome
-from service.errors import HttpError
+from service.errors import HttpError, Overloaded
 from service.http.facts import RequestFacts
+from service.http.loop_load import LoopLoad
 from service.records import ScoreRequest, Timings
 from service.request_state import ScoredRequest
 
@@ -36,17 +37,34 @@ async def score_and_note(
     Raises:
         HttpError: as `Scorer.score`.
     """
+    age_s = facts.age_s
     try:
-        scored = await served.scorer.score(request)
+        if facts.load is not None and not request.waits_for_room:
+            _refuse_late(served, request, facts.load, age_s)
+        scored = await served.scorer.score(request, age_s=age_s)
     except HttpError as error:
         if facts.quota is not None and error.status == SERVICE_UNAVAILABLE:
             facts.quota.give_back(len(request.items))
         raise
     total_s = time.perf_counter() - facts.started_at
     stages = scored.timings
-    timings = Timings(parse_s, stages.tokenize_s, stages.queue_s, stages.engine_s, total_s)
+    timings = Timings(parse_s, stages.tokenize_s, stages.queue_s, stages.engine_s, total_s, stages.admission_s)
     _note_answer(facts, scored.outcomes, scored.usage.scored_tokens, timings)
     return scored, timings
+
+
+def _refuse_late(served: ServedModel, request: ScoreRequest, load: LoopLoad, age_s: float) -> None:
+    """Refuse a request that the event loop could not answer in time.
+
+    Raises:
+        Overloaded: it could not.
+    """
+    try:
+        load.refuse_late(min(request.timeout_s, served.settings.limits.deadline_s), age_s)
+    except Overloaded as refusal:
+        served.metrics.shed.labels(reason=refusal.code).inc()
+        served.metrics.items.labels(outcome="shed").inc(len(request.items))
+        raise
 
 
 def _note_answer(facts: RequestFacts, outcomes: tuple[Outcome, ...], scored_tokens: int, timings: Timings) -> None:

@@ -7,26 +7,18 @@ more memory than the limit. Parsing them is left to the module of each wire form
 from __future__ import annotations
 
 import asyncio
-import zlib
 from collections.abc import AsyncIterator, Mapping
 
-from service.errors import BodyTooLarge, BodyTooSlow, MalformedBody, UnsupportedMediaType
+from service.errors import BodyTooLarge, BodyTooSlow, UnsupportedMediaType
 from service.http.body_budget import BodyAccount, BodyBudget
+from service.http.inflation import CODINGS, inflate
 from service.http.values import check_values
 from service.settings import LimitSettings
 
-_GZIP_WINDOW = 16 + zlib.MAX_WBITS
-_ZLIB_WINDOW = zlib.MAX_WBITS
-MAX_RATIO = 100
-"""How much larger a body may be than its compressed form."""
-FREE_INFLATED_BYTES = 8 * 1024 * 1024
-"""Up to this size any ratio is allowed: completions that repeat one long prompt compress well."""
 GRACE_S = 10.0
 """Seconds for which a body may fall behind ``MIN_BYTES_PER_S``. Bytes that came faster earn no more time than that, so
 that a large body cannot stop for minutes before its end."""
 MIN_BYTES_PER_S = 16 * 1024
-_INFLATE_STEP = 1024 * 1024
-"""Bytes inflated before control returns to the event loop."""
 
 
 async def read_json_body(
@@ -37,7 +29,7 @@ async def read_json_body(
     *,
     any_media_type: bool = False,
 ) -> bytes:
-    """Read the body of a JSON request, plain or compressed with gzip or deflate.
+    """Read the body of a JSON request, plain or compressed with gzip, zstd or deflate.
 
     Args:
         headers: of the request; names in lower case.
@@ -57,9 +49,9 @@ async def read_json_body(
     if not any_media_type:
         _check_media_type(headers.get("content-type", ""))
     coding = headers.get("content-encoding", "identity").strip().lower()
-    if coding not in {"identity", "gzip", "deflate"}:
+    if coding != "identity" and coding not in CODINGS:
         raise UnsupportedMediaType(
-            "The Content-Encoding is none of gzip, deflate and identity; send the body plain or gzipped"
+            "The Content-Encoding is none of gzip, zstd, deflate and identity; send the body plain or gzipped"
         )
     max_bytes = limits.max_request_bytes
     declared = headers.get("content-length", "")
@@ -68,7 +60,7 @@ async def read_json_body(
     account = account or BodyAccount(BodyBudget(max_bytes))
     body = await _read(chunks, max_bytes, account)
     if coding != "identity":
-        body = await _inflate(body, max_bytes, _GZIP_WINDOW if coding == "gzip" else _ZLIB_WINDOW, account)
+        body = await inflate(body, coding, max_bytes, account)
     await check_values(body, limits.max_request_values)
     return body
 
@@ -99,27 +91,4 @@ async def _read(chunks: AsyncIterator[bytes], max_bytes: int, account: BodyAccou
         raise BodyTooSlow(
             f"The body fell {GRACE_S:g} seconds behind a rate of {MIN_BYTES_PER_S} bytes a second"
         ) from None
-    return bytes(body)
-
-
-async def _inflate(compressed: bytes, max_bytes: int, window: int, account: BodyAccount) -> bytes:
-    inflater = zlib.decompressobj(window)
-    max_ratio_bytes = max(FREE_INFLATED_BYTES, MAX_RATIO * len(compressed))
-    body = bytearray()
-    rest = compressed
-    while rest and not inflater.eof:
-        try:
-            part = inflater.decompress(rest, min(_INFLATE_STEP, max_bytes + 1 - len(body)))
-        except zlib.error:
-            raise MalformedBody("The body is not the stream that its Content-Encoding announces") from None
-        account.grow(len(part))
-        body += part
-        if len(body) > max_bytes:
-            raise BodyTooLarge(f"The body has more than {max_bytes} bytes after decompression")
-        if len(body) > max_ratio_bytes:
-            raise BodyTooLarge(f"The body is more than {MAX_RATIO} times as large as its compressed form")
-        rest = inflater.unconsumed_tail
-        await asyncio.sleep(0)
-    if not inflater.eof or inflater.unused_data:
-        raise MalformedBody("The compressed stream is truncated or followed by other bytes")
     return bytes(body)

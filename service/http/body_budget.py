@@ -5,6 +5,7 @@ The queue bounds the work that waits in tokens; bodies that are still being rece
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
 from service.errors import Overloaded
@@ -12,6 +13,8 @@ from service.errors import Overloaded
 FREE_BYTES = 16 * 1024
 """Bytes of each body that are not counted, so that no number of large bodies keeps small requests out."""
 RETRY_AFTER_S = 1.0
+MAX_LARGE_WINDOWS = 8
+"""Bodies that may be decompressed at once with a window of megabytes, which the bytes of a body do not show."""
 
 
 class BodyBudget:
@@ -24,6 +27,7 @@ class BodyBudget:
 
     def __init__(self, max_bytes: int, on_refusal: Callable[[], None] = lambda: None) -> None:
         self.num_bytes = 0
+        self.large_windows = asyncio.Semaphore(MAX_LARGE_WINDOWS)
         self._max_bytes = max_bytes
         self._on_refusal = on_refusal
 
@@ -53,6 +57,11 @@ class BodyAccount:
         self._budget = budget
         self._num_bytes = 0
         self._num_counted = 0
+
+    @property
+    def large_window(self) -> asyncio.Semaphore:
+        """Held while the body is decompressed with a window of megabytes."""
+        return self._budget.large_windows
 
     def grow(self, num_bytes: int) -> None:
         """Count more bytes, received or decompressed.

@@ -14,10 +14,14 @@ from starlette.types import Scope
 
 from service.errors import InvalidRequest
 from service.http.body_budget import BodyAccount
+from service.http.loop_load import LoopLoad
 from service.records import Timings
 
-_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-((?!0{32})[0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-((?!0{32})[0-9a-f]{32})-((?!0{16})[0-9a-f]{16})-([0-9a-f]{2})")
 """Version, trace id, span id and flags; an id of zeros is not valid (W3C Trace Context, section 3.2)."""
+
+_SAMPLED = 1
+"""Flag of a traceparent whose caller records its trace."""
 
 _IDENTIFIER = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 
@@ -60,10 +64,19 @@ class RequestFacts:
     """Whether the caller may read what concerns other callers; without keys everybody may."""
     quota: Quota | None = None
     """Items that the key may still have scored; None: any number."""
+    load: LoopLoad | None = None
+    """The load of the event loop; None: no model is loaded."""
+    waited_s: float = 0.0
+    """Seconds for which it waited before the service saw it, by the lag of the event loop."""
     body: BodyAccount | None = None
     """The part of its body in the budget of all bodies; None: no model is loaded, and no body is read."""
     started_at: float = field(default_factory=time.perf_counter)
-    """``time.perf_counter()`` at arrival."""
+    """``time.perf_counter()`` when the service saw it."""
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since it arrived."""
+        return self.waited_s + time.perf_counter() - self.started_at
 
 
 def facts_of(request: Request) -> RequestFacts:
@@ -74,19 +87,35 @@ def facts_of(request: Request) -> RequestFacts:
 
 def request_id_of(scope: Scope) -> str:
     """The client's ``X-Request-Id`` if it can be logged as it is, else a new random one."""
-    for name, value in scope["headers"]:
-        if name == b"x-request-id":
-            given: str = value.decode("latin-1")
-            return given if _IDENTIFIER.fullmatch(given) else uuid.uuid4().hex
-    return uuid.uuid4().hex
+    return as_request_id(next((value for name, value in scope["headers"] if name == b"x-request-id"), None))
 
 
-def trace_id_of(scope: Scope) -> str | None:
-    """The trace id of a W3C ``traceparent``, by which logs of several services are joined; None without a valid one."""
+def as_request_id(given: bytes | None) -> str:
+    """A client's ``X-Request-Id`` if it can be logged as it is, else a new random one."""
+    text = "" if given is None else given.decode("latin-1")
+    return text if _IDENTIFIER.fullmatch(text) else uuid.uuid4().hex
+
+
+@dataclass(frozen=True, slots=True)
+class TraceParent:
+    """The span of a caller (W3C Trace Context)."""
+
+    trace_id: str
+    """32 hexadecimal digits, by which logs of several services are joined."""
+
+    span_id: str
+    """16 hexadecimal digits."""
+
+    is_sampled: bool
+    """Whether the caller records its trace."""
+
+
+def trace_parent_of(scope: Scope) -> TraceParent | None:
+    """The caller's span from a W3C ``traceparent``; None without a valid one."""
     for name, value in scope["headers"]:
         if name == b"traceparent":
             found = _TRACEPARENT.fullmatch(value.decode("latin-1"))
-            return found[1] if found else None
+            return TraceParent(found[1], found[2], bool(int(found[3], 16) & _SAMPLED)) if found else None
     return None
 
 

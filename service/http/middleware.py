@@ -16,21 +16,22 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.errors import ClientGone, InternalError
 from service.http.access_log import AccessLog
 from service.http.body_budget import BodyAccount, BodyBudget
-from service.http.facts import RequestFacts, request_id_of, trace_id_of
+from service.http.facts import RequestFacts, request_id_of, trace_parent_of
+from service.http.loop_load import LoopLoad
 from service.http.open_requests import OpenRequests
 from service.http.problems import problem_response
+from service.http.tracing import AnsweredRequest, RequestTracer
+from service.http.unread_refusals import OTHER, UnreadRefusals
 from service.metrics import Metrics
 
 QUIET_ROUTES = frozenset({"/livez", "/readyz", "/metrics"})
 """Requested every few seconds by machines; only their failures are logged."""
-OTHER = "other"
-"""Route of a request for a path that has none; paths of clients appear in no log and no metric."""
 
 
 class RequestMiddleware:
     """ASGI middleware outside the routes: an exception that no route expected ends here as a 500 without details.
 
-    ``model_version`` and ``body_budget`` are None while no model is loaded.
+    ``model_version``, ``body_budget`` and ``refusals`` are None while no model is loaded.
     """
 
     def __init__(
@@ -44,6 +45,8 @@ class RequestMiddleware:
         path_of: Mapping[Any, str],
         echoes_request_id: bool,
         body_budget: BodyBudget | None = None,
+        refusals: UnreadRefusals | None = None,
+        tracer: RequestTracer | None = None,
     ) -> None:
         self._app = app
         self._model_version = model_version
@@ -53,6 +56,8 @@ class RequestMiddleware:
         self._path_of = path_of
         self._echoes_request_id = echoes_request_id
         self._body_budget = body_budget
+        self._refusals = refusals
+        self._tracer = tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
@@ -63,12 +68,20 @@ class RequestMiddleware:
         # The path of the application itself has one behind its prefix, as its route has.
         bare = scope["path"].rstrip("/")
         scope["path"] = f"{bare}/" if bare == scope.get("root_path", "").rstrip("/") else bare
+        if self._refusals is not None and scope["method"] == "POST" and (refusal := self._refusals.refusal()):
+            await self._refusals.answer(refusal, scope, send)
+            return
         with self._open_requests:
             await self._answer(scope, receive, send)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = None if self._body_budget is None else BodyAccount(self._body_budget)
-        facts = RequestFacts(request_id_of(scope), body=body)
+        load = None if self._refusals is None else self._refusals.load
+        facts = RequestFacts(request_id_of(scope), body=body, load=load)
+        if load is not None:
+            load.begin()
+            facts.waited_s = load.waited_s
+            receive = _counted(receive, load)
         scope.setdefault("state", {})["facts"] = facts
         status: list[int] = []
 
@@ -92,6 +105,8 @@ class RequestMiddleware:
         finally:
             if body is not None:
                 body.release()
+            if load is not None:
+                load.finish()
             self._finish(scope, facts, status[0] if status else InternalError.status)
 
     def _add_headers(self, message: Message, facts: RequestFacts) -> None:
@@ -108,11 +123,16 @@ class RequestMiddleware:
         self._metrics.observe_request(route, facts.code or str(status), total_s)
         if route in QUIET_ROUTES and status < 400:
             return
+        parent = trace_parent_of(scope)
+        trace_id = None if parent is None else parent.trace_id
+        if self._tracer is not None:
+            answered = AnsweredRequest(scope["method"], route, status, facts, total_s, parent)
+            trace_id = self._tracer.record(answered) or trace_id
         stages = facts.timings.by_stage if facts.timings else {"total": total_s}
         self._access_log.write(
             "scored" if facts.timings else "answered",
             request_id=facts.request_id,
-            trace_id=trace_id_of(scope),
+            trace_id=trace_id,
             route=route,
             status=status,
             code=facts.code,
@@ -123,6 +143,19 @@ class RequestMiddleware:
             scored_tokens=facts.scored_tokens,
             **{f"{stage}_s": round(seconds, 6) for stage, seconds in stages.items()},
         )
+
+
+def _counted(receive: Receive, load: LoopLoad) -> Receive:
+    """Receive messages, and count the request while it waits for one: the event loop has nothing to do for it."""
+
+    async def receive_counted() -> Message:
+        load.num_receiving += 1
+        try:
+            return await receive()
+        finally:
+            load.num_receiving -= 1
+
+    return receive_counted
 
 
 def _server_timing(facts: RequestFacts) -> str:

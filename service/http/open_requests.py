@@ -14,6 +14,11 @@ class OpenRequests:
         self._none = asyncio.Event()
         self._none.set()
 
+    @property
+    def num_open(self) -> int:
+        """Number of these requests."""
+        return self._num_open
+
     def __enter__(self) -> None:
         self._num_open += 1
         self._none.clear()

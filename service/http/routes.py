@@ -11,6 +11,7 @@ from service.errors import Overloaded
 from service.http.access_log import AccessLog
 from service.http.authentication import Authentication
 from service.http.body_budget import BodyBudget
+from service.http.loop_load import LoopLoad
 from service.http.middleware import RequestMiddleware
 from service.http.monitoring import GatherMonitors, monitor_route
 from service.http.open_requests import OpenRequests
@@ -20,6 +21,8 @@ from service.http.problems import EXCEPTION_HANDLERS
 from service.http.protocols import protocol_routes
 from service.http.scoring import scoring_routes
 from service.http.style import style_route
+from service.http.tracing import RequestTracer
+from service.http.unread_refusals import UnreadRefusals
 
 
 def create_app(
@@ -32,6 +35,7 @@ def create_app(
     api_keys: ApiKeys | None = None,
     host_echoes_request_id: bool = False,
     livez_checks_engine: bool = False,
+    tracer: RequestTracer | None = None,
 ) -> Starlette:
     """Build the application that answers for one replica.
 
@@ -46,6 +50,7 @@ def create_app(
             does.
         livez_checks_engine: whether ``/livez`` fails once the engine has died; where the process has to be restarted
             then. Ray replaces the replica instead.
+        tracer: makes traces of requests; closed by the caller. None: there are none.
     """
     routes = [
         *scoring_routes(served),
@@ -55,18 +60,29 @@ def create_app(
         *protocol_routes(served),
         *(page_routes() if served.settings.page.enabled else ()),
     ]
+    # An alias has the endpoint of the route that it stands for, which is listed before it and named in logs.
+    path_of = {route.endpoint: route.path for route in reversed(routes)}
+    refusals = UnreadRefusals(
+        LoopLoad(open_requests),
+        served.metrics,
+        access_log,
+        model_version=served.identity.version,
+        route_names={route.path: path_of[route.endpoint] for route in routes},
+        echoes_request_id=not host_echoes_request_id,
+    )
     request_middleware = Middleware(
         RequestMiddleware,
         model_version=served.identity.version,
         metrics=served.metrics,
         access_log=access_log,
         open_requests=open_requests,
-        # An alias has the endpoint of the route that it stands for, which is listed before it and named in logs.
-        path_of={route.endpoint: route.path for route in reversed(routes)},
+        path_of=path_of,
         echoes_request_id=not host_echoes_request_id,
         body_budget=BodyBudget(
             served.settings.limits.max_open_body_bytes, served.metrics.shed.labels(reason=Overloaded.code).inc
         ),
+        tracer=tracer,
+        refusals=refusals,
     )
     app = Starlette(
         routes=routes,
@@ -74,6 +90,7 @@ def create_app(
         exception_handlers=EXCEPTION_HANDLERS,
     )
     app.router.redirect_slashes = False
+    app.state.unread_refusals = refusals  # for a server that can refuse before it makes a request of the bytes
     return app
 
 

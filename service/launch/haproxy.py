@@ -1,7 +1,8 @@
 """What Ray starts as HAProxy: it changes the configuration that Ray has written and becomes HAProxy.
 
 ``RAY_SERVE_HAPROXY_BINARY_PATH`` names haproxy.sh, which runs this module with HAProxy's arguments. The process stays
-the same, since Ray knows HAProxy by its process id. ``python -m service.launch.haproxy`` prints the path of haproxy.sh.
+the same, since Ray knows HAProxy by its process id; another one that watches it is started beside it
+(``haproxy_standby``). ``python -m service.launch.haproxy`` prints the path of haproxy.sh.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from service.errors import ServerStartError
 from service.launch.haproxy_config import ERRORS, changed, error_page
+from service.launch.haproxy_standby import StandbyFiles, start_watching, take_over
 
 BINARY_VARIABLE = "RAY_SERVE_HAPROXY_BINARY_PATH"
 PYTHON_VARIABLE = "SERVICE_PYTHON"
@@ -26,12 +28,17 @@ def main(arguments: Sequence[str]) -> int:
         print(SCRIPT)
         return 0
     try:
-        change(Path(arguments[list(arguments).index("-f") + 1]))
+        config = Path(arguments[list(arguments).index("-f") + 1])
+        change(config)
         binary = haproxy_binary()
+        files = StandbyFiles(config.parent)
+        text, ending = take_over(files, config.read_text(encoding="utf-8"))
+        config.write_text(text, encoding="utf-8")
+        start_watching(files, binary)
     except (OSError, ServerStartError) as error:
         print(error, file=sys.stderr)
         return 1
-    return os.execv(binary, [binary, *arguments])  # noqa: S606  # nosec B606 - the arguments are Ray's
+    return os.execv(binary, [binary, *arguments, *ending])  # noqa: S606  # nosec B606 - the arguments are Ray's
 
 
 def change(path: Path) -> None:

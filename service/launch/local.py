@@ -27,11 +27,12 @@ from service.http.access_log import AccessLog
 from service.http.disconnect import CancelOnDisconnect
 from service.http.open_requests import OpenRequests
 from service.http.starting import create_starting_app
-from service.launch.bounded_heads import BoundedHeadProtocol
+from service.launch.accepting import ConnectionAcceptor
 from service.launch.exposure import keys_for
 from service.launch.ports import reachable, reserved_http
 from service.launch.private_folder import private_folder
 from service.launch.progress import TerminalProgress
+from service.launch.shedding import Gate, SheddingProtocol
 from service.launch.slow_heads import allow_many_files, close_slow_heads
 from service.launch.start import DRAIN_S, cores_per_replica, log_path, write_at_the_end
 from service.launch.start_settings import StartSettings
@@ -41,6 +42,7 @@ from service.settings import Settings
 
 if TYPE_CHECKING:
     from service.assembly import OpenedModel, ServedModel
+    from service.http.tracing import RequestTracer
 
 REPLICA = "local"
 """Value of the label ``replica`` in ``/metrics``."""
@@ -147,7 +149,29 @@ def _access_log(choice: str | None) -> Iterator[AccessLog]:
 
 
 class _HttpServer(uvicorn.Server):
-    """uvicorn without signal handlers of its own: the runtime drains the scorer before the server stops."""
+    """uvicorn that accepts connections as `ConnectionAcceptor` does.
+
+    It has no signal handlers of its own: the runtime drains the scorer before the server stops.
+    """
+
+    _acceptor: ConnectionAcceptor | None = None
+
+    def __init__(self, config: uvicorn.Config, gate: Gate) -> None:
+        super().__init__(config)
+        self._gate = gate
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup([])
+        for listener in sockets or []:
+            self._acceptor = ConnectionAcceptor(listener, self._new_protocol, self.config.ssl)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._acceptor is not None:
+            self._acceptor.stop()
+        await super().shutdown(sockets)
+
+    def _new_protocol(self) -> asyncio.Protocol:
+        return SheddingProtocol(self._gate, self.config, self.server_state, self.lifespan.state)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -182,10 +206,10 @@ class _LocalServer:
         self._progress = progress
         self._api_keys = api_keys
         self._open_requests = OpenRequests()
+        self._gate = Gate()
         self._app = _ReplaceableApp(create_starting_app(access_log, self._open_requests, page=settings.page.enabled))
         self._config = uvicorn.Config(
             CancelOnDisconnect(self._app),
-            http=BoundedHeadProtocol,
             ws="none",
             lifespan="off",
             log_config=None,
@@ -202,6 +226,7 @@ class _LocalServer:
         self._is_ready = False
         self._loader: threading.Thread | None = None
         self._served: ServedModel | None = None
+        self._tracer: RequestTracer | None = None
 
     @property
     def has_running_threads(self) -> bool:
@@ -227,7 +252,7 @@ class _LocalServer:
     async def _run(self) -> None:
         self._stop, self._hurry = asyncio.Event(), asyncio.Event()
         self._handle_signals(asyncio.get_running_loop())
-        server = _HttpServer(self._config)
+        server = _HttpServer(self._config, self._gate)
         serving = asyncio.create_task(server.serve([self._listener]))
         closing = asyncio.create_task(close_slow_heads(server.server_state.connections))
         running = asyncio.create_task(self._load_and_watch())
@@ -250,6 +275,8 @@ class _LocalServer:
             server.should_exit = True
             with suppress(Exception):
                 await serving
+            if self._tracer is not None:
+                await asyncio.to_thread(self._tracer.close)
 
     def _handle_signals(self, loop: asyncio.AbstractEventLoop) -> None:
         def request(number: int, _frame: object) -> None:
@@ -294,9 +321,13 @@ class _LocalServer:
     def _assemble(self, opened: OpenedModel | None) -> tuple[ServedModel, ASGIApp]:
         from service.assembly import assemble
         from service.http.routes import create_app
+        from service.http.tracing import request_tracer
         from service.metrics import merge_expositions
 
         served = assemble(self._settings, opened=opened)
+        self._tracer = request_tracer(
+            self._settings.tracing, model=served.identity.name, version=served.identity.version, replica=REPLICA
+        )
 
         async def exposition() -> str:
             # Labelled as with Ray, so that dashboards and alerts are the same.
@@ -310,7 +341,9 @@ class _LocalServer:
             self._open_requests,
             api_keys=self._api_keys,
             livez_checks_engine=True,
+            tracer=self._tracer,
         )
+        self._gate.refusals = app.state.unread_refusals
         return served, app
 
     async def _in_loader(self, load: Callable[[], _Result]) -> _Result:

@@ -44,4 +44,4 @@ async def close_slow_heads(connections: Collection[Any], head_s: float = HEAD_S)
 def _waits_for_head(connection: Any) -> bool:
     """Whether a connection has no request, nor is idle after an answer, for which uvicorn has a timer of its own."""
     cycle = connection.cycle
-    return cycle is None or (cycle.response_complete and connection.timeout_keep_alive_task is None)
+    return connection.timeout_keep_alive_task is None and (cycle is None or cycle.response_complete)

@@ -27,6 +27,14 @@ from service.errors import ServerStartError
 from service.launch import haproxy_config
 from service.launch.haproxy import PYTHON_VARIABLE, SCRIPT, change, haproxy_binary
 from service.launch.haproxy_config import changed
+from service.launch.haproxy_standby import (
+    StandbyFiles,
+    has_routes,
+    replicas_of,
+    running_standby,
+    take_over,
+    without_admin_socket,
+)
 
 Configure = Callable[..., Path]
 """Writes a configuration as Ray does; returns its file."""
@@ -205,3 +213,71 @@ def test_another_configuration_is_refused(configure: Configure) -> None:
     assert changed(once, {}) == once
     with pytest.raises(ServerStartError, match="this version of Ray is not known"):
         changed(config.replace("frontend http_frontend", "frontend renamed"), {})
+
+
+def test_what_the_second_haproxy_gets(configure: Configure, tmp_path: Path) -> None:
+    """It has the replicas of Ray's configuration and no admin socket; without routes nothing of it is kept."""
+    files = StandbyFiles(tmp_path)
+    empty, routed = (configure(free_port(), replica, fallback=1).read_text() for replica in (None, 4711))
+    assert take_over(files, empty) == (empty, [])
+    assert not files.routes.exists()
+    assert not has_routes(empty)
+    assert take_over(files, routed) == (routed, [])
+    assert files.routes.read_text() == routed
+    assert files.current.read_text() == str(os.getpid())
+    assert replicas_of(routed) == [("127.0.0.1", 4711)], "the fallback proxy is no replica"
+    assert "stats socket" in routed
+    assert "stats socket" not in without_admin_socket(routed)
+    files.standby.write_text(str(os.getpid()))  # a process id that was used again
+    assert running_standby(files) is None
+    assert take_over(files, empty) == (empty, [])
+
+
+@pytest.mark.slow
+def test_a_killed_haproxy_is_replaced_at_once(configure: Configure, tmp_path: Path) -> None:
+    """A second HAProxy answers after the first is killed, without the admin socket, until Ray starts another one.
+
+    That one has no routes yet and answers all the same; then the second one has ended. When no replica listens any
+    more, nothing is left.
+    """
+    port = free_port()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Replica) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        with running(configure(port, server.server_port), port, SCRIPT) as first:
+            assert eventually(lambda: len(processes_of(tmp_path)) == 2, 10), "HAProxy and its watcher"
+            assert answers(port)
+            first.kill()
+            assert eventually(lambda: answers(port), 10)
+            (standby,) = haproxies_of(tmp_path)
+            with socket.socket(socket.AF_UNIX) as probe, pytest.raises(ConnectionError):
+                probe.connect(str(tmp_path / "admin.sock"))
+            standby.kill()
+            assert eventually(lambda: answers(port), 10), "the second one is watched, too"
+            with running(configure(port, None), port, SCRIPT) as next_one:
+                assert eventually(lambda: [each.pid for each in haproxies_of(tmp_path)] == [next_one.pid], 10)
+                assert all(answers(port) for _ in range(20))
+                with socket.socket(socket.AF_UNIX) as probe:
+                    probe.connect(str(tmp_path / "admin.sock"))
+        assert eventually(lambda: answers(port), 10), "killed by the end of the block"
+        server.shutdown()
+    assert eventually(lambda: not processes_of(tmp_path), 15)
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """The running processes for the HAProxy of a folder: itself, those that watch it, and a second one."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if any(str(folder) in argument for argument in process.cmdline()):
+                found.append(process)
+    return found
+
+
+def haproxies_of(folder: Path) -> list[psutil.Process]:
+    return [process for process in processes_of(folder) if process.name() == "haproxy"]
+
+
+def answers(port: int) -> bool:
+    with suppress(httpx2.HTTPError):
+        return httpx2.get(f"http://127.0.0.1:{port}/readyz", timeout=2.0).status_code == 200
+    return False

@@ -55,6 +55,7 @@ def other_value(name: str) -> str:
         "protocols.truncation": "prompt_left", "protocols.activation": "sigmoid",
         "protocols.openrlhf_scores": "sigmoid", "protocols.slime_template": "chat",
         "security.authentication": "required", "page.audit_url": "https://audits.example/report",
+        "tracing.endpoint": "https://traces.example/v1/traces",
     }  # fmt: skip
     if name in special | literals:
         return (special | literals)[name]

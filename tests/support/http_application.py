@@ -17,6 +17,7 @@ from service.engines.oracle import OracleEngine, OracleFaults
 from service.http.access_log import AccessLog
 from service.http.open_requests import OpenRequests
 from service.http.routes import create_app
+from service.http.tracing import RequestTracer, request_tracer
 from service.pipeline import Pipeline
 from service.scorer import Scorer
 from service.settings import read_settings
@@ -42,13 +43,15 @@ class Application:
         return [result["reward"] for result in answer.json()["results"]]
 
 
-def asgi_app(served: ServedModel, log: AccessLog, api_keys: ApiKeys | None = None) -> Any:
+def asgi_app(
+    served: ServedModel, log: AccessLog, api_keys: ApiKeys | None = None, tracer: RequestTracer | None = None
+) -> Any:
     """The routes of one replica."""
 
     async def exposition() -> str:
         return served.metrics.render().decode()
 
-    return create_app(served, exposition, log, OpenRequests(), api_keys=api_keys)
+    return create_app(served, exposition, log, OpenRequests(), api_keys=api_keys, tracer=tracer)
 
 
 @asynccontextmanager
@@ -72,13 +75,17 @@ async def application(
         served = replace(served, scorer=scorer)
 
     log = AccessLog(str(folder / "requests.jsonl"))
-    app = asgi_app(served, log, api_keys)
+    identity = served.identity
+    tracer = request_tracer(settings.tracing, model=identity.name, version=identity.version, replica="local")
+    app = asgi_app(served, log, api_keys, tracer)
     await served.scorer.start()
     try:
         async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://app") as client:
             yield Application(served, client, log)
     finally:
         await served.scorer.stop(0.0)
+        if tracer is not None:
+            tracer.close()
         log.close()
 
 

@@ -12,6 +12,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from backports import zstd
+
 CANARY = "canary-text-of-a-user"
 """A text in every body, which no answer, log or metric may repeat."""
 
@@ -40,6 +42,7 @@ VALUES: tuple[Any, ...] = (
 HEADERS: tuple[tuple[str, str], ...] = (
     ("Content-Type", "text/plain"), ("Content-Type", "application/json; charset=utf-16"), ("Content-Type", "\xff"),
     ("Content-Type", "multipart/form-data; boundary=x"), ("Content-Encoding", "br"), ("Content-Encoding", "gzip"),
+    ("Content-Encoding", "zstd"),
     ("X-Request-Id", "a" * 200), ("X-Request-Id", "\xff\xfe"), ("X-Run-Id", "r" * 300), ("X-Run-Id", "../../etc"),
     ("Accept", "text/html"), ("Authorization", "Bearer x"), ("Authorization", "Basic %%%"), ("Host", ""),
     ("Expect", "100-continue"), ("X-Request-Timeout-Seconds", "-1"), ("X-Request-Disconnect-Disabled", "?1"),
@@ -82,6 +85,8 @@ def mutated_request(generator: random.Random) -> bytes:
         body, headers = gzip.compress(body, 1), [*headers, ("Content-Encoding", "gzip")]
     elif body and coding < 0.08:
         body, headers = zlib.compress(body), [*headers, ("Content-Encoding", "deflate")]
+    elif body and coding < 0.11:
+        body, headers = zstd.compress(body), [*headers, ("Content-Encoding", "zstd")]
     if generator.random() < 0.25:
         changed = generator.choice(HEADERS)
         if changed[0] not in {"Transfer-Encoding", "Content-Length"}:
