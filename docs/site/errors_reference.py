@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from docs.site.markdown import anchor, page, sentence, table
 from reward_client.errors import ClientError
+
+from docs.site.markdown import anchor, page, sentence, table
 from service.errors import HttpError, StartupError
 
 TROUBLESHOOTING = "../troubleshooting.md"

@@ -1,4 +1,4 @@
-"""Pages that are made from code: ``python -m docs.site.generated`` writes them, and a test checks that they are current.
+"""Pages that are made from code: ``python -m docs.site.generated`` writes them; a test checks that they are current.
 
 They are committed, so that they can be read without the site, and so that the site is built without the packages of
 the service.

@@ -1,8 +1,8 @@
 """Collects the pages of the site in one folder: those of ``docs/``, and the files elsewhere that they link to.
 
-``python -m docs.site.pages FOLDER`` makes the folder that ``mkdocs.yml`` names. A page keeps its path below ``docs/``; a
-file of the repository that a page links to gets its own path below ``repository/``. Links are rewritten accordingly, so
-that the sources work on a host of repositories too, and the generator needs no plugin of ours.
+``python -m docs.site.pages FOLDER`` makes the folder that ``mkdocs.yml`` names. A page keeps its path below ``docs/``;
+a file of the repository that a page links to gets its own path below ``repository/``. Links are rewritten accordingly,
+so that the sources work on a host of repositories too, and the generator needs no plugin of ours.
 """
 
 from __future__ import annotations
