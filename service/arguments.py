@@ -1,5 +1,6 @@
-"""Command lines: errors in one line, help in colour on a terminal, and types of arguments that are checked before
-anything heavy is imported.
+"""Command lines: errors in one line, help in colour on a terminal, and types that check arguments.
+
+All of it works before anything heavy is imported.
 """
 
 from __future__ import annotations

@@ -145,7 +145,7 @@ def test_the_shipped_demo_model_is_what_was_trained(tmp_path: Path) -> None:
 
 
 def test_the_first_start_shows_no_bar_of_transformers(capsys: pytest.CaptureFixture[str]) -> None:
-    """The bar of reading GGUF, which transformers takes from tqdm whatever its switch says, is hidden, and back later."""
+    """The bar of reading GGUF, for which the switch of transformers has no effect, is hidden, and is back later."""
     from transformers import modeling_gguf_pytorch_utils as gguf_reader
 
     with transformers_silenced(), gguf_bar_hidden():

@@ -43,8 +43,10 @@ def bash_script(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_bash_completes(bash_script: Path, words: tuple[str, ...], completed: set[str]) -> None:
     """After the script was read, bash completes options and the values of those that have a choice."""
+    bash = shutil.which("bash")
+    assert bash is not None
     answer = subprocess.run(
-        ["bash", "-c", ASK, "ask", str(bash_script), *words], capture_output=True, text=True, check=False, timeout=30
+        [bash, "-c", ASK, "ask", str(bash_script), *words], capture_output=True, text=True, check=False, timeout=30
     )
 
     assert answer.stderr == ""

@@ -5,8 +5,9 @@ A block in ``sh`` or ``python`` is run, unless a comment in the line before it s
 - ``<!-- not run: needs a GPU -->``, or another of `REASONS`;
 - ``<!-- starts a server -->``: its options are checked, and the server of the test is what it would have started.
 
-A block in ``text`` or ``json`` that follows a block which is run, with nothing in between, is its output: ``...`` stands
-for anything, a number for any number, and white space does not count. A block with a ``title`` is a file of that name.
+A block in ``text`` or ``json`` that follows a block which is run, with nothing in between, is its output: ``...``
+stands for anything, a number for any number, and white space does not count. A block with a ``title`` is a file of that
+name.
 """
 
 from __future__ import annotations
