@@ -11,6 +11,9 @@ if (location.protocol === "file:") {
       document.documentElement.append(frame);
       this.frame = frame;
       const inside = frame.contentWindow;
+      inside.document.open(); // a browser may replace the empty document of a new frame later, but not a written one
+      inside.document.write("<!doctype html><title>Search</title>");
+      inside.document.close();
       // What a worker has and a window has not, or has otherwise.
       inside.postMessage = (data) => this.dispatchEvent(new MessageEvent("message", { data }));
       inside.importScripts = (...scripts) =>

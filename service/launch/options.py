@@ -32,7 +32,7 @@ _KIND_METAVARS = {"int": "N", "float": "X", "str": "TEXT"}
 _TRUE, _FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
 _EPILOG = """\
 Every setting can also be given in the environment and in the configuration file. Precedence: command line, then
-environment, then configuration file, then default. null stands for no value. docs/reference/settings.md has all of them.
+environment, then configuration file, then default. null stands for no value. docs/reference/settings.md has all.
 """
 
 
