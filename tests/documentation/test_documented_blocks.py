@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +40,12 @@ def world(model: Path, tmp_path: Path) -> Path:
     shutil.copytree(model, tmp_path / "my-reward-model")
     write_pairs(tmp_path / "pairs.jsonl", 60, seed=1)
     write_pairs(tmp_path / "heldout-pairs.jsonl", 40, seed=2)
+    rows = [
+        {"prompt": f"What is {number} plus three?", "completion": "It is so." + " Sure." * copy}
+        for number in range(20)
+        for copy in range(4)
+    ]
+    (tmp_path / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path
 
 

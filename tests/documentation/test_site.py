@@ -104,13 +104,13 @@ def test_the_search_finds_it_without_a_server_or_a_network(site: Path, browser: 
     box = page.locator("[data-md-component=search-query]")
     for query, words in QUERIES.items():
         box.click()
-        box.fill(query)
+        box.press_sequentially(query)
         results = page.locator(".md-search-result__item")
         expect(results.first).to_be_visible(timeout=20_000)
         expect(results.first).to_contain_text(re.compile("|".join(words), re.IGNORECASE))
         box.fill("")
     results_of_nothing = page.locator(".md-search-result__item")
-    box.fill("xylophone")
+    box.press_sequentially("xylophone")
     expect(results_of_nothing).to_have_count(0)
     context.close()
     assert problems == []
