@@ -12,9 +12,12 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
-from typing import IO, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from service.version import add_version_option
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
@@ -36,7 +39,7 @@ class CommandParser(argparse.ArgumentParser):
     stray_values = "the command line has {count} more values than {prog} takes"
     """What is said about values that belong to no option."""
 
-    def print_help(self, file: IO[str] | None = None) -> None:
+    def print_help(self, file: SupportsWrite[str] | None = None) -> None:
         """Write the help; headings and options are coloured where the file is a terminal."""
         out = sys.stdout if file is None else file
         text = self.format_help()
@@ -62,9 +65,10 @@ class CommandParser(argparse.ArgumentParser):
         self.error("; ".join(f"there is no option {name}{_nearest(name, known)}" for name in names))
 
 
-def shows_colours(file: IO[str]) -> bool:
+def shows_colours(file: SupportsWrite[str]) -> bool:
     """Whether a file is a terminal with colours: `NO_COLOR <https://no-color.org>`_ and ``TERM=dumb`` ask for none."""
-    return file.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    is_terminal = getattr(file, "isatty", bool)()
+    return bool(is_terminal) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def coloured_help(text: str) -> str:

@@ -12,8 +12,7 @@ def metrics_reference() -> str:
     """Return the page."""
     metrics = Metrics()
     declared = [value for value in vars(metrics).values() if isinstance(value, MetricWrapperBase)]
-    rows = [(f"`{_name(one)}`", one._type, ", ".join(f"`{label}`" for label in one._labelnames), one._documentation)  # noqa: SLF001
-            for one in declared]  # fmt: skip
+    rows = [_row(one) for one in declared]
     return page(
         "Metrics",
         "What `GET /metrics` has, in the order of its exposition. Each sample also has the label `replica`. The gauge "
@@ -23,7 +22,9 @@ def metrics_reference() -> str:
     )
 
 
-def _name(metric: MetricWrapperBase) -> str:
-    """Return the name in the exposition, where the name of a counter ends in _total and that of an info in _info."""
-    suffix = {"counter": "_total", "info": "_info"}.get(metric._type, "")  # noqa: SLF001 - it has no public name
-    return metric._name + suffix  # noqa: SLF001
+def _row(metric: MetricWrapperBase) -> tuple[str, str, str, str]:
+    """Return name, type, labels and meaning; what a metric was declared with has no public names."""
+    kind, labels = str(metric._type), metric._labelnames  # noqa: SLF001
+    # In the exposition the name of a counter ends in _total, and that of an info in _info.
+    name = metric._name + {"counter": "_total", "info": "_info"}.get(kind, "")  # noqa: SLF001
+    return f"`{name}`", kind, ", ".join(f"`{label}`" for label in labels), metric._documentation  # noqa: SLF001

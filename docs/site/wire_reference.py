@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from docs.site.markdown import anchor, page, sentence, table
 from service.http.openapi import document
-from service.protocols.registry import ProtocolSettings, enabled_protocols
+from service.protocols.registry import enabled_protocols
+from service.settings import ProtocolSettings
 
 Schema = Mapping[str, Any]
 _FIELDS = ("field", "type", "required", "meaning")
@@ -40,8 +41,8 @@ def _routes(paths: Mapping[str, Any]) -> Iterator[str]:
 def _route(name: str, operation: Schema) -> str:
     parts = [f"### {name}", f"{operation['summary']}."]
     if parameters := operation.get("parameters"):
-        rows = [(f"`{one['name']}`", one["in"], one.get("description", "")) for one in parameters]
-        parts.append(table(("parameter", "in", "meaning"), rows))
+        named = [(f"`{one['name']}`", one["in"], one.get("description", "")) for one in parameters]
+        parts.append(table(("parameter", "in", "meaning"), named))
     if body := operation.get("requestBody"):
         parts.append(f"Body: {_type(_json(body['content']))}.")
     success = operation["responses"]["200"]
@@ -70,7 +71,7 @@ def _schemas(schemas: Mapping[str, Schema]) -> Iterator[str]:
         yield "\n\n".join(parts)
 
 
-def _rows(schema: Schema, prefix: str, depth: int) -> Iterator[Sequence[str]]:
+def _rows(schema: Schema, prefix: str, depth: int) -> Iterator[tuple[str, str, str, str]]:
     """Yield a row for each field, also of objects in objects, whose names are joined by dots."""
     required = schema.get("required", ())
     for name, field in schema.get("properties", {}).items():
