@@ -12,7 +12,19 @@ from documented_blocks import DOCS, STARTS_A_SERVER, TESTED, check_output, read_
 from serving import RunningServer, serving
 from tiny_calibration import write_calibrated_checkpoint, write_pairs
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl"),
+]
+
+OF_A_MODEL = ("batch-scoring.md", "how-to/serve-a-checkpoint.md")
+"""Pages with commands that load a model in a process of their own, which takes many seconds."""
+
+
+def _page(path: Path) -> object:
+    name = path.relative_to(DOCS).as_posix()
+    return pytest.param(path, id=name, marks=[pytest.mark.soak] if name in OF_A_MODEL else [])
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +61,7 @@ def world(model: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("page", TESTED, ids=lambda page: page.relative_to(DOCS).as_posix())
+@pytest.mark.parametrize("page", [_page(path) for path in TESTED])
 def test_the_blocks_of_a_page_run(page: Path, server: RunningServer, commands: Path, world: Path) -> None:
     """Each block ends with status 0 and prints what the page says; a start prints what the server of the test did."""
     address = server.url.removeprefix("http://")

@@ -120,7 +120,7 @@ def run_block(block: Block, folder: Path, commands: Path, server: str) -> str:
         stderr=subprocess.STDOUT,
         text=True,
         check=False,
-        timeout=120,
+        timeout=400,
     )
     assert done.returncode == 0, f"{block.page}:{block.line}: status {done.returncode}\n{done.stdout}"
     return done.stdout
