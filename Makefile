@@ -6,7 +6,7 @@ PORT   ?= 8000
 MODEL  ?=
 BIN    := $(VENV)/bin
 
-.PHONY: serve dev test test-slow soak gpu chaos fuzz sbom start-soak image-check coverage check check-lock format lock prometheus chromium clean
+.PHONY: serve dev docs test test-slow soak gpu chaos fuzz sbom start-soak image-check coverage check check-lock format lock prometheus chromium clean
 .DEFAULT_GOAL := help
 
 help: ## print the targets
@@ -24,13 +24,23 @@ $(VENV)/serve.installed: pyproject.toml requirements/constraints.txt | $(BIN)/py
 
 $(VENV)/dev.installed: pyproject.toml requirements/constraints.txt | $(BIN)/python
 	$(INSTALL) --editable '.[dev]'
-	@touch $@ $(VENV)/serve.installed
+	@touch $@ $(VENV)/serve.installed $(VENV)/docs.installed
+
+$(VENV)/docs.installed: pyproject.toml requirements/constraints.txt | $(BIN)/python
+	$(INSTALL) --editable '.[docs]'
+	@touch $@
 
 serve: $(VENV)/serve.installed ## serve the demo model, or MODEL=folder-or-hub-id, on HOST and PORT
 	@exec $(BIN)/reward-serve --host $(HOST) --port $(PORT) $(if $(MODEL),--model '$(MODEL)')
 
 dev: $(VENV)/dev.installed ## everything for working on the code, and the pre-commit hooks
 	$(BIN)/pre-commit install
+
+PAGES = build/site-pages
+docs: $(VENV)/docs.installed ## the documentation as a site in site/, with a search; it needs no network to be read
+	$(BIN)/python -m docs.site.pages $(PAGES)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs --quiet build --strict --clean
+	@echo "Open site/index.html"
 
 check: $(VENV)/dev.installed ## format, lint, types, import contracts, unsafe code, spelling, pyproject files, Dockerfile
 	$(BIN)/ruff format --check .

@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
-    options = _parser().parse(arguments)
+    options = command_parser().parse(arguments)
     check_output_folder(options.out, overwrite=options.overwrite, marker=CONVERSION_FILE)
     check_source(options.source)
     if Path(options.source).expanduser().resolve().is_relative_to(options.out.expanduser().resolve()):
@@ -116,7 +116,8 @@ class _ListLayouts(argparse.Action):
         parser.exit()
 
 
-def _parser() -> CommandParser:
+def command_parser() -> CommandParser:
+    """Return the parser of ``reward-convert``."""
     parser = CommandParser(
         prog="reward-convert",
         description="Convert a reward model as training libraries and model cards store it (a value head, a deeper "
@@ -125,21 +126,17 @@ def _parser() -> CommandParser:
     add = parser.add_argument
     add("source", type=not_empty, metavar="DIR", help="the checkpoint or adapter: a folder or hub id")
     add("out", type=Path, metavar="OUT", help="the folder to write; must not exist or be empty")
+    _add_result_options(parser.add_argument_group("the result"))
+    _add_layout_options(parser.add_argument_group("the layout of the checkpoint"))
+    _add_token_options(parser.add_argument_group("a reward from the logits of tokens"))
+    _add_ensemble_options(parser.add_argument_group("an ensemble"))
+    return parser
+
+
+def _add_result_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
     add("--overwrite", action="store_true", help="replace an earlier conversion in OUT")
-    add(
-        "--base",
-        type=not_empty,
-        metavar="DIR",
-        help="the adapter's base model (default: the one that the adapter names)",
-    )
-    add("--list", action=_ListLayouts, nargs=0, help="print the layouts that are recognised, and exit")
-    add(
-        "--drop-bias",
-        action="store_true",
-        help="leave out a linear head's bias, which shifts all rewards by one constant: for a plain classifier",
-    )
-    activations = [name for name in get_args(Activation) if name != "none"]
-    add("--activation", choices=activations, help="between the layers of a deeper head whose layout is not known")
+    add("--chat-template", type=Path, metavar="FILE", help="the chat template of the result, instead of the source's")
     add(
         "--outputs",
         nargs="+",
@@ -147,6 +144,24 @@ def _parser() -> CommandParser:
         metavar="NAME",
         help="names of the numbers of a head that gives several; of a gated head its objectives",
     )
+    add(
+        "--drop-bias",
+        action="store_true",
+        help="leave out a linear head's bias, which shifts all rewards by one constant: for a plain classifier",
+    )
+
+
+def _add_layout_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--list", action=_ListLayouts, nargs=0, help="print the layouts that are recognised, and exit")
+    add(
+        "--base",
+        type=not_empty,
+        metavar="DIR",
+        help="the adapter's base model (default: the one that the adapter names)",
+    )
+    activations = [name for name in get_args(Activation) if name != "none"]
+    add("--activation", choices=activations, help="between the layers of a deeper head whose layout is not known")
     add(
         "--gate-pattern",
         metavar="TEXT",
@@ -158,7 +173,15 @@ def _parser() -> CommandParser:
         metavar="LAYOUT",
         help="the layout of a process reward model whose class does not show it: Skywork-o1-PRM or Math-Shepherd",
     )
-    tokens = parser.add_mutually_exclusive_group()
+    add(
+        "--allow-pickle",
+        action="store_true",
+        help="also read pickled weights (.bin), with torch's restricted unpickler; only for files that you trust",
+    )
+
+
+def _add_token_options(group: argparse._ArgumentGroup) -> None:
+    tokens = group.add_mutually_exclusive_group()
     tokens.add_argument(
         "--log-odds",
         nargs=2,
@@ -168,6 +191,10 @@ def _parser() -> CommandParser:
     )
     tokens.add_argument("--probability", nargs=2, metavar=("YES", "NO"), help="the probability of YES among the two")
     tokens.add_argument("--logit", metavar="TOKEN", help="the logit of one token")
+
+
+def _add_ensemble_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
     add(
         "--members",
         nargs="+",
@@ -183,13 +210,6 @@ def _parser() -> CommandParser:
         help="the reward of an ensemble; lower_bound: the mean less --num-std standard deviations (default: mean)",
     )
     add("--num-std", type=float, default=1.0, metavar="K", help="standard deviations of lower_bound (default: 1)")
-    add("--chat-template", type=Path, metavar="FILE", help="the chat template of the result, instead of the source's")
-    add(
-        "--allow-pickle",
-        action="store_true",
-        help="also read pickled weights (.bin), with torch's restricted unpickler; only for files that you trust",
-    )
-    return parser
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ class _Job:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
-    parser = _parser()
+    parser = command_parser()
     options = parser.parse(arguments)
     _check_combinations(parser, options)
     out = _check_output(options)
@@ -229,7 +229,8 @@ def _model_settings(options: argparse.Namespace, threads: int | None) -> Setting
     return read_settings(tree)
 
 
-def _parser() -> CommandParser:
+def command_parser() -> CommandParser:
+    """Return the parser of ``reward-score``."""
     parser = CommandParser(
         prog="reward-score",
         usage="reward-score INPUT OUTPUT [--model DIR | --url URL] [options]",
@@ -243,30 +244,47 @@ def _parser() -> CommandParser:
         metavar="OUTPUT",
         help=f"a file that ends in {', '.join(OUTPUT_SUFFIXES)}, or a folder of part files",
     )
-    add("--overwrite", action="store_true", help="replace an earlier OUTPUT, or start an unfinished job again")
+    _add_job_options(parser.add_argument_group("the job"))
+    _add_output_options(parser.add_argument_group("what is written"))
+    _add_reward_options(parser.add_argument_group("the rewards"))
+    _add_model_options(parser.add_argument_group("where the model runs"))
+    return parser
+
+
+def _add_job_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
     add("--resume", action="store_true", help="continue an unfinished job, if there is one")
-    add("--format", choices=("jsonl", "parquet"), help="of the files in a folder (default: parquet)")
-    add("--diagnostics", choices=("none", "basic", "full"), default="basic", help="level (default: basic)")
-    add("--summary", action="store_true", help="print accuracy, length correlation, OOD rate and counts of errors")
-    add(
-        "--select",
-        type=selection,
-        metavar="best|worst|top-k:N",
-        help="write only these completions of each prompt, with their rank",
-    )
+    add("--overwrite", action="store_true", help="replace an earlier OUTPUT, or start an unfinished job again")
     add("--max-errors", type=whole_number(0), metavar="N", help="end the job at more rows with errors (default: never)")
-    add(
-        "--truncation",
-        choices=("error", "prompt_left"),
-        help="of items above the token limit: an error, or the prompt is cut on the left (default: error, or the "
-        "service's setting)",
-    )
     add(
         "--block-rows",
         type=whole_number(1),
         default=BLOCK_ROWS,
         metavar="N",
         help=f"rows that are written and resumed as a whole (default: {BLOCK_ROWS:,})",
+    )
+
+
+def _add_output_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--format", choices=("jsonl", "parquet"), help="of the files in a folder (default: parquet)")
+    add("--diagnostics", choices=("none", "basic", "full"), default="basic", help="level (default: basic)")
+    add(
+        "--select",
+        type=selection,
+        metavar="best|worst|top-k:N",
+        help="write only these completions of each prompt, with their rank",
+    )
+    add("--summary", action="store_true", help="print accuracy, length correlation, OOD rate and counts of errors")
+
+
+def _add_reward_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--truncation",
+        choices=("error", "prompt_left"),
+        help="of items above the token limit: an error, or the prompt is cut on the left (default: error, or the "
+        "service's setting)",
     )
     add(
         "--weights",
@@ -275,19 +293,17 @@ def _parser() -> CommandParser:
         metavar="NAME=WEIGHT",
         help="of the outputs of a model with several, whose weighted sum is the reward (default: the model's own)",
     )
-    _add_model_options(parser)
-    return parser
+    add("--calibration", type=not_empty, metavar="FILE", help="calibration file (default: that of the checkpoint)")
 
 
-def _add_model_options(parser: CommandParser) -> None:
-    add = parser.add_argument
-    add("--url", type=not_empty, help="a running service instead of a model")
+def _add_model_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
     add("--model", type=not_empty, metavar="DIR", help=f"checkpoint, bundle, adapter or hub id (default: {DEMO_MODEL})")
+    add("--url", type=not_empty, help="a running service instead of a model")
     add("--engine", choices=("auto", "torch", "onnx", "oracle"), help="as for reward-serve")
     add("--device", type=device, help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="arithmetic of the body (default: auto)")
     add("--threads", type=whole_number(1), metavar="N", help="CPU threads of the forward pass (default: all)")
-    add("--calibration", type=not_empty, metavar="FILE", help="calibration file (default: that of the checkpoint)")
     add("--ray", action="store_true", help="score with Ray Data")
     add(
         "--replicas", type=whole_number(1), metavar="N", help="replicas of the model with Ray Data (default: one a GPU)"

@@ -1,17 +1,29 @@
-"""Command lines: errors in one line, and types of arguments that are checked before anything heavy is imported."""
+"""Command lines: errors in one line, help in colour on a terminal, and types that check arguments.
+
+All of it works before anything heavy is imported.
+"""
 
 from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from service.version import add_version_option
 
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
+
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+
+_HEADING = re.compile(r"^(usage(?=:)|\S[^\n]*(?=:$))", re.MULTILINE)
+_OPTION = re.compile(r"^(  -.*?)(?=  |$)", re.MULTILINE)
+_BOLD, _CYAN, _PLAIN = "\x1b[1m", "\x1b[36m", "\x1b[0m"
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -26,6 +38,12 @@ class CommandParser(argparse.ArgumentParser):
 
     stray_values = "the command line has {count} more values than {prog} takes"
     """What is said about values that belong to no option."""
+
+    def print_help(self, file: SupportsWrite[str] | None = None) -> None:
+        """Write the help; headings and options are coloured where the file is a terminal."""
+        out = sys.stdout if file is None else file
+        text = self.format_help()
+        out.write(coloured_help(text) if shows_colours(out) else text)
 
     def error(self, message: str) -> NoReturn:
         """Print one sentence and exit with status 2."""
@@ -45,6 +63,17 @@ class CommandParser(argparse.ArgumentParser):
             self.error(self.stray_values.format(count=len(unknown), prog=self.prog))
         known = [option for action in self._actions for option in action.option_strings]
         self.error("; ".join(f"there is no option {name}{_nearest(name, known)}" for name in names))
+
+
+def shows_colours(file: SupportsWrite[str]) -> bool:
+    """Whether a file is a terminal with colours: `NO_COLOR <https://no-color.org>`_ and ``TERM=dumb`` ask for none."""
+    is_terminal = getattr(file, "isatty", bool)()
+    return bool(is_terminal) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def coloured_help(text: str) -> str:
+    """Return a help text with bold headings and coloured options; its letters and widths are unchanged."""
+    return _OPTION.sub(rf"{_CYAN}\1{_PLAIN}", _HEADING.sub(rf"{_BOLD}\1{_PLAIN}", text))
 
 
 def device(text: str) -> str:

@@ -26,8 +26,9 @@ EXTRAS = {
     "reward-convert": ("export.conversion_command", "serve"),
     "reward-export": ("export.onnx.command", "export"),
     "reward-loadtest": ("loadtest.traffic.command", "loadtest"),
+    "reward-completion": ("service.launch.completion_command", "serve"),
 }
-"""Module and extra of each command."""
+"""Module and extra of each command; the module has ``main`` and ``command_parser``."""
 
 
 def run_command(
@@ -144,3 +145,8 @@ def reward_export() -> int:
 def reward_loadtest() -> int:
     """Run ``reward-loadtest``."""
     return _run("reward-loadtest")
+
+
+def reward_completion() -> int:
+    """Run ``reward-completion``."""
+    return _run("reward-completion")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
+
+_Element = TypeVar("_Element")
 
 
 @contextmanager
@@ -30,3 +33,23 @@ def transformers_silenced() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def gguf_bar_hidden() -> Iterator[None]:
+    """Context in which transformers reads GGUF files without a progress bar.
+
+    It shows that one whatever its own switch for progress bars says, because it takes it from tqdm directly.
+    """
+    from transformers import modeling_gguf_pytorch_utils
+
+    shown = modeling_gguf_pytorch_utils.tqdm
+    modeling_gguf_pytorch_utils.tqdm = _without_bar
+    try:
+        yield
+    finally:
+        modeling_gguf_pytorch_utils.tqdm = shown
+
+
+def _without_bar(elements: Iterable[_Element], **_: Any) -> Iterable[_Element]:
+    return elements

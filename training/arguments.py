@@ -253,7 +253,7 @@ def argument_parser() -> CommandParser:
         formatter_class=_Defaults,
     )
     sources = "files, folders of them, or data sets on the hub (owner/name or owner/name:split)"
-    add = parser.add_argument
+    add = parser.add_argument_group("the model and its data").add_argument
     add("--data", nargs="+", required=True, metavar="SOURCE", help=f"pairs to train on: {sources}")
     add("--base", default="demo", help="SFT or instruct checkpoint: a folder, a hub id, or 'demo'")
     add("--out", type=Path, required=True, metavar="DIR", help="folder for the model: new, or empty")

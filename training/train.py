@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from service.arguments import CommandParser
 from service.commands import run_command
 from service.errors import SettingsError
 from training.arguments import (
@@ -160,6 +161,11 @@ def _check_outputs(folder: Path, objectives: Sequence[str]) -> None:
         raise SettingsError(
             f"The base has the outputs {' '.join(description.outputs)}: give --objectives these names, in this order."
         )
+
+
+def command_parser() -> CommandParser:
+    """Return the parser of ``reward-train``."""
+    return argument_parser()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -81,7 +81,7 @@ class Comparison:
     """[n], in the order sent."""
 
     probabilities: tuple[tuple[float, ...], ...]
-    """[n][n]; entry [a][b] is sigma(reward_a - reward_b), the Bradley-Terry probability that a is preferred to b."""
+    """`[n][n]`; entry `[a][b]` is sigma(reward_a - reward_b), the Bradley-Terry probability that a is preferred."""
 
     model_version: str
     """Version of the model that computed the rewards."""

@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
-    parser = _parser()
+    parser = command_parser()
     options = parser.parse(arguments)
     if options.test_only and not (options.test or options.ood):
         parser.error("--test-only needs --test or --ood: the data to test on")
@@ -88,7 +88,8 @@ def _read_data(options: argparse.Namespace) -> CalibrationData:
     return CalibrationData(items, test_items)
 
 
-def _parser() -> CommandParser:
+def command_parser() -> CommandParser:
+    """Return the parser of ``reward-calibrate``."""
     parser = CommandParser(
         prog="reward-calibrate", description="Make the calibration of a reward model from completions that are normal."
     )
@@ -101,56 +102,76 @@ def _parser() -> CommandParser:
         metavar="DATA",
         help="items (prompt, completion) or pairs (prompt, chosen, rejected)",
     )
-    parser.add_argument(
-        "--out",
-        type=not_empty,
-        metavar="FILE",
-        help=f"default: {CALIBRATION_FILE} in the checkpoint folder (demo: in the clone)",
-    )
-    parser.add_argument(
+    _add_data_options(parser.add_argument_group("the data"))
+    _add_output_options(parser.add_argument_group("what is written"))
+    _add_test_options(parser.add_argument_group("tests on data of your own"))
+    _add_model_options(parser.add_argument_group("the model"))
+    return parser
+
+
+def _add_data_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
         "--max-items",
         type=whole_number(1),
         metavar="N",
         help="use about N items of DATA; prompts are sampled at random",
     )
-    parser.add_argument(
+    add("--held-out", action="store_true", help="only prompts that the demo model was not trained on")
+    add(
         "--items-per-set",
         type=whole_number(1),
         default=40,
         metavar="N",
         help="items of each set of hacks; default 40",
     )
-    parser.add_argument(
+    add(
         "--drop-set", action="append", default=[], choices=[entry.name for entry in SUITE], metavar="NAME",
         help="a built-in set that is normal in your traffic (code_dump, chinese, ...); repeatable",
     )  # fmt: skip
-    parser.add_argument("--held-out", action="store_true", help="only prompts that the demo model was not trained on")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cache", metavar="FOLDER", help="store scores there for later fits")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing calibration, and --json's file")
-    parser.add_argument("--force", action="store_true", help="write the calibration even if it detects hardly anything")
-    parser.add_argument("--test", action="append", default=[], metavar="DATA", help="test on these items; repeatable")
-    parser.add_argument(
+    add("--seed", type=int, default=0, help="of the random choices; default 0")
+
+
+def _add_output_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--out",
+        type=not_empty,
+        metavar="FILE",
+        help=f"default: {CALIBRATION_FILE} in the checkpoint folder (demo: in the clone)",
+    )
+    add("--json", metavar="FILE", help="write all figures to this file")
+    add("--cache", metavar="FOLDER", help="store scores there for later fits")
+    add("--overwrite", action="store_true", help="replace an existing calibration, and --json's file")
+    add("--force", action="store_true", help="write the calibration even if it detects hardly anything")
+
+
+def _add_test_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--test", action="append", default=[], metavar="DATA", help="test on these items; repeatable")
+    add(
         "--ood", action="append", default=[], metavar="FOLDER",
         help="test on rows with prompt, response, category and is_ood; repeatable",
     )  # fmt: skip
-    parser.add_argument("--test-only", action="store_true", help="test the existing calibration; DATA is not read")
-    parser.add_argument("--json", metavar="FILE", help="write all figures to this file")
-    parser.add_argument(
+    add("--test-only", action="store_true", help="test the existing calibration; DATA is not read")
+
+
+def _add_model_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         help="arithmetic of the body; default: as reward-serve",
     )
-    parser.add_argument(
+    add("--device", type=device, help="auto, cpu, cuda or cuda:N")
+    add("--max-input-tokens", type=whole_number(1), metavar="N", help="token limit of the service")
+    add(
         "--weights",
         nargs="+",
         type=named_weight,
         metavar="NAME=WEIGHT",
         help="of the outputs of a model with several, whose weighted sum is calibrated; default: the model's own",
     )
-    parser.add_argument("--device", type=device, help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--max-input-tokens", type=whole_number(1), metavar="N", help="token limit of the service")
-    return parser
 
 
 if __name__ == "__main__":

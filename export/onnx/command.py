@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
-    options = _parser().parse(arguments)
+    options = command_parser().parse(arguments)
     check_output_folder(options.out, overwrite=options.overwrite, marker=BUNDLE_MANIFEST_FILE)
     source = options.source
     if source != DEMO_MODEL:
@@ -116,23 +116,35 @@ def _tap(text: str) -> StateTap:
         raise argparse.ArgumentTypeError("give a layer and a pooling, such as 12:mean or 12:last") from None
 
 
-def _parser() -> CommandParser:
+def command_parser() -> CommandParser:
+    """Return the parser of ``reward-export``."""
     parser = CommandParser(
         prog="reward-export", description="Export a scalar-head checkpoint to an ONNX bundle for reward-serve."
     )
     add = parser.add_argument
     add("source", type=not_empty, metavar="DIR", help="checkpoint folder, PEFT adapter or hub id, or 'demo'")
     add("out", type=Path, metavar="OUT", help="the folder to write; must not exist or be empty")
-    add("--overwrite", action="store_true", help="replace an earlier bundle in OUT")
+    _add_bundle_options(parser.add_argument_group("the bundle"))
+    _add_comparison_options(parser.add_argument_group("the comparison with plain transformers"))
+    return parser
+
+
+def _add_bundle_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
     add("--precision", choices=PRECISIONS, default="fp32", help="fp16: for GPUs; int8: for CPUs (default: fp32)")
+    add("--taps", type=_tap, nargs="+", metavar="LAYER:POOLING", help="where states are read, for example 12:mean")
+    add("--max-input-tokens", type=whole_number(1), metavar="N", help="tokens of the longest text that may be scored")
+    add("--overwrite", action="store_true", help="replace an earlier bundle in OUT")
+
+
+def _add_comparison_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
     add(
         "--items",
         type=Path,
         metavar="FILE",
         help="items or pairs to compare on (JSON lines, Parquet); default: built-in texts",
     )
-    add("--taps", type=_tap, nargs="+", metavar="LAYER:POOLING", help="where states are read, for example 12:mean")
-    add("--max-input-tokens", type=whole_number(1), metavar="N", help="tokens of the longest text that may be scored")
     add(
         "--max-difference",
         type=number_between(0, float("inf")),
@@ -145,7 +157,6 @@ def _parser() -> CommandParser:
         metavar="X",
         help="limit of the rank correlation, instead of the default",
     )
-    return parser
 
 
 if __name__ == "__main__":

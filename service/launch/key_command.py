@@ -19,12 +19,8 @@ if TYPE_CHECKING:
 OWNER_ONLY = 0o600
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status.
-
-    Raises:
-        StartupError: the file cannot be read or written, or has an entry of that name.
-    """
+def command_parser() -> CommandParser:
+    """Return the parser of ``reward-key``."""
     parser = CommandParser(
         prog="reward-key",
         description="Make an API key. The key is printed on standard output and stored nowhere; the file gets its "
@@ -32,13 +28,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("name", help="name of the key, for logs")
     parser.add_argument("--file", required=True, help="file of keys; it is made if it does not exist")
-    parser.add_argument(
+    group = parser.add_argument_group("what the key may do")
+    group.add_argument(
         "--scope", choices=KEY_SCOPES, default="score", help="score: score and read the model; admin: also metrics "
         "and the monitors of all runs (default: score)",
     )  # fmt: skip
-    parser.add_argument(
+    group.add_argument(
         "--items-per-minute", type=_positive, metavar="N", help="quota of items; beyond it requests get 429"
     )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status.
+
+    Raises:
+        StartupError: the file cannot be read or written, or has an entry of that name.
+    """
+    parser = command_parser()
     options = parser.parse_args(arguments)
     if not re.fullmatch(KEY_NAME_PATTERN, options.name):
         parser.error("a name has 1 to 64 of A-Z a-z 0-9 _ . - and begins with a letter or digit")

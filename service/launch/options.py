@@ -22,6 +22,8 @@ _METAVARS = {
     "diagnostics.calibration": "FILE",
     "log": "FILE",
     "security.api_keys": "FILE",
+    "server.tls_certificate": "FILE",
+    "server.tls_key": "FILE",
     "server.host": "HOST",
     "server.port": "PORT",
     "code_revision": "REV",
@@ -30,7 +32,7 @@ _KIND_METAVARS = {"int": "N", "float": "X", "str": "TEXT"}
 _TRUE, _FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
 _EPILOG = """\
 Every setting can also be given in the environment and in the configuration file. Precedence: command line, then
-environment, then configuration file, then default. null stands for no value. docs/operations.md has all settings.
+environment, then configuration file, then default. null stands for no value. docs/reference/settings.md has all.
 """
 
 
@@ -54,6 +56,29 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     Raises:
         SystemExit: ``--help`` or ``--version`` (status 0), or an option that does not exist or lacks its value (2).
     """
+    parser, source = _parser_and_source()
+    given = parser.parse(parser.with_switches(sys.argv[1:] if arguments is None else arguments))
+    values = vars(given)
+    empty = [name for name, value in values.items() if value == ""]
+    if empty:
+        # As from an unset variable of a shell script; the next source, or the demo model, would be taken instead.
+        parser.error(f"{SHORT_OPTIONS.get(empty[0], f'--{empty[0]}')} has an empty value")
+    config, check, opens_page = values.pop("config"), values.pop("check"), values.pop("open")
+    if isinstance(check, str):
+        if values.get("model.path", check) != check:
+            parser.error("--check and --model name two checkpoints: name one")
+        values["model.path"] = check
+    if opens_page and check is not None:
+        parser.error("--check serves nothing, so there is no page to --open: leave one out")
+    return Options(source(parsed_args=values), config, check is not None, opens_page)
+
+
+def settings_parser() -> CommandParser:
+    """Return the parser of ``reward-serve``."""
+    return _parser_and_source()[0]
+
+
+def _parser_and_source() -> tuple[_SettingsParser, CliSettingsSource[Any]]:
     parser = _SettingsParser(
         prog="reward-serve",
         usage="%(prog)s [--model DIR] [--port PORT] [--config FILE] [option ...]",
@@ -75,20 +100,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     source: CliSettingsSource[Any] = CliSettingsSource(
         StartSettings, root_parser=parser, add_argument_method=_add_setting
     )
-    given = parser.parse(parser.with_switches(sys.argv[1:] if arguments is None else arguments))
-    values = vars(given)
-    empty = [name for name, value in values.items() if value == ""]
-    if empty:
-        # As from an unset variable of a shell script; the next source, or the demo model, would be taken instead.
-        parser.error(f"{SHORT_OPTIONS.get(empty[0], f'--{empty[0]}')} has an empty value")
-    config, check, opens_page = values.pop("config"), values.pop("check"), values.pop("open")
-    if isinstance(check, str):
-        if values.get("model.path", check) != check:
-            parser.error("--check and --model name two checkpoints: name one")
-        values["model.path"] = check
-    if opens_page and check is not None:
-        parser.error("--check serves nothing, so there is no page to --open: leave one out")
-    return Options(source(parsed_args=values), config, check is not None, opens_page)
+    return parser, source
 
 
 def _add_setting(container: Any, *names: str, dest: str, **keywords: Any) -> None:

@@ -18,6 +18,7 @@ from service.checkpoints.demo import PROVENANCE_FILE, merged_identity, obtain_de
 from service.checkpoints.demo_base import GGUF_FILE, obtain_demo_base
 from service.checkpoints.files import CALIBRATION_FILE
 from service.errors import CheckpointError
+from service.transformers_logging import gguf_bar_hidden, transformers_silenced
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*will be removed in v6:FutureWarning")
 """PEFT, which writes the adapters of these tests, reads an attribute that transformers has deprecated."""
@@ -141,3 +142,15 @@ def test_the_shipped_demo_model_is_what_was_trained(tmp_path: Path) -> None:
     assert AutoModelForSequenceClassification.from_pretrained(folder).dtype == torch.bfloat16
     torch.testing.assert_close(rewards(merged), expected, atol=0.05, rtol=0)
     assert expected.std() > 0.1
+
+
+def test_the_first_start_shows_no_bar_of_transformers(capsys: pytest.CaptureFixture[str]) -> None:
+    """The bar of reading GGUF, for which the switch of transformers has no effect, is hidden, and is back later."""
+    from transformers import modeling_gguf_pytorch_utils as gguf_reader
+
+    with transformers_silenced(), gguf_bar_hidden():
+        assert list(gguf_reader.tqdm(range(3), desc="tensors")) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
+
+    assert list(gguf_reader.tqdm(range(3), desc="tensors")) == [0, 1, 2]
+    assert "tensors" in capsys.readouterr().err

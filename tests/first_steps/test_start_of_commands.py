@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,7 @@ _OF_EXTRAS = {
     "torch", "transformers", "ray", "onnxruntime", "gguf", "msgspec", "numpy", "peft", "prometheus_client", "psutil",
     "pyarrow", "pydantic", "pydantic_settings", "yaml", "rich", "safetensors", "scipy", "starlette", "torchao",
     "grafana_foundation_sdk", "matplotlib", "onnx", "onnxscript", "sklearn", "trl", "datasets", "jinja2", "statsmodels",
-    "huggingface_hub", "tokenizers", "accelerate", "fastapi", "uvicorn", "hdrh",
+    "huggingface_hub", "tokenizers", "accelerate", "fastapi", "uvicorn", "hdrh", "shtab",
 }  # fmt: skip
 _BEYOND_SERVE = {
     "grafana_foundation_sdk",
@@ -53,6 +54,9 @@ sys.meta_path.insert(0, Blocker())
 """
 """As ``sitecustomize`` it makes packages look as if they were not installed."""
 
+CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f]")
+"""Characters that colour text or move the cursor of a terminal; they do not belong into a file or a pipe."""
+
 LIMIT_CPU_S = 0.5
 """Seconds of processor time, in user and kernel mode, of ``--help`` and ``--version``."""
 
@@ -75,6 +79,7 @@ VALID_ARGUMENTS = {
     "reward-export": ["model", "{out}"],
     "reward-key": ["trainer", "--file", "{out}"],
     "reward-loadtest": ["--url", "http://127.0.0.1:9", "--out", "{out}"],
+    "reward-completion": ["bash"],
 }
 
 
@@ -132,6 +137,7 @@ def test_help_and_version_come_at_once(command: str, option: str, world: Path, t
 
     assert (outcome.status, outcome.stderr, outcome.loaded) == (0, "", [])
     assert command in outcome.stdout
+    assert not CONTROL.search(outcome.stdout)
     times_s = [outcome.cpu_s]
     for number in range(2):  # other processes on the same cores slow this one down; the shortest time is its own
         if min(times_s) >= LIMIT_CPU_S:

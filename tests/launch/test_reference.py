@@ -2,19 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from service.launch.reference import settings_reference, with_reference
+from service.launch.reference import settings_reference
 from service.launch.start_settings import SETTING_NAMES, SHORT_OPTIONS
-
-PAGE = Path(__file__).parents[2] / "docs" / "operations.md"
-
-
-def test_documented_settings_are_current() -> None:
-    """docs/operations.md has the tables that the settings tree gives; the module's command rewrites them."""
-    page = PAGE.read_text(encoding="utf-8")
-
-    assert page == with_reference(page)
 
 
 def test_every_setting_is_in_the_reference() -> None:

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
-    options = _parser().parse(arguments)
+    options = command_parser().parse(arguments)
     model, sources = _model_and_sources(options)
     check_output_folder(options.out, overwrite=options.overwrite, entries=REPORT_ENTRIES)
     data = read_data(sources, options.train_pairs, tell_on_standard_error)
@@ -139,7 +139,8 @@ def _scorer(options: argparse.Namespace, model: str | None, opened: ExitStack) -
     )
 
 
-def _parser() -> CommandParser:
+def command_parser() -> CommandParser:
+    """Return the parser of ``reward-audit``."""
     parser = CommandParser(
         prog="reward-audit",
         usage="reward-audit (DIR | --url URL) PAIRS... --out DIR [options]",
@@ -153,9 +154,21 @@ def _parser() -> CommandParser:
         help=f"checkpoint folder, hub id or {DEMO_MODEL} (not with --url), then files of held-out pairs",
         type=not_empty,
     )
-    add("--url", type=not_empty, help="a running service instead of a checkpoint folder")
+    _add_report_options(parser.add_argument_group("the report"))
+    _add_pairs_options(parser.add_argument_group("the pairs"))
+    _add_model_options(parser.add_argument_group("the model"))
+    return parser
+
+
+def _add_report_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
     add("--out", type=Path, required=True, help=f"folder for {', '.join(REPORT_ENTRIES)}")
     add("--overwrite", action="store_true", help="replace an earlier report in --out")
+    add("--hide-texts", action="store_true", help="leave the texts of the completions with the highest rewards out")
+
+
+def _add_pairs_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
     add(
         "--train-pairs",
         nargs="+",
@@ -168,13 +181,17 @@ def _parser() -> CommandParser:
         default=MAX_TRAIN_PAIRS,
         help="number of training pairs that are scored (default: 1000)",
     )
-    add("--hide-texts", action="store_true", help="leave the texts of the completions with the highest rewards out")
     add(
         "--truncation",
         choices=("error", "prompt_left"),
         default="error",
         help="for conversations above the token limit: leave the pair out, or truncate the prompt on the left",
     )
+
+
+def _add_model_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--url", type=not_empty, help="a running service instead of a checkpoint folder")
     add(
         "--weights",
         nargs="+",
@@ -187,7 +204,6 @@ def _parser() -> CommandParser:
     add(
         "--threads", type=whole_number(1), help="CPU threads of the forward pass (default: all; checkpoint folder only)"
     )
-    return parser
 
 
 if __name__ == "__main__":
