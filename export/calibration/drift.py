@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.calibration.measured_parts import NUM_TEXT, MeasuredItems, MeasuredParts
-from service.diagnostics.monitors.drift import BatchMoments
+from service.diagnostics.monitors.drift_moments import BatchMoments
 from service.diagnostics.monitors.drift_monitor import DriftSubject, compared_values, state_statistics
 from service.diagnostics.monitors.drift_reference import DriftReference
 from service.diagnostics.monitors.observation import Observation

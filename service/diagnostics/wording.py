@@ -39,9 +39,9 @@ class Statistic:
     scale: Scale = "plain"
     """``log``: ln(1 + x) is averaged, and x is shown."""
 
-    scarce: float = 0.0
-    """A value that one completion may well have; where hardly any has one, the variance is that of one in the sample
-    that has. 0: the statistic always varies."""
+    scarce: float = 0.5
+    """A deviation that one completion may well have. The variance of a sample includes one more of this size, so that a
+    statistic that has not varied yet may begin to."""
 
 
 _PER_100 = "per 100 words"
@@ -53,21 +53,21 @@ WORDING: tuple[Statistic, ...] = (
     Statistic("sentences", _EACH, scale="log"),
     Statistic("sentence_length", "words", scale="log"),
     Statistic("word_length", "letters", 12.0),
-    Statistic("distinct_words", "percent of the first 100 words"),
+    Statistic("distinct_words", "percent of the first 100 words", scarce=5.0),
     Statistic("common_word_sentences", _EACH, 6.0, scarce=1.0),
-    Statistic("common_words", "percent of the words"),
+    Statistic("common_words", "percent of the words", scarce=5.0),
     *(Statistic(f"{name}_words", _PER_100, 25.0, scarce=2.0) for name in CLASSES),
     Statistic("question_marks", _EACH, 6.0, scarce=1.0),
     Statistic("exclamation_marks", _EACH, 6.0, scarce=1.0),
     Statistic("list_items", _EACH, 12.0, scarce=3.0),
     Statistic("headers_and_bold", _EACH, 12.0, scarce=2.0),
-    Statistic("line_breaks", _EACH, scale="log", scarce=0.5),
+    Statistic("line_breaks", _EACH, scale="log"),
     Statistic("commas", _PER_100, 25.0, scarce=2.0),
     Statistic("other_punctuation", _PER_100, 40.0, scarce=2.0),
     Statistic("digits", _OF_CHARACTERS, 25.0, scarce=1.0),
     Statistic("capitals", _OF_CHARACTERS, 30.0, scarce=1.0),
     Statistic("non_ascii", _OF_CHARACTERS, 25.0, scarce=1.0),
-    Statistic("prompt_words", "percent of the distinct words"),
+    Statistic("prompt_words", "percent of the distinct words", scarce=5.0),
     Statistic("repeated_phrases", "percent of the answer's phrases", 60.0, scarce=2.0),
     Statistic("token_surprisal", "nats"),
 )

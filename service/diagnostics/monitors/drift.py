@@ -1,10 +1,10 @@
-"""Whether a run's completions drift away from those at its start, or from the calibration's: a test by betting.
+"""Whether a stream's completions drift away from those at its start, or from the calibration's: a test by betting.
 
 Before each batch, bets are placed on the direction in which its mean deviates: on every single statistic, and on a
-linear classifier (a whitened difference of means) that was trained on the batches before. A bet's factor has an
-expectation of at most 1 while nothing changes, so a product of them that restarts at 1 (an e-detector of the CUSUM
-kind; Shin, Ramdas and Rinaldo, 2022, arXiv 2203.03532), averaged over the bets, exceeds a threshold at most once in as
-many batches. Cf. classifier two-sample tests (Lopez-Paz and Oquab, 2017).
+linear classifier (a whitened difference of means) that was trained on the batches before; cf. classifier two-sample
+tests (Lopez-Paz and Oquab, 2017). The mean at the start is not known but estimated from all batches before, and a
+batch's deviation from it has the variance of both (recursive residuals, Brown, Durbin and Evans, 1975): deviations of
+successive batches are then independent, and the error of the estimate does not accumulate.
 
 Pure but for the object that a monitor owns: no clock, no thread.
 """
@@ -17,15 +17,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from service.diagnostics.monitors.bets import Bets
+from service.diagnostics.monitors.drift_moments import MAX_Z, BatchMoments, Means, Spread, Vector, standardised
 from service.diagnostics.monitors.drift_reference import DriftReference
 
-Vector = NDArray[np.float64]
-Matrix = NDArray[np.float64]
-
 START_BATCHES = 8
-"""Batches that count as the start of a run."""
+"""Batches that count as the start of a stream; phrases are known only when there are prompts to compare with."""
 
 RECENT_BATCHES = 8
 """Batches that count as recent."""
@@ -34,170 +32,11 @@ MIN_BATCHES = 4
 MIN_ITEMS = 512
 """Before a bet is placed, so many must have shown how the statistics vary."""
 
-BETS = np.array([0.25, 0.5, 1.0, 2.0])
-"""Shifts that bets expect, in standard errors of a batch."""
-
 MEMORIES = np.array([0.5, 0.9])
 """Weight of the previous batches in the direction of the classifier."""
 
-RIDGE = 0.2
-"""Share of the identity in the correlation matrix by which the classifier is whitened."""
-
-MAX_Z = 4.0
-"""Limit of a batch's deviation in standard errors: one unusual request alone is not drift."""
-
 RETURNED_Z = 3.0
 """An alarm ends when no statistic of the recent batches differs by more standard errors."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class BatchMoments:
-    """The moments of one batch. Values that are unknown (NaN) count for no column."""
-
-    counts: Vector
-    """Known values of each column, [columns]."""
-
-    means: Vector
-    """[columns]; 0 where nothing is known."""
-
-    scatter: Matrix
-    """Sum over prompts of the products of their summed deviations, [columns, columns]: the covariance of the mean times
-    the squared number of items, however the items are clustered by prompt."""
-
-    third: Vector
-    """Sum over prompts of the cubes of their summed deviations, [columns]."""
-
-    @classmethod
-    def of(cls, values: Matrix, prompts: NDArray[np.int64]) -> BatchMoments:
-        """Return the moments of items [n, columns] with their prompt numbers [n]."""
-        known = ~np.isnan(values)
-        counts = known.sum(axis=0).astype(np.float64)
-        means = np.where(known, values, 0.0).sum(axis=0) / np.maximum(counts, 1.0)
-        deviations = np.where(known, values - means, 0.0)
-        order = np.argsort(prompts, kind="stable")
-        starts = np.flatnonzero(np.diff(prompts[order], prepend=prompts[order][:1] - 1)) if len(prompts) else order
-        sums = np.add.reduceat(deviations[order], starts, axis=0) if len(prompts) else deviations
-        return cls(counts, means, sums.T @ sums, (sums**3).sum(axis=0))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Means:
-    """The mean of some batches, which merges exactly."""
-
-    counts: Vector
-    sums: Vector
-
-    @classmethod
-    def none(cls, num_columns: int) -> Means:
-        """Return the mean of no item."""
-        return cls(np.zeros(num_columns), np.zeros(num_columns))
-
-    @classmethod
-    def of(cls, batch: BatchMoments) -> Means:
-        """Return the mean of a batch."""
-        return cls(batch.counts, batch.counts * batch.means)
-
-    def merged(self, other: Means) -> Means:
-        """Return the mean of both."""
-        return Means(self.counts + other.counts, self.sums + other.sums)
-
-    @property
-    def values(self) -> Vector:
-        """The mean of each column; 0 where nothing is known."""
-        return np.asarray(self.sums / np.maximum(self.counts, 1.0))
-
-
-@dataclass(slots=True, eq=False)
-class Spread:
-    """How the mean of a batch varies, learned from the batches so far."""
-
-    counts: Vector
-    scatter: Matrix
-    third: Vector
-
-    differences: Vector
-    """Sums of squared standardised differences of successive batches: more than 1 each, if batches vary more than their
-    prompts explain. A slow drift does not change them (von Neumann, 1941)."""
-
-    num_differences: Vector
-
-    @classmethod
-    def none(cls, num_columns: int) -> Spread:
-        """Return that of no batch."""
-        zeros = np.zeros(num_columns)
-        return cls(zeros, np.zeros((num_columns, num_columns)), zeros, zeros.copy(), zeros.copy())
-
-    def variances(self, scarce: Vector) -> Vector:
-        """Return the variance of a mean times its number of items, [columns]; 0 for a column that never varied."""
-        return np.asarray((np.diag(self.scatter) + scarce**2) / np.maximum(self.counts, 1.0))
-
-    def skewness(self, scarce: Vector) -> Vector:
-        """Return the skewness of a mean times the square root of its number of items, [columns]."""
-        variances = self.variances(scarce)
-        cubes = (self.third + scarce**3) / np.maximum(self.counts, 1.0)
-        return np.divide(cubes, variances**1.5, out=np.zeros_like(cubes), where=variances > 0)
-
-    def excess(self) -> Vector:
-        """Return the factor by which batches vary more than their prompts explain, at least 1, [columns]."""
-        return np.maximum(1.0, (self.differences + 8.0) / (self.num_differences + 8.0))
-
-    def correlations(self) -> Matrix:
-        """Return the correlation matrix of the columns, shrunk towards the identity."""
-        deviations = np.sqrt(np.diag(self.scatter))
-        scale = np.divide(1.0, deviations, out=np.zeros_like(deviations), where=deviations > 0)
-        found = (1.0 - RIDGE) * self.scatter * np.outer(scale, scale)
-        np.fill_diagonal(found, 1.0)
-        return np.asarray(found)
-
-    def add(self, batch: BatchMoments, previous: BatchMoments | None, scarce: Vector) -> None:
-        """Learn from a batch and the one before it."""
-        if previous is not None:
-            variances = self.variances(scarce)
-            both = (batch.counts > 0) & (previous.counts > 0) & (variances > 0)
-            inverse = 1.0 / np.maximum(batch.counts, 1.0) + 1.0 / np.maximum(previous.counts, 1.0)
-            squares = (batch.means - previous.means) ** 2 / np.where(both, variances * inverse, 1.0)
-            self.differences += np.where(both, np.minimum(squares, 2 * MAX_Z**2), 0.0)
-            self.num_differences += both
-        self.counts = self.counts + batch.counts
-        self.scatter = self.scatter + batch.scatter
-        self.third = self.third + batch.third
-
-
-class Bets:
-    """The logarithms of the products of all bets of one comparison.
-
-    Args:
-        num_columns: statistics that are compared.
-        num_directions: directions of the classifier; 0: single statistics only.
-    """
-
-    def __init__(self, num_columns: int, num_directions: int) -> None:
-        self._single = np.zeros((2, len(BETS), num_columns))
-        self._joint = np.zeros((num_directions, len(BETS)))
-
-    def place(self, single: Matrix, skewness: Vector, joint: Vector) -> None:
-        """Multiply by the factors of a batch.
-
-        Args:
-            single: deviation upwards and downwards of each statistic, in standard errors, [2, columns].
-            skewness: of the deviations upwards, [columns].
-            joint: deviation along each direction of the classifier, [directions].
-        """
-        signed = np.stack([skewness, -skewness])[:, None, :]
-        bets = BETS[None, :, None]
-        z = np.minimum(single, MAX_Z)[:, None, :]
-        self._single = np.maximum(self._single, 0.0) + bets * z - bets**2 / 2 - bets**3 * np.maximum(signed, 0.0) / 6
-        if len(self._joint):
-            along = np.minimum(joint, MAX_Z)[:, None]
-            self._joint = np.maximum(self._joint, 0.0) + BETS * along - BETS**2 / 2
-
-    def log_evidence(self) -> float:
-        """Return ln of the mean of the products; half of the weight is the classifier's, where there is one."""
-        parts = [part.ravel() for part in (self._single, self._joint) if part.size]
-        weights = np.concatenate([np.full(part.size, 1.0 / (part.size * len(parts))) for part in parts])
-        logs = np.concatenate(parts)
-        largest = float(logs.max())
-        return largest + math.log(float(weights @ np.exp(logs - largest)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -286,6 +125,7 @@ class DriftDetector:
         self._threshold = math.log(false_alarm_batches * (1 if reference is None else 2))
         self._before, self._start = Means.none(num), Means.none(num)
         self._spread = Spread.none(num)
+        self._num_start = np.zeros(num)
         self._recent: deque[Means] = deque(maxlen=RECENT_BATCHES)
         self._trained = np.zeros((len(MEMORIES), num))
         self._previous: BatchMoments | None = None
@@ -300,15 +140,18 @@ class DriftDetector:
     def step(self, batch: BatchMoments) -> None:
         """Bet on one batch, then learn from it."""
         self._recent.append(Means.of(batch))
-        if self._num_batches >= MIN_BATCHES and self._spread.counts.max(initial=0.0) >= MIN_ITEMS:
+        if self._is_ready:
             self._compare(batch)
-        self._num_batches += 1
-        if self._num_batches <= START_BATCHES:
-            self._start = self._start.merged(Means.of(batch))
+        self._start = self._start.merged(self._part_of_start(batch))
         if not self._sides["start"].alarm:  # what is compared with stays as it was before the alarm
-            self._before = self._before.merged(Means.of(batch))
+            self._before = self._before.merged(self._limited(Means.of(batch)))
         self._spread.add(batch, self._previous, self._scarce)
         self._previous = batch
+        self._num_batches += 1
+
+    @property
+    def _is_ready(self) -> bool:
+        return self._num_batches >= MIN_BATCHES and self._spread.counts.max(initial=0.0) >= MIN_ITEMS
 
     def state(self) -> DriftState:
         """Return the state by value."""
@@ -334,7 +177,7 @@ class DriftDetector:
         z = standardised(batch, self._before.values, self._before.counts, variances)
         side = self._sides["start"]
         side.bets.place(np.stack([z, -z]), skewness, self._along(z))
-        self._trained = MEMORIES[:, None] * self._trained + z
+        self._trained = MEMORIES[:, None] * self._trained + np.clip(z, -MAX_Z, MAX_Z)
         lasting = standardised(recent, self._before.values, self._before.counts, variances)
         side.update(self._threshold, returned=_has_returned(lasting), fresh=self._fresh("start"))
 
@@ -351,27 +194,28 @@ class DriftDetector:
         returned = _has_returned(np.maximum(np.abs(lasting) - allowed, 0.0))
         side.update(self._threshold, returned=returned, fresh=self._fresh("calibration"))
 
+    def _part_of_start(self, batch: BatchMoments) -> Means:
+        """Return those columns of a batch that count as the start: of each the first batches in which it is known."""
+        counts = np.where(self._num_start < START_BATCHES, batch.counts, 0.0)
+        self._num_start += counts > 0
+        return Means(counts, counts * batch.means)
+
+    def _limited(self, batch: Means) -> Means:
+        """Return the mean of a batch, no farther from those before than a bet would count."""
+        if not self._is_ready:
+            return batch
+        variances = self._spread.variances(self._scarce) * self._spread.excess()
+        z = standardised(batch, self._before.values, self._before.counts, variances)
+        excess = np.divide(z - np.clip(z, -MAX_Z, MAX_Z), z, out=np.zeros_like(z), where=z != 0)
+        values = batch.values - excess * (batch.values - self._before.values)
+        return Means(batch.counts, batch.counts * values)
+
     def _along(self, z: Vector) -> Vector:
         """Return the deviations along the directions that were trained on the batches before."""
         correlations = self._spread.correlations()
         directions = np.linalg.solve(correlations, self._trained.T).T
         lengths = np.sqrt(np.einsum("ij,jk,ik->i", directions, correlations, directions))
         return np.asarray(np.divide(directions @ z, lengths, out=np.zeros(len(lengths)), where=lengths > 0))
-
-
-def standardised(found: Means, means: Vector, counts: Vector, variances: Vector) -> Vector:
-    """Return the difference of two means in standard errors, [columns]; 0 where one is unknown or nothing varies.
-
-    Args:
-        found: of some batches.
-        means: what they are compared with, [columns].
-        counts: items behind these means, [columns]; infinite where they are exact, 0 where they are unknown.
-        variances: variance of a mean times its number of items, [columns].
-    """
-    known = (found.counts > 0) & (counts > 0) & (variances > 0)
-    inverse = 1.0 / np.maximum(found.counts, 1.0) + 1.0 / np.maximum(counts, 1.0)
-    differences = np.where(known, found.values - means, 0.0)
-    return np.asarray(differences / np.sqrt(np.where(known, variances * inverse, 1.0)))
 
 
 def _has_returned(z: Vector) -> bool:

@@ -13,7 +13,8 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
-from service.diagnostics.monitors.drift import BatchMoments, DriftDetector, DriftState
+from service.diagnostics.monitors.drift import DriftDetector, DriftState
+from service.diagnostics.monitors.drift_moments import BatchMoments
 from service.diagnostics.monitors.drift_reference import DriftReference
 from service.diagnostics.monitors.observation import Observation
 from service.diagnostics.monitors.shared_phrases import SHARED, RecentPhrases

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from service.diagnostics.monitors.drift import DriftState, Vector, standardised
+from service.diagnostics.monitors.drift import DriftState
+from service.diagnostics.monitors.drift_moments import Vector, standardised
 from service.diagnostics.monitors.drift_monitor import DriftSubject
 from service.diagnostics.wording import shown
 

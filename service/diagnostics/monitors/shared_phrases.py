@@ -25,8 +25,8 @@ SHARED: tuple[Statistic, ...] = (
 )
 """What `RecentPhrases` computes of each completion, in this order."""
 
-NUM_PROMPTS = 256
-"""Prompts whose completions are compared with."""
+NUM_PROMPTS = 255
+"""Prompts whose completions are compared with; a byte counts them."""
 
 Phrases = NDArray[np.uint32]
 
@@ -35,7 +35,7 @@ class RecentPhrases:
     """The phrases of the completions of the latest prompts."""
 
     def __init__(self) -> None:
-        self._counts = np.zeros(1 << PHRASE_BITS, np.uint16)
+        self._counts = np.zeros(1 << PHRASE_BITS, np.uint8)
         self._latest: deque[tuple[int, Phrases]] = deque()
         self._of_prompt: dict[int, list[Phrases]] = {}
 
