@@ -7,6 +7,7 @@ counts were fitted to look too typical.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,8 @@ from service.diagnostics.monitors.drift_reference import DriftReference
 from service.diagnostics.monitors.observation import Observation
 from service.diagnostics.monitors.shared_phrases import RecentPhrases
 from service.records import Score, StateTap
+
+BATCH_ITEMS = 64
 
 
 def fit_drift(parts: MeasuredParts) -> DriftReference:
@@ -37,13 +40,30 @@ def measured_twice(
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Return what is compared of items, and the numbers of their prompts.
 
-    The items pass twice, and the second pass is measured: phrases are then compared with those of as many prompts as in
-    a running stream.
+    The items pass twice, in batches, and the second pass is measured: phrases are then compared with those of as many
+    prompts as in a running stream, and of ever other ones.
     """
     phrases = RecentPhrases()
     num_states = len(state_statistics(taps))
-    compared_values(items, phrases, num_states)
-    return compared_values(items, phrases, num_states)
+    batches = _batches(items)
+    for batch in batches:
+        compared_values(batch, phrases, num_states)
+    measured = [compared_values(batch, phrases, num_states) for batch in batches]
+    sizes = np.cumsum([0, *(prompts.max() + 1 for _, prompts in measured)])
+    return (
+        np.concatenate([values for values, _ in measured]),
+        np.concatenate([prompts + start for (_, prompts), start in zip(measured, sizes, strict=False)]),
+    )
+
+
+def _batches(items: Sequence[Observation]) -> list[list[Observation]]:
+    """Divide items into batches; completions of one prompt that follow each other stay together."""
+    batches: list[list[Observation]] = []
+    for _, same in groupby(items, lambda item: item.prompt):
+        if not batches or len(batches[-1]) >= BATCH_ITEMS:
+            batches.append([])
+        batches[-1] += same
+    return batches
 
 
 def reference_of(values: NDArray[np.float64], prompts: NDArray[np.int64], taps: Sequence[StateTap]) -> DriftReference:

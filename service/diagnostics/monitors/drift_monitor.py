@@ -68,19 +68,19 @@ def compared_values(
         if item.wording is not None:
             of_prompt.setdefault(item.wording.prompt, []).append(item)
     members = list(of_prompt.values())
-    if not members:
+    wordings = [item.wording for group in members for item in group if item.wording is not None]
+    if not wordings:
         return np.empty((0, len(WORDING) + len(SHARED) + num_states)), np.empty(0, np.int64)
-    wordings = [[item.wording for item in group if item.wording is not None] for group in members]
-    shared = np.concatenate([phrases.compare(group) for group in wordings])
-    worded = np.stack([wording.values for wording in chain.from_iterable(wordings)])
+    prompts = np.repeat(np.arange(len(members)), [len(group) for group in members])
+    shared = phrases.compare(wordings, prompts)
+    worded = np.stack([wording.values for wording in wordings])
     states = np.full((len(worded), num_states), np.nan)
     for row, item in zip(states, chain.from_iterable(members), strict=True):
         traits = item.score.traits
         if traits is not None and len(traits) == num_states:
             row[:] = traits
     states[~np.isfinite(states)] = np.nan
-    sizes = [len(group) for group in members]
-    return np.concatenate([worded, shared, states], axis=1), np.repeat(np.arange(len(members)), sizes)
+    return np.concatenate([worded, shared, states], axis=1), prompts
 
 
 class DriftMonitor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,31 +45,51 @@ class RecentPhrases:
         """Whether there are as many prompts as completions are compared with."""
         return len(self._latest) == NUM_PROMPTS
 
-    def compare(self, completions: Sequence[Wording]) -> NDArray[np.float64]:
-        """Compare the completions of one prompt with those of the others, then add them.
+    def compare(self, completions: Sequence[Wording], prompts: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Compare the completions of a batch with those of the prompts before it, then add them.
+
+        Args:
+            completions: those of a prompt are adjacent.
+            prompts: number of the prompt of each, from 0, ascending.
 
         Returns:
             float64 [completions, `SHARED`]; NaN as long as there are too few prompts to compare with.
         """
         found = np.full((len(completions), len(SHARED)), np.nan)
         if self.is_full:
-            own = self._of_prompt.get(completions[0].prompt, ())
-            for row, completion in zip(found, completions, strict=True):
-                row[:] = self._shared(completion, own)
-        self._add(completions[0].prompt, np.unique(np.concatenate([entry.phrases for entry in completions])))
+            found[:] = self._shared(completions)
+        begins = np.flatnonzero(np.diff(prompts, prepend=-1))
+        for begin, end in list(pairwise([*begins.tolist(), len(completions)]))[-NUM_PROMPTS:]:
+            same = completions[begin:end]
+            self._add(same[0].prompt, np.unique(np.concatenate([entry.phrases for entry in same])))
         return found
 
-    def _shared(self, completion: Wording, own: Iterable[Phrases]) -> NDArray[np.float64]:
-        phrases = completion.phrases
-        if not len(phrases):
-            return np.zeros(len(SHARED))
+    def _shared(self, completions: Sequence[Wording]) -> NDArray[np.float64]:
+        sizes = np.array([len(entry.phrases) for entry in completions])
+        found = np.zeros((len(completions), len(SHARED)))
+        has_any = sizes > 0
+        if not has_any.any():
+            return found
+        shared = self._counts[np.concatenate([entry.phrases for entry in completions])] > 0
+        ends = np.cumsum(sizes)
+        for entry, end in zip(completions, ends.tolist(), strict=True):
+            own = self._of_prompt.get(entry.prompt)
+            if own is not None:  # an answer to the same prompt may well be similar
+                shared[end - len(entry.phrases) : end] = self._others_share(entry.phrases, own)
+        kinds = np.concatenate([entry.kinds for entry in completions])[:, None]
+        of_kind = np.unpackbits(kinds, axis=1, count=len(PHRASE_KINDS), bitorder="little") * shared[:, None]
+        begins = (ends - sizes)[has_any]
+        sums = np.add.reduceat(np.column_stack([shared, of_kind]).astype(np.int64), begins, axis=0)
+        found[has_any, 0] = sums[:, 0] / sizes[has_any]
+        found[has_any, 1], found[has_any, 2] = shared[begins], shared[ends[has_any] - 1]
+        found[has_any, 3:] = sums[:, 1:] / sizes[has_any, None]
+        return 100.0 * found
+
+    def _others_share(self, phrases: Phrases, own: Iterable[Phrases]) -> NDArray[np.bool_]:
         counts = self._counts[phrases].astype(np.int64)
-        for earlier in own:  # an answer to the same prompt may well be similar
+        for earlier in own:
             counts -= np.isin(phrases, earlier)
-        shared = counts > 0
-        of_kind = np.unpackbits(completion.kinds[shared, None], axis=1, count=len(PHRASE_KINDS), bitorder="little")
-        found = np.array([shared.sum(), shared[0] * len(phrases), shared[-1] * len(phrases), *of_kind.sum(axis=0)])
-        return np.asarray(100.0 * found / len(phrases))
+        return np.asarray(counts > 0)
 
     def _add(self, prompt: int, phrases: Phrases) -> None:
         if self.is_full:

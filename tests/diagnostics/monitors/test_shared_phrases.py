@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from service.diagnostics.lexicon import count_style_markers
 from service.diagnostics.monitors.shared_phrases import NUM_PROMPTS, SHARED, RecentPhrases
@@ -21,24 +22,29 @@ def own_words(prompt: int) -> str:
     return " ".join(f"{letters}{word}" for word in ("ax", "bx", "cx", "dx", "ex", "fx"))
 
 
+def compare(phrases: RecentPhrases, completions: list[Wording]) -> NDArray[np.float64]:
+    """Compare completions of one prompt."""
+    return phrases.compare(completions, np.zeros(len(completions), np.int64))
+
+
 def fed(num_prompts: int, text: str = "") -> RecentPhrases:
     """The phrases of so many prompts, each with words of its own and the same ending."""
     phrases = RecentPhrases()
     for prompt in range(num_prompts):
-        phrases.compare([wording(f"{own_words(prompt)} {text}", prompt)])
+        compare(phrases, [wording(f"{own_words(prompt)} {text}", prompt)])
     return phrases
 
 
 def shared(phrases: RecentPhrases, text: str, prompt: int, name: str) -> float:
-    return float(phrases.compare([wording(text, prompt)])[0, NAMES.index(name)])
+    return float(compare(phrases, [wording(text, prompt)])[0, NAMES.index(name)])
 
 
 def test_nothing_is_known_until_enough_prompts_were_seen() -> None:
     """The figures begin when there are as many prompts as later, so that they do not rise by themselves."""
     phrases = fed(NUM_PROMPTS - 1)
 
-    assert np.isnan(phrases.compare([wording("a b c d e", 1000)])).all()
-    assert np.isfinite(phrases.compare([wording("a b c d e", 1001)])).all()
+    assert np.isnan(compare(phrases, [wording("a b c d e", 1000)])).all()
+    assert np.isfinite(compare(phrases, [wording("a b c d e", 1001)])).all()
 
 
 def test_what_other_prompts_share_is_counted() -> None:
@@ -46,7 +52,7 @@ def test_what_other_prompts_share_is_counted() -> None:
     phrases = fed(NUM_PROMPTS, "you might well say that")
 
     text = "quite other words here you might well say that"
-    assert shared(phrases, text, 900, "shared_phrases") == 100 * 2 / 6
+    assert shared(phrases, text, 900, "shared_phrases") == 100 * (2 / 6)
     assert shared(phrases, text, 901, "shared_endings") == 100.0
     assert shared(phrases, text, 902, "shared_openings") == 100.0  # prompts 900 and 901 began like this
     assert shared(fed(NUM_PROMPTS, "you might well say that"), text, 1, "shared_openings") == 0.0
@@ -59,7 +65,7 @@ def test_answers_to_one_prompt_are_not_compared() -> None:
     phrases = fed(NUM_PROMPTS)
     text = "every word of this comes again"
 
-    assert (phrases.compare([wording(text, 900), wording(text, 900)]) == 0.0).all()
+    assert (compare(phrases, [wording(text, 900), wording(text, 900)]) == 0.0).all()
     assert shared(phrases, text, 900, "shared_phrases") == 0.0
     assert shared(phrases, text, 901, "shared_phrases") == 100.0
 
@@ -68,7 +74,7 @@ def test_old_prompts_are_forgotten() -> None:
     """Only the latest prompts are compared with, and memory does not grow."""
     phrases = fed(1, "you might well say that")
     for prompt in range(1, 3 * NUM_PROMPTS):
-        phrases.compare([wording(own_words(prompt), prompt)])
+        compare(phrases, [wording(own_words(prompt), prompt)])
 
     assert shared(phrases, "you might well say that", 5000, "shared_phrases") == 0.0
     assert phrases._counts.sum() == 3 * (NUM_PROMPTS - 1) + 2
@@ -77,4 +83,20 @@ def test_old_prompts_are_forgotten() -> None:
 
 def test_an_empty_completion_shares_nothing() -> None:
     """A completion that is too short for a phrase shares none."""
-    assert (fed(NUM_PROMPTS).compare([wording("No.", 900)]) == 0.0).all()
+    assert (compare(fed(NUM_PROMPTS), [wording("No.", 900)]) == 0.0).all()
+
+
+def test_a_batch_is_compared_at_once() -> None:
+    """Each completion of a batch gets the figures that it gets alone; of a large batch the latest prompts remain."""
+    texts = ["you might well say that", "No.", "quite other words here you might well say that", "a b c d e"]
+    batch = [wording(text, 800 + number // 2) for number, text in enumerate(texts)]
+    alone = np.concatenate([compare(fed(NUM_PROMPTS, texts[0]), [entry]) for entry in batch])
+    phrases = fed(NUM_PROMPTS, texts[0])
+
+    together = phrases.compare(batch, np.array([0, 0, 1, 1]))
+    many = [wording(own_words(number), number) for number in range(600)]
+    phrases.compare(many, np.arange(600))
+
+    assert together.tolist() == alone.tolist()
+    assert (compare(phrases, [wording(own_words(599), 5000)])[:, 0] == 100.0).all()
+    assert (compare(phrases, [wording(own_words(100), 5001)])[:, 0] == 0.0).all()
