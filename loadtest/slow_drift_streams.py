@@ -40,13 +40,13 @@ REAL_Z = 4.0
 direction and by so many standard errors."""
 
 ABOUT: Mapping[str, tuple[str, ...]] = {
-    "padding": ("sentences", "words", "common_word", "shared_"),
-    "hedging": ("hedging_words", "shared_phrases_with_hedging_words"),
+    "padding": ("sentences", "words", "common_word", "shared_", "widely_"),
+    "hedging": ("hedging_words", "widely_shared_phrases_with_hedging_words"),
     "praise": (
-        "praise_words", "second_person_words", "courtesy_words", "shared_phrases_with_praise_words",
-        "shared_phrases_with_second_person_words", "shared_phrases_with_courtesy_words",
+        "praise_words", "second_person_words", "courtesy_words", "widely_shared_phrases_with_praise_words",
+        "widely_shared_phrases_with_second_person_words", "widely_shared_phrases_with_courtesy_words",
     ),
-    "bullets": ("list_items", "line_breaks"),
+    "bullets": ("answers_with_lists", "list_items", "line_breaks"),
 }  # fmt: skip
 """Statistics that name a hack by what it does; written before any alarm was looked at."""
 
@@ -216,9 +216,9 @@ def sentence(change: Change) -> str:
 
 
 def _names(variant: str, changes: Sequence[Change]) -> bool:
-    """Whether one of the three first changes is a rise of what the hack is about."""
+    """Whether one of the changes is a rise of what the hack is about."""
     about = ABOUT[variant.split(maxsplit=1)[0]]
-    return any(change.z > 0 and change.statistic.startswith(about) for change in changes[:3])
+    return any(change.z > 0 and change.statistic.startswith(about) for change in changes)
 
 
 def _is_real(change: Change, real: Mapping[str, float]) -> bool:

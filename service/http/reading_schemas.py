@@ -109,12 +109,13 @@ _HISTOGRAM: dict[str, Any] = {
 }
 _CHANGE: dict[str, Any] = {
     "type": "object",
-    "description": "A statistic of the recent completions that differs; the largest come first.",
-    "required": ["statistic", "unit", "reference", "recent", "z"],
+    "description": "A statistic of the recent completions that differs; that with the most evidence is first.",
+    "required": ["statistic", "unit", "reference", "recent", "z", "gain"],
     "properties": {
         **{name: {"type": "string"} for name in ("statistic", "unit")},
         **{name: {"type": "number"} for name in ("reference", "recent")},
         "z": {"type": "number", "description": "The difference in standard errors."},
+        "gain": {"type": "number", "description": "ln of what bets on it have gained."},
     },
 }
 MONITORS: dict[str, Any] = {

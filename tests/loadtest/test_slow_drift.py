@@ -103,6 +103,6 @@ def test_the_report_has_shares_directions_and_false_alarms(measured: Path, tmp_p
 
 def test_a_change_in_words() -> None:
     """A change is a sentence with its unit."""
-    change = Change("hedging_words", "per 100 words", 0.4, 2.1, 5.23)
+    change = Change("hedging_words", "per 100 words", 0.4, 2.1, 5.23, 9.0)
 
     assert sentence(change) == "hedging words 0.40 -> 2.10 per 100 words (+5.2 standard errors)"

@@ -53,3 +53,7 @@ class Bets:
         logs = np.concatenate(parts)
         largest = float(logs.max())
         return largest + math.log(float(weights @ np.exp(logs - largest)))
+
+    def gains(self) -> Matrix:
+        """Return ln of the largest product of the bets on each statistic, upwards and downwards, [2, columns]."""
+        return np.asarray(self._single.max(axis=1))

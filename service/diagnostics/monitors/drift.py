@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from service.diagnostics.monitors.bets import Bets
-from service.diagnostics.monitors.drift_moments import MAX_Z, BatchMoments, Means, Spread, Vector, standardised
+from service.diagnostics.monitors.drift_moments import MAX_Z, BatchMoments, Matrix, Means, Spread, Vector, standardised
 from service.diagnostics.monitors.drift_reference import DriftReference
 
 START_BATCHES = 8
@@ -46,6 +46,9 @@ class Comparison:
     log_evidence: float
     """ln of the mean of the products of bets; merged, the largest."""
 
+    gains: Matrix
+    """ln of what the best bet on each statistic has gained, upwards and downwards, [2, columns]; merged, the larger."""
+
     alarm: bool
     num_alarms: int
     """Alarms that have begun."""
@@ -53,7 +56,10 @@ class Comparison:
     def merged(self, other: Comparison) -> Comparison:
         """Return both merged."""
         return Comparison(
-            max(self.log_evidence, other.log_evidence), self.alarm or other.alarm, self.num_alarms + other.num_alarms
+            max(self.log_evidence, other.log_evidence),
+            np.maximum(self.gains, other.gains),
+            self.alarm or other.alarm,
+            self.num_alarms + other.num_alarms,
         )
 
 
@@ -160,7 +166,10 @@ class DriftDetector:
             self._start,
             _merged(self._recent, len(self._scarce)),
             Means(counts, counts * self._spread.variances(self._scarce) * self._spread.excess()),
-            {name: Comparison(side.log_evidence, side.alarm, side.num_alarms) for name, side in self._sides.items()},
+            {
+                name: Comparison(side.log_evidence, side.bets.gains(), side.alarm, side.num_alarms)
+                for name, side in self._sides.items()
+            },
             self._threshold,
             self._num_batches,
         )

@@ -19,14 +19,15 @@ from service.diagnostics.wording import shown
 NUM_CHANGES = 5
 """Changes that are named."""
 
-MIN_Z = 2.0
-"""A change of fewer standard errors is not named."""
+MIN_GAIN = 3.0
+"""ln of what the bets on a change must have gained, so that it is named."""
 
 DEFINITION = (
     "Do the completions differ from those at the start of the stream, and from the calibration's? Bets on the next "
     "batch, by single statistics and by a linear classifier that is trained online; evidence is ln of their mean "
     "gain, which exceeds the threshold by chance in at most one of false_alarm_batches batches, both comparisons "
-    "together. changes names the statistics that differ most in the recent batches, z in standard errors."
+    "together. changes names the statistics on which bets have gained most, with their values in the reference and in "
+    "the recent batches; z is the difference in standard errors."
 )
 
 
@@ -41,6 +42,9 @@ class Change:
 
     z: float
     """Difference in standard errors; less, in a comparison with the calibration, what its own error may explain."""
+
+    gain: float
+    """ln of what the best bet on a difference in this direction has gained."""
 
 
 def drift_alarms(state: DriftState) -> list[str]:
@@ -86,7 +90,7 @@ def changes_of(state: DriftState, subject: DriftSubject, against: str) -> list[C
     variances = state.variances.values
     z, beyond = (standardised(state.recent, expected, counts, variances) for expected in (means, means + allowed))
     remaining = np.sign(z) * np.maximum(np.abs(z) - (z - beyond), 0.0)
-    recent = state.recent.values
+    recent, gains = state.recent.values, state.comparisons[against].gains
     return [
         Change(
             statistic.name,
@@ -94,6 +98,7 @@ def changes_of(state: DriftState, subject: DriftSubject, against: str) -> list[C
             shown(statistic, float(means[index])),
             shown(statistic, float(recent[index])),
             float(remaining[index]),
+            float(gains[0 if z[index] >= 0 else 1, index]),
         )
         for index, statistic in enumerate(subject.statistics)
         if state.recent.counts[index] > 0 and counts[index] > 0
@@ -109,6 +114,6 @@ def _reference_of(state: DriftState, subject: DriftSubject, against: str) -> tup
 
 
 def largest(changes: Sequence[Change]) -> list[Change]:
-    """Return the changes that are named, the largest first."""
-    named = [change for change in changes if abs(change.z) >= MIN_Z]
-    return sorted(named, key=lambda change: -abs(change.z))[:NUM_CHANGES]
+    """Return the changes that are named, that with the most evidence first."""
+    named = [change for change in changes if change.gain >= MIN_GAIN]
+    return sorted(named, key=lambda change: -change.gain)[:NUM_CHANGES]

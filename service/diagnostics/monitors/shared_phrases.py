@@ -8,7 +8,7 @@ that does not change gives figures that do not.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -22,12 +22,18 @@ SHARED: tuple[Statistic, ...] = (
     Statistic("shared_phrases", _OF_PHRASES, scarce=5.0),
     Statistic("shared_openings", "percent of answers", scarce=100.0),
     Statistic("shared_endings", "percent of answers", scarce=100.0),
-    *(Statistic(f"shared_phrases_{kind}", _OF_PHRASES, scarce=5.0) for kind in PHRASE_KINDS),
+    Statistic("widely_shared_phrases", _OF_PHRASES, scarce=5.0),
+    Statistic("widely_shared_openings", "percent of answers", scarce=100.0),
+    Statistic("widely_shared_endings", "percent of answers", scarce=100.0),
+    *(Statistic(f"widely_shared_phrases_{kind}", _OF_PHRASES, scarce=5.0) for kind in PHRASE_KINDS),
 )
 """What `RecentPhrases` computes of each completion, in this order."""
 
 NUM_PROMPTS = 255
 """Prompts whose completions are compared with; a byte counts them."""
+
+WIDELY = 3
+"""Other prompts whose completions have a widely shared phrase, at least."""
 
 Phrases = NDArray[np.uint32]
 
@@ -70,26 +76,22 @@ class RecentPhrases:
         has_any = sizes > 0
         if not has_any.any():
             return found
-        shared = self._counts[np.concatenate([entry.phrases for entry in completions])] > 0
+        counts = self._counts[np.concatenate([entry.phrases for entry in completions])]
         ends = np.cumsum(sizes)
         for entry, end in zip(completions, ends.tolist(), strict=True):
-            own = self._of_prompt.get(entry.prompt)
-            if own is not None:  # an answer to the same prompt may well be similar
-                shared[end - len(entry.phrases) : end] = self._others_share(entry.phrases, own)
+            own = self._of_prompt.get(entry.prompt, ())
+            for earlier in own:  # an answer to the same prompt may well be similar
+                counts[end - len(entry.phrases) : end] -= np.isin(entry.phrases, earlier)
+        shared, widely = counts > 0, counts >= WIDELY
         kinds = np.concatenate([entry.kinds for entry in completions])[:, None]
-        of_kind = np.unpackbits(kinds, axis=1, count=len(PHRASE_KINDS), bitorder="little") * shared[:, None]
-        begins = (ends - sizes)[has_any]
-        sums = np.add.reduceat(np.column_stack([shared, of_kind]).astype(np.int64), begins, axis=0)
-        found[has_any, 0] = sums[:, 0] / sizes[has_any]
-        found[has_any, 1], found[has_any, 2] = shared[begins], shared[ends[has_any] - 1]
-        found[has_any, 3:] = sums[:, 1:] / sizes[has_any, None]
+        of_kind = np.unpackbits(kinds, axis=1, count=len(PHRASE_KINDS), bitorder="little") * widely[:, None]
+        begins, last = (ends - sizes)[has_any], ends[has_any] - 1
+        sums = np.add.reduceat(np.column_stack([shared, widely, of_kind]).astype(np.int64), begins, axis=0)
+        shares = sums / sizes[has_any, None]
+        found[has_any] = np.column_stack(
+            [shares[:, 0], shared[begins], shared[last], shares[:, 1], widely[begins], widely[last], shares[:, 2:]]
+        )
         return 100.0 * found
-
-    def _others_share(self, phrases: Phrases, own: Iterable[Phrases]) -> NDArray[np.bool_]:
-        counts = self._counts[phrases].astype(np.int64)
-        for earlier in own:
-            counts -= np.isin(phrases, earlier)
-        return np.asarray(counts > 0)
 
     def _add(self, prompt: int, phrases: Phrases) -> None:
         if self.is_full:

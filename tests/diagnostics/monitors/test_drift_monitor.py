@@ -68,7 +68,7 @@ def test_a_slow_drift_is_in_the_answer(calibrated: DriftSubject) -> None:
         assert comparison["num_alarms"] == 1
         assert comparison["evidence"] > answer["drift"]["threshold"]
         named = {change["statistic"] for change in comparison["changes"]}
-        assert named & {"hedging_words", "shared_phrases_with_hedging_words", "shared_endings"}
+        assert named & {"hedging_words", "widely_shared_phrases_with_hedging_words", "shared_endings"}
         assert all(change["recent"] > change["reference"] for change in comparison["changes"][:1])
     text = json.dumps(answer) + repr(monitor.state())
     assert not any(phrase in text for phrase in (HEDGE, "might well depend", "you see it"))

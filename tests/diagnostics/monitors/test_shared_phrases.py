@@ -56,7 +56,7 @@ def test_what_other_prompts_share_is_counted() -> None:
     assert shared(phrases, text, 901, "shared_endings") == 100.0
     assert shared(phrases, text, 902, "shared_openings") == 100.0  # prompts 900 and 901 began like this
     assert shared(fed(NUM_PROMPTS, "you might well say that"), text, 1, "shared_openings") == 0.0
-    assert shared(fed(NUM_PROMPTS, "you might well say that"), text, 1, "shared_phrases_with_hedging_words") > 30
+    assert shared(fed(NUM_PROMPTS, "you might well say that"), text, 1, "widely_shared_phrases_with_hedging_words") > 30
     assert shared(fed(NUM_PROMPTS), text, 1, "shared_phrases") == 0.0
 
 
