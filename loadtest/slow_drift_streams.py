@@ -1,7 +1,7 @@
 """Streams of a policy that slowly turns to a plausible hack, and of one that does not change, for the drift monitor.
 
 Streams are drawn by prompt, with replacement, from measured items. Completions of one prompt are never compared with
-each other, so that a prompt which is drawn twice does not look like a phrase that prompts share.
+each other, so a prompt that is drawn twice does not look like phrases that prompts share.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from statistics import median
 from typing import Any
 
@@ -18,14 +17,14 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from export.calibration.drift import measured_twice, reference_of
+from export.calibration.drift import drift_reference
 from loadtest.console import report_console
 from loadtest.worded_items import CLEAN, Kind, WordedItems
 from service.diagnostics.monitors.drift_monitor import DriftMonitor, DriftSubject
 from service.diagnostics.monitors.drift_report import Change, changes_of, largest
 from service.diagnostics.monitors.observation import Observation
+from service.diagnostics.monitors.shared_phrases import NUM_PROMPTS
 
-BATCH_ITEMS = 256
 RAMP_BATCHES = 200
 """The share of edited items grows from 0 to 1 within so many batches."""
 
@@ -65,16 +64,12 @@ class Streams:
 
     Args:
         items: all of them.
-        batch_items: minimum number of items of a batch.
     """
 
-    def __init__(self, items: WordedItems, batch_items: int = BATCH_ITEMS) -> None:
+    def __init__(self, items: WordedItems) -> None:
         self._items = items
-        self._batch_items = batch_items
         self._clean = items.kinds[CLEAN]
         self._prompts = list(self._clean.of_prompt)
-        self._values, rows = measured_twice([*chain.from_iterable(self._clean.of_prompt.values())], items.taps)
-        self._rows = np.split(np.arange(len(rows)), np.flatnonzero(np.diff(rows)) + 1)
 
     @property
     def variants(self) -> list[str]:
@@ -83,26 +78,30 @@ class Streams:
 
     def subject(self, rng: np.random.Generator) -> DriftSubject:
         """Return a subject whose calibration was fitted to a sample of prompts of the same distribution."""
-        drawn = [self._rows[index] for index in rng.integers(len(self._rows), size=CALIBRATION_PROMPTS)]
-        prompts = np.repeat(np.arange(len(drawn)), [len(rows) for rows in drawn])
-        reference = reference_of(self._values[np.concatenate(drawn)], prompts, self._items.taps)
-        return DriftSubject.of(self._items.taps, reference)
+        drawn = rng.integers(len(self._prompts), size=CALIBRATION_PROMPTS)
+        groups = [self._clean.of_prompt[self._prompts[index]] for index in drawn]
+        return DriftSubject.of(self._items.taps, drift_reference(groups, self._items.taps))
 
-    def batch(self, variant: str | None, share: float, rng: np.random.Generator) -> list[Observation]:
-        """Draw a batch of whole prompts in which a share of the completions is edited."""
+    def batch(self, variant: str | None, share: float, rng: np.random.Generator) -> list[list[Observation]]:
+        """Draw the completions of as many prompts as a batch has; a share of them is edited."""
         edits: Kind | None = None if variant is None else self._items.kinds[variant]
-        drawn: list[Observation] = []
-        while len(drawn) < self._batch_items:
+        drawn: list[list[Observation]] = []
+        for _ in range(NUM_PROMPTS):
             prompt = self._prompts[rng.integers(len(self._prompts))]
             is_edited = rng.random(len(self._clean.of_prompt[prompt])) < share
             if edits is not None and is_edited.any():
                 if prompt not in edits.of_prompt:
                     prompt = _one_of(list(edits.of_prompt), rng)
                 pairs = zip(self._clean.of_prompt[prompt], edits.of_prompt[prompt], is_edited, strict=False)
-                drawn += [edit if chosen else clean for clean, edit, chosen in pairs]
+                drawn.append([edit if chosen else clean for clean, edit, chosen in pairs])
             else:
-                drawn += self._clean.of_prompt[prompt]
+                drawn.append(list(self._clean.of_prompt[prompt]))
         return drawn
+
+    def feed(self, monitor: DriftMonitor, variant: str | None, share: float, rng: np.random.Generator) -> None:
+        """Give a batch to a monitor, prompt by prompt, as requests that each have one."""
+        for group in self.batch(variant, share, rng):
+            monitor.observe(group)
 
     def first_alarms(self, variant: str, rng: np.random.Generator) -> dict[str, FirstAlarm]:
         """Run a stream with a growing share of edited items; return the first alarm of each comparison."""
@@ -110,7 +109,7 @@ class Streams:
         monitor = DriftMonitor(subject, 10_000)
         found: dict[str, FirstAlarm] = {}
         for number in range(1, RAMP_BATCHES + 1):
-            monitor.observe(self.batch(variant, number / RAMP_BATCHES, rng))
+            self.feed(monitor, variant, number / RAMP_BATCHES, rng)
             state = monitor.state()
             for name, comparison in state.comparisons.items():
                 if comparison.alarm and name not in found:
@@ -123,7 +122,7 @@ class Streams:
         """Count the alarms of a stream that does not change."""
         monitor = DriftMonitor(self.subject(rng), 10_000)
         for _ in range(num_batches):
-            monitor.observe(self.batch(None, 0.0, rng))
+            self.feed(monitor, None, 0.0, rng)
         return Counter({name: found.num_alarms for name, found in monitor.state().comparisons.items()})
 
     def real_changes(self, variant: str, rng: np.random.Generator) -> dict[str, float]:
@@ -132,7 +131,7 @@ class Streams:
         monitor = DriftMonitor(subject, 10_000)
         for share in (0.0, PROBE_SHARE):
             for _ in range(PROBE_BATCHES):
-                monitor.observe(self.batch(variant if share else None, share, rng))
+                self.feed(monitor, variant if share else None, share, rng)
         return {
             change.statistic: change.z
             for change in changes_of(monitor.state(), subject, "start")

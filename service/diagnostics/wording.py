@@ -80,7 +80,7 @@ PHRASE_KINDS: tuple[str, ...] = (*(f"with_{name}_words" for name in CLASSES), "o
 PHRASE_WORDS = 4
 """Adjacent words of a phrase."""
 
-MAX_PHRASES = 512
+MAX_PHRASES = 256
 """Leading phrases of a completion that are hashed."""
 
 PHRASE_BITS = 20

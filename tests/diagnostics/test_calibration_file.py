@@ -15,6 +15,7 @@ from export.calibration.drift import drift_reference
 from service.checkpoints.files import CALIBRATION_FILE
 from service.diagnostics.calibration import Calibration, read_calibration, write_calibration
 from service.diagnostics.lookup import find_calibration
+from service.diagnostics.monitors.drift_monitor import groups_of
 from service.diagnostics.ood import OodDetector
 from service.errors import CalibrationError
 from service.records import OodReport, StateTap
@@ -52,7 +53,8 @@ def test_a_calibration_that_was_read_gives_the_same_reports(calibration: Calibra
 def test_the_drift_reference_is_one_optional_entry(calibration: Calibration, tmp_path: Path) -> None:
     """A calibration without it is read as before; with it, what was fitted is read, and no other number changes."""
     plain, extended = tmp_path / "plain.safetensors", tmp_path / "extended.safetensors"
-    drift = drift_reference(worded_stream(60, seed=0), TAPS)
+    drift = drift_reference(groups_of(worded_stream(130, seed=0)), TAPS)
+    assert drift is not None
 
     write_calibration(calibration, plain)
     write_calibration(replace(calibration, drift=drift), extended)
@@ -60,9 +62,10 @@ def test_the_drift_reference_is_one_optional_entry(calibration: Calibration, tmp
     read = read_calibration(extended)
     assert read_calibration(plain).drift is None
     assert read.drift is not None
-    assert (read.drift.columns, read.drift.num_items) == (drift.columns, 120)
+    assert (read.drift.columns, read.drift.num_items) == (drift.columns, 256)
     assert np.array_equal(read.drift.means, drift.means, equal_nan=True)
     assert np.isnan(read.drift.means[-1])  # of the states, which these items do not have
+    assert drift_reference(groups_of(worded_stream(100, seed=0)), TAPS) is None
     assert report(read, np.zeros((1, COLUMNS))) == report(calibration, np.zeros((1, COLUMNS)))
 
 

@@ -16,6 +16,7 @@ from loadtest.slow_drift_streams import Streams, sentence
 from loadtest.worded_items import CLEAN, read_measured
 from service.diagnostics.lexicon import count_style_markers
 from service.diagnostics.monitors.drift_report import Change
+from service.diagnostics.monitors.shared_phrases import NUM_PROMPTS
 
 COMPLETION = "Put it in boiling water. Wait for eight minutes, then cool it! Is that enough?"
 VARIANTS = [(hack, number) for hack, edits in EDITS.items() for number in range(len(edits))]
@@ -82,8 +83,8 @@ def test_a_batch_has_the_share_of_edits(measured: Path) -> None:
 
     for share in (0.0, 0.3, 1.0):
         batches = [streams.batch("praise 1", share, rng) for _ in range(8)]
-        assert all(256 <= len(batch) <= 257 for batch in batches)
-        found = [id(item) in edits for batch in batches for item in batch]
+        assert all(len(batch) == NUM_PROMPTS for batch in batches)
+        found = [id(item) in edits for batch in batches for group in batch for item in group]
         assert np.mean(found) == pytest.approx(share, abs=0.05)
 
 

@@ -38,15 +38,22 @@ class BatchMoments:
     """Sum over prompts of the cubes of their summed deviations, [columns]."""
 
     @classmethod
-    def of(cls, values: Matrix, prompts: NDArray[np.int64]) -> BatchMoments:
-        """Return the moments of items [n, columns] with their prompt numbers [n]."""
+    def of(cls, values: Matrix, prompts: NDArray[np.int64], lent: Matrix | None = None) -> BatchMoments:
+        """Return the moments of items.
+
+        Args:
+            values: [n, columns], NaN where unknown.
+            prompts: number of the prompt of each, from 0, all of which occur, [n].
+            lent: what a prompt adds to the values of the others, [prompts, columns]; None: nothing.
+        """
         known = ~np.isnan(values)
         counts = known.sum(axis=0).astype(np.float64)
         means = np.where(known, values, 0.0).sum(axis=0) / np.maximum(counts, 1.0)
         deviations = np.where(known, values - means, 0.0)
-        order = np.argsort(prompts, kind="stable")
-        starts = np.flatnonzero(np.diff(prompts[order], prepend=prompts[order][:1] - 1)) if len(prompts) else order
-        sums = np.add.reduceat(deviations[order], starts, axis=0) if len(prompts) else deviations
+        sums = np.zeros((int(prompts.max(initial=-1)) + 1, values.shape[1]))
+        np.add.at(sums, prompts, deviations)
+        if lent is not None and len(lent):
+            sums += lent - lent.mean(axis=0)
         return cls(counts, means, sums.T @ sums, (sums**3).sum(axis=0))
 
 

@@ -1,23 +1,20 @@
 """The drift monitor of one stream: what it compares of each item, and its detector.
 
-It holds the phrases of the latest completions as hashes, and moments. No text, and nothing of which a text could be
-made, is part of its state.
+It holds statistics and hashes of the completions of the unfinished batch, and moments. No text is part of its state.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
-from numpy.typing import NDArray
 
 from service.diagnostics.monitors.drift import DriftDetector, DriftState
 from service.diagnostics.monitors.drift_moments import BatchMoments
 from service.diagnostics.monitors.drift_reference import DriftReference
 from service.diagnostics.monitors.observation import Observation
-from service.diagnostics.monitors.shared_phrases import SHARED, RecentPhrases
+from service.diagnostics.monitors.shared_phrases import NUM_PROMPTS, SHARED, share_phrases
 from service.diagnostics.states import PER_TAP
 from service.diagnostics.wording import WORDING, Statistic
 from service.records import StateTap
@@ -42,6 +39,9 @@ class DriftSubject:
 
 UNCALIBRATED = DriftSubject()
 
+MAX_COMPLETIONS = 16
+"""Completions of a prompt in a request that are compared, the first ones; more would say little more of the stream."""
+
 
 def state_statistics(taps: Sequence[StateTap]) -> tuple[Statistic, ...]:
     """Return the statistics of the states at some taps, in the order of a Score's traits."""
@@ -50,41 +50,41 @@ def state_statistics(taps: Sequence[StateTap]) -> tuple[Statistic, ...]:
     )
 
 
-def compared_values(
-    items: Sequence[Observation], phrases: RecentPhrases, num_states: int
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Return what is compared of items, and their prompts; items of which no text is known are left out.
+def batch_moments(groups: Sequence[Sequence[Observation]], num_states: int) -> BatchMoments:
+    """Return the moments of what is compared of items.
 
     Args:
-        items: in order of arrival.
-        phrases: of earlier items; those of the items are added.
+        groups: items of one prompt each, all with a known wording; those of equal prompts count as one prompt.
         num_states: statistics of the hidden states.
-
-    Returns:
-        float64 [items, statistics], NaN where a value is unknown, and a number for each prompt, int64 [items].
     """
-    of_prompt: dict[int, list[Observation]] = {}
-    for item in items:
-        if item.wording is not None:
-            of_prompt.setdefault(item.wording.prompt, []).append(item)
-    members = list(of_prompt.values())
-    wordings = [item.wording for group in members for item in group if item.wording is not None]
-    if not wordings:
-        return np.empty((0, len(WORDING) + len(SHARED) + num_states)), np.empty(0, np.int64)
-    prompts = np.repeat(np.arange(len(members)), [len(group) for group in members])
-    shared = phrases.compare(wordings, prompts)
-    worded = np.stack([wording.values for wording in wordings])
-    states = np.full((len(worded), num_states), np.nan)
-    for row, item in zip(states, chain.from_iterable(members), strict=True):
+    items = [item for group in groups for item in group]
+    wordings = [item.wording for item in items if item.wording is not None]
+    numbers: dict[int, int] = {}
+    prompts = np.array([numbers.setdefault(wording.prompt, len(numbers)) for wording in wordings], np.int64)
+    shared = share_phrases(wordings, prompts)
+    states = np.full((len(items), num_states), np.nan)
+    for row, item in zip(states, items, strict=True):
         traits = item.score.traits
         if traits is not None and len(traits) == num_states:
             row[:] = traits
     states[~np.isfinite(states)] = np.nan
-    return np.concatenate([worded, shared, states], axis=1), prompts
+    worded = np.stack([wording.values for wording in wordings])
+    lent = np.zeros((len(numbers), worded.shape[1] + len(SHARED) + num_states))
+    lent[:, worded.shape[1] : worded.shape[1] + len(SHARED)] = shared.lent
+    return BatchMoments.of(np.concatenate([worded, shared.values, states], axis=1), prompts, lent)
+
+
+def groups_of(items: Sequence[Observation]) -> list[list[Observation]]:
+    """Return the items by prompt, at most `MAX_COMPLETIONS` of each; those of which no text is known are left out."""
+    groups: dict[int, list[Observation]] = {}
+    for item in items:
+        if item.wording is not None:
+            groups.setdefault(item.prompt, []).append(item)
+    return [group[:MAX_COMPLETIONS] for group in groups.values()]
 
 
 class DriftMonitor:
-    """Compares a stream of items with its start and with the calibration.
+    """Compares a stream of items with its start and with the calibration, in batches of `NUM_PROMPTS` prompts.
 
     Args:
         subject: what is compared.
@@ -93,16 +93,17 @@ class DriftMonitor:
 
     def __init__(self, subject: DriftSubject, false_alarm_batches: int) -> None:
         self._num_states = len(subject.statistics) - len(WORDING) - len(SHARED)
-        self._phrases = RecentPhrases()
+        self._pending: list[list[Observation]] = []
         scarce = np.array([statistic.scarce for statistic in subject.statistics])
         self._detector = DriftDetector(scarce, subject.reference, false_alarm_batches)
 
-    def observe(self, batch: Sequence[Observation]) -> None:
-        """Compare a batch; all completions of a prompt within a request must be in it."""
-        values, prompts = compared_values(batch, self._phrases, self._num_states)
-        if len(values):
-            self._detector.step(BatchMoments.of(values, prompts))
+    def observe(self, items: Sequence[Observation]) -> None:
+        """Add items; all completions of a prompt within a request must be among them."""
+        self._pending += groups_of(items)
+        while len(self._pending) >= NUM_PROMPTS:
+            self._detector.step(batch_moments(self._pending[:NUM_PROMPTS], self._num_states))
+            del self._pending[:NUM_PROMPTS]
 
     def state(self) -> DriftState:
-        """Return the state by value."""
+        """Return the state by value, as of the last full batch."""
         return self._detector.state()

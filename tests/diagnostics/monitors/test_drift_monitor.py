@@ -7,17 +7,24 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 from observed_streams import HEDGE, stream, worded_stream
 from prometheus_client.parser import text_string_to_metric_families
 
 from export.calibration.drift import drift_reference
-from service.diagnostics.monitors.drift_monitor import UNCALIBRATED, DriftSubject, compared_values, state_statistics
+from service.diagnostics.monitors.drift_monitor import (
+    MAX_COMPLETIONS,
+    UNCALIBRATED,
+    DriftMonitor,
+    DriftSubject,
+    batch_moments,
+    groups_of,
+    state_statistics,
+)
 from service.diagnostics.monitors.monitor import Monitor, Monitors, describe_state, merge_states
 from service.diagnostics.monitors.observation import Observation
 from service.diagnostics.monitors.publisher import watch_stream
-from service.diagnostics.monitors.shared_phrases import NUM_PROMPTS, SHARED, RecentPhrases
+from service.diagnostics.monitors.shared_phrases import NUM_PROMPTS, SHARED
 from service.diagnostics.wording import WORDING
 from service.metrics import Metrics
 from service.records import Score, StateTap
@@ -30,7 +37,7 @@ TAPS = (StateTap(3, "mean"), StateTap(4, "last"))
 @pytest.fixture(scope="module")
 def calibrated() -> DriftSubject:
     """A subject whose calibration has the made-up words."""
-    return DriftSubject.of((), drift_reference(worded_stream(400, seed=1, first_prompt=90_000), ()))
+    return DriftSubject.of((), drift_reference(groups_of(worded_stream(640, seed=1, first_prompt=90_000)), ()))
 
 
 def fed(monitor: Monitor | Monitors, items: Sequence[Observation]) -> None:
@@ -39,11 +46,10 @@ def fed(monitor: Monitor | Monitors, items: Sequence[Observation]) -> None:
 
 
 def drifting(monitor: Monitor | Monitors) -> None:
-    """A clean stream that is longer than the phrases that are compared with, then one that hedges ever more."""
-    fed(monitor, worded_stream(400, seed=2))
-    for step in range(12):
-        hedged = worded_stream(32, seed=10 + step, hedged=step / 12, first_prompt=1000 + 32 * step)
-        fed(monitor, hedged)
+    """Six clean batches, then six that hedge ever more."""
+    fed(monitor, worded_stream(6 * NUM_PROMPTS, seed=2))
+    for step in range(6):
+        fed(monitor, worded_stream(NUM_PROMPTS, seed=10 + step, hedged=(step + 1) / 10, first_prompt=1000 * (step + 1)))
 
 
 def described(monitor: Monitor, subject: DriftSubject) -> dict[str, Any]:
@@ -78,12 +84,13 @@ def test_a_clean_stream_raises_no_alarm(calibrated: DriftSubject) -> None:
     """A stream like the calibration's raises no alarm and names next to nothing."""
     monitor = Monitor(SETTINGS, None, subject=calibrated)
 
-    fed(monitor, worded_stream(1200, seed=3))
+    fed(monitor, worded_stream(12 * NUM_PROMPTS, seed=3))
 
     answer = described(monitor, calibrated)
     assert answer["alarms"] == []
-    assert answer["drift"]["batches"] == 37
+    assert answer["drift"]["batches"] == 12
     assert all(abs(change["z"]) < 4.5 for found in answer["drift"]["comparisons"] for change in found["changes"])
+    assert all(found["recent_items"] == 16 * NUM_PROMPTS for found in answer["drift"]["comparisons"])
 
 
 def test_without_a_calibration_the_start_is_compared_with() -> None:
@@ -137,10 +144,12 @@ def test_metrics_show_evidence_alarm_and_changes(calibrated: DriftSubject) -> No
 def test_runs_are_compared_with_their_own_start() -> None:
     """A run that drifts is in alarm, and another one that sends at the same time is not."""
     monitors = Monitors(SETTINGS, None)
-    for begin in range(0, 800, 16):
-        monitors.observe(worded_stream(8, seed=begin, first_prompt=begin), "steady")
-        hedged = max(0.0, (begin - 560) / 240)
-        monitors.observe(worded_stream(8, seed=5000 + begin, hedged=hedged, first_prompt=5000 + begin), "drifting")
+    for batch in range(10):
+        steady = worded_stream(NUM_PROMPTS, seed=batch, first_prompt=1000 * batch)
+        hedged = worded_stream(NUM_PROMPTS, seed=100 + batch, hedged=max(0, batch - 5) / 5, first_prompt=1000 * batch)
+        for begin in range(0, 2 * NUM_PROMPTS, 16):
+            monitors.observe(steady[begin : begin + 16], "steady")
+            monitors.observe(hedged[begin : begin + 16], "drifting")
 
     alarms = {}
     for run in ("steady", "drifting"):
@@ -151,24 +160,43 @@ def test_runs_are_compared_with_their_own_start() -> None:
     assert alarms == {"steady": False, "drifting": True}
 
 
+def test_batches_have_a_fixed_number_of_prompts() -> None:
+    """However requests are cut, batches have the same prompts, so that shared phrases do not depend on the load."""
+    items = worded_stream(3 * NUM_PROMPTS + 5, seed=5)
+    small, large = DriftMonitor(UNCALIBRATED, 10_000), DriftMonitor(UNCALIBRATED, 10_000)
+
+    for begin in range(0, len(items), 2):
+        small.observe(items[begin : begin + 2])
+    large.observe(items)
+
+    assert small.state().num_batches == large.state().num_batches == 3
+    assert small.state().recent.sums == pytest.approx(large.state().recent.sums, rel=1e-12)
+
+
+def test_a_prompt_with_many_completions_takes_limited_memory() -> None:
+    """Of a prompt the first completions are compared; items without a known text are left out."""
+    (item, *_) = worded_stream(1, seed=6)
+    bare = Observation(Score(0.0), 7)
+
+    (group,) = groups_of([bare, *[item] * 100])
+
+    assert len(group) == MAX_COMPLETIONS
+
+
 def test_states_are_compared_where_they_are_known() -> None:
     """The traits of a Score are compared by tap; values that are not finite, or of another model, are unknown."""
     statistics = state_statistics(TAPS)
-    items = worded_stream(NUM_PROMPTS + 3, seed=6)
-    known = [
-        Observation(Score(0.0, traits=traits), item.prompt, wording=item.wording)
-        for item, traits in zip(
-            items[-6:], [(1.0,) * 10, (2.0,) * 10, (math.inf,) * 10, None, (1.0,) * 4, (3.0,) * 10], strict=True
-        )
+    traits = [(1.0,) * 10, (2.0,) * 10, (math.inf,) * 10, None, (1.0,) * 4, (3.0,) * 10]
+    items = [
+        Observation(Score(0.0, traits=found), item.prompt, wording=item.wording)
+        for item, found in zip(worded_stream(3, seed=7), traits, strict=True)
     ]
 
-    values, prompts = compared_values([*items[:-6], *known], RecentPhrases(), len(statistics))
+    moments = batch_moments(groups_of(items), len(statistics))
 
     assert statistics[5].name == "state_distance_last_4"
-    assert values.shape == (len(items), len(WORDING) + len(SHARED) + 10)
-    states = values[-6:, -10:]
-    assert np.isnan(states).all(axis=1).tolist() == [False, False, True, True, True, False]
-    assert len(set(prompts.tolist())) == NUM_PROMPTS + 3
+    assert moments.counts.tolist() == [6.0] * (len(WORDING) - 1) + [0.0] + [6.0] * len(SHARED) + [3.0] * 10
+    assert moments.means[-10:].tolist() == [2.0] * 10
 
 
 def samples(metrics: Metrics) -> dict[tuple[Any, ...], float]:

@@ -3,100 +3,97 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
+import pytest
 
 from service.diagnostics.lexicon import count_style_markers
-from service.diagnostics.monitors.shared_phrases import NUM_PROMPTS, SHARED, RecentPhrases
+from service.diagnostics.monitors.shared_phrases import SHARED, WIDELY, SharedPhrases, share_phrases
 from service.diagnostics.wording import Wording, read_wording
 
 NAMES = [statistic.name for statistic in SHARED]
 
 
-def wording(text: str, prompt: int) -> Wording:
-    return read_wording(text, "", count_style_markers(text), prompt)
+def wording(text: str) -> Wording:
+    return read_wording(text, "", count_style_markers(text), 0)
 
 
-def own_words(prompt: int) -> str:
-    """Six words that no other prompt's completion has."""
-    letters = "".join(chr(97 + digit) for digit in divmod(prompt, 26))
-    return " ".join(f"{letters}{word}" for word in ("ax", "bx", "cx", "dx", "ex", "fx"))
+def compare(*texts: str, prompts: list[int] | None = None) -> SharedPhrases:
+    """Compare completions; each has a prompt of its own unless their prompts are given."""
+    numbers = list(range(len(texts))) if prompts is None else prompts
+    return share_phrases([wording(text) for text in texts], np.array(numbers, np.int64))
 
 
-def compare(phrases: RecentPhrases, completions: list[Wording]) -> NDArray[np.float64]:
-    """Compare completions of one prompt."""
-    return phrases.compare(completions, np.zeros(len(completions), np.int64))
-
-
-def fed(num_prompts: int, text: str = "") -> RecentPhrases:
-    """The phrases of so many prompts, each with words of its own and the same ending."""
-    phrases = RecentPhrases()
-    for prompt in range(num_prompts):
-        compare(phrases, [wording(f"{own_words(prompt)} {text}", prompt)])
-    return phrases
-
-
-def shared(phrases: RecentPhrases, text: str, prompt: int, name: str) -> float:
-    return float(compare(phrases, [wording(text, prompt)])[0, NAMES.index(name)])
-
-
-def test_nothing_is_known_until_enough_prompts_were_seen() -> None:
-    """The figures begin when there are as many prompts as later, so that they do not rise by themselves."""
-    phrases = fed(NUM_PROMPTS - 1)
-
-    assert np.isnan(compare(phrases, [wording("a b c d e", 1000)])).all()
-    assert np.isfinite(compare(phrases, [wording("a b c d e", 1001)])).all()
+def values(found: SharedPhrases, name: str) -> list[float]:
+    return found.values[:, NAMES.index(name)].tolist()
 
 
 def test_what_other_prompts_share_is_counted() -> None:
-    """A phrase that other prompts' completions have counts, by its place and by the classes of its words."""
-    phrases = fed(NUM_PROMPTS, "you might well say that")
+    """A phrase counts that another prompt's completion has, by its place in the answer."""
+    found = compare("you might well say that", "other words you might well say", "nothing of this is there")
 
-    text = "quite other words here you might well say that"
-    assert shared(phrases, text, 900, "shared_phrases") == 100 * (2 / 6)
-    assert shared(phrases, text, 901, "shared_endings") == 100.0
-    assert shared(phrases, text, 902, "shared_openings") == 100.0  # prompts 900 and 901 began like this
-    assert shared(fed(NUM_PROMPTS, "you might well say that"), text, 1, "shared_openings") == 0.0
-    assert shared(fed(NUM_PROMPTS, "you might well say that"), text, 1, "widely_shared_phrases_with_hedging_words") > 30
-    assert shared(fed(NUM_PROMPTS), text, 1, "shared_phrases") == 0.0
+    assert values(found, "shared_phrases") == [50.0, pytest.approx(100 / 3), 0.0]
+    assert values(found, "shared_openings") == [100.0, 0.0, 0.0]
+    assert values(found, "shared_endings") == [0.0, 100.0, 0.0]
+    assert values(found, "widely_shared_phrases") == [0.0] * 3
+
+
+def test_what_many_share_is_widely_shared() -> None:
+    """A phrase that enough other prompts share is widely shared, and has the kinds of its words."""
+    texts = ["you might say that"] * (WIDELY + 1)
+
+    assert values(compare(*texts), "widely_shared_phrases") == [100.0] * len(texts)
+    assert values(compare(*texts), "widely_shared_endings") == [100.0] * len(texts)
+    assert values(compare(*texts), "widely_shared_phrases_with_hedging_words") == [100.0] * len(texts)
+    assert values(compare(*texts), "widely_shared_phrases_with_praise_words") == [0.0] * len(texts)
+    assert values(compare(*texts[1:]), "widely_shared_phrases") == [0.0] * WIDELY
 
 
 def test_answers_to_one_prompt_are_not_compared() -> None:
-    """A prompt that comes again, and siblings within a request, share nothing with themselves."""
-    phrases = fed(NUM_PROMPTS)
-    text = "every word of this comes again"
+    """Completions of one prompt share nothing with each other, and count as one for the others."""
+    texts = ["every word of this comes again"] * 6
 
-    assert (compare(phrases, [wording(text, 900), wording(text, 900)]) == 0.0).all()
-    assert shared(phrases, text, 900, "shared_phrases") == 0.0
-    assert shared(phrases, text, 901, "shared_phrases") == 100.0
-
-
-def test_old_prompts_are_forgotten() -> None:
-    """Only the latest prompts are compared with, and memory does not grow."""
-    phrases = fed(1, "you might well say that")
-    for prompt in range(1, 3 * NUM_PROMPTS):
-        compare(phrases, [wording(own_words(prompt), prompt)])
-
-    assert shared(phrases, "you might well say that", 5000, "shared_phrases") == 0.0
-    assert phrases._counts.sum() == 3 * (NUM_PROMPTS - 1) + 2
-    assert len(phrases._of_prompt) == NUM_PROMPTS
+    assert not compare(*texts, prompts=[0] * 6).values.any()
+    found = compare(*texts, prompts=[0, 0, 0, 0, 1, 1])
+    assert values(found, "shared_phrases") == [100.0] * 6
+    assert values(found, "widely_shared_phrases") == [0.0] * 6
 
 
-def test_an_empty_completion_shares_nothing() -> None:
-    """A completion that is too short for a phrase shares none."""
-    assert (compare(fed(NUM_PROMPTS), [wording("No.", 900)]) == 0.0).all()
+@pytest.mark.parametrize("text", ["", "No.", "\u4f60\u597d"])
+def test_a_completion_without_phrases_shares_nothing(text: str) -> None:
+    """A completion that is too short for a phrase has figures, too: zeros."""
+    assert not compare(text).values.any()
+    assert values(compare("a b c d", text, "a b c d"), "shared_phrases") == [100.0, 0.0, 100.0]
+    assert compare().values.shape == (0, len(SHARED))
 
 
-def test_a_batch_is_compared_at_once() -> None:
-    """Each completion of a batch gets the figures that it gets alone; of a large batch the latest prompts remain."""
-    texts = ["you might well say that", "No.", "quite other words here you might well say that", "a b c d e"]
-    batch = [wording(text, 800 + number // 2) for number, text in enumerate(texts)]
-    alone = np.concatenate([compare(fed(NUM_PROMPTS, texts[0]), [entry]) for entry in batch])
-    phrases = fed(NUM_PROMPTS, texts[0])
+def test_what_a_prompt_lends_is_what_the_others_lose_without_it() -> None:
+    """The jackknife: for each prompt, the sum of the others' figures less that sum without it."""
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(list("abcd"), rng.integers(3, 9))) for _ in range(40)]
+    prompts = np.sort(rng.integers(25, size=40))
+    prompts = np.unique(prompts, return_inverse=True)[1]
+    found = share_phrases([wording(text) for text in texts], prompts)
 
-    together = phrases.compare(batch, np.array([0, 0, 1, 1]))
-    many = [wording(own_words(number), number) for number in range(600)]
-    phrases.compare(many, np.arange(600))
+    for prompt in range(int(prompts.max()) + 1):
+        others = prompts != prompt
+        remaining = [wording(text) for text, is_other in zip(texts, others, strict=True) if is_other]
+        without = share_phrases(remaining, np.unique(prompts[others], return_inverse=True)[1])
+        lost = found.values[others].sum(axis=0) - without.values.sum(axis=0)
+        assert found.lent[prompt] == pytest.approx(lost)
 
-    assert together.tolist() == alone.tolist()
-    assert (compare(phrases, [wording(own_words(599), 5000)])[:, 0] == 100.0).all()
-    assert (compare(phrases, [wording(own_words(100), 5001)])[:, 0] == 0.0).all()
+
+def test_the_standard_error_is_that_of_repeated_batches() -> None:
+    """The estimated variance of a batch's mean is at least that over batches (Efron and Stein); without lending it is not."""
+    rng = np.random.default_rng(1)
+    vocabulary = np.array(list("abcdefgh"))
+    means, with_lent, without = [], [], []
+    for _ in range(150):
+        found = share_phrases([wording(" ".join(rng.choice(vocabulary, 6))) for _ in range(60)], np.arange(60))
+        values_of = found.values[:, 0]
+        influence = values_of - values_of.mean()
+        lent = found.lent[:, 0] - found.lent[:, 0].mean()
+        means.append(values_of.mean())
+        with_lent.append(((influence + lent) ** 2).sum() / 60**2)
+        without.append((influence**2).sum() / 60**2)
+
+    assert 0.9 * np.var(means) < np.mean(with_lent) < 2.5 * np.var(means)
+    assert np.mean(without) < 0.6 * np.var(means)
