@@ -62,29 +62,31 @@ def share_phrases(completions: Sequence[Wording], prompts: NDArray[np.int64]) ->
     if not sizes.sum():
         return SharedPhrases(np.zeros((len(completions), len(SHARED))), np.zeros((num_prompts, len(SHARED))))
     item = np.repeat(np.arange(len(completions)), sizes)
-    amounts = _amounts(completions, sizes, item)
     phrases = np.concatenate([entry.phrases for entry in completions]).astype(np.int64)
     pairs, pair = np.unique(prompts[item] << PHRASE_BITS | phrases, return_inverse=True)
     _, phrase, holders = np.unique(pairs & (1 << PHRASE_BITS) - 1, return_inverse=True, return_counts=True)
+    shared = np.flatnonzero(holders[phrase[pair]] > 1)  # the few that matter
+    item, pair = item[shared], pair[shared]
+    amounts = _amounts(completions, sizes, shared, item)
     own = _summed(pair, amounts, len(pairs))  # what a prompt's completions have of a phrase
     others = _summed(phrase, own, len(holders))[phrase] - own
     values, lent = [], []
     for needed, columns in ((1, slice(0, 3)), (WIDELY, slice(None))):
-        has_others = (holders[phrase] > needed)[pair, None]
-        values.append(_summed(item, amounts[:, columns] * has_others, len(completions)))
-        is_decisive = (holders[phrase] == needed + 1)[:, None]
-        lent.append(_summed(pairs >> PHRASE_BITS, others[:, columns] * is_decisive, num_prompts))
+        has_others = np.flatnonzero(holders[phrase[pair]] > needed)
+        values.append(_summed(item[has_others], amounts[has_others, columns], len(completions)))
+        decisive = np.flatnonzero(holders[phrase] == needed + 1)
+        lent.append(_summed(pairs[decisive] >> PHRASE_BITS, others[decisive, columns], num_prompts))
     return SharedPhrases(np.concatenate(values, axis=1), np.concatenate(lent, axis=1))
 
 
-def _amounts(completions: Sequence[Wording], sizes: NDArray[np.int64], item: NDArray[np.int64]) -> Values:
-    """Return what each phrase adds to the figures of its completion if it is shared, [phrases, 3 + kinds]."""
+def _amounts(
+    completions: Sequence[Wording], sizes: NDArray[np.int64], chosen: NDArray[np.int64], item: NDArray[np.int64]
+) -> Values:
+    """Return what each chosen phrase adds to the figures of its completion if it is shared, [chosen, 3 + kinds]."""
     share = 100.0 / sizes[item]
-    ends = np.cumsum(sizes)[sizes > 0]
-    opening, ending = np.zeros(len(item)), np.zeros(len(item))
-    opening[ends - sizes[sizes > 0]] = 100.0
-    ending[ends - 1] = 100.0
-    kinds = np.concatenate([entry.kinds for entry in completions])[:, None]
+    ends = np.cumsum(sizes)
+    opening, ending = (100.0 * (chosen == place[item]) for place in (ends - sizes, ends - 1))
+    kinds = np.concatenate([entry.kinds for entry in completions])[chosen, None]
     of_kind = np.unpackbits(kinds, axis=1, count=len(PHRASE_KINDS), bitorder="little")
     return np.column_stack([share, opening, ending, of_kind * share[:, None]])
 

@@ -23,7 +23,7 @@ def compare(*texts: str, prompts: list[int] | None = None) -> SharedPhrases:
 
 
 def values(found: SharedPhrases, name: str) -> list[float]:
-    return found.values[:, NAMES.index(name)].tolist()
+    return [float(value) for value in found.values[:, NAMES.index(name)]]
 
 
 def test_what_other_prompts_share_is_counted() -> None:
@@ -82,7 +82,7 @@ def test_what_a_prompt_lends_is_what_the_others_lose_without_it() -> None:
 
 
 def test_the_standard_error_is_that_of_repeated_batches() -> None:
-    """The estimated variance of a batch's mean is at least that over batches (Efron and Stein); without lending it is not."""
+    """The estimated variance is at least that over batches (Efron and Stein, 1981); without what is lent it is less."""
     rng = np.random.default_rng(1)
     vocabulary = np.array(list("abcdefgh"))
     means, with_lent, without = [], [], []
