@@ -92,6 +92,9 @@ VERSION = "1"
 _DISTINCT_WINDOW = 100
 _MIN_SENTENCE_WORDS = 3
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
+_BULLET = re.compile("^[ \t]*[\u2022\u2023\u2043\u25aa\u25cf\u25e6\u2013\u2014\u00b7][ \t]", re.MULTILINE)
+"""Bullets beside those of markdown, which `StyleMarkers` counts."""
+
 _LETTERS = string.ascii_lowercase.encode() + b"'"
 _BLANK_UNLESS_LETTER = bytes(byte if byte in _LETTERS else 32 for byte in range(256))
 _NOT_OTHER_PUNCTUATION = b".,!?'"
@@ -164,6 +167,7 @@ def _values(
         len(sentence) >= _MIN_SENTENCE_WORDS and known >= len(sentence) - len(sentence) // 10
         for sentence, known in zip(sentences, common, strict=True)
     )
+    list_items = markers.list_items + (0 if len(ascii_text) == len(plain) else len(_BULLET.findall(plain)))
     distinct = set(words)
     first = words[:_DISTINCT_WINDOW]
     raw = [
@@ -177,8 +181,8 @@ def _values(
         *(100.0 * classes[index] / num_words for index in range(len(CLASSES))),
         plain.count("?"),
         plain.count("!"),
-        markers.list_items,
-        100.0 * (markers.list_items > 0),
+        list_items,
+        100.0 * (list_items > 0),
         markers.headers + markers.bold,
         plain.strip().count("\n"),
         100.0 * plain.count(",") / num_words,

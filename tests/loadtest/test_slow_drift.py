@@ -52,7 +52,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two completions of each of 300 prompts, and the edits of those of 40."""
     folder = tmp_path_factory.mktemp("slow_drift")
     rng = np.random.default_rng(0)
-    words = np.array([a + b for a in "bdfgklmnprst" for b in ("aba", "ege", "ilo", "oku", "una")])
+    words = np.array([a + b for a in "bdfgklmnprst" for b in ("aba", "egi", "ilo", "oku", "una")])
     with (folder / "pairs.jsonl").open("w") as out:
         for number in range(300):
             chosen, rejected = (" ".join(rng.choice(words, rng.integers(10, 40))) + "." for _ in range(2))

@@ -14,10 +14,13 @@ import numpy as np
 from service.diagnostics.monitors.drift import DriftState
 from service.diagnostics.monitors.drift_moments import Vector, standardised
 from service.diagnostics.monitors.drift_monitor import DriftSubject
+from service.diagnostics.monitors.shared_phrases import PLAINLY_SHARED
 from service.diagnostics.wording import shown
 
 NUM_CHANGES = 5
 """Changes that are named."""
+
+NUM_SHARED = 2
 
 MIN_GAIN = 3.0
 """ln of what the bets on a change must have gained, so that it is named."""
@@ -114,6 +117,12 @@ def _reference_of(state: DriftState, subject: DriftSubject, against: str) -> tup
 
 
 def largest(changes: Sequence[Change]) -> list[Change]:
-    """Return the changes that are named, that with the most evidence first."""
+    """Return the changes that are named, that with the most evidence first.
+
+    Of the figures that all say that prompts share phrases at most `NUM_SHARED` are named, which leaves room for what the
+    phrases are.
+    """
     named = [change for change in changes if change.gain >= MIN_GAIN]
-    return sorted(named, key=lambda change: -change.gain)[:NUM_CHANGES]
+    ordered = sorted(named, key=lambda change: -change.gain)
+    shared = [change.statistic for change in ordered if change.statistic in PLAINLY_SHARED]
+    return [change for change in ordered if change.statistic not in shared[NUM_SHARED:]][:NUM_CHANGES]

@@ -18,13 +18,19 @@ from service.diagnostics.wording import PHRASE_BITS, PHRASE_KINDS, Statistic, Wo
 _OF_PHRASES = "percent of the answer's phrases"
 _OF_ANSWERS = "percent of answers"
 
-SHARED: tuple[Statistic, ...] = (
+_PLAINLY_SHARED = (
     Statistic("shared_phrases", _OF_PHRASES, scarce=5.0),
     Statistic("shared_openings", _OF_ANSWERS, scarce=100.0),
     Statistic("shared_endings", _OF_ANSWERS, scarce=100.0),
     Statistic("widely_shared_phrases", _OF_PHRASES, scarce=5.0),
     Statistic("widely_shared_openings", _OF_ANSWERS, scarce=100.0),
     Statistic("widely_shared_endings", _OF_ANSWERS, scarce=100.0),
+)
+PLAINLY_SHARED = frozenset(statistic.name for statistic in _PLAINLY_SHARED)
+"""Names of the statistics that do not say what the shared phrases are."""
+
+SHARED: tuple[Statistic, ...] = (
+    *_PLAINLY_SHARED,
     *(Statistic(f"widely_shared_phrases_{kind}", _OF_PHRASES, scarce=5.0) for kind in PHRASE_KINDS),
 )
 """What `share_phrases` computes of each completion, in this order."""

@@ -13,7 +13,7 @@ from service.diagnostics.monitors.drift import RECENT_BATCHES, START_BATCHES, Dr
 from service.diagnostics.monitors.drift_moments import BatchMoments
 from service.diagnostics.monitors.drift_monitor import DriftSubject
 from service.diagnostics.monitors.drift_reference import DriftReference
-from service.diagnostics.monitors.drift_report import changes_of, describe_drift, drift_alarms
+from service.diagnostics.monitors.drift_report import Change, changes_of, describe_drift, drift_alarms, largest
 from service.diagnostics.wording import Statistic
 
 STATISTICS = (
@@ -124,6 +124,19 @@ def test_a_logarithm_is_shown_in_its_unit() -> None:
     (size,) = (found for found in changes_of(state, DriftSubject(STATISTICS), "start") if found.statistic == "size")
 
     assert size.recent == pytest.approx(math.expm1(3.0), rel=0.1)
+
+
+def test_shared_phrases_leave_room_for_what_they_are() -> None:
+    """Changes are named by their gain, at most five, at most two of those that only say that phrases are shared."""
+    gains = {
+        "shared_phrases": 9.0, "shared_endings": 8.0, "widely_shared_phrases": 7.0, "widely_shared_endings": 6.0,
+        "widely_shared_phrases_with_praise_words": 5.0, "words": 4.0, "commas": 3.5, "digits": 3.2, "capitals": 2.9,
+    }  # fmt: skip
+    changes = [Change(name, "units", 0.0, 1.0, 4.0, gain) for name, gain in reversed(gains.items())]
+
+    named = [change.statistic for change in largest(changes)]
+
+    assert named == ["shared_phrases", "shared_endings", "widely_shared_phrases_with_praise_words", "words", "commas"]
 
 
 def test_an_alarm_ends_when_the_stream_returns() -> None:
