@@ -119,8 +119,7 @@ def _reference_of(state: DriftState, subject: DriftSubject, against: str) -> tup
 def largest(changes: Sequence[Change]) -> list[Change]:
     """Return the changes that are named, that with the most evidence first.
 
-    Of the figures that all say that prompts share phrases at most `NUM_SHARED` are named, which leaves room for what the
-    phrases are.
+    At most `NUM_SHARED` of them only say that prompts share phrases, which leaves room for what the phrases are.
     """
     named = [change for change in changes if change.gain >= MIN_GAIN]
     ordered = sorted(named, key=lambda change: -change.gain)
