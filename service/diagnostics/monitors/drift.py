@@ -32,6 +32,9 @@ MIN_BATCHES = 4
 MIN_ITEMS = 512
 """Before a bet is placed, so many must have shown how the statistics vary."""
 
+MIN_KNOWN = 32
+"""Values that a batch must have of a statistic, so that it is bet on: the mean of fewer is far from normal."""
+
 MEMORIES = np.array([0.5, 0.9])
 """Weight of the previous batches in the direction of the classifier."""
 
@@ -177,10 +180,11 @@ class DriftDetector:
     def _compare(self, batch: BatchMoments) -> None:
         variances = self._spread.variances(self._scarce) * self._spread.excess()
         skewness = self._spread.skewness(self._scarce) / np.sqrt(np.maximum(batch.counts, 1.0))
-        recent = _merged(self._recent, len(self._scarce))
-        self._compare_with_start(Means.of(batch), recent, variances, skewness)
+        counts = np.where(batch.counts >= MIN_KNOWN, batch.counts, 0.0)
+        found, recent = Means(counts, counts * batch.means), _merged(self._recent, len(self._scarce))
+        self._compare_with_start(found, recent, variances, skewness)
         if self._reference is not None:
-            self._compare_with_calibration(self._reference, Means.of(batch), recent, variances, skewness)
+            self._compare_with_calibration(self._reference, found, recent, variances, skewness)
 
     def _compare_with_start(self, batch: Means, recent: Means, variances: Vector, skewness: Vector) -> None:
         z = standardised(batch, self._before.values, self._before.counts, variances)

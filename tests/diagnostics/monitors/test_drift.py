@@ -161,6 +161,18 @@ def test_one_unusual_batch_is_not_drift() -> None:
     assert drift_alarms(fed(detector, rng, [0.0] * 10)) == []
 
 
+def test_what_is_known_of_few_items_is_not_bet_on() -> None:
+    """A statistic that is known for a few items of each batch, whatever its values, raises no alarm."""
+    rng = np.random.default_rng(10)
+    detector = DriftDetector(SCARCE, None, 10_000)
+    for number in range(40):
+        found = values(rng, 100.0 * (number > 20))
+        found[5:, 0] = np.nan
+        detector.step(BatchMoments.of(found, PROMPTS))
+
+    assert drift_alarms(detector.state()) == []
+
+
 def test_batches_that_vary_by_themselves_are_not_drift() -> None:
     """Batches whose means vary more than their prompts explain, as those of changing topics do, raise no alarm."""
     rng = np.random.default_rng(6)
