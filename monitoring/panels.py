@@ -317,6 +317,34 @@ _TRUST = Row(
             thresholds=(1.0,),
         ),
         Panel(
+            "Drift of the wording",
+            "Evidence that completions are worded otherwise than at the start of the stream, or than the "
+            "calibration's, as a share of the threshold; the largest of all replicas.",
+            "timeseries",
+            (
+                Query(
+                    f"max by (against) (rm_drift_evidence{{{JOB}}}) / ignoring (against) group_left () "
+                    f"max (rm_drift_threshold{{{JOB}}})",
+                    "{{against}}",
+                ),
+            ),
+            unit="percentunit",
+            width=12,
+            thresholds=(1.0,),
+        ),
+        Panel(
+            "What has changed since the start",
+            "The statistics of the recent completions that differ most from those at the start of the stream, in "
+            "standard errors; of all replicas the one with the largest difference.",
+            "timeseries",
+            (
+                Query(f'topk(5, max by (statistic) (rm_drift_change{{{JOB}, against="start"}}))', "{{statistic}}"),
+                Query(f'bottomk(5, min by (statistic) (rm_drift_change{{{JOB}, against="start"}}))', "{{statistic}}"),
+            ),
+            width=12,
+            empty_when="no request had diagnostics.",
+        ),
+        Panel(
             "Alarms",
             "1 while the monitor is in alarm on any replica.",
             "timeseries",

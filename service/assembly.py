@@ -21,6 +21,7 @@ from service.checkpoints.checkpoint import Checkpoint, locate_checkpoint, model_
 from service.diagnostics.calibration import Calibration
 from service.diagnostics.diagnosis import Diagnostician
 from service.diagnostics.lookup import Lookup, binding_of, find_calibration, without_calibration
+from service.diagnostics.monitors.drift_monitor import UNCALIBRATED, DriftSubject
 from service.diagnostics.monitors.monitor import Monitors
 from service.diagnostics.monitors.publisher import watch_stream
 from service.engines.base import Engine, EngineInfo
@@ -368,7 +369,8 @@ def _join(
     metrics.describe_build(distribution_version("reward-service"), settings.code_revision)
     if calibration is not None:
         _describe_calibration(metrics, calibration)
-    monitors = watch_stream(metrics, calibration.monitors if calibration else None, settings.monitors)
+    subject = DriftSubject.of(calibration.states.taps, calibration.drift) if calibration else UNCALIBRATED
+    monitors = watch_stream(metrics, calibration.monitors if calibration else None, settings.monitors, subject)
     special_ids = frozenset(checkpoint.tokenizer.all_special_ids) if checkpoint else frozenset()
     diagnostician = Diagnostician(calibration, special_ids, settings.diagnostics.alpha, info.taps)
     scorer = Scorer(

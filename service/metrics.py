@@ -330,7 +330,26 @@ class Metrics:
         self.alarm = Gauge(
             "rm_alarm", "1 while the alarm of a signal is on.", ["signal", "severity"], registry=registry
         )
-        self.alarms = Counter("rm_alarms", "Alarms raised by rm_cusum.", ["signal"], registry=registry)
+        self.alarms = Counter(
+            "rm_alarms", "Alarms raised by rm_cusum and rm_drift_evidence.", ["signal"], registry=registry
+        )
+        self.drift_evidence = Gauge(
+            "rm_drift_evidence",
+            "Evidence that the completions differ from those at the start, or from the calibration's: ln of the mean "
+            "gain of bets on the next batch.",
+            ["against"],
+            registry=registry,
+        )
+        self.drift_threshold = Gauge(
+            "rm_drift_threshold", "Value of rm_drift_evidence that raises an alarm.", registry=registry
+        )
+        self.drift_change = Gauge(
+            "rm_drift_change",
+            "Difference of a statistic of the recent completions from those at the start, or from the calibration's, "
+            "in standard errors.",
+            ["against", "statistic"],
+            registry=registry,
+        )
 
     def _declare_calibration(self) -> None:
         # Registered by describe_calibration, so that a replica without a calibration does not export them.

@@ -287,7 +287,10 @@ class MonitorSettings(Section):
         "percent confidence.",
     )
     false_alarm_batches: int = Field(
-        10_000, ge=10, description="Mean number of batches between two false alarms of all cumulative sums together."
+        10_000,
+        ge=10,
+        description="Mean number of batches between two false alarms of all cumulative sums together, and of the "
+        "drift of the wording.",
     )
 
 

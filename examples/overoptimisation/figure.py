@@ -17,8 +17,8 @@ EARLY_STEPS = 3
 REWARD_ALARM = "cusum_reward"
 """The drift alarm of the reward itself: a policy that learns raises it as well as one that hacks."""
 
-DRIFT_ALARM = "cusum_"
-"""Begins the names of the drift alarms, which are designed for a false-alarm rate. The other monitors are 95 percent
+DRIFT_ALARMS = ("cusum_", "drift_")
+"""Begin the names of the drift alarms, which are designed for a false-alarm rate. The other monitors are 95 percent
 intervals that are looked at after every update, so some of them warn by chance."""
 
 Rows = Sequence[Mapping[str, Any]]
@@ -50,7 +50,7 @@ def _run(seed: int, metrics: Rows, completions: Rows) -> dict[str, Any]:
     peak = max(range(len(steps)), key=smoothed.__getitem__)
     peak_step = steps[peak]["step"]
     first = first_alarms(steps)
-    drift = {name: step for name, step in first.items() if name.startswith(DRIFT_ALARM)}
+    drift = {name: step for name, step in first.items() if name.startswith(DRIFT_ALARMS)}
     others = {name: step for name, step in drift.items() if name != REWARD_ALARM}
     return {
         "seed": seed,
@@ -106,7 +106,7 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
 
 def _draw_run(axes: Any, run: Mapping[str, Any], *, is_first: bool) -> None:
     steps = run["steps"]
-    drift = {name for name in run["first_alarms"] if name.startswith(DRIFT_ALARM)}
+    drift = {name for name in run["first_alarms"] if name.startswith(DRIFT_ALARMS)}
     x = [step["step"] for step in steps]
     for axis, curves in zip(
         axes,

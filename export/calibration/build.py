@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 
+from export.calibration.drift import fit_drift
 from export.calibration.fit import fit_length_curve
 from export.calibration.measured_parts import MeasuredParts, joined
 from export.calibration.ranking import evaluate, evaluate_length, monitor_reference, rank_items
@@ -143,4 +144,5 @@ def _assembled(
         detectors=detectors,
         ranking=ranking,
         monitors=monitor_reference(parts.clean["calibrate"], detectors, ranking),
+        drift=fit_drift(parts),
     )

@@ -23,6 +23,7 @@ from service.diagnostics.calibration_facts import CalibrationFacts
 from service.diagnostics.conformal import Scores, TailMap
 from service.diagnostics.detectors import OneSidedTests, ShrunkGaussian, TreeEnsemble
 from service.diagnostics.lexicon import LEXICON_VERSION
+from service.diagnostics.monitors.drift_reference import DriftReference
 from service.diagnostics.monitors.reference import MonitorReference
 from service.diagnostics.ngrams import NgramCounts
 from service.diagnostics.ood import Component, Detectors, Ranking
@@ -95,7 +96,10 @@ class Calibration:
     ranking: Ranking
 
     monitors: MonitorReference
-    """Reference of the drift monitors."""
+    """Reference of the monitors."""
+
+    drift: DriftReference | None = None
+    """Means of the drift monitor's statistics; None: runs are compared with their own start only."""
 
     id: str = ""
     """``sha256:`` and the hash of the file; empty before it is written."""
@@ -186,6 +190,8 @@ def _pack(calibration: Calibration) -> tuple[dict[str, NDArray[Any]], dict[str, 
         gaussian = getattr(detectors, name)
         if gaussian is not None:
             _pack_gaussian(name, gaussian, arrays)
+    if calibration.drift is not None:
+        calibration.drift.pack(arrays, shapes)
     if detectors.trees is not None:
         _pack_trees(detectors.trees, arrays)
         shapes["tree_depth"] = detectors.trees.depth
@@ -206,6 +212,7 @@ def _unpack(header: Mapping[str, Any], arrays: Arrays, id_: str) -> Calibration:
         detectors=_unpack_detectors(shapes, arrays),
         ranking=_unpack_ranking(shapes, arrays),
         monitors=MonitorReference.from_arrays(arrays),
+        drift=DriftReference.unpack(arrays, shapes),
         id=id_,
     )
 

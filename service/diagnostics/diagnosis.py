@@ -54,6 +54,11 @@ class Diagnostician:
             OodDetector(calibration.detectors, calibration.ranking, calibration.id, alpha) if calibration else None
         )
 
+    @property
+    def text_reader(self) -> TextReader:
+        """Computes the text statistics of items."""
+        return self._texts
+
     def needs_states(self, level: DiagnosticsLevel) -> bool:
         """Return whether this level requires the states of the forward pass."""
         return level == "full" and self.calibration is not None

@@ -12,13 +12,14 @@ import string
 import zlib
 from collections import Counter
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.diagnostics.lexicon import FENCED_CODE, StyleMarkers, count_style_markers
 from service.diagnostics.ngrams import WINDOW_TOKENS, NgramCounts
+from service.diagnostics.wording import Wording, read_wording
 from service.records import Exchange, Item, StyleReport, TokenSequence
 
 STATISTICS = (
@@ -109,6 +110,9 @@ class TextFacts:
     statistics: NDArray[np.float64] | None = None
     """The numbers named in `STATISTICS`, float64 [18]; None below level ``full`` and without n-gram counts."""
 
+    wording: Wording | None = field(default=None, repr=False)
+    """What the drift monitor compares; `TextReader` always computes it."""
+
 
 class TextReader:
     """Computes the text statistics of items.
@@ -135,14 +139,15 @@ class TextReader:
             return None
         chars = read_chars(content.completion_text)
         if not full:
-            return TextFacts(chars)
+            return TextFacts(chars, wording=wording_of(content, chars))
         num_prompt = sequence.num_prompt_tokens
         completion = completion_tokens(sequence.token_ids[num_prompt:], self._special_ids)
         tokens = read_tokens(completion, sequence.token_ids[:num_prompt])
         if self._ngrams is None:
-            return TextFacts(chars, tokens)
+            return TextFacts(chars, tokens, wording=wording_of(content, chars))
         uni, bi = self._ngrams.surprisal(completion)
-        return TextFacts(chars, tokens, statistics_of(chars, tokens, sequence.num_tokens - num_prompt, uni, bi))
+        statistics = statistics_of(chars, tokens, sequence.num_tokens - num_prompt, uni, bi)
+        return TextFacts(chars, tokens, statistics, wording_of(content, chars, bi))
 
 
 def read_chars(text: str) -> CharFacts:
@@ -221,6 +226,13 @@ def statistics_of(
             chars.chars / max(1, num_completion_tokens),
         ]
     )
+
+
+def wording_of(content: Exchange, chars: CharFacts, surprisal: float = math.nan) -> Wording:
+    """Return how a completion is worded, compared with the last turn of its prompt."""
+    prompt = content.prompt
+    question = prompt if isinstance(prompt, str) else prompt[-1].text
+    return read_wording(content.completion_text, question, chars.markers, hash((prompt, content.tools)), surprisal)
 
 
 def style_report(facts: TextFacts, style_p: float | None = None) -> StyleReport:

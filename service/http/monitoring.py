@@ -42,7 +42,8 @@ def monitor_route(served: ServedModel, gather: GatherMonitors | None) -> Route:
             "incomplete": view.incomplete,
             "calibrated": served.monitors.reference is not None,
         }
-        state = describe_state(view.state, served.monitors.reference, served.settings.monitors, served.info.outputs)
+        monitors = served.monitors
+        state = describe_state(view.state, monitors.reference, monitors.settings, served.info.outputs, monitors.subject)
         calibration = served.lookup.calibration
         rewards = None if calibration is None else calibration.rewards
         distributions = {

@@ -107,6 +107,17 @@ _HISTOGRAM: dict[str, Any] = {
         },
     },
 }
+_CHANGE: dict[str, Any] = {
+    "type": "object",
+    "description": "A statistic of the recent completions that differs; that with the most evidence is first.",
+    "required": ["statistic", "unit", "reference", "recent", "z", "gain"],
+    "properties": {
+        **{name: {"type": "string"} for name in ("statistic", "unit")},
+        **{name: {"type": "number"} for name in ("reference", "recent")},
+        "z": {"type": "number", "description": "The difference in standard errors."},
+        "gain": {"type": "number", "description": "ln of what bets on it have gained."},
+    },
+}
 MONITORS: dict[str, Any] = {
     "type": "object",
     "description": "Rolling monitors of all replicas together; docs/monitoring.md explains them.",
@@ -155,6 +166,28 @@ MONITORS: dict[str, Any] = {
             },
         },
         "cusum": {"type": "object"},
+        "drift": {
+            "type": "object",
+            "description": "Whether completions are worded otherwise than at the start of the stream, or than the "
+            "calibration's.",
+            "properties": {
+                "threshold": {"type": "number", "description": "Evidence above which a comparison is in alarm."},
+                "comparisons": {
+                    "type": "array",
+                    "items": {
+                        "type": "object",
+                        "required": ["against", "evidence", "alarm", "num_alarms", "recent_items", "changes"],
+                        "properties": {
+                            "against": {"enum": ["start", "calibration"]},
+                            "evidence": {"type": "number"},
+                            "alarm": {"type": "boolean"},
+                            **{key: {"type": "integer"} for key in ("num_alarms", "recent_items")},
+                            "changes": {"type": "array", "items": _CHANGE},
+                        },
+                    },
+                },
+            },
+        },
         "distributions": {
             "type": "object",
             "description": "Of the window, for drawing.",

@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 from made_up_calibration import BINDING, COLUMNS, TAPS, made_up_calibration
+from observed_streams import worded_stream
 
+from export.calibration.drift import drift_reference
 from service.checkpoints.files import CALIBRATION_FILE
 from service.diagnostics.calibration import Calibration, read_calibration, write_calibration
 from service.diagnostics.lookup import find_calibration
+from service.diagnostics.monitors.drift_monitor import groups_of
 from service.diagnostics.ood import OodDetector
 from service.errors import CalibrationError
 from service.records import OodReport, StateTap
@@ -45,6 +48,25 @@ def test_a_calibration_that_was_read_gives_the_same_reports(calibration: Calibra
     assert read.monitors.as_arrays().keys() == calibration.monitors.as_arrays().keys()
     assert (read.id, read.binding, read.facts) == (id_, BINDING, calibration.facts)
     assert id_.startswith("sha256:")
+
+
+def test_the_drift_reference_is_one_optional_entry(calibration: Calibration, tmp_path: Path) -> None:
+    """A calibration without it is read as before; with it, what was fitted is read, and no other number changes."""
+    plain, extended = tmp_path / "plain.safetensors", tmp_path / "extended.safetensors"
+    drift = drift_reference(groups_of(worded_stream(130, seed=0)), TAPS)
+    assert drift is not None
+
+    write_calibration(calibration, plain)
+    write_calibration(replace(calibration, drift=drift), extended)
+
+    read = read_calibration(extended)
+    assert read_calibration(plain).drift is None
+    assert read.drift is not None
+    assert (read.drift.columns, read.drift.num_items) == (drift.columns, 256)
+    assert np.array_equal(read.drift.means, drift.means, equal_nan=True)
+    assert np.isnan(read.drift.means[-1])  # of the states, which these items do not have
+    assert drift_reference(groups_of(worded_stream(100, seed=0)), TAPS) is None
+    assert report(read, np.zeros((1, COLUMNS))) == report(calibration, np.zeros((1, COLUMNS)))
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,21 @@ async def test_scored_items_are_monitored_at_every_level(client: httpx2.AsyncCli
     assert found["cusum"]["signals"] == []
 
 
+@pytest.mark.parametrize(("level", "batches"), [("none", 0), ("basic", 2), ("full", 2)])
+async def test_the_wording_is_compared_where_texts_are_read(
+    client: httpx2.AsyncClient, level: str, batches: int
+) -> None:
+    """Texts are compared at the levels that read them, by prompt, over requests."""
+    for _ in range(3):
+        await score(client, items(100, 1), level)
+
+    found = (await monitor(client))["drift"]
+
+    assert found["batches"] == batches
+    assert [(entry["against"], entry["alarm"]) for entry in found["comparisons"]] == [("start", False)]
+    assert found["comparisons"][0]["recent_items"] == batches * 128
+
+
 async def test_siblings_are_found_across_a_request(client: httpx2.AsyncClient) -> None:
     """Completions of one prompt are siblings at any position in a request; those of another request are not."""
     asked = items(6, 2)

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from service.diagnostics.lexicon import count_style_markers
 from service.diagnostics.monitors.observation import Observation, ObservedItems
 from service.diagnostics.monitors.reference import MonitorReference, fit_reference
+from service.diagnostics.wording import read_wording
 from service.records import OodReport, Score, StyleReport
 
 
@@ -78,3 +80,25 @@ def rewards_and_lengths(seen: Sequence[Observation]) -> tuple[NDArray[np.float64
     """Rewards and log lengths, for the expected values of numpy."""
     lengths = [item.num_completion_tokens for item in seen]
     return np.array([item.score.reward for item in seen]), np.log1p(np.array(lengths, np.float64))
+
+
+HEDGE = "this might well depend on how you see it"
+_COMMON_TEXT = "the of and to a in is it you can that for on with as this how see well on"
+_COMMON = _COMMON_TEXT.split()
+
+
+def worded_stream(num_prompts: int, *, seed: int, hedged: float = 0.0, first_prompt: int = 0) -> list[Observation]:
+    """Two completions of common and made-up words for each prompt; a share of them ends with the same hedge."""
+    rng = np.random.default_rng(seed)
+    syllables = np.array([first + second for first in "bdfgklmnprst" for second in ("ab", "eg", "il", "ok", "un")])
+    seen = []
+    for prompt in range(first_prompt, first_prompt + num_prompts):
+        for _ in range(2):
+            drawn = rng.choice(syllables, (rng.integers(20, 40), 3))
+            words = [_COMMON[rng.integers(len(_COMMON))] if rng.random() < 0.6 else "".join(word) for word in drawn]
+            cut = rng.integers(5, len(words))
+            sentences = [words[:cut], words[cut:], [HEDGE]] if rng.random() < hedged else [words[:cut], words[cut:]]
+            text = " ".join(" ".join(sentence).capitalize() + "." for sentence in sentences if sentence)
+            wording = read_wording(text, "", count_style_markers(text), prompt)
+            seen.append(Observation(Score(float(rng.normal())), prompt, len(words), wording=wording))
+    return seen

@@ -24,10 +24,14 @@ from service.diagnostics.monitors.alarm_times import AlarmTimes, earliest, iso_t
 from service.diagnostics.monitors.alarms import SIGNALS, stepped, steps_of
 from service.diagnostics.monitors.cusum import Cusum, family_threshold
 from service.diagnostics.monitors.distributions import NO_ITEMS, numbers_of
+from service.diagnostics.monitors.drift import DriftState
+from service.diagnostics.monitors.drift_monitor import UNCALIBRATED, DriftMonitor, DriftSubject
+from service.diagnostics.monitors.drift_report import describe_drift, drift_alarms
 from service.diagnostics.monitors.observation import Observation, ObservedItems
 from service.diagnostics.monitors.reference import MonitorReference
 from service.diagnostics.monitors.report import read_sums, read_window, window_correlation
 from service.diagnostics.monitors.window import WindowStatistics, merge_windows, summarize
+from service.diagnostics.wording import Wording
 from service.records import SCOPES, Scope, Score
 from service.settings import MonitorSettings
 
@@ -56,6 +60,8 @@ class MonitorState:
     num_batches: int
     """Steps of the cumulative sums."""
 
+    drift: DriftState
+
     num_replicas: int = 1
     """Number of replicas that were merged."""
 
@@ -73,6 +79,7 @@ class MonitorState:
             {name: _largest(total, other.sums[name]) for name, total in self.sums.items()},
             dict(Counter(self.num_alarms) + Counter(other.num_alarms)),
             self.num_batches + other.num_batches,
+            self.drift.merged(other.drift),
             self.num_replicas + other.num_replicas,
             np.concatenate([self.items, other.items]),
             earliest(self.alarm_times, other.alarm_times),
@@ -100,6 +107,7 @@ class Monitor:
         settings: window and thresholds.
         reference: reference of the calibration; without one (None) drift is not monitored.
         wall_clock: seconds since 1970, for the times of alarms.
+        subject: what the drift monitor compares.
     """
 
     def __init__(
@@ -107,6 +115,7 @@ class Monitor:
         settings: MonitorSettings,
         reference: MonitorReference | None,
         wall_clock: Callable[[], float] = time.time,
+        subject: DriftSubject = UNCALIBRATED,
     ) -> None:
         self._settings = settings
         self._reference = reference
@@ -120,6 +129,7 @@ class Monitor:
         self._num_alarms: Counter[str] = Counter()
         self._num_batches = 0
         self._num_closed = 0
+        self._drift = DriftMonitor(subject, settings.false_alarm_batches)
         self.seen_at = 0.0
         """When a request of the run was last seen, in seconds of the clock; set by the owner."""
 
@@ -143,12 +153,14 @@ class Monitor:
             dict(self._sums),
             dict(self._num_alarms),
             self._num_batches,
+            self._drift.state(),
             items=np.concatenate([*self._items, numbers_of(self._pending)]),
             alarm_times=dict(self._alarm_times),
         )
 
     def _close_batch(self) -> None:
         batch = self._summarized_pending()
+        self._drift.observe(self._pending)
         self._items.append(numbers_of(self._pending))
         self._pending = []
         self._num_closed += 1
@@ -171,6 +183,7 @@ class Monitor:
         """Note the time of alarms that have begun with this batch, and forget that of alarms that have ended."""
         drifting = {f"cusum_{name}" for name in SIGNALS if self._sums[name].alarming}
         alarms = drifting | window_alarms(self._batches, self._reference, self._settings)
+        alarms |= set(drift_alarms(self._drift.state()))
         now = self._wall_clock()
         self._alarm_times = {name: self._alarm_times.get(name, now) for name in alarms}
 
@@ -187,6 +200,7 @@ class Monitors:
         reference: reference of the calibration; without one (None) drift is not monitored.
         listener: called with every item once, some time after it was observed and at the latest by `flush`.
         clock: seconds, monotonic.
+        subject: what the drift monitors compare.
     """
 
     def __init__(
@@ -195,12 +209,14 @@ class Monitors:
         reference: MonitorReference | None,
         listener: Listener | None = None,
         clock: Callable[[], float] = time.monotonic,
+        subject: DriftSubject = UNCALIBRATED,
     ) -> None:
         self.settings = settings
         self.reference = reference
+        self.subject = subject
         self._listener = listener
         self._clock = clock
-        self._all = Monitor(settings, reference)
+        self._all = Monitor(settings, reference, subject=subject)
         self._runs: OrderedDict[str, Monitor] = OrderedDict()
         self._unreported: list[Observation] = []
         self._prompts = itertools.count(1)
@@ -229,7 +245,12 @@ class Monitors:
             prompts |= dict.fromkeys(group, next(self._prompts))
         self.observe(
             [
-                Observation(score, prompts.get(index) or next(self._prompts), *_length_of(items[index]))
+                Observation(
+                    score,
+                    prompts.get(index) or next(self._prompts),
+                    *_length_of(items[index]),
+                    _wording_of(items[index]),
+                )
                 for index, score in scores.items()
             ],
             run_id,
@@ -256,7 +277,7 @@ class Monitors:
         if run_id not in self._runs:
             if len(self._runs) >= self.settings.max_runs:
                 del self._runs[self._dropped_run()]
-            self._runs[run_id] = Monitor(self.settings, self.reference)
+            self._runs[run_id] = Monitor(self.settings, self.reference, subject=self.subject)
         self._runs.move_to_end(run_id)
         self._runs[run_id].seen_at = self._clock()
         return self._runs[run_id]
@@ -280,6 +301,10 @@ def _length_of(item: ItemState) -> tuple[int | None, bool]:
     return (None, False) if sequence is None else (sequence.num_completion_tokens, sequence.truncated)
 
 
+def _wording_of(item: ItemState) -> Wording | None:
+    return None if item.text is None else item.text.wording
+
+
 def merge_states(states: Iterable[MonitorState]) -> MonitorState | None:
     """Return the states of several replicas merged; None where there is none."""
     return reduce(MonitorState.merged, states) if (states := list(states)) else None
@@ -293,9 +318,21 @@ def merge_views(views: Iterable[MonitorView], *, incomplete: bool) -> MonitorVie
 
 
 def describe_state(
-    state: MonitorState, reference: MonitorReference | None, settings: MonitorSettings, outputs: Sequence[str] = ()
+    state: MonitorState,
+    reference: MonitorReference | None,
+    settings: MonitorSettings,
+    outputs: Sequence[str] = (),
+    subject: DriftSubject = UNCALIBRATED,
 ) -> dict[str, Any]:
-    """Return a state as JSON-ready values for ``/v1/monitor``; ``outputs`` names the outputs of the model."""
+    """Return a state as JSON-ready values for ``/v1/monitor``.
+
+    Args:
+        state: of one replica, or of several merged.
+        reference: of the calibration.
+        settings: of the monitors.
+        outputs: names of the outputs of the model.
+        subject: what the drift monitors compare.
+    """
     readings = read_window(state.statistics, reference, settings, outputs)
     sums = read_sums(state.sums, state.num_alarms, state.threshold) if reference is not None else []
     return {
@@ -311,6 +348,7 @@ def describe_state(
             *(_alarm(found.name, found.scope, found.state, state)
               for found in readings if found.state in {"warn", "critical"}),
             *(_alarm(f"cusum_{found.signal}", None, "warn", state) for found in sums if found.alarm),
+            *(_alarm(name, None, "warn", state) for name in drift_alarms(state.drift)),
         ],
         "monitors": [asdict(reading) for reading in readings],
         "cusum": {
@@ -322,6 +360,7 @@ def describe_state(
             "false_alarm_batches": settings.false_alarm_batches,
             "signals": [asdict(found) for found in sums],
         },
+        "drift": describe_drift(state.drift, subject, settings.false_alarm_batches),
     }  # fmt: skip
 
 

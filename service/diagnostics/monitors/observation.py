@@ -14,6 +14,7 @@ from typing import Literal, TypeAlias, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from service.diagnostics.wording import Wording
 from service.records import OodReport, Score, StyleReport
 
 Column: TypeAlias = Literal[
@@ -60,6 +61,9 @@ class Observation:
 
     truncated: bool = False
     """Whether the model read only a part of the item."""
+
+    wording: Wording | None = field(default=None, repr=False, compare=False)
+    """How the completion is worded; None where it is unknown."""
 
     values: tuple[float, ...] = field(init=False, repr=False, compare=False)
     """In the order of `COLUMNS`; computed once, because several windows read them."""

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from service.diagnostics.detectors import ONE_SIDED_TESTS
 from service.diagnostics.monitors.alarms import SIGNALS
 from service.diagnostics.monitors.cusum import Cusum
+from service.diagnostics.monitors.drift_monitor import UNCALIBRATED, DriftSubject
+from service.diagnostics.monitors.drift_report import alarm_name, changes_of
 from service.diagnostics.monitors.moments import centered_within
 from service.diagnostics.monitors.monitor import Monitors, MonitorState
 from service.diagnostics.monitors.observation import MAX_SURPRISE, Observation, ObservedItems
@@ -38,16 +40,22 @@ REASONS = (
 """All reasons of a flag; their series start at zero, so that increase() includes the first flag."""
 
 
-def watch_stream(metrics: Metrics, reference: MonitorReference | None, settings: MonitorSettings) -> Monitors:
+def watch_stream(
+    metrics: Metrics,
+    reference: MonitorReference | None,
+    settings: MonitorSettings,
+    subject: DriftSubject = UNCALIBRATED,
+) -> Monitors:
     """Return the monitors of a replica, whose items are counted in its metrics.
 
     Args:
         metrics: metrics of the replica.
         reference: reference of the calibration; None without one.
         settings: windows and thresholds.
+        subject: what the drift monitors compare.
     """
-    publisher = Publisher(metrics, reference, settings)
-    monitors = Monitors(settings, reference, publisher.count)
+    publisher = Publisher(metrics, reference, settings, subject)
+    monitors = Monitors(settings, reference, publisher.count, subject=subject)
     publisher.watch(monitors)
     return monitors
 
@@ -59,15 +67,25 @@ class Publisher:
         metrics: metrics of the replica.
         reference: reference of the calibration; None without one.
         settings: thresholds of the alarms.
+        subject: what the drift monitors compare.
     """
 
-    def __init__(self, metrics: Metrics, reference: MonitorReference | None, settings: MonitorSettings) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        reference: MonitorReference | None,
+        settings: MonitorSettings,
+        subject: DriftSubject = UNCALIBRATED,
+    ) -> None:
         self._metrics = metrics
         self._reference = reference
         self._settings = settings
+        self._subject = subject
         self._scale = np.array(UNCALIBRATED_SCALE if reference is None else _scale_of(reference))
-        self._counted_alarms = dict.fromkeys(SIGNALS, 0)
-        for signal in SIGNALS:
+        compared = ("start",) if subject.reference is None else ("start", "calibration")
+        signals = (*SIGNALS, *map(alarm_name, compared))
+        self._counted_alarms = dict.fromkeys(signals, 0)
+        for signal in signals:
             metrics.alarms.labels(signal=signal)
         for reason in REASONS:
             metrics.ood_flag.labels(reason=reason)
@@ -109,6 +127,12 @@ class Publisher:
         metrics.cusum_threshold.set(state.threshold)
         for signal, total in state.sums.items():
             self._show_sum(signal, total, state.num_alarms.get(signal, 0))
+        metrics.drift_threshold.set(state.drift.threshold)
+        for against, comparison in state.drift.comparisons.items():
+            metrics.drift_evidence.labels(against=against).set(comparison.log_evidence)
+            self._show_alarm(alarm_name(against), alarm_name(against), comparison.alarm, comparison.num_alarms)
+            for change in changes_of(state.drift, self._subject, against):
+                metrics.drift_change.labels(against=against, statistic=change.statistic).set(change.z)
 
     def _show_rules(self, scope: Scope, bound: float | None) -> None:
         settings = self._settings
@@ -123,8 +147,11 @@ class Publisher:
         metrics = self._metrics
         metrics.cusum.labels(signal=signal, direction="up").set(total.up)
         metrics.cusum.labels(signal=signal, direction="down").set(total.down)
-        metrics.alarm.labels(signal=f"cusum_{signal}", severity="warn").set(total.alarming)
-        metrics.alarms.labels(signal=signal).inc(num_alarms - self._counted_alarms[signal])
+        self._show_alarm(signal, f"cusum_{signal}", total.alarming, num_alarms)
+
+    def _show_alarm(self, signal: str, name: str, is_on: bool, num_alarms: int) -> None:
+        self._metrics.alarm.labels(signal=name, severity="warn").set(is_on)
+        self._metrics.alarms.labels(signal=signal).inc(num_alarms - self._counted_alarms[signal])
         self._counted_alarms[signal] = num_alarms
 
     def _count_moments(self, items: ObservedItems) -> None:

@@ -130,6 +130,7 @@ function tablesOf(answer, open) {
     element("details", { "data-name": name, open: open.includes(name) }, element("summary", {}, name), content);
   return [
     part("Drift", driftTable(answer.cusum)),
+    part("Changes of wording", wordingTable(answer.drift)),
     part(
       "All readings",
       table(
@@ -156,6 +157,25 @@ function driftTable(cusum) {
       meter(down),
       count(alarms),
     ]),
+  );
+}
+
+function wordingTable(drift) {
+  const rows = drift.comparisons.flatMap(({ against, alarm, changes }) =>
+    changes.map(({ statistic, unit, reference, recent, z }) => [
+      statistic.replaceAll("_", " "),
+      alarm ? `${against} (alarm)` : against,
+      fixed(reference, 2),
+      fixed(recent, 2),
+      unit,
+      fixed(z, 1),
+    ]),
+  );
+  if (!rows.length) return element("p", { class: "note" }, "The completions are worded as before.");
+  return table(
+    `What differs most after ${count(drift.batches)} batches`,
+    ["statistic", "compared with", "then", "now", "unit", "standard errors"],
+    rows,
   );
 }
 

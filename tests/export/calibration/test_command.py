@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest.mock import patch
@@ -60,6 +61,9 @@ def test_the_model_is_served_with_its_calibration(folder: Path) -> None:
     described = served.description()["calibration"]
     assert (described["id"], described["reason"]) == (scored.ood.calibration_id, None)
     assert served.info.taps == served.lookup.taps
+    compared = served.monitors.subject.reference
+    assert compared is not None
+    assert math.isfinite(compared.means.sum())  # all statistics are known, those of the states too
 
 
 def test_hacks_are_flagged_and_clean_items_are_not(folder: Path, tmp_path: Path) -> None:

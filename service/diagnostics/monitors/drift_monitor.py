@@ -1,0 +1,109 @@
+"""The drift monitor of one stream: what it compares of each item, and its detector.
+
+It holds statistics and hashes of the completions of the unfinished batch, and moments. No text is part of its state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from service.diagnostics.monitors.drift import DriftDetector, DriftState
+from service.diagnostics.monitors.drift_moments import BatchMoments
+from service.diagnostics.monitors.drift_reference import DriftReference
+from service.diagnostics.monitors.observation import Observation
+from service.diagnostics.monitors.shared_phrases import NUM_PROMPTS, SHARED, share_phrases
+from service.diagnostics.states import PER_TAP
+from service.diagnostics.wording import WORDING, Statistic
+from service.records import StateTap
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DriftSubject:
+    """What is compared of every item, and with what."""
+
+    statistics: tuple[Statistic, ...] = (*WORDING, *SHARED)
+    """Of the text; then those of the hidden states, where the model has a calibration."""
+
+    reference: DriftReference | None = None
+    """Of the calibration, in the order of the statistics; None: runs are compared with their own start only."""
+
+    @classmethod
+    def of(cls, taps: Sequence[StateTap], reference: DriftReference | None) -> DriftSubject:
+        """Return the subject of a model whose states are read at these taps."""
+        statistics = (*WORDING, *SHARED, *state_statistics(taps))
+        return cls(statistics, None if reference is None else reference.aligned([entry.name for entry in statistics]))
+
+
+UNCALIBRATED = DriftSubject()
+
+MAX_COMPLETIONS = 16
+"""Completions of a prompt in a request that are compared, the first ones; more would say little more of the stream."""
+
+
+def state_statistics(taps: Sequence[StateTap]) -> tuple[Statistic, ...]:
+    """Return the statistics of the states at some taps, in the order of a Score's traits."""
+    return tuple(
+        Statistic(f"state_{name}_{tap.pooling}_{tap.layer}", "of the hidden states") for tap in taps for name in PER_TAP
+    )
+
+
+def batch_moments(groups: Sequence[Sequence[Observation]], num_states: int) -> BatchMoments:
+    """Return the moments of what is compared of items.
+
+    Args:
+        groups: items of one prompt each, all with a known wording; those of equal prompts count as one prompt.
+        num_states: statistics of the hidden states.
+    """
+    items = [item for group in groups for item in group]
+    wordings = [item.wording for item in items if item.wording is not None]
+    numbers: dict[int, int] = {}
+    prompts = np.array([numbers.setdefault(wording.prompt, len(numbers)) for wording in wordings], np.int64)
+    shared = share_phrases(wordings, prompts)
+    states = np.full((len(items), num_states), np.nan)
+    for row, item in zip(states, items, strict=True):
+        traits = item.score.traits
+        if traits is not None and len(traits) == num_states:
+            row[:] = traits
+    states[~np.isfinite(states)] = np.nan
+    worded = np.stack([wording.values for wording in wordings])
+    lent = np.zeros((len(numbers), worded.shape[1] + len(SHARED) + num_states))
+    lent[:, worded.shape[1] : worded.shape[1] + len(SHARED)] = shared.lent
+    return BatchMoments.of(np.concatenate([worded, shared.values, states], axis=1), prompts, lent)
+
+
+def groups_of(items: Sequence[Observation]) -> list[list[Observation]]:
+    """Return the items by prompt, at most `MAX_COMPLETIONS` of each; those of which no text is known are left out."""
+    groups: dict[int, list[Observation]] = {}
+    for item in items:
+        if item.wording is not None:
+            groups.setdefault(item.prompt, []).append(item)
+    return [group[:MAX_COMPLETIONS] for group in groups.values()]
+
+
+class DriftMonitor:
+    """Compares a stream of items with its start and with the calibration, in batches of `NUM_PROMPTS` prompts.
+
+    Args:
+        subject: what is compared.
+        false_alarm_batches: designed mean number of batches between two false alarms of all comparisons together.
+    """
+
+    def __init__(self, subject: DriftSubject, false_alarm_batches: int) -> None:
+        self._num_states = len(subject.statistics) - len(WORDING) - len(SHARED)
+        self._pending: list[list[Observation]] = []
+        scarce = np.array([statistic.scarce for statistic in subject.statistics])
+        self._detector = DriftDetector(scarce, subject.reference, false_alarm_batches)
+
+    def observe(self, items: Sequence[Observation]) -> None:
+        """Add items; all completions of a prompt within a request must be among them."""
+        self._pending += groups_of(items)
+        while len(self._pending) >= NUM_PROMPTS:
+            self._detector.step(batch_moments(self._pending[:NUM_PROMPTS], self._num_states))
+            del self._pending[:NUM_PROMPTS]
+
+    def state(self) -> DriftState:
+        """Return the state by value, as of the last full batch."""
+        return self._detector.state()
