@@ -110,6 +110,7 @@ class RewardClient:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         special_tokens: SpecialTokenText | None = None,
         weights: Weights | None = None,
+        pessimism: float | None = None,
     ) -> list[ScoredItem]: ...
 
     def score(
@@ -124,6 +125,7 @@ class RewardClient:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         special_tokens: SpecialTokenText | None = None,
         weights: Weights | None = None,
+        pessimism: float | None = None,
     ) -> list[float] | list[ScoredItem]:
         """Return the raw reward of each completion, in input order; see ``AsyncRewardClient.score``."""
         if diagnostics is None:
@@ -137,6 +139,7 @@ class RewardClient:
                     chat_template_kwargs=chat_template_kwargs,
                     special_tokens=special_tokens,
                     weights=weights,
+                    pessimism=pessimism,
                 )
             )
         return self._run(
@@ -150,6 +153,7 @@ class RewardClient:
                 chat_template_kwargs=chat_template_kwargs,
                 special_tokens=special_tokens,
                 weights=weights,
+                pessimism=pessimism,
             )
         )
 
@@ -163,6 +167,7 @@ class RewardClient:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         special_tokens: SpecialTokenText | None = None,
         weights: Weights | None = None,
+        pessimism: float | None = None,
     ) -> list[ScoredItem]:
         """Return reward and diagnostics of each item; see ``AsyncRewardClient.score_items``."""
         return self._run(
@@ -174,6 +179,7 @@ class RewardClient:
                 chat_template_kwargs=chat_template_kwargs,
                 special_tokens=special_tokens,
                 weights=weights,
+                pessimism=pessimism,
             )
         )
 
