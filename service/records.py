@@ -15,6 +15,9 @@ from reward_client.options import DiagnosticsLevel, SpecialTokenText, TemplateCh
 DEMO_MODEL = "demo"
 """``model.path`` of the demo model, in the settings and in the arguments of every command."""
 
+MAX_PESSIMISM = 1000.0
+"""Most standard deviations that ``reward_lower`` may be below the reward, so that it stays finite."""
+
 KeyScope: TypeAlias = Literal["score", "admin"]
 """What an API key may use. ``score``: routes that score and describe the model; ``admin``: every route."""
 KEY_SCOPES: tuple[KeyScope, ...] = get_args(KeyScope)

@@ -75,6 +75,7 @@ def disagreement(deviations: Matrix) -> Scores:
 def lower_reward(reward: float | None, spread: float | None, pessimism: float) -> float | None:
     """Return the reward less ``pessimism`` standard deviations; None where one of the two is unknown.
 
-    A pessimistic reward for policy optimization (Coste et al., arXiv 2310.02743; Zhang et al., arXiv 2403.05171).
+    The lower bound of arXiv 2602.24040, for pessimistic policy optimization as in arXiv 2403.05171. Coste et al. (arXiv
+    2310.02743) take off the variance of an ensemble instead.
     """
     return None if reward is None or spread is None else reward - pessimism * spread

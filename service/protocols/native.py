@@ -22,6 +22,7 @@ from service.protocols.json_body import decode_body
 from service.protocols.reward_weights import read_weights, weights_missing
 from service.protocols.violations import invalid
 from service.records import (
+    MAX_PESSIMISM,
     Completion,
     Content,
     Encoding,
@@ -44,7 +45,7 @@ MAX_MESSAGES = 1024
 
 _Name = Annotated[str, Meta(max_length=MAX_NAME_CHARS)] | Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 _TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
-_Pessimism = Annotated[float, Meta(ge=0, le=1000)]
+_Pessimism = Annotated[float, Meta(ge=0, le=MAX_PESSIMISM)]
 _Timeout = Annotated[float, Meta(ge=1, le=2**63)]
 
 
