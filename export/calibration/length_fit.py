@@ -3,8 +3,8 @@
 The two ask for different curves. Over all items a curve also contains that some prompts have longer and better answers;
 within prompts only differences between completions of one prompt count. One curve cannot serve both wherever the two
 slopes differ, so a weight of the differences between prompts, from 0 (within alone) to 1 (all items alike), is chosen
-by cross-validation over prompts. Removing more than there is counts more than leaving a part of it, because the curve is
-used on texts whose length bias is not known.
+by cross-validation over prompts. Removing more than there is counts more than leaving a part of it, because the curve
+is used on texts whose length bias is not known.
 """
 
 from __future__ import annotations

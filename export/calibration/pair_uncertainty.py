@@ -42,8 +42,8 @@ class ErrorPrediction:
     """Standard error of ``behind``, by bootstrap over prompts; None without heads."""
 
     retention_area: float
-    """Area under the error-retention curve: the mean, over the share of pairs that is kept, of the wrong pairs kept as
-    a share of all. Lower is better."""
+    """Area under the error-retention curve: the mean, over the share of pairs that is retained, of the wrong ones among
+    them as a share of all pairs. Lower is better."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,14 +107,14 @@ def measure_pairs(
 
 
 def retention_area(wrong: NDArray[np.bool_], figure: Scores) -> float:
-    """Return the area under the error-retention curve; pairs are kept from the lowest figure on.
+    """Return the area under the error-retention curve; pairs are retained from the lowest figure on.
 
     Args:
         wrong: [pairs].
         figure: float64 [pairs].
     """
-    kept = wrong[np.argsort(figure, kind="stable")].astype(np.float64)
-    return float((np.cumsum(kept) / len(kept)).mean())
+    retained = wrong[np.argsort(figure, kind="stable")].astype(np.float64)
+    return float((np.cumsum(retained) / len(retained)).mean())
 
 
 def _margins(scores: Sequence[Score], pairs: NDArray[np.int64]) -> Scores:
