@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 
-from export.calibration.fit import fit_length_curve
 from export.calibration.head_resampling import fit_resampled_heads
+from export.calibration.length_fit import fit_length_curve
 from export.calibration.measured_parts import MeasuredParts, joined
 from export.calibration.ranking import evaluate, evaluate_length, monitor_reference, rank_items
 from export.calibration.scored_parts import ScoredParts, required_checkpoint

@@ -92,6 +92,5 @@ def _fit(items: _Items, between_weight: float) -> LengthCurve:
 def _prompt_means(values: Matrix, prompts: NDArray[np.int64]) -> Matrix:
     """Return for each item the mean over the items of its prompt."""
     _, members, sizes = np.unique(prompts, return_inverse=True, return_counts=True)
-    sums = np.zeros((len(sizes), values.shape[1]))
-    np.add.at(sums, members, values)
+    sums = np.stack([np.bincount(members, column) for column in values.T], axis=1)
     return np.asarray((sums / sizes[:, None])[members])
