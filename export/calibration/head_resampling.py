@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import minimize
 from scipy.special import expit
 
 from service.diagnostics.calibration_facts import HeadFacts
@@ -25,14 +26,14 @@ NUM_HEADS = 32
 MIN_PAIRS = 200
 """Preference pairs below which no heads are fitted."""
 
-MAX_AXES = 256
-MIN_PAIRS_PER_AXIS = 2
-NUM_FOLDS = 5
-PRIOR_SHARES = (0.05, 0.1, 0.2, 0.4, 0.8)
-"""Standard deviation of the margin under the prior, as a share of that of the served margins."""
+MAX_AXES = 64
+MIN_PAIRS_PER_AXIS = 4
+MIN_VARIANCE_SHARE = 1e-4
+"""Share of the largest variance below which an axis is left out: a head must not hang on rounding errors."""
 
-_NEWTON_STEPS = 12
-_TOLERANCE = 1e-6
+NUM_FOLDS = 5
+PRIOR_SHARES = (0.1, 0.2, 0.4, 0.8, 1.6)
+"""Standard deviation of the margin under the prior, as a share of that of the served margins."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,14 +79,15 @@ def fit_resampled_heads(
 def _axes_of(differences: NDArray[np.float32]) -> Matrix:
     """Return the leading principal axes of the differences, float64 [hidden, k].
 
-    They are scaled so that the coordinates of a difference have a mean squared norm of 1.
+    They are scaled so that a difference has coordinates of equal variance and a mean squared norm of 1.
     """
     num_pairs, hidden = differences.shape
     second_moment = differences.T.astype(np.float64) @ differences / num_pairs
     values, vectors = np.linalg.eigh(second_moment)
-    num_axes = max(1, min(MAX_AXES, num_pairs // MIN_PAIRS_PER_AXIS, hidden))
-    leading = vectors[:, ::-1][:, :num_axes]
-    return np.asarray(leading / np.sqrt(max(values[::-1][:num_axes].sum(), 1e-12)))
+    num_varying = int((values >= MIN_VARIANCE_SHARE * values[-1]).sum())
+    num_axes = max(1, min(MAX_AXES, num_pairs // MIN_PAIRS_PER_AXIS, num_varying))
+    leading = slice(hidden - 1, hidden - 1 - num_axes if num_axes < hidden else None, -1)
+    return np.asarray(vectors[:, leading] / np.sqrt(num_axes * np.maximum(values[leading], 1e-12)))
 
 
 def _gain(coordinates: Matrix, pairs: LabelledPairs, prior_sd: float, seed: int) -> float:
@@ -111,19 +113,16 @@ def _resampled_head(coordinates: Matrix, pairs: LabelledPairs, prior_sd: float, 
 
 
 def _fit(coordinates: Matrix, margins: Scores, weights: Scores, prior_sd: float, prior_mean: Scores) -> Scores:
-    """Minimise ``sum weight * ln(1 + exp(-(margin + z h))) + |h - prior_mean|^2 / (2 prior_sd^2)`` by Newton steps."""
+    """Minimise ``sum weight * ln(1 + exp(-(margin + z h))) + |h - prior_mean|^2 / (2 prior_sd^2)``, which is convex."""
     precision = prior_sd**-2
-    head = prior_mean.copy()
-    identity = np.eye(len(head))
-    for _ in range(_NEWTON_STEPS):
-        loses = expit(-(margins + coordinates @ head))
-        gradient = precision * (head - prior_mean) - coordinates.T @ (weights * loses)
-        curvature = (coordinates * (weights * loses * (1 - loses))[:, None]).T @ coordinates + precision * identity
-        step = np.linalg.solve(curvature, gradient)
-        head -= step
-        if np.abs(step).max() < _TOLERANCE * prior_sd:
-            break
-    return head
+
+    def loss_and_gradient(head: Scores) -> tuple[float, Scores]:
+        fitted = margins + coordinates @ head
+        from_prior = head - prior_mean
+        loss = float(weights @ np.logaddexp(0.0, -fitted) + precision * (from_prior @ from_prior) / 2)
+        return loss, precision * from_prior - coordinates.T @ (weights * expit(-fitted))
+
+    return np.asarray(minimize(loss_and_gradient, np.zeros_like(prior_mean), jac=True, method="L-BFGS-B").x)
 
 
 def _log_likelihood(margins: Scores) -> Scores:

@@ -3,8 +3,9 @@
 The two ask for different curves. Over all items a curve also contains that some prompts have longer and better answers;
 within prompts only differences between completions of one prompt count. One curve cannot serve both wherever the two
 slopes differ, so a weight of the differences between prompts, from 0 (within alone) to 1 (all items alike), is chosen
-by cross-validation over prompts. Removing more than there is counts more than leaving a part of it, because the curve
-is used on texts whose length bias is not known.
+by cross-validation over prompts. A correlation within prompts counts more than a pooled one: it is a bias, while longer
+answers may be right for some prompts. Over all items, removing more than there is counts more than leaving a part of
+it, because the curve is used on texts whose length bias is not known.
 """
 
 from __future__ import annotations
@@ -20,9 +21,13 @@ from service.diagnostics.detectors import Matrix
 from service.diagnostics.reference import LengthCurve
 
 BETWEEN_WEIGHTS = (0.0, 0.03, 0.1, 0.3, 1.0)
-NUM_FOLDS = 10
+NUM_FOLDS = 5
+WITHIN_TOLERANCE = 0.05
+POOLED_TOLERANCE = 0.15
+"""Correlations that count 1 each; they count by their squares."""
+
 OVERCORRECTION = 4.0
-"""Weight of a squared correlation that has the opposite sign of the raw reward's."""
+"""Factor of a squared pooled correlation that has the opposite sign of the raw reward's."""
 
 ROUGHNESS = 0.001
 """Weight of the squared second differences of the knots, relative to the number of items (P-splines, Eilers and Marx,
@@ -54,7 +59,7 @@ def fit_length_curve(log_lengths: Scores, rewards: Scores, prompts: NDArray[np.i
 
 
 def _loss(items: _Items, between_weight: float) -> float:
-    """Return the squared correlations that remain on prompts that the curve was not fitted to, pooled and within."""
+    """Return the cost of the correlations that remain on prompts that the curve was not fitted to."""
     _, members = np.unique(items.prompts, return_inverse=True)
     fold = (np.random.default_rng(0).permutation(members.max() + 1) % NUM_FOLDS)[members]
     residuals = items.rewards.copy()
@@ -65,13 +70,10 @@ def _loss(items: _Items, between_weight: float) -> float:
             residuals[own] -= np.interp(items.log_lengths[own], curve.x, curve.y)
     raw = length_correlations(items.rewards, items.log_lengths, items.prompts)
     left = length_correlations(residuals, items.log_lengths, items.prompts)
-    return _cost(raw.pooled, left.pooled) + _cost(raw.within, left.within)
-
-
-def _cost(raw: float, left: float) -> float:
-    if np.isnan(left):
-        return 0.0
-    return left**2 * (OVERCORRECTION if raw * left < 0 else 1.0)
+    within = 0.0 if np.isnan(left.within) else left.within
+    pooled = 0.0 if np.isnan(left.pooled) else left.pooled
+    factor = OVERCORRECTION if raw.pooled * pooled < 0 else 1.0
+    return (within / WITHIN_TOLERANCE) ** 2 + factor * (pooled / POOLED_TOLERANCE) ** 2
 
 
 def _fit(items: _Items, between_weight: float) -> LengthCurve:
