@@ -14,6 +14,7 @@ from typing import Any, Self, TypeVar, overload
 
 from reward_client.answers import Comparison, ScoredItem
 from reward_client.asynchronous import AsyncRewardClient
+from reward_client.checks import check_pessimism
 from reward_client.models import ServedModel
 from reward_client.options import DiagnosticsLevel, SpecialTokenText, TemplateChoice, Truncation
 from reward_client.provenance import ReferenceCheck
@@ -129,6 +130,7 @@ class RewardClient:
     ) -> list[float] | list[ScoredItem]:
         """Return the raw reward of each completion, in input order; see ``AsyncRewardClient.score``."""
         if diagnostics is None:
+            check_pessimism(pessimism, diagnostics)
             return self._run(
                 self._client.score(
                     prompts,
@@ -139,7 +141,6 @@ class RewardClient:
                     chat_template_kwargs=chat_template_kwargs,
                     special_tokens=special_tokens,
                     weights=weights,
-                    pessimism=pessimism,
                 )
             )
         return self._run(

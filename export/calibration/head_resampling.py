@@ -108,7 +108,7 @@ def _resampled_head(coordinates: Matrix, pairs: LabelledPairs, prior_sd: float, 
     """Return the head of one resample: prompts with random weights, and a random prior mean."""
     _, members = np.unique(pairs.prompts, return_inverse=True)
     weights = rng.exponential(size=members.max() + 1)
-    prior_mean = rng.normal(0.0, prior_sd, coordinates.shape[1])
+    prior_mean = np.asarray(rng.normal(0.0, prior_sd, coordinates.shape[1]), np.float64)
     return _fit(coordinates, pairs.margins, (weights / weights.mean())[members], prior_sd, prior_mean)
 
 

@@ -18,8 +18,8 @@ def made_up_pairs(true_head: np.ndarray, served_head: np.ndarray, num_pairs: int
     differences = rng.normal(size=(num_pairs, HIDDEN)) * np.linspace(1.0, 0.2, HIDDEN)
     differences[:, -1] = 0.0
     is_first = rng.random(num_pairs) < 1 / (1 + np.exp(-differences @ true_head))
-    differences = np.where(is_first[:, None], differences, -differences).astype(np.float32)
-    return LabelledPairs(differences, (differences @ served_head).astype(np.float64), np.arange(num_pairs))
+    labelled = np.where(is_first[:, None], differences, -differences).astype(np.float32)
+    return LabelledPairs(labelled, (labelled @ served_head).astype(np.float64), np.arange(num_pairs))
 
 
 SERVED = np.r_[1.0, np.zeros(HIDDEN - 1)]
