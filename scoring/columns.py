@@ -16,6 +16,7 @@ from typing import Any, TypeAlias, Union, get_args, get_origin, get_type_hints
 from reward_client.options import DiagnosticsLevel
 
 from scoring.blocks import InputRow, RowError
+from service.diagnostics.resampled_heads import lower_reward
 from service.protocols.native_answers import BASIC_DIAGNOSTICS, FULL_DIAGNOSTICS
 from service.records import Score
 
@@ -26,6 +27,7 @@ PAIR_PREFIXES = ("chosen_", "rejected_")
 LOCATION_COLUMNS: Mapping[str, type] = {"source_file": str, "source_row": int}
 LAST_COLUMNS: Mapping[str, type] = {"model_version": str, "error_code": str, "error_detail": str}
 RANK_COLUMN = "rank"
+LOWER_COLUMN = "reward_lower"
 
 _PYTHON_TYPES = (bool, int, float, str)
 _RENAMED = "input_"
@@ -73,7 +75,9 @@ OUTPUT_PREFIX = "output_"
 
 
 @lru_cache
-def own_columns(level: DiagnosticsLevel, *, pairs: bool, items: bool, outputs: tuple[str, ...] = ()) -> dict[str, type]:
+def own_columns(
+    level: DiagnosticsLevel, *, pairs: bool, items: bool, outputs: tuple[str, ...] = (), lower: bool = False
+) -> dict[str, type]:
     """Return the columns that are added to those of the input, with their types, in order.
 
     Args:
@@ -81,8 +85,10 @@ def own_columns(level: DiagnosticsLevel, *, pairs: bool, items: bool, outputs: t
         outputs: names of the outputs of a model with several.
         pairs: whether there are rows with a chosen and a rejected completion.
         items: whether there are rows of one completion.
+        lower: whether a lower reward is asked for.
     """
     rewards = {"reward": float} | {OUTPUT_PREFIX + name: float for name in outputs}
+    rewards |= {LOWER_COLUMN: float} if lower else {}
     diagnostics = rewards | {name: kind for name, (_, kind) in diagnostic_columns(level).items()}
     columns = dict(LOCATION_COLUMNS)
     if items:
@@ -95,7 +101,8 @@ def own_columns(level: DiagnosticsLevel, *, pairs: bool, items: bool, outputs: t
 
 @lru_cache
 def _reserved(level: DiagnosticsLevel, outputs: tuple[str, ...]) -> frozenset[str]:
-    return frozenset(own_columns(level, pairs=True, items=True, outputs=outputs)) | {RANK_COLUMN}
+    columns = own_columns(level, pairs=True, items=True, outputs=outputs, lower=level == "full")
+    return frozenset(columns) | {RANK_COLUMN}
 
 
 def input_columns(values: Mapping[str, Any], level: DiagnosticsLevel, outputs: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -110,7 +117,13 @@ def _original(name: str) -> str:
     return name
 
 
-def scored_columns(row: InputRow, answers: Sequence[Answer], version: str, level: DiagnosticsLevel) -> dict[str, Any]:
+def scored_columns(
+    row: InputRow,
+    answers: Sequence[Answer],
+    version: str,
+    level: DiagnosticsLevel,
+    pessimism: float | None = None,
+) -> dict[str, Any]:
     """Return the columns that are added to a row.
 
     Args:
@@ -118,6 +131,7 @@ def scored_columns(row: InputRow, answers: Sequence[Answer], version: str, level
         answers: one for each of its completions; none where it could not be parsed.
         version: of the model.
         level: of diagnostics.
+        pessimism: standard deviations that the lower reward is below the reward; None: there is no such column.
 
     Returns:
         Columns of `own_columns`; those that are absent are null. Of a pair in which one completion has an error, the
@@ -131,6 +145,10 @@ def scored_columns(row: InputRow, answers: Sequence[Answer], version: str, level
             error = error or (RowError(answer.code, f"{prefix[:-1]}: {answer.detail}") if is_pair else answer)
         else:
             columns |= _answer_columns(prefix, answer, level)
+            if pessimism is not None:
+                columns[prefix + LOWER_COLUMN] = lower_reward(
+                    answer["reward"], answer.get("reward_disagreement"), pessimism
+                )
     if is_pair and error is None and columns["chosen_reward"] is not None:
         columns["margin"] = columns["chosen_reward"] - columns["rejected_reward"]
     return columns | ({} if error is None else {"error_code": error.code, "error_detail": error.detail})

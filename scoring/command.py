@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scoring.job_folder import FOLDER_MARKER, JobFolder, check_job_folder, may_replace
-from scoring.parts import OUTPUT_SUFFIXES, format_of
+from scoring.parts import OUTPUT_SUFFIXES, Format, format_of
 from scoring.selection import selection
 from scoring.sources import SizedFile, check_first_rows, count_rows, divide, find_files
-from service.arguments import CommandParser, device, named_weight, not_empty, whole_number
+from service.arguments import CommandParser, device, named_weight, not_empty, number_between, whole_number
 from service.checkpoints.hub import check_source, local_folder
 from service.commands import run_command, tell_on_standard_error
 from service.data.files import is_url
 from service.errors import JobError, OutputError, SettingsError
 from service.outputs import check_output_file, check_output_folder
-from service.records import DEMO_MODEL
+from service.records import DEMO_MODEL, MAX_PESSIMISM
 
 if TYPE_CHECKING:
     from scoring.encoding import OutputPlan
@@ -74,6 +74,8 @@ def _check_combinations(parser: CommandParser, options: argparse.Namespace) -> N
         parser.error(f"--{given[0]} is a property of the service that --url names: leave one of the two out")
     if options.url is not None and _uses_ray(options):
         parser.error("--url needs no --ray: the service has replicas of its own")
+    if options.pessimism is not None and options.diagnostics != "full":
+        parser.error("--pessimism needs --diagnostics full")
     if options.resume and options.overwrite:
         parser.error("--resume continues an unfinished job and --overwrite starts again: give one of them")
 
@@ -119,6 +121,7 @@ def _settings_of(options: argparse.Namespace, files: Sequence[SizedFile]) -> dic
         "--truncation": options.truncation,
         "--calibration": options.calibration,
         "--weights": options.weights and [list(weight) for weight in options.weights],
+        "--pessimism": options.pessimism,
         "--select": None if options.select is None else str(options.select),
         "--block-rows": options.block_rows,
         "output format": _format(options),
@@ -179,7 +182,8 @@ def _closing_lines(
 def _plan(options: argparse.Namespace) -> OutputPlan:
     from scoring.encoding import OutputPlan
 
-    return OutputPlan("jsonl" if _format(options) == "jsonl" else "parquet", options.diagnostics, options.select)
+    kind: Format = "jsonl" if _format(options) == "jsonl" else "parquet"
+    return OutputPlan(kind, options.diagnostics, options.select, options.pessimism)
 
 
 @contextmanager
@@ -294,6 +298,12 @@ def _add_reward_options(group: argparse._ArgumentGroup) -> None:
         help="of the outputs of a model with several, whose weighted sum is the reward (default: the model's own)",
     )
     add("--calibration", type=not_empty, metavar="FILE", help="calibration file (default: that of the checkpoint)")
+    add(
+        "--pessimism",
+        type=number_between(0, MAX_PESSIMISM),
+        metavar="K",
+        help="add the column reward_lower: the reward less K times its disagreement (needs --diagnostics full)",
+    )
 
 
 def _add_model_options(group: argparse._ArgumentGroup) -> None:

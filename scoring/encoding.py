@@ -23,6 +23,9 @@ class OutputPlan:
     level: DiagnosticsLevel
     selection: Selection | None = None
 
+    pessimism: float | None = None
+    """Standard deviations that the column ``reward_lower`` is below the reward; None: there is no such column."""
+
 
 @dataclass(frozen=True, slots=True)
 class BlockRecord:
@@ -81,10 +84,16 @@ def encode_block(scored: ScoredBlock, version: str, plan: OutputPlan, outputs: t
     for row in block.rows:
         count = 0 if row.parsed is None else len(row.parsed.completions)
         own: list[Answer] = [next(answers) for _ in range(count)]
-        added.append(scored_columns(row, own, version, level))
+        added.append(scored_columns(row, own, version, level, plan.pessimism))
     num_pairs = sum(row.parsed is not None and len(row.parsed.completions) > 1 for row in block.rows)
     num_items = sum(row.parsed is not None and len(row.parsed.completions) == 1 for row in block.rows)
-    own_types = own_columns(level, pairs=num_pairs > 0, items=num_items > 0 or not num_pairs, outputs=outputs)
+    own_types = own_columns(
+        level,
+        pairs=num_pairs > 0,
+        items=num_items > 0 or not num_pairs,
+        outputs=outputs,
+        lower=plan.pessimism is not None,
+    )
     inputs = [input_columns(row.values, level, outputs) for row in block.rows]
     content = encode_part(inputs, added, own_types, plan.kind, [row.parsed is not None for row in block.rows])
     candidates = () if plan.selection is None else tuple(candidates_of(block.rows, added, plan.selection))

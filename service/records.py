@@ -15,6 +15,9 @@ from reward_client.options import DiagnosticsLevel, SpecialTokenText, TemplateCh
 DEMO_MODEL = "demo"
 """``model.path`` of the demo model, in the settings and in the arguments of every command."""
 
+MAX_PESSIMISM = 1000.0
+"""Most standard deviations that ``reward_lower`` may be below the reward, so that it stays finite."""
+
 KeyScope: TypeAlias = Literal["score", "admin"]
 """What an API key may use. ``score``: routes that score and describe the model; ``admin``: every route."""
 KEY_SCOPES: tuple[KeyScope, ...] = get_args(KeyScope)
@@ -230,6 +233,9 @@ class ScoreRequest:
 
     weights: Mapping[str, float] | None = None
     """Weight of each output in the reward, by name; an output without one has weight 0. None: the model's own."""
+
+    pessimism: float | None = None
+    """Standard deviations that ``reward_lower`` of each result is below the reward; None: it is not asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -472,6 +478,9 @@ class GroupReport:
     reward_centered: float
     """The reward minus the mean of the group."""
 
+    disagreement: float | None = None
+    """Standard deviation of ``reward_centered`` over the resampled heads; None below level ``full`` or without them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Score:
@@ -496,6 +505,10 @@ class Score:
     reward_std_epistemic: float | None = None
     """Standard deviation of the reward due to limited training data, in units of the reward; needs a calibration."""
 
+    reward_disagreement: float | None = None
+    """Standard deviation of the reward over the resampled heads, in units of the reward; needs a calibration with
+    them."""
+
     ood: OodReport | None = None
     """Needs a calibration."""
 
@@ -519,6 +532,9 @@ class Score:
 
     own_weights: bool = False
     """Whether weights of the request made the reward: it is then on another scale than the calibration's rewards."""
+
+    head_deviations: tuple[float, ...] | None = field(default=None, repr=False, compare=False)
+    """Reward of each resampled head less the reward, for the comparison within a prompt; never part of a response."""
 
     traits: tuple[float, ...] | None = field(default=None, repr=False, compare=False)
     """State statistics that the detectors read once the whole request is known; never part of a response."""

@@ -29,6 +29,7 @@ from reward_client.checks import (
     check_answer_key,
     check_headers,
     check_items,
+    check_pessimism,
     check_weights,
     elements,
     headers_with_key,
@@ -186,6 +187,7 @@ class AsyncRewardClient:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         special_tokens: SpecialTokenText | None = None,
         weights: Weights | None = None,
+        pessimism: float | None = None,
     ) -> list[ScoredItem]: ...
 
     async def score(
@@ -200,6 +202,7 @@ class AsyncRewardClient:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         special_tokens: SpecialTokenText | None = None,
         weights: Weights | None = None,
+        pessimism: float | None = None,
     ) -> list[float] | list[ScoredItem]:
         """Return the raw reward of each completion, in input order.
 
@@ -218,6 +221,8 @@ class AsyncRewardClient:
                 not trusted; ``"escape"``: they are text; None: the service's setting.
             weights: of a model with several outputs, the weight of each by name, 0 where it is left out; None: the
                 service's own. The reward is their weighted sum.
+            pessimism: number k of standard deviations: each result has ``details.reward_lower``, the reward less k
+                times ``details.reward_disagreement``. Needs ``diagnostics="full"``; the reward itself never changes.
 
         Raises:
             RewardMissing: ``diagnostics`` is None, the model has several outputs, and no weights are known.
@@ -234,6 +239,7 @@ class AsyncRewardClient:
             chat_template_kwargs=chat_template_kwargs,
             special_tokens=special_tokens,
             weights=weights,
+            pessimism=pessimism,
         )
         return [item.known_reward for item in scored] if diagnostics is None else scored
 
@@ -247,6 +253,7 @@ class AsyncRewardClient:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         special_tokens: SpecialTokenText | None = None,
         weights: Weights | None = None,
+        pessimism: float | None = None,
     ) -> list[ScoredItem]:
         """Return reward and diagnostics of each item, in input order.
 
@@ -262,6 +269,7 @@ class AsyncRewardClient:
             chat_template_kwargs: as for ``score``.
             special_tokens: as for ``score``.
             weights: as for ``score``.
+            pessimism: as for ``score``.
 
         Raises:
             RequestRejected: the service refused the request (4xx).
@@ -274,7 +282,7 @@ class AsyncRewardClient:
             InvalidArgument: the items are no list of dictionaries, or one cannot be written as JSON; nothing was sent.
         """
         _check_options(diagnostics, truncation, template, special_tokens)
-        checked_weights = check_weights(weights)
+        checked_weights, checked_pessimism = check_weights(weights), check_pessimism(pessimism, diagnostics)
         item_list = elements(items, "items", "items of the wire format")
         check_items(item_list)
         if not item_list:
@@ -290,6 +298,7 @@ class AsyncRewardClient:
                 "chat_template_kwargs": chat_template_kwargs,
                 "special_tokens": special_tokens,
                 "weights": checked_weights,
+                "pessimism": checked_pessimism,
                 "digests": True if self._answer_key else None,
             }
         )

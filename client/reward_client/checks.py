@@ -56,6 +56,24 @@ def positive_integer(value: object, name: str) -> int:
     return int(value)
 
 
+def check_pessimism(pessimism: object, diagnostics: object) -> float | None:
+    """Return a number of standard deviations as a float; None where there is none.
+
+    Raises:
+        InvalidArgument: it is no number, not finite or negative, or the level of diagnostics is not ``full``.
+    """
+    if pessimism is None:
+        return None
+    number = _finite(pessimism)
+    if number is None or number < 0:
+        raise InvalidArgument(
+            f"pessimism must be a finite number of standard deviations of at least 0{_shown(pessimism)}"
+        )
+    if diagnostics != "full":
+        raise InvalidArgument('pessimism needs diagnostics="full": what it takes off is computed from hidden states')
+    return number
+
+
 def check_weights(weights: object) -> dict[str, float] | None:
     """Return the weights of named rewards as floats; None where there are none.
 

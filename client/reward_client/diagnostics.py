@@ -95,6 +95,8 @@ class GroupBlock:
     """Pearson correlation of reward and log length in the group."""
     reward_centered: float | None = None
     """The reward minus the mean of the group."""
+    disagreement: float | None = None
+    """Standard deviation of ``reward_centered`` over the resampled heads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +111,10 @@ class Diagnostics:
     """The reward without what the calibration's length curve explains."""
     reward_std_epistemic: float | None = None
     """Standard deviation of the reward due to limited training data."""
+    reward_disagreement: float | None = None
+    """Standard deviation of the reward over heads that were fitted to resampled preference pairs."""
+    reward_lower: float | None = None
+    """With ``pessimism`` k: the reward less k times ``reward_disagreement``."""
     length: LengthBlock | None = None
     style: StyleBlock | None = None
     ood: OodBlock | None = None

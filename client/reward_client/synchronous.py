@@ -14,6 +14,7 @@ from typing import Any, Self, TypeVar, overload
 
 from reward_client.answers import Comparison, ScoredItem
 from reward_client.asynchronous import AsyncRewardClient
+from reward_client.checks import check_pessimism
 from reward_client.models import ServedModel
 from reward_client.options import DiagnosticsLevel, SpecialTokenText, TemplateChoice, Truncation
 from reward_client.provenance import ReferenceCheck
@@ -110,6 +111,7 @@ class RewardClient:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         special_tokens: SpecialTokenText | None = None,
         weights: Weights | None = None,
+        pessimism: float | None = None,
     ) -> list[ScoredItem]: ...
 
     def score(
@@ -124,9 +126,11 @@ class RewardClient:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         special_tokens: SpecialTokenText | None = None,
         weights: Weights | None = None,
+        pessimism: float | None = None,
     ) -> list[float] | list[ScoredItem]:
         """Return the raw reward of each completion, in input order; see ``AsyncRewardClient.score``."""
         if diagnostics is None:
+            check_pessimism(pessimism, diagnostics)
             return self._run(
                 self._client.score(
                     prompts,
@@ -150,6 +154,7 @@ class RewardClient:
                 chat_template_kwargs=chat_template_kwargs,
                 special_tokens=special_tokens,
                 weights=weights,
+                pessimism=pessimism,
             )
         )
 
@@ -163,6 +168,7 @@ class RewardClient:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         special_tokens: SpecialTokenText | None = None,
         weights: Weights | None = None,
+        pessimism: float | None = None,
     ) -> list[ScoredItem]:
         """Return reward and diagnostics of each item; see ``AsyncRewardClient.score_items``."""
         return self._run(
@@ -174,6 +180,7 @@ class RewardClient:
                 chat_template_kwargs=chat_template_kwargs,
                 special_tokens=special_tokens,
                 weights=weights,
+                pessimism=pessimism,
             )
         )
 

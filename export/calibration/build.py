@@ -8,12 +8,13 @@ fit and no selection.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 
 from export.calibration.drift import fit_drift
-from export.calibration.fit import fit_length_curve
+from export.calibration.head_resampling import fit_resampled_heads
+from export.calibration.length_fit import fit_length_curve
 from export.calibration.measured_parts import MeasuredParts, joined
 from export.calibration.ranking import evaluate, evaluate_length, monitor_reference, rank_items
 from export.calibration.scored_parts import ScoredParts, required_checkpoint
@@ -33,6 +34,7 @@ from service.diagnostics.conformal import TailMap
 from service.diagnostics.lookup import binding_of
 from service.diagnostics.ood import Component, Detectors, Ranking
 from service.diagnostics.reference import Reference
+from service.diagnostics.resampled_heads import ResampledHeads
 
 WEAK_AUROC = 0.70
 """Mean AUROC over the built-in sets below which a calibration is hardly of use."""
@@ -85,7 +87,11 @@ def build(
     of_calibrate = sibling_scores(detectors.siblings, calibrate, seed)
     ranking = rank_items(calibrate, detectors, used, of_calibrate)
     facts = _facts(parts, detectors, ranking, admission, unseen, seed, data)
-    return _assembled(served, parts, detectors, ranking, facts)
+    show("Fitting heads")
+    heads = fit_resampled_heads(parts.pairs, parts.reader.forms[parts.reader.head_tap].mean, seed)
+    if heads is not None:
+        facts = replace(facts, heads=heads[1])
+    return _assembled(served, parts, detectors, ranking, facts, None if heads is None else heads[0])
 
 
 def _facts(
@@ -123,7 +129,12 @@ def _facts(
 
 
 def _assembled(
-    served: ServedModel, parts: MeasuredParts, detectors: Detectors, ranking: Ranking, facts: CalibrationFacts
+    served: ServedModel,
+    parts: MeasuredParts,
+    detectors: Detectors,
+    ranking: Ranking,
+    facts: CalibrationFacts,
+    heads: ResampledHeads | None,
 ) -> Calibration:
     """Return the calibration. Rewards and lengths are described by all items: no p-value depends on them."""
     log_lengths, rewards, prompts = joined(list(parts.clean.values()))
@@ -145,4 +156,5 @@ def _assembled(
         ranking=ranking,
         monitors=monitor_reference(parts.clean["calibrate"], detectors, ranking),
         drift=fit_drift(parts),
+        heads=heads,
     )

@@ -10,8 +10,12 @@ import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from service.data.holdout import is_held_out
 from service.data.prompts import Prompt, normalized_opening
@@ -53,6 +57,12 @@ class CleanItem:
     is_ood: bool = False
     """Whether an item of test data should be detected."""
 
+    pair: int | None = None
+    """Number of the preference pair that it belongs to; None for a row of one completion."""
+
+    is_chosen: bool = False
+    """Whether it is the chosen completion of its pair."""
+
     @property
     def opening(self) -> str:
         """The text that determines the part (see `service.data.prompts.normalized_opening`)."""
@@ -80,17 +90,40 @@ def read_items(path: Path, *, held_out_only: bool = False, tell: Tell | None = N
     Raises:
         DatasetError: a file cannot be read, or a row is not valid; names file and row, never the text.
     """
-    for row, parsed in read_examples(path, tell=tell):
+    for number, (row, parsed) in enumerate(read_examples(path, tell=tell)):
         if held_out_only and not is_held_out(parsed.prompt):
             continue
         group, category = row.values.get("group"), row.values.get("category")
-        for exchange in parsed.exchanges():
+        is_pair = len(parsed.completions) > 1
+        for index, exchange in enumerate(parsed.exchanges()):
             yield CleanItem(
                 exchange,
                 None if group is None else str(group),
                 "" if category is None else str(category),
                 _parse_flag("is_ood", row),
+                number if is_pair else None,
+                is_pair and index == 0,
             )
+
+
+def preference_pairs(items: Sequence[CleanItem]) -> NDArray[np.int64]:
+    """Return the pairs of which both completions are among the items, and differ.
+
+    Args:
+        items: in the order of their rows; items may be left out.
+
+    Returns:
+        int64 [pairs, 2]: indices of the chosen and of the rejected completion.
+    """
+    pairs = [
+        (index, index + 1)
+        for index, (first, second) in enumerate(pairwise(items))
+        if first.is_chosen
+        and first.pair == second.pair
+        and not second.is_chosen
+        and first.exchange.completion != second.exchange.completion
+    ]
+    return np.array(pairs, np.int64).reshape(-1, 2)
 
 
 def _parse_flag(key: str, row: Row) -> bool:

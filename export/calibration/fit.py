@@ -1,4 +1,4 @@
-"""Fits the components of a calibration to scored items: covariances, trees, the length curve, the Laplace factor.
+"""Fits the components of a calibration to scored items: covariances, trees, the Laplace factor.
 
 Pure: arrays in, the service's detectors out. The caller decides which items each fit may use, because everything fitted
 here is biased on the items that it was fitted to.
@@ -6,7 +6,6 @@ here is biased on the items that it was fitted to.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,10 +14,8 @@ from numpy.typing import NDArray
 from sklearn.covariance import ledoit_wolf
 from sklearn.ensemble import GradientBoostingClassifier
 
-from export.calibration.measure import length_correlations
 from service.diagnostics.conformal import Scores
 from service.diagnostics.detectors import Matrix, ShrunkGaussian, TreeEnsemble
-from service.diagnostics.reference import LengthCurve
 from service.diagnostics.states import LaplaceFactor, StateForm
 
 MAX_AXES = 64
@@ -149,19 +146,3 @@ def fit_laplace(
     prior = float(squared.mean() / max(rewards.var(), 1e-12))
     precision = prior * np.eye(on_axes.shape[1]) + (differences * weight[:, None]).T @ differences
     return LaplaceFactor(form, np.linalg.cholesky(precision), prior)
-
-
-def fit_length_curve(log_lengths: Scores, rewards: Scores, prompts: NDArray[np.int64]) -> LengthCurve:
-    """Fit the reward that length predicts, so that little correlation remains over all items and within prompts.
-
-    Knots over all items also contain that some prompts have longer and better answers, and so overcorrect within
-    prompts. The curve is flattened to the share that minimises the sum of both squared correlations.
-    """
-    curve = LengthCurve.of(log_lengths, rewards)
-
-    def remaining(share: float) -> float:
-        residual = rewards - np.interp(log_lengths, curve.x, curve.flattened(share).y)
-        found = length_correlations(residual, log_lengths, prompts)
-        return found.pooled**2 + (0.0 if math.isnan(found.within) else found.within**2)
-
-    return curve.flattened(min(np.linspace(0.5, 1.0, 51).tolist(), key=remaining))

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from export.calibration.data import Part, prompt_numbers
 from export.calibration.fit import fit_laplace, fit_state_form
 from export.calibration.hacks import SUITE
+from export.calibration.head_resampling import LabelledPairs
 from export.calibration.scored_parts import ScoredParts
 from export.calibration.scoring import ScoredItems
 from service.checkpoints.checkpoint import Checkpoint
@@ -63,6 +64,9 @@ class MeasuredParts:
     ngrams: NgramCounts
     reader: StateReader
 
+    pairs: LabelledPairs
+    """Preference pairs of all parts."""
+
     @classmethod
     def measure(cls, scored: ScoredParts, taps: tuple[StateTap, ...], checkpoint: Checkpoint) -> MeasuredParts:
         """Fit state forms and n-gram counts to the part ``fit_states``, and compute the statistics of all parts.
@@ -88,6 +92,7 @@ class MeasuredParts:
             hacks={part: _measured(items, texts, reader, kinds) for part, (items, kinds) in scored.hacks.items()},
             ngrams=ngrams,
             reader=reader,
+            pairs=_labelled_pairs(scored, head),
         )
 
     def kinds(self, *, trained_only: bool = True) -> list[str]:
@@ -135,6 +140,20 @@ def joined(parts: Sequence[MeasuredItems]) -> tuple[Scores, Scores, NDArray[np.i
         np.concatenate([items.scored.rewards for items in parts]),
         np.concatenate([items.prompts + start for items, start in zip(parts, first, strict=False)]),
     )
+
+
+def _labelled_pairs(scored: ScoredParts, head: int) -> LabelledPairs:
+    """Return the preference pairs of all parts, which have no prompt in common."""
+    differences, margins, prompts = [], [], []
+    first = 0
+    for part, items in scored.clean.items():
+        chosen, rejected = scored.pairs[part].T
+        numbers = np.array(prompt_numbers(items.exchanges), np.int64) + first
+        differences.append(items.states[chosen, head] - items.states[rejected, head])
+        margins.append(items.rewards[chosen] - items.rewards[rejected])
+        prompts.append(numbers[chosen])
+        first += len(items)
+    return LabelledPairs(np.concatenate(differences), np.concatenate(margins), np.concatenate(prompts))
 
 
 def _measured(items: ScoredItems, texts: TextReader, reader: StateReader, kinds: Sequence[str] = ()) -> MeasuredItems:

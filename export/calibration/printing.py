@@ -8,6 +8,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from export.calibration.pair_uncertainty import MAIN_FIGURE, PairReport
 from export.calibration.report import CategoryResult, TestReport
 from service.diagnostics.calibration_facts import CalibrationFacts, LengthCorrelations, Rate
 
@@ -31,6 +32,8 @@ def print_report(console: Console, found: TestReport) -> None:
     for rate in found.sibling_rates:
         console.print(_rate_line("Test data, with siblings", rate), highlight=False)
     _print_length(console, "Test data", found.length)
+    if found.pairs is not None:
+        console.print(_pair_table(found.pairs))
     if not found.categories:
         return
     console.print(_category_table(found.categories))
@@ -59,6 +62,27 @@ def _rate_line(data: str, rate: Rate) -> str:
         f"{data}: p <= {rate.nominal:.2f} for {rate.value:.2%} ± {rate.standard_error:.2%} of "
         f"{rate.num_items} clean items ({rate.num_prompts} prompts)"
     )
+
+
+def _pair_table(found: PairReport) -> Table:
+    """Return a table with, by figure of uncertainty: how well it predicts which pairs the reward orders wrongly."""
+    table = Table(
+        "predicts wrong pairs",
+        "AUROC",
+        "disagreement better by",
+        "retention area",
+        caption=f"{found.num_pairs} pairs, {found.error:.1%} of them wrong; area of a figure that knows nothing "
+        f"{found.random_area:.4f}, of one that knows all {found.ideal_area:.4f}.",
+    )
+    for name, one in found.figures.items():
+        is_compared = name != MAIN_FIGURE and one.behind is not None
+        table.add_row(
+            name,
+            f"{one.auroc:.3f} ± {one.standard_error:.3f}",
+            f"{one.behind:+.3f} ± {one.behind_error:.3f}" if is_compared else "",
+            f"{one.retention_area:.4f}",
+        )
+    return table
 
 
 def _category_table(categories: Mapping[str, CategoryResult]) -> Table:

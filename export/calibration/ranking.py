@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from export.calibration.fit import fit_length_curve
+from export.calibration.length_fit import fit_length_curve
 from export.calibration.measure import detection, length_correlations, out_of_fold_p, self_test
 from export.calibration.measured_parts import MeasuredItems, MeasuredParts, joined
 from service.diagnostics.calibration_facts import Detection, LengthCorrelations, Rate, SelfTest

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from export.calibration.data import CleanItem, prompt_numbers
+from export.calibration.data import CleanItem, preference_pairs, prompt_numbers
 from export.calibration.measure import detection, length_correlations, rate_of
+from export.calibration.pair_uncertainty import PairReport, measure_pairs
 from service.assembly import ServedModel
 from service.console import Advance
 from service.diagnostics.calibration_facts import LengthCorrelations, Rate
@@ -86,6 +87,9 @@ class TestReport:
     num_left_out: int
     """Rows that the service refuses."""
 
+    pairs: PairReport | None
+    """Whether uncertainty predicts wrong pairs; None for data without enough preference pairs."""
+
     def mean_auroc(self, *, siblings: bool = False) -> float | None:
         """Return the mean over the categories that are out of distribution; None without any."""
         found = [one.sibling_auroc if siblings else one.auroc for one in self.categories.values() if one.is_ood]
@@ -132,6 +136,7 @@ def report(served: ServedModel, tested: Sequence[TestedItem], num_left_out: int)
         length=_length(clean),
         categories={category: _category(clean, members) for category, members in sorted(by_category.items())},
         num_left_out=num_left_out,
+        pairs=_pairs(clean),
     )
 
 
@@ -200,6 +205,11 @@ def _length(clean: Sequence[TestedItem]) -> dict[str, LengthCorrelations]:
         "raw": length_correlations(raw, lengths, prompts),
         "adjusted": length_correlations(adjusted, lengths, prompts),
     }
+
+
+def _pairs(clean: Sequence[TestedItem]) -> PairReport | None:
+    prompts = np.array(prompt_numbers([one.row.exchange for one in clean]), np.int64)
+    return measure_pairs([one.score for one in clean], preference_pairs([one.row for one in clean]), prompts)
 
 
 def _surprises(scores: Iterable[Score]) -> NDArray[np.float64]:

@@ -7,7 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from export.calibration.data import CleanItem, Part, require_enough, split
+import numpy as np
+from numpy.typing import NDArray
+
+from export.calibration.data import CleanItem, Part, preference_pairs, require_enough, split
 from export.calibration.hacks import SUITE, Base, HackSet, make_hacks
 from export.calibration.scoring import ScoredItems, score_items
 from service.assembly import ServedModel
@@ -38,6 +41,9 @@ class ScoredParts:
 
     hacks: Mapping[Part, tuple[ScoredItems, list[str]]]
     """Hacks and the name of each one's set, by the part whose prompts they were made of."""
+
+    pairs: Mapping[Part, NDArray[np.int64]]
+    """Preference pairs of each part, int64 [pairs, 2]: indices of chosen and rejected item; none for other data."""
 
 
 def count_items(items: Sequence[CleanItem], sizes: Sizes, sets: Sequence[HackSet] = SUITE) -> int:
@@ -71,10 +77,11 @@ def score_parts(
     """
     require_enough(items, "The data")
     parts = split(items)
-    clean = {
-        part: score_items(served, [item.exchange for item in members], advance, cache)[0]
-        for part, members in parts.items()
-    }
+    clean: dict[Part, ScoredItems] = {}
+    pairs: dict[Part, NDArray[np.int64]] = {}
+    for part, members in parts.items():
+        clean[part], indices = score_items(served, [item.exchange for item in members], advance, cache)
+        pairs[part] = preference_pairs([members[index] for index in indices])
     hacks: dict[Part, tuple[ScoredItems, list[str]]] = {}
     random_token = _token_sampler(required_checkpoint(served))
     counts: tuple[tuple[Part, int], ...] = (
@@ -83,9 +90,9 @@ def score_parts(
     for part, num_bases in counts:
         bases = _base_items(clean, part, num_bases, random_token, seed)
         made = make_hacks(bases, sets, seed)
-        scored, indices = score_items(served, [hack.exchange for hack in made], advance, cache)
-        hacks[part] = scored, [made[index].kind for index in indices]
-    return ScoredParts(clean, hacks)
+        scored, made_indices = score_items(served, [hack.exchange for hack in made], advance, cache)
+        hacks[part] = scored, [made[index].kind for index in made_indices]
+    return ScoredParts(clean, hacks, pairs)
 
 
 def required_checkpoint(served: ServedModel) -> Checkpoint:

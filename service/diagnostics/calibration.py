@@ -28,6 +28,7 @@ from service.diagnostics.monitors.reference import MonitorReference
 from service.diagnostics.ngrams import NgramCounts
 from service.diagnostics.ood import Component, Detectors, Ranking
 from service.diagnostics.reference import LengthCurve, Reference
+from service.diagnostics.resampled_heads import ResampledHeads
 from service.diagnostics.states import LaplaceFactor, StateForm, StateReader
 from service.errors import CalibrationError
 from service.outputs import new_file
@@ -101,6 +102,9 @@ class Calibration:
     drift: DriftReference | None = None
     """Means of the drift monitor's statistics; None: runs are compared with their own start only."""
 
+    heads: ResampledHeads | None = None
+    """None where the calibration was not made from preference pairs, or before there were such heads."""
+
     id: str = ""
     """``sha256:`` and the hash of the file; empty before it is written."""
 
@@ -168,6 +172,7 @@ def _pack(calibration: Calibration) -> tuple[dict[str, NDArray[Any]], dict[str, 
         "bigram_slot": calibration.ngrams.slots,
         "bigram_count": calibration.ngrams.counts,
         **calibration.monitors.as_arrays(),
+        **({} if calibration.heads is None else calibration.heads.as_arrays()),
         **{f"cal_scores_{name}": scores for name, scores in ranking.references.items()},
     }
     shapes: dict[str, Any] = {
@@ -200,6 +205,7 @@ def _pack(calibration: Calibration) -> tuple[dict[str, NDArray[Any]], dict[str, 
 
 def _unpack(header: Mapping[str, Any], arrays: Arrays, id_: str) -> Calibration:
     shapes = header["shapes"]
+    states = _unpack_states(shapes, arrays)
     return Calibration(
         binding=Binding(**header["binding"]),
         arithmetic=header["arithmetic"],
@@ -208,11 +214,12 @@ def _unpack(header: Mapping[str, Any], arrays: Arrays, id_: str) -> Calibration:
         lengths=_unpack_reference(shapes["lengths"], arrays["ref_loglen_q"]),
         length_curve=LengthCurve(arrays["len_knots_x"], arrays["len_knots_y"], shapes["length_curve_mean"]),
         ngrams=NgramCounts(arrays["unigram_count"], arrays["bigram_slot"], arrays["bigram_count"]),
-        states=_unpack_states(shapes, arrays),
+        states=states,
         detectors=_unpack_detectors(shapes, arrays),
         ranking=_unpack_ranking(shapes, arrays),
         monitors=MonitorReference.from_arrays(arrays),
         drift=DriftReference.unpack(arrays, shapes),
+        heads=ResampledHeads.from_arrays(arrays, states.forms[states.head_tap].mean),
         id=id_,
     )
 

@@ -71,6 +71,21 @@ class SelfTest:
 
 
 @dataclass(frozen=True, slots=True)
+class HeadFacts:
+    """How the resampled heads were fitted."""
+
+    num_heads: int
+    num_pairs: int
+
+    prior_share: float
+    """Standard deviation of the margin under the prior, as a share of that of the served margins; chosen by
+    cross-validation over prompts."""
+
+    log_likelihood_gain: float
+    """What a head that is fitted to the pairs gains over the served one, in nats per pair of other prompts."""
+
+
+@dataclass(frozen=True, slots=True)
 class CalibrationFacts:
     """How a calibration was made and what was measured on it."""
 
@@ -130,6 +145,9 @@ class CalibrationFacts:
 
     length: dict[str, LengthCorrelations]
     """Correlations with length of the ``raw`` and the ``adjusted`` reward."""
+
+    heads: HeadFacts | None = None
+    """Of the resampled heads; None where the data had too few preference pairs, or before there were such heads."""
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> CalibrationFacts:

@@ -22,6 +22,7 @@ from service.diagnostics.correlation import pearson_correlation
 from service.diagnostics.item_state import ItemState, Outcome, outcomes_of
 from service.diagnostics.length import length_report
 from service.diagnostics.ood import OodDetector
+from service.diagnostics.resampled_heads import disagreement
 from service.diagnostics.text import TextFacts, TextReader, style_report
 from service.records import Exchange, GroupReport, LengthReport, Score, StateTap, TokenSequence
 
@@ -81,16 +82,24 @@ class Diagnostician:
         reader = self.calibration.states
         if self._tap_indices is not None:
             states = states[:, self._tap_indices]
+        heads = self.calibration.heads
         with np.errstate(all="ignore"):  # states that are not finite are reported as such in the OOD block
             statistics, stds = reader.statistics(states), reader.reward_std(states)
-        return [
-            Score(
-                reward,
-                reward_std_epistemic=None if stds is None or not math.isfinite(stds[index]) else float(stds[index]),
-                traits=tuple(statistics[index].tolist()),
+            deviations = None if heads is None else heads.deviations(states[:, reader.head_tap])
+            spreads = None if deviations is None else disagreement(deviations)
+        scores = []
+        for index, reward in enumerate(rewards):
+            spread = _finite_at(spreads, index)
+            scores.append(
+                Score(
+                    reward,
+                    reward_std_epistemic=_finite_at(stds, index),
+                    reward_disagreement=spread,
+                    head_deviations=None if spread is None or deviations is None else tuple(deviations[index].tolist()),
+                    traits=tuple(statistics[index].tolist()),
+                )
             )
-            for index, reward in enumerate(rewards)
-        ]
+        return scores
 
     def read_texts(self, items: Sequence[ItemState], level: DiagnosticsLevel) -> list[TextFacts | None]:
         """Compute the text statistics of items.
@@ -146,7 +155,15 @@ class Diagnostician:
         reward, num_tokens = score.reward, length.completion_tokens
         if reward is None or score.own_weights or score.step_outputs:
             # The calibration's rewards are those of other weights, or of whole texts.
-            return replace(score, length=length, style=style, reward_std_epistemic=None, gap="inapplicable")
+            return replace(
+                score,
+                length=length,
+                style=style,
+                reward_std_epistemic=None,
+                reward_disagreement=None,
+                head_deviations=None,
+                gap="inapplicable",
+            )
         return replace(
             score,
             length=length,
@@ -217,7 +234,23 @@ def group_reports(scores: Sequence[Score]) -> list[GroupReport]:
     rewards = np.array([score.reward for score in scores], np.float64)
     correlation = _length_correlation(scores, rewards)
     centred = rewards - rewards.mean()
-    return [GroupReport(len(scores), correlation, float(deviation)) for deviation in centred]
+    return [
+        GroupReport(len(scores), correlation, float(deviation), spread)
+        for deviation, spread in zip(centred, _centred_disagreements(scores), strict=True)
+    ]
+
+
+def _centred_disagreements(scores: Sequence[Score]) -> list[float | None]:
+    """Return the disagreement about each reward less the group's mean; None where a completion's heads are unknown.
+
+    What the heads add to all completions of a prompt alike is no disagreement about which of them is better.
+    """
+    rows = [score.head_deviations for score in scores if score.head_deviations is not None]
+    if len(rows) < len(scores):
+        return [None] * len(scores)
+    deviations = np.array(rows, np.float64)
+    spreads: list[float | None] = disagreement(deviations - deviations.mean(axis=0)).tolist()
+    return spreads
 
 
 def _length_correlation(scores: Sequence[Score], rewards: NDArray[np.float64]) -> float | None:
@@ -247,6 +280,10 @@ def _with_reference(length: LengthReport, calibration: Calibration) -> LengthRep
     log_length = math.log1p(length.completion_tokens)
     lengths = calibration.lengths
     return replace(length, length_z=lengths.z(log_length), length_percentile=lengths.percentile(log_length))
+
+
+def _finite_at(values: NDArray[np.float64] | None, index: int) -> float | None:
+    return None if values is None or not math.isfinite(values[index]) else float(values[index])
 
 
 def _is_truncated(score: Score) -> bool:

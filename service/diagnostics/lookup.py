@@ -33,6 +33,7 @@ SHOWN_FACTS = (
     "weak",
     "mean_auroc",
     "length",
+    "heads",
 )
 """Fields of `CalibrationFacts` in ``/v1/model``."""
 

@@ -73,10 +73,6 @@ class LengthCurve:
         y[1:-1] = (raw[:-2] + 2 * raw[1:-1] + raw[2:]) / 4
         return cls(x, y, float(np.interp(log_lengths, x, y).mean()))
 
-    def flattened(self, share: float) -> LengthCurve:
-        """Return the curve with its deviations from its mean multiplied by a share."""
-        return LengthCurve(self.x, self.mean + share * (self.y - self.mean), self.mean)
-
     def adjusted(self, reward: float, num_completion_tokens: int) -> float:
         """Return the reward less what its length predicts, plus the mean of the curve."""
         return reward - float(np.interp(math.log1p(num_completion_tokens), self.x, self.y)) + self.mean

@@ -59,6 +59,15 @@ _NULL_WITHOUT_CALIBRATION = {"type": ["number", "null"], "description": "Null wi
 _DIAGNOSTICS = {
     **dict.fromkeys(("reward_z", "reward_percentile", "reward_length_adjusted"), _NULL_WITHOUT_CALIBRATION),
     "reward_std_epistemic": _NULL_WITHOUT_CALIBRATION,
+    "reward_disagreement": {
+        "type": ["number", "null"],
+        "description": "Standard deviation of the reward over resampled heads; null without a calibration that was "
+        "made from preference pairs.",
+    },
+    "reward_lower": {
+        "type": ["number", "null"],
+        "description": "With pessimism k: the reward less k times reward_disagreement; null where that is null.",
+    },
     "length": {"$ref": _REF.format(name="LengthReport")},
     "style": {"anyOf": [{"$ref": _REF.format(name="StyleReport")}, {"type": "null"}]},
     "ood": {"anyOf": [{"$ref": _REF.format(name="OodReport")}, {"type": "null"}]},

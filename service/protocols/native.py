@@ -22,6 +22,7 @@ from service.protocols.json_body import decode_body
 from service.protocols.reward_weights import read_weights, weights_missing
 from service.protocols.violations import invalid
 from service.records import (
+    MAX_PESSIMISM,
     Completion,
     Content,
     Encoding,
@@ -44,6 +45,7 @@ MAX_MESSAGES = 1024
 
 _Name = Annotated[str, Meta(max_length=MAX_NAME_CHARS)] | Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 _TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+_Pessimism = Annotated[float, Meta(ge=0, le=MAX_PESSIMISM)]
 _Timeout = Annotated[float, Meta(ge=1, le=2**63)]
 
 
@@ -101,6 +103,7 @@ class WireOptions(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     special_tokens: Literal["read", "escape"] | None = None
     timeout_ms: _Timeout | None = None
     weights: dict[str, float] | None = None
+    pessimism: _Pessimism | None = None
 
 
 class WireScoreRequest(WireOptions, forbid_unknown_fields=True, kw_only=True):
@@ -186,7 +189,10 @@ def _request(items: tuple[Item, ...], options: WireOptions, defaults: RequestDef
     )
     timeout_s = _timeout_s(options.timeout_ms, defaults.limits.deadline_s)
     weights = read_weights(options.weights, defaults.outputs)
-    return ScoreRequest(items, encoding, options.diagnostics or defaults.diagnostics, timeout_s, weights=weights)
+    level = options.diagnostics or defaults.diagnostics
+    if options.pessimism is not None and level != "full":
+        raise invalid("/pessimism", "needs_level_full", 'pessimism needs "diagnostics": "full"')
+    return ScoreRequest(items, encoding, level, timeout_s, weights=weights, pessimism=options.pessimism)
 
 
 def template_variables(given: Mapping[str, TemplateVariable] | None) -> tuple[tuple[str, TemplateVariable], ...]:

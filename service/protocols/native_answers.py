@@ -13,13 +13,14 @@ import msgspec
 from reward_client.options import DiagnosticsLevel, TemplateChoice
 
 from service.diagnostics.item_state import Outcome
+from service.diagnostics.resampled_heads import lower_reward
 from service.errors import HttpError, NonFiniteReward
 from service.protocols.problem import item_error
 from service.records import Item, ModelIdentity, Score, ScoreRequest, Timings, Usage
 
 BASIC_DIAGNOSTICS = ("reward_z", "reward_percentile", "reward_length_adjusted", "length", "style")
 
-FULL_DIAGNOSTICS = ("reward_std_epistemic", "ood")
+FULL_DIAGNOSTICS = ("reward_std_epistemic", "reward_disagreement", "ood")
 """Members of a result at level ``basic``, and those that ``full`` adds."""
 
 
@@ -106,14 +107,12 @@ def _envelope(model: ModelIdentity, template: TemplateChoice, usage: Usage, timi
 
 def _results(request: ScoreRequest, outcomes: Sequence[Outcome], outputs: Sequence[str]) -> list[dict[str, Any]]:
     return [
-        _result(index, item, outcome, request.diagnostics, outputs)
+        _result(index, item, outcome, request, outputs)
         for index, (item, outcome) in enumerate(zip(request.items, outcomes, strict=True))
     ]
 
 
-def _result(
-    index: int, item: Item, outcome: Outcome, level: DiagnosticsLevel, outputs: Sequence[str]
-) -> dict[str, Any]:
+def _result(index: int, item: Item, outcome: Outcome, request: ScoreRequest, outputs: Sequence[str]) -> dict[str, Any]:
     result: dict[str, Any] = {"index": index}
     if item.id is not None:
         result["id"] = item.id
@@ -134,7 +133,9 @@ def _result(
         result["step_rewards"] = outcome.step_rewards
     if outcome.step_outputs and len(outputs) > 1:
         result["step_outputs"] = [dict(zip(outputs, values, strict=True)) for values in outcome.step_outputs]
-    return result | diagnostics_of(outcome, level)
+    if request.pessimism is not None:
+        result["reward_lower"] = lower_reward(outcome.reward, outcome.reward_disagreement, request.pessimism)
+    return result | diagnostics_of(outcome, request.diagnostics)
 
 
 def diagnostics_of(score: Score, level: DiagnosticsLevel) -> dict[str, Any]:

@@ -54,6 +54,11 @@ WRONG_CALLS: dict[str, tuple[Callable[[Any], object], str]] = {
     "diagnostics": (lambda c: c.score(["a"], ["b"], diagnostics=CANARY), "one of none, basic, full, or None"),
     "truncation": (lambda c: c.score(["a"], ["b"], truncation=CANARY), "one of error, prompt_left, or None"),
     "template": (lambda c: c.score_items([{}], template=True), "one of chat, concat, pair, or None"),
+    "pessimism-without-level": (lambda c: c.score(["a"], ["b"], pessimism=1.0), 'needs diagnostics="full"'),
+    "pessimism-negative": (
+        lambda c: c.score(["a"], ["b"], diagnostics="full", pessimism=-1),
+        "pessimism must be a finite number of standard deviations of at least 0; it is -1",
+    ),
     "items-are-a-string": (lambda c: c.score_items(CANARY), "items must be a list of items.*not one string"),
     "items-are-strings": (lambda c: c.score_items([CANARY]), r"items\[0\] must be a dictionary such as"),
     "item-is-one-dictionary": (lambda c: c.score_items({"prompt": CANARY}), "items must be a list.*of type dict"),

@@ -178,6 +178,17 @@ def test_score_returns_diagnostics_when_asked() -> None:
     assert scored[1].details == Diagnostics()
 
 
+def test_pessimism_is_sent_and_never_by_itself() -> None:
+    """It goes to the service as it is given, and requests without it have no such member."""
+    with running(Describing()) as server, RewardClient(server.url) as client:
+        client.score(["q"], ["1"], diagnostics="full", pessimism=2)
+        client.score(["q"], ["1"], diagnostics="full")
+
+    assert [request.body.get("pessimism") for request in server.requests] == [2.0, None]
+    assert "pessimism" not in server.requests[1].body
+    assert ScoredItem(1.0, "v", None, {"reward_lower": 0.5}).details.reward_lower == 0.5
+
+
 @pytest.mark.parametrize("value", [True, "7", 7.5, [7]])
 def test_details_of_another_type_are_a_bad_answer(value: object) -> None:
     """A member with another type than the protocol's raises and is never converted."""
@@ -197,6 +208,7 @@ def test_details_have_the_fields_of_the_service(block: Any, report: Any) -> None
     assert {field.name for field in fields(Diagnostics)} == {
         *BASIC_DIAGNOSTICS,
         *FULL_DIAGNOSTICS,
+        "reward_lower",
         "group",
         "calibration",
     }

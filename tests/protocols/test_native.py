@@ -524,7 +524,7 @@ STYLE = StyleReport(headers=1, list_items=2, bold=0, emoji=9, hedges=0, flattery
         (
             "full",
             {"reward_z", "reward_percentile", "reward_length_adjusted", "length", "style", "group"}
-            | {"reward_std_epistemic", "ood"},
+            | {"reward_std_epistemic", "reward_disagreement", "ood"},
         ),
     ],
 )
@@ -542,7 +542,40 @@ def test_members_of_each_level(level: DiagnosticsLevel, members: set[str]) -> No
         assert result["ood"]["p_layers"] == {"mid": None, "last": None}
         assert result["ood"]["reason"] == "text:emoji+"
         assert result["style"]["emoji"] == 9
-        assert result["group"] == {"n": 2, "length_corr": None, "reward_centered": -0.5}
+        assert result["group"] == {"n": 2, "length_corr": None, "reward_centered": -0.5, "disagreement": None}
+
+
+@pytest.mark.parametrize(("spread", "lower"), [(0.25, 1.0), (None, None)])
+def test_a_lower_reward_is_beside_the_reward(spread: float | None, lower: float | None) -> None:
+    """With pessimism a result has the lower reward beside the raw one, null without heads; else it has none."""
+    score = Score(1.5, reward_disagreement=spread)
+    requests = [
+        parse_score_request(body_of(items=[{"text": "a"}], diagnostics="full", **options), DEFAULTS)
+        for options in ({"pessimism": 2}, {})
+    ]
+
+    results = [
+        json.loads(render_scores(request, (score,), MODEL, "chat", USAGE, TIMINGS))["results"][0]
+        for request in requests
+    ]
+
+    assert [result["reward"] for result in results] == [1.5, 1.5]
+    assert results[0]["reward_lower"] == lower
+    assert "reward_lower" not in results[1]
+
+
+@pytest.mark.parametrize("options", [{}, {"diagnostics": "basic"}, {"diagnostics": "none"}])
+def test_pessimism_needs_the_level_that_reads_states(options: dict[str, str]) -> None:
+    """It is refused where the level, also the default one, has no disagreement: no silent null."""
+    assert violations(body_of(pessimism=1.0, **options)) == [("/pessimism", "needs_level_full")]
+
+
+@pytest.mark.parametrize("value", [-0.1, 1001, "1", [1]])
+def test_pessimism_is_a_number_of_standard_deviations(value: object) -> None:
+    """Values that are no number of at least 0, or so large that a reward could overflow, are refused by pointer."""
+    ((pointer, _),) = violations(body_of(pessimism=value, diagnostics="full"))
+
+    assert pointer == "/pessimism"
 
 
 @given(st.floats(width=32, allow_nan=False, allow_infinity=False))

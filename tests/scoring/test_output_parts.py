@@ -10,8 +10,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from scoring.columns import diagnostic_columns, input_columns, own_columns
+from scoring.blocks import InputRow
+from scoring.columns import diagnostic_columns, input_columns, own_columns, scored_columns
 from scoring.parts import Format, encode_part, join_parts
+from service.data.prompts import PromptCompletions
 
 
 def write_parts(folder: Path, blocks: list[list[dict[str, Any]]], kind: Format) -> list[Path]:
@@ -38,7 +40,7 @@ def test_every_diagnostic_has_one_column_with_a_type() -> None:
 
     assert set(basic) < set(full)
     assert {"length_completion_tokens", "length_z", "style_p", "group_reward_centered", "calibration"} <= set(basic)
-    assert {"ood_p_value", "ood_p_layers_mid", "ood_flag", "reward_std_epistemic"} <= set(full)
+    assert {"ood_p_value", "ood_p_layers_mid", "ood_flag", "reward_std_epistemic", "reward_disagreement"} <= set(full)
     assert full["ood_p_layers_mid"] == (("ood", "p_layers", "mid"), float)
     assert diagnostic_columns("none") == {}
 
@@ -50,6 +52,20 @@ def test_pairs_have_the_columns_of_both_completions() -> None:
     common = {"source_file", "source_row", "model_version", "error_code", "error_detail"}
 
     assert pairs == common | {"margin"} | {side + name for side in ("chosen_", "rejected_") for name in items - common}
+
+
+def test_a_lower_reward_is_a_column_where_it_is_asked_for() -> None:
+    """Each completion has the reward less K disagreements, null where no heads are known; else there is no column."""
+    row = InputRow("a", 1, {}, PromptCompletions("p", ("c", "r")))
+    answers = [{"reward": 2.0, "reward_disagreement": 0.5}, {"reward": 1.0, "reward_disagreement": None}]
+
+    asked, not_asked = [scored_columns(row, answers, "v", "full", pessimism) for pessimism in (3.0, None)]
+
+    assert (asked["chosen_reward_lower"], asked["rejected_reward_lower"]) == (0.5, None)
+    assert (asked["chosen_reward"], asked["margin"]) == (2.0, 1.0)
+    assert "chosen_reward_lower" not in not_asked
+    assert own_columns("full", pairs=False, items=True, lower=True)["reward_lower"] is float
+    assert "reward_lower" not in own_columns("full", pairs=False, items=True)
 
 
 def test_an_input_column_of_the_same_name_is_renamed() -> None:

@@ -58,8 +58,10 @@ def test_the_model_is_served_with_its_calibration(folder: Path) -> None:
     assert scored.ood.calibration_id == read_calibration(folder / CALIBRATION_FILE).id
     assert None not in (scored.reward_z, scored.reward_percentile, scored.reward_length_adjusted)
     assert scored.reward_std_epistemic is not None
+    assert scored.reward_disagreement is not None
     described = served.description()["calibration"]
     assert (described["id"], described["reason"]) == (scored.ood.calibration_id, None)
+    assert described["heads"]["num_pairs"] > 300
     assert served.info.taps == served.lookup.taps
     compared = served.monitors.subject.reference
     assert compared is not None
@@ -149,6 +151,21 @@ def test_a_calibration_is_made_and_tested_with_one_load(
     calibrate(folder, pairs, "--test", str(test), "--out", str(tmp_path / "calibration.safetensors"))
 
     assert calls == ["open", "load"]
+
+
+def test_pairs_of_a_test_show_what_predicts_errors(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On preference pairs the disagreement of the heads is compared with distance, margin and Laplace, and printed."""
+    out = tmp_path / "found.json"
+
+    calibrate(folder, tmp_path, "--test-only", "--test", str(write_pairs(tmp_path / "p.jsonl", 80)), "--json", str(out))
+
+    pairs = json.loads(out.read_text())["test"]["pairs"]
+    assert pairs["num_pairs"] == 80
+    assert {"disagreement", "small margin", "Laplace", "surprise"} <= pairs["figures"].keys()
+    assert pairs["figures"]["surprise"]["behind_error"] > 0
+    assert "predicts wrong pairs" in capsys.readouterr().err
 
 
 def test_a_failing_pass_ends_the_calibration(folder: Path) -> None:
