@@ -47,6 +47,7 @@ def test_a_figure_that_knows_is_told_from_one_that_does_not() -> None:
     assert distance.behind == pytest.approx(main.auroc - distance.auroc)
     assert distance.behind_error is not None
     assert distance.behind > 5 * distance.behind_error
+    assert main.retention_area is not None
     assert found.ideal_area < main.retention_area < 0.5 * found.random_area
 
 
