@@ -21,8 +21,8 @@ from service.console import progress_bar
 from service.data.holdout import is_held_out
 from service.data.reading import read_examples
 from service.diagnostics.monitors.observation import Observation
+from service.diagnostics.phrasing import Wording
 from service.diagnostics.text import read_chars, wording_of
-from service.diagnostics.wording import Wording
 from service.errors import CalibrationError, DatasetError
 from service.records import Exchange, Item, Score, StateTap, TokenSequence
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from service.diagnostics.lexicon import FENCED_CODE, StyleMarkers, count_style_markers
 from service.diagnostics.ngrams import WINDOW_TOKENS, NgramCounts
-from service.diagnostics.wording import Wording, read_wording
+from service.diagnostics.phrasing import Wording, read_wording
 from service.records import Exchange, Item, StyleReport, TokenSequence
 
 STATISTICS = (

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from service.diagnostics.lexicon import count_style_markers
 from service.diagnostics.monitors.observation import Observation, ObservedItems
 from service.diagnostics.monitors.reference import MonitorReference, fit_reference
-from service.diagnostics.wording import read_wording
+from service.diagnostics.phrasing import read_wording
 from service.records import OodReport, Score, StyleReport
 
 

@@ -15,8 +15,8 @@ from service.diagnostics.monitors.drift_moments import BatchMoments
 from service.diagnostics.monitors.drift_reference import DriftReference
 from service.diagnostics.monitors.observation import Observation
 from service.diagnostics.monitors.shared_phrases import NUM_PROMPTS, SHARED, share_phrases
+from service.diagnostics.phrasing import WORDING, Statistic
 from service.diagnostics.states import PER_TAP
-from service.diagnostics.wording import WORDING, Statistic
 from service.records import StateTap
 
 

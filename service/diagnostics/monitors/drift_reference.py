@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from service.diagnostics.wording import VERSION
+from service.diagnostics.phrasing import VERSION
 
 ALLOWED_ERRORS = 3.0
 """Standard errors of the calibration's mean by which a run may differ from it: the calibration is a sample, too."""

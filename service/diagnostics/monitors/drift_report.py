@@ -15,7 +15,7 @@ from service.diagnostics.monitors.drift import DriftState
 from service.diagnostics.monitors.drift_moments import Vector, standardised
 from service.diagnostics.monitors.drift_monitor import DriftSubject
 from service.diagnostics.monitors.shared_phrases import PLAINLY_SHARED
-from service.diagnostics.wording import shown
+from service.diagnostics.phrasing import shown
 
 NUM_CHANGES = 5
 """Changes that are named."""

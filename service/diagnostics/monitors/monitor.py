@@ -31,7 +31,7 @@ from service.diagnostics.monitors.observation import Observation, ObservedItems
 from service.diagnostics.monitors.reference import MonitorReference
 from service.diagnostics.monitors.report import read_sums, read_window, window_correlation
 from service.diagnostics.monitors.window import WindowStatistics, merge_windows, summarize
-from service.diagnostics.wording import Wording
+from service.diagnostics.phrasing import Wording
 from service.records import SCOPES, Scope, Score
 from service.settings import MonitorSettings
 

@@ -14,7 +14,7 @@ from typing import Literal, TypeAlias, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from service.diagnostics.wording import Wording
+from service.diagnostics.phrasing import Wording
 from service.records import OodReport, Score, StyleReport
 
 Column: TypeAlias = Literal[

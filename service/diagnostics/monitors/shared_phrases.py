@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from service.diagnostics.wording import PHRASE_BITS, PHRASE_KINDS, Statistic, Wording
+from service.diagnostics.phrasing import PHRASE_BITS, PHRASE_KINDS, Statistic, Wording
 
 _OF_PHRASES = "percent of the answer's phrases"
 _OF_ANSWERS = "percent of answers"

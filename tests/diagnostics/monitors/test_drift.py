@@ -14,7 +14,7 @@ from service.diagnostics.monitors.drift_moments import BatchMoments
 from service.diagnostics.monitors.drift_monitor import DriftSubject
 from service.diagnostics.monitors.drift_reference import DriftReference
 from service.diagnostics.monitors.drift_report import Change, changes_of, describe_drift, drift_alarms, largest
-from service.diagnostics.wording import Statistic
+from service.diagnostics.phrasing import Statistic
 
 STATISTICS = (
     Statistic("level", "units"),

@@ -25,7 +25,7 @@ from service.diagnostics.monitors.monitor import Monitor, Monitors, describe_sta
 from service.diagnostics.monitors.observation import Observation
 from service.diagnostics.monitors.publisher import watch_stream
 from service.diagnostics.monitors.shared_phrases import NUM_PROMPTS, SHARED
-from service.diagnostics.wording import WORDING
+from service.diagnostics.phrasing import WORDING
 from service.metrics import Metrics
 from service.records import Score, StateTap
 from service.settings import MonitorSettings

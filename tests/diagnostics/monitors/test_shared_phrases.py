@@ -7,7 +7,7 @@ import pytest
 
 from service.diagnostics.lexicon import count_style_markers
 from service.diagnostics.monitors.shared_phrases import SHARED, WIDELY, SharedPhrases, share_phrases
-from service.diagnostics.wording import Wording, read_wording
+from service.diagnostics.phrasing import Wording, read_wording
 
 NAMES = [statistic.name for statistic in SHARED]
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from service.diagnostics.lexicon import count_style_markers
+from service.diagnostics.phrasing import MAX_PHRASES, PHRASE_BITS, PHRASE_KINDS, WORDING, Wording, read_wording, shown
 from service.diagnostics.word_classes import CLASSES
-from service.diagnostics.wording import MAX_PHRASES, PHRASE_BITS, PHRASE_KINDS, WORDING, Wording, read_wording, shown
 
 NAMES = [statistic.name for statistic in WORDING]
 
