@@ -11,7 +11,7 @@ import pytest
 from pyarrow import parquet
 
 from scoring.blocks import InputRow
-from scoring.columns import diagnostic_columns, input_columns, own_columns, scored_columns
+from scoring.columns import Answer, diagnostic_columns, input_columns, own_columns, scored_columns
 from scoring.parts import Format, encode_part, join_parts
 from service.data.prompts import PromptCompletions
 
@@ -57,7 +57,7 @@ def test_pairs_have_the_columns_of_both_completions() -> None:
 def test_a_lower_reward_is_a_column_where_it_is_asked_for() -> None:
     """Each completion has the reward less K disagreements, null where no heads are known; else there is no column."""
     row = InputRow("a", 1, {}, PromptCompletions("p", ("c", "r")))
-    answers = [{"reward": 2.0, "reward_disagreement": 0.5}, {"reward": 1.0, "reward_disagreement": None}]
+    answers: list[Answer] = [{"reward": 2.0, "reward_disagreement": 0.5}, {"reward": 1.0, "reward_disagreement": None}]
 
     asked, not_asked = [scored_columns(row, answers, "v", "full", pessimism) for pessimism in (3.0, None)]
 
