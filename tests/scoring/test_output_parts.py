@@ -57,10 +57,7 @@ def test_pairs_have_the_columns_of_both_completions() -> None:
 def test_a_lower_reward_is_a_column_where_it_is_asked_for() -> None:
     """Each completion has the reward less K disagreements, null where no heads are known; else there is no column."""
     row = InputRow("a", 1, {}, PromptCompletions("p", ("c", "r")))
-    answers: list[Answer] = [
-        {"reward": 2.0, "reward_disagreement": 0.5},
-        {"reward": 1.0, "reward_disagreement": None},
-    ]
+    answers: list[Answer] = [{"reward": 2.0, "reward_disagreement": 0.5}, {"reward": 1.0, "reward_disagreement": None}]
 
     asked, not_asked = [scored_columns(row, answers, "v", "full", pessimism) for pessimism in (3.0, None)]
 

@@ -44,6 +44,7 @@ def test_a_figure_that_knows_is_told_from_one_that_does_not() -> None:
     main, distance = found.figures[MAIN_FIGURE], found.figures["surprise"]
     assert main.auroc > 0.95
     assert distance.auroc == pytest.approx(0.5, abs=0.1)
+    assert distance.behind is not None
     assert distance.behind == pytest.approx(main.auroc - distance.auroc)
     assert distance.behind_error is not None
     assert distance.behind > 5 * distance.behind_error
