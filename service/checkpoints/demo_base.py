@@ -90,9 +90,9 @@ def _dequantize(gguf: Path, folder: Path) -> None:
     with transformers_silenced(), gguf_bar_hidden():
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # The weights are plain floats now; with these attributes transformers would refuse to save them.
-    for owner, marker in ((model.config, "quantization_config"), (model, "hf_quantizer")):
-        if hasattr(owner, marker):
-            delattr(owner, marker)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+        # The weights are plain floats now; with these attributes transformers would refuse to save them.
+        for owner, marker in ((model.config, "quantization_config"), (model, "hf_quantizer")):
+            if hasattr(owner, marker):
+                delattr(owner, marker)
+        model.to(torch.bfloat16).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from tiny_adapters import write_adapter
 from tiny_models import SENTENCES, write_tiny_causal_lm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from service.checkpoints import demo, demo_base
 from service.checkpoints.demo import PROVENANCE_FILE, merged_identity, obtain_demo_model
@@ -154,3 +154,19 @@ def test_the_first_start_shows_no_bar_of_transformers(capsys: pytest.CaptureFixt
 
     assert list(gguf_reader.tqdm(range(3), desc="tensors")) == [0, 1, 2]
     assert "tensors" in capsys.readouterr().err
+
+
+def test_the_base_is_stored_without_a_bar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Reading the GGUF file and writing the checkpoint show nothing on the terminal."""
+    tiny = write_tiny_causal_lm(tmp_path / "tiny")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny), AutoTokenizer.from_pretrained(tiny)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: model)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: tokenizer)
+    capsys.readouterr()
+
+    demo_base._dequantize(tmp_path / "base.gguf", tmp_path / "base")
+
+    assert capsys.readouterr().err == ""
+    assert (tmp_path / "base" / "model.safetensors").is_file()
