@@ -39,7 +39,7 @@ async def score_and_note(
     """
     age_s = facts.age_s
     try:
-        if facts.load is not None and not request.waits_for_room:
+        if facts.load is not None:
             _refuse_late(served, request, facts.load, age_s)
         scored = await served.scorer.score(request, age_s=age_s)
     except HttpError as error:
@@ -54,13 +54,17 @@ async def score_and_note(
 
 
 def _refuse_late(served: ServedModel, request: ScoreRequest, load: LoopLoad, age_s: float) -> None:
-    """Refuse a request that the event loop could not answer in time.
+    """Note the deadline of a request, and refuse one that the event loop could not answer in time.
 
     Raises:
-        Overloaded: it could not.
+        Overloaded: it could not, and does not wait for room until its deadline.
     """
+    timeout_s = min(request.timeout_s, served.settings.limits.deadline_s)
+    load.note_timeout(timeout_s)
+    if request.waits_for_room:
+        return
     try:
-        load.refuse_late(min(request.timeout_s, served.settings.limits.deadline_s), age_s)
+        load.refuse_late(timeout_s - age_s)
     except Overloaded as refusal:
         served.metrics.shed.labels(reason=refusal.code).inc()
         served.metrics.items.labels(outcome="shed").inc(len(request.items))

@@ -66,18 +66,17 @@ class LoopLoad:
         timeout_s = self._gate.longest_timeout_s(time.monotonic())
         return None if timeout_s is None else self._refusal(self._num_waiting(), timeout_s)
 
-    def refuse_late(self, timeout_s: float, age_s: float) -> None:
-        """Refuse a request that was read, if it cannot be answered in time.
+    def note_timeout(self, timeout_s: float) -> None:
+        """Remember the deadline of a request that was read, in seconds from its arrival."""
+        self._gate.note_timeout(timeout_s, time.monotonic())
 
-        Args:
-            timeout_s: its deadline, from its arrival.
-            age_s: seconds since then.
+    def refuse_late(self, time_left_s: float) -> None:
+        """Refuse a request that was read, if it cannot be answered in the time to its deadline.
 
         Raises:
             Overloaded: it cannot.
         """
-        self._gate.note_timeout(timeout_s, time.monotonic())
-        refusal = self._refusal(self._num_waiting() - 1, timeout_s - age_s)
+        refusal = self._refusal(self._num_waiting() - 1, time_left_s)
         if refusal is not None:
             raise refusal
 

@@ -7,8 +7,6 @@ wait for the engine is in it: where the loop is behind, the two share the proces
 
 from __future__ import annotations
 
-from service.scheduling.admission import USED_SHARE
-
 MIN_LAG_S = 0.01
 """A loop that is less late than this is not behind, and nothing is refused for its sake."""
 HALF_LIFE_S = 2.0
@@ -17,6 +15,9 @@ MIN_BEHIND_S = 0.2
 """Seconds of being behind, by weight, from which on only the speed at such times counts."""
 MIN_FINISHED = 8
 """Finished requests, by weight, below which the speed is not known."""
+USED_SHARE = 0.65
+"""Share of the time to a request's deadline within which it must be finished by the estimate: slower ones than the mean
+must be in time, too."""
 PATIENCE_S = 5.0
 """Seconds for which a deadline is remembered; at most twice as long."""
 
@@ -86,7 +87,7 @@ class RequestGate:
         Args:
             num_waiting: requests that are not answered, without those that wait for bytes of their client.
             lag_s: how late the loop is; the request has waited so long before the service saw it.
-            time_left_s: seconds to its deadline. Half of them may be used (`USED_SHARE`): the engine needs time too.
+            time_left_s: seconds to its deadline; `USED_SHARE` of them may be used.
         """
         speed = self.requests_per_s
         if lag_s < MIN_LAG_S or speed is None:

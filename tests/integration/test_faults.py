@@ -151,7 +151,7 @@ def test_a_frozen_replica(server: RunningServer) -> None:
 
 
 def test_a_killed_proxy(server: RunningServer) -> None:
-    """After HAProxy's death connections are refused for some seconds, but nobody gets a 404 or a plain 500."""
+    """After HAProxy's death a second one answers within seconds; nobody gets a 404 or a plain 500."""
     proxy = process_of(server, "haproxy")
     begin = time.monotonic()
     with Answers(server.url, timeout_s=10.0) as answers, scored(server):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from service.scheduling.request_gate import MIN_LAG_S, RequestGate
+from service.scheduling.request_gate import MIN_LAG_S, USED_SHARE, RequestGate
 
 STEPS = 5
 """Turns of the loop that a request takes."""
@@ -128,7 +128,7 @@ def test_an_unknown_speed_or_an_idle_loop_refuses_nothing() -> None:
     gate.record(100, elapsed_s=1.0, cpu_s=1.0, lag_s=0.0)
     assert gate.requests_per_s == pytest.approx(100)
     assert gate.excess_s(10_000, MIN_LAG_S / 2, 0.1) == 0
-    assert gate.excess_s(99, 0.5, 2.0) == pytest.approx(0.5)
+    assert gate.excess_s(99, 0.5, 2.0) == pytest.approx(1.5 - 2.0 * USED_SHARE)
 
 
 def test_deadlines_are_forgotten() -> None:
