@@ -1,4 +1,4 @@
-"""How often a reward model agrees with human preferences, beside the accuracy of length alone on the same rows.
+"""How often a reward model agrees with preferences or is right on contrast pairs, beside the accuracy of length alone.
 
 Accuracy is the share of pairs in which the chosen completion has the higher reward, which is where the Bradley-Terry
 model (Bradley and Terry 1952) puts the more probable preference; a tie counts one half.
@@ -25,7 +25,8 @@ from service.diagnostics.correlation import pearson_correlation
 from service.offline import MAX_BATCH_SEQUENCES, plan_batches
 from service.records import TokenSequence
 from service.scheduling.budget import BatchBudget
-from training.pairs import TokenizedPair, tokenize_usable_pairs
+from training.contrast import CONTRAST_SOURCE, FAMILIES, make_contrasts
+from training.pairs import TokenizedPair, tokenize_pairs, tokenize_usable_pairs
 from training.preferences import PreferencePair, read_pairs
 
 MAX_BATCH_TOKENS = 8192
@@ -63,19 +64,24 @@ class Evaluation:
     log_length_correlation: float
     """Pearson's correlation of the reward with the logarithm of the completion's characters."""
 
+    within_pairs_correlation: float
+    """The same after the mean of each pair was subtracted from both."""
+
 
 def evaluate(model: PreTrainedModel, pairs: Sequence[TokenizedPair], output: int = 0) -> Evaluation:
     """Score both completions of each pair and compare the rewards, one output of the head, with the human choice."""
     chosen = rewards(model, [pair.chosen_ids for pair in pairs], output)
     rejected = rewards(model, [pair.rejected_ids for pair in pairs], output)
     margins = chosen - rejected
-    log_lengths = [math.log1p(len(text)) for text in _completions(pair.pair for pair in pairs)]
+    log_lengths = np.array([math.log1p(len(text)) for text in _completions(pair.pair for pair in pairs)])
+    excess = log_lengths[0::2] - log_lengths[1::2]
     return Evaluation(
         num_pairs=len(pairs),
         accuracy=Share.of(margins.tolist()),
         longer_wins=Share.of(pair.pair.excess_chars for pair in pairs),
         mean_margin=float(margins.mean()) if len(pairs) else math.nan,
-        log_length_correlation=pearson_correlation(np.stack([chosen, rejected], axis=1).ravel(), np.array(log_lengths)),
+        log_length_correlation=pearson_correlation(np.stack([chosen, rejected], axis=1).ravel(), log_lengths),
+        within_pairs_correlation=pearson_correlation(np.append(margins, -margins), np.append(excess, -excess)),
     )
 
 
@@ -84,12 +90,16 @@ def describe(name: str, evaluation: Evaluation) -> str:
     accuracy, longer_wins = evaluation.accuracy, evaluation.longer_wins
     if not evaluation.num_pairs:
         return f"{name}: no pairs"
-    correlation = evaluation.log_length_correlation
     return (
         f"{name}: accuracy {accuracy.value:.1%} ± {accuracy.standard_error:.1%} on {evaluation.num_pairs} pairs; "
         f"longer answer wins {longer_wins.value:.1%} ± {longer_wins.standard_error:.1%}; "
-        f"correlation of reward with log length {'undefined' if math.isnan(correlation) else f'{correlation:+.2f}'}"
+        f"correlation of reward with log length {_signed(evaluation.log_length_correlation)}, "
+        f"within pairs {_signed(evaluation.within_pairs_correlation)}"
     )
+
+
+def _signed(correlation: float) -> str:
+    return "undefined" if math.isnan(correlation) else f"{correlation:+.2f}"
 
 
 def rewards(model: PreTrainedModel, sequences: Sequence[tuple[int, ...]], output: int = 0) -> NDArray[np.float32]:
@@ -128,12 +138,26 @@ def _completions(pairs: Iterable[PreferencePair]) -> Iterator[str]:
         yield from pair.texts
 
 
+_DESCRIPTION = "Print how often a plain checkpoint agrees with the pairs of each file."
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the agreement of a plain checkpoint with the pairs of each file: ``python -m training.evaluation``."""
-    parser = argparse.ArgumentParser(prog="python -m training.evaluation", description=main.__doc__)
+    """Print the agreement of a plain checkpoint with the pairs of each file: ``python -m training.evaluation``.
+
+    With ``--contrast`` also the share of contrast pairs, made from those pairs, that it orders right, by family.
+    """
+    parser = argparse.ArgumentParser(prog="python -m training.evaluation", description=_DESCRIPTION)
     parser.add_argument("model", type=Path, help="folder of a plain scalar-head checkpoint")
     parser.add_argument("files", type=Path, nargs="+", help="files of pairs")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32", help="of the forward pass")
+    parser.add_argument(
+        "--contrast",
+        type=int,
+        metavar="N",
+        default=0,
+        help="also make N contrast pairs of each family from the pairs of each file, and evaluate on them",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the contrast pairs")
     options = parser.parse_args(arguments)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForSequenceClassification.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
@@ -141,7 +165,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tell = partial(console.print, markup=False, highlight=False)
     for file in options.files:
         pairs = tokenize_usable_pairs(read_pairs([file], tell), tokenizer, inputs_of(model), tell)
-        console.print(describe(file.name, evaluate(model, pairs)), markup=False, highlight=False)
+        tell(describe(file.name, evaluate(model, pairs)))
+        for family, count in dict.fromkeys(FAMILIES, options.contrast).items() if options.contrast else ():
+            contrasts = make_contrasts([pair.pair for pair in pairs], {family: count}, options.seed)
+            evaluation = evaluate(model, tokenize_pairs(contrasts, tokenizer, inputs_of(model)))
+            tell(describe(f"{file.name}, {CONTRAST_SOURCE}{family}", evaluation))
     return 0
 
 

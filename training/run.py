@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,15 +28,16 @@ from service.outputs import writing_to
 from service.records import ModelInputs
 from training.annotator_agreement import measure_annotator_agreement
 from training.arguments import CHECKPOINTS_FOLDER, LEFTOVERS, TENSORBOARD_FOLDER, RunOptions, write_run_file
+from training.contrast import CONTRAST_SOURCE, make_contrasts
 from training.evaluation import evaluate
 from training.manifest import Manifest
 from training.model_folder import clear_folder, write_merged, write_model
 from training.objectives import by_objective, check_all_trained, check_labels
-from training.pairs import TokenizedPair, shorten_prompts, tokenize_usable_pairs
+from training.pairs import TokenizedPair, shorten_prompts, tokenize_pairs, tokenize_usable_pairs
 from training.preferences import PreferencePair, read_pairs
 from training.processes import Processes
 from training.progress import ProgressLine
-from training.recipe import Recipe, resolve_dtype
+from training.recipe import Recipe, contrast_counts, resolve_dtype
 from training.reward_model import load_base, multiplies_bfloat16
 from training.selection import Selection, held_out_pairs, select_pairs, watched_pairs
 from training.sources import Source, source_hashes
@@ -80,6 +82,9 @@ class PreparedPairs:
     selection: Selection
     """Those to train on."""
 
+    contrasts: Sequence[TokenizedPair]
+    """Contrast pairs to train on beside them."""
+
     evaluated: Mapping[str, Sequence[TokenizedPair]]
     """Those to evaluate on at the end, by source."""
 
@@ -102,7 +107,7 @@ def run(
         stage("Reading and tokenizing the pairs")
         tell = partial(console.print, markup=False, highlight=False)
         pairs = _prepare_pairs(inputs, tokenizer, inputs_of(model), recipe, tell)
-        stage(f"Training on {pairs.selection.counts.trained} pairs in {recipe.dtype} on {_device_name()}")
+        stage(f"Training on {_describe_number(pairs)} in {recipe.dtype} on {_device_name()}")
     if processes.is_main:
         with writing_to(out_dir, FOLDER_REMEDY):
             _prepare_folder(out_dir, options)
@@ -111,7 +116,7 @@ def run(
         result = run_training(
             model,
             tokenizer,
-            pairs.selection.pairs,
+            [*pairs.selection.pairs, *pairs.contrasts],
             pairs.watched,
             recipe,
             out_dir,
@@ -134,6 +139,7 @@ def run(
                 name: evaluate(result.model, tokenized, output)
                 for name, output, tokenized in by_objective(pairs.evaluated, recipe.objectives)
             },
+            contrast_pairs=_count_by_family(pairs.contrasts),
             annotator_agreement=measure_annotator_agreement(pairs.read),
         )
         if processes.is_main:
@@ -179,9 +185,36 @@ def _prepare_pairs(
     return PreparedPairs(
         read=pairs,
         selection=selection,
+        contrasts=_make_contrasts(selection.pairs, tokenizer, model_inputs, recipe),
         evaluated=evaluated or ({HELD_OUT: held_out} if held_out else {}),
         watched=watched,
     )
+
+
+def _make_contrasts(
+    pairs: Sequence[TokenizedPair], tokenizer: PreTrainedTokenizerBase, model_inputs: ModelInputs, recipe: Recipe
+) -> list[TokenizedPair]:
+    """Make the recipe's contrast pairs from those that are trained on, and leave out those that are too long."""
+    counts = contrast_counts(recipe, len(pairs))
+    contrasts = make_contrasts([_as_trained(pair) for pair in pairs], counts, recipe.seed)
+    tokenized = tokenize_pairs(contrasts, tokenizer, model_inputs)
+    return [pair for pair in tokenized if pair.num_tokens <= recipe.max_length]
+
+
+def _as_trained(pair: TokenizedPair) -> PreferencePair:
+    """Return a pair with the prompt that its token ids have, of which the oldest messages may be left out."""
+    return (
+        replace(pair.pair, prompt=pair.pair.prompt[pair.num_dropped_turns :]) if pair.num_dropped_turns else pair.pair
+    )
+
+
+def _count_by_family(contrasts: Sequence[TokenizedPair]) -> dict[str, int]:
+    return dict(Counter(pair.pair.source.removeprefix(CONTRAST_SOURCE) for pair in contrasts))
+
+
+def _describe_number(pairs: PreparedPairs) -> str:
+    contrasts = f" and {len(pairs.contrasts)} contrast pairs" if pairs.contrasts else ""
+    return f"{pairs.selection.counts.trained} pairs{contrasts}"
 
 
 def _names(sources: Sequence[Source]) -> list[str]:

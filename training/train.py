@@ -217,6 +217,9 @@ def _report(manifest: Manifest) -> list[str]:
         f"tokenized, {counts.too_long} longer than {recipe.max_length} tokens, {counts.unbalanced} to balance lengths."
     )
     lines = [summary]
+    if manifest.contrast_pairs:
+        made = ", ".join(f"{number} {family}" for family, number in manifest.contrast_pairs.items())
+        lines.append(f"Contrast pairs beside them: {made}.")
     if recipe.patience is not None:
         lines.append(
             f"Stopped after {manifest.num_steps} steps and selected the weights of step {manifest.selected_step}."

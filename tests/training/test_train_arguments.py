@@ -76,6 +76,8 @@ MISTAKES = {
         "--batch-pairs 3 is not a multiple of --micro-batch-pairs 2",
     ),
     "more-than-all-held-out": (1, ["--hold-out-percent", "150"], "--hold-out-percent is 150.0; it must be from 0"),
+    "unknown-contrast": (1, ["--contrast", "1", "--contrast-families", "bears"], "does not know 'bears': use some of"),
+    "contrast-without-share": (1, ["--contrast-families", "bare=2"], "--contrast-families needs --contrast"),
     "no-epochs": (1, ["--epochs", "0"], "--epochs is 0.0"),
     "patience-without-eval": (1, ["--patience", "2"], "--patience needs --eval"),
     "unknown-report": (1, ["--report-to", "paper"], "--report-to does not know 'paper'"),
@@ -185,6 +187,7 @@ def test_a_cached_data_set_needs_no_hub(tmp_path: Path, monkeypatch: pytest.Monk
         Recipe(eval_steps=0),
         Recipe(eval_pairs=0),
         Recipe(checkpoint_steps=0),
+        Recipe(contrast=-0.5),
         Recipe(seed=-1),
     ],
     ids=lambda recipe: next(
