@@ -350,6 +350,21 @@ def test_held_out_pairs_are_evaluated_where_no_others_are_given(tmp_path: Path) 
     assert f"| trained on | {manifest['pairs']['trained']} |" in card
 
 
+def test_contrast_pairs_are_trained_on_beside_the_data(tmp_path: Path) -> None:
+    """They make more steps; manifest and card have their number by family; the pairs that were read do not change."""
+    options = ["--hold-out-percent", "0", "--contrast", "0.5", "--contrast-families", "insulted", "repeated=3"]
+
+    assert reward_train.main(small_run(tmp_path, *options)) == 0
+
+    manifest = json.loads((tmp_path / "out" / TRAINING_MANIFEST_FILE).read_text())
+    made = manifest["contrast_pairs"]
+    assert made["insulted"] == 4
+    assert 4 < made["repeated"] <= 12
+    assert manifest["pairs"]["trained"] == 32
+    assert manifest["num_steps"] == -(-(32 + sum(made.values())) // 8)
+    assert "| contrast pairs made from those trained on, insulted | 4 |" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_an_interrupted_run_continues_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After Ctrl-C between two checkpoints --resume gives the weights of a run that was never interrupted."""
     assert reward_train.main(small_run(tmp_path, "--checkpoint-steps", "1")) == 0
