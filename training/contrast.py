@@ -191,7 +191,7 @@ def _maybe_shortened(answer: str, rng: random.Random) -> str:
 
 def _other_prompt(case: Case) -> str | None:
     length = case.draw_length(0.8, 2.2) / len(case.answer)
-    return case.other_answer(0.9 * length, 1.1 * length)
+    return case.other_answer(0.9 * length, 1.1 * length) or case.other_answer(0.6, 2.5)
 
 
 def _truncated(case: Case) -> str | None:
