@@ -292,6 +292,7 @@ def _add_run_options(group: argparse._ArgumentGroup) -> None:
 def _add_weights_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--full", action="store_true", help="train all weights instead of a LoRA adapter")
+    add("--adapter", type=Path, metavar="DIR", help="continue the training of this adapter of the base, with its head")
     add("--lora-rank", type=int, metavar="N", default=_DEFAULT.lora_rank, help="rank of the adapter")
     add("--lora-layers", type=int, metavar="N", help="adapt only this many of the topmost layers (default: all)")
     add(

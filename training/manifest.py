@@ -47,6 +47,9 @@ class Manifest:
     evaluations: Mapping[str, Evaluation]
     """Results on the evaluation data, by source."""
 
+    adapter_hash: str | None = None
+    """SHA-256 of the weights of the adapter whose training was continued; None where a new one was trained."""
+
     contrast_pairs: Mapping[str, int] = field(default_factory=dict)
     """Contrast pairs that were trained on beside ``pairs``, by family."""
 

@@ -15,10 +15,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from reward_client.hashing import file_sha256
 from reward_client.provenance import base_hash
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from service.checkpoints.adapter import ADAPTER_WEIGHTS_FILE
 from service.checkpoints.architecture import inputs_of
 from service.console import stages
 from service.data.reading import Tell
@@ -70,6 +72,9 @@ class Inputs:
 
     base_name: str
     """The base as the manifest names it."""
+
+    adapter_dir: Path | None = None
+    """The adapter whose training is continued; None: a new one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +128,7 @@ def run(
             options=options,
             processes=processes,
             line=ProgressLine(console),
+            adapter=inputs.adapter_dir,
         )
     with stages(console) as stage:
         if pairs.evaluated:
@@ -130,6 +136,7 @@ def run(
         manifest = Manifest(
             base=inputs.base_name,
             base_hash=base_hash(inputs.base_dir),
+            adapter_hash=_adapter_hash(inputs.adapter_dir),
             data_hashes=source_hashes(inputs.data),
             pairs=pairs.selection.counts,
             recipe=recipe,
@@ -146,6 +153,10 @@ def run(
             stage(f"Writing the model to {out_dir}")
             _write(result.model, tokenizer, manifest, inputs.base_dir, out_dir, options)
     return manifest
+
+
+def _adapter_hash(folder: Path | None) -> str | None:
+    return None if folder is None else file_sha256(folder / ADAPTER_WEIGHTS_FILE)
 
 
 def _check_devices(processes: Processes) -> None:

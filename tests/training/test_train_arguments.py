@@ -65,6 +65,8 @@ MISTAKES = {
     "merge-within-out": (1, ["--merge", "out/merged"], "neither within the other"),
     "merge-is-a-file": (1, ["--merge", "pairs.jsonl"], "--merge pairs.jsonl is a file"),
     "merge-of-a-whole-model": (1, ["--merge", "merged", "--full"], "--merge is for adapters"),
+    "nothing-to-continue": (1, ["--adapter", "empty"], "--adapter empty holds no adapter"),
+    "adapter-of-a-whole-model": (1, ["--adapter", "adapter", "--full"], "--adapter and --full exclude each other"),
     "nothing-to-resume": (1, ["--resume"], "has no complete checkpoint to continue from"),
     "negative-learning-rate": (1, ["--learning-rate", "-1"], "--learning-rate is -1.0"),
     "learning-rate-nan": (1, ["--learning-rate", "nan"], "--learning-rate is nan"),
