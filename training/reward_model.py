@@ -153,8 +153,8 @@ def lora_config(model: PreTrainedModel, recipe: Recipe) -> LoraConfig:
     )
 
 
-def continued_adapter(model: PreTrainedModel, folder: Path, recipe: Recipe) -> PreTrainedModel:
-    """Return the model with a trained adapter and its head, in fp32, to be trained further.
+def check_continued_adapter(model: PreTrainedModel, folder: Path, recipe: Recipe) -> None:
+    """Check that a trained adapter can be trained further with a recipe.
 
     Args:
         model: of `load_base`, of the base that the adapter was trained on.
@@ -175,6 +175,10 @@ def continued_adapter(model: PreTrainedModel, folder: Path, recipe: Recipe) -> P
             f"The adapter in {folder} has rank {saved.r} on {len(saved.layers_to_transform or ())} layers: give "
             "--lora-rank and --lora-layers the same values."
         )
+
+
+def continued_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """Return the model with a trained adapter and its head, in fp32, to be trained further."""
     return PeftModel.from_pretrained(model, folder, is_trainable=True)
 
 

@@ -40,7 +40,7 @@ from training.preferences import PreferencePair, read_pairs
 from training.processes import Processes
 from training.progress import ProgressLine
 from training.recipe import Recipe, contrast_counts, resolve_dtype
-from training.reward_model import load_base, multiplies_bfloat16
+from training.reward_model import check_continued_adapter, load_base, multiplies_bfloat16
 from training.selection import Selection, held_out_pairs, select_pairs, watched_pairs
 from training.sources import Source, source_hashes
 from training.trainer import run_training
@@ -109,6 +109,8 @@ def run(
     with stages(console) as stage:
         stage("Loading the base")
         model, tokenizer = load_base(inputs.base_dir, recipe)
+        if inputs.adapter_dir is not None:
+            check_continued_adapter(model, inputs.adapter_dir, recipe)
         stage("Reading and tokenizing the pairs")
         tell = partial(console.print, markup=False, highlight=False)
         pairs = _prepare_pairs(inputs, tokenizer, inputs_of(model), recipe, tell)

@@ -99,15 +99,14 @@ def run_training(
     must have been left out before, and its dtype must be resolved. With ``recipe.patience`` training stops when the
     loss on ``eval_pairs`` no longer falls, and the model is the one with the lowest loss.
 
-    With ``adapter`` the training of that adapter is continued, see `training.reward_model.continued_adapter`.
+    With ``adapter`` the training of that adapter is continued; `check_continued_adapter` must have allowed it.
 
     Raises:
-        CheckpointError, SettingsError: the adapter cannot be continued.
         TrainingError: the loss is not finite.
     """
     # TRL and PEFT use names that transformers deprecates, and report what is done on purpose here.
     with transformers_silenced():
-        adapted = model if adapter is None else continued_adapter(model, adapter, recipe)
+        adapted = model if adapter is None else continued_adapter(model, adapter)
         several = recipe.objectives
         make = ObjectiveTrainer if several else RewardTrainer
         with one_label(model):
@@ -147,7 +146,8 @@ def _inputs_as_computed(model: torch.nn.Module, recipe: Recipe) -> AbstractConte
     """Let PEFT not widen the inputs of an adapter to fp32 where autocast computes in bf16: it would round them back."""
     if recipe.full or recipe.dtype != "bf16":
         return nullcontext()
-    return disable_input_dtype_casting(model)
+    casting: AbstractContextManager[None] = disable_input_dtype_casting(model)
+    return casting
 
 
 def _callbacks(recipe: Recipe, out_dir: Path) -> list[TrainerCallback]:

@@ -55,7 +55,7 @@ def test_contrast_families_are_evaluated_by_name(tmp_path: Path, capsys: pytest.
 
     assert evaluation.main([str(folder), str(write_pairs(tmp_path / "dev.jsonl", rows)), "--contrast", "3"]) == 0
 
-    lines = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().out.splitlines()[1:]
     assert [line.partition(":")[0] for line in lines] == [
         "dev.jsonl",
         *(f"dev.jsonl, contrast {family}" for family in FAMILIES),
