@@ -19,8 +19,9 @@ from reward_client.provenance import TRAINING_MANIFEST_FILE
 from service.arguments import CommandParser
 from service.errors import DatasetError, OutputError, SettingsError
 from service.outputs import check_output_folder
+from training.contrast import FAMILIES
 from training.hub_datasets import check_hub_dataset
-from training.objective_argument import parse_objective
+from training.objective_argument import parse_family, parse_objective
 from training.preferences import read_pairs
 from training.recipe import DtypeChoice, Recipe
 from training.sources import Source, is_on_hub
@@ -72,6 +73,9 @@ def read_recipe(options: argparse.Namespace, max_positions: int | None = None) -
     values: dict[str, Any] = {field.name: getattr(options, field.name, None) for field in dataclasses.fields(Recipe)}
     values["objectives"] = tuple(name for name, _ in options.objectives)
     values["objective_weights"] = tuple(weight for _, weight in options.objectives if weight is not None)
+    families = options.contrast_families
+    values["contrast_families"] = tuple(name for name, _ in families)
+    values["contrast_weights"] = tuple(1.0 if weight is None else weight for _, weight in families)
     if values["max_length"] is None:
         values["max_length"] = min(_DEFAULT.max_length, max_positions or _DEFAULT.max_length)
     return Recipe(**values)
@@ -288,6 +292,7 @@ def _add_run_options(group: argparse._ArgumentGroup) -> None:
 def _add_weights_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--full", action="store_true", help="train all weights instead of a LoRA adapter")
+    add("--adapter", type=Path, metavar="DIR", help="continue the training of this adapter of the base, with its head")
     add("--lora-rank", type=int, metavar="N", default=_DEFAULT.lora_rank, help="rank of the adapter")
     add("--lora-layers", type=int, metavar="N", help="adapt only this many of the topmost layers (default: all)")
     add(
@@ -320,6 +325,21 @@ def _add_pairs_options(group: argparse._ArgumentGroup) -> None:
         "--balance-lengths",
         action="store_true",
         help="leave pairs out until longer and shorter completions are chosen equally often",
+    )
+    add(
+        "--contrast",
+        type=float,
+        metavar="SHARE",
+        default=_DEFAULT.contrast,
+        help="also train on this many contrast pairs for each pair, made from its chosen completion",
+    )
+    add(
+        "--contrast-families",
+        nargs="+",
+        type=parse_family,
+        default=[],
+        metavar="NAME[=WEIGHT]",
+        help=f"how contrast pairs are made, some of {', '.join(FAMILIES)} (default: all, in equal shares)",
     )
     add(
         "--hold-out-percent",

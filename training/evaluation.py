@@ -1,4 +1,4 @@
-"""How often a reward model agrees with human preferences, beside the accuracy of length alone on the same rows.
+"""How often a reward model agrees with preferences or is right on contrast pairs, beside the accuracy of length alone.
 
 Accuracy is the share of pairs in which the chosen completion has the higher reward, which is where the Bradley-Terry
 model (Bradley and Terry 1952) puts the more probable preference; a tie counts one half.
@@ -9,10 +9,11 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -21,15 +22,20 @@ from rich.console import Console
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from service.checkpoints.architecture import inputs_of
+from service.data.reading import Tell
 from service.diagnostics.correlation import pearson_correlation
 from service.offline import MAX_BATCH_SEQUENCES, plan_batches
 from service.records import TokenSequence
 from service.scheduling.budget import BatchBudget
+from training.contrast import CONTRAST_SOURCE, FAMILIES, make_contrasts
 from training.pairs import TokenizedPair, tokenize_usable_pairs
 from training.preferences import PreferencePair, read_pairs
 
 MAX_BATCH_TOKENS = 8192
 """Padded tokens of one forward pass; enough for the throughput of two cores, and fits the memory of a laptop."""
+
+
+EvaluatePairs: TypeAlias = Callable[[Sequence[PreferencePair]], "Evaluation"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,19 +69,31 @@ class Evaluation:
     log_length_correlation: float
     """Pearson's correlation of the reward with the logarithm of the completion's characters."""
 
+    within_pairs_correlation: float
+    """The same after the mean of each pair was subtracted from both."""
+
 
 def evaluate(model: PreTrainedModel, pairs: Sequence[TokenizedPair], output: int = 0) -> Evaluation:
     """Score both completions of each pair and compare the rewards, one output of the head, with the human choice."""
     chosen = rewards(model, [pair.chosen_ids for pair in pairs], output)
     rejected = rewards(model, [pair.rejected_ids for pair in pairs], output)
+    return measure([pair.pair for pair in pairs], chosen, rejected)
+
+
+def measure(
+    pairs: Sequence[PreferencePair], chosen: NDArray[np.floating], rejected: NDArray[np.floating]
+) -> Evaluation:
+    """Compare the rewards of the pairs' completions, [pair] each, with the human choice."""
     margins = chosen - rejected
-    log_lengths = [math.log1p(len(text)) for text in _completions(pair.pair for pair in pairs)]
+    log_lengths = np.array([math.log1p(len(text)) for text in _completions(pairs)])
+    excess = log_lengths[0::2] - log_lengths[1::2]
     return Evaluation(
         num_pairs=len(pairs),
         accuracy=Share.of(margins.tolist()),
-        longer_wins=Share.of(pair.pair.excess_chars for pair in pairs),
+        longer_wins=Share.of(pair.excess_chars for pair in pairs),
         mean_margin=float(margins.mean()) if len(pairs) else math.nan,
-        log_length_correlation=pearson_correlation(np.stack([chosen, rejected], axis=1).ravel(), np.array(log_lengths)),
+        log_length_correlation=pearson_correlation(np.stack([chosen, rejected], axis=1).ravel(), log_lengths),
+        within_pairs_correlation=pearson_correlation(np.append(margins, -margins), np.append(excess, -excess)),
     )
 
 
@@ -84,12 +102,16 @@ def describe(name: str, evaluation: Evaluation) -> str:
     accuracy, longer_wins = evaluation.accuracy, evaluation.longer_wins
     if not evaluation.num_pairs:
         return f"{name}: no pairs"
-    correlation = evaluation.log_length_correlation
     return (
         f"{name}: accuracy {accuracy.value:.1%} ± {accuracy.standard_error:.1%} on {evaluation.num_pairs} pairs; "
         f"longer answer wins {longer_wins.value:.1%} ± {longer_wins.standard_error:.1%}; "
-        f"correlation of reward with log length {'undefined' if math.isnan(correlation) else f'{correlation:+.2f}'}"
+        f"correlation of reward with log length {_signed(evaluation.log_length_correlation)}, "
+        f"within pairs {_signed(evaluation.within_pairs_correlation)}"
     )
+
+
+def _signed(correlation: float) -> str:
+    return "undefined" if math.isnan(correlation) else f"{correlation:+.2f}"
 
 
 def rewards(model: PreTrainedModel, sequences: Sequence[tuple[int, ...]], output: int = 0) -> NDArray[np.float32]:
@@ -128,20 +150,63 @@ def _completions(pairs: Iterable[PreferencePair]) -> Iterator[str]:
         yield from pair.texts
 
 
+def _plain(folder: str, dtype: str, tell: Tell) -> EvaluatePairs:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=getattr(torch, dtype))
+
+    def evaluate_pairs(pairs: Sequence[PreferencePair]) -> Evaluation:
+        return evaluate(model, tokenize_usable_pairs(pairs, tokenizer, inputs_of(model), tell) if pairs else [])
+
+    return evaluate_pairs
+
+
+def _served(source: str) -> EvaluatePairs:
+    from training.audit.scoring import load_checkpoint_scorer, score_pairs
+
+    scorer = load_checkpoint_scorer(Path(source), truncation="error")
+
+    def evaluate_pairs(pairs: Sequence[PreferencePair]) -> Evaluation:
+        scored = score_pairs(pairs, scorer, lambda _: None)
+        return measure(scored.pairs, scored.chosen, scored.rejected)
+
+    return evaluate_pairs
+
+
+_DESCRIPTION = "Print how often a plain checkpoint agrees with the pairs of each file."
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the agreement of a plain checkpoint with the pairs of each file: ``python -m training.evaluation``."""
-    parser = argparse.ArgumentParser(prog="python -m training.evaluation", description=main.__doc__)
-    parser.add_argument("model", type=Path, help="folder of a plain scalar-head checkpoint")
+    """Print the agreement of a plain checkpoint with the pairs of each file: ``python -m training.evaluation``.
+
+    With ``--contrast`` also the share of contrast pairs, made from those pairs, that it orders right, by family.
+    """
+    parser = argparse.ArgumentParser(prog="python -m training.evaluation", description=_DESCRIPTION)
+    parser.add_argument("model", help="folder of a plain scalar-head checkpoint")
     parser.add_argument("files", type=Path, nargs="+", help="files of pairs")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32", help="of the forward pass")
+    parser.add_argument(
+        "--contrast",
+        type=int,
+        metavar="N",
+        default=0,
+        help="also make N contrast pairs of each family from the pairs of each file, and evaluate on them",
+    )
+    parser.add_argument(
+        "--served",
+        action="store_true",
+        help="compute rewards as the service does by default, several times as fast; the model may also be 'demo'",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the contrast pairs")
     options = parser.parse_args(arguments)
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    model = AutoModelForSequenceClassification.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
     console = Console(soft_wrap=True)
     tell = partial(console.print, markup=False, highlight=False)
+    evaluate_pairs = _served(options.model) if options.served else _plain(options.model, options.dtype, tell)
     for file in options.files:
-        pairs = tokenize_usable_pairs(read_pairs([file], tell), tokenizer, inputs_of(model), tell)
-        console.print(describe(file.name, evaluate(model, pairs)), markup=False, highlight=False)
+        pairs = list(read_pairs([file], tell))
+        tell(describe(file.name, evaluate_pairs(pairs)))
+        for family in FAMILIES if options.contrast else ():
+            contrasts = make_contrasts(pairs, {family: options.contrast}, options.seed)
+            tell(describe(f"{file.name}, {CONTRAST_SOURCE}{family}", evaluate_pairs(contrasts)))
     return 0
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -46,6 +46,12 @@ class Manifest:
 
     evaluations: Mapping[str, Evaluation]
     """Results on the evaluation data, by source."""
+
+    adapter_hash: str | None = None
+    """SHA-256 of the weights of the adapter whose training was continued; None where a new one was trained."""
+
+    contrast_pairs: Mapping[str, int] = field(default_factory=dict)
+    """Contrast pairs that were trained on beside ``pairs``, by family."""
 
     annotator_agreement: AnnotatorAgreement | None = None
     """Agreement of the annotators of the training data; None where no pair has two reviews."""

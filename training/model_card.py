@@ -102,6 +102,8 @@ def _data(manifest: Manifest) -> Iterator[str]:
     yield f"| left out because annotators disagree | {counts.disputed} |"
     yield f"| left out to balance lengths | {counts.unbalanced} |"
     yield f"| of those trained on, with a shortened prompt | {counts.shortened} |"
+    for family, number in manifest.contrast_pairs.items():
+        yield f"| contrast pairs made from those trained on, {_cell(family)} | {number} |"
     yield ""
     if not recipe.hold_out_percent:
         yield "Nothing was held out."

@@ -1,4 +1,7 @@
-"""The argument that names an objective and its weight; of the standard library alone, so ``--help`` comes at once."""
+"""Arguments that name an objective, or a family of contrast pairs, and its weight.
+
+Of the standard library alone, so ``--help`` comes at once.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,23 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
 def parse_objective(text: str) -> tuple[str, float | None]:
-    """Return name and weight of an argument ``NAME`` or ``NAME=WEIGHT``.
+    """Return name and weight of an objective, ``NAME`` or ``NAME=WEIGHT``.
 
     Raises:
         argparse.ArgumentTypeError: the name has other characters, or the weight is no finite number.
     """
+    return _parse_weighted(text, "an objective")
+
+
+def parse_family(text: str) -> tuple[str, float | None]:
+    """Return name and weight of a family of contrast pairs, see `parse_objective`."""
+    return _parse_weighted(text, "a family")
+
+
+def _parse_weighted(text: str, what: str) -> tuple[str, float | None]:
     name, equals, weight = text.partition("=")
     if not _NAME.fullmatch(name):
-        raise argparse.ArgumentTypeError(f"the name of an objective is {NAME_RULE}")
+        raise argparse.ArgumentTypeError(f"the name of {what} is {NAME_RULE}")
     if not equals:
         return name, None
     try:

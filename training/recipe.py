@@ -8,11 +8,15 @@ from typing import Literal, TypeAlias
 
 from service.data.holdout import HOLD_OUT_PERCENT
 from service.errors import SettingsError
+from training.contrast import FAMILIES, share_out
 
 DtypeChoice: TypeAlias = Literal["auto", "bf16", "fp32"]
 
 MAX_OBJECTIVES = 64
 """Outputs of one model."""
+
+MAX_CONTRAST = 10
+"""Contrast pairs for each preference pair."""
 
 MAX_SEED = 2**32 - 1
 """The largest seed that NumPy accepts."""
@@ -87,6 +91,15 @@ class Recipe:
     objective_weights: tuple[float, ...] = ()
     """Weight of each objective in the reward, in their order; empty: the model has no reward without other weights."""
 
+    contrast: float = 0.0
+    """Contrast pairs to make and to train on for each preference pair that is trained on (see training.contrast)."""
+
+    contrast_families: tuple[str, ...] = ()
+    """The families of contrast pairs; empty: all of them, in equal shares."""
+
+    contrast_weights: tuple[float, ...] = ()
+    """Weight of each of those families in the share of the pairs that it gets."""
+
     seed: int = 0
     """Of the order of pairs and of random draws."""
 
@@ -133,12 +146,14 @@ def check_recipe(recipe: Recipe) -> None:
         ("--eval-steps", recipe.eval_steps, recipe.eval_steps >= 1, "at least 1"),
         ("--eval-pairs", recipe.eval_pairs, recipe.eval_pairs >= 1, "at least 1"),
         ("--checkpoint-steps", recipe.checkpoint_steps, recipe.checkpoint_steps >= 1, "at least 1"),
+        ("--contrast", recipe.contrast, 0 <= recipe.contrast <= MAX_CONTRAST, f"from 0 to {MAX_CONTRAST}"),
         ("--seed", recipe.seed, 0 <= recipe.seed <= MAX_SEED, f"from 0 to {MAX_SEED}"),
     )
     for option, value, is_in_range, wanted in ranges:
         if not is_in_range:
             raise SettingsError(f"{option} is {value}; it must be {wanted}.")
     _check_objectives(recipe)
+    _check_contrast(recipe)
     recipe.accumulation_steps()
 
 
@@ -150,6 +165,30 @@ def _check_objectives(recipe: Recipe) -> None:
         raise SettingsError(f"--objectives has {len(names)} names; it must have at most {MAX_OBJECTIVES}.")
     if weights and len(weights) != len(names):
         raise SettingsError("--objectives has weights for some of the names only: give all of them one, or none.")
+
+
+def _check_contrast(recipe: Recipe) -> None:
+    names, weights = recipe.contrast_families, recipe.contrast_weights
+    if names and not recipe.contrast:
+        raise SettingsError("--contrast-families needs --contrast: say how many contrast pairs to make.")
+    if recipe.contrast and recipe.objectives:
+        raise SettingsError("--contrast and --objectives exclude each other: a contrast pair has no objective.")
+    for name in names:
+        if name not in FAMILIES:
+            raise SettingsError(f"--contrast-families does not know {name!r}: use some of {', '.join(FAMILIES)}.")
+    if len(set(names)) < len(names):
+        raise SettingsError("--contrast-families has a name twice: name each family once.")
+    if not all(0 < weight < math.inf for weight in weights):
+        raise SettingsError("--contrast-families has a weight that is not greater than 0.")
+
+
+def contrast_counts(recipe: Recipe, num_pairs: int) -> dict[str, int]:
+    """Return the number of contrast pairs by family beside that number of preference pairs; empty without contrast."""
+    if not recipe.contrast:
+        return {}
+    names = recipe.contrast_families or tuple(FAMILIES)
+    weights = recipe.contrast_weights or (1.0,) * len(names)
+    return share_out(round(recipe.contrast * num_pairs), dict(zip(names, weights, strict=True)))
 
 
 def resolve_dtype(choice: DtypeChoice, *, native_bfloat16: bool) -> Literal["bf16", "fp32"]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, TaskType
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -17,7 +17,7 @@ from transformers import (
 
 from service.checkpoints.architecture import max_positions
 from service.engines.devices.device import has_native_bfloat16
-from service.errors import CheckpointError
+from service.errors import CheckpointError, SettingsError
 from service.transformers_logging import transformers_silenced
 from training.base_checkpoint import check_against_base, other_outputs
 from training.recipe import Recipe
@@ -151,3 +151,36 @@ def lora_config(model: PreTrainedModel, recipe: Recipe) -> LoraConfig:
         target_modules=sorted(linear_names),
         layers_to_transform=list(range(num_layers - num_adapted, num_layers)),
     )
+
+
+def check_continued_adapter(model: PreTrainedModel, folder: Path, recipe: Recipe) -> None:
+    """Check that a trained adapter can be trained further with a recipe.
+
+    Args:
+        model: of `load_base`, of the base that the adapter was trained on.
+        folder: of the adapter.
+        recipe: must describe an adapter of the same shape.
+
+    Raises:
+        CheckpointError: the folder holds no adapter that can be loaded.
+        SettingsError: the adapter has another rank, or adapts other layers or modules.
+    """
+    try:
+        saved = PeftConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder} holds no adapter: give the folder of one that reward-train wrote.") from error
+    wanted = lora_config(model, recipe)
+    if _shape(saved) != _shape(wanted):
+        raise SettingsError(
+            f"The adapter in {folder} has rank {saved.r} on {len(saved.layers_to_transform or ())} layers: give "
+            "--lora-rank and --lora-layers the same values."
+        )
+
+
+def continued_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """Return the model with a trained adapter and its head, in fp32, to be trained further."""
+    return PeftModel.from_pretrained(model, folder, is_trainable=True)
+
+
+def _shape(config: LoraConfig) -> tuple[object, ...]:
+    return config.r, config.lora_alpha, set(config.target_modules), sorted(config.layers_to_transform or ())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,10 +15,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from reward_client.hashing import file_sha256
 from reward_client.provenance import base_hash
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from service.checkpoints.adapter import ADAPTER_WEIGHTS_FILE
 from service.checkpoints.architecture import inputs_of
 from service.console import stages
 from service.data.reading import Tell
@@ -27,16 +30,17 @@ from service.outputs import writing_to
 from service.records import ModelInputs
 from training.annotator_agreement import measure_annotator_agreement
 from training.arguments import CHECKPOINTS_FOLDER, LEFTOVERS, TENSORBOARD_FOLDER, RunOptions, write_run_file
+from training.contrast import CONTRAST_SOURCE, make_contrasts
 from training.evaluation import evaluate
 from training.manifest import Manifest
 from training.model_folder import clear_folder, write_merged, write_model
 from training.objectives import by_objective, check_all_trained, check_labels
-from training.pairs import TokenizedPair, shorten_prompts, tokenize_usable_pairs
+from training.pairs import TokenizedPair, shorten_prompts, tokenize_pairs, tokenize_usable_pairs
 from training.preferences import PreferencePair, read_pairs
 from training.processes import Processes
 from training.progress import ProgressLine
-from training.recipe import Recipe, resolve_dtype
-from training.reward_model import load_base, multiplies_bfloat16
+from training.recipe import Recipe, contrast_counts, resolve_dtype
+from training.reward_model import check_continued_adapter, load_base, multiplies_bfloat16
 from training.selection import Selection, held_out_pairs, select_pairs, watched_pairs
 from training.sources import Source, source_hashes
 from training.trainer import run_training
@@ -69,6 +73,9 @@ class Inputs:
     base_name: str
     """The base as the manifest names it."""
 
+    adapter_dir: Path | None = None
+    """The adapter whose training is continued; None: a new one."""
+
 
 @dataclass(frozen=True, slots=True)
 class PreparedPairs:
@@ -79,6 +86,9 @@ class PreparedPairs:
 
     selection: Selection
     """Those to train on."""
+
+    contrasts: Sequence[TokenizedPair]
+    """Contrast pairs to train on beside them."""
 
     evaluated: Mapping[str, Sequence[TokenizedPair]]
     """Those to evaluate on at the end, by source."""
@@ -99,10 +109,12 @@ def run(
     with stages(console) as stage:
         stage("Loading the base")
         model, tokenizer = load_base(inputs.base_dir, recipe)
+        if inputs.adapter_dir is not None:
+            check_continued_adapter(model, inputs.adapter_dir, recipe)
         stage("Reading and tokenizing the pairs")
         tell = partial(console.print, markup=False, highlight=False)
         pairs = _prepare_pairs(inputs, tokenizer, inputs_of(model), recipe, tell)
-        stage(f"Training on {pairs.selection.counts.trained} pairs in {recipe.dtype} on {_device_name()}")
+        stage(f"Training on {_describe_number(pairs)} in {recipe.dtype} on {_device_name()}")
     if processes.is_main:
         with writing_to(out_dir, FOLDER_REMEDY):
             _prepare_folder(out_dir, options)
@@ -111,13 +123,14 @@ def run(
         result = run_training(
             model,
             tokenizer,
-            pairs.selection.pairs,
+            [*pairs.selection.pairs, *pairs.contrasts],
             pairs.watched,
             recipe,
             out_dir,
             options=options,
             processes=processes,
             line=ProgressLine(console),
+            adapter=inputs.adapter_dir,
         )
     with stages(console) as stage:
         if pairs.evaluated:
@@ -125,6 +138,7 @@ def run(
         manifest = Manifest(
             base=inputs.base_name,
             base_hash=base_hash(inputs.base_dir),
+            adapter_hash=_adapter_hash(inputs.adapter_dir),
             data_hashes=source_hashes(inputs.data),
             pairs=pairs.selection.counts,
             recipe=recipe,
@@ -134,12 +148,17 @@ def run(
                 name: evaluate(result.model, tokenized, output)
                 for name, output, tokenized in by_objective(pairs.evaluated, recipe.objectives)
             },
+            contrast_pairs=_count_by_family(pairs.contrasts),
             annotator_agreement=measure_annotator_agreement(pairs.read),
         )
         if processes.is_main:
             stage(f"Writing the model to {out_dir}")
             _write(result.model, tokenizer, manifest, inputs.base_dir, out_dir, options)
     return manifest
+
+
+def _adapter_hash(folder: Path | None) -> str | None:
+    return None if folder is None else file_sha256(folder / ADAPTER_WEIGHTS_FILE)
 
 
 def _check_devices(processes: Processes) -> None:
@@ -179,9 +198,36 @@ def _prepare_pairs(
     return PreparedPairs(
         read=pairs,
         selection=selection,
+        contrasts=_make_contrasts(selection.pairs, tokenizer, model_inputs, recipe),
         evaluated=evaluated or ({HELD_OUT: held_out} if held_out else {}),
         watched=watched,
     )
+
+
+def _make_contrasts(
+    pairs: Sequence[TokenizedPair], tokenizer: PreTrainedTokenizerBase, model_inputs: ModelInputs, recipe: Recipe
+) -> list[TokenizedPair]:
+    """Make the recipe's contrast pairs from those that are trained on, and leave out those that are too long."""
+    counts = contrast_counts(recipe, len(pairs))
+    contrasts = make_contrasts([_as_trained(pair) for pair in pairs], counts, recipe.seed)
+    tokenized = tokenize_pairs(contrasts, tokenizer, model_inputs)
+    return [pair for pair in tokenized if pair.num_tokens <= recipe.max_length]
+
+
+def _as_trained(pair: TokenizedPair) -> PreferencePair:
+    """Return a pair with the prompt that its token ids have, of which the oldest messages may be left out."""
+    return (
+        replace(pair.pair, prompt=pair.pair.prompt[pair.num_dropped_turns :]) if pair.num_dropped_turns else pair.pair
+    )
+
+
+def _count_by_family(contrasts: Sequence[TokenizedPair]) -> dict[str, int]:
+    return dict(Counter(pair.pair.source.removeprefix(CONTRAST_SOURCE) for pair in contrasts))
+
+
+def _describe_number(pairs: PreparedPairs) -> str:
+    contrasts = f" and {len(pairs.contrasts)} contrast pairs" if pairs.contrasts else ""
+    return f"{pairs.selection.counts.trained} pairs{contrasts}"
 
 
 def _names(sources: Sequence[Source]) -> list[str]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from service.arguments import CommandParser
 from service.commands import run_command
-from service.errors import SettingsError
+from service.errors import CheckpointError, SettingsError
 from training.arguments import (
     RunOptions,
     argument_parser,
@@ -43,6 +43,7 @@ def train(
     eval_sources: Sequence[Source] = (),
     options: RunOptions | None = None,
     console: Console | None = None,
+    adapter: Path | None = None,
 ) -> Manifest:
     """Train a reward model and write it to ``out_dir``: a PEFT adapter, or a whole checkpoint if ``recipe.full``.
 
@@ -59,6 +60,7 @@ def train(
             Without any, a sample of the held-out pairs is evaluated at the end.
         options: resuming, overwriting, merging, checkpoints and reports.
         console: shows stages and progress; None: nothing is shown.
+        adapter: the folder of an adapter of the same base, whose training is continued; None: a new one is trained.
 
     Raises:
         SettingsError: a hyperparameter is out of range for itself, the base or the number of processes.
@@ -69,9 +71,10 @@ def train(
     """
     options, processes = options or RunOptions(), read_processes()
     check_settings(recipe, options, processes, evaluates=bool(eval_sources))
+    check_adapter(adapter, recipe)
     check_inputs([*data, *eval_sources], base, out_dir, options, processes)
     return _train_on(
-        find_base(base, recipe.objectives), data, out_dir, recipe, eval_sources, options, processes, console
+        find_base(base, recipe.objectives), data, out_dir, recipe, eval_sources, options, processes, console, adapter
     )
 
 
@@ -84,6 +87,7 @@ def _train_on(
     options: RunOptions,
     processes: Processes,
     console: Console | None,
+    adapter: Path | None,
 ) -> Manifest:
     """Train on a base that was found, after the checks of everything else."""
     from rich.console import Console
@@ -97,7 +101,7 @@ def _train_on(
 
     from training.run import Inputs, run
 
-    inputs = Inputs(tuple(data), tuple(eval_sources), folder, name)
+    inputs = Inputs(tuple(data), tuple(eval_sources), folder, name, adapter)
     shown = console if console and processes.is_main else Console(quiet=True)
     return run(inputs, out_dir, recipe, options, processes, shown)
 
@@ -116,6 +120,21 @@ def check_settings(recipe: Recipe, options: RunOptions, processes: Processes, *,
         )
     if options.merged_dir is not None and recipe.full:
         raise SettingsError("--merge is for adapters; --full writes a whole checkpoint already.")
+
+
+def check_adapter(adapter: Path | None, recipe: Recipe) -> None:
+    """Check that there is an adapter to continue, as far as that can be seen from its files.
+
+    Raises:
+        SettingsError: all weights are trained.
+        CheckpointError: the folder holds no adapter.
+    """
+    if adapter is None:
+        return
+    if recipe.full:
+        raise SettingsError("--adapter and --full exclude each other: one continues an adapter, the other has none.")
+    if not (adapter / "adapter_config.json").is_file():
+        raise CheckpointError(f"--adapter {adapter} holds no adapter: there is no adapter_config.json.")
 
 
 def check_inputs(
@@ -204,12 +223,15 @@ def _run(arguments: Sequence[str] | None) -> int:
 def _train(options: argparse.Namespace, processes: Processes, console: Console) -> Manifest:
     run_options = read_run_options(options)
     check_settings(read_recipe(options), run_options, processes, evaluates=bool(options.eval))
+    check_adapter(options.adapter, read_recipe(options))
     check_inputs([*options.data, *options.eval], options.base, options.out, run_options, processes)
     base = find_base(options.base, read_recipe(options).objectives)
     recipe = read_recipe(options, max_positions=base[2].max_positions)
     # TRL reports every run to its authors otherwise; the variable is read when the libraries are imported.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    return _train_on(base, options.data, options.out, recipe, options.eval, run_options, processes, console)
+    return _train_on(
+        base, options.data, options.out, recipe, options.eval, run_options, processes, console, options.adapter
+    )
 
 
 def _report(manifest: Manifest) -> list[str]:
@@ -223,6 +245,9 @@ def _report(manifest: Manifest) -> list[str]:
         f"tokenized, {counts.too_long} longer than {recipe.max_length} tokens, {counts.unbalanced} to balance lengths."
     )
     lines = [summary]
+    if manifest.contrast_pairs:
+        made = ", ".join(f"{number} {family}" for family, number in manifest.contrast_pairs.items())
+        lines.append(f"Contrast pairs beside them: {made}.")
     if recipe.patience is not None:
         lines.append(
             f"Stopped after {manifest.num_steps} steps and selected the weights of step {manifest.selected_step}."

@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from peft.helpers import disable_input_dtype_casting
 from transformers import (
     EarlyStoppingCallback,
     PreTrainedModel,
@@ -35,7 +37,7 @@ from training.pairs import TokenizedPair
 from training.processes import Processes
 from training.progress import ProgressCallback, ProgressLine
 from training.recipe import Recipe
-from training.reward_model import TORCH_DTYPES, lora_config
+from training.reward_model import TORCH_DTYPES, continued_adapter, lora_config
 from training.shared_prompts import prompts_shared
 
 LOGGING_STEPS = 10
@@ -88,6 +90,7 @@ def run_training(
     options: RunOptions,
     processes: Processes,
     line: ProgressLine,
+    adapter: Path | None = None,
 ) -> TrainingRun:
     """Train, and return the trained model, rounded to the recipe's dtype.
 
@@ -96,16 +99,19 @@ def run_training(
     must have been left out before, and its dtype must be resolved. With ``recipe.patience`` training stops when the
     loss on ``eval_pairs`` no longer falls, and the model is the one with the lowest loss.
 
+    With ``adapter`` the training of that adapter is continued; `check_continued_adapter` must have allowed it.
+
     Raises:
         TrainingError: the loss is not finite.
     """
     # TRL and PEFT use names that transformers deprecates, and report what is done on purpose here.
     with transformers_silenced():
+        adapted = model if adapter is None else continued_adapter(model, adapter)
         several = recipe.objectives
         make = ObjectiveTrainer if several else RewardTrainer
         with one_label(model):
             trainer = make(
-                model=model,
+                model=adapted,
                 data_collator=OutputCollator(tokenizer.pad_token_id) if several else None,
                 args=_trainer_settings(
                     recipe,
@@ -120,11 +126,11 @@ def run_training(
                     _as_dataset(sorted(eval_pairs, key=lambda pair: pair.num_tokens), several) if eval_pairs else None
                 ),
                 processing_class=tokenizer,
-                peft_config=None if recipe.full else lora_config(model, recipe),
+                peft_config=None if recipe.full or adapter is not None else lora_config(model, recipe),
                 callbacks=[ProgressCallback(line, recipe.batch_pairs), *_callbacks(recipe, out_dir)],
             )
         trainer.remove_callback(PrinterCallback)
-        with prompts_shared(model), line.shown():
+        with prompts_shared(model), _inputs_as_computed(trainer.model, recipe), line.shown():
             trainer.train(resume_from_checkpoint=str(list_checkpoints(out_dir)[-1]) if options.resume else None)
     trained = trainer.accelerator.unwrap_model(trainer.model).to(TORCH_DTYPES[recipe.dtype])
     if processes.count > 1:
@@ -134,6 +140,14 @@ def run_training(
         num_steps=trainer.state.global_step,
         selected_step=trainer.state.global_step if recipe.patience is None else trainer.state.best_global_step,
     )
+
+
+def _inputs_as_computed(model: torch.nn.Module, recipe: Recipe) -> AbstractContextManager[None]:
+    """Let PEFT not widen the inputs of an adapter to fp32 where autocast computes in bf16: it would round them back."""
+    if recipe.full or recipe.dtype != "bf16":
+        return nullcontext()
+    casting: AbstractContextManager[None] = disable_input_dtype_casting(model)
+    return casting
 
 
 def _callbacks(recipe: Recipe, out_dir: Path) -> list[TrainerCallback]:

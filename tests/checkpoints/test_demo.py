@@ -19,6 +19,9 @@ from service.checkpoints.demo_base import GGUF_FILE, obtain_demo_base
 from service.checkpoints.files import CALIBRATION_FILE
 from service.errors import CheckpointError
 from service.transformers_logging import gguf_bar_hidden, transformers_silenced
+from training.evaluation import rewards
+from training.pairs import tokenize_pairs
+from training.preferences import read_pairs
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*will be removed in v6:FutureWarning")
 """PEFT, which writes the adapters of these tests, reads an attribute that transformers has deprecated."""
@@ -170,3 +173,20 @@ def test_the_base_is_stored_without_a_bar(
 
     assert capsys.readouterr().err == ""
     assert (tmp_path / "base" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_the_shipped_demo_model_orders_the_examples() -> None:
+    """Of the ten examples beside it, which were written before its training, at least nine; the egg is one of them."""
+    folder = obtain_demo_model()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    pairs = tokenize_pairs(read_pairs([demo.ADAPTER_FOLDER / "examples.jsonl"]), tokenizer)
+
+    chosen = rewards(model, [pair.chosen_ids for pair in pairs])
+    rejected = rewards(model, [pair.rejected_ids for pair in pairs])
+
+    right = {pair.pair.id for pair, good, poor in zip(pairs, chosen, rejected, strict=True) if good > poor}
+    assert len(pairs) == 10
+    assert len(right) >= 9
+    assert "egg" in right

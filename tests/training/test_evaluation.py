@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from preference_rows import write_pairs
 from tiny_models import SENTENCES, write_tiny_checkpoint
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from training import evaluation
+from training.contrast import FAMILIES
 from training.evaluation import Share, describe, evaluate, rewards
 from training.pairs import tokenize_pairs
 from training.preferences import PreferencePair
@@ -45,6 +47,23 @@ def test_rewards_come_back_in_input_order(tmp_path: Path, monkeypatch: pytest.Mo
     assert batched.tolist() == pytest.approx(alone, abs=1e-5)
 
 
+def test_contrast_families_are_evaluated_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``--contrast`` prints a line for the pairs and one for each family; the longer answer never wins if repeated."""
+    folder = write_tiny_checkpoint(tmp_path / "model")
+    answers = [f"Answer {number} says that thing number {number} is blue. It is also round." for number in range(6)]
+    rows = [{"prompt": f"What is thing {n}?", "chosen": answer, "rejected": "No."} for n, answer in enumerate(answers)]
+
+    assert evaluation.main([str(folder), str(write_pairs(tmp_path / "dev.jsonl", rows)), "--contrast", "3"]) == 0
+
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert [line.partition(":")[0] for line in lines] == [
+        "dev.jsonl",
+        *(f"dev.jsonl, contrast {family}" for family in FAMILIES),
+    ]
+    assert all("on 3 pairs" in line for line in lines[1:])
+    assert "longer answer wins 0.0% ± 0.0%" in next(line for line in lines if "repeated" in line)
+
+
 def test_swapped_labels_reverse_the_accuracy(tmp_path: Path) -> None:
     """Swapping chosen and rejected turns accuracy a into 1 - a, and does not change the correlation with length."""
     folder = write_tiny_checkpoint(tmp_path)
@@ -60,5 +79,6 @@ def test_swapped_labels_reverse_the_accuracy(tmp_path: Path) -> None:
     assert original.longer_wins.value == sum(len(a) > len(b) for a, b in texts) / len(texts)
     assert original.accuracy.value == pytest.approx(1 - reversed_.accuracy.value)
     assert original.mean_margin == pytest.approx(-reversed_.mean_margin)
+    assert original.within_pairs_correlation == pytest.approx(reversed_.within_pairs_correlation)
     assert original.log_length_correlation == pytest.approx(reversed_.log_length_correlation)
     assert f"accuracy {original.accuracy.value:.1%}" in describe("rows.jsonl", original)

@@ -20,6 +20,7 @@ EVALUATION = Evaluation(
     longer_wins=Share(0.52, 0.035),
     mean_margin=0.4,
     log_length_correlation=0.31,
+    within_pairs_correlation=0.21,
 )
 MANIFEST = Manifest(
     base="org/sft",

@@ -17,6 +17,7 @@ import torch
 from http_application import checkpoint_client
 from peft import PeftModel
 from preference_rows import polite_pairs, with_slips, write_pairs
+from reward_client.hashing import file_sha256
 from reward_client.provenance import TRAINING_MANIFEST_FILE, Origin, base_hash, read_origin
 from safetensors.torch import load_file, save_file
 from tiny_models import write_tiny_causal_lm, write_tiny_checkpoint
@@ -348,6 +349,38 @@ def test_held_out_pairs_are_evaluated_where_no_others_are_given(tmp_path: Path) 
     assert f"| {result['longer_wins']['value']:.1%} ±" in card
     assert manifest["data_hashes"]["pairs.jsonl"] in card
     assert f"| trained on | {manifest['pairs']['trained']} |" in card
+
+
+def test_contrast_pairs_are_trained_on_beside_the_data(tmp_path: Path) -> None:
+    """They make more steps; manifest and card have their number by family; the pairs that were read do not change."""
+    options = ["--hold-out-percent", "0", "--contrast", "0.5", "--contrast-families", "insulted", "repeated=3"]
+
+    assert reward_train.main(small_run(tmp_path, *options)) == 0
+
+    manifest = json.loads((tmp_path / "out" / TRAINING_MANIFEST_FILE).read_text())
+    made = manifest["contrast_pairs"]
+    assert made["insulted"] == 4
+    assert 4 < made["repeated"] <= 12
+    assert manifest["pairs"]["trained"] == 32
+    assert manifest["num_steps"] == -(-(32 + sum(made.values())) // 8)
+    assert "| contrast pairs made from those trained on, insulted | 4 |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_training_of_an_adapter_is_continued(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With ``--adapter`` a run starts from its weights and head, records its hash and refuses another rank."""
+    assert reward_train.main(small_run(tmp_path)) == 0
+    first = (tmp_path / "out").rename(tmp_path / "first")
+    options = ["--adapter", str(first), "--learning-rate", "1e-12"]
+
+    assert reward_train.main(small_run(tmp_path, *options)) == 0
+    assert reward_train.main(small_run(tmp_path, *options, "--overwrite", "--lora-rank", "4")) == 1
+
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (first, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+    manifest = json.loads((tmp_path / "out" / TRAINING_MANIFEST_FILE).read_text())
+    assert manifest["adapter_hash"] == file_sha256(first / "adapter_model.safetensors")
+    assert "give --lora-rank and --lora-layers the same values" in capsys.readouterr().err
 
 
 def test_an_interrupted_run_continues_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
