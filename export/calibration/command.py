@@ -23,6 +23,8 @@ from service.outputs import check_output_file
 from service.records import DEMO_MODEL
 
 LOG_WIDTH = 140
+PROBE_COMPLETIONS = 32
+"""Default number of completions of the probe, each of another prompt: with all edits some 600 texts."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -124,6 +126,13 @@ def _parser() -> CommandParser:
         "--drop-set", action="append", default=[], choices=[entry.name for entry in SUITE], metavar="NAME",
         help="a built-in set that is normal in your traffic (code_dump, chinese, ...); repeatable",
     )  # fmt: skip
+    parser.add_argument(
+        "--probe-completions",
+        type=whole_number(0),
+        default=PROBE_COMPLETIONS,
+        metavar="N",
+        help=f"completions that are edited to show what the reward pays for; default {PROBE_COMPLETIONS}, 0: no probe",
+    )
     parser.add_argument("--held-out", action="store_true", help="only prompts that the demo model was not trained on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cache", metavar="FOLDER", help="store scores there for later fits")

@@ -35,7 +35,7 @@ class MeasuredItems:
     texts: Sequence[TextFacts] = field(repr=False)
 
     statistics: Matrix = field(repr=False)
-    """Statistics of the text, then five for each tap, float64 [items, 18 + 5 x taps]."""
+    """Statistics of the text, then five for each tap, float64 [items, texts + 5 x taps]."""
 
     prompts: NDArray[np.int64] = field(repr=False)
     """Number of each item's prompt, from 0, [items]."""

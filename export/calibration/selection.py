@@ -32,6 +32,8 @@ MIN_GAIN = 0.005
 class UnseenFamily:
     """Trees that were fitted without one family of hacks, evaluated on the part ``select``."""
 
+    trees: TreeEnsemble
+
     map: TailMap
     """Fitted to the trees' scores of clean items."""
 
@@ -92,7 +94,8 @@ def fit_without_families(parts: MeasuredParts, seed: int) -> dict[str, UnseenFam
     for family in dict.fromkeys(entry.family for entry in SUITE if entry.trains):
         trees = fit_trees(clean, parts.training_hacks(without=family), range(clean.shape[1]), seed)
         clean_scores = trees.score(parts.clean["select"].statistics)
-        unseen[family] = UnseenFamily(TailMap.of_component(clean_scores), trees.score(parts.hacks["select"].statistics))
+        hack_scores = trees.score(parts.hacks["select"].statistics)
+        unseen[family] = UnseenFamily(trees, TailMap.of_component(clean_scores), hack_scores)
     return unseen
 
 

@@ -28,6 +28,7 @@ from service.diagnostics.ngrams import NgramCounts
 from service.diagnostics.ood import Component, Detectors, Ranking
 from service.diagnostics.reference import LengthCurve, Reference
 from service.diagnostics.states import LaplaceFactor, StateForm, StateReader
+from service.edits.probe import Probe
 from service.errors import CalibrationError
 from service.outputs import new_file
 from service.records import Pooling, StateTap
@@ -97,6 +98,9 @@ class Calibration:
     monitors: MonitorReference
     """Reference of the drift monitors."""
 
+    probe: Probe | None = None
+    """What the reward pays for; None in a calibration that was made without it."""
+
     id: str = ""
     """``sha256:`` and the hash of the file; empty before it is written."""
 
@@ -114,6 +118,7 @@ def write_calibration(calibration: Calibration, path: Path) -> str:
         "arithmetic": calibration.arithmetic,
         "facts": calibration.facts.as_json(),
         "shapes": shapes,
+        "probe": None if calibration.probe is None else calibration.probe.as_json(),
     }
     contiguous = {name: np.ascontiguousarray(array) for name, array in sorted(arrays.items())}
     with new_file(path) as unfinished:
@@ -206,6 +211,7 @@ def _unpack(header: Mapping[str, Any], arrays: Arrays, id_: str) -> Calibration:
         detectors=_unpack_detectors(shapes, arrays),
         ranking=_unpack_ranking(shapes, arrays),
         monitors=MonitorReference.from_arrays(arrays),
+        probe=None if header.get("probe") is None else Probe.from_json(header["probe"]),
         id=id_,
     )
 

@@ -1,6 +1,6 @@
 """Statistics of a completion's characters and token ids, computed without the model.
 
-Eighteen statistics that crude reward hacks change, and the counts of the style block. They are computed in the
+The statistics that reward hacks change, and the counts of the style block. They are computed in the
 tokenizer's threads, so the work is done by built-ins that are implemented in C. Which values are unusual is decided by
 the detectors.
 """
@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.diagnostics.lexicon import FENCED_CODE, StyleMarkers, count_style_markers
-from service.diagnostics.ngrams import WINDOW_TOKENS, NgramCounts
+from service.diagnostics.ngrams import WINDOW_TOKENS, NgramCounts, Surprisal
+from service.diagnostics.wording import WordFacts, read_words
 from service.records import Exchange, Item, StyleReport, TokenSequence
 
 STATISTICS = (
@@ -40,8 +41,23 @@ STATISTICS = (
     "flattery",
     "overlap",
     "chars_tok",
+    "uni_peak",
+    "bi_peak",
+    "uni_dip",
+    "copy3",
+    "second",
+    "first",
+    "modal",
+    "praise",
+    "function",
+    "question",
+    "lines",
+    "listed",
+    "roles",
+    "markup",
 )
-"""Names of the text statistics, in the order of the vectors."""
+"""Names of the text statistics, in the order of the vectors. A change of them must change
+`LEXICON_VERSION`, which calibrations are bound to."""
 
 ZLIB_CHARS = 6000
 """Leading characters that are compressed; repetition is visible within them."""
@@ -97,6 +113,9 @@ class TokenFacts:
     overlap: float
     """Share of tokens that also occur in the prompt."""
 
+    copied: float
+    """Share of 3-grams that also occur in the last `WINDOW_TOKENS` of the prompt."""
+
 
 @dataclass(frozen=True, slots=True)
 class TextFacts:
@@ -107,7 +126,7 @@ class TextFacts:
     """None below level ``full``."""
 
     statistics: NDArray[np.float64] | None = None
-    """The numbers named in `STATISTICS`, float64 [18]; None below level ``full`` and without n-gram counts."""
+    """The numbers named in `STATISTICS`, float64; None below level ``full`` and without n-gram counts."""
 
 
 class TextReader:
@@ -141,14 +160,24 @@ class TextReader:
         tokens = read_tokens(completion, sequence.token_ids[:num_prompt])
         if self._ngrams is None:
             return TextFacts(chars, tokens)
-        uni, bi = self._ngrams.surprisal(completion)
-        return TextFacts(chars, tokens, statistics_of(chars, tokens, sequence.num_tokens - num_prompt, uni, bi))
+        text = content.completion_text
+        return TextFacts(
+            chars,
+            tokens,
+            statistics_of(
+                chars,
+                tokens,
+                read_words(text, _ascii_letters(text)),
+                self._ngrams.surprisals(completion),
+                sequence.num_tokens - num_prompt,
+            ),
+        )
 
 
 def read_chars(text: str) -> CharFacts:
     """Return the character statistics of a completion."""
     ascii_only = text.encode("ascii", "ignore")
-    letters = text.encode("ascii", "replace").translate(_BLANK_UNLESS_LETTER)
+    letters = _ascii_letters(text)
     num_runs = len(letters.split())
     prose = FENCED_CODE.sub("", text) if "```" in text else text
     return CharFacts(
@@ -182,7 +211,7 @@ def read_tokens(completion: tuple[int, ...], prompt: tuple[int, ...]) -> TokenFa
     """Return the token statistics of a completion."""
     ids = completion[:WINDOW_TOKENS]
     if not ids:
-        return TokenFacts(0.0, 0.0, 0.0, 0.0)
+        return TokenFacts(0.0, 0.0, 0.0, 0.0, 0.0)
     four_grams = Counter(zip(ids, ids[1:], ids[2:], ids[3:], strict=False))
     num_four_grams = max(0, len(ids) - 3)
     first = ids[:TYPE_TOKEN_WINDOW]
@@ -191,13 +220,21 @@ def read_tokens(completion: tuple[int, ...], prompt: tuple[int, ...]) -> TokenFa
         top4=max(four_grams.values()) / num_four_grams if num_four_grams > MIN_FOUR_GRAMS else 0.0,
         type_token=len(set(first)) / len(first),
         overlap=sum(map(set(prompt).__contains__, ids)) / len(ids),
+        copied=_share_copied(ids, prompt[-WINDOW_TOKENS:]),
     )
 
 
+def _share_copied(ids: tuple[int, ...], prompt: tuple[int, ...]) -> float:
+    if len(ids) < 3:
+        return 0.0
+    known = set(zip(prompt, prompt[1:], prompt[2:], strict=False))
+    return sum(map(known.__contains__, zip(ids, ids[1:], ids[2:], strict=False))) / (len(ids) - 2)
+
+
 def statistics_of(
-    chars: CharFacts, tokens: TokenFacts, num_completion_tokens: int, uni: float, bi: float
+    chars: CharFacts, tokens: TokenFacts, words: WordFacts, surprisal: Surprisal, num_completion_tokens: int
 ) -> NDArray[np.float64]:
-    """Return the statistics named in `STATISTICS`, float64 [18]."""
+    """Return the statistics named in `STATISTICS`, float64."""
     markers = chars.markers
     return np.array(
         [
@@ -206,8 +243,8 @@ def statistics_of(
             tokens.repeat4,
             tokens.top4,
             tokens.type_token,
-            uni,
-            bi,
+            surprisal.uni,
+            surprisal.bi,
             _per_100(chars.non_ascii, chars.chars),
             _per_100(chars.punctuation, chars.chars),
             chars.word_length,
@@ -219,6 +256,20 @@ def statistics_of(
             _per_100(markers.flattery, chars.words),
             tokens.overlap,
             chars.chars / max(1, num_completion_tokens),
+            surprisal.uni_peak,
+            surprisal.bi_peak,
+            surprisal.uni_dip,
+            tokens.copied,
+            _per_100(words.second_person, words.words),
+            _per_100(words.first_person, words.words),
+            _per_100(words.modal, words.words),
+            _per_100(words.praise, words.words),
+            words.function / max(1, words.words),
+            _per_100(words.questions, words.words),
+            _per_100(words.lines, words.words),
+            words.list_lines / max(1, words.lines),
+            _per_100(words.role_lines, words.words),
+            _per_100(words.markup, chars.chars),
         ]
     )
 
@@ -240,6 +291,11 @@ def style_report(facts: TextFacts, style_p: float | None = None) -> StyleReport:
         prompt_overlap=None if tokens is None else tokens.overlap,
         style_p=style_p,
     )
+
+
+def _ascii_letters(text: str) -> bytes:
+    """Return a text with a blank for every character that is no ASCII letter or apostrophe."""
+    return text.encode("ascii", "replace").translate(_BLANK_UNLESS_LETTER)
 
 
 def _count(text: bytes, characters: bytes) -> int:
