@@ -14,6 +14,7 @@ from service.checkpoints.files import CALIBRATION_FILE
 from service.diagnostics.calibration import Calibration, read_calibration, write_calibration
 from service.diagnostics.lookup import find_calibration
 from service.diagnostics.ood import OodDetector
+from service.edits.probe import EditEffect, Probe
 from service.errors import CalibrationError
 from service.records import OodReport, StateTap
 
@@ -45,6 +46,18 @@ def test_a_calibration_that_was_read_gives_the_same_reports(calibration: Calibra
     assert read.monitors.as_arrays().keys() == calibration.monitors.as_arrays().keys()
     assert (read.id, read.binding, read.facts) == (id_, BINDING, calibration.facts)
     assert id_.startswith("sha256:")
+
+
+def test_a_probe_is_optional(calibration: Calibration, tmp_path: Path) -> None:
+    """A calibration is written and read with and without a probe, and the model's description says which."""
+    found = Probe(3, 0.5, 0, [EditEffect("emoji", 4, "text", "emoji", "up", 3, 3, 0.2, 0.1, 0.3, 0.4, 0.2, 0.6, 1.0)])
+
+    for probe in (None, found):
+        write_calibration(replace(calibration, probe=probe), tmp_path / CALIBRATION_FILE)
+        described = find_calibration(tmp_path, None, BINDING).description()["probe"]
+        assert read_calibration(tmp_path / CALIBRATION_FILE).probe == probe
+        assert (described is None) == (probe is None)
+    assert described["pays"] == ["emoji"]
 
 
 @pytest.mark.parametrize(
