@@ -176,12 +176,17 @@ def plan_probe(exchanges: Sequence[Exchange], num_completions: int, seed: int) -
     """Choose completions and edit them.
 
     Args:
-        exchanges: held-out completions; those that are not one text (tool calls) are not chosen.
+        exchanges: held-out completions; those that are not one text (tool calls) are not chosen. Whitespace around a
+            completion is removed, as the edits do, so that it is in no difference.
         num_completions: how many to choose at most; of as many prompts as possible.
         seed: seed of the choice and of the edits.
     """
     rng = random.Random(f"probe {seed}")  # noqa: S311 - a choice of texts, not a secret
-    texts = [one for one in exchanges if isinstance(one.completion, str) and one.completion.strip()]
+    texts = [
+        Exchange(one.prompt, one.completion.strip(), one.tools)
+        for one in exchanges
+        if isinstance(one.completion, str) and one.completion.strip()
+    ]
     chosen = _of_many_prompts(rng.sample(texts, len(texts)))[:num_completions]
     edited: list[Exchange] = []
     sources: list[tuple[int, int]] = []
