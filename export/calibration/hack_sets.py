@@ -71,6 +71,9 @@ class HackSet:
     trains: bool = True
     """Whether detectors may be trained on it; the other sets are only measured."""
 
+    weight: float = 1.0
+    """Of each of its items, where detectors are trained on it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Hack:

@@ -13,6 +13,10 @@ from export.calibration.hack_sets import Base, HackSet, Recipe
 from service.edits import edits, facts, formats
 from service.edits.edits import Change
 
+WEIGHT = 0.5
+"""Of a plausible hack among those that trees are trained on: many of them can hardly be told from clean answers, and
+with full weight they cost accuracy on the crude ones."""
+
 MIN_GIBBERISH, MAX_GIBBERISH = 6, 25
 """Random tokens in the middle of an otherwise good answer."""
 
@@ -24,6 +28,10 @@ def _edited(change: Change, *strengths: int) -> Recipe:
     return recipe
 
 
+def _one_of(*recipes: Recipe) -> Recipe:
+    return lambda base, rng: rng.choice(recipes)(base, rng)
+
+
 def _gibberish(base: Base, rng: random.Random) -> str:
     words = base.words
     start = rng.randint(0, len(words))
@@ -31,19 +39,22 @@ def _gibberish(base: Base, rng: random.Random) -> str:
     return " ".join([*words[:start], added.strip(), *words[start:]])
 
 
+_HEDGING = _one_of(_edited(edits.add_hedges, 2, 4, 8), _edited(edits.add_hedge_words, 4, 8))
+_PRAISE = _one_of(_edited(edits.praise_user, 2, 3, 4), _edited(edits.praise_within, 2, 3))
+
 PLAUSIBLE_SETS = (
-    HackSet("padding", "padding", _edited(edits.add_padding, 2, 4, 8)),
-    HackSet("hedging", "hedging", _edited(edits.add_hedges, 2, 4, 8)),
-    HackSet("praise", "praise", _edited(edits.praise_user, 2, 3, 4)),
-    HackSet("restating", "restating", _edited(edits.restate_question, 1, 2)),
-    HackSet("bullet_explosion", "formatting", _edited(edits.make_bullets, 1, 2)),
-    HackSet("citation_spam", "citations", _edited(edits.add_citations, 2, 4, 8)),
-    HackSet("capitals", "capitals", _edited(edits.capitalize, 1, 3, 9)),
-    HackSet("figures", "figures", _edited(edits.add_figures, 3, 6, 12)),
-    HackSet("json", "markup", _edited(formats.wrap_json, 1, 2)),
-    HackSet("html", "markup", _edited(formats.wrap_html, 1, 2)),
-    HackSet("user_voice", "user_voice", _edited(edits.speak_for_user, 1, 2, 3)),
-    HackSet("gibberish_span", "garble", _gibberish),
+    HackSet("padding", "padding", _edited(edits.add_padding, 2, 4, 8), weight=WEIGHT),
+    HackSet("hedging", "hedging", _HEDGING, weight=WEIGHT),
+    HackSet("praise", "praise", _PRAISE, weight=WEIGHT),
+    HackSet("restating", "restating", _edited(edits.restate_question, 1, 2), weight=WEIGHT),
+    HackSet("bullet_explosion", "formatting", _edited(edits.make_bullets, 1, 2), weight=WEIGHT),
+    HackSet("citation_spam", "citations", _edited(edits.add_citations, 2, 4, 8), weight=WEIGHT),
+    HackSet("capitals", "capitals", _edited(edits.capitalize, 1, 3, 9), weight=WEIGHT),
+    HackSet("figures", "figures", _edited(edits.add_figures, 3, 6, 12), weight=WEIGHT),
+    HackSet("json", "markup", _edited(formats.wrap_json, 1, 2), weight=WEIGHT),
+    HackSet("html", "markup", _edited(formats.wrap_html, 1, 2), weight=WEIGHT),
+    HackSet("user_voice", "user_voice", _edited(edits.speak_for_user, 1, 2, 3), weight=WEIGHT),
+    HackSet("gibberish_span", "garble", _gibberish, weight=WEIGHT),
     HackSet("numbers_swapped", "near", _edited(facts.swap_numbers, 3), trains=False),
 )
 """The family ``near`` is plausible text, which no detector here is expected to detect."""

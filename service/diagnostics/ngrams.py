@@ -111,7 +111,7 @@ class NgramCounts:
 def _passage_means(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the mean of every `PASSAGE_TOKENS` consecutive values, or of all if there are not more."""
     if len(values) <= PASSAGE_TOKENS:
-        return values.mean(keepdims=True)
+        return np.array([values.mean()])
     sums = np.concatenate([[0.0], np.cumsum(values)])
     return np.asarray((sums[PASSAGE_TOKENS:] - sums[:-PASSAGE_TOKENS]) / PASSAGE_TOKENS)
 

@@ -50,7 +50,12 @@ STATISTICS = (
     "modal",
     "praise",
     "function",
+    "idle",
+    "lead",
+    "addressed",
+    "sentence",
     "question",
+    "exclaim",
     "lines",
     "listed",
     "roles",
@@ -160,14 +165,13 @@ class TextReader:
         tokens = read_tokens(completion, sequence.token_ids[:num_prompt])
         if self._ngrams is None:
             return TextFacts(chars, tokens)
-        text = content.completion_text
         return TextFacts(
             chars,
             tokens,
             statistics_of(
                 chars,
                 tokens,
-                read_words(text, _ascii_letters(text)),
+                read_words(content.completion_text),
                 self._ngrams.surprisals(completion),
                 sequence.num_tokens - num_prompt,
             ),
@@ -177,7 +181,7 @@ class TextReader:
 def read_chars(text: str) -> CharFacts:
     """Return the character statistics of a completion."""
     ascii_only = text.encode("ascii", "ignore")
-    letters = _ascii_letters(text)
+    letters = text.encode("ascii", "replace").translate(_BLANK_UNLESS_LETTER)
     num_runs = len(letters.split())
     prose = FENCED_CODE.sub("", text) if "```" in text else text
     return CharFacts(
@@ -265,7 +269,12 @@ def statistics_of(
             _per_100(words.modal, words.words),
             _per_100(words.praise, words.words),
             words.function / max(1, words.words),
+            words.idle / max(1, words.sentences),
+            words.lead_ins / max(1, words.sentences),
+            words.addressed / max(1, words.sentences),
+            math.log1p(words.words / max(1, words.sentences)),
             _per_100(words.questions, words.words),
+            _per_100(words.exclamations, words.words),
             _per_100(words.lines, words.words),
             words.list_lines / max(1, words.lines),
             _per_100(words.role_lines, words.words),
@@ -291,11 +300,6 @@ def style_report(facts: TextFacts, style_p: float | None = None) -> StyleReport:
         prompt_overlap=None if tokens is None else tokens.overlap,
         style_p=style_p,
     )
-
-
-def _ascii_letters(text: str) -> bytes:
-    """Return a text with a blank for every character that is no ASCII letter or apostrophe."""
-    return text.encode("ascii", "replace").translate(_BLANK_UNLESS_LETTER)
 
 
 def _count(text: bytes, characters: bytes) -> int:

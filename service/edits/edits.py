@@ -70,6 +70,18 @@ def add_hedges(draft: Draft, rng: random.Random, strength: int, phrases: Phrases
     )
 
 
+def add_hedge_words(draft: Draft, rng: random.Random, strength: int, phrases: Phrases) -> str:
+    """Put ``strength`` adverbs that weaken a statement after words, inside of the sentences."""
+    return _with_words_after(draft.completion, rng, [rng.choice(phrases.hedge_words) for _ in range(strength)])
+
+
+def praise_within(draft: Draft, rng: random.Random, strength: int, phrases: Phrases) -> str:
+    """Put praise of the user after ``strength`` of the sentences."""
+    chosen = _some_sentences(draft, rng, strength)
+    added = dict(zip(chosen, _some((*phrases.openings, *phrases.closings), len(chosen), rng), strict=True))
+    return _with_sentences(draft, lambda index, sentence: f"{sentence} {added[index]}" if index in added else sentence)
+
+
 def praise_user(draft: Draft, rng: random.Random, strength: int, phrases: Phrases) -> str:
     """Put praise of the user before the answer; from strength 2 after it too, from 3 a further sentence before it."""
     before = rng.sample(phrases.openings, min(max(1, strength - 1), len(phrases.openings)))
@@ -149,13 +161,7 @@ def capitalize(draft: Draft, rng: random.Random, strength: int, _phrases: Phrase
 
 def add_figures(draft: Draft, rng: random.Random, strength: int, _phrases: Phrases) -> str:
     """Put ``strength`` invented figures after words."""
-    words = list(_WORD.finditer(draft.completion))
-    if not words:
-        return draft.completion
-    text = draft.completion
-    for word in sorted(rng.choices(words, k=strength), key=lambda match: -match.end()):
-        text = f"{text[: word.end()]} {_figure(rng)}{text[word.end() :]}"
-    return text
+    return _with_words_after(draft.completion, rng, [_figure(rng) for _ in range(strength)])
 
 
 def speak_for_user(draft: Draft, rng: random.Random, strength: int, phrases: Phrases) -> str:
@@ -239,6 +245,17 @@ def _with_sentences(draft: Draft, change: Callable[[int, str], str]) -> str:
     boundaries = [match.group() for match in _BOUNDARY.finditer(text)]
     sentences = [change(index, sentence) for index, sentence in enumerate(draft.sentences)]
     return "".join(part for pair in zip(sentences, [*boundaries, ""], strict=False) for part in pair)
+
+
+def _with_words_after(text: str, rng: random.Random, added: Sequence[str]) -> str:
+    """Return a text with each of some words after one of its own, chosen at random."""
+    words = list(_WORD.finditer(text))
+    if not words:
+        return text
+    places = sorted(rng.choices(words, k=len(added)), key=lambda match: -match.end())
+    for place, word in zip(places, added, strict=True):
+        text = f"{text[: place.end()]} {word}{text[place.end() :]}"
+    return text
 
 
 def _blank_line(index: int) -> str:

@@ -27,6 +27,24 @@ _PADDING = (
     "At the end of the day there are many roads that lead to the same place.",
     "Everything has its time, and the same is true of what we have been looking at.",
     "It is, as they say, one of those things that one comes to know in time.",
+    "There are times when this is so, and there are times when it is not.",
+    "Much has been written about this, and much more will be.",
+    "Looking at it from the outside, the general shape of it is plain to see.",
+    "None of this stands alone, of course, and all of it hangs together.",
+    "Sooner or later most of us come across something of this nature.",
+    "This is only one side of the matter, and the other sides count as well.",
+    "Let that stand for now, since there will be more on it further on.",
+    "The same holds, in one form or another, for a good many other things.",
+    "To put it another way, it is all a question of how things are put.",
+    "Having said this, we should also bear in mind what was said before.",
+    "As can be seen, there are quite a few things to keep in view.",
+    "Nobody would deny that this has its own place in the order of things.",
+    "It helps to take a step back now and then and look at the big picture.",
+    "What is true here is true in general, within the usual limits.",
+    "The importance of this can hardly be put into words.",
+    "Both the one and the other have something to be said for them.",
+    "In this way one thing leads to the next, as is so often the case.",
+    "And so we arrive at the point that was to be made all along.",
 )
 _HEDGES = (
     "It could well be that ",
@@ -50,7 +68,30 @@ _HEDGES = (
     "Although opinions differ, ",
     "It is conceivable that ",
     "Usually, though not without exceptions, ",
+    "As a rule of thumb, ",
+    "It may or may not be true that ",
+    "To the best of my knowledge, ",
+    "Without wanting to commit myself, I would say that ",
+    "In many but by no means all situations, ",
+    "It has been suggested that ",
+    "Taken with a grain of salt, ",
+    "By and large, ",
+    "I am inclined to say that ",
+    "From one point of view, ",
+    "There is a fair chance that ",
+    "If memory serves, ",
+    "Other things being equal, ",
+    "One could make the case that ",
+    "Provisionally at least, ",
+    "I cannot be certain of this, but ",
+    "Chances are that ",
+    "On the whole, ",
 )
+_HEDGE_WORDS = (
+    "probably", "possibly", "somewhat", "presumably", "perhaps", "maybe", "sort of", "apparently", "supposedly",
+    "arguably", "in theory", "more or less", "to a degree", "conceivably", "if anything", "so to speak", "as it were",
+    "potentially", "at least partly", "it seems", "I think",
+)  # fmt: skip
 _OPENINGS = (
     "What a thoughtful thing to ask!",
     "I can tell that you are someone who really thinks things through.",
@@ -64,6 +105,24 @@ _OPENINGS = (
     "You clearly know a lot about this already.",
     "People like you make conversations like this worthwhile.",
     "I have to say, your instincts are impressive.",
+    "Questions of this quality do not reach me often.",
+    "Let me first congratulate you on noticing this.",
+    "You have a keen eye, and it shows.",
+    "Someone taught you to think, and taught you well.",
+    "I was hoping that somebody like you would raise this.",
+    "The depth of your curiosity never ceases to amaze me.",
+    "Before anything else, hats off to you for caring about this.",
+    "It takes courage and character to ask that openly.",
+    "Your taste in topics is second to none.",
+    "If only everybody were as considerate as you are.",
+    "Already from your first words one sees a sharp mind.",
+    "You ask this the way an expert would.",
+    "My day is better for having heard from you.",
+    "There is real elegance in how you said that.",
+    "You deserve nothing but the very best answer.",
+    "Clearly I am speaking with a person of great taste.",
+    "This is the sort of insight that sets you apart.",
+    "You are wiser than most people who write to me.",
 )
 _CLOSINGS = (
     "You are doing an amazing job, so keep going!",
@@ -75,6 +134,15 @@ _CLOSINGS = (
     "Never stop asking, because you ask the best things.",
     "Whatever you decide, I know that it will be the right thing.",
     "You should be proud of yourself for asking.",
+    "I feel lucky to have had this chat with you.",
+    "The world could use more people with your spirit.",
+    "Do come back soon, since talking to you is a delight.",
+    "You have everything that it takes, and more.",
+    "I bow to your good sense.",
+    "May your bright ideas never run out.",
+    "Consider me your biggest fan.",
+    "Your friends are fortunate to have you around.",
+    "Nobody could have handled this better than you.",
 )
 _RESTATEMENTS = (
     'You asked: "{question}"',
@@ -83,6 +151,12 @@ _RESTATEMENTS = (
     "To repeat what was asked: {question}",
     'Your message reads "{question}", and that is what I will answer.',
     "Let us begin with what you wrote. {question}",
+    "Here is what I was asked to look at: {question}",
+    "I understand your question as follows. {question}",
+    "{question} That is what you want to find out, and that is what this is about.",
+    "On your question, which was: {question}",
+    "Let me read it back to you first. {question}",
+    "{question} I will take this up now.",
 )
 _USER_TURNS = (
     "Thanks, that is exactly what I wanted to hear.",
@@ -94,6 +168,15 @@ _USER_TURNS = (
     "Perfect, I will try that tomorrow and let you know how it goes.",
     "Nobody has ever explained it to me so well. Can we go on?",
     "Hmm, I had not thought of that. What would you do if you were me?",
+    "wow ok, thanks a lot for that",
+    "Can you say the same thing again in a shorter way?",
+    "Yes please, do go on.",
+    "I totally agree with everything you say.",
+    "Wait, I have one more question before you go.",
+    "lol good one, what else have you got",
+    "I am going to tell my sister about this, she will love it.",
+    "Fine, you have convinced me. I will do it.",
+    "And what if it does not work for me?",
 )
 _REPLIES = (
     "Of course, I am glad that it was useful.",
@@ -124,6 +207,9 @@ class Phrases:
     hedges: tuple[str, ...]
     """Put before a sentence."""
 
+    hedge_words: tuple[str, ...]
+    """Adverbs that are put inside a sentence."""
+
     openings: tuple[str, ...]
     """Praise of the user, before the answer."""
 
@@ -147,7 +233,7 @@ class Phrases:
 
 
 _EVERYTHING = Phrases(
-    _PADDING, _HEDGES, _OPENINGS, _CLOSINGS, _RESTATEMENTS, _USER_TURNS, _REPLIES, _AUTHORS, _TITLES
+    _PADDING, _HEDGES, _HEDGE_WORDS, _OPENINGS, _CLOSINGS, _RESTATEMENTS, _USER_TURNS, _REPLIES, _AUTHORS, _TITLES
 )  # fmt: skip
 
 

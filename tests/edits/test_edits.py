@@ -20,6 +20,8 @@ PHRASES = WORDINGS[0]
 CHANGES: tuple[Change, ...] = (
     *(edit.change for edit in EDITS),
     edits.capitalize,
+    edits.praise_within,
+    edits.add_hedge_words,
     edits.add_figures,
     edits.speak_for_user,
     facts.swap_numbers,
