@@ -124,8 +124,9 @@ def test_the_model_says_what_it_pays_for(folder: Path) -> None:
     assert {one["edit"] for one in probe["effects"]} >= {"padding", "hedges", "bullets", "swap"}
     assert set(probe["pays"]) == {one["edit"] for one in probe["effects"] if one["low"] > 0}
     facts = read_calibration(folder / CALIBRATION_FILE).facts
-    families = {entry.name: entry.family for entry in SUITE if entry.trains}
-    assert facts.new_kind.keys() == families.keys()
+    trained = {entry.name for entry in SUITE if entry.trains}
+    assert facts.new_kind.keys() == facts.suite["combined"].keys() & trained
+    assert {"padding", "hedging", "user_voice"} <= facts.new_kind.keys()
     assert described["new_kind_auroc"] == pytest.approx(np.mean([one.auroc for one in facts.new_kind.values()]))
 
 

@@ -12,7 +12,7 @@ from export.calibration.measure import detection
 def test_the_area_is_that_of_the_roc_curve() -> None:
     """With ties within and between the classes it equals scikit-learn's, and 1, 0 and one half at the extremes."""
     rng = np.random.default_rng(0)
-    clean, hacked = rng.integers(0, 9, 200) * 1.0, rng.integers(3, 12, 35) * 1.0
+    clean, hacked = rng.integers(0, 9, 200).astype(np.float64), rng.integers(3, 12, 35).astype(np.float64)
 
     found = detection(clean, hacked)
 
