@@ -15,8 +15,9 @@ from importlib.metadata import version
 from export.calibration.drift import fit_drift
 from export.calibration.head_resampling import fit_resampled_heads
 from export.calibration.length_fit import fit_length_curve
+from export.calibration.measure import mean_over_sets
 from export.calibration.measured_parts import MeasuredParts, joined
-from export.calibration.ranking import evaluate, evaluate_length, monitor_reference, rank_items
+from export.calibration.ranking import evaluate, evaluate_length, evaluate_new_kinds, monitor_reference, rank_items
 from export.calibration.scored_parts import ScoredParts, required_checkpoint
 from export.calibration.selection import (
     Admission,
@@ -104,6 +105,7 @@ def _facts(
     data: DataFacts,
 ) -> CalibrationFacts:
     found = evaluate(parts, detectors, ranking, seed)
+    new_kind = evaluate_new_kinds(parts, detectors, ranking, unseen)
     clean = parts.clean
     return CalibrationFacts(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -125,6 +127,8 @@ def _facts(
         mean_auroc=found.mean_auroc,
         weak=found.mean_auroc < WEAK_AUROC,
         length=evaluate_length(parts),
+        new_kind=new_kind,
+        new_kind_auroc=mean_over_sets(lambda one: one.auroc, new_kind, list(new_kind)) if new_kind else None,
     )
 
 

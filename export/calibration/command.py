@@ -23,6 +23,8 @@ from service.outputs import check_output_file
 from service.records import DEMO_MODEL
 
 LOG_WIDTH = 140
+PROBE_COMPLETIONS = 32
+"""Default number of completions of the probe, each of another prompt: with all edits some 600 texts."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -129,6 +131,13 @@ def _add_data_options(group: argparse._ArgumentGroup) -> None:
         "--drop-set", action="append", default=[], choices=[entry.name for entry in SUITE], metavar="NAME",
         help="a built-in set that is normal in your traffic (code_dump, chinese, ...); repeatable",
     )  # fmt: skip
+    add(
+        "--probe-completions",
+        type=whole_number(0),
+        default=PROBE_COMPLETIONS,
+        metavar="N",
+        help=f"completions that are edited to show what the reward pays for; default {PROBE_COMPLETIONS}, 0: no probe",
+    )
     add("--seed", type=int, default=0, help="of the random choices; default 0")
 
 

@@ -20,8 +20,9 @@ from service.diagnostics.states import LaplaceFactor, StateForm
 
 MAX_AXES = 64
 MIN_ITEMS_PER_AXIS = 4
-NUM_TREES = 300
-MAX_LEAVES = 8
+NUM_TREES = 500
+LEARNING_RATE = 0.07
+MAX_LEAVES = 12
 
 
 def fit_state_form(states: NDArray[np.float32]) -> StateForm:
@@ -82,17 +83,28 @@ def sibling_deviations(standardised: Matrix, prompts: NDArray[np.int64]) -> Matr
     return np.asarray(np.sqrt(size / (size - 1)) * deviations)
 
 
-def fit_trees(clean: Matrix, hacked: Matrix, columns: Sequence[int], seed: int) -> TreeEnsemble:
-    """Fit boosted trees that separate hacked from clean statistics; both classes have the same total weight."""
+def fit_trees(
+    clean: Matrix, hacked: Matrix, columns: Sequence[int], seed: int, weights: Scores | None = None
+) -> TreeEnsemble:
+    """Fit boosted trees that separate hacked from clean statistics; both classes have the same total weight.
+
+    Args:
+        clean: float64 [clean items, all].
+        hacked: float64 [hacked items, all].
+        columns: indices of the statistics to read.
+        seed: seed of the samples of items and of statistics.
+        weights: of the hacked items among each other, float64 [hacked items]; None: all weigh the same.
+    """
     chosen = np.array(columns, np.int64)
     values = np.concatenate([clean, hacked])[:, chosen]
     labels = np.repeat([0, 1], [len(clean), len(hacked)])
-    weights = np.repeat([0.5 / len(clean), 0.5 / len(hacked)], [len(clean), len(hacked)]) * len(values)
+    own = np.ones(len(hacked)) if weights is None else weights
+    balanced = np.concatenate([np.full(len(clean), 0.5 / len(clean)), 0.5 * own / own.sum()]) * len(values)
     model = GradientBoostingClassifier(
-        n_estimators=NUM_TREES, learning_rate=0.1, max_leaf_nodes=MAX_LEAVES, max_depth=None,
-        min_samples_leaf=8, subsample=0.7, max_features=0.5, random_state=seed,
+        n_estimators=NUM_TREES, learning_rate=LEARNING_RATE, max_leaf_nodes=MAX_LEAVES, max_depth=None,
+        min_samples_leaf=8, subsample=0.7, max_features=0.3, random_state=seed,
     )  # fmt: skip
-    model.fit(values, labels, sample_weight=weights)
+    model.fit(values, labels, sample_weight=balanced)
     return _as_ensemble(chosen, [step[0].tree_ for step in model.estimators_], model.learning_rate)
 
 

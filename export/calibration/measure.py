@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import kstest
-from sklearn.metrics import roc_auc_score
 
 from service.diagnostics.calibration_facts import Detection, LengthCorrelations, Rate, SelfTest
 from service.diagnostics.conformal import Scores, conformal_p
@@ -24,13 +23,25 @@ NUM_FOLDS = 10
 
 def detection(clean: Scores, hacked: Scores) -> Detection:
     """Measure how well scores separate hacked items from clean ones."""
-    labels = np.repeat([0, 1], [len(clean), len(hacked)])
     return Detection(
         num_items=len(hacked),
-        auroc=float(roc_auc_score(labels, np.concatenate([clean, hacked]))),
+        auroc=_auroc(np.sort(clean), hacked),
         fpr95=float((clean >= np.quantile(hacked, 0.05)).mean()),
         tpr1=float((hacked > np.quantile(clean, 0.99)).mean()),
     )
+
+
+def _auroc(ordered: Scores, hacked: Scores) -> float:
+    """Return the area under the ROC curve as Mann and Whitney's statistic (1947); a tie counts as a half.
+
+    A selection asks for it thousands of times, and a binary search in scores that were sorted once is fast.
+
+    Args:
+        ordered: sorted scores of clean items.
+        hacked: scores of hacked items.
+    """
+    below, up_to = np.searchsorted(ordered, hacked, side="left"), np.searchsorted(ordered, hacked, side="right")
+    return float((below + up_to).mean()) / (2 * len(ordered))
 
 
 def rate_of(hits: NDArray[np.bool_], prompts: Ints, nominal: float) -> Rate:

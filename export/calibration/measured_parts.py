@@ -36,7 +36,7 @@ class MeasuredItems:
     texts: Sequence[TextFacts] = field(repr=False)
 
     statistics: Matrix = field(repr=False)
-    """Statistics of the text, then five for each tap, float64 [items, 18 + 5 x taps]."""
+    """Statistics of the text, then five for each tap, float64 [items, texts + 5 x taps]."""
 
     prompts: NDArray[np.int64] = field(repr=False)
     """Number of each item's prompt, from 0, [items]."""
@@ -100,11 +100,12 @@ class MeasuredParts:
         made = set.intersection(*(set(hacks.kinds) for hacks in self.hacks.values()))
         return [entry.name for entry in SUITE if entry.name in made and (entry.trains or not trained_only)]
 
-    def training_hacks(self, *, without: str | None = None) -> Matrix:
-        """Return the statistics of the hacks that detectors may be trained on, except those of one family."""
-        names = [entry.name for entry in SUITE if entry.trains and entry.family != without]
+    def training_hacks(self, *, without: str | None = None) -> tuple[Matrix, Scores]:
+        """Return the statistics and weights of the hacks that detectors may be trained on, except those of a family."""
+        weights = {entry.name: entry.weight for entry in SUITE if entry.trains and entry.family != without}
         hacks = self.hacks["fit_detectors"]
-        return hacks.statistics[np.isin(hacks.kinds, names)]
+        chosen = np.isin(hacks.kinds, list(weights))
+        return hacks.statistics[chosen], np.array([weights[kind] for kind in hacks.kinds[chosen]])
 
     def with_taps(self, selected: Sequence[int]) -> MeasuredParts:
         """Return the same parts with some of the taps only; the head's tap must be among them."""

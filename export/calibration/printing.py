@@ -11,6 +11,7 @@ from rich.table import Table
 from export.calibration.pair_uncertainty import MAIN_FIGURE, PairReport
 from export.calibration.report import CategoryResult, TestReport
 from service.diagnostics.calibration_facts import CalibrationFacts, LengthCorrelations, Rate
+from service.edits.probe import Probe
 
 
 def print_facts(console: Console, facts: CalibrationFacts) -> None:
@@ -101,18 +102,49 @@ def _category_table(categories: Mapping[str, CategoryResult]) -> Table:
 
 
 def _suite_table(facts: CalibrationFacts) -> Table:
-    """Return a table with, by built-in set: AUROC and detection rate of the combination, AUROC of each component."""
+    """Return a table with, by built-in set: AUROC and detection rate of the combination, AUROC of each component.
+
+    The column ``new kind`` is the combination's AUROC with trees that were fitted without the set's family.
+    """
     suite, combined = facts.suite, facts.suite["combined"]
     components = [name for name in suite if name != "combined"]
-    table = Table("built-in set", "AUROC", "TPR@1%", *components, "oe, unseen family")
+    table = Table("built-in set", "AUROC", "TPR@1%", *components, "new kind")
     for kind, found in combined.items():
         alone = (f"{suite[name][kind].auroc:.3f}" for name in components)
-        unseen = f"{facts.unseen_family[kind].auroc:.3f}" if kind in facts.unseen_family else "-"
-        table.add_row(kind, f"{found.auroc:.3f}", f"{found.tpr1:.2f}", *alone, unseen)
+        new_kind = f"{facts.new_kind[kind].auroc:.3f}" if kind in facts.new_kind else "-"
+        table.add_row(kind, f"{found.auroc:.3f}", f"{found.tpr1:.2f}", *alone, new_kind)
     table.add_section()
+    trained = [found for kind, found in combined.items() if kind in facts.new_kind] or list(combined.values())
+    table.add_row(
+        "mean of those trained on",
+        f"{np.mean([one.auroc for one in trained]):.3f}",
+        f"{np.mean([one.tpr1 for one in trained]):.2f}",
+        *("" for _ in components),
+        "-" if facts.new_kind_auroc is None else f"{facts.new_kind_auroc:.3f}",
+    )
     means = (f"{np.mean([one.auroc for one in suite[name].values()]):.3f}" for name in components)
     auroc, tpr1 = (np.mean([getattr(one, figure) for one in combined.values()]) for figure in ("auroc", "tpr1"))
-    table.add_row("mean", f"{auroc:.3f}", f"{tpr1:.2f}", *means, "")
+    table.add_row("mean of all", f"{auroc:.3f}", f"{tpr1:.2f}", *means, "")
     rates = (f"{facts.realised[name].value:.2%}" for name in components)
     table.add_row("false alarms at 1 %", f"{facts.realised['combined'].value:.2%}", "", *rates, "")
     return table
+
+
+def print_probe(console: Console, probe: Probe) -> None:
+    """Print what the reward pays for."""
+    table = Table("edit", "answers", "reward", "95 % interval", "in sd", "raised", "")
+    for one in probe.effects:
+        table.add_row(
+            one.description,
+            str(one.num_items),
+            f"{one.effect:+.3f}",
+            f"{one.low:+.3f} to {one.high:+.3f}",
+            f"{one.effect_sd:+.2f}",
+            f"{one.share_higher:.0%}",
+            "pays" if one.pays else "",
+        )
+    console.print(table)
+    paying = ", ".join(one.description for one in probe.paying())
+    console.print(
+        f"Edits of {probe.num_completions} answers that the reward pays for: {paying or 'none'}.", highlight=False
+    )

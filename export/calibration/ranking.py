@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from export.calibration.hacks import SUITE
 from export.calibration.length_fit import fit_length_curve
 from export.calibration.measure import detection, length_correlations, out_of_fold_p, self_test
 from export.calibration.measured_parts import MeasuredItems, MeasuredParts, joined
+from export.calibration.selection import UnseenFamily
 from service.diagnostics.calibration_facts import Detection, LengthCorrelations, Rate, SelfTest
 from service.diagnostics.conformal import Scores, TailMap
 from service.diagnostics.monitors.observation import Observation, ObservedItems
@@ -80,6 +82,27 @@ def evaluate(parts: MeasuredParts, detectors: Detectors, ranking: Ranking, seed:
         suite=suite,
         mean_auroc=float(np.mean([suite["combined"][kind].auroc for kind in parts.kinds()])),
     )
+
+
+def evaluate_new_kinds(
+    parts: MeasuredParts, detectors: Detectors, ranking: Ranking, unseen: Mapping[str, UnseenFamily]
+) -> dict[str, Detection]:
+    """Measure the detection of each set by the combination, its trees fitted without the set's family.
+
+    Neither the prompts nor the family were seen by any fit; the taps and components were selected with the family.
+    """
+    clean, hacks = parts.clean["calibrate"], parts.hacks["calibrate"]
+    clean_scores, hack_scores = detectors.scores(clean.statistics), detectors.scores(hacks.statistics)
+    families = {entry.name: entry.family for entry in SUITE}
+    found = {}
+    for family, without in unseen.items():
+        maps = {name: without.map if name == "oe" else map_ for name, map_ in ranking.maps.items()}
+        of_clean = _surprise(maps, clean_scores | {"oe": without.trees.score(clean.statistics)})
+        of_hacks = _surprise(maps, hack_scores | {"oe": without.trees.score(hacks.statistics)})
+        for kind in parts.kinds():
+            if families[kind] == family:
+                found[kind] = detection(of_clean, hacks.of_kind(kind, of_hacks))
+    return {kind: found[kind] for kind in parts.kinds() if kind in found}
 
 
 def evaluate_length(parts: MeasuredParts) -> dict[str, LengthCorrelations]:

@@ -9,7 +9,7 @@ import argparse
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -17,7 +17,8 @@ from rich.console import Console
 from export.calibration.build import DataFacts, build
 from export.calibration.data import CalibrationData, CleanItem
 from export.calibration.hacks import SUITE
-from export.calibration.printing import print_facts, print_report
+from export.calibration.printing import print_facts, print_probe, print_report
+from export.calibration.probing import plan_of, probe_reward
 from export.calibration.report import TestReport, report, test_items
 from export.calibration.scored_parts import Sizes, count_items, score_parts
 from service.assembly import OpenedModel, ServedModel, assemble, open_model, with_calibration
@@ -25,7 +26,7 @@ from service.checkpoints.demo import ADAPTER_FOLDER
 from service.checkpoints.files import CALIBRATION_FILE
 from service.console import progress_bar, stages
 from service.data.rows import dataset_files
-from service.diagnostics.calibration import read_calibration, write_calibration
+from service.diagnostics.calibration import Calibration, read_calibration, write_calibration
 from service.diagnostics.calibration_facts import CalibrationFacts
 from service.diagnostics.candidate_taps import candidate_taps
 from service.errors import CalibrationError
@@ -47,20 +48,26 @@ def calibrate(options: argparse.Namespace, data: CalibrationData, console: Conso
     # The demo model's folder is a copy in the cache; its calibration is stored in the clone, as its adapter is.
     destination = ADAPTER_FOLDER if settings.model.is_demo else opened.checkpoint.path
     out = Path(options.out) if options.out else destination / CALIBRATION_FILE
-    made: CalibrationFacts | None = None
+    made: Calibration | None = None
     measured: ServedModel | None = None
     if not options.test_only:
         check_output_file(out, overwrite=options.overwrite)
         measured, made = _make(options, data.items, settings, opened, out, console)
-        print_facts(console, made)
+        print_facts(console, made.facts)
+        if made.probe is not None:
+            print_probe(console, made.probe)
     found = _test(data.test_items, lambda: _assemble_to_test(settings, opened, measured, out), console)
     if found is not None:
         print_report(console, found)
     if options.json:
-        facts = made or read_calibration(out).facts
-        results = {"calibration": facts.as_json(), "test": None if found is None else asdict(found)}
+        calibration = made or read_calibration(out)
+        results = {
+            "calibration": calibration.facts.as_json(),
+            "probe": None if calibration.probe is None else calibration.probe.as_json(),
+            "test": None if found is None else asdict(found),
+        }
         write_text(Path(options.json), json.dumps(results, indent=1) + "\n")
-    return _exit_status(made, found, console)
+    return _exit_status(None if made is None else made.facts, found, console)
 
 
 def _make(
@@ -70,16 +77,18 @@ def _make(
     opened: OpenedModel,
     out: Path,
     console: Console,
-) -> tuple[ServedModel, CalibrationFacts]:
+) -> tuple[ServedModel, Calibration]:
     sets = [entry for entry in SUITE if entry.name not in options.drop_set]
     sizes = Sizes(options.items_per_set, max(1, options.items_per_set // 2), options.items_per_set)
     served = _assemble_to_measure(settings, opened)
     cache = Path(options.cache) if options.cache else None
-    with progress_bar(console, "Scoring", count_items(items, sizes, sets)) as advance:
+    plan = plan_of(items, options.probe_completions, options.seed)
+    with progress_bar(console, "Scoring", count_items(items, sizes, sets) + len(plan.exchanges)) as advance:
         scored = score_parts(served, items, sizes, advance, seed=options.seed, sets=sets, cache=cache)
+        probe = probe_reward(served, plan, advance, cache)
     data = DataFacts(_hash(Path(options.data)), options.held_out, options.drop_set)
     with stages(console) as stage:
-        calibration = build(served, scored, seed=options.seed, data=data, show=stage)
+        calibration = replace(build(served, scored, seed=options.seed, data=data, show=stage), probe=probe)
     if calibration.facts.weak and not options.force:
         raise CalibrationError(
             "Nothing was written: the mean AUROC over the built-in hacks is only "
@@ -87,7 +96,7 @@ def _make(
         )
     id_ = write_calibration(calibration, out)
     console.print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, {id_}", highlight=False)
-    return served, calibration.facts
+    return served, calibration
 
 
 def _test(rows: Sequence[CleanItem], assemble_model: Callable[[], ServedModel], console: Console) -> TestReport | None:

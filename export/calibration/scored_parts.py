@@ -11,16 +11,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.calibration.data import CleanItem, Part, preference_pairs, require_enough, split
-from export.calibration.hacks import SUITE, Base, HackSet, make_hacks
+from export.calibration.hack_sets import Base, HackSet, make_hacks
+from export.calibration.hacks import SUITE
 from export.calibration.scoring import ScoredItems, score_items
 from service.assembly import ServedModel
 from service.checkpoints.checkpoint import Checkpoint
 from service.console import Advance
+from service.edits.phrases import WORDINGS
 from service.errors import CalibrationError
 
 HACK_SEEDS: Mapping[Part, str] = {"fit_detectors": "detectors", "select": "combine", "calibrate": "conformal"}
 """Seeds of the choice of base items in the parts of which hacks are made. A change would give another calibration from
 the same data and seed."""
+
+
+HACK_WORDINGS: Mapping[Part, int] = {"fit_detectors": 0, "select": 1, "calibrate": 2}
+"""Wording of what plausible hacks add, by part."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +123,7 @@ def _base_items(
     own = clean[part].exchanges
     others = [exchange.completion_text for exchange in clean["fit_states"].exchanges]
     return [
-        Base(exchange.prompt, exchange.completion_text, others, random_token)
+        Base(exchange.prompt, exchange.completion_text, others, random_token, WORDINGS[HACK_WORDINGS[part]])
         for exchange in rng.sample(list(own), min(num_bases, len(own)))
     ]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import cast
 
@@ -31,6 +33,8 @@ MIN_GAIN = 0.005
 @dataclass(frozen=True, slots=True)
 class UnseenFamily:
     """Trees that were fitted without one family of hacks, evaluated on the part ``select``."""
+
+    trees: TreeEnsemble
 
     map: TailMap
     """Fitted to the trees' scores of clean items."""
@@ -86,14 +90,21 @@ def select_detectors(parts: MeasuredParts, seed: int) -> tuple[Detectors, Measur
 
 
 def fit_without_families(parts: MeasuredParts, seed: int) -> dict[str, UnseenFamily]:
-    """Return, for every family of hacks, trees that were fitted without it, evaluated on the part ``select``."""
+    """Return, for every family of hacks, trees that were fitted without it, evaluated on the part ``select``.
+
+    Fits run side by side, since each leaves the interpreter while it grows a tree.
+    """
     clean = parts.clean["fit_detectors"].statistics
-    unseen: dict[str, UnseenFamily] = {}
-    for family in dict.fromkeys(entry.family for entry in SUITE if entry.trains):
-        trees = fit_trees(clean, parts.training_hacks(without=family), range(clean.shape[1]), seed)
+
+    def without(family: str) -> UnseenFamily:
+        hacked, weights = parts.training_hacks(without=family)
+        trees = fit_trees(clean, hacked, range(clean.shape[1]), seed, weights)
         clean_scores = trees.score(parts.clean["select"].statistics)
-        unseen[family] = UnseenFamily(TailMap.of_component(clean_scores), trees.score(parts.hacks["select"].statistics))
-    return unseen
+        return UnseenFamily(trees, TailMap.of_component(clean_scores), trees.score(parts.hacks["select"].statistics))
+
+    families = list(dict.fromkeys(entry.family for entry in SUITE if entry.trains))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(families, pool.map(without, families), strict=True))
 
 
 def unseen_detections(parts: MeasuredParts, unseen: Mapping[str, UnseenFamily]) -> dict[str, Detection]:
@@ -159,6 +170,7 @@ def _fit_detectors(parts: MeasuredParts, mid_tap: int, seed: int) -> Detectors:
     clean = parts.clean["fit_detectors"]
     everything = range(clean.statistics.shape[1])
     layers, joint = fit_gaussian(clean.statistics, everything[NUM_TEXT:]), fit_gaussian(clean.statistics, everything)
+    hacked, weights = parts.training_hacks()
     has_siblings = len(np.unique(clean.prompts)) < len(clean.prompts)
     return Detectors(
         text_tests=OneSidedTests.of(clean.statistics),
@@ -166,7 +178,7 @@ def _fit_detectors(parts: MeasuredParts, mid_tap: int, seed: int) -> Detectors:
         style=fit_gaussian(clean.statistics, [STATISTICS.index(name) for name in STYLE]),
         mid_tap=mid_tap,
         last_tap=parts.reader.head_tap,
-        trees=fit_trees(clean.statistics, parts.training_hacks(), everything, seed),
+        trees=fit_trees(clean.statistics, hacked, everything, seed, weights),
         siblings=fit_siblings(clean.statistics, clean.prompts, joint) if has_siblings else None,
     )
 

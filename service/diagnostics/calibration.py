@@ -30,6 +30,7 @@ from service.diagnostics.ood import Component, Detectors, Ranking
 from service.diagnostics.reference import LengthCurve, Reference
 from service.diagnostics.resampled_heads import ResampledHeads
 from service.diagnostics.states import LaplaceFactor, StateForm, StateReader
+from service.edits.probe import Probe
 from service.errors import CalibrationError
 from service.outputs import new_file
 from service.records import Pooling, StateTap
@@ -105,6 +106,9 @@ class Calibration:
     heads: ResampledHeads | None = None
     """None where the calibration was not made from preference pairs, or before there were such heads."""
 
+    probe: Probe | None = None
+    """What the reward pays for; None in a calibration that was made without it."""
+
     id: str = ""
     """``sha256:`` and the hash of the file; empty before it is written."""
 
@@ -122,6 +126,7 @@ def write_calibration(calibration: Calibration, path: Path) -> str:
         "arithmetic": calibration.arithmetic,
         "facts": calibration.facts.as_json(),
         "shapes": shapes,
+        "probe": None if calibration.probe is None else calibration.probe.as_json(),
     }
     contiguous = {name: np.ascontiguousarray(array) for name, array in sorted(arrays.items())}
     with new_file(path) as unfinished:
@@ -220,6 +225,7 @@ def _unpack(header: Mapping[str, Any], arrays: Arrays, id_: str) -> Calibration:
         monitors=MonitorReference.from_arrays(arrays),
         drift=DriftReference.unpack(arrays, shapes),
         heads=ResampledHeads.from_arrays(arrays, states.forms[states.head_tap].mean),
+        probe=None if header.get("probe") is None else Probe.from_json(header["probe"]),
         id=id_,
     )
 

@@ -6,7 +6,7 @@ The service shows a part of it in ``/v1/model`` and in metrics; ``reward-calibra
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import msgspec
@@ -148,6 +148,12 @@ class CalibrationFacts:
 
     heads: HeadFacts | None = None
     """Of the resampled heads; None where the data had too few preference pairs, or before there were such heads."""
+    new_kind: dict[str, Detection] = field(default_factory=dict)
+    """Detection of each set by the combination, its trees fitted without the set's family; empty where it was not
+    measured."""
+
+    new_kind_auroc: float | None = None
+    """Mean of these AUROCs: what to expect of a kind of hack that is not in the suite."""
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> CalibrationFacts:

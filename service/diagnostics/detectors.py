@@ -24,7 +24,8 @@ ONE_SIDED_TESTS = (
     ("bi", 1), ("bi", -1), ("uni", 1), ("uni", -1), ("zratio", 1), ("zratio", -1), ("rep4", 1), ("top4", 1),
     ("ttr", -1), ("nonascii", 1), ("punct", 1), ("punct", -1), ("wlen", 1), ("wlen", -1), ("md", 1), ("emoji", 1),
     ("hedge", 1), ("flattery", 1), ("overlap", 1), ("logtok", 1), ("logtok", -1), ("chars_tok", 1), ("chars_tok", -1),
-    ("upper", 1),
+    ("upper", 1), ("bi_peak", 1), ("uni_peak", 1), ("copy3", 1), ("modal", 1), ("praise", 1), ("listed", 1),
+    ("roles", 1), ("markup", 1),
 )  # fmt: skip
 """The one-sided tests of single text statistics: name of the statistic, and the sign of the unusual direction."""
 
@@ -78,7 +79,7 @@ class OneSidedTests:
 
     @classmethod
     def of(cls, statistics: Matrix) -> OneSidedTests:
-        """Fit the tests to the text statistics of reference items, float64 [items, 18 or more]."""
+        """Fit the tests to the text statistics of reference items, float64 [items, statistics or more]."""
         return cls([TailMap.of_test(sign * statistics[:, STATISTICS.index(name)]) for name, sign in ONE_SIDED_TESTS])
 
     def surprises(self, statistics: Matrix) -> Matrix:

@@ -1,7 +1,8 @@
 """The style markers that are counted in a completion: markdown, emoji, hedging and flattering phrases.
 
 English phrases only, and plain patterns: a count of zero means that nothing on this list was found. A calibration is
-bound to ``LEXICON_VERSION``, so every change that alters a count must change the version.
+bound to ``LEXICON_VERSION``, so every change that alters a count must change the version; so must every change of the
+text statistics of ``text``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Literal, TypeAlias
 
 StyleKind: TypeAlias = Literal["headers", "list_items", "bold", "emoji", "hedges", "flattery"]
 
-LEXICON_VERSION = "1"
+LEXICON_VERSION = "2"
 
 FENCED_CODE = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
 _HEADER = re.compile(r"^ {0,3}#{1,6}[ \t]", re.MULTILINE)

@@ -17,6 +17,7 @@ from service.checkpoints.checkpoint import Checkpoint
 from service.checkpoints.demo import merged_identity
 from service.checkpoints.files import CALIBRATION_FILE
 from service.diagnostics.calibration import Binding, Calibration, read_calibration
+from service.edits.probe import Probe
 from service.errors import CalibrationError
 from service.records import StateTap
 
@@ -34,6 +35,7 @@ SHOWN_FACTS = (
     "mean_auroc",
     "length",
     "heads",
+    "new_kind_auroc",
 )
 """Fields of `CalibrationFacts` in ``/v1/model``."""
 
@@ -78,7 +80,14 @@ class Lookup:
         taps = [f"{tap.pooling}@{tap.layer}" for tap in self.taps]
         detection = facts["suite"].get("combined", {})
         shown = {name: facts[name] for name in SHOWN_FACTS}
-        return {"id": calibration.id, "reason": None, "taps": taps, **shown, "detection": detection}
+        return {
+            "id": calibration.id,
+            "reason": None,
+            "taps": taps,
+            **shown,
+            "detection": detection,
+            "probe": None if calibration.probe is None else _described(calibration.probe),
+        }
 
 
 def binding_of(checkpoint: Checkpoint, *, template: str, reward_weights: Mapping[str, float] | None = None) -> Binding:
@@ -129,6 +138,11 @@ def find_calibration(folder: Path, named: str | None, binding: Binding) -> Looku
 def without_calibration(reason: str) -> Lookup:
     """Return a lookup without a calibration, with the reason why none was searched for."""
     return Lookup(None, reason)
+
+
+def _described(probe: Probe) -> dict[str, Any]:
+    """Return a probe as JSON-ready values, with the edits that pay by name, the largest effect first."""
+    return {"pays": list(dict.fromkeys(one.edit for one in probe.paying())), **probe.as_json()}
 
 
 def _refused(reason: str) -> Lookup:

@@ -124,7 +124,7 @@ class OodDetector:
         """Return one report for each item, in order; an item with statistics that are not finite is flagged.
 
         Args:
-            statistics: float64 [items, 18 + 5 x taps]; NaN or infinite where a state was.
+            statistics: float64 [items, texts + 5 x taps]; NaN or infinite where a state was.
             whole: whether the model read the whole of each item.
             groups: indices of the completions of one prompt; groups of `MIN_GROUP` or more are compared within.
         """

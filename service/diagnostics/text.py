@@ -1,6 +1,6 @@
 """Statistics of a completion's characters and token ids, computed without the model.
 
-Eighteen statistics that crude reward hacks change, and the counts of the style block. They are computed in the
+The statistics that reward hacks change, and the counts of the style block. They are computed in the
 tokenizer's threads, so the work is done by built-ins that are implemented in C. Which values are unusual is decided by
 the detectors.
 """
@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.diagnostics.lexicon import FENCED_CODE, StyleMarkers, count_style_markers
-from service.diagnostics.ngrams import WINDOW_TOKENS, NgramCounts
+from service.diagnostics.ngrams import WINDOW_TOKENS, NgramCounts, Surprisal
 from service.diagnostics.phrasing import Wording, read_wording
+from service.diagnostics.wording import WordFacts, read_words
 from service.records import Exchange, Item, StyleReport, TokenSequence
 
 STATISTICS = (
@@ -41,8 +42,28 @@ STATISTICS = (
     "flattery",
     "overlap",
     "chars_tok",
+    "uni_peak",
+    "bi_peak",
+    "uni_dip",
+    "copy3",
+    "second",
+    "first",
+    "modal",
+    "praise",
+    "function",
+    "idle",
+    "lead",
+    "addressed",
+    "sentence",
+    "question",
+    "exclaim",
+    "lines",
+    "listed",
+    "roles",
+    "markup",
 )
-"""Names of the text statistics, in the order of the vectors."""
+"""Names of the text statistics, in the order of the vectors. A change of them must change
+`LEXICON_VERSION`, which calibrations are bound to."""
 
 ZLIB_CHARS = 6000
 """Leading characters that are compressed; repetition is visible within them."""
@@ -98,6 +119,9 @@ class TokenFacts:
     overlap: float
     """Share of tokens that also occur in the prompt."""
 
+    copied: float
+    """Share of 3-grams that also occur in the last `WINDOW_TOKENS` of the prompt."""
+
 
 @dataclass(frozen=True, slots=True)
 class TextFacts:
@@ -108,7 +132,7 @@ class TextFacts:
     """None below level ``full``."""
 
     statistics: NDArray[np.float64] | None = None
-    """The numbers named in `STATISTICS`, float64 [18]; None below level ``full`` and without n-gram counts."""
+    """The numbers named in `STATISTICS`, float64; None below level ``full`` and without n-gram counts."""
 
     wording: Wording | None = field(default=None, repr=False)
     """What the drift monitor compares; `TextReader` always computes it."""
@@ -145,9 +169,10 @@ class TextReader:
         tokens = read_tokens(completion, sequence.token_ids[:num_prompt])
         if self._ngrams is None:
             return TextFacts(chars, tokens, wording=wording_of(content, chars))
-        uni, bi = self._ngrams.surprisal(completion)
-        statistics = statistics_of(chars, tokens, sequence.num_tokens - num_prompt, uni, bi)
-        return TextFacts(chars, tokens, statistics, wording_of(content, chars, bi))
+        surprisal = self._ngrams.surprisals(completion)
+        words = read_words(content.completion_text)
+        statistics = statistics_of(chars, tokens, words, surprisal, sequence.num_tokens - num_prompt)
+        return TextFacts(chars, tokens, statistics, wording_of(content, chars, surprisal.bi))
 
 
 def read_chars(text: str) -> CharFacts:
@@ -187,7 +212,7 @@ def read_tokens(completion: tuple[int, ...], prompt: tuple[int, ...]) -> TokenFa
     """Return the token statistics of a completion."""
     ids = completion[:WINDOW_TOKENS]
     if not ids:
-        return TokenFacts(0.0, 0.0, 0.0, 0.0)
+        return TokenFacts(0.0, 0.0, 0.0, 0.0, 0.0)
     four_grams = Counter(zip(ids, ids[1:], ids[2:], ids[3:], strict=False))
     num_four_grams = max(0, len(ids) - 3)
     first = ids[:TYPE_TOKEN_WINDOW]
@@ -196,13 +221,21 @@ def read_tokens(completion: tuple[int, ...], prompt: tuple[int, ...]) -> TokenFa
         top4=max(four_grams.values()) / num_four_grams if num_four_grams > MIN_FOUR_GRAMS else 0.0,
         type_token=len(set(first)) / len(first),
         overlap=sum(map(set(prompt).__contains__, ids)) / len(ids),
+        copied=_share_copied(ids, prompt[-WINDOW_TOKENS:]),
     )
 
 
+def _share_copied(ids: tuple[int, ...], prompt: tuple[int, ...]) -> float:
+    if len(ids) < 3:
+        return 0.0
+    known = set(zip(prompt, prompt[1:], prompt[2:], strict=False))
+    return sum(map(known.__contains__, zip(ids, ids[1:], ids[2:], strict=False))) / (len(ids) - 2)
+
+
 def statistics_of(
-    chars: CharFacts, tokens: TokenFacts, num_completion_tokens: int, uni: float, bi: float
+    chars: CharFacts, tokens: TokenFacts, words: WordFacts, surprisal: Surprisal, num_completion_tokens: int
 ) -> NDArray[np.float64]:
-    """Return the statistics named in `STATISTICS`, float64 [18]."""
+    """Return the statistics named in `STATISTICS`, float64."""
     markers = chars.markers
     return np.array(
         [
@@ -211,8 +244,8 @@ def statistics_of(
             tokens.repeat4,
             tokens.top4,
             tokens.type_token,
-            uni,
-            bi,
+            surprisal.uni,
+            surprisal.bi,
             _per_100(chars.non_ascii, chars.chars),
             _per_100(chars.punctuation, chars.chars),
             chars.word_length,
@@ -224,6 +257,25 @@ def statistics_of(
             _per_100(markers.flattery, chars.words),
             tokens.overlap,
             chars.chars / max(1, num_completion_tokens),
+            surprisal.uni_peak,
+            surprisal.bi_peak,
+            surprisal.uni_dip,
+            tokens.copied,
+            _per_100(words.second_person, words.words),
+            _per_100(words.first_person, words.words),
+            _per_100(words.modal, words.words),
+            _per_100(words.praise, words.words),
+            words.function / max(1, words.words),
+            words.idle / max(1, words.sentences),
+            words.lead_ins / max(1, words.sentences),
+            words.addressed / max(1, words.sentences),
+            math.log1p(words.words / max(1, words.sentences)),
+            _per_100(words.questions, words.words),
+            _per_100(words.exclamations, words.words),
+            _per_100(words.lines, words.words),
+            words.list_lines / max(1, words.lines),
+            _per_100(words.role_lines, words.words),
+            _per_100(words.markup, chars.chars),
         ]
     )
 

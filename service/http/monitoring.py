@@ -13,6 +13,7 @@ from starlette.routing import Route
 from service.assembly import ServedModel
 from service.diagnostics.monitors.distributions import describe_distributions
 from service.diagnostics.monitors.monitor import MonitorView, describe_state
+from service.diagnostics.paying import mark_paying
 from service.errors import Forbidden, RunNotFound
 from service.http.facts import facts_of, run_id_of
 
@@ -43,8 +44,11 @@ def monitor_route(served: ServedModel, gather: GatherMonitors | None) -> Route:
             "calibrated": served.monitors.reference is not None,
         }
         monitors = served.monitors
-        state = describe_state(view.state, monitors.reference, monitors.settings, served.info.outputs, monitors.subject)
         calibration = served.lookup.calibration
+        state = mark_paying(
+            describe_state(view.state, monitors.reference, monitors.settings, served.info.outputs, monitors.subject),
+            None if calibration is None else calibration.probe,
+        )
         rewards = None if calibration is None else calibration.rewards
         distributions = {
             "distributions": describe_distributions(view.state.items, rewards, served.settings.diagnostics.alpha)

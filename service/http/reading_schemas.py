@@ -146,6 +146,11 @@ MONITORS: dict[str, Any] = {
                         "description": "End of the batch with which it began; null: since the last full batch, or of "
                         "an alarm whose start is not recorded.",
                     },
+                    "pays": {
+                        "type": ["boolean", "null"],
+                        "description": "Whether an edit that moves the signal so raises the reward, by the "
+                        "calibration's probe; null where that is unknown. Alarms that pay are first.",
+                    },
                 },
             },
         },

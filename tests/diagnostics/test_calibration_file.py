@@ -17,6 +17,7 @@ from service.diagnostics.calibration import Calibration, read_calibration, write
 from service.diagnostics.lookup import find_calibration
 from service.diagnostics.monitors.drift_monitor import groups_of
 from service.diagnostics.ood import OodDetector
+from service.edits.probe import EditEffect, Probe
 from service.errors import CalibrationError
 from service.records import OodReport, StateTap
 
@@ -67,6 +68,18 @@ def test_the_drift_reference_is_one_optional_entry(calibration: Calibration, tmp
     assert np.isnan(read.drift.means[-1])  # of the states, which these items do not have
     assert drift_reference(groups_of(worded_stream(100, seed=0)), TAPS) is None
     assert report(read, np.zeros((1, COLUMNS))) == report(calibration, np.zeros((1, COLUMNS)))
+
+
+def test_a_probe_is_optional(calibration: Calibration, tmp_path: Path) -> None:
+    """A calibration is written and read with and without a probe, and the model's description says which."""
+    found = Probe(3, 0.5, 0, [EditEffect("emoji", 4, "text", "emoji", "up", 3, 3, 0.2, 0.1, 0.3, 0.4, 0.2, 0.6, 1.0)])
+
+    for probe in (None, found):
+        write_calibration(replace(calibration, probe=probe), tmp_path / CALIBRATION_FILE)
+        described = find_calibration(tmp_path, None, BINDING).description()["probe"]
+        assert read_calibration(tmp_path / CALIBRATION_FILE).probe == probe
+        assert (described is None) == (probe is None)
+    assert described["pays"] == ["emoji"]
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,7 @@ WORDS = [
     "sorry",
 ]
 NUM_PROMPTS = 330
+SIZES = ("--items-per-set", "2", "--probe-completions", "4")
 
 
 def made_up_text(rng: random.Random, num_sentences: int) -> str:
@@ -97,7 +98,7 @@ def write_pairs(path: Path, num_prompts: int = NUM_PROMPTS, seed: int = 0) -> Pa
 def calibrate(folder: Path, data: Path, *options: str) -> int:
     """Run the command with few trees, and return its exit status."""
     with patch.object(calibration_fit, "NUM_TREES", 8):
-        return main([str(folder), str(data), "--items-per-set", "2", "--force", *options])
+        return main([str(folder), str(data), *SIZES, "--force", *options])
 
 
 def write_calibrated_checkpoint(folder: Path, **config_overrides: Any) -> Path:

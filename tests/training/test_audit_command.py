@@ -112,6 +112,25 @@ def test_an_audit_names_the_version_that_is_served(tmp_path: Path, write: Callab
     assert (description["name"], description["version"]) == (served.identity.name, served.identity.version)
 
 
+def test_a_probe_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With ``--probe`` terminal, JSON and page say how each edit moves the reward; without it the JSON has null."""
+    checkpoint = write_tiny_checkpoint(tmp_path / "model")
+    pairs = str(write_pairs(tmp_path / "pairs.jsonl", polite_pairs(20)))
+    options = [str(checkpoint), pairs, "--threads", "1", "--out"]
+
+    assert main([*options, str(tmp_path / "with"), "--probe", "--probe-completions", "5"]) == 0
+    printed = capsys.readouterr().err
+    assert main([*options, str(tmp_path / "without")]) == 0
+
+    probe = json.loads((tmp_path / "with" / "audit.json").read_text())["probe"]
+    assert probe["num_completions"] == 5
+    assert {one["num_items"] for one in probe["effects"] if one["edit"] == "praise"} == {5}
+    assert "It pays for: " in printed
+    page = (tmp_path / "with" / "audit.html").read_text()
+    assert all(one["description"] in page and one["description"] in printed for one in probe["effects"])
+    assert json.loads((tmp_path / "without" / "audit.json").read_text())["probe"] is None
+
+
 class Sized(FakeServer):
     """Reports the lengths of completions in tokens; the completion "13" has no reward."""
 

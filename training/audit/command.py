@@ -24,11 +24,15 @@ from training.audit.files import REPORT_ENTRIES
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from service.edits.probe import Probe
     from training.audit.findings import Findings
     from training.audit.scoring import Scorer
 
 START_WAIT_S = 5.0
 """Seconds for which a service that does not answer is tried."""
+
+PROBE_COMPLETIONS = 200
+"""Default number of completions of a probe: intervals of about a tenth of the reward's standard deviation."""
 
 _COLOURS = {"good": "green", "warning": "yellow", "bad": "red", "unknown": "dim"}
 
@@ -60,6 +64,7 @@ def _run(arguments: Sequence[str] | None) -> int:
             options.out,
             max_train_pairs=options.max_train_pairs,
             hide_texts=options.hide_texts,
+            probe_completions=options.probe_completions if options.probe else 0,
             overwrite=options.overwrite,
             console=console,
         )
@@ -84,7 +89,23 @@ def _print(findings: Findings, out: Path, console: Console) -> None:
             markup=False,
             highlight=False,
         )
+    if findings.probe is not None:
+        _print_probe(findings.probe, console)
     console.print(f"The report is {out / HTML_FILE}", markup=False, highlight=False)
+
+
+def _print_probe(probe: Probe, console: Console) -> None:
+    console.print(f"Edits of {probe.num_completions:,} chosen answers, and how they move the reward:", highlight=False)
+    for one in probe.effects:
+        console.print(
+            f"  {one.description}: {one.effect:+.3f} ({one.low:+.3f} to {one.high:+.3f}), "
+            f"{one.effect_sd:+.2f} standard deviations",
+            style="yellow" if one.pays else "",
+            markup=False,
+            highlight=False,
+        )
+    pays = ", ".join(one.description for one in probe.paying())
+    console.print(f"It pays for: {pays or 'none of them'}", style="bold", markup=False, highlight=False)
 
 
 def _model_and_sources(options: argparse.Namespace) -> tuple[str | None, list[str]]:
@@ -180,6 +201,14 @@ def _add_pairs_options(group: argparse._ArgumentGroup) -> None:
         type=whole_number(1),
         default=MAX_TRAIN_PAIRS,
         help="number of training pairs that are scored (default: 1000)",
+    )
+    add("--probe", action="store_true", help="edit chosen completions and report which edits the reward pays for")
+    add(
+        "--probe-completions",
+        type=whole_number(1),
+        default=PROBE_COMPLETIONS,
+        metavar="N",
+        help=f"completions that --probe edits, in some 18 ways each (default: {PROBE_COMPLETIONS})",
     )
     add(
         "--truncation",

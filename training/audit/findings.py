@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from service.edits.probe import Probe
 from service.errors import DatasetError
 from training.annotator_agreement import AnnotatorAgreement, measure_annotator_agreement
 from training.audit.accuracy import Accuracy, measure_accuracy
@@ -52,6 +53,9 @@ class Findings:
     annotator_agreement: AnnotatorAgreement | None = None
     """None where no pair has two reviews."""
 
+    probe: Probe | None = None
+    """What the reward pays for; None where no probe was asked for."""
+
 
 def investigate(
     scored: ScoredPairs,
@@ -61,6 +65,7 @@ def investigate(
     trained: ScoredPairs | None = None,
     train_pairs: Sequence[PreferencePair] | None = None,
     hide_texts: bool = False,
+    probe: Probe | None = None,
 ) -> Findings:
     """Compute all measures.
 
@@ -71,6 +76,7 @@ def investigate(
         trained: pairs that the model was trained on, or a sample of them, scored.
         train_pairs: all pairs that it was trained on, to search for leaked prompts; without rewards.
         hide_texts: leave the texts of the completions with the highest rewards out.
+        probe: what the reward pays for, if it was measured.
 
     Raises:
         DatasetError: there are fewer than ``MIN_PAIRS`` pairs with rewards.
@@ -97,4 +103,5 @@ def investigate(
         outputs=measure_outputs(scored),
         overtraining=None if trained is None or not len(trained) else measure_overtraining(scored, trained),
         annotator_agreement=measure_annotator_agreement(scored.pairs),
+        probe=probe,
     )

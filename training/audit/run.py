@@ -9,8 +9,10 @@ from pathlib import Path
 from rich.console import Console
 
 from service.console import progress_bar
+from service.edits.probe import Probe, ProbePlan
 from training.audit.data import MAX_TRAIN_PAIRS, AuditData
 from training.audit.findings import Findings, investigate
+from training.audit.probing import plan_of, probe_reward
 from training.audit.report import write_report
 from training.audit.scored_pairs import ScoredPairs
 from training.audit.scoring import Scorer, score_pairs
@@ -25,6 +27,7 @@ def audit(
     *,
     max_train_pairs: int = MAX_TRAIN_PAIRS,
     hide_texts: bool = False,
+    probe_completions: int = 0,
     overwrite: bool = False,
     console: Console | None = None,
 ) -> Findings:
@@ -36,6 +39,7 @@ def audit(
         out_dir: created if it does not exist; receives ``audit.html``, ``audit.json`` and ``pictures/``.
         max_train_pairs: number of training pairs that are scored, sampled with a fixed seed.
         hide_texts: leave the texts of the highest completions out of the report.
+        probe_completions: number of chosen completions that are edited to show what the reward pays for; 0: none.
         overwrite: replace an earlier report in ``out_dir``.
         console: for the progress bar and the pairs without a reward; None: neither is shown.
 
@@ -47,7 +51,8 @@ def audit(
     train_pairs = data.train_pairs or ()
     drawn = random.Random(0).sample(train_pairs, min(max_train_pairs, len(train_pairs)))  # noqa: S311 - no secret
     console = console or Console(quiet=True)
-    scored, trained = _score(scorer, data.pairs, drawn, console)
+    plan = plan_of(data.pairs, probe_completions)
+    scored, trained, probe = _score(scorer, data.pairs, drawn, plan, console)
     for part, name in ((scored, "pairs"), (trained, "training pairs")):
         if part.failures:
             reasons = describe_reasons(part.failures)
@@ -63,13 +68,23 @@ def audit(
         trained=None if data.train_pairs is None else trained,
         train_pairs=data.train_pairs,
         hide_texts=hide_texts,
+        probe=probe,
     )
     write_report(findings, out_dir, overwrite=overwrite)
     return findings
 
 
 def _score(
-    scorer: Scorer, pairs: Sequence[PreferencePair], train_pairs: Sequence[PreferencePair], console: Console
-) -> tuple[ScoredPairs, ScoredPairs]:
-    with progress_bar(console, "Scoring", 2 * (len(pairs) + len(train_pairs))) as advance:
-        return score_pairs(pairs, scorer, advance), score_pairs(train_pairs, scorer, advance)
+    scorer: Scorer,
+    pairs: Sequence[PreferencePair],
+    train_pairs: Sequence[PreferencePair],
+    plan: ProbePlan,
+    console: Console,
+) -> tuple[ScoredPairs, ScoredPairs, Probe | None]:
+    total = 2 * (len(pairs) + len(train_pairs)) + len(plan.exchanges)
+    with progress_bar(console, "Scoring", total) as advance:
+        return (
+            score_pairs(pairs, scorer, advance),
+            score_pairs(train_pairs, scorer, advance),
+            probe_reward(plan, scorer, advance) if plan.originals else None,
+        )

@@ -37,7 +37,7 @@ function sections(model, monitor) {
     card("Model", identityFacts(model), notesOf(model)),
     card("Agreement with plain transformers", parityFacts(model.engine.parity)),
     card("Calibration", ...calibrationNodes(model.calibration)),
-    card("What the model pays for", ...slopeNodes(monitor)),
+    card("What the model pays for", ...probeNodes(model.calibration.probe), ...slopeNodes(monitor)),
     card("Limits", facts(Object.entries(model.limits).map(([name, value]) => [worded(name), count(value)]))),
     card("Audit", auditNode(model.audit_url)),
   ];
@@ -110,6 +110,36 @@ function calibrationNodes(calibration) {
         "Detection by the p-value",
         ["hack", "AUROC", "found at 1 % false alarms"],
         Object.entries(calibration.detection).map(([name, found]) => [worded(name), fixed(found.auroc, 3), percent(found.tpr1)]),
+      ),
+    ),
+  ];
+}
+
+/** How edits that make no answer better move the reward, by the probe of the calibration. */
+function probeNodes(probe) {
+  if (!probe) return [element("p", { class: "note" }, "There is no probe of the reward; reward-calibrate makes one.")];
+  const pays = probe.effects.filter(({ low }) => low > 0).sort((one, other) => other.effect - one.effect);
+  return [
+    element(
+      "p",
+      { class: "note", "data-pays": probe.pays.join(" ") },
+      `${count(probe.num_completions)} answers were changed in ways that make none better. ` +
+        (pays.length ? `It pays for: ${pays.map(({ description }) => description).join("; ")}.` : "It pays for none of them."),
+    ),
+    element(
+      "details",
+      {},
+      element("summary", {}, "All edits, and how each moves the reward"),
+      table(
+        "Mean change of the reward",
+        ["the answer with", "change", "95 % interval", "in standard deviations", "pays"],
+        probe.effects.map((one) => [
+          one.description,
+          signed(one.effect, 3),
+          `${signed(one.low, 3)} to ${signed(one.high, 3)}`,
+          signed(one.effect_sd, 2),
+          one.low > 0 ? "yes" : "no",
+        ]),
       ),
     ),
   ];

@@ -59,7 +59,7 @@ function alarmNodes(alarms, events) {
       "li",
       { "data-alarm": alarm.name },
       element("span", { class: `badge ${alarm.severity === "critical" ? "alarm" : "warn"}` }, alarm.severity),
-      ` ${nameOf(alarm)}, ${begun(alarm.since)}`,
+      ` ${nameOf(alarm)}, ${begun(alarm.since)}${alarm.pays ? ": an edit that does this pays" : ""}`,
     ),
   );
   const ended = events.map((event) =>
@@ -149,8 +149,8 @@ function driftTable(cusum) {
   return table(
     `Cumulative sums after ${count(cusum.batches)} batches; an alarm above ${fixed(cusum.threshold, 1)}`,
     ["signal", "up", "", "down", "", "alarms"],
-    cusum.signals.map(({ signal, up, down, num_alarms: alarms, alarm }) => [
-      alarm ? `${signal} (alarm)` : signal,
+    cusum.signals.map(({ signal, up, down, num_alarms: alarms, alarm, pays }) => [
+      `${signal}${alarm ? " (alarm)" : ""}${pays ? ", pays" : ""}`,
       fixed(up, 1),
       meter(up),
       fixed(down, 1),

@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 from tiny_calibration import calibrate, write_calibrated_checkpoint, write_pairs
 
+from export.calibration.hacks import SUITE
 from export.calibration.scoring import score_items
 from service import assembly
 from service.assembly import ServedModel, assemble
@@ -112,10 +114,26 @@ def test_everything_measured_is_written_down(folder: Path, tmp_path: Path) -> No
     found = json.loads(out.read_text())
     assert found["test"]["categories"]["far"]["auroc"] > 0.9
     assert found["test"]["rates"][0]["num_items"] == 60
+    assert found["probe"]["seed"] == 0
     assert {"combined", "text", "oe"} <= found["calibration"]["suite"].keys()
     assert set(found["calibration"]["admitted"]) <= {
         "text", "feature", "feature_mid", "feature_last", "oe", "siblings"
     }  # fmt: skip
+
+
+def test_the_model_says_what_it_pays_for(folder: Path) -> None:
+    """`/v1/model` has the effect of every edit of the probe, those that pay by name, and the figure of new kinds."""
+    described = assemble(settings_of(folder)).description()["calibration"]
+
+    probe = described["probe"]
+    assert probe["num_completions"] == 4
+    assert {one["edit"] for one in probe["effects"]} >= {"padding", "hedges", "bullets", "swap"}
+    assert set(probe["pays"]) == {one["edit"] for one in probe["effects"] if one["low"] > 0}
+    facts = read_calibration(folder / CALIBRATION_FILE).facts
+    trained = {entry.name for entry in SUITE if entry.trains}
+    assert facts.new_kind.keys() == facts.suite["combined"].keys() & trained
+    assert {"padding", "hedging", "user_voice"} <= facts.new_kind.keys()
+    assert described["new_kind_auroc"] == pytest.approx(np.mean([one.auroc for one in facts.new_kind.values()]))
 
 
 def test_too_little_data_is_an_error(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

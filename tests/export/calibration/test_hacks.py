@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from export.calibration.hacks import SUITE, Base, HackSet, make_hacks
+from export.calibration.hack_sets import Base, HackSet, make_hacks
+from export.calibration.hacks import SUITE
 from service.records import Message
 
 COMPLETION = "Boil the egg for seven minutes. Then cool it in cold water! Is that clear? Enjoy your breakfast."
