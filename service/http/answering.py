@@ -40,7 +40,7 @@ async def score_and_note(
     age_s = facts.age_s
     try:
         if facts.load is not None:
-            _refuse_late(served, request, facts.load, age_s)
+            _refuse_late(served, request, facts.load, facts.waited_s)
         scored = await served.scorer.score(request, age_s=age_s)
     except HttpError as error:
         if facts.quota is not None and error.status == SERVICE_UNAVAILABLE:
@@ -53,7 +53,7 @@ async def score_and_note(
     return scored, timings
 
 
-def _refuse_late(served: ServedModel, request: ScoreRequest, load: LoopLoad, age_s: float) -> None:
+def _refuse_late(served: ServedModel, request: ScoreRequest, load: LoopLoad, waited_s: float) -> None:
     """Note the deadline of a request, and refuse one that the event loop could not answer in time.
 
     Raises:
@@ -64,7 +64,7 @@ def _refuse_late(served: ServedModel, request: ScoreRequest, load: LoopLoad, age
     if request.waits_for_room:
         return
     try:
-        load.refuse_late(timeout_s - age_s)
+        load.refuse_late(timeout_s, waited_s)
     except Overloaded as refusal:
         served.metrics.shed.labels(reason=refusal.code).inc()
         served.metrics.items.labels(outcome="shed").inc(len(request.items))

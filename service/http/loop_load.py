@@ -64,24 +64,28 @@ class LoopLoad:
         if not self._is_beating:
             return None
         timeout_s = self._gate.longest_timeout_s(time.monotonic())
-        return None if timeout_s is None else self._refusal(self._num_waiting(), timeout_s)
+        return None if timeout_s is None else self._refusal(self._num_waiting(), timeout_s, self.lag_s)
 
     def note_timeout(self, timeout_s: float) -> None:
         """Remember the deadline of a request that was read, in seconds from its arrival."""
         self._gate.note_timeout(timeout_s, time.monotonic())
 
-    def refuse_late(self, time_left_s: float) -> None:
-        """Refuse a request that was read, if it cannot be answered in the time to its deadline.
+    def refuse_late(self, timeout_s: float, waited_s: float) -> None:
+        """Refuse a request that was read, if it cannot be answered before its deadline.
+
+        Args:
+            timeout_s: its deadline, from its arrival.
+            waited_s: how long it had waited when the service saw it.
 
         Raises:
             Overloaded: it cannot.
         """
-        refusal = self._refusal(self._num_waiting() - 1, time_left_s)
+        refusal = self._refusal(self._num_waiting() - 1, timeout_s, waited_s)
         if refusal is not None:
             raise refusal
 
-    def _refusal(self, num_waiting: int, time_left_s: float) -> Overloaded | None:
-        excess_s = self._gate.excess_s(num_waiting, self.lag_s, time_left_s)
+    def _refusal(self, num_waiting: int, timeout_s: float, waited_s: float) -> Overloaded | None:
+        excess_s = self._gate.excess_s(num_waiting, waited_s, timeout_s)
         if not excess_s:
             return None
         return Overloaded(f"{num_waiting} requests are open, so the answer would come too late.", excess_s)

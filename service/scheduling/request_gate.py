@@ -81,18 +81,18 @@ class RequestGate:
         """The longest deadline that was read recently; None if there was none."""
         return max(self._timeouts(now)) or None
 
-    def excess_s(self, num_waiting: int, lag_s: float, time_left_s: float) -> float:
+    def excess_s(self, num_waiting: int, lag_s: float, timeout_s: float) -> float:
         """How many seconds too late the loop would be with one more request; 0 where it may be accepted.
 
         Args:
             num_waiting: requests that are not answered, without those that wait for bytes of their client.
-            lag_s: how late the loop is; the request has waited so long before the service saw it.
-            time_left_s: seconds to its deadline; `USED_SHARE` of them may be used.
+            lag_s: how late the loop was when it saw the request, which has waited about as long.
+            timeout_s: seconds from its arrival to its deadline; `USED_SHARE` of them may be used.
         """
         speed = self.requests_per_s
         if lag_s < MIN_LAG_S or speed is None:
             return 0.0
-        return max(0.0, lag_s + (num_waiting + 1) / speed - USED_SHARE * time_left_s)
+        return max(0.0, lag_s + (num_waiting + 1) / speed - USED_SHARE * timeout_s)
 
     def _timeouts(self, now: float) -> tuple[float, float]:
         """Longest timeout of the previous and of the current period of ``PATIENCE_S``."""
