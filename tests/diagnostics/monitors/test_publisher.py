@@ -86,7 +86,7 @@ def test_all_series_start_at_zero() -> None:
     found = samples(Replica())
 
     counters = [key for key in found if key[0] in {"rm_moment_total", "rm_style_total", "rm_ood_flag_total"}]
-    assert len(counters) == 20 + 6 + 30
+    assert len(counters) == 20 + 6 + 38
     assert {found[key] for key in counters} == {0.0}
     assert math.isnan(found["rm_reward_length_corr", frozenset({("scope", "pooled")})])
     assert not any(name.startswith("rm_calibration") for name, _ in found)
