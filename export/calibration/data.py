@@ -10,12 +10,8 @@ import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Literal, TypeAlias
-
-import numpy as np
-from numpy.typing import NDArray
 
 from service.data.holdout import is_held_out
 from service.data.prompts import Prompt, normalized_opening
@@ -104,26 +100,6 @@ def read_items(path: Path, *, held_out_only: bool = False, tell: Tell | None = N
                 number if is_pair else None,
                 is_pair and index == 0,
             )
-
-
-def preference_pairs(items: Sequence[CleanItem]) -> NDArray[np.int64]:
-    """Return the pairs of which both completions are among the items, and differ.
-
-    Args:
-        items: in the order of their rows; items may be left out.
-
-    Returns:
-        int64 [pairs, 2]: indices of the chosen and of the rejected completion.
-    """
-    pairs = [
-        (index, index + 1)
-        for index, (first, second) in enumerate(pairwise(items))
-        if first.is_chosen
-        and first.pair == second.pair
-        and not second.is_chosen
-        and first.exchange.completion != second.exchange.completion
-    ]
-    return np.array(pairs, np.int64).reshape(-1, 2)
 
 
 def _parse_flag(key: str, row: Row) -> bool:

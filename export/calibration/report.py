@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from export.calibration.data import CleanItem, preference_pairs, prompt_numbers
+from export.calibration.data import CleanItem, prompt_numbers
 from export.calibration.measure import detection, length_correlations, rate_of
 from export.calibration.pair_uncertainty import PairReport, measure_pairs
+from export.calibration.paired_items import preference_pairs
 from service.assembly import ServedModel
 from service.console import Advance
 from service.diagnostics.calibration_facts import LengthCorrelations, Rate

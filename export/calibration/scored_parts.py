@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from export.calibration.data import CleanItem, Part, preference_pairs, require_enough, split
+from export.calibration.data import CleanItem, Part, require_enough, split
 from export.calibration.hack_sets import Base, HackSet, make_hacks
 from export.calibration.hacks import SUITE
+from export.calibration.paired_items import preference_pairs
 from export.calibration.scoring import ScoredItems, score_items
 from service.assembly import ServedModel
 from service.checkpoints.checkpoint import Checkpoint
