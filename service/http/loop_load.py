@@ -34,6 +34,7 @@ class LoopLoad:
         self._is_beating = False
         self._last_lag_s = 0.0
         self._due = self._began = self._began_cpu = 0.0
+        self._timer: asyncio.TimerHandle | None = None
 
     @property
     def lag_s(self) -> float:
@@ -56,8 +57,16 @@ class LoopLoad:
             self._start_interval()
 
     def finish(self) -> None:
-        """Note that a request was answered."""
+        """Note that a request, which is still counted as open, was answered.
+
+        After the last one nothing is measured: a loop that does not run then, because the process is stopped for
+        example, lets no request wait that it has seen.
+        """
         self._num_finished += 1
+        if self._is_beating and self._timer is not None and self._open_requests.num_open <= 1:
+            self._timer.cancel()
+            self._end_interval()
+            self._is_beating = False
 
     def unread_refusal(self) -> Overloaded | None:
         """Why a request whose deadline is not known yet is refused: even the longest recent one would be missed."""
@@ -96,9 +105,15 @@ class LoopLoad:
     def _start_interval(self) -> None:
         self._began, self._began_cpu, self._num_finished = time.monotonic(), time.thread_time(), 0
         self._due = self._began + BEAT_S
-        asyncio.get_running_loop().call_later(BEAT_S, self._beat)
+        self._timer = asyncio.get_running_loop().call_later(BEAT_S, self._beat)
 
     def _beat(self) -> None:
+        self._end_interval()
+        self._is_beating = self._open_requests.num_open > 0
+        if self._is_beating:
+            self._start_interval()
+
+    def _end_interval(self) -> None:
         now = time.monotonic()
         self._last_lag_s = max(0.0, now - self._due)
         self._gate.record(
@@ -107,6 +122,3 @@ class LoopLoad:
             cpu_s=time.thread_time() - self._began_cpu,
             lag_s=self._last_lag_s,
         )
-        self._is_beating = self._open_requests.num_open > 0
-        if self._is_beating:
-            self._start_interval()

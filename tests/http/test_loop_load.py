@@ -99,6 +99,19 @@ async def test_the_lag_of_the_loop_is_measured() -> None:
     assert load.lag_s == 0
 
 
+async def test_a_loop_that_stops_without_requests_is_not_late() -> None:
+    """After the last answer a pause of the loop is not counted as the wait of the next request."""
+    open_requests = OpenRequests()
+    load = LoopLoad(open_requests)
+    with open_requests:
+        load.begin()
+        load.finish()
+    time.sleep(BEAT_S + 0.2)  # noqa: ASYNC251 - as a process that is stopped
+    with open_requests:
+        load.begin()
+        assert load.waited_s == 0
+
+
 def test_requests_that_wait_for_their_client_are_not_the_loops() -> None:
     """A request whose body does not come is not counted as waiting for the loop."""
     open_requests = OpenRequests()
