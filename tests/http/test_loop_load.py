@@ -35,15 +35,23 @@ async def test_requests_are_refused_unread(tmp_path: Path, monkeypatch: pytest.M
         num_read += 1
         yield json.dumps(PATIENT).encode()
 
+    sent = asyncio.Event()
+
+    async def held_body() -> AsyncIterator[bytes]:
+        await sent.wait()
+        yield json.dumps(PATIENT).encode()
+
     monkeypatch.setattr(unread_refusals, "COUNT_S", 0.1)
     async with application(tmp_path) as app:
         assert (await app.post("/v1/score", HURRIED)).status_code == 200
+        held = asyncio.create_task(app.client.post("/v1/score", content=held_body()))
+        await asyncio.sleep(0.05)
         slow_loop(monkeypatch, lag_s=0.6)
         monkeypatch.setattr(LoopLoad, "waited_s", 0.0)
-        held = asyncio.create_task(app.client.get("/v1/model"))
         refusals = [await app.client.post("/v1/score", content=body()) for _ in range(3)]
         refusals.append(await app.client.post("/score/", content=body(), headers={"X-Request-Id": "mine"}))
-        assert (await held).status_code == 200, "only requests that may have to be computed are refused"
+        model = await app.client.get("/v1/model")
+        assert model.status_code == 200, "only requests that may have to be computed are refused"
         assert num_read == 0
         for refusal in refusals:
             assert (refusal.status_code, refusal.json()["code"]) == (503, "overloaded")
@@ -51,7 +59,8 @@ async def test_requests_are_refused_unread(tmp_path: Path, monkeypatch: pytest.M
             assert refusal.headers["X-Model-Version"] == app.served.identity.version
         assert refusals[-1].headers["X-Request-Id"] == "mine"
         monkeypatch.setattr(LoopLoad, "lag_s", 0.0)
-        assert (await app.post("/v1/score", PATIENT)).status_code == 200
+        sent.set()
+        assert (await held).status_code == 200
         await asyncio.sleep(0.2)
         metrics = app.served.metrics.render().decode()
         assert 'rm_shed_total{reason="overloaded"} 4.0' in metrics
