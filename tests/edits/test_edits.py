@@ -83,7 +83,7 @@ def test_a_hedged_sentence_goes_on_in_lower_case() -> None:
 
 
 def test_what_is_cut_repeated_or_replaced() -> None:
-    """A truncated answer is its beginning, a repeated one occurs twice, a swapped one belongs to another prompt."""
+    """A truncated answer is its first part, a repeated one occurs twice, a swapped one belongs to another prompt."""
     assert ANSWER.startswith(made(edits.truncate))
     assert len(made(edits.truncate, 3).split()) == len(ANSWER.split()) // 4
     assert made(edits.repeat_answer).count(ANSWER) == 2
