@@ -131,7 +131,7 @@ def find_calibration(folder: Path, named: str | None, binding: Binding) -> Looku
         return _refused(str(error).replace(str(path), named or CALIBRATION_FILE))  # the folder may be in a cache
     differences = binding.differences(calibration.binding)
     if differences:
-        return _refused(f"it was made for another {', '.join(name.replace('_', ' ') for name in differences)}")
+        return _refused(f"it was made for a model that differs in {', '.join(differences).replace('_', ' ')}")
     return Lookup(calibration)
 
 
