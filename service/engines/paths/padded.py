@@ -94,8 +94,9 @@ class PaddedForward:
         """Return the head's outputs float32 [positions, outputs], row by row, and the states that are requested."""
         classifier = self._classifier
         longest = max(len(row) for row in rows)
-        if self._batch_invariant and not classifier.is_on_cpu:
-            # CUDA sums few long rows, as the mean of a norm, in another order than many.
+        if self._batch_invariant:
+            # Very few rows take other code: CUDA's sums over a row, and on a CPU activations of one token, which is
+            # contiguous where the same token of a batch is not.
             longest = max(longest, -(-STEP // len(rows)))
         # States of padding are never read; where no pad token is defined, any token is valid.
         pad = classifier.pad_token_id or 0
