@@ -285,6 +285,8 @@ def choose_path(
             continue
         if parity.agrees:
             _log_choice(classifier, spec, parity, refusals)
+            if is_variant:
+                logger.warning("A faster path is not batch-invariant, so this one serves: %s", spec.description)
             return path, parity
         refusals.append(f"{spec.description} differs by {parity.max_difference:.3g}, more than {parity.tolerance:.3g}")
     logger.info("No forward path agrees on %s: %s", classifier.architecture, "; ".join(refusals))

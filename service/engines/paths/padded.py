@@ -50,6 +50,7 @@ class PaddedForward:
             check_products(classifier.multiplied_together)
         self._classifier = classifier
         self._batch_invariant = batch_invariant
+        self._min_batch_tokens = min(STEP, getattr(classifier.config, "max_position_embeddings", None) or STEP)
         self._pads = not (classifier.is_on_cpu and classifier.is_half_precision)
 
     @torch.inference_mode()
@@ -97,7 +98,7 @@ class PaddedForward:
         if self._batch_invariant:
             # Very few rows take other code: CUDA's sums over a row, and on a CPU activations of one token, which is
             # contiguous where the same token of a batch is not.
-            longest = max(longest, -(-STEP // len(rows)))
+            longest = max(longest, -(-self._min_batch_tokens // len(rows)))
         # States of padding are never read; where no pad token is defined, any token is valid.
         pad = classifier.pad_token_id or 0
         inputs = {
