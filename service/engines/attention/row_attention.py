@@ -114,8 +114,8 @@ def row_attention(
     key, value = repeat_heads(key, groups), repeat_heads(value, groups)
     output = query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
     for index, length in enumerate(rows.lengths):
-        own = (states[index : index + 1, :, :length] for states in (query, key, value))
-        # Always with a mask: without one the library would choose another kernel.
+        # Contiguous and always with a mask, since a library may choose its kernel by strides and by a mask.
+        own = (states[index : index + 1, :, :length].contiguous() for states in (query, key, value))
         allowed = _mask_of(mask, index, length, query.device, causal=causal)
         attended = scaled_dot_product_attention(*own, attn_mask=allowed, scale=scaling)
         output[index, :length] = attended[0].transpose(0, 1)
