@@ -115,9 +115,11 @@ def row_attention(
     output = query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
     for index, length in enumerate(rows.lengths):
         # Contiguous and always with a mask, since a library may choose its kernel by strides and by a mask.
-        own = (states[index : index + 1, :, :length].contiguous() for states in (query, key, value))
+        own_query, own_key, own_value = (
+            states[index : index + 1, :, :length].contiguous() for states in (query, key, value)
+        )
         allowed = _mask_of(mask, index, length, query.device, causal=causal)
-        attended = scaled_dot_product_attention(*own, attn_mask=allowed, scale=scaling)
+        attended = scaled_dot_product_attention(own_query, own_key, own_value, attn_mask=allowed, scale=scaling)
         output[index, :length] = attended[0].transpose(0, 1)
     return output, None
 

@@ -124,8 +124,9 @@ def sizes_of(layer: nn.Linear) -> tuple[int, ...]:
         InvarianceError: no size passes the trial.
     """
     weight = layer.weight
+    out_features, in_features = weight.shape
     has_bias = layer._parameters["bias"] is not None  # noqa: SLF001 - as in ``VerifiedLinear.forward``
-    return verified_sizes(*weight.shape, has_bias, weight.dtype, weight.device, torch.get_num_threads())
+    return verified_sizes(out_features, in_features, has_bias, weight.dtype, weight.device, torch.get_num_threads())
 
 
 @cache
