@@ -62,7 +62,8 @@ def describe(engine: Engine) -> str:
     """Return an engine's name with all that determines its rounding."""
     info = engine.info
     kernels = f", kernels {info.kernels}" if info.kernels else ""
-    return f"{info.engine}, {info.arithmetic} on {info.device}, {info.forward}{kernels}"
+    invariant = ", batch-invariant" if info.batch_invariance else ""
+    return f"{info.engine}, {info.arithmetic} on {info.device}, {info.forward}{kernels}{invariant}"
 
 
 def run(options: argparse.Namespace) -> int:
@@ -105,7 +106,7 @@ def _engines(options: argparse.Namespace, checkpoint: Checkpoint) -> Iterator[En
         yield load_torch_engine(
             checkpoint.path,
             ModelSettings.model_validate({"device": device, **changes}),
-            BatchingSettings(deterministic=options.deterministic),
+            BatchingSettings(deterministic=options.deterministic, batch_invariant=options.batch_invariant),
             pad_token_id=checkpoint.pad_token_id,
             max_input_tokens=checkpoint.max_input_tokens,
         )

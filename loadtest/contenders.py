@@ -183,6 +183,18 @@ def synchronous(setup: Setup) -> Mapping[str, Way]:
     return {f"{_way_of(engine)}, synchronous": with_busy_share(score, setup.device)}
 
 
+def batch_invariant(setup: Setup) -> Mapping[str, Way]:
+    """The torch engine with shared prefixes where they change no bit, and batch-invariant rewards."""
+    return _ways(setup, [_torch_engine(setup, share_prefixes=True, batching={"batch_invariant": True})])
+
+
+def deterministic(setup: Setup) -> Mapping[str, Way]:
+    """The torch engine with a pass for every sequence, in the batches of the queue."""
+    engine = _torch_engine(setup, share_prefixes=False, batching={"deterministic": True})
+    score = partial(score_in_batches, engine, now=setup.now)
+    return {f"{_way_of(engine)}, deterministic": with_busy_share(score, setup.device)}
+
+
 def without_prefixes(setup: Setup, **changes: object) -> Way:
     """The torch engine without shared prefixes and some settings of the model changed."""
     return partial(score_in_batches, _torch_engine(setup, share_prefixes=False, **changes), now=setup.now)
@@ -203,12 +215,15 @@ def _way_of(engine: Engine) -> str:
         "graphs": info.cuda_graph_max_tokens > 0,
         "graphs failed": bool(info.cuda_graph_failure),
         "cascade": info.cascade_attention,
+        "batch-invariant": bool(info.batch_invariance),
         info.quantization: info.quantization != "none",
     }
     return ", ".join([f"ours, {info.forward}", *(name for name, is_on in extras.items() if is_on)])
 
 
-def _torch_engine(setup: Setup, *, share_prefixes: bool, **changes: object) -> Engine:
+def _torch_engine(
+    setup: Setup, *, share_prefixes: bool, batching: Mapping[str, Any] | None = None, **changes: object
+) -> Engine:
     computation = {
         "device": setup.device,
         "dtype": setup.dtype,
@@ -220,7 +235,12 @@ def _torch_engine(setup: Setup, *, share_prefixes: bool, **changes: object) -> E
         setup.folder,
         ModelSettings.model_validate(computation),
         # The same texts are scored in every round, and no round may find prompts that an earlier one has cached.
-        BatchingSettings(max_batch_tokens=setup.max_batch_tokens, share_prefixes=share_prefixes, prefix_cache_mib=0),
+        BatchingSettings(
+            max_batch_tokens=setup.max_batch_tokens,
+            share_prefixes=share_prefixes,
+            prefix_cache_mib=0,
+            **(batching or {}),
+        ),
         pad_token_id=setup.pad_token_id,
         max_input_tokens=setup.max_input_tokens,
     )

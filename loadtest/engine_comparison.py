@@ -19,7 +19,19 @@ import torch
 from rich.console import Console
 
 from loadtest.console import report_console
-from loadtest.contenders import REFERENCE, Contender, Setup, changed, exported, limit, ours, plain, synchronous
+from loadtest.contenders import (
+    REFERENCE,
+    Contender,
+    Setup,
+    batch_invariant,
+    changed,
+    deterministic,
+    exported,
+    limit,
+    ours,
+    plain,
+    synchronous,
+)
 from loadtest.engine_report import Finding, as_data, draw_plot, findings, speed_ups, table
 from loadtest.engine_rounds import Run, run_rounds
 from loadtest.engine_work import Work, read_groups, tokenize
@@ -134,6 +146,8 @@ def _requested(options: argparse.Namespace) -> dict[str, Contender]:
         "graphs": (options.cuda_graphs, partial(changed, cuda_graphs=True)),
         "cascade": (options.cascade, partial(changed, cascade_attention=True)),
         "fp8": (options.fp8, partial(changed, quantization="fp8")),
+        "batch-invariant": (options.batch_invariant, batch_invariant),
+        "deterministic": (options.deterministic, deterministic),
         "int8": (options.int8, partial(changed, quantization="int8")),
     }
     return {name: contender for name, (is_requested, contender) in contenders.items() if is_requested}

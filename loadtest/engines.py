@@ -82,6 +82,8 @@ def _add_ways(group: argparse._ArgumentGroup) -> None:
     add("--compile", action="store_true", help="also measure the engine with compiled blocks")
     for option, meaning in GPU_OPTIONS.items():
         add(option, action="store_true", help=f"on a GPU, also measure the engine {meaning}")
+    add("--batch-invariant", action="store_true", help="also measure the engine with batch-invariant rewards")
+    add("--deterministic", action="store_true", help="also measure the engine with a forward pass for every item")
     add("--int8", action="store_true", help="on a CPU, also measure the engine with linear layers in int8")
 
 

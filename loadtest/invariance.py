@@ -51,6 +51,9 @@ def _parser() -> CommandParser:
     )
     parser.add_argument("--int8", action="store_true", help="on a CPU, also measure linear layers in int8")
     parser.add_argument("--deterministic", action="store_true", help="as the setting: a forward pass for every text")
+    parser.add_argument(
+        "--batch-invariant", action="store_true", help="as the setting, for the torch engine: verified blocks of rows"
+    )
     parser.add_argument("--workload", choices=list(WORKLOADS), default="groups of 8")
     parser.add_argument("--items", type=whole_number(1), default=64, help="number of texts (default: %(default)s)")
     parser.add_argument("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")

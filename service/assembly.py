@@ -109,6 +109,7 @@ class ServedModel:
             "diagnostics": settings.diagnostics.level,
             "calibration": self.lookup.description(),
             "deterministic": settings.batching.deterministic,
+            "batch_invariant": settings.batching.batch_invariant,
             "sample_token_ids": list(self.tokenization.sample_token_ids),
             "limits": {**settings.limits.model_dump(), "max_input_tokens": self.info.max_input_tokens},
             "stored_quantization": self.checkpoint.stored_quantization if self.checkpoint else None,

@@ -41,6 +41,7 @@
     │   ├── OutputError                   an output exists already, cannot be written, or the disk is full
     │   ├── JobError                      a scoring job cannot go on, such as after too many rows with errors
     │   ├── ParityError                   no forward path agrees with plain transformers
+    │   ├── InvarianceError               batch-invariant rewards are requested, and no forward path gives them
     │   ├── TrainingError                 training cannot continue, such as after a loss that is not finite
     │   ├── ServerStartError              Ray or the HTTP server did not start
     │   │   └── RayStartError             for a reason that may not exist at the next try
@@ -326,6 +327,10 @@ class JobError(StartupError):
 
 class ParityError(StartupError):
     """No forward path agrees with plain transformers on this checkpoint."""
+
+
+class InvarianceError(StartupError):
+    """Batch-invariant rewards are requested, and on this machine no forward path gives this checkpoint such rewards."""
 
 
 class TrainingError(StartupError):

@@ -227,6 +227,12 @@ class BatchingSettings(Section):
     deterministic: bool = Field(
         False, description="Rewards bit-identical whatever the batch composition, also where that costs speed."
     )
+    batch_invariant: bool = Field(
+        False,
+        description="torch engine: rewards bit-identical whatever the batch composition, with batches: matrix products "
+        "in blocks of fixed numbers of rows, and attention that is not split. Checked at the start, which fails where "
+        "it does not hold. On a CPU it matters in float32. On CUDA not measured yet.",
+    )
     share_prefixes: bool = Field(True, description="Compute a prefix that sequences of a pass share only once.")
     prefix_cache_mib: int | None = Field(
         None,

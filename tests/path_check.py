@@ -92,6 +92,44 @@ CUDA_PATHS = (
     ),
 )
 
+INVARIANT = {"batch_invariant": True}
+
+INVARIANT_PATHS = (
+    CheckedPath(
+        "batch-invariant", lambda info: bool(info.batch_invariance), PACKED, INVARIANT | NOT_CACHED, is_invariant=True
+    ),
+    CheckedPath(
+        "batch-invariant, padded",
+        lambda info: bool(info.batch_invariance) and info.forward == "padded",
+        {"forward": "padded"},
+        INVARIANT,
+        ("bert", "modernbert", "llama", "qwen2"),
+        is_invariant=True,
+    ),
+)
+"""On every device, after all others: they change settings of the process."""
+
+INVARIANT_CUDA_PATHS = (
+    CheckedPath(
+        "batch-invariant, graphs",
+        lambda info: info.cuda_graph_max_tokens > 0 and not info.cuda_graph_failure,
+        PACKED | {"cuda_graphs": True},
+        INVARIANT | NOT_CACHED,
+        ("llama", "qwen2"),
+        ("bfloat16",),
+        is_invariant=True,
+    ),
+    CheckedPath(
+        "batch-invariant, prefix cache",
+        lambda info: info.prefix_cache_mib > 0,
+        PACKED,
+        INVARIANT | {"prefix_cache_mib": 16},
+        ("llama", "qwen2"),
+        ("bfloat16",),
+        is_invariant=True,
+    ),
+)
+
 CPU_FAMILIES = ("llama", "bert")
 """On a CPU."""
 
@@ -138,7 +176,8 @@ def main() -> int:
 def plan(device: str) -> Iterator[tuple[CheckedPath, str, str]]:
     """Yield path, family and dtype of each row; on a CPU a few of them, since the tests have all."""
     on_cpu = device == "cpu"
-    for path in PATHS if on_cpu else (*PATHS, *CUDA_PATHS):
+    paths = (*PATHS, *INVARIANT_PATHS) if on_cpu else (*PATHS, *CUDA_PATHS, *INVARIANT_PATHS, *INVARIANT_CUDA_PATHS)
+    for path in paths:
         for family in [family for family in path.families if not on_cpu or family in CPU_FAMILIES]:
             for dtype in path.dtypes[:1] if on_cpu else path.dtypes:
                 yield path, family, dtype

@@ -91,7 +91,10 @@ class ServedModel:
     """The default level of diagnostics."""
 
     deterministic: bool | None = None
-    """Whether rewards do not depend on the batch composition, bit for bit."""
+    """Whether every item has a forward pass of its own, so that its reward cannot depend on the batch by a bit."""
+
+    batch_invariant: bool | None = None
+    """Whether rewards do not depend on the batch composition by a bit, as checked at the start."""
 
     engine: Engine = Engine()
     """How rewards are computed."""

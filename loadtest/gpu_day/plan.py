@@ -15,7 +15,7 @@ from loadtest.random_checkpoint import SHAPES, ModelShape
 ROOT = Path(__file__).parents[2]
 """Of the clone."""
 
-KINDS = ("tests", "paths", "engines", "latency", "load")
+KINDS = ("tests", "paths", "engines", "invariance", "latency", "load")
 """Kinds of sections that can be chosen; the machine is always described, and models are written where needed."""
 
 TINY = ModelShape(vocabulary=1200, hidden=64, intermediate=96, layers=2, heads=4, kv_heads=2, positions=4096)
@@ -75,17 +75,29 @@ class Size:
 
 OPTIONS = ("--synchronous", "--cuda-graphs", "--cascade", "--fp8")
 
+EXACT = EngineRun(("--batch-invariant", "--deterministic"), 128, minutes=1.5, rounds=2)
+"""What rewards with the same bits in any batch cost, in blocks of rows and with a pass for every item."""
+
 # A run measures nothing before all of its engines are loaded, and compiling one takes minutes: it has a run of its own.
 # The engines of a run are in memory together: of 8B parameters no more than these few fit on a GPU of 140 GB.
 GPU_SIZES = (
-    Size("0.5B", 0.5, (EngineRun(OPTIONS, 512, minutes=2.5), EngineRun(("--compile",), 256, minutes=1.5, rounds=2))),
-    Size("1.5B", 0.5, (EngineRun(OPTIONS, 512, minutes=3.0), EngineRun(("--compile",), 256, minutes=1.5, rounds=2))),
+    Size(
+        "0.5B",
+        0.5,
+        (EngineRun(OPTIONS, 512, minutes=2.5), EngineRun(("--compile",), 256, minutes=1.5, rounds=2), EXACT),
+    ),
+    Size(
+        "1.5B",
+        0.5,
+        (EngineRun(OPTIONS, 512, minutes=3.0), EngineRun(("--compile",), 256, minutes=1.5, rounds=2), EXACT),
+    ),
     Size(
         "8B",
         1.0,
         (
             EngineRun(("--cascade", "--fp8", "--batch-tokens", "16384"), 128, minutes=3.0, rounds=2),
             EngineRun(("--cuda-graphs", "--compile", "--batch-tokens", "16384"), 128, minutes=3.0, rounds=2),
+            replace(EXACT, options=(*EXACT.options, "--batch-tokens", "16384"), items=64, minutes=2.5),
         ),
     ),
 )
@@ -117,8 +129,10 @@ def plan_day(device: str, minutes: float, folder: Path, kinds: Collection[str] =
     if "engines" in kinds:
         for size in sizes:
             sections += _engines(device, size, folder)
-    elif {"latency", "load"} & set(kinds):
+    elif {"invariance", "latency", "load"} & set(kinds):
         sections.append(_model(device, sizes[0], folder))
+    if "invariance" in kinds:
+        sections.append(_invariance(device, sizes[0], folder))
     sections += _servers(device, minutes, sizes[0], folder, kinds)
     return sections
 
@@ -146,6 +160,13 @@ def _paths(device: str, folder: Path) -> Section:
     result = folder / "paths.json"
     command = (sys.executable, str(script), "--device", device, "--json", str(result))
     return Section("paths", "paths", command, 4.5, result, needs=script)
+
+
+def _invariance(device: str, size: Size, folder: Path) -> Section:
+    items = "8" if device == "cpu" else "256"
+    model = _model_folder(size, folder)
+    command = ("loadtest.gpu_day.invariance", "--model", str(model), "--device", device, "--items", items)
+    return _module(f"invariance {size.shape}", "invariance", 2.0, folder, *command, needs=model)
 
 
 def _engines(device: str, size: Size, folder: Path) -> Iterator[Section]:

@@ -176,6 +176,7 @@ def _number(value: object) -> str:
 PRESENTATIONS: Mapping[str, Callable[[Result], list[str]]] = {
     "tests": _tests,
     "paths": _paths,
+    "invariance": _rows,
     "engines": _engines,
     "latency": _rows,
     "load": _rows,

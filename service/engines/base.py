@@ -131,6 +131,11 @@ class EngineInfo:
     """Whether attention to shared prefixes is computed once and merged by log-sum-exp instead of gathering their keys.
     """
 
+    batch_invariance: dict[str, int] = field(default_factory=dict)
+    """What the start-up check of batch-invariant rewards compared, and the rows of the shortest product.
+
+    Empty where ``batching.batch_invariant`` is off."""
+
     attention_heads: int | None = None
     """Query heads of a block, which bound the memory of attention scores; None: unknown."""
 

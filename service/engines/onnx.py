@@ -239,6 +239,11 @@ def load_onnx_engine(
         ParityError: this machine's ONNX Runtime computes other rewards.
         SettingsError: a setting does not fit this machine or this bundle.
     """
+    if batching.batch_invariant:
+        raise SettingsError(
+            "batching.batch_invariant is for checkpoints, which the torch engine runs: with an ONNX bundle use "
+            "batching.deterministic"
+        )
     manifest = bundle.manifest
     refuse_contradictions(manifest, model, bundle.checkpoint.pooling)
     refuse_missing_taps(manifest, taps or ())

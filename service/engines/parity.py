@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 
+from service.engines.invariance import InvarianceProbe
 from service.engines.model.classifier import Classifier
 from service.engines.paths.base import ForwardPath, PathSpec
 from service.engines.paths.packed import PackedForward
 from service.engines.paths.padded import PaddedForward
 from service.engines.rewiring import rewire
-from service.errors import ParityError, SettingsError
+from service.errors import InvarianceError, ParityError, SettingsError
 from service.records import TextProbe
 
 logger = logging.getLogger(__name__)
@@ -249,7 +250,10 @@ def reference_of(
 
 
 def choose_path(
-    classifier: Classifier, candidates: Sequence[PathSpec], reference: Reference
+    classifier: Classifier,
+    candidates: Sequence[PathSpec],
+    reference: Reference,
+    invariance: InvarianceProbe | None = None,
 ) -> tuple[ForwardPath, Parity]:
     """Return the first candidate that agrees with plain transformers on this classifier, and the evidence.
 
@@ -257,24 +261,40 @@ def choose_path(
         classifier: left with the attention and the modules of the path that is returned.
         candidates: fastest first. The path that is returned has an empty prefix cache.
         reference: reference of the classifier in its present state, quantized or not.
+        invariance: a further check that a path must pass; None: there is none.
 
     Raises:
+        InvarianceError: some agree, and none of these passes the further check.
         ParityError: none agrees.
     """
     refusals: list[str] = []
+    is_variant = False
     for spec in candidates:
         try:
             path = open_path(classifier, spec)
             outputs_of_passes = probed_outputs(path, reference.probes)
             parity = max(map(reference.compare, outputs_of_passes), key=lambda found: found.relative_difference)
+            if parity.agrees and invariance is not None:
+                invariance.check(path)
+        except InvarianceError as error:
+            is_variant = True
+            refusals.append(f"{spec.description} is not batch-invariant ({error})")
+            continue
         except Exception as error:  # noqa: BLE001 - a model that raises here, for any reason, does not run on this path
             refusals.append(f"{spec.description} does not run ({type(error).__name__}: {error})")
             continue
         if parity.agrees:
             _log_choice(classifier, spec, parity, refusals)
+            if is_variant:
+                logger.warning("A faster path is not batch-invariant, so this one serves: %s", spec.description)
             return path, parity
         refusals.append(f"{spec.description} differs by {parity.max_difference:.3g}, more than {parity.tolerance:.3g}")
     logger.info("No forward path agrees on %s: %s", classifier.architecture, "; ".join(refusals))
+    if is_variant:
+        raise InvarianceError(
+            f"{classifier.architecture} cannot be served with batching.batch_invariant: {'; '.join(refusals)}. Use "
+            "batching.deterministic instead."
+        )
     raise ParityError(
         f"{classifier.architecture} cannot be served, because its rewards in batches are not those of plain "
         f"transformers: {refusals[-1]}"
@@ -292,7 +312,7 @@ def open_path(classifier: Classifier, spec: PathSpec) -> ForwardPath:
         return PackedForward(classifier, spec)
     if spec.compiled:
         raise SettingsError("padded batches cannot be compiled: leave model.compile out")
-    return PaddedForward(classifier)
+    return PaddedForward(classifier, batch_invariant=spec.batch_invariant)
 
 
 def probed_outputs(path: ForwardPath, probes: Sequence[tuple[int, ...]]) -> Iterator[Sequence[Sequence[float]]]:

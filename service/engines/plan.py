@@ -100,6 +100,9 @@ class EnginePlan:
     deterministic: bool
     """Whether every sequence runs in a pass of its own."""
 
+    batch_invariant: bool
+    """Whether rewards of batches are checked, at the start, not to depend on the batch by a bit."""
+
     rope_length_limit: int | None
     """Sequences longer than this have other rotary frequencies than shorter ones; None: all have the same."""
 
@@ -165,6 +168,7 @@ def plan_engine(
     resolve_graphs(model.cuda_graphs, device, num_parameters=0, deterministic=batching.deterministic)
     if model.cascade_attention and device.type != "cuda":
         raise SettingsError(f"model.cascade_attention needs a CUDA device and model.device is {device}: leave it out")
+    check_batch_invariance(model, batching)
     dtype_choice = "bfloat16" if model.quantization == "int8" and model.dtype == "auto" else model.dtype
     return EnginePlan(
         device=device,
@@ -179,6 +183,7 @@ def plan_engine(
         kernels=kernel_choice(model),
         cuda_graphs=model.cuda_graphs,
         deterministic=batching.deterministic,
+        batch_invariant=batching.batch_invariant,
         rope_length_limit=rope_length_limit(config.get_text_config(), max_input_tokens),
         max_input_tokens=max_input_tokens,
         max_batch_tokens=batching.max_batch_tokens,
@@ -211,7 +216,32 @@ def fastest_path(model: ModelSettings, batching: BatchingSettings, device: torch
         cache_bytes=cache_mib * 2**20 if share_prefixes else 0,
         compiled=model.compile,
         cascade=model.cascade_attention and share_prefixes,
+        batch_invariant=batching.batch_invariant,
     )
+
+
+def check_batch_invariance(model: ModelSettings, batching: BatchingSettings) -> None:
+    """Check that no setting contradicts batch-invariant rewards, where these are requested.
+
+    Raises:
+        SettingsError: one does; the message says why.
+    """
+    if not batching.batch_invariant:
+        return
+    reasons = {
+        "batching.deterministic": (batching.deterministic, "gives the same with a pass for each sequence"),
+        "model.cascade_attention": (
+            model.cascade_attention,
+            "adds in an order that depends on which prefixes are shared",
+        ),
+        "model.compile": (model.compile, "lets the compiler choose the order of the additions in norms"),
+        "model.quantization fp8": (model.quantization == "fp8", "multiplies by kernels that are chosen by the batch"),
+    }
+    for name, (is_set, reason) in reasons.items():
+        if is_set:
+            raise SettingsError(
+                f"batching.batch_invariant and {name}, which {reason}, contradict each other: choose one"
+            )
 
 
 def kernel_choice(model: ModelSettings) -> KernelChoice:

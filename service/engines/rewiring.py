@@ -10,6 +10,7 @@ from service.engines.kernels.bindings import Kernels
 from service.engines.kernels.patching import attach_kernels, detach_kernels
 from service.engines.linear.batch_invariant import set_batch_invariant_linear
 from service.engines.linear.batch_invariant_experts import set_batch_invariant_experts
+from service.engines.linear.verified_blocks import set_verified_linear
 from service.engines.model.classifier import Classifier
 
 
@@ -18,6 +19,7 @@ def rewire(
     attention: str,
     *,
     batch_invariant_linear: bool = False,
+    verified_linear: bool = False,
     compiled: bool = False,
     kernels: Kernels | None = None,
 ) -> None:
@@ -27,11 +29,16 @@ def rewire(
         classifier: changed in place.
         attention: an attention implementation that is registered with transformers.
         batch_invariant_linear: whether linear layers and experts multiply in blocks of fixed numbers of rows.
+        verified_linear: whether linear layers multiply in blocks that have passed a trial, those of a head that does
+            its own pooling included; not together with ``batch_invariant_linear``.
         compiled: whether the blocks run compiled; the attention must then support it.
         kernels: the CPU kernels, which replace modules where they compute the same; None: no module is replaced.
     """
     classifier.model.set_attn_implementation(attention)
+    set_verified_linear(classifier.model, enabled=False)
     set_batch_invariant_linear(classifier.body, enabled=batch_invariant_linear)
+    if verified_linear:
+        set_verified_linear(classifier.multiplied_together, enabled=True)
     set_batch_invariant_experts(classifier.body, enabled=batch_invariant_linear)
     restore_blocks(classifier.body)
     detach_kernels(classifier.body)

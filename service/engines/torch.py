@@ -30,16 +30,19 @@ from service.engines.deduplication import (
 )
 from service.engines.devices.device import (
     enable_huge_pages,
+    forbid_reduced_reductions,
     is_device_lost,
     is_out_of_memory,
     release_memory,
     retain_freed_memory,
 )
+from service.engines.invariance import FILL_TOKENS, InvarianceProbe
 from service.engines.kernels import choice
 from service.engines.kernels.bindings import Kernels
-from service.engines.kernels.patching import drop_plain_weights
+from service.engines.kernels.patching import drop_plain_weights, packed_layers
 from service.engines.linear.float8 import check_float8, quantize_float8
 from service.engines.linear.int8 import quantize_int8
+from service.engines.linear.verified_blocks import smallest_blocks
 from service.engines.model.classifier import Classifier, load_classifier
 from service.engines.model.taps import StateQuery, check_taps
 from service.engines.parity import (
@@ -52,7 +55,7 @@ from service.engines.parity import (
     reference_of,
 )
 from service.engines.paths.base import ForwardPath, LaunchingPath
-from service.engines.paths.cuda_graphs import record_library, resolve_graphs
+from service.engines.paths.cuda_graphs import capture_graphs, record_library, resolve_graphs
 from service.engines.paths.packed import PackedForward
 from service.engines.plan import EnginePlan, Machine, plan_engine
 from service.errors import EngineOutOfMemory, EngineUnavailable, SettingsError
@@ -224,7 +227,7 @@ def load_torch_engine(
     Args:
         folder: weights (safetensors) and configuration.
         model: device, arithmetic, pooling, forward path and threads; the rest is not read.
-        batching: budget and determinism.
+        batching: budget, determinism and batch invariance.
         pad_token_id: the checkpoint's own, which pooling depends on.
         max_input_tokens: longest sequence that will be scored.
         taps: where states can be read.
@@ -232,6 +235,7 @@ def load_torch_engine(
         texts: texts as they are served, with the inputs of the tokenizer's own call, which plain transformers gets.
 
     Raises:
+        InvarianceError: batch-invariant rewards are requested, and no forward path gives them.
         ParityError: no forward path agrees with plain transformers.
         SettingsError: a setting does not fit this machine or this model, or a tap is deeper than the model.
     """
@@ -274,6 +278,7 @@ class _Evidence:
 
     parity: Parity
     quantization_error: dict[str, float | int]
+    batch_invariance: dict[str, int]
     cuda_graph_failure: str = ""
 
 
@@ -288,6 +293,8 @@ def _prepare_process(plan: EnginePlan) -> None:
     torch.set_num_threads(plan.num_threads)
     if plan.fastest_path.compiled:
         check_compiler(plan.device)
+    if plan.batch_invariant and plan.device.type == "cuda":
+        forbid_reduced_reductions()
 
 
 def _find_kernels(plan: EnginePlan) -> Kernels | None:
@@ -312,6 +319,7 @@ def _probe(
     """Quantize the classifier as planned, and return the path that serves it with what was measured.
 
     Raises:
+        InvarianceError: batch-invariant rewards are requested, and no path gives them.
         ParityError: no path agrees with plain transformers.
         SettingsError: the model or the machine cannot be quantized.
     """
@@ -326,8 +334,20 @@ def _probe(
         unquantized, plain = plain, plain_outputs(classifier, probes)
         error = quantization_error(unquantized, plain)
     reference = reference_of(classifier, probes, plain).with_texts(plain_outputs_of_texts(classifier, texts))
-    path, parity = choose_path(classifier, plan.candidates(kernels), reference)
-    return path, _Evidence(parity, error)
+    invariance = _invariance_probe(plan, probes) if plan.batch_invariant else None
+    path, parity = choose_path(classifier, plan.candidates(kernels), reference, invariance)
+    return path, _Evidence(parity, error, _invariance_found(classifier, invariance))
+
+
+def _invariance_probe(plan: EnginePlan, probes: Sequence[tuple[int, ...]]) -> InvarianceProbe:
+    return InvarianceProbe(probes, plan.max_shared_pass_tokens, FILL_TOKENS[plan.device.type])
+
+
+def _invariance_found(classifier: Classifier, invariance: InvarianceProbe | None) -> dict[str, int]:
+    if invariance is None:
+        return {}
+    module = classifier.multiplied_together
+    return {**invariance.evidence, "min_block_rows": smallest_blocks(module, packed_layers(module))}
 
 
 def _quantize(classifier: Classifier, quantization: Literal["fp8", "int8"]) -> None:
@@ -361,7 +381,11 @@ def _record_graphs(plan: EnginePlan, classifier: Classifier, path: ForwardPath, 
     if plan.rope_length_limit is not None:
         return "the rotary frequencies depend on the longest sequence of a pass"
     path.library, failure = record_library(
-        classifier, lambda rows: path.run(rows).at_pooled, plan.batch_tokens_on(path.kernels), parity.tolerance
+        classifier,
+        lambda rows: path.run(rows).at_pooled,
+        plan.batch_tokens_on(path.kernels),
+        0.0 if plan.batch_invariant else parity.tolerance,
+        partial(capture_graphs, batch_invariant=plan.batch_invariant),
     )
     return failure
 
@@ -386,6 +410,7 @@ def _describe(plan: EnginePlan, classifier: Classifier, path: ForwardPath, evide
         cuda_graph_max_tokens=path.library.max_tokens if isinstance(path, PackedForward) else 0,
         cuda_graph_failure=evidence.cuda_graph_failure,
         cascade_attention=plan.fastest_path.cascade and path.min_shared_prefix_tokens is not None,
+        batch_invariance=evidence.batch_invariance,
         attention_heads=getattr(classifier.config, "num_attention_heads", None),
         outputs=classifier.outputs,
         gate_pattern=classifier.gate_pattern,

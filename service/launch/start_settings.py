@@ -37,6 +37,7 @@ SHORT_OPTIONS = {
     "batching.max_batch_tokens": "--max-batch-tokens",
     "batching.prefix_cache_mib": "--prefix-cache-mib",
     "batching.deterministic": "--deterministic",
+    "batching.batch_invariant": "--batch-invariant",
     "protocols.enabled": "--protocols",
     "security.api_keys": "--api-keys",
     "security.authentication": "--authentication",

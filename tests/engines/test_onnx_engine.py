@@ -157,6 +157,14 @@ def test_equal_sequences_are_computed_once(folder: Path) -> None:
     assert rewards[0] == rewards[2]
 
 
+def test_batch_invariance_is_refused_for_a_bundle(folder: Path) -> None:
+    """The setting is for the torch engine; the error names the one that a bundle has."""
+    settings = ModelSettings(device="cpu")
+
+    with pytest.raises(SettingsError, match=r"with an ONNX bundle use batching\.deterministic"):
+        load_onnx_engine(open_bundle(folder, settings), settings, BatchingSettings(batch_invariant=True))
+
+
 def test_deterministic_runs_each_sequence_in_its_own_pass(folder: Path) -> None:
     """No other sequences and no padding: every pass has one sequence of its own length."""
     engine = load(folder, deterministic=True)

@@ -92,6 +92,34 @@ def test_rotary_scaling_limits_what_shares_a_pass() -> None:
     assert plan(CPU).max_shared_pass_tokens == 8192
 
 
+@pytest.mark.parametrize(
+    ("batching", "model", "name"),
+    [
+        ({"deterministic": True}, {}, "batching.deterministic"),
+        ({}, {"cascade_attention": True}, "model.cascade_attention"),
+        ({}, {"compile": True}, "model.compile"),
+        ({}, {"quantization": "fp8"}, "model.quantization fp8"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_contradicts_batch_invariance_is_refused(batching: Any, model: Any, name: str) -> None:
+    """A setting under which a reward's bits could depend on the batch fails the plan, with its name and the reason."""
+    with pytest.raises(SettingsError, match=rf"batching\.batch_invariant and {name}, which .*: choose one"):
+        plan(CUDA, BatchingSettings(batch_invariant=True, **batching), **model)
+
+
+def test_batch_invariance_reaches_every_path() -> None:
+    """Also a padded one; CUDA graphs, shared prefixes and int8 may be combined with it."""
+    batching = BatchingSettings(batch_invariant=True)
+    found = plan(CUDA, batching, cuda_graphs=True)
+
+    assert found.batch_invariant
+    assert all(spec.batch_invariant for spec in found.candidates(None))
+    assert found.fastest_path.share_prefixes
+    assert plan(CPU, batching, quantization="int8").quantization == "int8"
+    assert not any(spec.batch_invariant for spec in plan(CUDA).candidates(None))
+
+
 def test_a_cuda_option_on_a_cpu_is_refused() -> None:
     """Cascade attention and CUDA graphs fail the plan of a CPU with an error that names the setting."""
     with pytest.raises(SettingsError, match=r"model\.cascade_attention"):

@@ -15,14 +15,15 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from loadtest.gpu_day import day
+from loadtest.gpu_day import day, invariance
 from loadtest.gpu_day.child import run_child
 from loadtest.gpu_day.command import main
 from loadtest.gpu_day.day import run_section
 from loadtest.gpu_day.machine import PACKAGES, names_of, too_old
 from loadtest.gpu_day.marked_tests import marked_files, read_outcomes
-from loadtest.gpu_day.plan import GPU_SIZES, KINDS, ROOT, Section, plan_day, time_limit
+from loadtest.gpu_day.plan import GPU_SIZES, KINDS, ROOT, TINY, Section, plan_day, time_limit
 from loadtest.gpu_day.report import FILES, Record, failures_of, markdown
+from loadtest.random_checkpoint import write_random_checkpoint
 from service.version import DISTRIBUTION
 
 
@@ -88,10 +89,10 @@ def test_a_process_that_ignores_an_interrupt_is_killed(tmp_path: Path, monkeypat
 
 
 def test_every_size_is_measured_with_every_option() -> None:
-    """Graphs, cascade attention, fp8 and compiled blocks, at 0.5B, 1.5B and 8B, on groups of 1, 8 and 64."""
+    """Graphs, cascade attention, fp8, compiled blocks and rewards with the same bits, at every size and group size."""
     for size in GPU_SIZES:
         options = {option for run in size.runs for option in run.options}
-        assert {"--cuda-graphs", "--cascade", "--fp8", "--compile"} <= options
+        assert {"--cuda-graphs", "--cascade", "--fp8", "--compile", "--batch-invariant", "--deterministic"} <= options
         assert all(run.workloads == ("independent", "groups of 8", "groups of 64") for run in size.runs)
     assert [size.shape for size in GPU_SIZES] == ["0.5B", "1.5B", "8B"]
 
@@ -99,7 +100,7 @@ def test_every_size_is_measured_with_every_option() -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_model_is_written_before_it_is_needed(device: str, tmp_path: Path) -> None:
     """Also where the engines, which come first, are not among the chosen sections."""
-    for kinds in (KINDS, ("load",), ("latency",)):
+    for kinds in (KINDS, ("load",), ("latency",), ("invariance",)):
         written: set[Path] = set()
         for section in plan_day(device, 25, tmp_path, kinds):
             if section.kind == "model":
@@ -215,6 +216,40 @@ def test_old_versions_are_told() -> None:
     assert too_old({"versions": {"torch": "2.9.1", "transformers": None}}) == ["torch", "transformers"]
 
 
+@pytest.mark.slow
+def test_rewards_are_compared_in_every_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a tiny model on a CPU: no reward changes with the batch in an exact mode, and each mode has times."""
+    model = write_random_checkpoint(tmp_path / "model", TINY, "float32")
+    found = tmp_path / "found.json"
+    options = ["--model", str(model), "--device", "cpu", "--items", "6", "--json", str(found)]
+    monkeypatch.setattr("sys.argv", ["invariance", *options])
+
+    assert invariance.main() == 0
+
+    result = json.loads(found.read_text())
+    assert result["failures"] == {}
+    assert {row["way"] for row in result["rows"]} == {mode.name for mode in invariance.MODES}
+    assert all(row["changed"] == 0 for row in result["rows"] if row["way"] != "default")
+    assert all(row["alone_ms"] > 0 < row["tokens_per_s"] for row in result["rows"])
+    assert "| batch-invariant |" in markdown({}, [Record("a", "invariance", "passed", "", 1.0, 2.0, result=result)])
+
+
+def test_a_reward_that_changes_in_an_exact_mode_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is recorded like an engine that does not load; by default a change is a fact."""
+    row = {"changed": 3, "items": 6}
+    monkeypatch.setattr(invariance, "measure", lambda *_: dict(row))
+    monkeypatch.setattr(invariance, "plan", lambda *_: [("float32", mode) for mode in invariance.MODES[:2]])
+    model = write_random_checkpoint(tmp_path / "model", TINY, "float32")
+    found = tmp_path / "found.json"
+    options = ["--model", str(model), "--device", "cpu", "--items", "6", "--json", str(found)]
+    monkeypatch.setattr("sys.argv", ["invariance", *options])
+
+    invariance.main()
+
+    failures = failures_of("invariance", json.loads(found.read_text()))
+    assert failures == {"deterministic, float32": "3 of 6 rewards change with the batch"}
+
+
 # --- The whole command -----------------------------------------------------------------------------------------------
 
 HIDING = """
@@ -281,10 +316,11 @@ def test_the_whole_day_runs_on_a_cpu_with_the_listed_packages_alone(tmp_path: Pa
     sections = {section["kind"]: section for section in report["sections"]}
     assert {
         kind: (one["status"], one["reason"]) for kind, one in sections.items() if one["kind"] != "tests"
-    } == dict.fromkeys(("machine", "paths", "model", "engines", "latency", "load"), ("passed", ""))
+    } == dict.fromkeys(("machine", "paths", "model", "engines", "invariance", "latency", "load"), ("passed", ""))
     assert sections["machine"]["result"]["missing"] in ([], ["torchao"])
     assert all(row["parity"] for row in sections["paths"]["result"]["rows"])
     assert {one["workload"] for one in sections["engines"]["result"]["findings"]} == {"independent", "groups of 8"}
     assert all(row["num_failed"] == 0 < row["items_per_s"] for row in sections["load"]["result"]["rows"])
     assert all(row["stages_ms"]["engine"] < row["p99_ms"] for row in sections["latency"]["result"]["rows"])
+    assert all(row["tokens_per_s"] > 0 for row in sections["invariance"]["result"]["rows"])
     assert sections["tests"]["result"]["skipped_tests"] > 10

@@ -55,3 +55,17 @@ def test_the_command_measures_engines(tmp_path: Path) -> None:
     assert len(found) == 3
     assert [one["num_changed"] for one in found if "bfloat16" in one["engine"]] == [0, 0]
     assert all(one["max_difference"] <= 1e-5 for one in found)
+
+
+def test_the_command_measures_batch_invariant_engines(tmp_path: Path) -> None:
+    """With the setting no reward changes in float32 either."""
+    model = write_random_checkpoint(tmp_path / "model", TINY, "float32")
+    report = tmp_path / "found.json"
+    options = ["--items", "16", "--device", "cpu", "--dtypes", "float32", "--batch-invariant"]
+
+    status = main(["--model", str(model), *options, "--json", str(report)])
+
+    (found,) = json.loads(report.read_text())
+    assert status == 0
+    assert found["engine"].endswith("batch-invariant")
+    assert (found["num_changed"], found["max_difference"]) == (0, 0)

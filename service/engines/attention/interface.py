@@ -60,6 +60,10 @@ def attend(call: AttentionCall) -> torch.Tensor:
     layout = call.layout
     key, value = layout.append_cached(call.key, call.value)
     has_varlen = call.softcap is None and _has_varlen_kernel(call.query, call.value)
+    if layout.is_batch_invariant and layout.shares_prefixes and not (has_varlen or _shares_exactly(call)):
+        raise PackingUnsupportedError(
+            "With a shared prefix this attention adds in another order, and rewards must be batch-invariant"
+        )
     call = replace(call, key=key, value=value)
     if has_varlen:
         return _attend_varlen(call)
@@ -91,6 +95,14 @@ def prefers_tiled_attention(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype == torch.bfloat16 and has_native_bfloat16() and not has_amx()
 
 
+def _shares_exactly(call: AttentionCall) -> bool:
+    """Whether attention without the variable-length kernel gives a token the same bits with a shared prefix as without.
+
+    In bfloat16 on a CPU the tests show it (decision 0010), but for capped scores.
+    """
+    return call.query.device.type == "cpu" and call.query.dtype == torch.bfloat16 and call.softcap is None
+
+
 def _has_varlen_kernel(query: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether torch's variable-length flash attention supports these tensors."""
     head_dim = query.shape[-1]
@@ -108,7 +120,8 @@ def _attend_varlen(call: AttentionCall) -> torch.Tensor:
     """Compute attention for all sequences of a chunk in one kernel call.
 
     Without shared prefixes the packed batch itself is the one chunk. The kernel (FlashAttention-2, from version 2.1)
-    aligns a sequence's last query with its last key, for causality and sliding windows alike.
+    aligns a sequence's last query with its last key, for causality and sliding windows alike. Padding of the packed
+    batch gets zeros.
     """
     layout, scaling, window = call.layout, call.scaling, call.window
     plan = layout.cascade_plan
@@ -118,10 +131,23 @@ def _attend_varlen(call: AttentionCall) -> torch.Tensor:
     parts = []
     for chunk in layout.chunks:
         key, value = (
-            (gather_tokens(states, chunk.keys) if layout.shares_prefixes else states)[0].transpose(0, 1)
+            (gather_tokens(states, chunk.keys) if layout.shares_prefixes else layout.without_padding(states))[
+                0
+            ].transpose(0, 1)
             for states in (call.key, call.value)
         )
         query = call.query[0, :, slice(*chunk.own)].transpose(0, 1)
-        parts.append(attend_varlen(query, key, value, chunk.metadata, scaling=scaling, window=window)[0])
+        attended, _ = attend_varlen(
+            query,
+            key,
+            value,
+            chunk.metadata,
+            scaling=scaling,
+            window=window,
+            batch_invariant=layout.is_batch_invariant,
+        )
+        parts.append(attended)
+    if layout.num_padding:
+        parts.append(call.query.new_zeros(layout.num_padding, *parts[0].shape[1:]))
     output = parts[0] if len(parts) == 1 else torch.cat(parts)
     return output.unsqueeze(0)

@@ -18,7 +18,7 @@ from service.engines.attention.kv_cache import CacheTransaction
 from service.engines.attention.tiled import TileBatch, plan_tiles
 from service.engines.attention.varlen import VarlenMetadata
 from service.engines.devices.staging import Staging
-from service.engines.linear.batch_invariant import padded_rows
+from service.engines.linear.batch_invariant import MIN_BLOCK_ROWS, STEP, padded_rows
 from service.scheduling.prefix_tree import SequenceLayout, TokenIds, TokenSpan, plan_prefix_sharing
 
 BLOCK = 32
@@ -106,6 +106,9 @@ class PackedLayout:
     cascade_plan: CascadePlan | None = None
     """Attention in two parts; None where no prefix is shared, or cascade attention is off."""
 
+    is_batch_invariant: bool = False
+    """Whether no bit of a token's result may depend on the other sequences of the batch."""
+
     window_masks: dict[tuple[int | None, torch.dtype], torch.Tensor] = field(default_factory=dict)
     """Sliding-window masks by window and type, which the layers of a pass share; filled by ``per_sequence``."""
 
@@ -122,6 +125,7 @@ class PackedLayout:
         batch_invariant_linear: bool = False,
         cached: Sequence[TokenSpan] | None = None,
         cascade: bool = False,
+        batch_invariant: bool = False,
     ) -> PackedLayout:
         """Build the layout of a batch.
 
@@ -136,13 +140,15 @@ class PackedLayout:
                 which the batch is padded.
             cached: the cached prefix of each sequence, as in ``CachedTokens.spans``; None: nothing is cached.
             cascade: whether shared prefixes are attended to by cascade attention.
+            batch_invariant: whether no bit of a token's result may depend on the other sequences.
         """
         layouts = tuple(plan_prefix_sharing(sequences, min_shared_tokens, cached))
         num_tokens = sum(layout.num_own for layout in layouts)
-        num_padding = padded_rows(num_tokens) - num_tokens if batch_invariant_linear else 0
+        min_rows = MIN_BLOCK_ROWS if device.type == "cpu" else STEP
+        num_padding = padded_rows(num_tokens, min_rows) - num_tokens if batch_invariant_linear else 0
         shares_prefixes = any(layout.num_shared for layout in layouts)
         cascade_plan = plan_cascade(layouts) if cascade and shares_prefixes and num_tokens else None
-        return cls(layouts, device, block, num_padding, cascade_plan=cascade_plan)
+        return cls(layouts, device, block, num_padding, cascade_plan=cascade_plan, is_batch_invariant=batch_invariant)
 
     @cached_property
     def chunks(self) -> tuple[AttentionChunk, ...]:
@@ -195,6 +201,10 @@ class PackedLayout:
         Called once by each attention layer of a pass, in their order; see ``CacheTransaction.append``.
         """
         return (key, value) if self.cache_transaction is None else self.cache_transaction.append(key, value)
+
+    def without_padding(self, states: torch.Tensor) -> torch.Tensor:
+        """Return the states of the packed batch, [1, heads, tokens, head dimension], without those of its padding."""
+        return states[:, :, : self.num_tokens] if self.num_padding else states
 
     @property
     def num_tokens(self) -> int:

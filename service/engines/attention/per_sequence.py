@@ -36,7 +36,10 @@ def attend_chunk(output: torch.Tensor, chunk: AttentionChunk, call: AttentionCal
     )
     for span in chunk.sequences:
         queries, keys = slice(*span.queries), slice(*span.keys)
-        attended = _attend_sequence(query[:, :, queries], key[:, :, keys], value[:, :, keys], span, call)
+        own = query[:, :, queries], key[:, :, keys], value[:, :, keys]
+        if call.layout.is_batch_invariant:  # a library may choose its kernel by strides, too
+            own = own[0].contiguous(), own[1].contiguous(), own[2].contiguous()
+        attended = _attend_sequence(*own, span, call)
         begin, end = span.own
         output[:, begin:end] = attended[:, :, : end - begin, :head_dim].transpose(1, 2)
 
@@ -79,7 +82,8 @@ def _mask_of(layout: PackedLayout, window: int | None, dtype: torch.dtype, queri
         mask = copy_to_device(mask, layout.device)
         layout.window_masks[window, dtype] = mask
     origin = reach - queries.start
-    return mask[: len(queries), origin + keys.start : origin + keys.stop]
+    own = mask[: len(queries), origin + keys.start : origin + keys.stop]
+    return own.contiguous() if layout.is_batch_invariant else own
 
 
 def _attend_with_softcap(

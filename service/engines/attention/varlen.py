@@ -7,7 +7,7 @@ its cost grows with the square of the tokens, and it serves only to define and t
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,9 @@ from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
 HAS_GROUPED_QUERIES = "enable_gqa" in inspect.signature(varlen_attn).parameters
 """Whether the kernel of this torch supports grouped-query attention; torch 2.11 does not."""
+
+HAS_NUM_SPLITS = "num_splits" in inspect.signature(varlen_attn).parameters
+"""Whether this torch lets a caller forbid that the keys of a sequence are split; torch 2.11 does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,7 @@ def attend_varlen(
     scaling: float | None,
     window: int | None = None,
     causal: bool = True,
+    batch_invariant: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Let the queries of each sequence attend to its keys; its last query is aligned with its last key.
 
@@ -54,6 +58,7 @@ def attend_varlen(
         scaling: factor on the scores; None: one over the square root of the head dimension.
         window: keys that a query attends to, its own position included; None: all. Only with ``causal``.
         causal: whether a query attends only to its own and earlier positions.
+        batch_invariant: whether the bits of a query's result may depend on its own sequence only.
 
     Returns:
         [queries, heads, head dimension], and the natural logarithm of the sum of exponentials of each query's scaled
@@ -62,6 +67,9 @@ def attend_varlen(
     if not _has_kernel(query.device):
         return reference(query, key, value, metadata, scaling=scaling, window=window, causal=causal)
     options: dict[str, Any] = {}
+    if batch_invariant:
+        metadata = batch_invariant_metadata(metadata, window)
+        options = {"num_splits": 1} if HAS_NUM_SPLITS else {}
     groups = query.shape[1] // key.shape[1]
     if HAS_GROUPED_QUERIES:
         options["enable_gqa"] = True
@@ -82,6 +90,20 @@ def attend_varlen(
         **options,
     )
     return attended[0], attended[1]
+
+
+def batch_invariant_metadata(metadata: VarlenMetadata, window: int | None) -> VarlenMetadata:
+    """Return the same limits with bounds by which the kernel chooses nothing that depends on the batch.
+
+    FlashAttention-2 in torch (``mha_varlen_fwd``) reads the upper bounds in two decisions beside the size of its grid.
+    Where no sequence has more than one query it computes without causality, in other tiles, and with grouped queries it
+    splits the keys; so the bound is at least two. Where no sequence is longer than the window it computes without one,
+    in other tiles; so the bound is at least the window. What is left depends on the sequence alone: its keys are read
+    in blocks that begin at its first key, and a block that is masked for a query leaves the query's sums as they are.
+    """
+    return replace(
+        metadata, max_seqlen_q=max(metadata.max_seqlen_q, 2), max_seqlen_k=max(metadata.max_seqlen_k, window or 0)
+    )
 
 
 def _has_kernel(device: torch.device) -> bool:

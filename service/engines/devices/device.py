@@ -160,6 +160,12 @@ def retain_freed_memory() -> None:
     libc.mallopt(_TOP_PAD, 64 * 1024 * 1024)
 
 
+def forbid_reduced_reductions() -> None:
+    """Let CUDA's matrix products in half precision add up partial results in float32 only; for the whole process."""
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
 def release_memory(device: torch.device) -> None:
     """Return cached memory to the device, so that the contiguous tensors of a smaller batch can be allocated."""
     if device.type == "cuda":

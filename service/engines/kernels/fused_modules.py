@@ -18,11 +18,12 @@ from torch import nn
 from service.engines.kernels.bindings import STEP, Activation, Kernels, Norm, PackedGatedMlp, PackedWeight, RmsNorm
 from service.engines.linear.batch_invariant import BatchInvariantLinear
 from service.engines.linear.int8 import Int8Linear
+from service.engines.linear.verified_blocks import VerifiedLinear
 
 ROPE_FUNCTION = "apply_rotary_pos_emb"
 """The name of the function that rotates queries and keys, in transformers' model families."""
 
-UNQUANTIZED_LAYERS = (nn.Linear, BatchInvariantLinear)
+UNQUANTIZED_LAYERS = (nn.Linear, BatchInvariantLinear, VerifiedLinear)
 """The linear layers that kernels without int8 replace; others (quantized otherwise, sharded) are not changed."""
 
 TRIAL_ROWS = 64

@@ -61,8 +61,13 @@ def drop_plain_weights(body: nn.Module) -> None:
 
 def packs_all_linear_layers(body: nn.Module) -> bool:
     """Whether all linear layers run on the kernels, where a row's result does not depend on the number of rows."""
-    packed = {layer for _, forward in _attached(body) for layer in forward.packed_layers}
+    packed = packed_layers(body)
     return all(module in packed for module in body.modules() if isinstance(module, nn.Linear))
+
+
+def packed_layers(body: nn.Module) -> frozenset[nn.Module]:
+    """Return the linear layers that run on the kernels, where a row's result does not depend on the number of rows."""
+    return frozenset(layer for _, forward in _attached(body) for layer in forward.packed_layers)
 
 
 def _attached(body: nn.Module) -> Iterator[tuple[nn.Module, KernelForward]]:

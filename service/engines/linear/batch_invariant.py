@@ -74,9 +74,9 @@ def _multiply_into(output: torch.Tensor, rows: torch.Tensor, weight: torch.Tenso
         torch.addmm(bias, rows, weight.T, out=output)
 
 
-def padded_rows(num_rows: int) -> int:
+def padded_rows(num_rows: int, min_rows: int = MIN_BLOCK_ROWS) -> int:
     """Return the length to which a packed batch is padded, so that most layers need one block only."""
-    return max(MIN_BLOCK_ROWS, -(-num_rows // STEP) * STEP)
+    return max(min_rows, -(-num_rows // STEP) * STEP)
 
 
 def plan_blocks(num_rows: int, sizes: tuple[int, ...]) -> tuple[int, ...]:

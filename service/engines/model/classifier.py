@@ -68,6 +68,15 @@ class Classifier:
         return head if isinstance(head, (nn.Linear, *STATE_HEADS)) else None
 
     @property
+    def multiplied_together(self) -> nn.Module:
+        """What computes all sequences of a batch together: the body, and a head that does its own pooling.
+
+        A head on the state of one token is computed by ``outputs_of``.
+        """
+        module: nn.Module = self.model if self.state_head is None else self.body
+        return module
+
+    @property
     def gate_pattern(self) -> tuple[int, ...]:
         """Token ids of which a gated head reads the first one; empty where the head reads no other token."""
         head = self.state_head

@@ -21,7 +21,7 @@ PathChoice: TypeAlias = Literal["auto", "packed", "padded"]
 
 @dataclass(frozen=True, slots=True)
 class PathSpec:
-    """A forward path with its optimisations, as the parity probe tries it. A padded path has none of them."""
+    """A forward path with its optimisations, as the parity probe tries it. A padded path has no optimisations."""
 
     name: Literal["packed", "padded"]
 
@@ -42,6 +42,9 @@ class PathSpec:
 
     Otherwise the variable-length kernel gets the prefix's keys gathered for each sequence.
     """
+
+    batch_invariant: bool = False
+    """Whether no bit of a reward may depend on the other sequences of its batch; of a padded path too."""
 
     @property
     def description(self) -> str:
@@ -65,7 +68,7 @@ def candidate_paths(choice: PathChoice, fastest: PathSpec) -> list[PathSpec]:
     unshared = replace(fastest, share_prefixes=False, cache_bytes=0, cascade=False)
     packed = [fastest, replace(fastest, cache_bytes=0), unshared]
     packed += [replace(spec, kernels=None) for spec in packed]
-    padded = PathSpec("padded", compiled=fastest.compiled)
+    padded = PathSpec("padded", compiled=fastest.compiled, batch_invariant=fastest.batch_invariant)
     return list(dict.fromkeys({"auto": [*packed, padded], "packed": packed, "padded": [padded]}[choice]))
 
 

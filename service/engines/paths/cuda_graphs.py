@@ -148,7 +148,7 @@ class StaticPass:
     Its layout has one sequence as long as the batch; only ``cu_seqlens`` contains where the real ones begin.
     """
 
-    def __init__(self, classifier: Classifier, bucket: Bucket) -> None:
+    def __init__(self, classifier: Classifier, bucket: Bucket, *, batch_invariant: bool = False) -> None:
         self._classifier = classifier
         length, device = bucket.num_tokens, classifier.device
         empty = fill_bucket(bucket, [(0,)], [0], 0)
@@ -159,7 +159,9 @@ class StaticPass:
             (whole,), (0, length), no_indices, no_indices, self.buffers.cu_seqlens, self.buffers.cu_seqlens
         )
         sequence = SequenceLayout(((0, length),), 0, (0, length))
-        self._layout = PackedLayout((sequence,), device, staged_chunks=(chunk,), is_static=True)
+        self._layout = PackedLayout(
+            (sequence,), device, staged_chunks=(chunk,), is_static=True, is_batch_invariant=batch_invariant
+        )
         # As in PackedForward: without a mask transformers would wait for the device.
         self._mask = torch.empty((1, 1, 1, 0), dtype=torch.bool, device=device)
 
@@ -184,8 +186,8 @@ class StaticPass:
 class RecordedPass(StaticPass):
     """A static pass recorded as a CUDA graph; the next replay overwrites its outputs."""
 
-    def __init__(self, classifier: Classifier, bucket: Bucket, pool: Any) -> None:
-        super().__init__(classifier, bucket)
+    def __init__(self, classifier: Classifier, bucket: Bucket, pool: Any, *, batch_invariant: bool = False) -> None:
+        super().__init__(classifier, bucket, batch_invariant=batch_invariant)
         self._graph = torch.cuda.CUDAGraph()
         self._outputs = self._record(pool)
 
@@ -228,15 +230,22 @@ class PassLibrary:
         return None if bucket is None else (bucket, self._passes[bucket])
 
 
-def capture_graphs(classifier: Classifier, max_batch_tokens: int) -> PassLibrary:
+def capture_graphs(classifier: Classifier, max_batch_tokens: int, *, batch_invariant: bool = False) -> PassLibrary:
     """Record a pass of each bucket within the batch budget, the longest first, so that all share its memory.
+
+    Args:
+        classifier: ready to run packed batches.
+        max_batch_tokens: the batch budget.
+        batch_invariant: whether no bit of a reward may depend on the other sequences of its batch.
 
     Raises:
         Exception: the model does something that cannot be recorded; the classifier is unchanged.
     """
     pool = torch.cuda.graph_pool_handle()
     needed = [bucket for bucket in BUCKETS if bucket.num_tokens <= max_batch_tokens]
-    return PassLibrary({bucket: RecordedPass(classifier, bucket, pool) for bucket in reversed(needed)})
+    return PassLibrary(
+        {bucket: RecordedPass(classifier, bucket, pool, batch_invariant=batch_invariant) for bucket in reversed(needed)}
+    )
 
 
 def record_library(

@@ -24,7 +24,8 @@ from service.engines.compilation import register_compiled_attention
 from service.engines.devices.staging import staging_for
 from service.engines.kernels.attention import register_kernel_attention
 from service.engines.kernels.bindings import Kernels
-from service.engines.kernels.patching import packs_all_linear_layers
+from service.engines.kernels.patching import packed_layers, packs_all_linear_layers
+from service.engines.linear.verified_blocks import check_products
 from service.engines.model.classifier import Classifier
 from service.engines.model.taps import Readout, StateQuery
 from service.engines.paths.base import PathSpec, output_of
@@ -65,7 +66,8 @@ class PackedForward:
     """Runs a batch as one packed sequence of tokens. The cost of a batch is the number of its tokens, shared ones once.
 
     On a CPU in half precision linear layers multiply blocks of a fixed number of tokens, so that a reward does not
-    depend on the composition of the batch.
+    depend on the composition of the batch. A batch-invariant path does so on every device, in blocks of sizes that have
+    passed a trial.
 
     Args:
         classifier: its attention is replaced by that of this path.
@@ -88,16 +90,22 @@ class PackedForward:
             )
         if classifier.reads_token_types:
             raise PackingUnsupportedError(f"{classifier.architecture} reads token types, which packed batches lack")
-        batch_invariant_linear = classifier.is_on_cpu and classifier.is_half_precision
+        is_verified = spec.batch_invariant
+        batch_invariant_linear = classifier.is_on_cpu and classifier.is_half_precision and not is_verified
         rewire(
             classifier,
             _register_attention(compiled=spec.compiled, kernels=spec.kernels),
             batch_invariant_linear=batch_invariant_linear,
+            verified_linear=is_verified,
             compiled=spec.compiled,
             kernels=spec.kernels,
         )
+        if is_verified:
+            check_products(classifier.body, packed_layers(classifier.body))
         self._classifier = classifier
-        self._batch_invariant_linear = batch_invariant_linear and not packs_all_linear_layers(classifier.body)
+        self._batch_invariant = spec.batch_invariant
+        is_padded = batch_invariant_linear or is_verified
+        self._batch_invariant_linear = is_padded and not packs_all_linear_layers(classifier.body)
         self.kernels = spec.kernels
         self._cascade = spec.cascade
         self._staging = staging_for(classifier.device)
@@ -218,6 +226,7 @@ class PackedForward:
             batch_invariant_linear=self._batch_invariant_linear,
             cached=cached,
             cascade=self._cascade,
+            batch_invariant=self._batch_invariant,
         )
 
     @torch.inference_mode()

@@ -1,18 +1,22 @@
 """The padded path: the sequences of a batch are padded on the right to the length of the longest one.
 
-It serves architectures whose attention or head the packed path does not support, with transformers' own attention.
+It serves architectures whose attention or head the packed path does not support, with transformers' own attention; or,
+where no bit of a reward may depend on the batch, with attention of one sequence after the other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from service.engines.attention.row_attention import attending_by_row, register_row_attention
 from service.engines.base import BatchCost, EngineOutput
 from service.engines.kernels.bindings import Kernels
+from service.engines.linear.verified_blocks import STEP, check_products
 from service.engines.model.classifier import Classifier
 from service.engines.model.taps import Readout, StateQuery
 from service.engines.paths.base import output_of
@@ -24,6 +28,13 @@ class PaddedForward:
 
     On a CPU in half precision each sequence is a batch of its own: padding would select other kernels, whose rounding
     moves a reward by hundredths, and batching saves little time on a CPU.
+
+    Args:
+        classifier: a batch-invariant path replaces its attention and its linear layers.
+        batch_invariant: whether no bit of a reward may depend on the other sequences of its batch.
+
+    Raises:
+        InvarianceError: the model has layers for which that cannot be had.
     """
 
     name = "padded"
@@ -32,9 +43,14 @@ class PaddedForward:
     kernels: Kernels | None = None
     caches_prefixes = False
 
-    def __init__(self, classifier: Classifier) -> None:
-        rewire(classifier, classifier.plain_attention)
+    def __init__(self, classifier: Classifier, *, batch_invariant: bool = False) -> None:
+        attention = register_row_attention() if batch_invariant else classifier.plain_attention
+        rewire(classifier, attention, verified_linear=batch_invariant)
+        if batch_invariant:
+            check_products(classifier.multiplied_together)
         self._classifier = classifier
+        self._batch_invariant = batch_invariant
+        self._min_batch_tokens = min(STEP, getattr(classifier.config, "max_position_embeddings", None) or STEP)
         self._pads = not (classifier.is_on_cpu and classifier.is_half_precision)
 
     @torch.inference_mode()
@@ -79,6 +95,10 @@ class PaddedForward:
         """Return the head's outputs float32 [positions, outputs], row by row, and the states that are requested."""
         classifier = self._classifier
         longest = max(len(row) for row in rows)
+        if self._batch_invariant:
+            # Very few rows take other code: CUDA's sums over a row, and on a CPU activations of one token, which is
+            # contiguous where the same token of a batch is not.
+            longest = max(longest, -(-self._min_batch_tokens // len(rows)))
         # States of padding are never read; where no pad token is defined, any token is valid.
         pad = classifier.pad_token_id or 0
         inputs = {
@@ -90,7 +110,8 @@ class PaddedForward:
             Readout(index, pooled[index], ((first if first < len(rows[index]) else 0, len(rows[index])),))
             for index, first in query.readings
         ]
-        with classifier.recording(query.taps, readouts) as recorded:
+        by_row = attending_by_row([len(row) for row in rows]) if self._batch_invariant else nullcontext()
+        with by_row, classifier.recording(query.taps, readouts) as recorded:
             if classifier.state_head is None:
                 if any(steps):
                     raise TypeError(f"The head of {classifier.architecture} does its own pooling, and reads no steps")
