@@ -22,7 +22,7 @@ from service.data.holdout import is_held_out
 from service.data.reading import read_examples
 from service.diagnostics.monitors.observation import Observation
 from service.diagnostics.phrasing import Wording
-from service.diagnostics.text import read_chars, wording_of
+from service.diagnostics.text import wording_of
 from service.errors import CalibrationError, DatasetError
 from service.records import Exchange, Item, Score, StateTap, TokenSequence
 
@@ -97,7 +97,7 @@ def measure(rows: Sequence[tuple[str, int, Exchange]], served: ServedModel | Non
     """
     exchanges = [exchange for _, _, exchange in rows]
     if served is None:
-        wordings, traits = [wording_of(entry, read_chars(entry.completion_text)) for entry in exchanges], None
+        wordings, traits = [wording_of(entry) for entry in exchanges], None
         taps: tuple[StateTap, ...] = ()
     else:
         wordings, traits, taps = _scored(exchanges, served)
