@@ -70,6 +70,8 @@ class TreeEnsemble:
 
     def __post_init__(self) -> None:
         """Refuse trees that cannot be scored."""
+        if not 0 <= int(self.children.min(initial=0)) <= int(self.children.max(initial=0)) < self.children.shape[2]:
+            raise ValueError("a node has a child that there is not")
         _ = self._leaves
 
     def score(self, statistics: Matrix) -> Scores:
