@@ -84,7 +84,7 @@ class Diagnostician:
             states = states[:, self._tap_indices]
         heads = self.calibration.heads
         with np.errstate(all="ignore"):  # states that are not finite are reported as such in the OOD block
-            statistics, stds = reader.statistics(states), reader.reward_std(states)
+            statistics, stds = reader.read(states)
             deviations = None if heads is None else heads.deviations(states[:, reader.head_tap])
             spreads = None if deviations is None else disagreement(deviations)
         scores = []
