@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from service.diagnostics.trees import MAX_LEAVES, TreeEnsemble
 
@@ -26,7 +27,7 @@ def ensemble(rng: np.random.Generator, sizes: list[int], columns: int) -> TreeEn
     return TreeEnsemble(np.arange(columns)[::-1].copy(), feature, threshold, children, value, 2 * max(sizes))
 
 
-def walked(trees: TreeEnsemble, item: np.ndarray) -> float:
+def walked(trees: TreeEnsemble, item: NDArray[np.float64]) -> float:
     added = []
     for tree in range(len(trees.feature)):
         node = 0
