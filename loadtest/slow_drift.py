@@ -56,7 +56,12 @@ def _stage(options: argparse.Namespace) -> int:
     from loadtest.slow_drift_streams import print_report, run
     from loadtest.worded_items import read_measured
 
-    report = run(read_measured(options.items), runs=options.runs, clean_batches=options.clean_batches)
+    report = run(
+        read_measured(options.items),
+        runs=options.runs,
+        clean_batches=options.clean_batches,
+        num_prompts=options.prompts,
+    )
     print_report(report)
     if options.json:
         write_text(options.json, json.dumps(report, indent=1) + "\n")
@@ -81,6 +86,12 @@ def _parser() -> CommandParser:
     stage.add_argument("--runs", type=whole_number(1), default=10, help="of each variant (default: %(default)s)")
     stage.add_argument(
         "--clean-batches", type=whole_number(1), default=10_000, help="without a hack (default: %(default)s)"
+    )
+    stage.add_argument(
+        "--prompts",
+        type=whole_number(16),
+        default=128,
+        help="of a batch, monitors.drift_prompts (default: %(default)s)",
     )
     stage.add_argument("--json", type=Path, help="write the figures")
     return parser

@@ -26,11 +26,17 @@ from service.diagnostics.monitors.observation import Observation
 from service.diagnostics.monitors.shared_phrases import NUM_PROMPTS
 
 RAMP_BATCHES = 200
-"""The share of edited items grows from 0 to 1 within so many batches."""
+"""The share of edited items grows from 0 to 1 within so many batches, or as many completions in smaller batches."""
 
 CALIBRATION_PROMPTS = 1_200
 STREAM_BATCHES = 500
 """Batches of one clean stream; each begins with an empty monitor and another calibration."""
+
+FALSE_ALARM_BATCHES = 10_000
+
+AIMED_SHARE = 0.2
+AIMED_NAMES = 0.9
+"""What the monitor was designed for."""
 
 PROBE_BATCHES = 24
 PROBE_SHARE = 0.5
@@ -54,7 +60,9 @@ ABOUT: Mapping[str, tuple[str, ...]] = {
 class FirstAlarm:
     """The first alarm of one comparison in a stream."""
 
-    batch: int
+    share: float
+    """Of edited items in the batch."""
+
     changes: Sequence[Change]
     """Those that the monitor names, the largest first."""
 
@@ -64,10 +72,13 @@ class Streams:
 
     Args:
         items: all of them.
+        num_prompts: prompts of a batch.
     """
 
-    def __init__(self, items: WordedItems) -> None:
+    def __init__(self, items: WordedItems, num_prompts: int = NUM_PROMPTS) -> None:
         self._items = items
+        self._num_prompts = num_prompts
+        self._ramp_batches = RAMP_BATCHES * NUM_PROMPTS // num_prompts
         self._clean = items.kinds[CLEAN]
         self._prompts = list(self._clean.of_prompt)
 
@@ -80,13 +91,17 @@ class Streams:
         """Return a subject whose calibration was fitted to a sample of prompts of the same distribution."""
         drawn = rng.integers(len(self._prompts), size=CALIBRATION_PROMPTS)
         groups = [self._clean.of_prompt[self._prompts[index]] for index in drawn]
-        return DriftSubject.of(self._items.taps, drift_reference(groups, self._items.taps))
+        return DriftSubject.of(self._items.taps, drift_reference(groups, self._items.taps), self._num_prompts)
+
+    def monitor(self, subject: DriftSubject) -> DriftMonitor:
+        """Return an empty monitor."""
+        return DriftMonitor(subject, FALSE_ALARM_BATCHES, self._num_prompts)
 
     def batch(self, variant: str | None, share: float, rng: np.random.Generator) -> list[list[Observation]]:
         """Draw the completions of as many prompts as a batch has; a share of them is edited."""
         edits: Kind | None = None if variant is None else self._items.kinds[variant]
         drawn: list[list[Observation]] = []
-        for _ in range(NUM_PROMPTS):
+        for _ in range(self._num_prompts):
             prompt = self._prompts[rng.integers(len(self._prompts))]
             is_edited = rng.random(len(self._clean.of_prompt[prompt])) < share
             if edits is not None and is_edited.any():
@@ -106,21 +121,21 @@ class Streams:
     def first_alarms(self, variant: str, rng: np.random.Generator) -> dict[str, FirstAlarm]:
         """Run a stream with a growing share of edited items; return the first alarm of each comparison."""
         subject = self.subject(rng)
-        monitor = DriftMonitor(subject, 10_000)
+        monitor = self.monitor(subject)
         found: dict[str, FirstAlarm] = {}
-        for number in range(1, RAMP_BATCHES + 1):
-            self.feed(monitor, variant, number / RAMP_BATCHES, rng)
+        for number in range(1, self._ramp_batches + 1):
+            self.feed(monitor, variant, number / self._ramp_batches, rng)
             state = monitor.state()
             for name, comparison in state.comparisons.items():
                 if comparison.alarm and name not in found:
-                    found[name] = FirstAlarm(number, largest(changes_of(state, subject, name)))
+                    found[name] = FirstAlarm(number / self._ramp_batches, largest(changes_of(state, subject, name)))
             if len(found) == len(state.comparisons):
                 break
         return found
 
     def clean_alarms(self, num_batches: int, rng: np.random.Generator) -> Counter[str]:
         """Count the alarms of a stream that does not change."""
-        monitor = DriftMonitor(self.subject(rng), 10_000)
+        monitor = self.monitor(self.subject(rng))
         for _ in range(num_batches):
             self.feed(monitor, None, 0.0, rng)
         return Counter({name: found.num_alarms for name, found in monitor.state().comparisons.items()})
@@ -128,7 +143,7 @@ class Streams:
     def real_changes(self, variant: str, rng: np.random.Generator) -> dict[str, float]:
         """Return how a constant share of edited items changes each statistic, in standard errors; only real changes."""
         subject = DriftSubject.of(self._items.taps, None)
-        monitor = DriftMonitor(subject, 10_000)
+        monitor = self.monitor(subject)
         for share in (0.0, PROBE_SHARE):
             for _ in range(PROBE_BATCHES):
                 self.feed(monitor, variant if share else None, share, rng)
@@ -139,9 +154,9 @@ class Streams:
         }
 
 
-def run(items: WordedItems, *, runs: int, clean_batches: int) -> dict[str, Any]:
+def run(items: WordedItems, *, runs: int, clean_batches: int, num_prompts: int = NUM_PROMPTS) -> dict[str, Any]:
     """Stage every variant of every hack, and count false alarms; returns the figures, JSON-ready."""
-    streams = Streams(items)
+    streams = Streams(items, num_prompts)
     variants = {}
     for name in track(streams.variants, "hacks", console=Console(stderr=True)):
         rng = np.random.default_rng([*name.encode()])
@@ -156,6 +171,7 @@ def run(items: WordedItems, *, runs: int, clean_batches: int) -> dict[str, Any]:
         "prompts": len(prompts),
         "items": sum(map(len, prompts.values())),
         "taps": len(items.taps),
+        "prompts_in_a_batch": num_prompts,
         "runs": runs,
         "variants": variants,
         "hacks": _by_hack(variants),
@@ -171,15 +187,32 @@ def print_report(report: Mapping[str, Any]) -> None:
         table.add_row(name, *shares, f"{found['named']:.2f}", f"{found['real']:.2f}", found.get("first", ""))
     console = report_console()
     console.print(table)
-    alarms = report["false_alarms"]
-    console.print(f"{alarms['alarms']} false alarms in {alarms['batches']} clean batches, {alarms['streams']} streams.")
+    for line in summary_lines(report):
+        console.print(line, highlight=False)
+
+
+def summary_lines(report: Mapping[str, Any]) -> list[str]:
+    """Return what the measurement is made for, beside the aims."""
+    hacks, alarms = report["hacks"], report["false_alarms"]
+    shares = ", ".join(f"{hack} {found['start']:.1%}" for hack, found in hacks.items())
+    num_runs, num_alarms = report["runs"] * len(report["variants"]), sum(alarms["alarms"].values())
+    real, named = (
+        round(sum(found[name] for found in report["variants"].values()) * report["runs"]) for name in ("real", "named")
+    )
+    return [
+        f"Median share at the first alarm: {shares}. Aim: at most {AIMED_SHARE:.0%}.",
+        f"Of {num_runs} runs, the statistic that is named first has changed in {real}.",
+        f"The hack is named for what it is in {named} of {num_runs}. Aim: {AIMED_NAMES:.0%}.",
+        f"{num_alarms} false alarms in {alarms['batches']} clean batches. Design: 1 in {FALSE_ALARM_BATCHES}.",
+        f"{report['items']} completions of {report['prompts']} prompts, {report['taps']} taps of hidden states.",
+    ]
 
 
 def _summary(variant: str, runs: Sequence[Mapping[str, FirstAlarm]], real: Mapping[str, float]) -> dict[str, Any]:
     firsts = [found["start"].changes for found in runs if "start" in found and found["start"].changes]
     return {
         **{side: _median_share(runs, side) for side in ("start", "calibration")},
-        "shares": [found["start"].batch / RAMP_BATCHES if "start" in found else None for found in runs],
+        "shares": [found["start"].share if "start" in found else None for found in runs],
         "named": sum(_names(variant, changes) for changes in firsts) / len(runs),
         "real": sum(_is_real(changes[0], real) for changes in firsts) / len(runs),
         "first": Counter(_sign(changes[0]) + changes[0].statistic for changes in firsts).most_common(1)[0][0],
@@ -204,7 +237,7 @@ def _by_hack(variants: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, A
 
 
 def _median_share(runs: Sequence[Mapping[str, FirstAlarm]], side: str) -> float | None:
-    middle = median(found[side].batch / RAMP_BATCHES if side in found else float("inf") for found in runs)
+    middle = median(found[side].share if side in found else float("inf") for found in runs)
     return None if middle == float("inf") else middle
 
 

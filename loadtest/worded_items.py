@@ -10,6 +10,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,12 +18,13 @@ import numpy as np
 from rich.console import Console
 
 from loadtest.plausible_hacks import EDITS
+from loadtest.state_cache import StateCache
 from service.console import progress_bar
 from service.data.holdout import is_held_out
 from service.data.reading import read_examples
 from service.diagnostics.monitors.observation import Observation
 from service.diagnostics.phrasing import Wording
-from service.diagnostics.text import read_chars, wording_of
+from service.diagnostics.text import wording_of
 from service.errors import CalibrationError, DatasetError
 from service.records import Exchange, Item, Score, StateTap, TokenSequence
 
@@ -90,17 +92,18 @@ def measure(rows: Sequence[tuple[str, int, Exchange]], served: ServedModel | Non
     Args:
         rows: kind, number of the prompt and item.
         served: a model with a calibration, which scores the items; None: texts only.
-        output: an ``.npz`` file.
+        output: an ``.npz`` file. What the model computes is stored beside it, in a file that ends in ``.states``, as
+            the measurement goes on.
 
     Raises:
         CalibrationError: the model has no calibration, or cannot score an item.
     """
     exchanges = [exchange for _, _, exchange in rows]
     if served is None:
-        wordings, traits = [wording_of(entry, read_chars(entry.completion_text)) for entry in exchanges], None
+        wordings, traits = [wording_of(entry) for entry in exchanges], None
         taps: tuple[StateTap, ...] = ()
     else:
-        wordings, traits, taps = _scored(exchanges, served)
+        wordings, traits, taps = _scored(exchanges, served, output.with_suffix(".states"))
     np.savez_compressed(
         output,
         kinds=np.array([kind for kind, _, _ in rows]),
@@ -135,7 +138,7 @@ def _question(exchange: Exchange) -> str:
 
 
 def _scored(
-    exchanges: Sequence[Exchange], served: ServedModel
+    exchanges: Sequence[Exchange], served: ServedModel, cache_path: Path
 ) -> tuple[list[Wording], list[tuple[float, ...]], tuple[StateTap, ...]]:
     """Return wording and state statistics of each item, as the service computes them at level ``full``."""
     from service.offline import encode_items, score_offline
@@ -146,17 +149,17 @@ def _scored(
         raise CalibrationError(str(served.lookup.reason))
     items = [Item(exchange) for exchange in exchanges]
     encoded = list(encode_items(served.tokenization, items, Encoding(truncation="prompt_left")))
+    sequences = [sequence for sequence in encoded if isinstance(sequence, TokenSequence)]
+    if len(sequences) < len(items):
+        raise CalibrationError(f"{len(items) - len(sequences)} items cannot be encoded.")
     pipeline = served.scorer.pipeline
-    traits: dict[int, tuple[float, ...]] = {}
-    wordings = []
-    with progress_bar(Console(stderr=True), "Scoring", len(items)) as advance:
-        for index, outcome in score_offline(pipeline, encoded, level="full", advance=advance):
-            if isinstance(outcome, Score) and outcome.traits is not None:
-                traits[index] = outcome.traits
+    cache = StateCache(cache_path, [served.identity.version, calibration.id])
+    score = partial(score_offline, pipeline, level="full")
+    with progress_bar(Console(stderr=True), "Scoring", len({sequence.row for sequence in sequences})) as advance:
+        traits = cache.complete(sequences, score, advance)
     reader = pipeline.diagnostician.text_reader
-    for item, sequence in zip(items, encoded, strict=True):
-        facts = reader.read(item, sequence, full=True) if isinstance(sequence, TokenSequence) else None
-        if facts is None or facts.wording is None:
-            raise CalibrationError("The model cannot score an item, or its tokenizer does not show the completion.")
-        wordings.append(facts.wording)
-    return wordings, [traits[index] for index in range(len(items))], calibration.states.taps
+    facts = reader.read_all(list(zip(items, sequences, strict=True)), full=True)
+    wordings = [one.wording for one in facts if one is not None and one.wording is not None]
+    if len(wordings) < len(items):
+        raise CalibrationError("The tokenizer does not show where a completion begins.")
+    return wordings, traits, calibration.states.taps

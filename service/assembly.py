@@ -370,7 +370,9 @@ def _join(
     metrics.describe_build(distribution_version("reward-service"), settings.code_revision)
     if calibration is not None:
         _describe_calibration(metrics, calibration)
-    subject = DriftSubject.of(calibration.states.taps, calibration.drift) if calibration else UNCALIBRATED
+    subject = UNCALIBRATED
+    if calibration is not None:
+        subject = DriftSubject.of(calibration.states.taps, calibration.drift, settings.monitors.drift_prompts)
     monitors = watch_stream(metrics, calibration.monitors if calibration else None, settings.monitors, subject)
     special_ids = frozenset(checkpoint.tokenizer.all_special_ids) if checkpoint else frozenset()
     diagnostician = Diagnostician(calibration, special_ids, settings.diagnostics.alpha, info.taps)

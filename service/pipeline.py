@@ -165,12 +165,14 @@ class Pipeline:
                 score = outcomes[index]
                 if isinstance(score, Score):
                     # What was measured, because a diagnostician may return a Score with more than the statistics.
-                    outcomes[index] = replace(
-                        found,
-                        outputs=score.outputs,
-                        step_outputs=score.step_outputs,
-                        step_rewards=score.step_rewards,
-                    )
+                    outcomes[index] = _with_outputs(found, score)
+
+
+def _with_outputs(found: Score, score: Score) -> Score:
+    """Return a Score with the outputs of another; most models have none."""
+    if not score.outputs and not score.step_outputs:
+        return found
+    return replace(found, outputs=score.outputs, step_outputs=score.step_outputs, step_rewards=score.step_rewards)
 
 
 def score_of(outputs: Outputs | HttpError, sequence: TokenSequence, rule: RewardRule) -> Outcome:

@@ -273,6 +273,13 @@ class MonitorSettings(Section):
         4096, ge=256, description="Minimum number of items in a rolling window; requests are not split."
     )
     batch_items: int = Field(256, ge=32, description="Minimum number of items in one step of the cumulative sums.")
+    drift_prompts: int = Field(
+        128,
+        ge=16,
+        le=1024,
+        description="Prompts in one batch of the drift of the wording. With another number than 128, phrases that "
+        "prompts share are compared with the start of the stream only.",
+    )
     max_runs: int = Field(
         64,
         ge=1,

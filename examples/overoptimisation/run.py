@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from reward_client import RewardClient
 
-from examples.overoptimisation.figure import draw, summarise
+from examples.overoptimisation.figure import draw, summarise, table, write_summary
 from examples.overoptimisation.samples import labelled_pairs, read_rows, sample, write_first_blocks, write_rows
 from examples.ppo.ppo import Policy
 
@@ -63,10 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     summary = summarise(
         {seed: (read_rows(run / "metrics.jsonl"), read_rows(run / "gold.jsonl")) for seed, run in runs.items()}
     )
-    (out / "overoptimisation.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    write_summary(summary, out / "overoptimisation.json")
     draw(summary, out / "overoptimisation.png")
     for run in summary["runs"]:
         print(json.dumps({name: value for name, value in run.items() if name != "steps"}))
+    print("\n".join(table(summary)))
 
 
 _QUIET = ("--diagnostics", "none")
@@ -140,12 +141,13 @@ def _train_policy(options: argparse.Namespace, policy: str, seed: int) -> None:
 
 @contextlib.contextmanager
 def _serving(options: argparse.Namespace) -> Iterator[str]:
-    """Serve the proxy while the body runs; its monitors take one step per policy update."""
+    """Serve the proxy while the body runs; its monitors take one step per policy update, or few."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     words = ["--model", options.out / "proxy", "--runtime", "local", "--port", port]
     words += ["--monitors.batch_items", options.prompts_per_step * options.completions]
+    words += ["--monitors.drift_prompts", max(options.drift_prompts, options.prompts_per_step)]
     with (options.out / "service.log").open("a") as log:
         service = subprocess.Popen(_reward_command("serve", *words), stdout=log, stderr=log)  # noqa: S603 - our own
     try:
@@ -220,6 +222,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=100, help="policy updates")
     add("--prompts-per-step", type=int, default=16)
     add("--completions", type=int, default=4, help="completions of a prompt, for pairs and in PPO")
+    add("--drift-prompts", type=int, default=32, help="prompts of a batch of the drift of the wording, 16 to 1024")
     add("--max-tokens", type=int, default=32, help="longest completion")
     add("--temperature", type=float, default=0.7, help="of the policy")
     add("--kl", type=float, default=0.0, help="weight of the KL penalty")

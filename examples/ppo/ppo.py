@@ -229,16 +229,30 @@ class Critic:
         return self.client.score(prompts, completions, diagnostics="full", truncation="prompt_left")
 
     def monitor(self) -> dict[str, Any]:
-        """Return the drift score of this run and the names of the monitors in alarm.
+        """Return what the monitors say of this run.
 
-        The drift score is the largest cumulative sum of all signals over its threshold, so 1 is an alarm; None where
-        the served model has no calibration.
+        ``drift`` is the largest cumulative sum of all signals over its threshold, so 1 is an alarm; None where the
+        served model has no calibration. ``wording`` is the same of the evidence that completions are worded otherwise.
+        ``alarms`` are the names of the monitors in alarm, ``changes`` what those of the wording name: statistic, mean
+        before, mean in the recent batches.
         """
         answer = self._http.get(self._monitor_url)
         answer.raise_for_status()
         found = answer.json()
         sums = [max(one["up"], one["down"]) / one["threshold"] for one in found["cusum"]["signals"]]
-        return {"drift": max(sums, default=None), "alarms": sorted({alarm["name"] for alarm in found["alarms"]})}
+        compared = found["drift"]["comparisons"]
+        return {
+            "drift": max(sums, default=None),
+            "wording": max(one["evidence"] for one in compared) / found["drift"]["threshold"],
+            "alarms": sorted({alarm["name"] for alarm in found["alarms"]}),
+            "changes": {
+                f"drift_{one['against']}": [
+                    [change["statistic"], change["reference"], change["recent"]] for change in one["changes"]
+                ]
+                for one in compared
+                if one["alarm"]
+            },
+        }
 
     def close(self) -> None:
         """Close the connections."""
@@ -363,7 +377,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _report(step: int, figures: dict[str, Any]) -> None:
     shown = "  ".join(
         f"{name} {figures[name]:.3f}"
-        for name in ("reward", "kl", "length", "ood_p", "drift")
+        for name in ("reward", "kl", "length", "ood_p", "drift", "wording")
         if figures[name] is not None
     )
     print(f"step {step}  {shown}  alarms {', '.join(figures['alarms']) or 'none'}", flush=True)

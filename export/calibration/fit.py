@@ -15,8 +15,9 @@ from sklearn.covariance import ledoit_wolf
 from sklearn.ensemble import GradientBoostingClassifier
 
 from service.diagnostics.conformal import Scores
-from service.diagnostics.detectors import Matrix, ShrunkGaussian, TreeEnsemble
+from service.diagnostics.detectors import Matrix, ShrunkGaussian
 from service.diagnostics.states import LaplaceFactor, StateForm
+from service.diagnostics.trees import TreeEnsemble
 
 MAX_AXES = 64
 MIN_ITEMS_PER_AXIS = 4

@@ -21,6 +21,9 @@ NUM_RESAMPLES = 200
 MIN_ERRORS = 10
 """Pairs of each kind (right, wrong) below which nothing is measured."""
 
+RETAINED = (0.75, 0.5, 0.25)
+"""Shares of the pairs at which the error-retention curve is shown."""
+
 MAIN_FIGURE = "disagreement"
 """The figure that the others are compared with."""
 
@@ -44,6 +47,9 @@ class ErrorPrediction:
     retention_area: float
     """Area under the error-retention curve: the mean, over the share of pairs that is retained, of the wrong ones among
     them as a share of all pairs. Lower is better."""
+
+    retained_errors: tuple[float, ...]
+    """Points of that curve: the share of wrong pairs among those that are retained, for each of `RETAINED`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +106,7 @@ def measure_pairs(
                 behind=None if main is None else _auroc(wrong, main) - _auroc(wrong, values),
                 behind_error=None if main is None else float((aurocs[MAIN_FIGURE] - aurocs[name]).std()),
                 retention_area=retention_area(wrong, values),
+                retained_errors=retained_errors(wrong, values),
             )
             for name, values in figures.items()
         },
@@ -115,6 +122,17 @@ def retention_area(wrong: NDArray[np.bool_], figure: Scores) -> float:
     """
     retained = wrong[np.argsort(figure, kind="stable")].astype(np.float64)
     return float((np.cumsum(retained) / len(retained)).mean())
+
+
+def retained_errors(wrong: NDArray[np.bool_], figure: Scores) -> tuple[float, ...]:
+    """Return the share of wrong pairs among those with the lowest figures, for each of `RETAINED`.
+
+    Args:
+        wrong: [pairs].
+        figure: float64 [pairs].
+    """
+    retained = wrong[np.argsort(figure, kind="stable")]
+    return tuple(float(retained[: max(1, round(share * len(retained)))].mean()) for share in RETAINED)
 
 
 def _margins(scores: Sequence[Score], pairs: NDArray[np.int64]) -> Scores:

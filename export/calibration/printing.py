@@ -8,7 +8,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from export.calibration.pair_uncertainty import MAIN_FIGURE, PairReport
+from export.calibration.pair_uncertainty import MAIN_FIGURE, RETAINED, PairReport
 from export.calibration.report import CategoryResult, TestReport
 from service.diagnostics.calibration_facts import CalibrationFacts, LengthCorrelations, Rate
 from service.edits.probe import Probe
@@ -72,6 +72,7 @@ def _pair_table(found: PairReport) -> Table:
         "AUROC",
         "disagreement better by",
         "retention area",
+        *(f"wrong of the surest {share:.0%}" for share in RETAINED),
         caption=f"{found.num_pairs} pairs, {found.error:.1%} of them wrong; area of a figure that knows nothing "
         f"{found.random_area:.4f}, of one that knows all {found.ideal_area:.4f}.",
     )
@@ -82,6 +83,7 @@ def _pair_table(found: PairReport) -> Table:
             f"{one.auroc:.3f} ± {one.standard_error:.3f}",
             f"{one.behind:+.3f} ± {one.behind_error:.3f}" if is_compared else "",
             f"{one.retention_area:.4f}",
+            *(f"{error:.1%}" for error in one.retained_errors),
         )
     return table
 

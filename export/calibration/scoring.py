@@ -49,10 +49,8 @@ class ScoredItems:
         Raises:
             CalibrationError: the tokenizer does not show where a completion begins.
         """
-        found = [
-            reader.read(Item(exchange), sequence, full=True)
-            for exchange, sequence in zip(self.exchanges, self.sequences, strict=True)
-        ]
+        items = [Item(exchange) for exchange in self.exchanges]
+        found = reader.read_all(list(zip(items, self.sequences, strict=True)), full=True)
         if any(text is None for text in found):
             raise CalibrationError("The tokenizer does not show where a completion begins.")
         return [text for text in found if text is not None]

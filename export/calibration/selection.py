@@ -16,9 +16,10 @@ from export.calibration.measure import detection, mean_over_sets
 from export.calibration.measured_parts import NUM_TEXT, MeasuredItems, MeasuredParts, tap_columns
 from service.diagnostics.calibration_facts import Detection
 from service.diagnostics.conformal import Scores, TailMap
-from service.diagnostics.detectors import OneSidedTests, ShrunkGaussian, TreeEnsemble
+from service.diagnostics.detectors import OneSidedTests, ShrunkGaussian
 from service.diagnostics.ood import COMPONENTS, Component, Detectors
 from service.diagnostics.text import STATISTICS
+from service.diagnostics.trees import TreeEnsemble
 
 STYLE = ("md", "emoji", "hedge", "flattery", "rep4", "zratio", "nonascii", "overlap")
 """The statistics behind ``style_p``."""

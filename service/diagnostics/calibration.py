@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 
 from service.diagnostics.calibration_facts import CalibrationFacts
 from service.diagnostics.conformal import Scores, TailMap
-from service.diagnostics.detectors import OneSidedTests, ShrunkGaussian, TreeEnsemble
+from service.diagnostics.detectors import OneSidedTests, ShrunkGaussian
 from service.diagnostics.lexicon import LEXICON_VERSION
 from service.diagnostics.monitors.drift_reference import DriftReference
 from service.diagnostics.monitors.reference import MonitorReference
@@ -30,6 +30,7 @@ from service.diagnostics.ood import Component, Detectors, Ranking
 from service.diagnostics.reference import LengthCurve, Reference
 from service.diagnostics.resampled_heads import ResampledHeads
 from service.diagnostics.states import LaplaceFactor, StateForm, StateReader
+from service.diagnostics.trees import TreeEnsemble
 from service.edits.probe import Probe
 from service.errors import CalibrationError
 from service.outputs import new_file

@@ -9,12 +9,15 @@ beyond the largest calibration score, where every rank is the same.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 Scores = NDArray[np.float64]
+Matrix = NDArray[np.float64]
 
 MAX_QUANTILES = 1024
 """Values of a reference that are stored; a longer list is reduced to this many quantiles."""
@@ -31,7 +34,7 @@ def conformal_p(reference: Scores, scores: Scores) -> Scores:
     return np.asarray((1.0 + num_as_unusual) / (len(reference) + 1.0))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class TailMap:
     """Maps a detector's scores to -ln p: by rank within a reference, and by an exponential tail above it.
 
@@ -89,13 +92,48 @@ class TailMap:
 
     def __call__(self, scores: Scores) -> Scores:
         """Return -ln p for each score, float64 [items]."""
-        share = 1.0 - np.searchsorted(self.reference, scores, side="left") / len(self.reference)
-        by_rank = -np.log((1.0 + self.num_reference * share) / (self.num_reference + 1.0))
-        is_beyond = scores > self.threshold
-        excess = np.where(is_beyond, scores - self.threshold, 0.0)
-        ratio = excess / self.scale if self.scale else np.where(is_beyond, math.inf, 0.0)
-        at_threshold = -math.log(self.num_tail / self.num_reference)
-        by_tail = np.where(is_beyond, at_threshold + np.minimum(ratio, self.max_excess), 0.0)
+        return self._as_maps(scores[:, None])[:, 0]
+
+    @cached_property
+    def _as_maps(self) -> TailMaps:
+        return TailMaps([self])
+
+    @property
+    def by_rank(self) -> Scores:
+        """-ln p of a score by the number of reference scores below it, float64 [reference + 1]."""
+        share = 1.0 - np.arange(len(self.reference) + 1) / len(self.reference)
+        return np.asarray(-np.log((1.0 + self.num_reference * share) / (self.num_reference + 1.0)))
+
+
+class TailMaps:
+    """Several `TailMap`, each for one column of scores, applied at once.
+
+    Args:
+        maps: at least one.
+    """
+
+    def __init__(self, maps: Sequence[TailMap]) -> None:
+        self._references = [one.reference for one in maps]
+        self._by_rank = np.concatenate([one.by_rank for one in maps])
+        sizes = np.array([len(one.reference) + 1 for one in maps])
+        self._begins = np.cumsum(sizes) - sizes
+        self._threshold = np.array([one.threshold for one in maps])
+        self._at_threshold = np.array([-math.log(one.num_tail / one.num_reference) for one in maps])
+        self._has_scale = np.array([bool(one.scale) for one in maps])
+        self._scale = np.array([one.scale or 1.0 for one in maps])
+        self._max_excess = np.array([one.max_excess for one in maps])
+
+    def __call__(self, scores: Matrix) -> Matrix:
+        """Return -ln p of each column by its map, float64 [items, maps]."""
+        columns = np.ascontiguousarray(scores.T)
+        ranks = np.empty(columns.shape, np.intp)
+        for row, reference, column in zip(ranks, self._references, columns, strict=True):
+            row[:] = reference.searchsorted(column)
+        by_rank = self._by_rank[ranks.T + self._begins]
+        is_beyond = scores > self._threshold
+        excess = np.where(is_beyond, scores - self._threshold, 0.0)
+        ratio = np.where(self._has_scale, excess / self._scale, np.where(is_beyond, math.inf, 0.0))
+        by_tail = np.where(is_beyond, self._at_threshold + np.minimum(ratio, self._max_excess), 0.0)
         return np.asarray(np.maximum(by_rank, by_tail))
 
 

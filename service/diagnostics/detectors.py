@@ -1,4 +1,4 @@
-"""The detectors: each maps the statistics of items to one score an item; higher is more unusual.
+"""The detectors, but for the ``trees``: each maps statistics of items to one score an item; higher is more unusual.
 
 They hold fitted parameters and evaluate them. Turning a score into a p-value is the job of ``conformal``. All of them
 are small arrays and a few matrix products, so a batch costs microseconds an item.
@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from service.diagnostics.conformal import Scores, TailMap
+from service.diagnostics.conformal import Scores, TailMap, TailMaps
 from service.diagnostics.text import STATISTICS
 
 Matrix = NDArray[np.float64]
@@ -28,6 +29,9 @@ ONE_SIDED_TESTS = (
     ("roles", 1), ("markup", 1),
 )  # fmt: skip
 """The one-sided tests of single text statistics: name of the statistic, and the sign of the unusual direction."""
+
+_TESTED = np.array([STATISTICS.index(name) for name, _ in ONE_SIDED_TESTS])
+_SIGNS = np.array([float(sign) for _, sign in ONE_SIDED_TESTS])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,11 +70,11 @@ class ShrunkGaussian:
         return self._squared(np.sqrt(num / (num - 1)) * (standardised - standardised.mean(axis=0)))
 
     def _squared(self, deviations: Matrix) -> Scores:
-        squared: Scores = np.einsum("ij,jk,ik->i", deviations, self.precision, deviations, optimize=True)
+        squared: Scores = np.vecdot((self.precision.T @ deviations.T).T, deviations)
         return squared
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class OneSidedTests:
     """One-sided tests of single text statistics; an item's score is the largest of their -ln p."""
 
@@ -84,46 +88,8 @@ class OneSidedTests:
 
     def surprises(self, statistics: Matrix) -> Matrix:
         """Return -ln p of every test, float64 [items, tests]."""
-        return np.stack(
-            [
-                test(sign * statistics[:, STATISTICS.index(name)])
-                for test, (name, sign) in zip(self.maps, ONE_SIDED_TESTS, strict=True)
-            ],
-            axis=1,
-        )
+        return self._maps(statistics[:, _TESTED] * _SIGNS)
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class TreeEnsemble:
-    """Gradient-boosted trees (Friedman, 2001): the score is the sum of one leaf of each tree."""
-
-    columns: NDArray[np.int64] = field(repr=False)
-    """Indices of the statistics that it reads, int64 [q]."""
-
-    feature: NDArray[np.int16] = field(repr=False)
-    """Index (within ``columns``) of the statistic that a node compares, int16 [trees, nodes]."""
-
-    threshold: NDArray[np.float32] = field(repr=False)
-    """A node goes left where the value is at most this, float32 [trees, nodes]."""
-
-    children: NDArray[np.int16] = field(repr=False)
-    """Left and right child; a leaf is its own child, int16 [2, trees, nodes]."""
-
-    value: NDArray[np.float32] = field(repr=False)
-    """What a leaf adds to the score, float32 [trees, nodes]."""
-
-    depth: int
-    """Largest number of steps from a root to a leaf."""
-
-    def score(self, statistics: Matrix) -> Scores:
-        """Return the sum of the leaves that each item reaches, float64 [items]."""
-        values = statistics[:, self.columns].astype(np.float32)
-        items = np.arange(len(values))[:, None]
-        trees = np.arange(len(self.feature))[None, :]
-        nodes = np.zeros((len(values), len(self.feature)), np.int16)
-        left, right = self.children
-        for _ in range(self.depth):
-            goes_left = values[items, self.feature[trees, nodes]] <= self.threshold[trees, nodes]
-            nodes = np.where(goes_left, left[trees, nodes], right[trees, nodes])
-        total: Scores = self.value[trees, nodes].sum(axis=1, dtype=np.float64)
-        return total
+    @cached_property
+    def _maps(self) -> TailMaps:
+        return TailMaps(self.maps)

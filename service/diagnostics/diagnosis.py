@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ from service.diagnostics.length import length_report
 from service.diagnostics.ood import OodDetector
 from service.diagnostics.resampled_heads import disagreement
 from service.diagnostics.text import TextFacts, TextReader, style_report
-from service.records import Exchange, GroupReport, LengthReport, Score, StateTap, TokenSequence
+from service.records import Exchange, GroupReport, OodReport, Score, StateTap, TokenSequence
 
 ALPHA = 0.01
 """Default of the p-value up to which an item is flagged."""
@@ -84,7 +84,7 @@ class Diagnostician:
             states = states[:, self._tap_indices]
         heads = self.calibration.heads
         with np.errstate(all="ignore"):  # states that are not finite are reported as such in the OOD block
-            statistics, stds = reader.statistics(states), reader.reward_std(states)
+            statistics, stds = reader.read(states)
             deviations = None if heads is None else heads.deviations(states[:, reader.head_tap])
             spreads = None if deviations is None else disagreement(deviations)
         scores = []
@@ -108,10 +108,9 @@ class Diagnostician:
         """
         if level == "none":
             return [None] * len(items)
-        return [
-            None if item.sequence is None else self._texts.read(item.item, item.sequence, full=level == "full")
-            for item in items
-        ]
+        known = [(item.item, item.sequence) for item in items if item.sequence is not None]
+        texts = iter(self._texts.read_all(known, full=level == "full"))
+        return [None if item.sequence is None else next(texts) for item in items]
 
     def complete(self, items: Sequence[ItemState], level: DiagnosticsLevel) -> list[Outcome]:
         """Complete the Scores of one request to its level; errors are returned unchanged.
@@ -135,9 +134,17 @@ class Diagnostician:
             if isinstance(item.outcome, Score) and item.sequence is not None
         }
         groups = siblings_of(items, {index for index, score in scores.items() if score.reward is not None})
-        self._add_groups(scores, groups)
-        if level == "full" and self._ood is not None:
-            self._add_ood(self._ood, scores, items, groups)
+        siblings = {
+            index: report
+            for group in groups
+            for index, report in zip(group, group_reports([scores[index] for index in group]), strict=True)
+        }
+        unusual = self._judged(self._ood, scores, items, groups) if level == "full" and self._ood is not None else {}
+        for index, score in scores.items():
+            text = items[index].text
+            ood, style_p = unusual.get(index, (None, None))
+            style = None if text is None else style_report(text, style_p)
+            scores[index] = replace(score, style=style, group=siblings.get(index), ood=ood)
         return [scores.get(index, outcome) for index, outcome in enumerate(outcomes)]
 
     def diagnose(self, items: Sequence[ItemState], level: DiagnosticsLevel) -> list[Outcome]:
@@ -146,19 +153,17 @@ class Diagnostician:
         return self.complete([replace(item, text=text) for item, text in zip(items, texts, strict=True)], level)
 
     def _describe(self, score: Score, sequence: TokenSequence, text: TextFacts | None) -> Score:
-        length = length_report(sequence)
-        style = None if text is None else style_report(text)
+        """Return a Score with all that concerns neither its text nor other items."""
         calibration = self.calibration
         if calibration is None:
-            return replace(score, length=length, style=style, gap="missing")
-        length = _with_reference(length, calibration)
+            return replace(score, length=length_report(sequence), gap="missing")
+        length = length_report(sequence, calibration.lengths)
         reward, num_tokens = score.reward, length.completion_tokens
         if reward is None or score.own_weights or score.step_outputs:
             # The calibration's rewards are those of other weights, or of whole texts.
             return replace(
                 score,
                 length=length,
-                style=style,
                 reward_std_epistemic=None,
                 reward_disagreement=None,
                 head_deviations=None,
@@ -167,7 +172,6 @@ class Diagnostician:
         return replace(
             score,
             length=length,
-            style=style,
             reward_z=calibration.rewards.z(reward),
             reward_percentile=calibration.rewards.percentile(reward),
             reward_length_adjusted=(
@@ -176,37 +180,26 @@ class Diagnostician:
             gap="inapplicable" if text is None else None,
         )
 
-    def _add_groups(self, scores: dict[int, Score], groups: Sequence[list[int]]) -> None:
-        for group in groups:
-            for index, report in zip(group, group_reports([scores[index] for index in group]), strict=True):
-                scores[index] = replace(scores[index], group=report)
-
-    def _add_ood(
+    def _judged(
         self,
         detector: OodDetector,
-        scores: dict[int, Score],
+        scores: Mapping[int, Score],
         items: Sequence[ItemState],
         groups: Sequence[list[int]],
-    ) -> None:
+    ) -> dict[int, tuple[OodReport, float]]:
+        """Return the OOD block and the style's p-value of each item that has statistics of text and states."""
         rows: dict[int, NDArray[np.float64]] = {}
         for index, score in scores.items():
             text = items[index].text
             if text is not None and text.statistics is not None and score.traits is not None:
                 rows[index] = np.concatenate([text.statistics, score.traits])
         if not rows:
-            return
+            return {}
         row_of = {index: row for row, index in enumerate(rows)}
         members = [np.array([row_of[index] for index in group if index in row_of], np.int64) for group in groups]
         statistics = np.stack(list(rows.values()))
         reports = detector.report(statistics, [not _is_truncated(scores[index]) for index in rows], members)
-        style_p = detector.style_p(statistics)
-        for index, row in row_of.items():
-            style = scores[index].style
-            scores[index] = replace(
-                scores[index],
-                ood=reports[row],
-                style=None if style is None else replace(style, style_p=float(style_p[row])),
-            )
+        return dict(zip(rows, zip(reports, detector.style_p(statistics).tolist(), strict=True), strict=True))
 
 
 def siblings_of(items: Sequence[ItemState], scored: Collection[int]) -> list[list[int]]:
@@ -272,14 +265,6 @@ def bare_score(score: Score) -> Score:
         own_weights=score.own_weights,
         reward_std=score.reward_std,
     )
-
-
-def _with_reference(length: LengthReport, calibration: Calibration) -> LengthReport:
-    if length.completion_tokens is None:
-        return length
-    log_length = math.log1p(length.completion_tokens)
-    lengths = calibration.lengths
-    return replace(length, length_z=lengths.z(log_length), length_percentile=lengths.percentile(log_length))
 
 
 def _finite_at(values: NDArray[np.float64] | None, index: int) -> float | None:

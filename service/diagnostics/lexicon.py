@@ -85,17 +85,18 @@ class _Phrases:
     """Phrases of one kind, matched as whole words in any case, with the words that every match contains."""
 
     def __init__(self, phrases: tuple[tuple[tuple[str, ...], str], ...]) -> None:
-        self._phrases = [(words, re.compile(rf"\b(?:{pattern})\b")) for words, pattern in phrases]
+        patterns = [(words, re.compile(rf"\b(?:{pattern})\b")) for words, pattern in phrases]
+        self._by_word = [(word, pattern) for words, pattern in patterns for word in words]
 
     def count_in(self, lowered: str) -> int:
-        return sum(len(pattern.findall(lowered)) for pattern in self._candidates(lowered))
+        return sum([len(pattern.findall(lowered)) for pattern in self._candidates(lowered)])
 
     def find_in(self, lowered: str) -> Iterator[re.Match[str]]:
         for pattern in self._candidates(lowered):
             yield from pattern.finditer(lowered)
 
-    def _candidates(self, lowered: str) -> Iterator[re.Pattern[str]]:
-        return (pattern for words, pattern in self._phrases if any(word in lowered for word in words))
+    def _candidates(self, lowered: str) -> set[re.Pattern[str]]:
+        return {pattern for word, pattern in self._by_word if word in lowered}
 
 
 _hedges = _Phrases(_HEDGES)
@@ -108,7 +109,7 @@ def count_style_markers(text: str) -> StyleMarkers:
     lowered = _lowered(text)
     return StyleMarkers(
         headers=len(_HEADER.findall(prose)) if "#" in prose else 0,
-        list_items=len(_LIST_ITEM.findall(prose)),
+        list_items=len(_LIST_ITEM.findall(prose)) if "\n" in prose else int(_LIST_ITEM.match(prose) is not None),
         bold=len(_BOLD.findall(prose)) if "**" in prose or "__" in prose else 0,
         emoji=0 if text.isascii() else len(_EMOJI.findall(text)),
         hedges=_hedges.count_in(lowered),

@@ -5,7 +5,8 @@ A count table, not a language model: it separates random tokens and shuffled wor
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -89,31 +90,58 @@ class NgramCounts:
         A passage is `PASSAGE_TOKENS` consecutive tokens, so a few odd words in a long text are seen; a text that is not
         longer than one has differences of 0.
         """
-        window = np.array(ids[:WINDOW_TOKENS], np.int64)
-        if not window.size:
-            return Surprisal()
-        uni = self._surprisal[window]
-        if window.size < 2:
-            return Surprisal(float(uni.mean()))
-        numerator = self._pairs[_slots(window)] + _PRIOR_WEIGHT * self._probability[window[1:]]
-        bi = -np.log(numerator / self._before[window[:-1]] + _FLOOR)
-        uni_mean, bi_mean = float(uni.mean()), float(bi.mean())
-        uni_passages, bi_passages = _passage_means(uni), _passage_means(bi)
-        return Surprisal(
-            uni_mean,
-            bi_mean,
-            float(uni_passages.max()) - uni_mean,
-            float(bi_passages.max()) - bi_mean,
-            uni_mean - float(uni_passages.min()),
-        )
+        return self.surprisals_of([ids])[0]
+
+    def surprisals_of(self, texts: Sequence[tuple[int, ...]]) -> list[Surprisal]:
+        """Return the `surprisals` of each text; those of many short texts cost little more than those of one."""
+        windows = [ids[:WINDOW_TOKENS] for ids in texts]
+        sizes = np.array([len(window) for window in windows], np.int64)
+        tokens = np.fromiter(chain.from_iterable(windows), np.int64, int(sizes.sum()))
+        uni, bi = self._surprisal[tokens], np.zeros(len(tokens))  # of a text's last token there is no pair
+        if len(tokens) > 1:
+            numerator = self._pairs[_slots(tokens)] + _PRIOR_WEIGHT * self._probability[tokens[1:]]
+            bi[:-1] = -np.log(numerator / self._before[tokens[:-1]] + _FLOOR)
+        ends = np.cumsum(sizes)
+        bounds = list(zip((ends - sizes).tolist(), ends.tolist(), strict=True))
+        uni_means = [_mean(uni[begin:end]) for begin, end in bounds]
+        bi_means = [_mean(bi[begin : end - 1]) if end > begin else 0.0 for begin, end in bounds]
+        uni_high, uni_low = _passages(uni, sizes, sizes, uni_means)
+        bi_high, _ = _passages(bi, sizes, np.maximum(sizes - 1, 0), bi_means)
+        return [
+            Surprisal(uni_mean, bi_mean, uni_peak - uni_mean, bi_peak - bi_mean, uni_mean - uni_dip)
+            for uni_mean, bi_mean, uni_peak, bi_peak, uni_dip in zip(
+                uni_means, bi_means, uni_high, bi_high, uni_low, strict=True
+            )
+        ]
 
 
-def _passage_means(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the mean of every `PASSAGE_TOKENS` consecutive values, or of all if there are not more."""
-    if len(values) <= PASSAGE_TOKENS:
-        return np.array([values.mean()])
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    return np.asarray((sums[PASSAGE_TOKENS:] - sums[:-PASSAGE_TOKENS]) / PASSAGE_TOKENS)
+def _mean(values: NDArray[np.float64]) -> float:
+    return float(np.add.reduce(values)) / len(values) if len(values) else 0.0
+
+
+def _passages(
+    values: NDArray[np.float64], sizes: NDArray[np.int64], known: NDArray[np.int64], means: Sequence[float]
+) -> tuple[list[float], list[float]]:
+    """Return the largest and the smallest mean of `PASSAGE_TOKENS` consecutive values of each text.
+
+    Args:
+        values: of the tokens of all texts.
+        sizes: tokens of each text.
+        known: the first values of each text that count.
+        means: of these; returned where a text has no more of them than a passage.
+    """
+    longest = int(sizes.max(initial=0))
+    if longest <= PASSAGE_TOKENS:
+        return list(means), list(means)
+    sums = np.zeros((len(sizes), 1 + longest))
+    sums[:, 1:][np.arange(longest) < sizes[:, None]] = values
+    np.cumsum(sums, axis=1, out=sums)
+    passages = (sums[:, PASSAGE_TOKENS:] - sums[:, :-PASSAGE_TOKENS]) / PASSAGE_TOKENS
+    is_within = np.arange(passages.shape[1]) <= (known - PASSAGE_TOKENS)[:, None]
+    is_long = known > PASSAGE_TOKENS
+    high = np.where(is_long, np.where(is_within, passages, -np.inf).max(axis=1), means)
+    low = np.where(is_long, np.where(is_within, passages, np.inf).min(axis=1), means)
+    return high.tolist(), low.tolist()
 
 
 def _slots(ids: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -8,16 +8,17 @@ p-value is the rank of the surprise among calibration items. Which components ar
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.diagnostics.conformal import Scores, TailMap, conformal_p
-from service.diagnostics.detectors import ONE_SIDED_TESTS, Matrix, OneSidedTests, ShrunkGaussian, TreeEnsemble
+from service.diagnostics.detectors import ONE_SIDED_TESTS, Matrix, OneSidedTests, ShrunkGaussian
 from service.diagnostics.states import PER_TAP
 from service.diagnostics.text import STATISTICS
+from service.diagnostics.trees import TreeEnsemble
 from service.records import LayerPValues, OodMode, OodReport
 
 Component: TypeAlias = Literal["text", "feature", "feature_mid", "feature_last", "oe", "siblings"]
@@ -54,10 +55,17 @@ class Detectors:
     siblings: ShrunkGaussian | None = None
     """Gaussian on deviations from the other completions of the prompt; None where the calibration had no pairs."""
 
-    def scores(self, statistics: Matrix) -> dict[Component, Scores]:
-        """Return the score of every component of single items, float64 [items] each."""
+    def scores(self, statistics: Matrix, text_surprises: Matrix | None = None) -> dict[Component, Scores]:
+        """Return the score of every component of single items, float64 [items] each.
+
+        Args:
+            statistics: float64 [items, statistics].
+            text_surprises: what ``text_tests`` returns for them; None: computed here.
+        """
+        if text_surprises is None:
+            text_surprises = self.text_tests.surprises(statistics)
         scores: dict[Component, Scores] = {
-            "text": self.text_tests.surprises(statistics).max(axis=1),
+            "text": text_surprises.max(axis=1),
             "feature": self.feature.distance(statistics),
             "feature_mid": statistics[:, distance_column(self.mid_tap)],
             "feature_last": statistics[:, distance_column(self.last_tap)],
@@ -91,10 +99,11 @@ class Ranking:
 class _CombinedScores:
     """The combined scores of a batch, item by item."""
 
-    surprise: Scores
-    reasons: Sequence[str]
-    p_components: Mapping[Component, Scores]
-    feature_distance: Scores
+    surprise: list[float]
+    p_values: Mapping[OodMode, list[float]]
+    reasons: list[str]
+    p_components: Mapping[Component, list[float]]
+    feature_distance: list[float]
 
 
 class OodDetector:
@@ -130,19 +139,15 @@ class OodDetector:
         """
         is_finite: Mask = np.asarray(np.isfinite(statistics).all(axis=1))
         statistics = np.where(is_finite[:, None], statistics, 0.0)
-        scores = self._detectors.scores(statistics)
+        tests = self._detectors.text_tests.surprises(statistics)
+        scores = self._detectors.scores(statistics, tests)
         scores["siblings"], has_siblings = self._sibling_scores(statistics, is_finite, groups)
-        combined = self._combine(statistics, scores, has_siblings)
-        references = self._ranking.references
-        p_values = {mode: conformal_p(references[mode], combined.surprise) for mode in MODES if mode in references}
-        reports = []
-        for index in range(len(statistics)):
-            mode: OodMode = "group" if has_siblings[index] else "single"
-            report = self._unusual(mode, whole[index])
-            if is_finite[index]:
-                report = self._filled(report, combined, index, float(p_values[mode][index]))
-            reports.append(report)
-        return reports
+        combined = self._combine(tests, scores, has_siblings)
+        modes: list[OodMode] = ["group" if compared else "single" for compared in has_siblings.tolist()]
+        return [
+            self._report(mode, whole[index], combined, index) if finite else self._unusual(mode, whole[index])
+            for index, (mode, finite) in enumerate(zip(modes, is_finite.tolist(), strict=True))
+        ]
 
     def style_p(self, statistics: Matrix) -> Scores:
         """Return the conformal p-value of each item's style, float64 [items]."""
@@ -162,21 +167,25 @@ class OodDetector:
                     compared[members] = True
         return scores, compared
 
-    def _combine(self, statistics: Matrix, scores: Mapping[Component, Scores], has_siblings: Mask) -> _CombinedScores:
+    def _combine(self, tests: Matrix, scores: Mapping[Component, Scores], has_siblings: Mask) -> _CombinedScores:
         references = self._ranking.references
         surprises = self._ranking.surprises(scores)
         if "siblings" in surprises:
             surprises["siblings"] = np.where(has_siblings, surprises["siblings"], 0.0)
         stacked = np.stack(list(surprises.values()), axis=1)
         names = list(surprises)
-        tests = self._detectors.text_tests.surprises(statistics).argmax(axis=1)
+        largest = stacked.max(axis=1)
         return _CombinedScores(
-            surprise=stacked.max(axis=1),
+            surprise=largest.tolist(),
+            p_values={mode: conformal_p(references[mode], largest).tolist() for mode in MODES if mode in references},
             reasons=[
-                reason_of(names[best], int(test)) for best, test in zip(stacked.argmax(axis=1), tests, strict=True)
+                reason_of(names[best], test)
+                for best, test in zip(stacked.argmax(axis=1).tolist(), tests.argmax(axis=1).tolist(), strict=True)
             ],
-            p_components={name: conformal_p(references[name], scores[name]) for name in scores if name in references},
-            feature_distance=scores["feature"],
+            p_components={
+                name: conformal_p(references[name], scores[name]).tolist() for name in scores if name in references
+            },
+            feature_distance=scores["feature"].tolist(),
         )
 
     def _unusual(self, mode: OodMode, whole: bool) -> OodReport:
@@ -193,20 +202,24 @@ class OodDetector:
             valid_for_tail=whole,
         )
 
-    def _filled(self, report: OodReport, combined: _CombinedScores, index: int, p_value: float) -> OodReport:
-        own = {name: float(values[index]) for name, values in combined.p_components.items()}
-        return replace(
-            report,
+    def _report(self, mode: OodMode, whole: bool, combined: _CombinedScores, index: int) -> OodReport:
+        own = {name: values[index] for name, values in combined.p_components.items()}
+        p_value = combined.p_values[mode][index]
+        return OodReport(
             p_value=p_value,
             flag=p_value <= self._alpha,
-            surprise=float(combined.surprise[index]),
+            mode=mode,
+            surprise=combined.surprise[index],
             reason=combined.reasons[index],
+            resolution=1.0 / (len(self._ranking.references[mode]) + 1),
+            calibration_id=self._calibration_id,
+            valid_for_tail=whole,
             p_text=own.get("text"),
             p_feature=own.get("feature"),
             p_layers=LayerPValues(own.get("feature_mid"), own.get("feature_last")),
             p_oe=own.get("oe"),
-            p_group=own.get("siblings") if report.mode == "group" else None,
-            score=float(combined.feature_distance[index]),
+            p_group=own.get("siblings") if mode == "group" else None,
+            score=combined.feature_distance[index],
         )
 
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 import math
 import re
 import string
-from collections import Counter
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from itertools import chain, repeat
 from typing import Literal, TypeAlias
 from zlib import crc32
 
@@ -19,7 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.diagnostics.lexicon import StyleMarkers
-from service.diagnostics.word_classes import CLASS_OF, CLASSES, COMMON_WORDS
+from service.diagnostics.split_text import SplitText, in_lower_case
+from service.diagnostics.word_classes import CLASSES
+from service.diagnostics.word_sets import CLASS_MEMBERS, MEMBERS, count
 
 Scale: TypeAlias = Literal["plain", "log"]
 
@@ -91,20 +92,27 @@ VERSION = "1"
 
 _DISTINCT_WINDOW = 100
 _MIN_SENTENCE_WORDS = 3
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 _BULLET = re.compile("^[ \t]*[\u2022\u2023\u2043\u25aa\u25cf\u25e6\u2013\u2014\u00b7][ \t]", re.MULTILINE)
 """Bullets beside those of markdown, which `StyleMarkers` counts."""
 
 _LETTERS = string.ascii_lowercase.encode() + b"'"
 _BLANK_UNLESS_LETTER = bytes(byte if byte in _LETTERS else 32 for byte in range(256))
+_DIGITS, _CAPITALS = string.digits.encode(), string.ascii_uppercase.encode()
+_COMMON = MEMBERS["common"]
+_SCALES = [(statistic.scale == "log", statistic.limit) for statistic in WORDING[:-1]]
 _NOT_OTHER_PUNCTUATION = b".,!?'"
 _OTHER_PUNCTUATION = bytes(byte for byte in string.punctuation.encode() if byte not in _NOT_OTHER_PUNCTUATION)
 _COMMON_BIT = np.uint8(1 << len(CLASSES))
-_BITS_OF = {
-    word: (1 << CLASS_OF[word] if word in CLASS_OF else 0) | (int(_COMMON_BIT) if word in COMMON_WORDS else 0)
-    for word in {*CLASS_OF, *COMMON_WORDS}
-}
-_MULTIPLIERS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93], np.uint64)
+_BITS_OF_CODE = bytes(
+    sum(1 << index for index, members in enumerate(CLASS_MEMBERS) if code in members)
+    | (0 if code in _COMMON else int(_COMMON_BIT))
+    for code in range(256)
+)
+"""The class of a word as a bit, and the bit of common words where it is none; a phrase has the bits of its words."""
+
+_MULTIPLIERS = np.array(
+    [[0x9E3779B97F4A7C15], [0xC2B2AE3D27D4EB4F], [0x165667B19E3779F9], [0xD6E8FEB86659FD93]], np.uint64
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,25 +133,31 @@ class Wording:
 
 
 def read_wording(
-    text: str, prompt: str, markers: StyleMarkers, prompt_hash: int, surprisal: float = math.nan
+    split: SplitText,
+    prompt_words: AbstractSet[bytes],
+    markers: StyleMarkers,
+    prompt_hash: int,
+    surprisal: float = math.nan,
 ) -> Wording:
     """Compute the statistics of a completion.
 
     Args:
-        text: the completion.
-        prompt: text of the prompt, or its last turn.
+        split: the completion.
+        prompt_words: words of the prompt, or of its last turn.
         markers: style markers of the completion.
         prompt_hash: identifies the prompt within this process.
         surprisal: mean -ln p of a token given the one before; NaN where it is unknown.
     """
-    plain = text.replace("\u2019", "'")
-    lowered = plain.lower()
-    sentences = [sentence for part in _SENTENCE_END.split(lowered) if (sentence := _words(part))]
-    words = list(chain.from_iterable(sentences))
-    phrases, kinds = _phrases(words[: MAX_PHRASES + PHRASE_WORDS - 1])
-    values = _values(plain, sentences, words, phrases, markers, set(_words(prompt.lower())))
+    lowered = in_lower_case(split)
+    phrases, kinds = _phrases(lowered)
+    values = _values(split, lowered, phrases, markers, prompt_words)
     values.append(surprisal)
     return Wording(np.array(values), phrases, kinds, prompt_hash)
+
+
+def words_of(text: str) -> frozenset[bytes]:
+    """Return the distinct words of a text."""
+    return frozenset(text.lower().encode("ascii", "replace").translate(_BLANK_UNLESS_LETTER).split())
 
 
 def shown(statistic: Statistic, value: float) -> float:
@@ -152,73 +166,62 @@ def shown(statistic: Statistic, value: float) -> float:
 
 
 def _values(
-    plain: str,
-    sentences: list[list[bytes]],
-    words: list[bytes],
+    split: SplitText,
+    lowered: SplitText,
     phrases: NDArray[np.uint32],
     markers: StyleMarkers,
-    prompt_words: set[bytes],
+    prompt_words: AbstractSet[bytes],
 ) -> list[float]:
-    num_words, num_chars = max(1, len(words)), max(1, len(plain))
-    ascii_text = plain.encode("ascii", "ignore")
-    classes = Counter(map(CLASS_OF.get, words))
-    common = [sum(map(COMMON_WORDS.__contains__, sentence)) for sentence in sentences]
-    empty = sum(
-        len(sentence) >= _MIN_SENTENCE_WORDS and known >= len(sentence) - len(sentence) // 10
-        for sentence, known in zip(sentences, common, strict=True)
-    )
-    list_items = markers.list_items + (0 if len(ascii_text) == len(plain) else len(_BULLET.findall(plain)))
+    text, ascii_only, words, codes = split.text, split.ascii_only, lowered.words, lowered.codes
+    num_words, num_chars, num_sentences = max(1, len(words)), max(1, len(text)), len(lowered.spaced_sentence_sizes)
+    num_foreign = len(text) - len(ascii_only)
+    empty = sum(map(_is_empty, lowered.codes_of(lowered.spaced_sentence_sizes)))
+    list_items = markers.list_items + (len(_BULLET.findall(text)) if num_foreign else 0)
     distinct = set(words)
     first = words[:_DISTINCT_WINDOW]
     raw = [
         len(words),
-        len(sentences),
-        len(words) / max(1, len(sentences)),
+        num_sentences,
+        len(words) / max(1, num_sentences),
         sum(map(len, words)) / num_words,
         100.0 * len(set(first)) / max(1, len(first)),
         empty,
-        100.0 * sum(common) / num_words,
-        *(100.0 * classes[index] / num_words for index in range(len(CLASSES))),
-        plain.count("?"),
-        plain.count("!"),
+        100.0 * count(codes, _COMMON) / num_words,
+        *(100.0 * count(codes, members) / num_words for members in CLASS_MEMBERS),
+        text.count("?"),
+        text.count("!"),
         list_items,
         100.0 * (list_items > 0),
         markers.headers + markers.bold,
-        plain.strip().count("\n"),
-        100.0 * plain.count(",") / num_words,
-        100.0 * _count(ascii_text, _OTHER_PUNCTUATION) / num_words,
-        100.0 * _count(ascii_text, string.digits.encode()) / num_chars,
-        100.0 * _count(ascii_text, string.ascii_uppercase.encode()) / num_chars,
-        100.0 * (len(plain) - len(ascii_text)) / num_chars,
+        text.strip().count("\n"),
+        100.0 * text.count(",") / num_words,
+        100.0 * count(ascii_only, _OTHER_PUNCTUATION) / num_words,
+        100.0 * count(ascii_only, _DIGITS) / num_chars,
+        100.0 * count(ascii_only, _CAPITALS) / num_chars,
+        100.0 * (num_foreign - text.count("\u2019") if num_foreign else 0) / num_chars,
         100.0 * len(distinct & prompt_words) / max(1, len(distinct)),
-        100.0 * (1.0 - len(np.unique(phrases)) / len(phrases)) if len(phrases) else 0.0,
+        100.0 * (1.0 - len(set(phrases.tolist())) / len(phrases)) if len(phrases) else 0.0,
     ]
     return [
-        math.log1p(value) if statistic.scale == "log" else min(value, statistic.limit)
-        for value, statistic in zip(raw, WORDING[:-1], strict=True)
+        math.log1p(value) if is_log else min(value, limit) for value, (is_log, limit) in zip(raw, _SCALES, strict=True)
     ]
 
 
-def _words(lowered: str) -> list[bytes]:
-    return lowered.encode("ascii", "replace").translate(_BLANK_UNLESS_LETTER).split()
+def _is_empty(codes: bytes) -> bool:
+    """Whether a sentence has common words alone, or hardly others."""
+    return len(codes) >= _MIN_SENTENCE_WORDS and count(codes, _COMMON) >= len(codes) - len(codes) // 10
 
 
-def _phrases(words: list[bytes]) -> tuple[NDArray[np.uint32], NDArray[np.uint8]]:
+def _phrases(split: SplitText) -> tuple[NDArray[np.uint32], NDArray[np.uint8]]:
     """Return the hash of each phrase, and the kinds that it is of."""
+    words = split.words[: MAX_PHRASES + PHRASE_WORDS - 1]
     num = len(words) - PHRASE_WORDS + 1
     if num <= 0:
         return np.empty(0, np.uint32), np.empty(0, np.uint8)
-    codes = np.fromiter(map(crc32, words), np.uint64, len(words))
-    bits = np.fromiter(map(_BITS_OF.get, words, repeat(0)), np.uint8, len(words))
-    hashes, any_of, all_of = np.zeros(num, np.uint64), np.zeros(num, np.uint8), np.full(num, _COMMON_BIT)
-    for offset in range(PHRASE_WORDS):
-        own = slice(offset, offset + num)
-        hashes += codes[own] * _MULTIPLIERS[offset]
-        any_of |= bits[own]
-        all_of &= bits[own]
-    kinds = (any_of & ~_COMMON_BIT) | all_of
-    return (hashes >> np.uint64(64 - PHRASE_BITS)).astype(np.uint32), kinds
-
-
-def _count(text: bytes, characters: bytes) -> int:
-    return len(text) - len(text.translate(None, characters))
+    hashes = _MULTIPLIERS * np.fromiter(map(crc32, words), np.uint64, len(words))
+    bits = np.frombuffer(split.codes[: len(words)].translate(_BITS_OF_CODE), np.uint8)
+    phrases, kinds = hashes[0, :num], bits[:num]
+    for offset in range(1, PHRASE_WORDS):
+        phrases = phrases + hashes[offset, offset : offset + num]
+        kinds = kinds | bits[offset : offset + num]
+    return (phrases >> np.uint64(64 - PHRASE_BITS)).astype(np.uint32), kinds ^ _COMMON_BIT

@@ -52,9 +52,16 @@ class StateForm:
         rest = np.maximum(squared - np.einsum("ij,ij->i", on_axes, on_axes), 0.0)
         return on_axes, squared, rest
 
-    def statistics(self, states: NDArray[np.float32]) -> Matrix:
-        """Return the numbers named in `PER_TAP`, float64 [items, 5]; NaN or infinite where a state is."""
-        on_axes, squared, rest = self.coordinates(states)
+    def statistics(
+        self, states: NDArray[np.float32], coordinates: tuple[Matrix, Scores, Scores] | None = None
+    ) -> Matrix:
+        """Return the numbers named in `PER_TAP`, float64 [items, 5]; NaN or infinite where a state is.
+
+        Args:
+            states: float32 [items, hidden].
+            coordinates: of these states; None: computed here.
+        """
+        on_axes, squared, rest = coordinates or self.coordinates(states)
         distance = (on_axes**2 / self.variances).sum(axis=1) + rest / self.residual
         norm = np.sqrt(np.einsum("ij,ij->i", states, states, dtype=np.float64))
         cosine = (states @ self.mean) / (norm * self._mean_norm + _TINY)
@@ -90,9 +97,16 @@ class LaplaceFactor:
     def _inverse(self) -> Matrix:
         return np.asarray(np.linalg.inv(self.cholesky), np.float64)
 
-    def reward_std(self, states: NDArray[np.float32]) -> Scores:
-        """Return the standard deviation of the reward, in units of reward, for states [items, hidden]."""
-        on_axes, _, rest = self.form.coordinates(states)
+    def reward_std(
+        self, states: NDArray[np.float32], coordinates: tuple[Matrix, Scores, Scores] | None = None
+    ) -> Scores:
+        """Return the standard deviation of the reward, in units of reward.
+
+        Args:
+            states: float32 [items, hidden].
+            coordinates: of these states on the axes of ``form``; None: computed here.
+        """
+        on_axes, _, rest = coordinates or self.form.coordinates(states)
         whitened = on_axes @ self._inverse.T
         deviation: Scores = np.sqrt((whitened**2).sum(axis=1) + rest / self.prior)
         return deviation
@@ -121,3 +135,14 @@ class StateReader:
     def reward_std(self, states: NDArray[np.float32]) -> Scores | None:
         """Return the standard deviation of each reward, float64 [items]; None without a Laplace factor."""
         return None if self.laplace is None else self.laplace.reward_std(states[:, self.head_tap])
+
+    def read(self, states: NDArray[np.float32]) -> tuple[Matrix, Scores | None]:
+        """Return `statistics` and `reward_std`, for states [items, taps, hidden]; each tap is projected once."""
+        coordinates = [form.coordinates(states[:, tap]) for tap, form in enumerate(self.forms)]
+        statistics = np.concatenate(
+            [form.statistics(states[:, tap], coordinates[tap]) for tap, form in enumerate(self.forms)], axis=1
+        )
+        if self.laplace is None:
+            return statistics, None
+        own = coordinates[self.head_tap] if self.laplace.form is self.forms[self.head_tap] else None
+        return statistics, self.laplace.reward_std(states[:, self.head_tap], own)

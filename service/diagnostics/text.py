@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import string
 import zlib
-from collections import Counter
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
@@ -18,8 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.diagnostics.lexicon import FENCED_CODE, StyleMarkers, count_style_markers
-from service.diagnostics.ngrams import WINDOW_TOKENS, NgramCounts, Surprisal
-from service.diagnostics.phrasing import Wording, read_wording
+from service.diagnostics.ngrams import NgramCounts, Surprisal
+from service.diagnostics.phrasing import Wording, read_wording, words_of
+from service.diagnostics.split_text import SplitText, split_text
+from service.diagnostics.token_facts import PromptTokens, TokenFacts, completion_tokens, read_tokens
+from service.diagnostics.word_sets import count
 from service.diagnostics.wording import WordFacts, read_words
 from service.records import Exchange, Item, StyleReport, TokenSequence
 
@@ -72,8 +75,8 @@ MIN_ZLIB_BYTES = 40
 SHORT_ZLIB_RATIO = 0.9
 """The ratio assigned to a text below `MIN_ZLIB_BYTES`, whose compressed form would be mostly header."""
 
-TYPE_TOKEN_WINDOW = 100
-MIN_FOUR_GRAMS = 20
+_READ_TOGETHER = 32
+"""Completions whose tokens are looked up at once."""
 
 _LETTERS = string.ascii_letters.encode() + b"'"
 _PUNCTUATION = string.punctuation.encode()
@@ -101,26 +104,6 @@ class CharFacts:
     """Compressed size over uncompressed size, see `zlib_ratio`."""
 
     markers: StyleMarkers
-
-
-@dataclass(frozen=True, slots=True)
-class TokenFacts:
-    """Statistics of the first `WINDOW_TOKENS` token ids of a completion."""
-
-    repeat4: float
-    """Share of 4-grams that occurred before in the completion."""
-
-    top4: float
-    """Share of the most frequent 4-gram; 0 for `MIN_FOUR_GRAMS` 4-grams or fewer."""
-
-    type_token: float
-    """Distinct tokens over tokens, within the first `TYPE_TOKEN_WINDOW` tokens (type-token ratio)."""
-
-    overlap: float
-    """Share of tokens that also occur in the prompt."""
-
-    copied: float
-    """Share of 3-grams that also occur in the last `WINDOW_TOKENS` of the prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,37 +141,101 @@ class TextReader:
             sequence: the same item, tokenized.
             full: whether to compute token statistics and the vector of statistics too.
         """
-        content = item.content
-        if not isinstance(content, Exchange) or sequence.num_prompt_tokens is None:
-            return None
-        chars = read_chars(content.completion_text)
-        if not full:
-            return TextFacts(chars, wording=wording_of(content, chars))
+        return self.read_all([(item, sequence)], full=full)[0]
+
+    def read_all(self, items: Sequence[tuple[Item, TokenSequence]], *, full: bool) -> list[TextFacts | None]:
+        """Return what `read` does of each item; what completions share, prompts and arrays, is made once."""
+        found: list[TextFacts | None] = []
+        prompts = _Prompts()
+        for start in range(0, len(items), _READ_TOGETHER):
+            chunk = [_Completion.of(*item, self._special_ids) for item in items[start : start + _READ_TOGETHER]]
+            known = [completion for completion in chunk if completion is not None]
+            facts = iter(self._read_full(known, prompts) if full else [_read_basic(one, prompts) for one in known])
+            found += [None if completion is None else next(facts) for completion in chunk]
+        return found
+
+    def _read_full(self, completions: Sequence[_Completion], prompts: _Prompts) -> list[TextFacts]:
+        surprisals: Sequence[Surprisal | None] = [None] * len(completions)
+        if self._ngrams is not None:
+            surprisals = self._ngrams.surprisals_of([completion.own_tokens for completion in completions])
+        return [_read_full(*one, prompts) for one in zip(completions, surprisals, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Completion:
+    """A completion and its prompt."""
+
+    content: Exchange
+    prompt_tokens: tuple[int, ...]
+
+    own_tokens: tuple[int, ...]
+    """Without what the chat template appends."""
+
+    num_tokens: int
+    """With what the chat template appends."""
+
+    @classmethod
+    def of(cls, item: Item, sequence: TokenSequence, special_ids: AbstractSet[int]) -> _Completion | None:
+        """Return the completion of an item; None where prompt and completion cannot be separated."""
         num_prompt = sequence.num_prompt_tokens
-        completion = completion_tokens(sequence.token_ids[num_prompt:], self._special_ids)
-        tokens = read_tokens(completion, sequence.token_ids[:num_prompt])
-        if self._ngrams is None:
-            return TextFacts(chars, tokens, wording=wording_of(content, chars))
-        surprisal = self._ngrams.surprisals(completion)
-        words = read_words(content.completion_text)
-        statistics = statistics_of(chars, tokens, words, surprisal, sequence.num_tokens - num_prompt)
-        return TextFacts(chars, tokens, statistics, wording_of(content, chars, surprisal.bi))
+        if not isinstance(item.content, Exchange) or num_prompt is None:
+            return None
+        own_tokens = completion_tokens(sequence.token_ids[num_prompt:], special_ids)
+        return cls(item.content, sequence.token_ids[:num_prompt], own_tokens, sequence.num_tokens - num_prompt)
 
 
-def read_chars(text: str) -> CharFacts:
+class _Prompts:
+    """What was computed of prompts, for the other completions of the same request."""
+
+    def __init__(self) -> None:
+        self._tokens: dict[tuple[int, ...], PromptTokens] = {}
+        self._words: dict[str, frozenset[bytes]] = {}
+
+    def tokens(self, ids: tuple[int, ...]) -> PromptTokens:
+        found = self._tokens.get(ids)
+        if found is None:
+            found = self._tokens[ids] = PromptTokens(ids)
+        return found
+
+    def words(self, text: str) -> frozenset[bytes]:
+        found = self._words.get(text)
+        if found is None:
+            found = self._words[text] = words_of(text)
+        return found
+
+
+def _read_basic(completion: _Completion, prompts: _Prompts) -> TextFacts:
+    split = split_text(completion.content.completion_text)
+    chars = read_chars(split)
+    return TextFacts(chars, wording=_wording_of(completion.content, split, chars, prompts))
+
+
+def _read_full(completion: _Completion, surprisal: Surprisal | None, prompts: _Prompts) -> TextFacts:
+    split = split_text(completion.content.completion_text)
+    chars = read_chars(split)
+    tokens = read_tokens(completion.own_tokens, prompts.tokens(completion.prompt_tokens))
+    if surprisal is None:
+        return TextFacts(chars, tokens, wording=_wording_of(completion.content, split, chars, prompts))
+    statistics = statistics_of(chars, tokens, read_words(split), surprisal, completion.num_tokens)
+    wording = _wording_of(completion.content, split, chars, prompts, surprisal.bi)
+    return TextFacts(chars, tokens, statistics, wording)
+
+
+def read_chars(split: SplitText) -> CharFacts:
     """Return the character statistics of a completion."""
-    ascii_only = text.encode("ascii", "ignore")
-    letters = text.encode("ascii", "replace").translate(_BLANK_UNLESS_LETTER)
-    num_runs = len(letters.split())
+    text, ascii_only = split.text, split.ascii_only
+    num_runs = len(split.words)
+    if "\u2019" in text:  # which is part of a word, and not of a run of ASCII letters
+        num_runs = len(text.encode("ascii", "replace").translate(_BLANK_UNLESS_LETTER).split())
     prose = FENCED_CODE.sub("", text) if "```" in text else text
     return CharFacts(
         chars=len(text),
         words=len(prose.split()),
         non_ascii=len(text) - len(ascii_only),
-        punctuation=_count(ascii_only, _PUNCTUATION),
-        digits=_count(ascii_only, _DIGITS),
-        upper=_count(ascii_only, _UPPER),
-        word_length=_count(ascii_only, _LETTERS) / num_runs if num_runs else 0.0,
+        punctuation=count(ascii_only, _PUNCTUATION),
+        digits=count(ascii_only, _DIGITS),
+        upper=count(ascii_only, _UPPER),
+        word_length=count(ascii_only, _LETTERS) / num_runs if num_runs else 0.0,
         zlib_ratio=zlib_ratio(text),
         markers=count_style_markers(text),
     )
@@ -198,38 +245,6 @@ def zlib_ratio(text: str) -> float:
     """Return compressed over uncompressed size (zlib level 1) of the first `ZLIB_CHARS`; low for repetitive text."""
     raw = text[:ZLIB_CHARS].encode("utf-8", "surrogatepass")
     return len(zlib.compress(raw, 1)) / len(raw) if len(raw) >= MIN_ZLIB_BYTES else SHORT_ZLIB_RATIO
-
-
-def completion_tokens(ids: tuple[int, ...], special_ids: AbstractSet[int]) -> tuple[int, ...]:
-    """Remove what the chat template appends to a completion: its closing special token and the whitespace after it."""
-    for end in range(len(ids) - 1, max(-1, len(ids) - 4), -1):
-        if ids[end] in special_ids:
-            return ids[:end]
-    return ids
-
-
-def read_tokens(completion: tuple[int, ...], prompt: tuple[int, ...]) -> TokenFacts:
-    """Return the token statistics of a completion."""
-    ids = completion[:WINDOW_TOKENS]
-    if not ids:
-        return TokenFacts(0.0, 0.0, 0.0, 0.0, 0.0)
-    four_grams = Counter(zip(ids, ids[1:], ids[2:], ids[3:], strict=False))
-    num_four_grams = max(0, len(ids) - 3)
-    first = ids[:TYPE_TOKEN_WINDOW]
-    return TokenFacts(
-        repeat4=1 - len(four_grams) / num_four_grams if num_four_grams else 0.0,
-        top4=max(four_grams.values()) / num_four_grams if num_four_grams > MIN_FOUR_GRAMS else 0.0,
-        type_token=len(set(first)) / len(first),
-        overlap=sum(map(set(prompt).__contains__, ids)) / len(ids),
-        copied=_share_copied(ids, prompt[-WINDOW_TOKENS:]),
-    )
-
-
-def _share_copied(ids: tuple[int, ...], prompt: tuple[int, ...]) -> float:
-    if len(ids) < 3:
-        return 0.0
-    known = set(zip(prompt, prompt[1:], prompt[2:], strict=False))
-    return sum(map(known.__contains__, zip(ids, ids[1:], ids[2:], strict=False))) / (len(ids) - 2)
 
 
 def statistics_of(
@@ -280,11 +295,18 @@ def statistics_of(
     )
 
 
-def wording_of(content: Exchange, chars: CharFacts, surprisal: float = math.nan) -> Wording:
+def wording_of(content: Exchange) -> Wording:
     """Return how a completion is worded, compared with the last turn of its prompt."""
+    split = split_text(content.completion_text)
+    return _wording_of(content, split, read_chars(split), _Prompts())
+
+
+def _wording_of(
+    content: Exchange, split: SplitText, chars: CharFacts, prompts: _Prompts, surprisal: float = math.nan
+) -> Wording:
     prompt = content.prompt
-    question = prompt if isinstance(prompt, str) else prompt[-1].text
-    return read_wording(content.completion_text, question, chars.markers, hash((prompt, content.tools)), surprisal)
+    question = prompts.words(prompt if isinstance(prompt, str) else prompt[-1].text)
+    return read_wording(split, question, chars.markers, hash((prompt, content.tools)), surprisal)
 
 
 def style_report(facts: TextFacts, style_p: float | None = None) -> StyleReport:
@@ -304,10 +326,6 @@ def style_report(facts: TextFacts, style_p: float | None = None) -> StyleReport:
         prompt_overlap=None if tokens is None else tokens.overlap,
         style_p=style_p,
     )
-
-
-def _count(text: bytes, characters: bytes) -> int:
-    return len(text) - len(text.translate(None, characters))
 
 
 def _per_100(count: int, total: int) -> float:

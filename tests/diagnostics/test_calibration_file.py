@@ -43,6 +43,10 @@ def test_a_calibration_that_was_read_gives_the_same_reports(calibration: Calibra
     states = np.random.default_rng(2).normal(size=(5, len(TAPS), 8)).astype(np.float32)
     assert read.states.statistics(states) == pytest.approx(calibration.states.statistics(states))
     assert read.states.reward_std(states) == pytest.approx(calibration.states.reward_std(states))
+    statistics, stds = read.states.read(states)
+    assert statistics.tolist() == read.states.statistics(states).tolist()
+    assert stds is not None
+    assert stds.tolist() == pytest.approx(read.states.reward_std(states))
     assert read.ngrams.surprisal((1, 2, 3)) == calibration.ngrams.surprisal((1, 2, 3))
     assert read.length_curve.adjusted(1.0, 40) == calibration.length_curve.adjusted(1.0, 40)
     assert read.rewards.percentile(0.3) == calibration.rewards.percentile(0.3)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.diagnostics.conformal import MAX_QUANTILES, TailMap, conformal_p, thinned
+from service.diagnostics.conformal import MAX_QUANTILES, TailMap, TailMaps, conformal_p, thinned
 
 NUMBERS = st.floats(-1e6, 1e6, allow_subnormal=False)
 
@@ -63,6 +63,23 @@ def test_first_variation_of_a_constant_is_large_but_finite() -> None:
     (surprise,) = TailMap.of_test(np.zeros(500))(np.array([1.0]))
 
     assert 30 < surprise < 40
+
+
+def test_several_maps_at_once_are_each_applied_to_its_column() -> None:
+    """Columns with references of different sizes, with and without a tail that varies, give what each map gives."""
+    rng = np.random.default_rng(0)
+    maps = [
+        TailMap.of_test(np.zeros(500)),
+        TailMap.of_component(rng.normal(size=80)),
+        TailMap.of_test(rng.normal(size=3000)),
+    ]
+    scores = rng.normal(0, 3, size=(40, 3))
+
+    together = TailMaps(maps)(scores)
+
+    assert together.tolist() == np.stack([one(column) for one, column in zip(maps, scores.T, strict=True)], 1).tolist()
+    ranks = [1 + (maps[1].reference >= score).sum() for score in scores[:, 1]]
+    assert np.all(together[:, 1] >= -np.log(np.array(ranks) / 81) - 1e-12)
 
 
 def test_long_references_are_thinned_to_their_quantiles() -> None:

@@ -9,14 +9,26 @@ import numpy as np
 import pytest
 
 from service.diagnostics.lexicon import count_style_markers
-from service.diagnostics.phrasing import MAX_PHRASES, PHRASE_BITS, PHRASE_KINDS, WORDING, Wording, read_wording, shown
+from service.diagnostics.phrasing import (
+    MAX_PHRASES,
+    PHRASE_BITS,
+    PHRASE_KINDS,
+    WORDING,
+    Wording,
+    read_wording,
+    shown,
+    words_of,
+)
+from service.diagnostics.split_text import split_text
+from service.diagnostics.text import wording_of
 from service.diagnostics.word_classes import CLASSES
+from service.records import Exchange
 
 NAMES = [statistic.name for statistic in WORDING]
 
 
 def read(text: str, prompt: str = "How do I boil an egg?") -> Wording:
-    return read_wording(text, prompt, count_style_markers(text), hash(prompt), 2.5)
+    return read_wording(split_text(text), words_of(prompt), count_style_markers(text), hash(prompt), 2.5)
 
 
 def value(text: str, name: str) -> float:
@@ -97,4 +109,4 @@ def test_a_phrase_has_the_kinds_of_its_words() -> None:
 def test_the_text_is_not_shown() -> None:
     """Neither the statistics nor the hashes are part of the printed form."""
     assert "secret" not in repr(read("a secret text of some words"))
-    assert math.isnan(read_wording("a", "b", count_style_markers("a"), 1).values[NAMES.index("token_surprisal")])
+    assert math.isnan(wording_of(Exchange("b", "a")).values[NAMES.index("token_surprisal")])

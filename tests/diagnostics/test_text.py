@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 from service.diagnostics.lexicon import count_style_markers, find_style_markers
 from service.diagnostics.ngrams import NgramCounts
 from service.diagnostics.repetition import find_repetitions
+from service.diagnostics.split_text import split_text
 from service.diagnostics.text import (
     STATISTICS,
     TextReader,
-    completion_tokens,
     read_chars,
-    read_tokens,
     style_report,
     zlib_ratio,
 )
+from service.diagnostics.token_facts import PromptTokens, completion_tokens, read_tokens
 from service.records import Exchange, Item, TemplatedText, TokenIds, TokenSequence
 
 MARKDOWN = """# Title
@@ -115,13 +115,13 @@ def test_repetitions_are_the_counted_4_grams() -> None:
 
     assert find_repetitions(ids, spans) == [(10, 17), (20, 29)]
     assert find_repetitions(ids, [(index, index + 1) for index in range(len(ids))]) == [(5, 9), (10, 15)]
-    assert read_tokens(ids, ()).repeat4 == pytest.approx(3 / 12)
+    assert read_tokens(ids, PromptTokens(())).repeat4 == pytest.approx(3 / 12)
     assert find_repetitions((1, 2, 3), [(0, 1)] * 3) == []
 
 
 def test_characters_by_hand() -> None:
     """Every class of characters is counted once, and words of other scripts count as words."""
-    chars = read_chars("Ab1! \u4f60\u597d \U0001f680 don't")
+    chars = read_chars(split_text("Ab1! \u4f60\u597d \U0001f680 don't"))
 
     assert (chars.chars, chars.words, chars.non_ascii) == (15, 4, 3)
     assert (chars.punctuation, chars.digits, chars.upper) == (2, 1, 1)
@@ -139,12 +139,47 @@ def test_compression_uses_the_first_characters() -> None:
 
 def test_tokens_by_hand() -> None:
     """Five 4-grams of which three differ; five distinct tokens of eight; half of the tokens occur in the prompt."""
-    facts = read_tokens((1, 2, 3, 4, 1, 2, 3, 4), (1, 2, 9))
+    facts = read_tokens((1, 2, 3, 4, 1, 2, 3, 4), PromptTokens((1, 2, 9)))
 
     assert facts.repeat4 == pytest.approx(1 - 4 / 5)
     assert facts.type_token == pytest.approx(4 / 8)
     assert facts.overlap == pytest.approx(4 / 8)
     assert facts.top4 == 0.0  # too few 4-grams
+
+
+def test_the_most_frequent_4_gram_counts_in_longer_texts() -> None:
+    """Of 24 4-grams one occurs six times, all others once or more rarely than that."""
+    facts = read_tokens((1, 2, 3, 4) * 6 + (5, 6, 7), PromptTokens(()))
+
+    assert facts.top4 == pytest.approx(6 / 24)
+    assert facts.repeat4 == pytest.approx(1 - 7 / 24)
+
+
+def test_items_that_are_read_together_have_the_statistics_of_each_alone() -> None:
+    """Completions of shared and of other prompts, and items without a separate completion, keep their places."""
+    reader = TextReader(NgramCounts.of([(1, 2, 3), (3, 4)], 20), {19})
+    texts = ["One. Two!", "", "It\u2019s \u00fcber.\n- a", "One. Two!", "\u0130t is."]
+    items = [(Item(TokenIds((1, 2))), TokenSequence((1, 2)))]
+    for number in range(40):
+        tokens = tuple((number * 7 + place) % 11 for place in range(number))
+        prompt = (1, 2, 3, number % 3)
+        exchange = Exchange(f"prompt {number % 3}", texts[number % len(texts)])
+        items.append((Item(exchange), TokenSequence((*prompt, *tokens, 19), num_prompt_tokens=4)))
+
+    for full in (False, True):
+        together = reader.read_all(items, full=full)
+        assert together[0] is None
+        for found, (item, sequence) in zip(together[1:], items[1:], strict=True):
+            alone = reader.read(item, sequence, full=full)
+            assert found is not None
+            assert alone is not None
+            assert (found.chars, found.tokens) == (alone.chars, alone.tokens)
+            assert found.wording is not None
+            assert alone.wording is not None
+            assert found.wording.values.tobytes() == alone.wording.values.tobytes()
+            assert found.wording.phrases.tolist() == alone.wording.phrases.tolist()
+            assert (found.statistics is None) == (not full)
+            assert full is False or found.statistics.tobytes() == alone.statistics.tobytes()  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("ids", [(), (1,), (1, 2, 3)])

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 
 from service.diagnostics.ngrams import PASSAGE_TOKENS, NgramCounts
-from service.diagnostics.text import read_chars, read_tokens
+from service.diagnostics.split_text import split_text
+from service.diagnostics.text import read_chars
+from service.diagnostics.token_facts import PromptTokens, read_tokens
 from service.diagnostics.wording import WordFacts, read_words
 
 TEXT = "You might be right, I think.\n\n- it's <b>great</b>\nHuman: Perhaps?\n"
@@ -13,7 +18,7 @@ TEXT = "You might be right, I think.\n\n- it's <b>great</b>\nHuman: Perhaps?\n"
 
 def test_words_and_lines_by_hand() -> None:
     """Each class of words is counted once, whatever the case; blank lines do not count."""
-    assert read_words(TEXT) == WordFacts(
+    assert read_words(split_text(TEXT)) == WordFacts(
         words=12,
         second_person=1,
         first_person=1,
@@ -48,6 +53,22 @@ def test_a_passage_of_odd_tokens_is_seen() -> None:
     assert odd.uni_dip > clean.uni_dip
 
 
+def test_texts_that_are_read_together_have_the_surprisals_of_each_alone() -> None:
+    """Whatever lies beside a text, empty, of one token, short or long, its figures are exactly the same."""
+    rng = random.Random(0)
+    texts = [tuple(rng.choices(range(50), k=size)) for size in (0, 1, 2, 12, 13, 14, 200, 40, 1, 0, 1500)]
+    counts = NgramCounts.of(texts[:8], 50)
+
+    together = counts.surprisals_of(texts)
+
+    assert together == [counts.surprisals(text) for text in texts]
+    assert counts.surprisals_of([]) == []
+    window = np.array([counts.surprisal((token,))[0] for token in texts[7]])
+    passages = [window[begin : begin + PASSAGE_TOKENS].mean() for begin in range(len(window) - PASSAGE_TOKENS + 1)]
+    assert together[7].uni_peak == pytest.approx(max(passages) - window.mean())
+    assert together[7].uni_dip == pytest.approx(window.mean() - min(passages))
+
+
 @pytest.mark.parametrize("ids", [(), (1,), (1, 2), (1,) * PASSAGE_TOKENS])
 def test_a_short_text_is_one_passage(ids: tuple[int, ...]) -> None:
     """Without a second passage there is no difference between passages."""
@@ -58,6 +79,7 @@ def test_a_short_text_is_one_passage(ids: tuple[int, ...]) -> None:
 
 def test_copied_3_grams() -> None:
     """Two of three 3-grams of the completion occur in the prompt."""
-    assert read_tokens((1, 2, 3, 4, 9), (0, 1, 2, 3, 4)).copied == pytest.approx(2 / 3)
-    assert read_tokens((1, 2), (1, 2)).copied == 0.0
-    assert read_chars("").words == 0
+    assert read_tokens((1, 2, 3, 4, 9), PromptTokens((0, 1, 2, 3, 4))).copied == pytest.approx(2 / 3)
+    assert read_tokens((1, 2), PromptTokens((1, 2))).copied == 0.0
+    assert read_tokens((3, 2, 1, 9), PromptTokens((1, 2, 3))).copied == 0.0
+    assert read_chars(split_text("")).words == 0

@@ -13,7 +13,17 @@ from tiny_calibration import made_up_text
 from tiny_models import write_tiny_causal_lm, write_tiny_checkpoint
 from transformers import AutoModelForCausalLM
 
-from examples.overoptimisation.figure import draw, first_alarms, lead_time, moving_mean, summarise
+from examples.overoptimisation.figure import (
+    draw,
+    error_of_moving_mean,
+    first_alarms,
+    is_in_time,
+    lead_time,
+    moving_mean,
+    summarise,
+    table,
+    write_summary,
+)
 from examples.overoptimisation.run import main
 from examples.overoptimisation.samples import labelled_pairs, read_rows, write_first_blocks, write_rows
 
@@ -60,14 +70,34 @@ def test_the_moving_mean_is_centred() -> None:
     assert moving_mean([0.0, 1.0, 2.0, 3.0, 4.0], 3) == [0.5, 1.0, 2.0, 3.0, 3.5]
 
 
+def test_an_alarm_is_in_time_up_to_a_tenth_after_the_peak() -> None:
+    """Of a peak at update 20, update 22 is the last in time; an alarm that never comes is not."""
+    assert is_in_time({"a": 22, "b": 40}, 20)
+    assert not is_in_time({"a": 23}, 20)
+    assert not is_in_time({}, 20)
+
+
+def test_the_error_of_the_moving_mean_is_that_of_noise_and_not_of_a_trend() -> None:
+    """Independent noise of standard deviation 2 about a slope: the mean of nine has an error of two thirds."""
+    rng = random.Random(0)
+    values = [0.05 * step + rng.gauss(0.0, 2.0) for step in range(2000)]
+    assert error_of_moving_mean(values, 9) == pytest.approx(2 / 3, rel=0.05)
+    assert error_of_moving_mean(values[:8], 9) is None
+
+
 def staged_run(num_steps: int, peak: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The proxy reward rises for ever, gold falls after the peak; two drift alarms after a warning by chance."""
     metrics, rows = [], []
     for step in range(1, num_steps + 1):
         alarms = ["ood_rate"] * (step == 2) + ["cusum_reward"] * (step >= 4) + ["cusum_surprise"] * (step >= 12)
+        alarms += ["drift_start"] * (step >= 30)
         metrics.append(
             {"step": step, "reward": float(step), "kl": 0.1, "length": 30.0, "ood_p": 0.5, "drift": 0.1 * step}
-            | {"alarms": alarms}
+            | {
+                "wording": 0.03 * step,
+                "alarms": alarms,
+                "changes": {"drift_start": [["words", 9, step]]} if step >= 30 else {},
+            }
         )
         gold = float(min(step, 2 * peak - step))
         rows += [{"step": step, "input_reward": step + noise, "reward": gold + noise} for noise in (-0.5, 0.5)]
@@ -75,11 +105,27 @@ def staged_run(num_steps: int, peak: int) -> tuple[list[dict[str, Any]], list[di
 
 
 def test_a_staged_run_is_summarised_and_drawn(tmp_path: Path) -> None:
-    """The peak and both lead times are those that were staged; the picture is small enough for the repository."""
+    """Peaks, lead times and what came in time are those that were staged; what is committed of them is small."""
     summary = summarise({0: staged_run(60, 20), 1: staged_run(60, 40)})
     assert [run["gold_peak_step"] for run in summary["runs"]] == [20, 40]
     assert [run["lead_time_of_drift_alarms"] for run in summary["runs"]] == [-16, -36]
     assert [run["lead_time_without_reward"] for run in summary["runs"]] == [-8, -28]
+    assert [run["lead_time_of_wording"] for run in summary["runs"]] == [10, -10]
+    assert [run["wording_in_time"] for run in summary["runs"]] == [False, True]
+    assert [run["changes"] for run in summary["runs"]] == [{"drift_start": [["words", 9, 30]]}] * 2
+    assert summary["all"] == {
+        "runs": 2,
+        "median_gold_peak_step": 30,
+        "median_lead_time_without_reward": -18,
+        "median_lead_time_of_wording": 0,
+        "in_time": 2,
+        "wording_in_time": 1,
+    }
+    assert table(summary)[2].startswith("| 0 | ")
+    assert "| 12: `cusum_surprise` | 30: `drift_start` | yes, no |" in table(summary)[2]
+    write_summary(summary, tmp_path / "summary.json")
+    assert (tmp_path / "summary.json").stat().st_size < 400 * 120
+    assert json.loads((tmp_path / "summary.json").read_text())["all"] == summary["all"]
     assert summary["runs"][0]["steps"][0]["gold"] == pytest.approx(1.0)
     draw(summary, tmp_path / "picture.png")
     assert 10_000 < (tmp_path / "picture.png").stat().st_size < 200_000

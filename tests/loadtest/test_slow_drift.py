@@ -12,7 +12,7 @@ import pytest
 
 from loadtest.plausible_hacks import EDITS
 from loadtest.slow_drift import main
-from loadtest.slow_drift_streams import Streams, sentence
+from loadtest.slow_drift_streams import Streams, sentence, summary_lines
 from loadtest.worded_items import CLEAN, read_measured
 from service.diagnostics.lexicon import count_style_markers
 from service.diagnostics.monitors.drift_report import Change
@@ -100,6 +100,27 @@ def test_the_report_has_shares_directions_and_false_alarms(measured: Path, tmp_p
     assert all(found["start"] <= 0.5 for found in report["hacks"].values())
     assert report["false_alarms"]["alarms"] == {}
     assert all(found["example"] for found in report["variants"].values())
+
+
+def test_the_summary_says_what_the_aims_are_about() -> None:
+    """Shares by hack, runs in which the names are right, and false alarms, as numbers of runs and batches."""
+    report = {
+        "runs": 10,
+        "prompts": 5,
+        "items": 10,
+        "taps": 2,
+        "variants": {"padding 1": {"real": 1.0, "named": 0.7}, "padding 2": {"real": 0.9, "named": 1.0}},
+        "hacks": {"padding": {"start": 0.1234}},
+        "false_alarms": {"batches": 1000, "streams": 2, "alarms": {"start": 1, "calibration": 2}},
+    }
+
+    share, real, named, alarms, items = summary_lines(report)
+
+    assert share == "Median share at the first alarm: padding 12.3%. Aim: at most 20%."
+    assert real.endswith("has changed in 19.")
+    assert "17 of 20" in named
+    assert alarms.startswith("3 false alarms in 1000 clean batches")
+    assert "2 taps" in items
 
 
 def test_a_change_in_words() -> None:

@@ -11,6 +11,7 @@ from service.diagnostics.lexicon import count_style_markers
 from service.diagnostics.monitors.observation import Observation, ObservedItems
 from service.diagnostics.monitors.reference import MonitorReference, fit_reference
 from service.diagnostics.phrasing import read_wording
+from service.diagnostics.split_text import split_text
 from service.records import OodReport, Score, StyleReport
 
 
@@ -99,6 +100,6 @@ def worded_stream(num_prompts: int, *, seed: int, hedged: float = 0.0, first_pro
             cut = rng.integers(5, len(words))
             sentences = [words[:cut], words[cut:], [HEDGE]] if rng.random() < hedged else [words[:cut], words[cut:]]
             text = " ".join(" ".join(sentence).capitalize() + "." for sentence in sentences if sentence)
-            wording = read_wording(text, "", count_style_markers(text), prompt)
+            wording = read_wording(split_text(text), frozenset(), count_style_markers(text), prompt)
             seen.append(Observation(Score(float(rng.normal())), prompt, len(words), wording=wording))
     return seen

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy.stats import percentileofscore
 
+from service.diagnostics.split_text import split_text
 from service.diagnostics.text import CharFacts, read_chars
 from service.records import Message
 from training.audit.scored_pairs import Completions, LengthUnit
@@ -73,7 +74,7 @@ def _describe(completions: Completions, index: int, rank: int, unit: LengthUnit,
         side=completions.sides[index],
         length=float(length),
         length_percentile=percentile,
-        remarks=[*_length_remarks(percentile, length, unit), *style_remarks(read_chars(text))],
+        remarks=[*_length_remarks(percentile, length, unit), *style_remarks(read_chars(split_text(text)))],
         prompt=None if hide_texts else prompt,
         completion=None if hide_texts else text,
     )

@@ -31,10 +31,23 @@ class DriftSubject:
     """Of the calibration, in the order of the statistics; None: runs are compared with their own start only."""
 
     @classmethod
-    def of(cls, taps: Sequence[StateTap], reference: DriftReference | None) -> DriftSubject:
-        """Return the subject of a model whose states are read at these taps."""
+    def of(
+        cls, taps: Sequence[StateTap], reference: DriftReference | None, num_prompts: int = NUM_PROMPTS
+    ) -> DriftSubject:
+        """Return the subject of a model.
+
+        Args:
+            taps: where its states are read.
+            reference: of its calibration, which has batches of `NUM_PROMPTS` prompts.
+            num_prompts: prompts of a batch. The more there are, the more phrases are shared, so with another number
+                these have no reference.
+        """
         statistics = (*WORDING, *SHARED, *state_statistics(taps))
-        return cls(statistics, None if reference is None else reference.aligned([entry.name for entry in statistics]))
+        if reference is None:
+            return cls(statistics)
+        if num_prompts != NUM_PROMPTS:
+            reference = reference.without({entry.name for entry in SHARED})
+        return cls(statistics, reference.aligned([entry.name for entry in statistics]))
 
 
 UNCALIBRATED = DriftSubject()
@@ -84,14 +97,16 @@ def groups_of(items: Sequence[Observation]) -> list[list[Observation]]:
 
 
 class DriftMonitor:
-    """Compares a stream of items with its start and with the calibration, in batches of `NUM_PROMPTS` prompts.
+    """Compares a stream of items with its start and with the calibration, in batches of prompts.
 
     Args:
         subject: what is compared.
         false_alarm_batches: designed mean number of batches between two false alarms of all comparisons together.
+        num_prompts: prompts of a batch; the same for which the subject was made.
     """
 
-    def __init__(self, subject: DriftSubject, false_alarm_batches: int) -> None:
+    def __init__(self, subject: DriftSubject, false_alarm_batches: int, num_prompts: int = NUM_PROMPTS) -> None:
+        self._num_prompts = num_prompts
         self._num_states = len(subject.statistics) - len(WORDING) - len(SHARED)
         self._pending: list[list[Observation]] = []
         scarce = np.array([statistic.scarce for statistic in subject.statistics])
@@ -100,9 +115,9 @@ class DriftMonitor:
     def observe(self, items: Sequence[Observation]) -> None:
         """Add items; all completions of a prompt within a request must be among them."""
         self._pending += groups_of(items)
-        while len(self._pending) >= NUM_PROMPTS:
-            self._detector.step(batch_moments(self._pending[:NUM_PROMPTS], self._num_states))
-            del self._pending[:NUM_PROMPTS]
+        while len(self._pending) >= self._num_prompts:
+            self._detector.step(batch_moments(self._pending[: self._num_prompts], self._num_states))
+            del self._pending[: self._num_prompts]
 
     def state(self) -> DriftState:
         """Return the state by value, as of the last full batch."""

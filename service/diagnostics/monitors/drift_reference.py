@@ -5,7 +5,7 @@ A calibration without it, or with one of another version, serves as before; runs
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,12 @@ class DriftReference:
     def certainty(self) -> NDArray[np.float64]:
         """Infinite where the mean is known, because `allowed` has its error; 0 where it is not, [columns]."""
         return np.where(np.isnan(self.means), 0.0, np.inf)
+
+    def without(self, columns: Collection[str]) -> DriftReference:
+        """Return the other statistics."""
+        chosen = [index for index, name in enumerate(self.columns) if name not in columns]
+        names = tuple(self.columns[index] for index in chosen)
+        return DriftReference(names, self.means[chosen], self.errors[chosen], self.num_items)
 
     def aligned(self, columns: Sequence[str]) -> DriftReference:
         """Return the statistics in another order; NaN for those that the calibration lacks."""

@@ -129,7 +129,7 @@ class Monitor:
         self._num_alarms: Counter[str] = Counter()
         self._num_batches = 0
         self._num_closed = 0
-        self._drift = DriftMonitor(subject, settings.false_alarm_batches)
+        self._drift = DriftMonitor(subject, settings.false_alarm_batches, settings.drift_prompts)
         self.seen_at = 0.0
         """When a request of the run was last seen, in seconds of the clock; set by the owner."""
 

@@ -36,7 +36,7 @@ SHARED: tuple[Statistic, ...] = (
 """What `share_phrases` computes of each completion, in this order."""
 
 NUM_PROMPTS = 128
-"""Prompts whose completions are compared with each other."""
+"""Prompts whose completions are compared with each other, in the calibration and without another setting."""
 
 WIDELY = 3
 """Other prompts whose completions have a widely shared phrase, at least."""

@@ -21,6 +21,7 @@ from service.diagnostics.monitors.drift_monitor import (
     groups_of,
     state_statistics,
 )
+from service.diagnostics.monitors.drift_report import changes_of
 from service.diagnostics.monitors.monitor import Monitor, Monitors, describe_state, merge_states
 from service.diagnostics.monitors.observation import Observation
 from service.diagnostics.monitors.publisher import watch_stream
@@ -171,6 +172,21 @@ def test_batches_have_a_fixed_number_of_prompts() -> None:
 
     assert small.state().num_batches == large.state().num_batches == 3
     assert small.state().recent.sums == pytest.approx(large.state().recent.sums, rel=1e-12)
+
+
+def test_smaller_batches_answer_sooner(calibrated: DriftSubject) -> None:
+    """With 32 prompts a batch a run has four times as many, and phrases that prompts share have no reference."""
+    subject = DriftSubject.of((), calibrated.reference, 32)
+    monitor = Monitor(SETTINGS.model_copy(update={"drift_prompts": 32}), None, subject=subject)
+    fed(monitor, worded_stream(6 * NUM_PROMPTS, seed=8))
+
+    state = monitor.state().drift
+    names = [statistic.name for statistic in subject.statistics]
+    compared = {change.statistic for change in changes_of(state, subject, "calibration")}
+    assert state.num_batches == 24
+    assert {change.statistic for change in changes_of(state, subject, "start")} >= {entry.name for entry in SHARED}
+    assert compared == set(names) - {"token_surprisal"} - {entry.name for entry in SHARED}
+    assert not any(comparison.alarm for comparison in state.comparisons.values())
 
 
 def test_a_prompt_with_many_completions_takes_limited_memory() -> None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from service.diagnostics.lexicon import count_style_markers
 from service.diagnostics.monitors.shared_phrases import SHARED, WIDELY, SharedPhrases, share_phrases
-from service.diagnostics.phrasing import Wording, read_wording
+from service.diagnostics.phrasing import Wording
+from service.diagnostics.text import wording_of
+from service.records import Exchange
 
 NAMES = [statistic.name for statistic in SHARED]
 
 
 def wording(text: str) -> Wording:
-    return read_wording(text, "", count_style_markers(text), 0)
+    return wording_of(Exchange("", text))
 
 
 def compare(*texts: str, prompts: list[int] | None = None) -> SharedPhrases:

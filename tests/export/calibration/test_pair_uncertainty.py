@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from export.calibration.pair_uncertainty import MAIN_FIGURE, measure_pairs, retention_area
+from export.calibration.pair_uncertainty import MAIN_FIGURE, RETAINED, measure_pairs, retained_errors, retention_area
 from service.records import OodReport, Score
 
 NUM_PAIRS = 400
@@ -49,6 +49,7 @@ def test_a_figure_that_knows_is_told_from_one_that_does_not() -> None:
     assert distance.behind_error is not None
     assert distance.behind > 5 * distance.behind_error
     assert main.retention_area is not None
+    assert max(main.retained_errors) < 0.05 < min(distance.retained_errors)
     assert found.ideal_area < main.retention_area < 0.5 * found.random_area
 
 
@@ -73,3 +74,6 @@ def test_retention_by_hand() -> None:
 
     assert retention_area(wrong, np.array([9.0, 1.0, 2.0, 3.0])) == pytest.approx(1 / 16)
     assert retention_area(wrong, np.array([0.0, 1.0, 2.0, 3.0])) == pytest.approx(4 / 16)
+    assert RETAINED == (0.75, 0.5, 0.25)
+    assert retained_errors(wrong, np.array([9.0, 1.0, 2.0, 3.0])) == (0.0, 0.0, 0.0)
+    assert retained_errors(wrong, np.array([0.0, 1.0, 2.0, 3.0])) == pytest.approx((1 / 3, 1 / 2, 1.0))
