@@ -37,13 +37,15 @@ def simulated_faults(oracle: Mapping[str, Any]) -> OracleFaults:
 
     Args:
         oracle: ``seconds_per_token``, the duration of a pass; ``leaked_bytes``, which stay in use for each sequence;
-            and ``control_bytes``, whether the control characters of `service.engines.oracle` trigger faults.
+            ``memory_tokens``, above which a pass runs out of memory; and ``control_bytes``, whether the control
+            characters of `service.engines.oracle` trigger faults.
     """
     triggered = OracleFaults.by_control_bytes() if oracle.get("control_bytes") else OracleFaults()
     return replace(
         triggered,
         seconds_per_token=oracle.get("seconds_per_token", 0.0),
         leaked_bytes=oracle.get("leaked_bytes", 0),
+        memory_tokens=oracle.get("memory_tokens"),
     )
 
 

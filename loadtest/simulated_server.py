@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import socket
@@ -133,13 +134,30 @@ class SimulatedServer:
         """
         file = self._folder / "redeployed.yaml"
         file.write_text(yaml.safe_dump(serve_config(urlsplit(self.url).port or 0, simulation)), encoding="utf-8")
-        dashboard = _DASHBOARD.search((self._folder / LOG).read_text(errors="replace"))
-        if dashboard is None:
-            raise ServerStartError("Ray's REST interface does not run, so nothing can be deployed.")
-        command = [_serve_command(), "deploy", "--address", f"http://{dashboard[1]}", str(file)]
+        command = [_serve_command(), "deploy", "--address", self._dashboard(), str(file)]
         done = subprocess.run(command, env=self._environment, capture_output=True, text=True, check=False)  # noqa: S603
         if done.returncode != 0:
             raise ServerStartError(f"serve deploy ended with status {done.returncode}: {done.stderr[-1000:]}")
+
+    def application_state(self) -> str:
+        """Return the state of the application as Ray reports it, such as ``RUNNING`` or ``DEPLOY_FAILED``."""
+        request = urllib.request.Request(  # noqa: S310 - Ray's own address
+            f"{self._dashboard()}/api/serve/applications/",
+            headers={"Authorization": f"Bearer {Path(self._environment['RAY_AUTH_TOKEN_PATH']).read_text()}"},
+        )
+        with _DIRECT.open(request, timeout=30.0) as answer:
+            return str(json.loads(answer.read())["applications"]["reward"]["status"])
+
+    def _dashboard(self) -> str:
+        """Return the URL of Ray's REST interface.
+
+        Raises:
+            ServerStartError: it does not run.
+        """
+        found = _DASHBOARD.search((self._folder / LOG).read_text(errors="replace"))
+        if found is None:
+            raise ServerStartError("Ray's REST interface does not run, so nothing can be deployed.")
+        return f"http://{found[1]}"
 
 
 @contextlib.contextmanager

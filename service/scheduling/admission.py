@@ -40,8 +40,8 @@ SIMILAR_DEADLINE = 1.25
 it may still be computed in time."""
 
 PATIENT_S = 30.0
-"""With more seconds to its deadline a request may wait for `USED_SHARE` of them also under overload. Its caller is a job
-that needs all its answers, and gains nothing from a short queue."""
+"""With more seconds to its deadline a request may wait for `USED_SHARE` of them also under overload. Its caller is a
+job that needs all its answers, and gains nothing from a short queue."""
 
 
 class Throughput:
