@@ -23,7 +23,7 @@ PROBES = 20
 def cancellations(options: ExperimentOptions) -> list[Finding]:
     """R18: a tenth of ``items`` requests whose callers close their connections while they wait."""
     num_cancelled = max(AT_ONCE, options.items // 10)
-    with simulated_server(Simulation(1, 1 / options.tokens_per_s, 1024)) as server:
+    with simulated_server(Simulation(1, 1 / options.tokens_per_s, 1024), options.runtime) as server:
         before_s, cancelled_s, after_s = asyncio.run(_cancel(Address.of(server.url), num_cancelled))
         scored = total(server.url, "rm_items_total", outcome="ok")
     computed = scored - 2 * PROBES

@@ -88,6 +88,7 @@ def _experiment_options(options: Namespace) -> ExperimentOptions:
         items=options.items,
         duration_s=options.duration,
         kill_every_s=options.kill_every,
+        runtime=options.runtime,
         tokens_per_s=options.tokens_per_s,
         seed=options.seed,
         model=options.model,
@@ -106,6 +107,8 @@ def _parser() -> CommandParser:
         "kills of a replica (default: %(default)s)")  # fmt: skip
     add("--tokens-per-s", type=number_between(1, 1e9), default=defaults.tokens_per_s, help="of a replica's simulated "
         "forward pass (default: %(default)s)")  # fmt: skip
+    add("--runtime", choices=("ray", "local"), default=defaults.runtime, help="of experiments with one replica that do "
+        "not need Ray (default: %(default)s)")  # fmt: skip
     add(
         "--model",
         type=Path,

@@ -31,7 +31,7 @@ def faulty_items(options: ExperimentOptions) -> list[Finding]:
     simulation = Simulation(1, 0.0, 65_536, oracle={"control_bytes": True})
     failed_good, answered_bad, not_finite = 0, 0, 0
     source = EqualItems(ITEM_BYTES, options.seed)
-    with simulated_server(simulation) as server:
+    with simulated_server(simulation, options.runtime) as server:
         before = server.processes("replica")
         for byte in KINDS.values():
             for number in range(REQUESTS_OF_A_KIND):

@@ -39,7 +39,7 @@ def _slope_mb(options: ExperimentOptions, leaked_bytes: int, progress: RunProgre
     simulation = Simulation(1, 0.0, 65_536, oracle={"leaked_bytes": leaked_bytes})
     title = "memory of a replica that leaks" if leaked_bytes else "memory of a replica"
     progress.tell(f"{title}, start")
-    with simulated_server(simulation) as server:
+    with simulated_server(simulation, options.runtime) as server:
         progress.tell(f"{title}, warm-up")
         asyncio.run(_score(server, int(options.items * WARM_UP_SHARE)))
         samples = [(0, resident_mb(server))]

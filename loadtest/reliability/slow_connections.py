@@ -48,7 +48,7 @@ class Round:
 def slow_connections(options: ExperimentOptions) -> list[Finding]:
     """R20: 500 connections of one byte a second, from a process of their own, beside good requests."""
     simulation = Simulation(1, 1 / options.tokens_per_s, 1024)
-    with simulated_server(simulation) as server:
+    with simulated_server(simulation, options.runtime) as server:
         alone, beside = asyncio.run(_measure(options, server))
     p99_alone, p99_beside = (statistics.median(one.p99_s for one in rounds) for rounds in (alone, beside))
     good, items = (sum(getattr(one.good, name) for one in beside) for name in ("good_items", "items"))

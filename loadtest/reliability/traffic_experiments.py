@@ -100,7 +100,7 @@ def _run(
 ) -> tuple[list[StreamSummary], list[PhaseCost]]:
     """Run the phases against one replica of the oracle with a delay, and check every reward."""
     simulation = Simulation(1, 1 / options.tokens_per_s, 1024, settings=settings)
-    with simulated_server(simulation) as server:
+    with simulated_server(simulation, options.runtime) as server:
         address = Address.of(server.url)
         planner = RequestPlanner(
             EqualItems(item_bytes, options.seed), timeout_ms=round(1000 * within_s), seed=options.seed
