@@ -31,7 +31,7 @@ ITEMS_PER_REQUEST = 32
 QUEUE_S = 20.0
 """Of work when the signal comes; the drain has six seconds."""
 MAX_REQUESTS = 400
-ACCEPTED_WITHIN_S = 30.0
+ACCEPTED_WITHIN_S = 120.0
 ENDS_WITHIN_S = 15.0
 GIVE_UP_S = 60.0
 
