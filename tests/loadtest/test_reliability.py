@@ -125,6 +125,15 @@ def test_damaged_checkpoints_are_refused(damage: str, tmp_path: Path) -> None:
         open_checkpoint(tmp_path, ModelSettings())
 
 
+@pytest.mark.slow
+def test_an_experiment_without_ray(tmp_path: Path) -> None:
+    """Faulty items fail alone on a server that the experiment starts, and the metrics are the client's counts."""
+    assert main(["faulty-items", "--runtime", "local", "--items", "1000", "--out", str(tmp_path)]) == 0
+
+    found = json.loads((tmp_path / "faulty-items.json").read_text())
+    assert {"R5", "R10", "R11", "R23"} <= {one["goal"] for one in found["findings"]}
+
+
 def test_an_unknown_experiment_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     """The names of those that exist are given."""
     with pytest.raises(SystemExit):
