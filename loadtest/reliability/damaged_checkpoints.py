@@ -112,7 +112,7 @@ DAMAGES: Mapping[str, Callable[[Path], None]] = {
     "header of the weights overwritten": _spoil_header,
     "NaN in the weights": _put_nan,
     "no weights": lambda folder: (folder / WEIGHTS).unlink(),
-    "another architecture": lambda folder: _change_config(folder, {"architectures": ["Qwen2ForCausalLM"]}),
+    "another architecture": lambda folder: _change_config(folder, {"model_type": "bert"}),
     "other dimensions": lambda folder: _change_config(folder, {"hidden_size": 256}),
     "no tokenizer": _remove_tokenizer,
 }
