@@ -45,7 +45,7 @@ class Termination:
     """Requests by what came back: ``scored``, the code of a problem, or the exception."""
     without_retry_after: int
     status: float
-    """Exit status; infinite where the process did not end."""
+    """Exit status; infinite where the process did not end, or it is not known."""
     seconds: float
     orphans: int
 
@@ -116,9 +116,10 @@ async def _until_accepted(url: str, items: int) -> None:
 
 def _exit_status(process: psutil.Process) -> float:
     try:
-        return float(process.wait(GIVE_UP_S))
+        status = process.wait(GIVE_UP_S)
     except psutil.TimeoutExpired:
         return math.inf
+    return math.inf if status is None else float(status)
 
 
 def _outcomes(run: PhaseRun) -> Counter[str]:
