@@ -38,6 +38,11 @@ class Address:
             parts.hostname or "127.0.0.1", parts.port or (443 if uses_tls else 80), parts.path.rstrip("/"), uses_tls
         )
 
+    @property
+    def url(self) -> str:
+        """The address as a URL."""
+        return f"{'https' if self.uses_tls else 'http'}://{self.host}:{self.port}{self.prefix}"
+
     def tls_context(self) -> ssl.SSLContext | None:
         """Return a context that verifies the server's certificate; None where the URL is plain HTTP."""
         return ssl.create_default_context() if self.uses_tls else None

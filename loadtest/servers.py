@@ -39,12 +39,17 @@ class RunningServer:
 
     def cpu_s(self) -> float:
         """Return the CPU seconds so far of the process and all its living descendants."""
-        spent = 0.0
-        for process in (self.process, *self.process.children(recursive=True)):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                times = process.cpu_times()
-                spent += times.user + times.system
-        return spent
+        return family_cpu_s(self.process)
+
+
+def family_cpu_s(process: psutil.Process) -> float:
+    """Return the CPU seconds so far of a process and all its living descendants."""
+    spent = 0.0
+    for member in (process, *process.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = member.cpu_times()
+            spent += times.user + times.system
+    return spent
 
 
 @contextlib.contextmanager
@@ -102,7 +107,7 @@ def _running(
     Raises:
         ServerStartError: it ended before it was ready, or was not ready in time; names the log.
     """
-    port = _free_port()
+    port = free_port()
     log = log_folder / f"{name}.log"
     with log.open("wb") as output:
         process = subprocess.Popen(  # noqa: S603  (fixed commands)
@@ -154,7 +159,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a TCP port of the loopback interface that is free at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -7,13 +7,11 @@ reward can be checked.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
+from loadtest.simulated_oracle import simulated_faults
 from service.app import RewardReplica, deployment_of
 from service.assembly import ServedModel, assemble_oracle
-from service.engines.oracle import OracleFaults
 from service.settings import Settings, read_settings
 
 ORACLE = "oracle"
@@ -30,21 +28,6 @@ class SimulatedReplica(RewardReplica):
     def assemble(self, settings: Settings) -> ServedModel:
         """Assemble the oracle with the salt, the delay and the faults of the arguments."""
         return assemble_oracle(settings, salt=self._oracle.get("salt", ""), faults=simulated_faults(self._oracle))
-
-
-def simulated_faults(oracle: Mapping[str, Any]) -> OracleFaults:
-    """Return the faults of an oracle.
-
-    Args:
-        oracle: ``seconds_per_token``, the duration of a pass; ``leaked_bytes``, which stay in use for each sequence;
-            and ``control_bytes``, whether the control characters of `service.engines.oracle` trigger faults.
-    """
-    triggered = OracleFaults.by_control_bytes() if oracle.get("control_bytes") else OracleFaults()
-    return replace(
-        triggered,
-        seconds_per_token=oracle.get("seconds_per_token", 0.0),
-        leaked_bytes=oracle.get("leaked_bytes", 0),
-    )
 
 
 simulated_deployment: Any = deployment_of(SimulatedReplica)

@@ -1,8 +1,12 @@
-"""Starts the simulated application with any number of replicas behind HAProxy, by Ray's own command ``serve run``."""
+"""Starts the simulated application.
+
+Any number of replicas behind HAProxy, by Ray's own command ``serve run``; or one replica, by the local runtime.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import socket
@@ -11,10 +15,10 @@ import sys
 import time
 import urllib.request
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 from urllib.parse import urlsplit
 
 import psutil
@@ -25,7 +29,9 @@ from service.launch.ports import reserved_block
 from service.launch.private_folder import private_folder, write_token
 from service.launch.ray_environment import direct_loopback, ray_environment
 
+Runtime: TypeAlias = Literal["ray", "local"]
 APPLICATION = "loadtest.simulated_app:build_app"
+LOCAL_COMMAND = "loadtest.simulated_local"
 READY_WITHIN_S = 600.0
 STOP_WITHIN_S = 20.0
 NOT_FOR_SERVE_RUN = (
@@ -42,7 +48,12 @@ _DASHBOARD = re.compile(r"dashboard at \S*?(\d+\.\d+\.\d+\.\d+:\d+)")
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
-PARTS = {"replica": "ServeReplica", "proxy": "haproxy ", "controller": "ServeController", "raylet": "raylet/raylet "}
+PARTS = {
+    "replica": ("ServeReplica", LOCAL_COMMAND),
+    "proxy": ("haproxy ",),
+    "controller": ("ServeController",),
+    "raylet": ("raylet/raylet ",),
+}
 """What the command line of a process contains, by the part of the server that it is."""
 
 
@@ -75,11 +86,8 @@ def serve_config(port: int, simulation: Simulation) -> dict[str, Any]:
             "route_prefix": "/",
             "import_path": APPLICATION,
             "args": {
-                "model": {"engine": "oracle"},
                 "oracle": {"seconds_per_token": simulation.seconds_per_token, **simulation.oracle},
-                "batching": {"max_batch_tokens": simulation.max_batch_tokens},
-                "log": os.devnull,
-                **simulation.settings,
+                **_settings(simulation),
             },
             "deployments": [{
                 "name": "reward",
@@ -89,6 +97,15 @@ def serve_config(port: int, simulation: Simulation) -> dict[str, Any]:
             }],
         }],
     }  # fmt: skip
+
+
+def _settings(simulation: Simulation) -> dict[str, Any]:
+    return {
+        "model": {"engine": "oracle"},
+        "batching": {"max_batch_tokens": simulation.max_batch_tokens},
+        "log": os.devnull,
+        **simulation.settings,
+    }
 
 
 class SimulatedServer:
@@ -110,7 +127,7 @@ class SimulatedServer:
     def cpu_s(self) -> Mapping[str, float]:
         """Return the CPU seconds so far by part: ``replicas``, ``proxy`` and ``ray`` (everything else)."""
         spent: defaultdict[str, float] = defaultdict(float)
-        for process in self._process.children(recursive=True):
+        for process in (self._process, *self._process.children(recursive=True)):
             with contextlib.suppress(psutil.NoSuchProcess):
                 times = process.cpu_times()
                 spent[_part_of(" ".join(process.cmdline()))] += times.user + times.system
@@ -119,9 +136,10 @@ class SimulatedServer:
     def processes(self, part: str) -> list[psutil.Process]:
         """Return the living processes of a part, one of `PARTS`."""
         found = []
-        for process in self._process.children(recursive=True):
+        for process in (self._process, *self._process.children(recursive=True)):
             with contextlib.suppress(psutil.NoSuchProcess):
-                if PARTS[part] in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
+                command = " ".join(process.cmdline())
+                if any(name in command for name in PARTS[part]) and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
         return found
 
@@ -133,22 +151,60 @@ class SimulatedServer:
         """
         file = self._folder / "redeployed.yaml"
         file.write_text(yaml.safe_dump(serve_config(urlsplit(self.url).port or 0, simulation)), encoding="utf-8")
-        dashboard = _DASHBOARD.search((self._folder / LOG).read_text(errors="replace"))
-        if dashboard is None:
-            raise ServerStartError("Ray's REST interface does not run, so nothing can be deployed.")
-        command = [_serve_command(), "deploy", "--address", f"http://{dashboard[1]}", str(file)]
+        command = [_serve_command(), "deploy", "--address", self._dashboard(), str(file)]
         done = subprocess.run(command, env=self._environment, capture_output=True, text=True, check=False)  # noqa: S603
         if done.returncode != 0:
             raise ServerStartError(f"serve deploy ended with status {done.returncode}: {done.stderr[-1000:]}")
 
+    def application_state(self) -> str:
+        """Return the state of the application as Ray reports it, such as ``RUNNING`` or ``DEPLOY_FAILED``."""
+        request = urllib.request.Request(  # noqa: S310 - Ray's own address
+            f"{self._dashboard()}/api/serve/applications/",
+            headers={"Authorization": f"Bearer {Path(self._environment['RAY_AUTH_TOKEN_PATH']).read_text()}"},
+        )
+        with _DIRECT.open(request, timeout=30.0) as answer:
+            return str(json.loads(answer.read())["applications"]["reward"]["status"])
+
+    def _dashboard(self) -> str:
+        """Return the URL of Ray's REST interface.
+
+        Raises:
+            ServerStartError: it does not run.
+        """
+        found = _DASHBOARD.search((self._folder / LOG).read_text(errors="replace"))
+        if found is None:
+            raise ServerStartError("Ray's REST interface does not run, so nothing can be deployed.")
+        return f"http://{found[1]}"
+
 
 @contextlib.contextmanager
-def simulated_server(simulation: Simulation) -> Iterator[SimulatedServer]:
+def simulated_server(simulation: Simulation, runtime: Runtime = "ray") -> Iterator[SimulatedServer]:
     """Run a simulation until the block ends.
 
     Raises:
-        ServerStartError: it ended before it was ready, or was not ready in time.
+        ServerStartError: it ended before it was ready, or was not ready in time; or the local runtime is to have
+            several replicas.
     """
+    if runtime == "local" and simulation.replicas > 1:
+        raise ServerStartError("The local runtime has one replica; this needs Ray.")
+    with (_with_ray if runtime == "ray" else _without_ray)(simulation) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def _without_ray(simulation: Simulation) -> Iterator[SimulatedServer]:
+    with private_folder() as folder:
+        port = _free_port()
+        file = folder / "config.yaml"
+        file.write_text(yaml.safe_dump(_settings(simulation) | {"server": {"port": port}}), encoding="utf-8")
+        oracle = json.dumps({"seconds_per_token": simulation.seconds_per_token, **simulation.oracle})
+        command = [sys.executable, "-m", LOCAL_COMMAND, oracle, "--config", str(file)]
+        with _started(command, dict(os.environ), folder, port, 1) as process:
+            yield SimulatedServer(f"http://127.0.0.1:{port}", process, folder, os.environ)
+
+
+@contextlib.contextmanager
+def _with_ray(simulation: Simulation) -> Iterator[SimulatedServer]:
     with private_folder() as folder, reserved_block(port := _free_port(), simulation.replicas) as (ports, owners):
         file = folder / "serve_config.yaml"
         file.write_text(yaml.safe_dump(serve_config(port, simulation)), encoding="utf-8")
@@ -159,22 +215,37 @@ def simulated_server(simulation: Simulation) -> Iterator[SimulatedServer]:
         for name in NOT_FOR_SERVE_RUN:
             environment.pop(name)
         environment = {**os.environ, **environment}
-        log = folder / LOG
-        with log.open("wb") as output:
-            process = subprocess.Popen(  # noqa: S603 - a fixed command
-                [_serve_command(), "run", str(file)],
-                env=environment,
-                stdout=output,
-                stderr=output,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-                pass_fds=owners,
-            )
-        try:
-            _await_all(process, port, simulation.replicas, log)
-            yield SimulatedServer(f"http://127.0.0.1:{port}", psutil.Process(process.pid), folder, environment)
-        finally:
-            _stop(process)
+        command = [_serve_command(), "run", str(file)]
+        with _started(command, environment, folder, port, simulation.replicas, owners) as process:
+            yield SimulatedServer(f"http://127.0.0.1:{port}", process, folder, environment)
+
+
+@contextlib.contextmanager
+def _started(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    folder: Path,
+    port: int,
+    replicas: int,
+    owners: Sequence[int] = (),
+) -> Iterator[psutil.Process]:
+    """Run a command until the block ends, which begins when all replicas answer; its output is in the folder."""
+    log = folder / LOG
+    with log.open("wb") as output:
+        process = subprocess.Popen(  # noqa: S603 - a fixed command
+            command,
+            env=environment,
+            stdout=output,
+            stderr=output,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            pass_fds=owners,
+        )
+    try:
+        _await_all(process, port, replicas, log)
+        yield psutil.Process(process.pid)
+    finally:
+        _stop(process)
 
 
 def _serve_command() -> str:
@@ -186,9 +257,7 @@ def _await_all(process: subprocess.Popen[bytes], port: int, replicas: int, log: 
     give_up_at = time.monotonic() + READY_WITHIN_S
     while time.monotonic() < give_up_at:
         if process.poll() is not None or DEPLOY_FAILED in log.read_text(errors="replace"):
-            raise ServerStartError(
-                f"serve run did not start the application: {log.read_text(errors='replace')[-2000:]}"
-            )
+            raise ServerStartError(f"The simulation did not start: {log.read_text(errors='replace')[-2000:]}")
         with contextlib.suppress(OSError), _DIRECT.open(f"http://127.0.0.1:{port}/metrics", timeout=10.0) as answer:
             if answer.read().decode().count("\nrm_ready{") == replicas:
                 return
@@ -197,7 +266,7 @@ def _await_all(process: subprocess.Popen[bytes], port: int, replicas: int, log: 
 
 
 def _part_of(command: str) -> str:
-    if "ServeReplica" in command:
+    if any(name in command for name in PARTS["replica"]):
         return "replicas"
     return "proxy" if "haproxy" in command.lower() or "ProxyActor" in command else "ray"
 

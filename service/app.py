@@ -24,6 +24,7 @@ from service.diagnostics.monitors.monitor import MonitorView, merge_views
 from service.errors import HttpError, NotReady
 from service.http.access_log import AccessLog
 from service.http.open_requests import OpenRequests
+from service.http.ray_headers import GATE
 from service.http.routes import create_app
 from service.http.tracing import request_tracer
 from service.launch.exposure import keys_for
@@ -75,7 +76,7 @@ class RewardReplica:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Return the HTTP application; Ray calls this once, after the constructor."""
-        return create_app(
+        app = create_app(
             self._served,
             self._metrics_of_all_replicas,
             self._access_log,
@@ -85,6 +86,8 @@ class RewardReplica:
             host_echoes_request_id=True,
             tracer=self._tracer,
         )
+        GATE.refusals = app.state.unread_refusals
+        return app
 
     async def check_health(self) -> None:
         """Raise if this replica must be replaced; Ray calls this every few seconds."""

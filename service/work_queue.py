@@ -72,7 +72,8 @@ class WorkQueue:
     def admit(self, key: Hashable, num_tokens: int, *, deadline: float) -> None:
         """Reserve room for a request with a deadline in seconds of the clock, as `Queue.admit`."""
         with self._changed:
-            self._queue.admit(key, num_tokens, time_left_s=deadline - self._clock())
+            now = self._clock()
+            self._queue.admit(key, num_tokens, now=now, time_left_s=deadline - now)
 
     def put(self, key: Hashable, state: QueuedWork, *, now: float, deadline: float) -> None:
         """Put the work of a request into the queue and wake the engine thread.

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 from loadtest.contenders import Setup, changed
 from loadtest.engine_work import tokenize
@@ -17,6 +18,7 @@ from loadtest.measuring_process import running
 from loadtest.random_checkpoint import write_random_checkpoint
 from loadtest.reliability.findings import Finding, at_least
 from loadtest.reliability.options import ExperimentOptions
+from loadtest.run_progress import RunProgress
 from loadtest.servers import running_service
 from loadtest.wire import NATIVE
 from loadtest.workload import WORKLOADS, Group, cut_into_requests
@@ -37,7 +39,8 @@ DTYPE = "float32"
 
 def bulk_cost(options: ExperimentOptions) -> list[Finding]:
     """Bulk throughput of a service with one replica over that of its pipeline, on the same texts."""
-    with tempfile.TemporaryDirectory(prefix="reward-bulk-") as name:
+    with tempfile.TemporaryDirectory(prefix="reward-bulk-") as name, RunProgress(Console(stderr=True)) as progress:
+        progress.tell("model, server and pipeline start")
         folder = Path(name)
         model = options.model or write_random_checkpoint(folder / "random", dtype=DTYPE)
         checkpoint = open_checkpoint(model, ModelSettings())
@@ -65,7 +68,9 @@ def bulk_cost(options: ExperimentOptions) -> list[Finding]:
             alone, over_http = [], []
             for number, groups in enumerate(rounds):
                 work = tokenize(groups, checkpoint)
+                progress.tell("the pipeline alone", 2 * number, 2 * len(rounds))
                 alone_s = pipeline.score(way, work).seconds
+                progress.tell("over HTTP", 2 * number + 1, 2 * len(rounds))
                 http_s = _seconds_over_http(server.url, groups)
                 if number:  # the first round warms both up
                     alone.append(alone_s)

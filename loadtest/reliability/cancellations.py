@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-import urllib.request
 
 from loadtest.connection import Address, Connection
 from loadtest.reliability.findings import Finding, at_least, at_most
 from loadtest.reliability.options import ExperimentOptions
+from loadtest.reliability.served_metrics import total
 from loadtest.simulated_server import Simulation, simulated_server
 from loadtest.traffic.items import EqualItems
 from loadtest.traffic.phases import ClosedStream, RequestPlanner
@@ -18,15 +18,14 @@ from loadtest.wire import NATIVE
 ITEM_BYTES = 512
 AT_ONCE = 200
 PROBES = 20
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def cancellations(options: ExperimentOptions) -> list[Finding]:
     """R18: a tenth of ``items`` requests whose callers close their connections while they wait."""
     num_cancelled = max(AT_ONCE, options.items // 10)
-    with simulated_server(Simulation(1, 1 / options.tokens_per_s, 1024)) as server:
+    with simulated_server(Simulation(1, 1 / options.tokens_per_s, 1024), options.runtime) as server:
         before_s, cancelled_s, after_s = asyncio.run(_cancel(Address.of(server.url), num_cancelled))
-        scored = _scored_items(server.url)
+        scored = total(server.url, "rm_items_total", outcome="ok")
     computed = scored - 2 * PROBES
     return [
         Finding("load", "requests whose caller left", num_cancelled),
@@ -67,14 +66,3 @@ async def _probe(address: Address, planner: RequestPlanner, stream: ClosedStream
             latencies.append(time.monotonic() - began)
     connection.close()
     return statistics.median(latencies) if latencies else float("inf")
-
-
-def _scored_items(url: str) -> float:
-    """Return the number of items with a reward since the start, from the metrics."""
-    with _DIRECT.open(f"{url}/metrics", timeout=30.0) as answer:
-        lines = answer.read().decode().splitlines()
-    return sum(
-        float(line.rpartition(" ")[2])
-        for line in lines
-        if line.startswith("rm_items_total{") and 'outcome="ok"' in line
-    )

@@ -31,7 +31,11 @@ EXPERIMENTS = {
     "faulty-items": ("faulty_items", "faulty_items"),
     "fairness": ("traffic_experiments", "fairness"),
     "cancellations": ("cancellations", "cancellations"),
-    "slow-clients": ("traffic_experiments", "slow_clients"),
+    "deadlines": ("deadlines", "deadlines"),
+    "slow-clients": ("slow_connections", "slow_connections"),
+    "out-of-memory": ("out_of_memory", "out_of_memory"),
+    "damaged-checkpoints": ("damaged_checkpoints", "damaged_checkpoints"),
+    "terminated": ("termination", "terminated"),
     "bulk-cost": ("bulk_cost", "bulk_cost"),
     "memory": ("memory", "memory_growth"),
     "oversized-bodies": ("oversized_bodies", "oversized_bodies"),
@@ -59,12 +63,15 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 def _measure(name: str, options: Namespace) -> bool:
     """Run one experiment, print and write its figures, and return whether all keep their bounds."""
+    from rich.console import Console
+
     from loadtest.console import report_console
     from loadtest.reliability.findings import table, write_findings
     from loadtest.traffic.machine import machine_facts
 
     module, function = EXPERIMENTS[name]
     console = report_console()
+    Console(stderr=True).print(f"{name} begins", highlight=False)
     facts = {"measured": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", "arguments": sys.argv[1:], **machine_facts()}
     began = time.monotonic()
     findings = getattr(import_module(f"loadtest.reliability.{module}"), function)(_experiment_options(options))
@@ -81,6 +88,7 @@ def _experiment_options(options: Namespace) -> ExperimentOptions:
         items=options.items,
         duration_s=options.duration,
         kill_every_s=options.kill_every,
+        runtime=options.runtime,
         tokens_per_s=options.tokens_per_s,
         seed=options.seed,
         model=options.model,
@@ -99,7 +107,14 @@ def _parser() -> CommandParser:
         "kills of a replica (default: %(default)s)")  # fmt: skip
     add("--tokens-per-s", type=number_between(1, 1e9), default=defaults.tokens_per_s, help="of a replica's simulated "
         "forward pass (default: %(default)s)")  # fmt: skip
-    add("--model", type=Path, metavar="DIR", help="checkpoint of bulk-cost (default: a random one of 24M parameters)")
+    add("--runtime", choices=("ray", "local"), default=defaults.runtime, help="of experiments with one replica that do "
+        "not need Ray (default: %(default)s)")  # fmt: skip
+    add(
+        "--model",
+        type=Path,
+        metavar="DIR",
+        help="checkpoint of bulk-cost, terminated and damaged-checkpoints (default: a random one of 24M parameters)",
+    )
     add("--seed", type=int, default=defaults.seed, help="(default: %(default)s)")
     add("--out", type=Path, metavar="DIR", help="write the figures of each experiment as JSON")
     return parser

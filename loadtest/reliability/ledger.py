@@ -45,8 +45,25 @@ class Ledger:
         return sum(count > 1 for count in self.answers.values())
 
 
-async def keep_ledger(url: str, num_items: int, *, clients: int, items_per_call: int, item_bytes: int) -> Ledger:
-    """Score so many items through ``clients`` clients and account for every answer."""
+async def keep_ledger(
+    url: str,
+    num_items: int,
+    *,
+    clients: int,
+    items_per_call: int,
+    item_bytes: int,
+    console: Console | None = None,
+) -> Ledger:
+    """Score so many items through ``clients`` clients and account for every answer.
+
+    Args:
+        url: of the service.
+        num_items: in all.
+        clients: that send at the same time.
+        items_per_call: of each request.
+        item_bytes: of each item.
+        console: where progress is shown; None: standard error.
+    """
     ledger, source = Ledger(num_items), EqualItems(item_bytes, seed=11)
     calls = _calls(source, num_items, items_per_call)
     began = time.monotonic()
@@ -63,7 +80,10 @@ async def keep_ledger(url: str, num_items: int, *, clients: int, items_per_call:
             for items in calls:
                 await _score(client, items, ledger)
 
-    async with shown_progress(Console(stderr=True, soft_wrap=True), ledger.tally), asyncio.TaskGroup() as group:
+    async with (
+        shown_progress(console or Console(stderr=True, soft_wrap=True), ledger.tally),
+        asyncio.TaskGroup() as group,
+    ):
         for _ in range(clients):
             group.create_task(work())
     ledger.seconds = time.monotonic() - began

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 
+from rich.console import Console
+
 from loadtest.reliability.findings import Finding, at_least, at_most
 from loadtest.reliability.ledger import keep_ledger
 from loadtest.reliability.options import ExperimentOptions
+from loadtest.run_progress import RunProgress
 from loadtest.simulated_server import SimulatedServer, Simulation, simulated_server
 
 WARM_UP_SHARE = 0.25
@@ -22,7 +25,8 @@ MEBIBYTE = 2**20
 
 def memory_growth(options: ExperimentOptions) -> list[Finding]:
     """R15: slope of the resident memory of a replica, and of a replica with a leak of 64 bytes an item."""
-    honest, leaking = (_slope_mb(options, leaked_bytes) for leaked_bytes in (0, LEAKED_BYTES))
+    with RunProgress(Console(stderr=True)) as progress:
+        honest, leaking = (_slope_mb(options, leaked_bytes, progress) for leaked_bytes in (0, LEAKED_BYTES))
     return [
         Finding("load", "items in each run", options.items),
         at_most("R15", "growth of resident memory, MB per million items", honest, 1.0),
@@ -30,14 +34,18 @@ def memory_growth(options: ExperimentOptions) -> list[Finding]:
     ]
 
 
-def _slope_mb(options: ExperimentOptions, leaked_bytes: int) -> float:
+def _slope_mb(options: ExperimentOptions, leaked_bytes: int, progress: RunProgress) -> float:
     """Return the slope in MB per million items after the warm-up, by least squares over the samples."""
     simulation = Simulation(1, 0.0, 65_536, oracle={"leaked_bytes": leaked_bytes})
-    with simulated_server(simulation) as server:
+    title = "memory of a replica that leaks" if leaked_bytes else "memory of a replica"
+    progress.tell(f"{title}, start")
+    with simulated_server(simulation, options.runtime) as server:
+        progress.tell(f"{title}, warm-up")
         asyncio.run(_score(server, int(options.items * WARM_UP_SHARE)))
         samples = [(0, resident_mb(server))]
         step = max(1, options.items // SAMPLES)
         for number in range(1, SAMPLES + 1):
+            progress.tell(f"{title}, {samples[-1][1]:,.1f} MiB", number - 1, SAMPLES)
             asyncio.run(_score(server, step))
             samples.append((number * step, resident_mb(server)))
     return 1e6 * slope_of(samples)
@@ -52,7 +60,14 @@ def slope_of(samples: list[tuple[int, float]]) -> float:
 
 
 async def _score(server: SimulatedServer, num_items: int) -> None:
-    await keep_ledger(server.url, num_items, clients=CLIENTS, items_per_call=ITEMS_PER_CALL, item_bytes=ITEM_BYTES)
+    await keep_ledger(
+        server.url,
+        num_items,
+        clients=CLIENTS,
+        items_per_call=ITEMS_PER_CALL,
+        item_bytes=ITEM_BYTES,
+        console=Console(quiet=True),
+    )
 
 
 def resident_mb(server: SimulatedServer) -> float:

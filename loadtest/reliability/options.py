@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from loadtest.simulated_server import Runtime
+
 
 @dataclass(frozen=True, slots=True)
 class ExperimentOptions:
@@ -17,6 +19,9 @@ class ExperimentOptions:
     """Of each phase of load."""
 
     kill_every_s: float = 8.0
+    runtime: Runtime = "ray"
+    """Of the experiments with one replica, but for those that start the service itself."""
+
     tokens_per_s: float = 20_000.0
     """Of a replica's simulated forward pass."""
 

@@ -33,8 +33,7 @@ ANSWER_S = 60.0
 
 def oversized_bodies(options: ExperimentOptions) -> list[Finding]:
     """R16: a hundred bodies over the limits, one after the other, after some to warm up."""
-    del options  # the goal sets the number
-    with simulated_server(Simulation(1, 0.0, 65_536)) as server:
+    with simulated_server(Simulation(1, 0.0, 65_536), options.runtime) as server:
         asyncio.run(_score(server))
         asyncio.run(_send(server.url, WARM_UP_ROUNDS))
         before = _settled_mb(server)

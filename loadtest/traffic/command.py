@@ -88,6 +88,8 @@ def command_parser() -> CommandParser:
     add = parser.add_argument_group("the service").add_argument
     add("--url", type=not_empty, help="root URL of a running service")
     add("--start", type=whole_number(1), metavar="N", help="start a simulated service with N replicas instead")
+    add("--server-pid", type=whole_number(1), metavar="PID", help="process of a service on this machine: its CPU time "
+        "and that of its descendants are reported")  # fmt: skip
     add("--api-key", type=not_empty, help=f"sent as a Bearer token (default: the variable {API_KEY_VARIABLE})")
     add = parser.add_argument_group("the traffic").add_argument
     add("--scenario", choices=("open", "closed", "ppo", "mixed", "overload"), default="open", help="what is sent")

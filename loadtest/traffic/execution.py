@@ -161,7 +161,9 @@ class Executor:
                 await asyncio.sleep(0.05)  # a client that repeats a refused request at once would only add refusals
 
     async def _send_batches(self, stream: BurstStream, planner: RequestPlanner, run: PhaseRun) -> None:
-        while (began := self._now()) < run.phase.duration_s:
+        is_first = True
+        while is_first or self._now() < run.phase.duration_s:
+            is_first = False
             requests = [planner.request(stream) for _ in range(stream.requests_per_batch)]
             began = self._now()  # the texts of the batch are the trainer's work
             await asyncio.gather(*(self._exchange(request, began, run) for request in requests))

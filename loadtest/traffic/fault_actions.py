@@ -16,7 +16,7 @@ import psutil
 from loadtest.connection import Address
 from loadtest.simulated_server import SimulatedServer, Simulation
 from loadtest.traffic.faults import Fault, FaultName, PlannedFault, occurrences
-from loadtest.traffic.slow_clients import send_slowly
+from loadtest.traffic.slow_clients import slow_clients
 from service.errors import ServerStartError
 
 VICTIMS: dict[FaultName, str] = {
@@ -76,8 +76,7 @@ class FaultInjector:
 
     async def _cause(self, fault: Fault) -> str:
         if fault.fault == "slow_clients":
-            sent = await send_slowly(self._address, fault.connections, fault.for_s)
-            return f"{fault.connections} connections for {fault.for_s:g} s, {sent} still open at the end"
+            return await self._send_slowly(fault.connections, fault.for_s)
         if fault.fault == "rolling_update":
             return await asyncio.to_thread(self._update)
         victims = await asyncio.to_thread(self._victims, fault.fault)
@@ -89,6 +88,14 @@ class FaultInjector:
             with contextlib.suppress(psutil.NoSuchProcess):
                 victim.kill()
         return f"{len(victims)} process{'es' if len(victims) > 1 else ''} killed"
+
+    async def _send_slowly(self, connections: int, seconds: float) -> str:
+        try:
+            async with slow_clients(self._address, connections) as held:
+                await asyncio.sleep(seconds)
+        except OSError as error:
+            return str(error)
+        return f"{connections} connections for {seconds:g} s, of which the server closed {held.closed_by_server}"
 
     def _victims(self, fault: FaultName) -> list[psutil.Process]:
         """Return one replica, or all processes of another part."""

@@ -39,7 +39,10 @@ class ClosedStream:
 
 @dataclass(frozen=True, slots=True)
 class BurstStream:
-    """Batches as of a PPO loop: all requests of a batch start at once, and the trainer waits for the last answer."""
+    """Batches as of a PPO loop: all requests of a batch start at once, and the trainer waits for the last answer.
+
+    There is at least one batch, however short the phase is.
+    """
 
     name: str
     requests_per_batch: int

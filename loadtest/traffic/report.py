@@ -30,6 +30,21 @@ BUSY_GENERATOR = 0.8
 
 
 @dataclass(frozen=True, slots=True)
+class PhaseCost:
+    """What a phase cost, where generator and server share a machine."""
+
+    phase: str
+    wall_s: float
+    """Until the last answer."""
+
+    generator_cores: float
+    """CPU seconds of the generator per second."""
+
+    server_cores: float | None
+    """The same of the server and all its processes; None where it is not known which these are."""
+
+
+@dataclass(frozen=True, slots=True)
 class LoadTest:
     """A finished load test."""
 
@@ -45,6 +60,8 @@ class LoadTest:
 
     generator_share: float
     """CPU seconds of the generator per second."""
+
+    costs: Sequence[PhaseCost]
 
     @property
     def remarks(self) -> list[str]:
@@ -127,6 +144,17 @@ def table(test: LoadTest) -> Table:
             milliseconds(one.refusal_s.quantiles["p99"]),
             counts(one.statuses),
         )
+    return drawn
+
+
+def cost_table(costs: Sequence[PhaseCost]) -> Table:
+    """Return the processor time of the phases for a terminal."""
+    drawn = Table("phase", "seconds", "cores of the generator", "cores of the server")
+    for column in drawn.columns[1:]:
+        column.justify = "right"
+    for one in costs:
+        server = "" if one.server_cores is None else f"{one.server_cores:.2f}"
+        drawn.add_row(one.phase, f"{one.wall_s:.1f}", f"{one.generator_cores:.2f}", server)
     return drawn
 
 

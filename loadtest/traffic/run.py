@@ -10,23 +10,26 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 
+import psutil
 from rich.console import Console
 
 from loadtest.connection import Address
 from loadtest.console import report_console
+from loadtest.servers import family_cpu_s
 from loadtest.simulated_server import SimulatedServer, Simulation, simulated_server
 from loadtest.traffic.checking import ORACLE, ExpectedReward, oracle_reward_of_item
-from loadtest.traffic.execution import Executor
+from loadtest.traffic.execution import Executor, PhaseRun
 from loadtest.traffic.fault_actions import CausedFault, FaultInjector
 from loadtest.traffic.faults import Fault
 from loadtest.traffic.items import EqualItems, ItemSource, WorkloadItems
 from loadtest.traffic.machine import machine_facts, server_facts
 from loadtest.traffic.phases import Phase, RequestPlanner
 from loadtest.traffic.progress import shown_progress
-from loadtest.traffic.report import LoadTest, table, write_report
+from loadtest.traffic.report import LoadTest, PhaseCost, cost_table, table, write_report
 from loadtest.traffic.scenarios import PhaseSource, Scenario
 from loadtest.traffic.summary import StreamSummary, summarize
 from loadtest.workload import WORKLOADS
+from service.errors import ServerStartError
 
 LONGER_THAN_LIMIT_S = 10.0
 """A request is abandoned so long after its time limit; a later answer would tell nothing more."""
@@ -43,7 +46,10 @@ def run(options: Namespace, scenario: Scenario, schedule: Sequence[Fault], argum
         planner = RequestPlanner(items_of(options), timeout_ms=round(1000 * options.within_s), seed=options.seed)
         injector = FaultInjector(Address.of(url), server, simulation, options.seed)
         sender = PhaseSender(
-            planner, within_s=options.within_s, expected=oracle_reward_of_item if knows_rewards else None
+            planner,
+            within_s=options.within_s,
+            expected=oracle_reward_of_item if knows_rewards else None,
+            server_cpu_s=_cpu_of(options, server),
         )
 
         def executor() -> Executor:
@@ -59,7 +65,15 @@ def run(options: Namespace, scenario: Scenario, schedule: Sequence[Fault], argum
         asyncio.run(sender.send_all(scenario, executor, injector, schedule, console))
         share = sender.cpu_s / (time.monotonic() - began)
     test = LoadTest(
-        arguments, options.within_s, knows_rewards, machine, model, sender.summaries, injector.caused, share
+        arguments,
+        options.within_s,
+        knows_rewards,
+        machine,
+        model,
+        sender.summaries,
+        injector.caused,
+        share,
+        sender.costs,
     )
     _tell(test, injector.caused)
     if options.out is not None:
@@ -102,14 +116,24 @@ class PhaseSender:
         planner: makes the requests.
         within_s: time limit of a good answer.
         expected: gives the right rewards; None: they are unknown.
+        server_cpu_s: returns the CPU seconds of the server so far; None: they are unknown.
     """
 
-    def __init__(self, planner: RequestPlanner, *, within_s: float, expected: ExpectedReward | None) -> None:
+    def __init__(
+        self,
+        planner: RequestPlanner,
+        *,
+        within_s: float,
+        expected: ExpectedReward | None,
+        server_cpu_s: Callable[[], float] | None = None,
+    ) -> None:
         self.summaries: list[StreamSummary] = []
+        self.costs: list[PhaseCost] = []
         self.cpu_s = 0.0
         self._planner = planner
         self._within_s = within_s
         self._expected = expected
+        self._server_cpu_s = server_cpu_s
 
     async def send_all(
         self,
@@ -137,16 +161,42 @@ class PhaseSender:
     async def _send(self, phases: Sequence[Phase], sender: Executor, begin: int = 0) -> None:
         for number, phase in enumerate(phases, begin):
             schedule = self._planner.schedule(phase, number)
+            server_began_s = self._server_cpu_s() if self._server_cpu_s else 0.0
             phase_run = await sender.run(phase, schedule, self._planner)
+            server_s = self._server_cpu_s() - server_began_s if self._server_cpu_s else None
             self.cpu_s += phase_run.cpu_s
+            self.costs.append(_cost(phase_run, server_s))
             self.summaries += await asyncio.to_thread(
                 summarize, phase_run, within_s=self._within_s, expected=self._expected
             )
 
 
+def _cost(run: PhaseRun, server_s: float | None) -> PhaseCost:
+    server_cores = None if server_s is None else server_s / run.wall_s
+    return PhaseCost(run.phase.name, run.wall_s, run.cpu_s / run.wall_s, server_cores)
+
+
+def _cpu_of(options: Namespace, server: SimulatedServer | None) -> Callable[[], float] | None:
+    """Return what measures the CPU seconds of the server; None where its processes are not known.
+
+    Raises:
+        ServerStartError: there is no process of the number that was given.
+    """
+    if server is not None:
+        return lambda: sum(server.cpu_s().values())
+    if options.server_pid is None:
+        return None
+    try:
+        process = psutil.Process(options.server_pid)
+    except psutil.NoSuchProcess:
+        raise ServerStartError(f"--server-pid: there is no process {options.server_pid}.") from None
+    return lambda: family_cpu_s(process)
+
+
 def _tell(test: LoadTest, faults: Sequence[CausedFault]) -> None:
     console = report_console()
     console.print(table(test))
+    console.print(cost_table(test.costs))
     for one in test.summaries:
         if one.batches is not None:
             stall = one.batches.stall_fraction

@@ -76,8 +76,12 @@ class StreamSummary:
     latency_s: Latencies
     """Of answers with status 200, from the intended start."""
 
+    settled_latency_s: Latencies
+    """The same, of requests that were to start later than the time limit after the begin of their stream. A queue that
+    filled at the begin, when a step cannot be told from a burst, is answered by then."""
+
     service_s: Latencies
-    """The same, from the first byte sent."""
+    """Of all of these, from the first byte sent."""
 
     refusal_s: Latencies
     """Of 503 answers, from the first byte sent."""
@@ -137,6 +141,7 @@ def _summary(
         unexplained=sum(one.is_malformed for one in checked),
         retry_after_share=statistics.fmean(one.has_retry_after for one in refused) if refused else None,
         latency_s=latencies_of(exchange.latency_s for exchange in answered),
+        settled_latency_s=latencies_of(one.latency_s for one in answered if one.intended_s >= begin_s + within_s),
         service_s=latencies_of(exchange.service_s for exchange in answered),
         refusal_s=latencies_of(exchange.service_s for exchange in refused),
         send_lag_s=latencies_of(exchange.sent_s - exchange.intended_s for exchange in exchanges),

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 PAD_TOKEN = "<|pad|>"  # noqa: S105  a token of text, not a secret
 PAD_TOKEN_ID = 256
 
-RAISE_BYTE, NAN_BYTE, INFINITY_BYTE = 0x01, 0x02, 0x03
+RAISE_BYTE, NAN_BYTE, INFINITY_BYTE, MEMORY_BYTE = 0x01, 0x02, 0x03, 0x04
 """Control characters that do not occur in ordinary texts; they trigger faults where these are enabled."""
 
 
@@ -83,6 +83,9 @@ class OracleFaults:
     infinity_on: int | None = None
     """The token id that makes the reward of its sequence infinite."""
 
+    memory_on: int | None = None
+    """The token id that makes a pass run out of memory."""
+
     memory_tokens: int | None = None
     """A pass over more tokens runs out of memory."""
 
@@ -95,7 +98,7 @@ class OracleFaults:
     @classmethod
     def by_control_bytes(cls) -> OracleFaults:
         """Return the faults that a text can trigger over HTTP, by the control characters named in this module."""
-        return cls(raise_on=RAISE_BYTE, nan_on=NAN_BYTE, infinity_on=INFINITY_BYTE)
+        return cls(raise_on=RAISE_BYTE, nan_on=NAN_BYTE, infinity_on=INFINITY_BYTE, memory_on=MEMORY_BYTE)
 
 
 class OracleFaultError(Exception):
@@ -179,6 +182,8 @@ class OracleEngine:
             self._sleep(num_tokens * faults.seconds_per_token)
         if faults.memory_tokens is not None and num_tokens > faults.memory_tokens:
             raise EngineOutOfMemory(f"{num_tokens} tokens; the oracle is configured to hold {faults.memory_tokens}.")
+        if any(faults.memory_on in sequence.token_ids for sequence in sequences):
+            raise EngineOutOfMemory("The oracle is configured to run out of memory on this token.")
         if any(faults.raise_on in sequence.token_ids for sequence in sequences):
             raise OracleFaultError("The oracle is configured to raise on this token.")
 

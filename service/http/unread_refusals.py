@@ -9,6 +9,7 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from starlette.types import Scope, Send
 
@@ -59,14 +60,27 @@ class UnreadRefusals:
         """Why a request that arrives now is refused; None: it is read."""
         return self.load.unread_refusal()
 
-    async def answer(self, refusal: Overloaded, scope: Scope, send: Send) -> None:
-        """Answer a request of an ASGI server."""
-        headers, content = self.response(refusal, request_id_of(scope))
+    def has_route(self, path: str) -> bool:
+        """Whether a path is that of a route, as it is: without a prefix of the host and without a slash at its end."""
+        return path in self._route_names
+
+    async def answer(self, refusal: Overloaded, scope: Scope, send: Send, *, is_before_host: bool = False) -> None:
+        """Answer a request of an ASGI server.
+
+        Args:
+            refusal: why it is refused.
+            scope: of the request.
+            send: of the request.
+            is_before_host: whether the host has not seen the request, so that it adds no header.
+        """
+        headers, content = self.response(refusal, request_id_of(scope), is_before_host=is_before_host)
         await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
         await send({"type": "http.response.body", "body": content})
         self.count(scope["path"].removeprefix(scope.get("root_path", "")))
 
-    def response(self, refusal: Overloaded, request_id: str) -> tuple[list[tuple[bytes, bytes]], bytes]:
+    def response(
+        self, refusal: Overloaded, request_id: str, *, is_before_host: bool = False
+    ) -> tuple[list[tuple[bytes, bytes]], bytes]:
         """Return the headers and the body of an answer."""
         content = render_problem(refusal, request_id)
         headers = [
@@ -75,7 +89,7 @@ class UnreadRefusals:
             (b"retry-after", b"%d" % (retry_after_s(refusal, random.random()) or 1)),  # noqa: S311 - spreads clients
             (b"x-model-version", self._model_version),
         ]
-        if self._echoes_request_id:
+        if self._echoes_request_id or is_before_host:
             headers.append((b"x-request-id", request_id.encode()))
         return headers, content
 
@@ -92,3 +106,10 @@ class UnreadRefusals:
             self._metrics.requests.labels(route, Overloaded.code).inc(count)
         status, code = Overloaded.status, Overloaded.code
         self._access_log.write("refused", status=status, code=code, requests=refused.total())
+
+
+@dataclass(slots=True)
+class Gate:
+    """The refusals of the application, once it is loaded, for what is made before it and sees requests first."""
+
+    refusals: UnreadRefusals | None = None

@@ -27,12 +27,13 @@ from service.http.access_log import AccessLog
 from service.http.disconnect import CancelOnDisconnect
 from service.http.open_requests import OpenRequests
 from service.http.starting import create_starting_app
+from service.http.unread_refusals import Gate
 from service.launch.accepting import ConnectionAcceptor
 from service.launch.exposure import keys_for
 from service.launch.ports import reachable, reserved_http
 from service.launch.private_folder import private_folder
 from service.launch.progress import TerminalProgress
-from service.launch.shedding import Gate, SheddingProtocol
+from service.launch.shedding import SheddingProtocol
 from service.launch.slow_heads import allow_many_files, close_slow_heads
 from service.launch.start import DRAIN_S, cores_per_replica, log_path, write_at_the_end
 from service.launch.start_settings import StartSettings

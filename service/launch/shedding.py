@@ -11,7 +11,7 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from service.http.facts import as_request_id
-from service.http.unread_refusals import UnreadRefusals
+from service.http.unread_refusals import Gate
 from service.launch.bounded_heads import MAX_HEAD_BYTES, MAX_HEADERS, BoundedHeadProtocol
 
 _LEFT_TO_THE_PARSER = frozenset({b"transfer-encoding", b"connection", b"expect", b"upgrade"})
@@ -25,13 +25,6 @@ class WholeRequest:
 
     path: str
     request_id: bytes | None
-
-
-@dataclass(slots=True)
-class Gate:
-    """The refusals of the application, once it is loaded."""
-
-    refusals: UnreadRefusals | None = None
 
 
 class SheddingProtocol(BoundedHeadProtocol):

@@ -69,12 +69,13 @@ class Queue:
         """Arrival of the waiting request that arrived first; None when nothing waits."""
         return self._flows.oldest_arrival
 
-    def admit(self, request: Hashable, num_tokens: int, *, time_left_s: float = inf) -> None:
+    def admit(self, request: Hashable, num_tokens: int, *, now: float = 0.0, time_left_s: float = inf) -> None:
         """Reserve room for a request before its tokens are known.
 
         Args:
             request: a key not in use.
             num_tokens: an estimate; `put` replaces it by the number of its tokens.
+            now: seconds of any clock that does not go back.
             time_left_s: seconds until its deadline.
 
         Raises:
@@ -84,6 +85,7 @@ class Queue:
             request,
             num_tokens,
             self._flows.num_tokens,
+            now=now,
             time_left_s=time_left_s,
             tokens_before=self._flows.tokens_before,
         )

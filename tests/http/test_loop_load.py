@@ -10,10 +10,16 @@ from pathlib import Path
 
 import pytest
 from http_application import application
+from starlette.types import Message, Receive, Scope, Send
 
+from service.errors import Overloaded
 from service.http import unread_refusals
+from service.http.access_log import AccessLog
 from service.http.loop_load import BEAT_S, LoopLoad
 from service.http.open_requests import OpenRequests
+from service.http.ray_headers import GATE, RayHeadersMiddleware
+from service.http.unread_refusals import UnreadRefusals
+from service.metrics import Metrics
 from service.scheduling.request_gate import RequestGate
 
 PATIENT = {"items": [{"text": "a"}]}
@@ -128,3 +134,43 @@ def test_requests_that_wait_for_their_client_are_not_the_loops() -> None:
     with open_requests, open_requests, open_requests:
         load.num_receiving = 1
         assert load._num_waiting() == 2
+
+
+async def test_requests_are_refused_before_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the loop is behind, a request for a route gets its 503 with its id and Ray does not see it; others pass."""
+    seen: list[Scope] = []
+    sent: list[Message] = []
+
+    async def inner(scope: Scope, _receive: Receive, _send: Send) -> None:
+        seen.append(scope)
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def post(path: str, method: str = "POST") -> None:
+        headers = [(b"x-request-id", b"run-7")]
+        scope = {"type": "http", "method": method, "path": path, "headers": headers}
+        await RayHeadersMiddleware(inner)(scope, no_message, send)
+
+    async def no_message() -> Message:
+        raise AssertionError("nothing is read")
+
+    log = AccessLog(str(tmp_path / "requests.jsonl"))
+    routes = {"/v1/score": "/v1/score"}
+    load = LoopLoad(OpenRequests())
+    refusals = UnreadRefusals(load, Metrics(), log, model_version="v1", route_names=routes, echoes_request_id=False)
+    monkeypatch.setattr(GATE, "refusals", refusals)
+    await post("/v1/score")
+    assert (len(seen), sent) == (1, [])
+    monkeypatch.setattr(LoopLoad, "unread_refusal", lambda _: Overloaded("too much", 3.0))
+    await post("/v1/score")
+    await post("/other")
+    await post("/v1/score", "GET")
+
+    log.close()
+    assert [scope["path"] for scope in seen] == ["/v1/score", "/other", "/v1/score"]
+    assert [message.get("status") for message in sent] == [503, None]
+    headers = dict(sent[0]["headers"])
+    assert headers[b"x-request-id"] == b"run-7"
+    assert int(headers[b"retry-after"]) >= 1
+    assert json.loads(sent[1]["body"])["code"] == "overloaded"

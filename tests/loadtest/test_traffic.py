@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import statistics
 from collections.abc import AsyncIterator
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from misbehaving_server import FakeServer, Request, response, running
-from serving import serving
+from serving import free_port, serving
 
 from loadtest.connection import Address
 from loadtest.traffic.arrivals import CONSTANT, Arrivals
@@ -24,6 +25,7 @@ from loadtest.traffic.items import EqualItems, WorkloadItems
 from loadtest.traffic.latencies import latencies_of
 from loadtest.traffic.phases import BurstStream, ClosedStream, OpenStream, Phase, PlannedRequest, RequestPlanner, Stream
 from loadtest.traffic.scenarios import RECOVERY, NoCapacityError, Scenario
+from loadtest.traffic.slow_clients import HeldConnections, slow_clients
 from loadtest.traffic.summary import Second, StreamSummary, recovered_after_s, summarize
 from loadtest.workload import WORKLOADS
 from service.engines.oracle import oracle_reward_of_text
@@ -139,6 +141,61 @@ def test_a_stalled_server_delays_all_that_should_have_started() -> None:
     assert summary.send_lag_s.max > 0.15
 
 
+def test_settled_latencies_leave_out_the_begin_of_a_step() -> None:
+    """Requests that start within the time limit of the begin count in the latencies, not in the settled ones."""
+    run = run_against(Stalling(), OpenStream("open", Arrivals(50.0, CONSTANT)), duration_s=0.5)
+    (summary,) = summarize(run, within_s=0.25, expected=oracle_reward_of_item)
+
+    assert summary.latency_s.count == 24
+    assert summary.latency_s.max > 0.29
+    assert summary.settled_latency_s.count == 12
+
+
+class ClosingTwo(FakeServer):
+    """Counts connections and closes the first two as soon as they send something."""
+
+    connections = 0
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        number = self.connections
+        with contextlib.closing(writer):
+            await reader.read(1)
+            while number > 2 and await reader.read(4096):
+                pass
+
+
+def test_slow_clients_stay_until_they_are_told_to_end() -> None:
+    """Five connections are open when the block begins, those that the server closes are replaced, all end with it."""
+
+    async def hold(server: ClosingTwo) -> tuple[int, HeldConnections]:
+        async with slow_clients(Address.of(server.url), 5) as held:
+            open_at_first = held.open
+            for _ in range(600):
+                if server.connections == 7:
+                    break
+                await asyncio.sleep(0.05)
+        return open_at_first, held
+
+    with running(ClosingTwo()) as server:
+        open_at_first, held = asyncio.run(hold(server))
+
+    assert open_at_first == 5
+    assert (held.closed_by_server, held.refused) == (2, 0)
+    assert server.connections == 7
+
+
+def test_slow_clients_that_cannot_connect_are_an_error() -> None:
+    """Where nothing listens, the measurement does not begin."""
+
+    async def hold() -> None:
+        async with slow_clients(Address("127.0.0.1", free_port()), 2):
+            raise AssertionError("nothing is open")
+
+    with pytest.raises(OSError, match="only 0 of 2"):
+        asyncio.run(hold())
+
+
 def test_batches_wait_for_their_slowest_answer() -> None:
     """A burst's completion is that of its last request, and the stall fraction is the waiting part of the loop."""
     run = run_against(Stalling(), BurstStream("ppo", 4, 2, train_s=0.1), duration_s=0.35)
@@ -230,7 +287,19 @@ def test_command_measures_a_server(tmp_path: Path, capsys: pytest.CaptureFixture
     faults.write_text("- {fault: slow_clients, at_s: 0.5, connections: 20, for_s: 2}\n")
     out = tmp_path / "report"
     with serving(tmp_path, "--engine", "oracle", runtime="local") as server:
-        arguments = ["--scenario", "overload", "--duration", "1.5", "--clients", "4", "--factors", "0.3", "0.6"]
+        arguments = [
+            "--server-pid",
+            str(server.process.pid),
+            "--scenario",
+            "overload",
+            "--duration",
+            "1.5",
+            "--clients",
+            "4",
+            "--factors",
+            "0.3",
+            "0.6",
+        ]
         status = main(["--url", server.url, *arguments, "--faults", str(faults), "--out", str(out)])
 
     figures = json.loads((out / "loadtest.json").read_text())
@@ -238,6 +307,8 @@ def test_command_measures_a_server(tmp_path: Path, capsys: pytest.CaptureFixture
     assert figures["rewards_known"]
     assert [one["stream"] for one in figures["summaries"][:3]] == ["capacity", "0.3x", "0.6x"]
     assert all(one["good_items"] > 0 and one["wrong_items"] == 0 for one in figures["summaries"][:2])
+    assert [one["phase"] for one in figures["costs"]] == ["capacity", "0.3x", "0.6x", "recovery"]
+    assert all(0 < one["server_cores"] < 8 and one["generator_cores"] > 0 for one in figures["costs"])
     assert [one["fault"] for one in figures["faults"]] == ["slow_clients"]
     assert "<svg" not in (out / "loadtest.html").read_text()
     assert (out / "loadtest.html").read_text().count("data:image/svg+xml;base64,") == 3
