@@ -39,9 +39,15 @@ async function describe() {
     status.dataset.ready = "yes";
   } catch (problem) {
     status.textContent = problem.code === "not_ready" ? "The model is loading \u2026" : problem.message;
-    if (problem.status === 401) keyPanel.open = true;
+    status.dataset.ready = "no";
+    if (problem.status === 401) askForKey();
     else setTimeout(describe, RETRY_MS);
   }
+}
+
+function askForKey() {
+  keyPanel.open = true;
+  document.querySelector("#key").focus();
 }
 
 document.querySelector("#key-form").addEventListener("submit", (event) => {

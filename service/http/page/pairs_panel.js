@@ -1,6 +1,7 @@
 // A file of preference pairs, scored by the service: accuracy, correlation with length, and a table to sort.
 
-import { count, element, facts, fixed, pValue, percent, signed } from "./elements.js";
+import { element, facts } from "./elements.js";
+import { count, fixed, pValue, percent, signed } from "./numbers.js";
 import { figuresOf, parsePairs } from "./pairs.js";
 import { sendPatiently } from "./service.js";
 
