@@ -79,7 +79,7 @@ def photograph(browser: Browser, url: str, folder: Path, run: HackedRun) -> None
         _photograph_example(page, folder / "page-phone.png")
     with _opened(browser, f"{url}/#model", WIDTH) as page:
         page.locator("#view-model table").first.wait_for()
-        page.screenshot(path=folder / "page-model.png", full_page=True)
+        _photograph(page, folder / "page-model.png")
     with _opened(browser, f"{url}/#live", WIDTH) as page, _sent(url, run):
         _photograph_live(page, folder / "page-live.png", round(1000 * (run.clean_s + run.hacked_s)))
 
@@ -120,9 +120,8 @@ def _photograph_example(page: Page, path: Path) -> None:
     page.locator(".reward").nth(1).wait_for()
     page.get_by_label("Change completion A").get_by_role("button", name="hedge").click()
     page.locator(".movement").wait_for()
-    page.evaluate("document.activeElement.blur()")
     page.mouse.move(0, 0)
-    page.screenshot(path=path, full_page=True)
+    _photograph(page, path)
 
 
 def _photograph_live(page: Page, path: Path, run_ms: int) -> None:
@@ -130,8 +129,16 @@ def _photograph_live(page: Page, path: Path, run_ms: int) -> None:
     page.get_by_label("Name of a run").press("Enter")
     page.locator("[data-alarm]").first.wait_for(timeout=run_ms + WAIT_MS)
     page.wait_for_timeout(AFTER_ALARM_MS)
+    _photograph(page, path)
+
+
+def _photograph(page: Page, path: Path) -> None:
+    """Write a picture of the whole page, in a window as high as it, so that what stays at the bottom is there."""
     page.evaluate("document.activeElement.blur()")
-    page.screenshot(path=path, full_page=True)
+    height = page.evaluate("document.documentElement.scrollHeight")
+    width = page.evaluate("innerWidth")
+    page.set_viewport_size({"width": width, "height": height})
+    page.screenshot(path=path)
 
 
 def _parser() -> CommandParser:

@@ -35,7 +35,7 @@ export class CompletionCard {
       { class: "card completion", "aria-label": `Completion ${letter}` },
       element("div", { class: "card-head" }, element("h2", {}, `Completion ${letter}`), this.removeButton()),
       this.text,
-      element("div", { class: "buttons", role: "group", "aria-label": `Change completion ${letter}` }, this.editButtons()),
+      element("div", { class: "buttons", role: "group", "aria-label": `Change completion ${letter}` }, element("span", { class: "note" }, "Edit:"), this.editButtons()),
       this.answer,
     );
   }

@@ -18,23 +18,21 @@ function signalPart(cusum) {
     const isRise = up >= down;
     const value = isRise ? up : down;
     return [
-      element("span", { title: signal }, SIGNALS[signal] ?? signal, pays ? element("span", { class: "badge warn" }, "pays") : null),
-      value > 0 ? (isRise ? "\u2191 rise" : "\u2193 fall") : "",
-      [bar(value, cusum.threshold, `${fixed(value, 1)} of ${fixed(cusum.threshold, 1)}`, alarm ? "alarm" : ""), alarm ? " alarm" : ""],
-      fixed(value, 1),
+      element("span", { class: "wrapping", title: signal }, SIGNALS[signal] ?? signal, pays ? element("span", { class: "badge warn" }, "pays") : null),
+      meter(value, cusum.threshold, alarm),
+      value > 0 ? (isRise ? "rise" : "fall") : "\u2013",
       count(alarms),
     ];
   });
   const caption = `Cumulative sums after ${count(cusum.batches)} batches; a full bar, ${fixed(cusum.threshold, 1)}, is an alarm`;
-  return part(title, table(caption, ["signal", "direction", "sum", "", "alarms so far"], rows));
+  return part(title, table(caption, ["signal", "sum", "direction", "alarms"], rows));
 }
 
 function wordingPart(drift) {
   const title = element("h3", {}, "Changes of the wording");
   const evidence = drift.comparisons.map(({ against, evidence: value, alarm, num_alarms: alarms }) => [
-    `against the ${against === "start" ? "start of the stream" : against}`,
-    [bar(value, drift.threshold, `${fixed(value, 1)} of ${fixed(drift.threshold, 1)}`, alarm ? "alarm" : ""), alarm ? " alarm" : ""],
-    fixed(value, 1),
+    element("span", { class: "wrapping" }, `against the ${against === "start" ? "start of the stream" : against}`),
+    meter(value, drift.threshold, alarm),
     count(alarms),
   ]);
   const rows = drift.comparisons.flatMap(({ against, changes }) =>
@@ -49,11 +47,22 @@ function wordingPart(drift) {
   const caption = `Evidence after ${count(drift.batches)} batches; a full bar, ${fixed(drift.threshold, 1)}, is an alarm`;
   return part(
     title,
-    evidence.length ? table(caption, ["compared", "evidence", "", "alarms so far"], evidence) : null,
+    evidence.length ? table(caption, ["compared", "evidence", "alarms"], evidence) : null,
     rows.length
       ? table("What differs most", ["statistic", "compared with", "then \u2192 now", "unit", "standard errors"], rows)
       : element("p", { class: "note" }, "The completions are worded as before."),
   );
+}
+
+/** A value as a bar that is full at the threshold, and as a number. */
+function meter(value, threshold, isAlarm) {
+  const words = `${fixed(value, 1)} of ${fixed(threshold, 1)}`;
+  return [
+    isAlarm ? element("span", { class: "badge alarm" }, "alarm") : null,
+    " ",
+    bar(value, threshold, words, isAlarm ? "alarm" : ""),
+    element("span", { class: "figure" }, fixed(value, 1)),
+  ];
 }
 
 function part(...content) {

@@ -6,7 +6,7 @@ import { element } from "./elements.js";
 import { buckets, parseExposition, quantile, total } from "./exposition.js";
 import { MonitorPanel } from "./monitors.js";
 import { count, fixed, percent } from "./numbers.js";
-import { readJson, readText } from "./service.js";
+import { readJson, readText, RUN } from "./service.js";
 
 const INTERVAL_MS = 5000;
 const MAX_READINGS = 100;
@@ -29,10 +29,13 @@ export class Live {
     this.alarms = new AlarmPanel();
     this.monitors = new MonitorPanel();
     const card = (title, ...content) => element("section", { class: "card" }, element("h2", {}, title), content);
-    const runs = element("div", { class: "buttons" }, element("label", {}, "Run ", this.run), this.named);
+    const runs = element("div", { class: "buttons" }, element("label", {}, "Run ", this.run), "or", this.named);
+    this.notice = element("p", { class: "note", role: "status" });
+    this.measured = card("Rewards, lengths and p-values", this.monitors.root);
+    this.measured.hidden = true;
     root.append(
-      card("Alarms", runs, this.alarms.root),
-      card("Rewards, lengths and p-values", this.monitors.root),
+      card("Alarms", runs, this.notice, this.alarms.root),
+      this.measured,
       card("Traffic", this.traffic, this.tiles, this.charts),
     );
     document.addEventListener("visibilitychange", () => this.restart());
@@ -84,17 +87,25 @@ export class Live {
       const answer = await readJson("v1/monitor", run ? { "X-Run-Id": run } : {});
       if (run !== this.run.value) return; // another run was chosen meanwhile
       this.offer(answer.runs);
+      this.notice.textContent = "";
+      this.measured.hidden = false;
       this.alarms.show(answer);
       this.monitors.show(answer);
     } catch (problem) {
-      if (run !== this.run.value) return;
-      this.alarms.forget();
-      this.monitors.refuse(
-        problem.status === 403
-          ? "All runs together need a key with scope admin. With this key the monitors of one run can be read: name it above. What is scored in the playground is the run \u201cplayground\u201d."
-          : problem.message,
-      );
+      if (run === this.run.value) this.refuse(problem);
     }
+  }
+
+  /** Say why there are no monitors. */
+  refuse(problem) {
+    const isForbidden = problem.status === 403;
+    if (isForbidden) this.offer([RUN]);
+    this.notice.textContent = isForbidden
+      ? `All runs together need a key with scope admin. With this key choose one run, or name it; what is scored in the playground is the run \u201c${RUN}\u201d.`
+      : problem.message;
+    this.measured.hidden = true;
+    this.alarms.forget();
+    this.monitors.forget();
   }
 
   choose(run) {

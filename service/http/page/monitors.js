@@ -19,10 +19,9 @@ export class MonitorPanel {
     this.root = element("div", { class: "stack" }, this.message, this.charts, this.drift, this.readings);
   }
 
-  refuse(message) {
-    this.message.textContent = message;
-    this.history = [];
-    for (const part of [this.charts, this.drift, this.readings]) part.replaceChildren();
+  forget() {
+    [this.run, this.history] = [undefined, []];
+    for (const part of [this.message, this.charts, this.drift, this.readings]) part.replaceChildren();
   }
 
   show(answer) {
@@ -58,20 +57,16 @@ function momentOf(answer) {
 
 function distributionCharts(answer) {
   const { reward, p_value: pValues, points: items } = answer.distributions;
-  return [
-    rewardChart(reward),
-    scatterChart(answer, items),
-    figure(
-      "p-values",
-      pValueSentence(answer.calibrated, pValues),
-      histogram("Histogram of the p-values", pValues.edges, sharesOf(pValues.counts), pValues.reference, (value) => fixed(value, 1)),
-      [["window", "bar"], ["expected", "expected"]],
-    ),
-  ];
+  const pValueChart = figure(
+    "p-values",
+    pValueSentence(pValues),
+    histogram("Histogram of the p-values", pValues.edges, sharesOf(pValues.counts), pValues.reference, (value) => fixed(value, 1)),
+    [["window", "bar"], ["expected", "expected"]],
+  );
+  return [rewardChart(reward), scatterChart(answer, items), ...(answer.calibrated ? [pValueChart] : [])];
 }
 
-function pValueSentence(isCalibrated, { edges, counts, reference }) {
-  if (!isCalibrated) return "Without a calibration there are no p-values.";
+function pValueSentence({ edges, counts, reference }) {
   if (!counts.some((value) => value > 0)) return "No item has a p-value; they come with diagnostics at level full.";
   const found = `${percent(sharesOf(counts)[0])} of the p-values are at most ${edges[1]}; ${percent(reference[0])} are expected.`;
   return `${found} A peak there: items unlike the calibration.`;

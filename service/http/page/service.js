@@ -1,6 +1,7 @@
 // Asks the service that has served this page. The API key is in this variable alone: it is stored nowhere.
 
-const RUN = "playground";
+/** The run that what is scored here belongs to. */
+export const RUN = "playground";
 const MAX_WAITS = 5;
 
 let key = "";
