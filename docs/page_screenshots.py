@@ -17,11 +17,10 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from loadtest.hacked_run import DEFAULT_EDITS, HackedRun, read_groups, send_run
+from loadtest.hacked_run import DEFAULT_EDITS, HackedRun, edits_named, read_groups, send_run
 from loadtest.servers import running_service
 from service.arguments import CommandParser, number_between
 from service.commands import run_command
-from service.edits.probe import EDITS
 from service.errors import SettingsError
 
 NAME = "python -m docs.page_screenshots"
@@ -48,7 +47,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     executable = next(filter(None, map(shutil.which, EXECUTABLES)), None)
     if executable is None:
         raise SettingsError(f"There is no Chromium on this machine: none of {', '.join(EXECUTABLES)} is a command.")
-    edits = [edit for edit in EDITS if edit.name in DEFAULT_EDITS]
+    edits = edits_named(DEFAULT_EDITS)
     run = HackedRun(read_groups(options.pairs), edits, options.clean_s, options.hacked_s, share=0.8)
     with _service(options.url) as url, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])

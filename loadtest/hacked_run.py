@@ -58,6 +58,11 @@ class HackedRun:
         return self.share * min(1.0, max(0.0, (elapsed_s - self.clean_s) / self.hacked_s))
 
 
+def edits_named(names: Sequence[str]) -> list[Edit]:
+    """Return the edits of the probe with these names, in every strength."""
+    return [edit for edit in EDITS if edit.name in names]
+
+
 def hacked(exchange: Exchange, edit: Edit, rng: random.Random) -> Exchange:
     """Return an exchange whose completion has the edit; one that is not a text (tool calls) as it is."""
     if not isinstance(exchange.completion, str):
@@ -129,8 +134,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str] | None) -> int:
     options = _parser().parse(arguments)
     dataset_files(options.pairs)
-    chosen = [edit for edit in EDITS if edit.name in options.edits]
-    run = HackedRun(read_groups(options.pairs), chosen, options.clean_s, options.hacked_s, options.share)
+    edits = edits_named(options.edits)
+    run = HackedRun(read_groups(options.pairs), edits, options.clean_s, options.hacked_s, options.share)
     try:
         scored = send_run(options.url, options.run, run)
     except httpx2.HTTPError as error:

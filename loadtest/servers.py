@@ -102,7 +102,7 @@ def _running(
     Raises:
         ServerStartError: it ended before it was ready, or was not ready in time; names the log.
     """
-    port = _free_port()
+    port = free_port()
     log = log_folder / f"{name}.log"
     with log.open("wb") as output:
         process = subprocess.Popen(  # noqa: S603  (fixed commands)
@@ -154,7 +154,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a TCP port of the loopback interface that is free at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
