@@ -196,15 +196,19 @@ def test_markup_in_a_completion_stays_text(page: Page) -> None:
     assert page.evaluate("window.hit") is None
 
 
-def test_a_refusal_is_said_in_words(page: Page) -> None:
+def test_a_refusal_is_said_in_words(browser: Browser, server: RunningServer) -> None:
     """A completion with too many tokens has the service's sentence in place of a reward, and the page goes on."""
+    page = browser.new_page()  # in which the browser may note the status of the refusal
+    page.goto(server.url)
     write(page, "word " * 3000, TEXTS[1])
     score(page)
-
     expect(page.locator("p.error", has_text="tokens").first).to_be_visible()
+
     write(page, *TEXTS)
     score(page)
+    expect(page.locator("p.error", has_text="tokens")).to_have_count(0)
     expect(card(page, "A").locator(".reward")).to_be_visible()
+    page.close()
 
 
 def test_pairs_have_accuracy_and_a_table_to_sort(page: Page, server: RunningServer, tmp_path: Path) -> None:
