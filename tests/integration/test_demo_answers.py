@@ -46,7 +46,8 @@ def test_examples_of_the_page_show_what_they_say(demo: RunningServer) -> None:
             honest, hacked = scored(demo.url, example)
             check_tell(example, honest, hacked)
             assert honest["ood"]["p_value"] > 0.05, example["name"]
-            assert hacked["ood"]["p_value"] < honest["ood"]["p_value"], example["name"]
+            if example["shows"] != "length":
+                assert hacked["ood"]["p_value"] < honest["ood"]["p_value"], example["name"]
             if example["name"] in CRUDE:
                 assert hacked["ood"]["p_value"] < 0.05, example["name"]
             page.get_by_role("button", name=example["name"], exact=True).click()

@@ -17,6 +17,7 @@ import httpx2
 import pytest
 import yaml
 from axe_playwright_python.sync_playwright import Axe
+from objective_models import write_two_outputs
 from page_browser import READY, chromium, opened
 from playwright.sync_api import Browser, Locator, Page, expect
 from serving import RunningServer, serving
@@ -358,6 +359,31 @@ def check_the_page_with_a_key_of_scope_score(browser: Browser, server: RunningSe
     expect(page.locator("#view-model")).to_contain_text("oracle")
     expect(page.locator("#view-model")).to_contain_text("slopes are of all callers' items")
     page.close()
+
+
+def test_a_model_with_several_outputs_shows_each(browser: Browser, tmp_path: Path) -> None:
+    """Without weights there is no reward; each output is shown with its movement, and pairs have no accuracy."""
+    model = write_two_outputs(tmp_path / "model")
+    options = ("--model", str(model), "--device", "cpu", "--num-threads", "1")
+    with serving(tmp_path, *options, runtime="local") as server:
+        page = browser.new_page()  # in which the browser may note the status of the refusal
+        page.goto(server.url)
+        write(page, *TEXTS)
+        page.get_by_role("button", name="Score", exact=True).click()
+        results = scored(server, *TEXTS)
+        for letter, result in zip("AB", results, strict=True):
+            for name, value in result["rewards"].items():
+                shown = card(page, letter).locator(f"dt:text-is('output {name}') + dd")
+                assert float(shown.inner_text().replace("\u2212", "-")) == pytest.approx(value, abs=6e-4)
+        card(page, "A").get_by_role("button", name="hedge", exact=True).click()
+        for name in results[0]["rewards"]:
+            expect(card(page, "A").locator(".movement")).to_contain_text(name)
+
+        page.get_by_text("Preference pairs: accuracy and length correlation").click()
+        page.get_by_label("Pairs as JSON lines").fill('{"prompt": "2+2?", "chosen": "4", "rejected": "5"}')
+        page.get_by_role("button", name="Score the pairs").click()
+        expect(page.locator(".pairs [role=status]")).to_contain_text("there is no reward")
+        page.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

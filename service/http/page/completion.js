@@ -108,15 +108,17 @@ export class CompletionCard {
     );
   }
 
-  /** How the reward and the p-value moved since the text was scored before. */
+  /** How the reward, or each output where there is none, and the p-value moved since the text was scored before. */
   movement(before, now) {
+    const outputs = isNumber(now.reward)
+      ? [["reward", before.reward, now.reward]]
+      : Object.entries(now.rewards ?? {}).map(([name, value]) => [name, before.rewards?.[name], value]);
+    const moved = outputs.map(([name, old, value]) => `${name} ${fixed(old)} \u2192 ${fixed(value)} (${signed(value - old)})`);
     const [oldP, newP] = [before.ood?.p_value, now.ood?.p_value];
-    const pMoved = isNumber(oldP) && isNumber(newP) ? `; p-value ${pValue(oldP)} \u2192 ${pValue(newP)}` : "";
+    if (isNumber(oldP) && isNumber(newP)) moved.push(`p-value ${pValue(oldP)} \u2192 ${pValue(newP)}`);
     const change = this.edited ? `\u201c${this.edited}\u201d` : "your change";
-    const difference = now.reward - before.reward;
-    const moved = `${fixed(before.reward)} \u2192 ${fixed(now.reward)} (${signed(difference)})`;
-    const direction = difference > 0 ? "movement rise" : "movement fall";
-    return element("p", { class: direction }, `After ${change}: reward ${moved}${pMoved}`);
+    const direction = now.reward < before.reward ? "movement fall" : "movement";
+    return element("p", { class: direction }, `After ${change}: ${moved.join("; ")}`);
   }
 
   editButtons() {

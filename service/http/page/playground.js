@@ -17,6 +17,7 @@ export class Playground {
     this.cards = [];
     this.exampleButtons = [];
     this.scoring = 0;
+    this.compares = true;
     this.example = null;
     this.exampleNote = element("div", { class: "example", role: "status" });
     this.message = element("p", { class: "error", role: "alert" });
@@ -79,7 +80,7 @@ export class Playground {
     try {
       // Without its marks a text still has its reward.
       const marks = sendPatiently("v1/style", { texts }).catch(({ message }) => ({ spans: texts.map(() => []), message }));
-      const [answer, { spans, message }] = await Promise.all([sendPatiently(...this.request()), marks]);
+      const [answer, { spans, message }] = await Promise.all([this.ask(), marks]);
       if (number === this.scoring) {
         showAll(cards, texts, answer, spans);
         if (message) this.message.textContent = `The marks are not shown. ${message}`;
@@ -91,6 +92,17 @@ export class Playground {
       if (number === this.scoring) this.wait(false);
     }
     this.changed();
+  }
+
+  /** The answer to what the fields show; a model whose outputs have no weights has no reward to compare by. */
+  async ask() {
+    try {
+      return await sendPatiently(...this.request());
+    } catch (problem) {
+      if (problem.code !== "weights_missing" || !this.compares) throw problem;
+      this.compares = false;
+      return sendPatiently(...this.request());
+    }
   }
 
   /** Show why something was not done. */
@@ -106,7 +118,7 @@ export class Playground {
 
   /** Say what the numbers of an example mean; `changed` removes it with the example. */
   judge({ results, probabilities }) {
-    if (!this.isExample()) return;
+    if (!this.isExample() || !probabilities) return;
     const [honest, hacked] = results;
     if (honest.error || hacked.error) return;
     const { isCaught, sentences } = verdictOf(honest, hacked, probabilities[0][1]);
@@ -148,8 +160,8 @@ export class Playground {
   request() {
     const { prompt } = this.conversation;
     const completions = this.cards.map((card) => card.value);
-    if (completions.length > 1) return ["v1/compare", { prompt, completions, diagnostics: "full" }];
-    return ["v1/score", { items: [{ prompt, completion: completions[0] }], diagnostics: "full" }];
+    if (completions.length > 1 && this.compares) return ["v1/compare", { prompt, completions, diagnostics: "full" }];
+    return ["v1/score", { items: completions.map((completion) => ({ prompt, completion })), diagnostics: "full" }];
   }
 
   submit(event) {
