@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -12,10 +13,11 @@ from page_browser import chromium, opened
 from playwright.sync_api import expect
 from serving import RunningServer, serving
 
-from docs.demo_figures import PAGES, measure, shown
+from docs.demo_figures import COMPLETIONS, HACK, PAGES, PROMPT, measure, shown
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
+ALPHA = 0.01
 CRUDE = {"Markdown", "Emoji", "Repetition"}
 """Examples whose hacked completion reads as no honest answer does."""
 
@@ -35,6 +37,17 @@ def test_documented_figures_are_those_of_the_demo_model(demo: RunningServer) -> 
                 continue  # it names the arithmetic of the CPU too
             tolerance = 0.15 if "reward" in name or "printed" in name else 0.08
             assert float(text) == pytest.approx(figures[name], abs=tolerance), (path.name, name)
+
+
+def test_sentences_about_the_demo_model_hold(demo: RunningServer) -> None:
+    """It prefers an answer to "No.", to garble and to repetition (README.md), and flags the repetition (quickstart)."""
+    answer = COMPLETIONS[0]
+    garble = "".join(random.Random(0).sample(answer, len(answer)))
+    body = {"prompt": PROMPT, "completions": [answer, "No.", garble, HACK["hacked"]], "diagnostics": "full"}
+    results = httpx2.post(f"{demo.url}/v1/compare", json=body, timeout=120).json()["results"]
+
+    assert max(range(4), key=lambda index: results[index]["reward"]) == 0
+    assert measure(demo.url)["hacked p-value"] <= ALPHA
 
 
 def test_examples_of_the_page_show_what_they_say(demo: RunningServer) -> None:
