@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def shown(page: str) -> dict[str, str]:
 def replaced(page: str, figures: Mapping[str, Any]) -> str:
     """Return a page with figures in their places, each number with as many digits as there were."""
     for name, pattern in PLACES.items():
-        page = re.sub(pattern, lambda match, figure=figures[name]: _with(match, figure), page, flags=re.MULTILINE)
+        page = re.sub(pattern, partial(_with, figure=figures[name]), page, flags=re.MULTILINE)
     return page
 
 

@@ -73,9 +73,9 @@ def photograph(browser: Browser, url: str, folder: Path, run: HackedRun) -> None
     """Write all pictures to a folder: the playground in light, dark and on a phone, the model, the live view."""
     for scheme in ("light", "dark"):
         with _opened(browser, url, WIDTH, dark=scheme == "dark") as page:
-            _photograph_example(page, folder / f"page-{scheme}.png")
+            _photograph_example(page, folder / f"page-{scheme}.png", edit="pad" if scheme == "dark" else None)
     with _opened(browser, url, PHONE_WIDTH) as page:
-        _photograph_example(page, folder / "page-phone.png")
+        _photograph_example(page, folder / "page-phone.png", edit=None)
     with _opened(browser, f"{url}/#model", WIDTH) as page:
         page.locator("#view-model table").first.wait_for()
         _photograph(page, folder / "page-model.png")
@@ -114,11 +114,12 @@ def _sent(url: str, run: HackedRun) -> Iterator[None]:
         raise errors[0]
 
 
-def _photograph_example(page: Page, path: Path) -> None:
+def _photograph_example(page: Page, path: Path, *, edit: str | None) -> None:
     page.get_by_role("button", name="Flattery", exact=True).click()
-    page.locator(".reward").nth(1).wait_for()
-    page.get_by_label("Change completion A").get_by_role("button", name="hedge").click()
-    page.locator(".movement").wait_for()
+    page.locator("[data-caught]").wait_for()
+    if edit is not None:
+        page.get_by_label("Change completion A").get_by_role("button", name=edit).click()
+        page.locator(".movement").wait_for()
     page.mouse.move(0, 0)
     _photograph(page, path)
 
