@@ -179,7 +179,10 @@ def check_continued_adapter(model: PreTrainedModel, folder: Path, recipe: Recipe
 
 def continued_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """Return the model with a trained adapter and its head, in fp32, to be trained further."""
-    return PeftModel.from_pretrained(model, folder, is_trainable=True)
+    continued = PeftModel.from_pretrained(model, folder, is_trainable=True)
+    for config in continued.peft_config.values():  # PEFT adds the head's names to those that the file has
+        config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
+    return continued
 
 
 def _shape(config: LoraConfig) -> tuple[object, ...]:

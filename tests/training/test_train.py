@@ -379,6 +379,8 @@ def test_the_training_of_an_adapter_is_continued(tmp_path: Path, capsys: pytest.
     assert before.keys() == after.keys()
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
     manifest = json.loads((tmp_path / "out" / TRAINING_MANIFEST_FILE).read_text())
+    configs = [json.loads((folder / "adapter_config.json").read_text()) for folder in (first, tmp_path / "out")]
+    assert configs[0]["modules_to_save"] == configs[1]["modules_to_save"]
     assert manifest["adapter_hash"] == file_sha256(first / "adapter_model.safetensors")
     assert "give --lora-rank and --lora-layers the same values" in capsys.readouterr().err
 
