@@ -84,7 +84,7 @@ export class Playground {
       if (number === this.scoring) {
         showAll(cards, texts, answer, spans);
         if (message) this.message.textContent = `The marks are not shown. ${message}`;
-        this.judge(answer);
+        this.explain(answer);
       }
     } catch (problem) {
       if (number === this.scoring) this.refuse(problem);
@@ -117,7 +117,7 @@ export class Playground {
   }
 
   /** Say what the numbers of an example mean; `changed` removes it with the example. */
-  judge({ results, probabilities }) {
+  explain({ results, probabilities }) {
     if (!this.isExample() || !probabilities) return;
     const [honest, hacked] = results;
     if (honest.error || hacked.error) return;
