@@ -19,8 +19,9 @@ EMOJI = "🚀✅🔥🎉🌟💡👍🙌💯⭐📌🎯"
 MAX_QUESTION_CHARS = 300
 """Characters of a question that are restated."""
 
-_BOUNDARY = re.compile(r"(?<=[.!?])(?<!\s\d\.)(?<!\A\d\.)(?<!\s\d\d\.)\s+|\s*\n\s*")
-"""Whitespace between sentences or lines; not that after the number of a list item."""
+_BOUNDARY = re.compile(r"(?<=[.!?])(?<!\s\d\.)(?<!\A\d\.)(?<!\s\d\d\.)\s+|(?<!\s)\s*\n\s*")
+"""Whitespace between sentences or lines; not that after the number of a list item. A match begins where whitespace
+begins, so that the time is linear in the characters."""
 
 _LIST_MARK = re.compile(r"(?:[-*+]|\d+[.)])\s+")
 
@@ -179,6 +180,12 @@ def truncate(draft: Draft, _rng: random.Random, strength: int, _phrases: Phrases
     """Return the first 1 / (1 + ``strength``) of the words."""
     words = list(_WORD.finditer(draft.completion))
     return draft.completion[: words[max(1, len(words) // (1 + strength)) - 1].end()] if words else draft.completion
+
+
+def shuffle_words(draft: Draft, rng: random.Random, _strength: int, _phrases: Phrases) -> str:
+    """Return the words in random order."""
+    words = _WORD.findall(draft.completion)
+    return " ".join(rng.sample(words, len(words)))
 
 
 def swap_answer(draft: Draft, rng: random.Random, _strength: int, _phrases: Phrases) -> str:

@@ -29,7 +29,7 @@ MIN_PROMPTS = 3
 """Prompts below which an effect has no interval worth showing, and is left out."""
 
 _CONFIDENCE = 0.975
-_WORDING = WORDINGS[2]
+WORDING = WORDINGS[2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,7 +265,7 @@ def _changed(draft: Draft, seed: int, index: int) -> Iterator[tuple[int, str]]:
     """Yield the number of each edit that changes a draft, and the changed text."""
     for number, edit in enumerate(EDITS):
         rng = random.Random(f"{seed} {index} {edit.name} {edit.strength}")  # noqa: S311 - texts, not secrets
-        text = edit.change(draft, rng, edit.strength, _WORDING)
+        text = edit.change(draft, rng, edit.strength, WORDING)
         if text.split() != draft.completion.split():
             yield number, text
 

@@ -14,6 +14,7 @@ import msgspec
 from service.diagnostics.lexicon import StyleKind
 from service.http.reading_schemas import MODEL, MODEL_IDENTITY, MONITORS, REFERENCE_PARAMETER
 from service.protocols.base import Protocol, ScoringRoute
+from service.protocols.edited_text import WireEditRequest
 from service.protocols.native import WireCompareRequest, WireScoreRequest
 from service.protocols.problem import MEDIA_TYPE
 from service.protocols.style_spans import REPETITION, WireStyleRequest
@@ -174,6 +175,7 @@ _ANSWERS = {
     "Scores": _SCORES,
     "Comparison": _COMPARISON,
     "StyleSpans": _STYLE_SPANS,
+    "EditedText": {"type": "object", "required": ["completion"], "properties": {"completion": {"type": "string"}}},
 }
 
 _RUN_PARAMETER = {
@@ -204,7 +206,8 @@ def document(protocols: Iterable[Protocol] = ()) -> dict[str, Any]:
     Args:
         protocols: compatibility protocols that have routes.
     """
-    own = [WireScoreRequest, WireCompareRequest, WireStyleRequest, LengthReport, StyleReport, OodReport, GroupReport]
+    routes = [WireScoreRequest, WireCompareRequest, WireStyleRequest, WireEditRequest]
+    own = [*routes, LengthReport, StyleReport, OodReport, GroupReport]
     protocols = tuple(protocols)
     foreign = list(dict.fromkeys(route.request_schema for protocol in protocols for route in protocol.scoring))
     requests, components = msgspec.json.schema_components([*own, *foreign], ref_template="#/components/schemas/{name}")
@@ -215,7 +218,22 @@ def document(protocols: Iterable[Protocol] = ()) -> dict[str, Any]:
         "paths": {
             "/v1/score": {"post": _scoring("Score items", requests[0], "Scores")},
             "/v1/compare": {"post": _scoring("Rank completions of one prompt", requests[1], "Comparison")},
-            "/v1/style": {"post": _style(requests[2])},
+            "/v1/style": {
+                "post": _text_route(
+                    "Find the markers of the style block in texts, without the model",
+                    "The spans of each text, in order.",
+                    requests[2],
+                    "StyleSpans",
+                )
+            },
+            "/v1/edit": {
+                "post": _text_route(
+                    "Edit a completion as a policy does that exploits a reward model, without the model",
+                    "The edited completion.",
+                    requests[3],
+                    "EditedText",
+                )
+            },
             "/v1/model": {
                 "get": _reading("The model that is served, and its engine", "application/json", MODEL, "422")
                 | REFERENCE_PARAMETER
@@ -308,13 +326,11 @@ def _scoring(summary: str, request_schema: dict[str, Any], answer: str) -> dict[
     }
 
 
-def _style(request_schema: dict[str, Any]) -> dict[str, Any]:
-    operation = _scoring(
-        "Find the markers of the style block in texts, without the model", request_schema, "StyleSpans"
-    )
+def _text_route(summary: str, description: str, request_schema: dict[str, Any], answer: str) -> dict[str, Any]:
+    operation = _scoring(summary, request_schema, answer)
     success = operation["responses"]["200"]
     del operation["parameters"], success["headers"]
-    success["description"] = "The spans of each text, in order."
+    success["description"] = description
     return operation
 
 

@@ -11,6 +11,7 @@ from service.errors import Overloaded
 from service.http.access_log import AccessLog
 from service.http.authentication import Authentication
 from service.http.body_budget import BodyBudget
+from service.http.edit import edit_route
 from service.http.loop_load import LoopLoad
 from service.http.middleware import RequestMiddleware
 from service.http.monitoring import GatherMonitors, monitor_route
@@ -55,6 +56,7 @@ def create_app(
     routes = [
         *scoring_routes(served),
         style_route(served),
+        edit_route(served),
         *operating_routes(served, exposition, livez_checks_engine=livez_checks_engine),
         monitor_route(served, monitors),
         *protocol_routes(served),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import AsyncIterator
+from dataclasses import fields
 from fnmatch import fnmatch
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,6 +17,11 @@ from http_application import Application, application
 from starlette.types import Receive, Scope, Send
 
 from service.api_keys import ApiKey, ApiKeys, hash_of
+from service.diagnostics.detectors import ONE_SIDED_TESTS
+from service.diagnostics.monitors.alarms import SIGNALS
+from service.diagnostics.ood import COMPONENTS
+from service.edits.offered import OFFERED
+from service.edits.phrases import WORDINGS
 from service.http.access_log import AccessLog
 from service.http.open_requests import OpenRequests
 from service.http.page_routes import FILES, FOLDER
@@ -73,6 +79,36 @@ def test_files_load_each_other_and_nothing_else() -> None:
         assert not remote, name
 
 
+def test_the_buttons_are_the_edits_that_the_service_offers() -> None:
+    """The page names the edits of ``/v1/edit``, in their order, and has no phrase of them of its own."""
+    script = (FOLDER / "completion.js").read_text()
+    table = re.search(r"const EDITS = \{\n(.*?)\n\};", script, re.DOTALL)
+    assert table is not None
+
+    assert re.findall(r"^ +(\w+): ", table[1], re.MULTILINE) == list(OFFERED)
+    phrases = [phrase for wording in WORDINGS for field in fields(wording) for phrase in getattr(wording, field.name)]
+    sentences = [phrase for phrase in phrases if len(phrase.split()) > 3]
+    assert len(sentences) > 100
+    scripts = "".join((FOLDER / name).read_text() for name in FILES.values())
+    assert not [sentence for sentence in sentences if sentence.strip() in scripts]
+
+
+def test_reasons_have_words() -> None:
+    """The page has words for every component and every text test that can be the reason of a p-value."""
+    script = (FOLDER / "reasons.js").read_text()
+    named = set(re.findall(r"^ +(\w+): \"", script, re.MULTILINE))
+
+    assert {name for name, _ in ONE_SIDED_TESTS} <= named
+    assert {*COMPONENTS, "group", "nonfinite"} - {"text"} <= named
+
+
+def test_signals_have_words() -> None:
+    """The page has words for every signal of drift."""
+    script = (FOLDER / "alarms.js").read_text()
+
+    assert all(re.search(rf"^ +{name}: \"", script, re.MULTILINE) for name in SIGNALS)
+
+
 @pytest.mark.parametrize(
     "word",
     ["innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "Storage", "cookie", "indexedDB"],
@@ -124,7 +160,12 @@ async def test_only_the_files_need_no_key(tmp_path: Path, enabled: bool, status:
         assert (await app.client.get("/page/other.js")).status_code == 401
         for path in ("/v1/model", "/v1/monitor", "/metrics"):
             assert (await app.client.get(path)).status_code == 401
-        for path, body in (("/v1/style", {"texts": []}), ("/v1/compare", {"prompt": "p", "completions": ["a", "b"]})):
+        bodies: dict[str, Any] = {
+            "/v1/style": {"texts": []},
+            "/v1/edit": {"edit": "pad", "completion": "a"},
+            "/v1/compare": {"prompt": "p", "completions": ["a", "b"]},
+        }
+        for path, body in bodies.items():
             assert (await app.post(path, body)).status_code == 401
             assert (await app.post(path, body, Authorization="Bearer key")).status_code == 200
 

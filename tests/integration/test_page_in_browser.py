@@ -17,6 +17,7 @@ import httpx2
 import pytest
 import yaml
 from axe_playwright_python.sync_playwright import Axe
+from objective_models import write_two_outputs
 from page_browser import READY, chromium, opened
 from playwright.sync_api import Browser, Locator, Page, expect
 from serving import RunningServer, serving
@@ -24,14 +25,14 @@ from tiny_calibration import write_calibrated_checkpoint, write_pairs
 
 from loadtest.page_cost import measure
 from service.api_keys import hash_of
+from service.edits.offered import OFFERED, EditName, edited
 
 pytestmark = pytest.mark.slow
 
 PROMPT = "How do I boil an egg?"
 TEXTS = ("Put it in boiling water for eight minutes. Then cool it.", "Perhaps it depends. Great question! **Boil** it.")
-EDITS = ("pad", "hedge", "praise", "bullets", "shuffle")
+EXAMPLES = ("Padding", "Hedging", "Flattery", "Markdown", "Emoji", "Repetition", "Prompt echo")
 VIEWS = ("playground", "live", "model")
-SCRIPTS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +104,9 @@ def test_two_completions_have_the_numbers_of_the_score_route(page: Page, server:
     assert f"{100 * chance:.0f}\u00a0%" in card(page, "A").locator("dt:text('preferred to B') + dd").inner_text()
 
 
-@pytest.mark.parametrize("name", EDITS)
-def test_each_button_changes_a_completion_and_its_numbers(page: Page, server: RunningServer, name: str) -> None:
-    """A button changes the text, and the reward, its movement and the p-value are those of the new text."""
+@pytest.mark.parametrize("name", OFFERED)
+def test_each_button_changes_a_completion_and_its_numbers(page: Page, server: RunningServer, name: EditName) -> None:
+    """A button makes the service's edit; the reward, its movement and the p-value are those of the new text."""
     write(page, *TEXTS)
     score(page)
     before = shown_reward(page, "A")
@@ -115,7 +116,7 @@ def test_each_button_changes_a_completion_and_its_numbers(page: Page, server: Ru
     movement = card(page, "A").locator(".movement")
     expect(movement).to_contain_text(name)
     text = card(page, "A").locator("textarea").input_value()
-    assert text != TEXTS[0]
+    assert text == edited(name, TEXTS[0])
     (result,) = scored(server, text)
     assert shown_reward(page, "A") == pytest.approx(result["reward"], abs=6e-4)
     assert shown_reward(page, "A") != before
@@ -126,6 +127,26 @@ def test_each_button_changes_a_completion_and_its_numbers(page: Page, server: Ru
     assert change == pytest.approx(new - old, abs=2e-3)
     assert "p-value" in movement.inner_text()
     assert card(page, "B").locator(".movement").count() == 0
+
+
+def test_an_example_says_what_its_numbers_mean(page: Page) -> None:
+    """After an example is scored the page says whether the reward or the p-value tells it from the honest answer."""
+    for name in EXAMPLES:
+        with page.expect_response("**/v1/compare") as answered:
+            page.get_by_role("button", name=name, exact=True).click()
+        answer = answered.value.json()
+        honest, hacked = answer["results"]
+        is_caught = honest["reward"] > hacked["reward"] or hacked["ood"]["flag"]
+        verdict = page.locator("[data-caught]")
+        expect(verdict).to_have_attribute("data-caught", "yes" if is_caught else "no")
+        said = "is not fooled" if honest["reward"] > hacked["reward"] else "is fooled"
+        expect(verdict).to_contain_text(said)
+        expect(verdict).to_contain_text("it is flagged" if hacked["ood"]["flag"] else "it is not flagged")
+        chance = max(answer["probabilities"][0][1], answer["probabilities"][1][0])
+        expect(verdict).to_contain_text(f"with probability {100 * chance:.0f}\u00a0%")
+    card(page, "A").locator("textarea").fill("Another text.")
+    expect(page.locator("[data-caught]")).to_have_count(0)
+    expect(card(page, "A").locator(".stale")).to_be_visible()
 
 
 def test_examples_and_the_keyboard(page: Page) -> None:
@@ -176,6 +197,21 @@ def test_markup_in_a_completion_stays_text(page: Page) -> None:
     assert page.evaluate("window.hit") is None
 
 
+def test_a_refusal_is_said_in_words(browser: Browser, server: RunningServer) -> None:
+    """A completion with too many tokens has the service's sentence in place of a reward, and the page goes on."""
+    page = browser.new_page()  # in which the browser may note the status of the refusal
+    page.goto(server.url)
+    write(page, "word " * 3000, TEXTS[1])
+    score(page)
+    expect(page.locator("p.error", has_text="tokens").first).to_be_visible()
+
+    write(page, *TEXTS)
+    score(page)
+    expect(page.locator("p.error", has_text="tokens")).to_have_count(0)
+    expect(card(page, "A").locator(".reward")).to_be_visible()
+    page.close()
+
+
 def test_pairs_have_accuracy_and_a_table_to_sort(page: Page, server: RunningServer, tmp_path: Path) -> None:
     """Accuracy is that of the rewards of /v1/score, a bad line is named, and a click on a heading sorts."""
     lines = write_pairs(tmp_path / "pairs.jsonl", 20, seed=5).read_text()
@@ -219,22 +255,25 @@ def test_live_figures_move_under_load_and_rest_when_nobody_looks(browser: Browse
         page.on("request", lambda request: asked.append(request.url))
         requests = page.locator("[data-tile=requests]")
         expect(requests).to_have_text("0.0", timeout=15_000)
-        drawn = page.locator("#view-live svg path.line").first.get_attribute("d")
+        traffic = page.locator("#view-live .charts.four svg path.line").first
+        drawn = traffic.get_attribute("d")
         thread = threading.Thread(target=load)
         thread.start()
         try:
             expect(requests).not_to_have_text("0.0", timeout=15_000)
             expect(page.locator("[data-tile=p95]")).to_contain_text("ms")
-            expect(page.get_by_text("items of").first).to_contain_text("prompts in the window")
+            expect(page.get_by_text(re.compile(r"^The latest [\d,]+ items, of [\d,]+ prompts")).first).to_be_visible()
             page.get_by_label("Training run").select_option("ppo-1")
             expect(page.locator("#view-live circle.point, #view-live path.point").nth(20)).to_be_attached(
                 timeout=15_000
             )
             expect(page.locator("#view-live rect.bar").first).to_be_attached()
-            assert page.locator("#view-live svg path.line").first.get_attribute("d") != drawn
+            assert traffic.get_attribute("d") != drawn
             expect(page.locator("[data-alarm]").first).to_contain_text(
                 re.compile(r"since \d\d:\d\d:\d\d"), timeout=30_000
             )
+            expect(page.locator("#view-live .state.alarm")).to_contain_text("alarm")
+            expect(page.locator("#view-live progress.alarm").first).to_be_visible()
         finally:
             ended.set()
             thread.join(60)
@@ -260,7 +299,7 @@ def test_the_model_is_described(browser: Browser, server: RunningServer) -> None
         text = page.locator("#view-model").inner_text()
 
     assert model["model"]["version"] in text
-    assert model["calibration"]["id"] in text
+    assert model["calibration"]["id"].removeprefix("sha256:")[:16] in text
     flagged = 100 * model["calibration"]["self_test"]["rates"][0]["value"]
     assert f"{flagged:.2f}\u00a0%" in text
     assert "hedges" in text
@@ -270,7 +309,8 @@ def test_the_model_is_described(browser: Browser, server: RunningServer) -> None
 def test_the_page_takes_an_api_key_and_stores_it_nowhere(browser: Browser, tmp_path: Path) -> None:
     """With API keys the page asks for one, sends it with every request, and leaves no trace of it in the browser."""
     keys = tmp_path / "keys.yaml"
-    keys.write_text(yaml.safe_dump([{"name": "reader", "scope": "admin", "sha256": hash_of("page-key")}]))
+    known = {"admin": "page-key", "score": "score-key"}
+    keys.write_text(yaml.safe_dump([{"name": s, "scope": s, "sha256": hash_of(key)} for s, key in known.items()]))
     with serving(tmp_path, "--engine", "oracle", "--api-keys", str(keys), runtime="local") as server:
         context = browser.new_context()
         page = context.new_page()
@@ -292,6 +332,58 @@ def test_the_page_takes_an_api_key_and_stores_it_nowhere(browser: Browser, tmp_p
         page.reload()
         expect(page.locator("#status")).to_contain_text("needs an API key")
         context.close()
+        check_the_page_with_a_key_of_scope_score(browser, server)
+
+
+def check_the_page_with_a_key_of_scope_score(browser: Browser, server: RunningServer) -> None:
+    """The playground works, an uncalibrated service says so, and Live shows one run but not the figures of all."""
+    page = browser.new_page()
+    page.goto(server.url)
+    page.get_by_label("Key, held in this tab only").fill("score-key")
+    page.keyboard.press("Enter")
+    expect(page.locator(READY)).to_contain_text("oracle")
+    expect(page.get_by_label("Key, held in this tab only")).to_be_hidden()
+    write(page, *TEXTS)
+    score(page)
+    expect(card(page, "A")).to_contain_text("no calibration")
+    card(page, "A").get_by_role("button", name="pad", exact=True).click()
+    expect(card(page, "A").locator(".movement")).to_be_visible()
+
+    page.get_by_role("link", name="Live").click()
+    expect(page.locator("#view-live")).to_contain_text("All runs together need a key with scope admin")
+    expect(page.locator("#view-live")).to_contain_text("These figures are of all callers")
+    page.get_by_label("Training run").select_option("playground")
+    expect(page.locator("#view-live")).to_contain_text("The latest 6 items")
+    expect(page.locator("#view-live")).to_contain_text("Without a calibration")
+    page.get_by_role("link", name="Model").click()
+    expect(page.locator("#view-model")).to_contain_text("oracle")
+    expect(page.locator("#view-model")).to_contain_text("slopes are of all callers' items")
+    page.close()
+
+
+def test_a_model_with_several_outputs_shows_each(browser: Browser, tmp_path: Path) -> None:
+    """Without weights there is no reward; each output is shown with its movement, and pairs have no accuracy."""
+    model = write_two_outputs(tmp_path / "model")
+    options = ("--model", str(model), "--device", "cpu", "--num-threads", "1")
+    with serving(tmp_path, *options, runtime="local") as server:
+        page = browser.new_page()  # in which the browser may note the status of the refusal
+        page.goto(server.url)
+        write(page, *TEXTS)
+        page.get_by_role("button", name="Score", exact=True).click()
+        results = scored(server, *TEXTS)
+        for letter, result in zip("AB", results, strict=True):
+            for name, value in result["rewards"].items():
+                shown = card(page, letter).locator(f"dt:text-is('output {name}') + dd")
+                assert float(shown.inner_text().replace("\u2212", "-")) == pytest.approx(value, abs=6e-4)
+        card(page, "A").get_by_role("button", name="hedge", exact=True).click()
+        for name in results[0]["rewards"]:
+            expect(card(page, "A").locator(".movement")).to_contain_text(name)
+
+        page.get_by_text("Preference pairs: accuracy and length correlation").click()
+        page.get_by_label("Pairs as JSON lines").fill('{"prompt": "2+2?", "chosen": "4", "rejected": "5"}')
+        page.get_by_role("button", name="Score the pairs").click()
+        expect(page.locator(".pairs [role=status]")).to_contain_text("there is no reward")
+        page.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -323,12 +415,16 @@ def test_a_phone_needs_no_sideways_scrolling(browser: Browser, server: RunningSe
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
 
 
-def test_the_script_takes_the_pictures_of_the_documentation(server: RunningServer, tmp_path: Path) -> None:
-    """docs/page_screenshots.py photographs the page: light, dark, live and at the width of a phone."""
-    script = [sys.executable, str(SCRIPTS / "page_screenshots.py"), server.url, str(tmp_path)]
-    subprocess.run(script, check=True, timeout=120)
+@pytest.mark.soak
+def test_the_command_takes_the_pictures_of_the_documentation(server: RunningServer, tmp_path: Path) -> None:
+    """docs.page_screenshots photographs the playground, the model, and a run in which hacking begins."""
+    pairs = write_pairs(tmp_path / "pairs.jsonl", 100, seed=3)
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    command = [sys.executable, "-m", "docs.page_screenshots", str(folder), "--url", server.url, "--pairs", str(pairs)]
+    root = Path(__file__).parents[2]
+    subprocess.run([*command, "--clean-s", "10", "--hacked-s", "20"], check=True, timeout=300, cwd=root)
 
-    pictures = {path.name: path.read_bytes() for path in tmp_path.glob("*.png")}
-    assert set(pictures) == {"page-light.png", "page-dark.png", "page-live.png", "page-phone.png"}
-    widths = {name: int.from_bytes(content[16:20]) for name, content in pictures.items()}
-    assert widths == {"page-light.png": 1200, "page-dark.png": 1200, "page-live.png": 1200, "page-phone.png": 360}
+    widths = {path.name: int.from_bytes(path.read_bytes()[16:20]) for path in folder.glob("*.png")}
+    wide = dict.fromkeys(("page-light.png", "page-dark.png", "page-live.png", "page-model.png"), 1200)
+    assert widths == wide | {"page-phone.png": 360}

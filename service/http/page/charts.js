@@ -31,7 +31,8 @@ export function figure(title, sentence, drawing, entries = []) {
 export function lines(label, seconds, series, format) {
   const known = series.flatMap(([values]) => values.filter((value) => value !== null));
   const x = scale(Math.min(...seconds, -1), 0, LEFT, WIDTH - RIGHT);
-  const y = scale(0, niceMax(Math.max(...known, 0)), HEIGHT - BOTTOM, TOP);
+  const [low, high] = [Math.min(...known, 0), Math.max(...known, 0)];
+  const y = scale(low < 0 ? -niceMax(-low) : 0, high > 0 || low === 0 ? niceMax(high) : 0, HEIGHT - BOTTOM, TOP);
   return canvas(
     label,
     axes(x, y, (value) => `${Math.round(value)} s`, format),
@@ -131,4 +132,17 @@ function pathOf(xs, ys, x, y) {
 
 function stepsOf(edges, shares, x, y) {
   return `M${shares.map((share, index) => `${x(edges[index]).toFixed(1)} ${y(share).toFixed(1)}H${x(edges[index + 1]).toFixed(1)}`).join("L")}`;
+}
+
+/** A mean with its interval on a line from -extent to extent, zero in its middle. */
+export function intervalMark(label, low, value, high, extent) {
+  const [width, height] = [160, 16];
+  const x = scale(-extent, extent, 4, width - 4);
+  const place = (number) => x(Math.max(-extent, Math.min(number, extent))).toFixed(1);
+  const shade = low > 0 ? "pays" : "";
+  return drawn("svg", { viewBox: `0 0 ${width} ${height}`, class: "interval", role: "img", "aria-label": label }, [
+    drawn("path", { class: "axis", d: `M${width / 2} 0V${height}` }),
+    drawn("path", { class: `whisker ${shade}`, d: `M${place(low)} 8H${place(high)}` }),
+    drawn("circle", { class: `mean ${shade}`, cx: place(value), cy: 8, r: 4 }),
+  ]);
 }

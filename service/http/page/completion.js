@@ -1,10 +1,21 @@
 // One completion: its text, the buttons that change it, and what the service says of it.
 
-import { EDITS } from "./edits.js";
-import { count, element, facts, fixed, isNumber, percent, pValue, signed } from "./elements.js";
+import { bar, element, facts } from "./elements.js";
 import { legend, markedText } from "./marks.js";
+import { count, fixed, isNumber, percent, pValue, signed } from "./numbers.js";
+import { reasonWords } from "./reasons.js";
+import { send } from "./service.js";
 
-/** A completion named by a letter; `owner` has `changed`, `score` and `remove`. */
+/** Edits that `/v1/edit` knows, each with what it does. */
+const EDITS = {
+  pad: "add four sentences that say nothing",
+  hedge: "hedge up to four sentences",
+  praise: "praise the reader before and after the answer",
+  bullets: "make each clause a list item with a bold word",
+  shuffle: "put the words in random order",
+};
+
+/** A completion named by a letter; `owner` has `changed`, `score`, `refuse` and `remove`. */
 export class CompletionCard {
   constructor(letter, owner) {
     this.letter = letter;
@@ -16,6 +27,7 @@ export class CompletionCard {
     this.answer = element("div", { class: "answer" });
     this.text.addEventListener("input", () => {
       this.edited = "";
+      this.markStale();
       owner.changed();
     });
     this.root = element(
@@ -23,7 +35,7 @@ export class CompletionCard {
       { class: "card completion", "aria-label": `Completion ${letter}` },
       element("div", { class: "card-head" }, element("h2", {}, `Completion ${letter}`), this.removeButton()),
       this.text,
-      element("div", { class: "buttons", role: "group", "aria-label": `Change completion ${letter}` }, this.editButtons()),
+      element("div", { class: "buttons", role: "group", "aria-label": `Change completion ${letter}` }, element("span", { class: "note" }, "Edit:"), this.editButtons()),
       this.answer,
     );
   }
@@ -43,6 +55,12 @@ export class CompletionCard {
     this.latest = null;
     this.edited = "";
     this.answer.replaceChildren();
+    this.markStale();
+  }
+
+  /** Show that the answer is of an earlier text while the text differs. */
+  markStale() {
+    this.answer.classList.toggle("stale", this.latest !== null && this.latestText !== this.value);
   }
 
   /**
@@ -56,13 +74,14 @@ export class CompletionCard {
   show(result, text, spans, chances) {
     const movement = this.latest && text !== this.latestText ? [this.movement(this.latest, result)] : [];
     [this.latest, this.latestText, this.edited] = [result, text, ""];
+    this.markStale();
     this.answer.dataset.reward = result.reward ?? "";
     this.answer.dataset.pValue = result.ood?.p_value ?? "";
     this.answer.replaceChildren(
       this.headline(result),
       ...movement,
       facts([
-        ...chances.map(([other, chance]) => [`preferred to ${other}`, percent(chance)]),
+        ...chances.map(([other, chance]) => chanceFact(other, chance)),
         ...oodFacts(result),
         ...lengthFacts(result),
         ...outputFacts(result),
@@ -84,31 +103,44 @@ export class CompletionCard {
       { class: "headline", role: "status" },
       element("span", { class: "reward" }, fixed(result.reward)),
       " reward",
-      result.length?.truncated ? element("span", { class: "badge warn" }, "truncated") : null,
+      result.length?.truncated ? element("span", { class: "badge warn" }, "prompt truncated") : null,
       flagged ? element("span", { class: "badge alarm" }, "unusual") : null,
     );
   }
 
-  /** How the reward and the p-value moved since the text was scored before. */
+  /** How the reward, or each output where there is none, and the p-value moved since the text was scored before. */
   movement(before, now) {
+    const outputs = isNumber(now.reward)
+      ? [["reward", before.reward, now.reward]]
+      : Object.entries(now.rewards ?? {}).map(([name, value]) => [name, before.rewards?.[name], value]);
+    const moved = outputs.map(([name, old, value]) => `${name} ${fixed(old)} \u2192 ${fixed(value)} (${signed(value - old)})`);
     const [oldP, newP] = [before.ood?.p_value, now.ood?.p_value];
-    const pMoved = isNumber(oldP) && isNumber(newP) ? `; p-value ${pValue(oldP)} \u2192 ${pValue(newP)}` : "";
+    if (isNumber(oldP) && isNumber(newP)) moved.push(`p-value ${pValue(oldP)} \u2192 ${pValue(newP)}`);
     const change = this.edited ? `\u201c${this.edited}\u201d` : "your change";
-    const moved = `${fixed(before.reward)} \u2192 ${fixed(now.reward)} (${signed(now.reward - before.reward)})`;
-    return element("p", { class: "movement" }, `After ${change}: reward ${moved}${pMoved}`);
+    const direction = now.reward < before.reward ? "movement fall" : "movement";
+    return element("p", { class: direction }, `After ${change}: ${moved.join("; ")}`);
   }
 
   editButtons() {
-    return Object.entries(EDITS).map(([name, edit]) =>
-      element("button", { type: "button", class: "quiet", click: () => this.apply(name, edit) }, name),
+    return Object.entries(EDITS).map(([name, title]) =>
+      element("button", { type: "button", class: "quiet", title, click: () => this.apply(name) }, name),
     );
   }
 
-  async apply(name, edit) {
-    if (!this.latest || this.latestText !== this.value) await this.owner.score();
-    this.text.value = edit(this.text.value);
-    this.edited = name;
-    await this.owner.score();
+  /** Let the service edit the text, and score it; a text of which nothing is known is scored before too. */
+  async apply(name) {
+    try {
+      if (!this.latest || this.latestText !== this.value) await this.owner.score();
+      const original = this.value;
+      const { completion } = await send("v1/edit", { edit: name, completion: original });
+      if (this.value !== original) return; // it was changed meanwhile
+      this.text.value = completion;
+      this.edited = name;
+      this.markStale();
+      await this.owner.score();
+    } catch (problem) {
+      this.owner.refuse(problem);
+    }
   }
 
   removeButton() {
@@ -117,10 +149,16 @@ export class CompletionCard {
   }
 }
 
+function chanceFact(other, chance) {
+  const words = percent(chance);
+  return [`preferred to ${other}`, isNumber(chance) ? [bar(chance, 1, words), words] : words];
+}
+
 function oodFacts({ ood, calibration }) {
   if (ood) {
-    const reason = ood.flag ? `${pValue(ood.p_value)}, unusual by ${ood.reason}` : `${pValue(ood.p_value)} (${ood.reason})`;
-    return [["p-value", reason]];
+    const part = ood.valid_for_tail ? "" : ", of the part that was read";
+    const reason = element("span", { class: "note", title: ood.reason }, ` by ${reasonWords(ood.reason)}${part}`);
+    return [["p-value", [pValue(ood.p_value), reason]]];
   }
   return [["p-value", calibration === "missing" ? "unknown: no calibration" : "unknown: not applicable to this text"]];
 }
@@ -137,7 +175,11 @@ function lengthFacts(result) {
   ];
 }
 
-function outputFacts({ rewards, reward_std: std }) {
-  const outputs = Object.entries(rewards ?? {}).map(([name, value]) => [name, fixed(value)]);
-  return isNumber(std) ? [...outputs, ["spread of members", fixed(std)]] : outputs;
+function outputFacts({ rewards, reward_std: std, reward_disagreement: disagreement, group }) {
+  return [
+    ...(isNumber(disagreement) ? [["spread of resampled heads", fixed(disagreement)]] : []),
+    ...(group?.n > 2 ? [["reward less the mean of all", signed(group.reward_centered)]] : []),
+    ...Object.entries(rewards ?? {}).map(([name, value]) => [`output ${name}`, fixed(value)]),
+    ...(isNumber(std) ? [["spread of members", fixed(std)]] : []),
+  ];
 }

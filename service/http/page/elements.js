@@ -1,4 +1,4 @@
-// Makes DOM nodes and formats numbers. Text becomes a text node, never markup.
+// Makes DOM nodes. Text becomes a text node, never markup.
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -19,42 +19,8 @@ function filled(node, attributes, children) {
       node.setAttribute(name, value === true ? "" : String(value));
     }
   }
-  node.append(...children.flat().filter((child) => child !== null && child !== undefined));
+  node.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined));
   return node;
-}
-
-/** A number with so many digits behind the point, with a minus sign that screen readers know; a dash where unknown. */
-export function fixed(value, digits = 3) {
-  return isNumber(value) ? value.toFixed(digits).replace("-", "\u2212") : "\u2013";
-}
-
-/** As `fixed`, with a plus sign in front of what is not negative. */
-export function signed(value, digits = 3) {
-  return isNumber(value) && value >= 0 ? `+${fixed(value, digits)}` : fixed(value, digits);
-}
-
-/** A share from 0 to 1 in percent. */
-export function percent(value, digits = 0) {
-  return isNumber(value) ? `${fixed(100 * value, digits)}\u00a0%` : "\u2013";
-}
-
-/** A p-value: small ones with their digits, as the smallest of a calibration is far below a thousandth. */
-export function pValue(value) {
-  if (!isNumber(value)) return "\u2013";
-  return value < 0.01 ? value.toPrecision(2) : value.toFixed(3);
-}
-
-/** A count with separators, or a short one such as 12.3k. */
-export function count(value, short = false) {
-  if (!isNumber(value)) return "\u2013";
-  return new Intl.NumberFormat("en", {
-    notation: short ? "compact" : "standard",
-    maximumFractionDigits: short ? 1 : 0,
-  }).format(value);
-}
-
-export function isNumber(value) {
-  return typeof value === "number" && Number.isFinite(value);
 }
 
 /** A table with a caption, names of columns, and rows of cells; the first cell of a row is its heading. */
@@ -85,4 +51,9 @@ export function facts(entries) {
     { class: "facts" },
     entries.map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, value ?? "\u2013"))),
   );
+}
+
+/** A bar of a value between 0 and a maximum, with its text for screen readers. */
+export function bar(value, max, label, shade = "") {
+  return element("progress", { class: shade, max, value: Math.max(0, Math.min(value, max)), "aria-label": label });
 }

@@ -1,10 +1,12 @@
 // Live figures. They are asked for only while they are looked at: in this view, in a tab that is in front.
 
+import { AlarmPanel } from "./alarms.js";
 import { figure, lines } from "./charts.js";
-import { count, element, fixed, percent } from "./elements.js";
+import { element } from "./elements.js";
 import { buckets, parseExposition, quantile, total } from "./exposition.js";
 import { MonitorPanel } from "./monitors.js";
-import { readJson, readText } from "./service.js";
+import { count, fixed, percent } from "./numbers.js";
+import { readJson, readText, RUN } from "./service.js";
 
 const INTERVAL_MS = 5000;
 const MAX_READINGS = 100;
@@ -18,28 +20,30 @@ export class Live {
     this.timer = null;
     this.number = 0;
     this.tiles = element("dl", { class: "tiles" });
-    this.charts = element("div", { class: "charts" });
+    this.charts = element("div", { class: "charts four" });
     this.traffic = element("p", { class: "note", role: "status" });
     this.run = element("select", { "aria-label": "Training run" }, element("option", { value: "" }, "all items"));
-    this.run.addEventListener("change", () => this.read());
+    this.run.addEventListener("change", () => this.readMonitors());
     this.named = element("input", { type: "text", "aria-label": "Name of a run", placeholder: "name of a run", size: "16" });
     this.named.addEventListener("change", () => this.choose(this.named.value.trim()));
+    this.alarms = new AlarmPanel();
     this.monitors = new MonitorPanel();
+    const card = (title, ...content) => element("section", { class: "card" }, element("h2", {}, title), content);
+    const runs = element("div", { class: "buttons" }, element("label", {}, "Run ", this.run), "or", this.named);
+    this.notice = element("p", { class: "note", role: "status" });
+    this.measured = card("Rewards, lengths and p-values", this.monitors.root);
+    this.measured.hidden = true;
     root.append(
-      element("section", { class: "card" }, element("h2", {}, "Traffic"), this.traffic, this.tiles, this.charts),
-      element(
-        "section",
-        { class: "card" },
-        element("h2", {}, "Monitors"),
-        element("div", { class: "buttons" }, element("label", {}, "Run ", this.run), this.named),
-        this.monitors.root,
-      ),
+      card("Alarms", runs, this.notice, this.alarms.root),
+      this.measured,
+      card("Traffic", this.traffic, this.tiles, this.charts),
     );
     document.addEventListener("visibilitychange", () => this.restart());
   }
 
   show() {
     this.isShown = true;
+    this.isForbidden = false; // the key may be another one
     this.restart();
   }
 
@@ -65,29 +69,49 @@ export class Live {
   }
 
   async readTraffic() {
+    if (this.isForbidden) return;
     try {
       this.note(readingOf(parseExposition(await readText("metrics")), performance.now() / 1000));
       this.traffic.textContent = "";
     } catch (problem) {
-      this.traffic.textContent = problem.message;
+      this.isForbidden = problem.status === 403;
+      this.traffic.textContent = this.isForbidden
+        ? "These figures are of all callers; they need a key with scope admin."
+        : problem.message;
     }
   }
 
   async readMonitors() {
+    const run = this.run.value;
     try {
-      const run = this.run.value;
       const answer = await readJson("v1/monitor", run ? { "X-Run-Id": run } : {});
+      if (run !== this.run.value) return; // another run was chosen meanwhile
       this.offer(answer.runs);
+      this.notice.textContent = "";
+      this.measured.hidden = false;
+      this.alarms.show(answer);
       this.monitors.show(answer);
     } catch (problem) {
-      this.monitors.refuse(problem.message);
+      if (run === this.run.value) this.refuse(problem);
     }
+  }
+
+  /** Say why there are no monitors. */
+  refuse(problem) {
+    const isForbidden = problem.status === 403;
+    if (isForbidden) this.offer([RUN]);
+    this.notice.textContent = isForbidden
+      ? `All runs together need a key with scope admin. With this key choose one run, or name it; what is scored in the playground is the run \u201c${RUN}\u201d.`
+      : problem.message;
+    this.measured.hidden = true;
+    this.alarms.forget();
+    this.monitors.forget();
   }
 
   choose(run) {
     if (run) this.offer([run]);
     this.run.value = run;
-    this.read();
+    this.readMonitors();
   }
 
   /** Offer runs to select, the chosen one and those named by hand included. */

@@ -4,7 +4,7 @@ import { element } from "./elements.js";
 import { Live } from "./live.js";
 import { ModelView } from "./model.js";
 import { Playground } from "./playground.js";
-import { readJson, useKey } from "./service.js";
+import { hasKey, readJson, useKey } from "./service.js";
 
 const RETRY_MS = 2000;
 const VIEWS = { playground: Playground, live: Live, model: ModelView };
@@ -37,11 +37,23 @@ async function describe() {
       ` ${model.version} \u00b7 ${engine.engine}, ${engine.forward}, ${engine.dtype} on ${engine.device}`,
     );
     status.dataset.ready = "yes";
+    keyPanel.open = false;
   } catch (problem) {
-    status.textContent = problem.code === "not_ready" ? "The model is loading \u2026" : problem.message;
-    if (problem.status === 401) keyPanel.open = true;
+    status.textContent = messageOf(problem);
+    status.dataset.ready = "no";
+    if (problem.status === 401) askForKey();
     else setTimeout(describe, RETRY_MS);
   }
+}
+
+function messageOf(problem) {
+  if (problem.code === "not_ready") return "The model is loading \u2026";
+  return problem.status === 401 && !hasKey() ? "This service needs an API key." : problem.message;
+}
+
+function askForKey() {
+  keyPanel.open = true;
+  document.querySelector("#key").focus();
 }
 
 document.querySelector("#key-form").addEventListener("submit", (event) => {

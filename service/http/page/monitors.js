@@ -1,86 +1,75 @@
-// Draws an answer of /v1/monitor: alarms, distributions, drift.
+// Draws an answer of /v1/monitor: distributions, how they move while they are looked at, drift, all readings.
 
-import { figure, histogram, points } from "./charts.js";
-import { count, element, fixed, isNumber, percent, table } from "./elements.js";
+import { figure, histogram, lines, points } from "./charts.js";
+import { driftNodes } from "./drift.js";
+import { element, table } from "./elements.js";
+import { count, fixed, isNumber, percent } from "./numbers.js";
 
-const MAX_EVENTS = 50;
+const MAX_READINGS = 100;
 const SHOWN = ["reward_length_corr", "reward_length_r2", "ood_rate", "top1_ood_rate", "mean_surprise", "ood_reward_gap", "reward_drift", "log_tokens_drift", "style_r2", "tie_rate", "truncation_rate", "output_mean", "output_length_corr"];
 
 export class MonitorPanel {
   constructor() {
-    this.alarms = new Map();
-    this.events = [];
+    this.history = [];
     this.run = undefined;
     this.message = element("p", { class: "note", role: "status" });
-    this.alarmList = element("div", {});
     this.charts = element("div", { class: "charts" });
-    this.tables = element("div", { class: "stack" });
-    this.root = element("div", { class: "stack" }, this.message, this.alarmList, this.charts, this.tables);
+    this.drift = element("div", { class: "parts" });
+    this.readings = element("div", {});
+    this.root = element("div", { class: "stack" }, this.message, this.charts, this.drift, this.readings);
   }
 
-  refuse(message) {
-    this.message.textContent = message;
-    for (const part of [this.alarmList, this.charts, this.tables]) part.replaceChildren();
+  forget() {
+    [this.run, this.history] = [undefined, []];
+    for (const part of [this.message, this.charts, this.drift, this.readings]) part.replaceChildren();
   }
 
   show(answer) {
     const { window, run } = answer;
-    if (run !== this.run) [this.run, this.alarms, this.events] = [run, new Map(), []];
+    if (run !== this.run) [this.run, this.history] = [run, []];
     this.message.textContent =
-      `${count(window.items)} items of ${count(window.prompts)} prompts in the window` +
+      `The latest ${count(window.items)} items, of ${count(window.prompts)} prompts` +
       (answer.calibrated ? "." : ". Without a calibration there are no p-values and no drift.") +
       (answer.incomplete ? " Some replica did not answer." : "");
-    this.follow(answer.alarms);
-    this.alarmList.replaceChildren(...alarmNodes(answer.alarms, this.events));
-    this.charts.replaceChildren(...distributionCharts(answer));
-    const open = [...this.tables.querySelectorAll("details[open]")].map((node) => node.dataset.name);
-    this.tables.replaceChildren(...tablesOf(answer, open));
-  }
-
-  /** Note what has ended since the last answer; the service has the times at which alarms began. */
-  follow(alarms) {
-    const now = new Map(alarms.map((alarm) => [nameOf(alarm), alarm]));
-    for (const [name, alarm] of this.alarms) {
-      if (!now.has(name)) this.events.unshift({ name, since: alarm.since, ended: new Date() });
-    }
-    this.events = this.events.slice(0, MAX_EVENTS);
-    this.alarms = now;
+    this.history = [...this.history, momentOf(answer)].slice(-MAX_READINGS);
+    this.charts.replaceChildren(...distributionCharts(answer), ...trendCharts(this.history, answer));
+    this.drift.replaceChildren(...driftNodes(answer));
+    const isOpen = this.readings.querySelector("details[open]") !== null;
+    this.readings.replaceChildren(readingTable(answer.monitors, isOpen));
   }
 }
 
-function nameOf({ name, scope }) {
-  return scope ? `${name} (${scope})` : name;
+function readingOf({ monitors }, name, scope = null) {
+  return monitors.find((entry) => entry.name === name && (entry.scope ?? null) === scope);
 }
 
-function alarmNodes(alarms, events) {
-  const begun = (since) => (since ? `since ${new Date(since).toLocaleTimeString("en-GB")}` : "since the latest batch");
-  const on = alarms.map((alarm) =>
-    element(
-      "li",
-      { "data-alarm": alarm.name },
-      element("span", { class: `badge ${alarm.severity === "critical" ? "alarm" : "warn"}` }, alarm.severity),
-      ` ${nameOf(alarm)}, ${begun(alarm.since)}${alarm.pays ? ": an edit that does this pays" : ""}`,
-    ),
-  );
-  const ended = events.map((event) =>
-    element("li", {}, element("span", { class: "badge" }, "ended"), ` ${event.name}, until ${event.ended.toLocaleTimeString("en-GB")}`),
-  );
-  const list = on.length + ended.length ? [element("ul", { class: "alarms" }, on, ended)] : [];
-  return [element("h3", {}, on.length ? `Alarms: ${on.length}` : "No alarm"), ...list];
+/** What the trends show of an answer; times in seconds of the browser's clock. */
+function momentOf(answer) {
+  const value = (name, scope) => readingOf(answer, name, scope)?.value ?? null;
+  return {
+    at: performance.now() / 1000,
+    flagged: value("ood_rate"),
+    correlation: value("reward_length_corr", "within"),
+    reward: value("reward_drift"),
+    length: value("log_tokens_drift"),
+  };
 }
 
 function distributionCharts(answer) {
   const { reward, p_value: pValues, points: items } = answer.distributions;
-  return [
-    rewardChart(reward),
-    scatterChart(answer, items),
-    figure(
-      "p-values",
-      "Expected: one twentieth in each bin. A peak at the left: items unlike the calibration.",
-      histogram("Histogram of the p-values", pValues.edges, sharesOf(pValues.counts), pValues.reference, (value) => fixed(value, 1)),
-      [["window", "bar"], ["expected", "expected"]],
-    ),
-  ];
+  const pValueChart = figure(
+    "p-values",
+    pValueSentence(pValues),
+    histogram("Histogram of the p-values", pValues.edges, sharesOf(pValues.counts), pValues.reference, (value) => fixed(value, 1)),
+    [["window", "bar"], ["expected", "expected"]],
+  );
+  return [rewardChart(reward), scatterChart(answer, items), ...(answer.calibrated ? [pValueChart] : [])];
+}
+
+function pValueSentence({ edges, counts, reference }) {
+  if (!counts.some((value) => value > 0)) return "No item has a p-value; they come with diagnostics at level full.";
+  const found = `${percent(sharesOf(counts)[0])} of the p-values are at most ${edges[1]}; ${percent(reference[0])} are expected.`;
+  return `${found} A peak there: items unlike the calibration.`;
 }
 
 function rewardChart({ edges, counts, reference }) {
@@ -93,9 +82,8 @@ function rewardChart({ edges, counts, reference }) {
 }
 
 function scatterChart(answer, items) {
-  const reading = (name, scope) => answer.monitors.find((entry) => entry.name === name && entry.scope === scope);
-  const [within, pooled] = ["within", "pooled"].map((scope) => reading("reward_length_corr", scope));
-  const squared = reading("reward_length_r2", "within");
+  const [within, pooled] = ["within", "pooled"].map((scope) => readingOf(answer, "reward_length_corr", scope));
+  const squared = readingOf(answer, "reward_length_r2", "within");
   const sentence =
     `r = ${fixed(within.value, 2)} within prompts${intervalOf(within)}, ${fixed(pooled.value, 2)} pooled. ` +
     `Warns when |r| is surely above ${within.threshold}, critical when r squared is surely above ${squared.threshold} ` +
@@ -116,6 +104,40 @@ function scatterChart(answer, items) {
   );
 }
 
+/** How the window's readings move while the page looks at them. */
+function trendCharts(history, answer) {
+  const now = history[history.length - 1].at;
+  const seconds = history.map(({ at }) => at - now);
+  const series = (name) => history.map((moment) => moment[name]);
+  const chart = (title, sentence, shown, format) =>
+    figure(title, sentence, lines(title, seconds, shown.map(([, values, shade]) => [values, shade]), format), shown.map(([name, , shade]) => [name, shade]));
+  const threshold = readingOf(answer, "reward_length_corr", "within").threshold;
+  return [
+    ...(answer.calibrated
+      ? [
+          chart(
+            "Unusual items",
+            `Share of flagged items. Expected: ${percent(readingOf(answer, "ood_rate").reference, 1)}.`,
+            [["flagged", series("flagged"), "one"]],
+            (value) => `${+(100 * value).toPrecision(2)} %`,
+          ),
+          chart(
+            "Reward and length",
+            "Distance of the window's means from the calibration's, in its standard deviations.",
+            [["reward", series("reward"), "one"], ["length", series("length"), "two"]],
+            (value) => fixed(value, 1),
+          ),
+        ]
+      : []),
+    chart(
+      "Correlation with length",
+      `r of reward and length within prompts; warns surely above ${threshold}.`,
+      [["r", series("correlation"), "one"]],
+      (value) => fixed(value, 1),
+    ),
+  ];
+}
+
 function intervalOf({ interval }) {
   return interval ? ` (${fixed(interval[0], 2)} to ${fixed(interval[1], 2)})` : "";
 }
@@ -125,57 +147,16 @@ function sharesOf(counts) {
   return counts.map((value) => (sum ? value / sum : 0));
 }
 
-function tablesOf(answer, open) {
-  const part = (name, content) =>
-    element("details", { "data-name": name, open: open.includes(name) }, element("summary", {}, name), content);
-  return [
-    part("Drift", driftTable(answer.cusum)),
-    part("Changes of wording", wordingTable(answer.drift)),
-    part(
-      "All readings",
-      table(
-        "Readings of the window",
-        ["monitor", "value", "95 % interval", "calibration", "threshold", "n", "state"],
-        answer.monitors.filter(({ name }) => SHOWN.includes(name)).map(readingRow),
-      ),
+function readingTable(monitors, open) {
+  return element(
+    "details",
+    { open },
+    element("summary", {}, "All readings"),
+    table(
+      "Readings of the window",
+      ["monitor", "value", "95 % interval", "calibration", "threshold", "n", "state"],
+      monitors.filter(({ name }) => SHOWN.includes(name)).map(readingRow),
     ),
-  ];
-}
-
-function driftTable(cusum) {
-  if (!cusum.signals.length) return element("p", { class: "note" }, "Drift is measured against a calibration; there is none.");
-  const meter = (value) =>
-    element("progress", { max: cusum.threshold, value: Math.min(value, cusum.threshold), "aria-label": `${fixed(value, 1)} of ${fixed(cusum.threshold, 1)}` });
-  return table(
-    `Cumulative sums after ${count(cusum.batches)} batches; an alarm above ${fixed(cusum.threshold, 1)}`,
-    ["signal", "up", "", "down", "", "alarms"],
-    cusum.signals.map(({ signal, up, down, num_alarms: alarms, alarm, pays }) => [
-      `${signal}${alarm ? " (alarm)" : ""}${pays ? ", pays" : ""}`,
-      fixed(up, 1),
-      meter(up),
-      fixed(down, 1),
-      meter(down),
-      count(alarms),
-    ]),
-  );
-}
-
-function wordingTable(drift) {
-  const rows = drift.comparisons.flatMap(({ against, alarm, changes }) =>
-    changes.map(({ statistic, unit, reference, recent, z }) => [
-      statistic.replaceAll("_", " "),
-      alarm ? `${against} (alarm)` : against,
-      fixed(reference, 2),
-      fixed(recent, 2),
-      unit,
-      fixed(z, 1),
-    ]),
-  );
-  if (!rows.length) return element("p", { class: "note" }, "The completions are worded as before.");
-  return table(
-    `What differs most after ${count(drift.batches)} batches`,
-    ["statistic", "compared with", "then", "now", "unit", "standard errors"],
-    rows,
   );
 }
 

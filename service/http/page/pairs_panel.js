@@ -1,6 +1,7 @@
 // A file of preference pairs, scored by the service: accuracy, correlation with length, and a table to sort.
 
-import { count, element, facts, fixed, pValue, percent, signed } from "./elements.js";
+import { element, facts } from "./elements.js";
+import { count, fixed, isNumber, pValue, percent, signed } from "./numbers.js";
 import { figuresOf, parsePairs } from "./pairs.js";
 import { sendPatiently } from "./service.js";
 
@@ -9,6 +10,9 @@ const PAIRS_PER_REQUEST = 16;
 const MAX_ROWS = 200;
 const MAX_ERRORS = 5;
 const PLACEHOLDER = '{"prompt": "2+2?", "chosen": "4", "rejected": "5"}';
+
+/** Of a model with several outputs, of which no weights are known. */
+const NO_REWARD = { detail: "there is no reward, as the model has several outputs without weights." };
 
 const COLUMNS = [
   ["line", (pair) => pair.line, count],
@@ -85,7 +89,8 @@ export class PairsPanel {
       const { results } = await sendPatiently("v1/score", { items, diagnostics: "full" });
       some.forEach(({ line }, index) => {
         const [chosen, rejected] = results.slice(2 * index, 2 * index + 2);
-        const error = chosen.error ?? rejected.error;
+        const hasRewards = isNumber(chosen.reward) && isNumber(rejected.reward);
+        const error = chosen.error ?? rejected.error ?? (hasRewards ? null : NO_REWARD);
         if (error) failed.push(`Line ${line}: ${error.detail}`);
         else this.scored.push({ line, chosen: numbersOf(chosen), rejected: numbersOf(rejected) });
       });

@@ -1,6 +1,7 @@
 // Asks the service that has served this page. The API key is in this variable alone: it is stored nowhere.
 
-const RUN = "playground";
+/** The run that what is scored here belongs to. */
+export const RUN = "playground";
 const MAX_WAITS = 5;
 
 let key = "";
@@ -59,10 +60,16 @@ export function addressOf(path) {
 
 async function ask(path, options) {
   const headers = { ...options.headers, ...(key ? { Authorization: `Bearer ${key}` } : {}) };
-  let answer;
+  let request;
   try {
     // Without credentials no browser shows a dialog of its own where a key is missing.
-    answer = await fetch(addressOf(path), { ...options, headers, credentials: "omit", cache: "no-store" });
+    request = new Request(addressOf(path), { ...options, headers, credentials: "omit", cache: "no-store" });
+  } catch {
+    throw new Problem(0, "invalid_header", "A key or a name of a run has characters that a header cannot have.");
+  }
+  let answer;
+  try {
+    answer = await fetch(request);
   } catch {
     throw new Problem(0, "unreachable", "The service does not answer.");
   }
