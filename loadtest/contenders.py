@@ -171,7 +171,7 @@ def ours(setup: Setup) -> Mapping[str, Way]:
     return _ways(setup, [_torch_engine(setup, share_prefixes=share) for share in (False, True)])
 
 
-def changed(setup: Setup, **changes: object) -> Mapping[str, Way]:
+def changed(setup: Setup, **changes: Any) -> Mapping[str, Way]:
     """The torch engine with shared prefixes and some settings of the model changed."""
     return _ways(setup, [_torch_engine(setup, share_prefixes=True, **changes)])
 
@@ -195,7 +195,7 @@ def deterministic(setup: Setup) -> Mapping[str, Way]:
     return {f"{_way_of(engine)}, deterministic": with_busy_share(score, setup.device)}
 
 
-def without_prefixes(setup: Setup, **changes: object) -> Way:
+def without_prefixes(setup: Setup, **changes: Any) -> Way:
     """The torch engine without shared prefixes and some settings of the model changed."""
     return partial(score_in_batches, _torch_engine(setup, share_prefixes=False, **changes), now=setup.now)
 
@@ -222,7 +222,7 @@ def _way_of(engine: Engine) -> str:
 
 
 def _torch_engine(
-    setup: Setup, *, share_prefixes: bool, batching: Mapping[str, Any] | None = None, **changes: object
+    setup: Setup, *, share_prefixes: bool, batching: Mapping[str, Any] | None = None, **changes: Any
 ) -> Engine:
     computation = {
         "device": setup.device,

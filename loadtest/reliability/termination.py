@@ -116,7 +116,7 @@ async def _until_accepted(url: str, items: int) -> None:
 
 def _exit_status(process: psutil.Process) -> float:
     try:
-        status = process.wait(GIVE_UP_S)
+        status: int | None = process.wait(GIVE_UP_S)  # None where the process is not a child, which the stubs deny
     except psutil.TimeoutExpired:
         return math.inf
     return math.inf if status is None else float(status)

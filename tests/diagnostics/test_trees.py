@@ -57,5 +57,10 @@ def test_trees_that_cannot_be_scored_are_refused() -> None:
     endless = np.array([[[1, 0, 2]], [[2, 2, 2]]], np.int16)
     with pytest.raises(ValueError, match="no tree"):
         TreeEnsemble(
-            np.arange(1), np.zeros((1, 3), np.int16), np.zeros((1, 3), np.float32), endless, np.zeros((1, 3)), 3
+            np.arange(1),
+            np.zeros((1, 3), np.int16),
+            np.zeros((1, 3), np.float32),
+            endless,
+            np.zeros((1, 3), np.float32),
+            3,
         )

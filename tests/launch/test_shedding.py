@@ -19,10 +19,10 @@ from http_application import application
 
 from service.errors import Overloaded
 from service.http import unread_refusals
-from service.http.unread_refusals import UnreadRefusals
+from service.http.unread_refusals import Gate, UnreadRefusals
 from service.launch.accepting import ConnectionAcceptor
 from service.launch.local import _HttpServer
-from service.launch.shedding import Gate, WholeRequest, read_whole_request
+from service.launch.shedding import WholeRequest, read_whole_request
 
 HEAD = b"POST /v1/score?a=b HTTP/1.1\r\nHost: x\r\n"
 BODY = json.dumps({"items": [{"text": "a"}]}).encode()

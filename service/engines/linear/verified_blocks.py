@@ -196,7 +196,8 @@ def passing_sizes(
             sets.append((found, [size]))
         else:
             equal.append(size)
-    return tuple(max((members for _, members in sets), key=lambda members: (len(members), members[-1]), default=()))
+    largest: list[int] = max((members for _, members in sets), key=lambda sizes: (len(sizes), sizes[-1]), default=[])
+    return tuple(largest)
 
 
 def _result_at_any_position(

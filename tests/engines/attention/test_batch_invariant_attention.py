@@ -121,8 +121,9 @@ def test_capped_scores_are_refused() -> None:
 def test_a_model_that_does_not_call_it_is_refused() -> None:
     """Without a call the model's own attention has run, of whose bits nothing is known."""
     register_row_attention()
+    states = torch.randn(1, 1, 3, 8)
 
     with pytest.raises(InvarianceError, match="code of its own"), attending_by_row([3]):
         pass
     with pytest.raises(RuntimeError, match="attending_by_row"):
-        row_attention(torch.nn.Module(), *[torch.randn(1, 1, 3, 8)] * 3, None)
+        row_attention(torch.nn.Module(), states, states, states, None)
