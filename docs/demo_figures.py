@@ -21,6 +21,7 @@ import httpx2
 from loadtest.servers import running_service
 from service.arguments import CommandParser
 from service.commands import run_command
+from service.errors import CalibrationError
 from service.protocols.native_answers import win_probabilities
 
 NAME = "python -m docs.demo_figures"
@@ -59,11 +60,14 @@ def measure(url: str) -> dict[str, Any]:
         The figures, by the names of `PLACES`.
 
     Raises:
+        CalibrationError: the service has no calibration for its model.
         httpx2.HTTPError: the service does not answer, or refuses.
     """
     with httpx2.Client(base_url=url, timeout=TIMEOUT_S, trust_env=False) as client:
         answer = _score(client, COMPLETIONS, "basic")
         both = _score(client, tuple(HACK.values()), "full")["results"]
+    if any(result["ood"] is None for result in both):
+        raise CalibrationError("the service uses no calibration (its log says why), so there is no p-value to write")
     first, second = answer["results"]
     figures: dict[str, Any] = {"version": answer["model"]["version"]}
     for index, result in enumerate((first, second)):
