@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from export.calibration.pair_uncertainty import MAIN_FIGURE, RETAINED, PairReport
 from export.calibration.report import CategoryResult, TestReport
@@ -68,11 +68,11 @@ def _rate_line(data: str, rate: Rate) -> str:
 def _pair_table(found: PairReport) -> Table:
     """Return a table with, by figure of uncertainty: how well it predicts which pairs the reward orders wrongly."""
     table = Table(
-        "predicts wrong pairs",
+        Column("predicts wrong pairs", no_wrap=True),
         "AUROC",
         "disagreement better by",
         "retention area",
-        *(f"wrong of the surest {share:.0%}" for share in RETAINED),
+        *(f"wrong in the surest {share:.0%}" for share in RETAINED),
         caption=f"{found.num_pairs} pairs, {found.error:.1%} of them wrong; area of a figure that knows nothing "
         f"{found.random_area:.4f}, of one that knows all {found.ideal_area:.4f}.",
     )

@@ -139,7 +139,7 @@ class Diagnostician:
             for group in groups
             for index, report in zip(group, group_reports([scores[index] for index in group]), strict=True)
         }
-        unusual = self._judged(self._ood, scores, items, groups) if level == "full" and self._ood is not None else {}
+        unusual = self._detected(self._ood, scores, items, groups) if level == "full" and self._ood is not None else {}
         for index, score in scores.items():
             text = items[index].text
             ood, style_p = unusual.get(index, (None, None))
@@ -180,7 +180,7 @@ class Diagnostician:
             gap="inapplicable" if text is None else None,
         )
 
-    def _judged(
+    def _detected(
         self,
         detector: OodDetector,
         scores: Mapping[int, Score],

@@ -117,11 +117,11 @@ class TreeEnsemble:
         """
         left, right = self.children[:, tree].tolist()
         waiting: list[tuple[int, int | None]] = [(0, None)]  # with the number of leaves before an entered node
-        num_leaves = num_visited = 0
+        num_leaves = num_nodes = 0
         while waiting:
             node, begin = waiting.pop()
-            num_visited += 1
-            if num_visited > 3 * len(left) + 1:
+            num_nodes += 1
+            if num_nodes > 3 * len(left) + 1:
                 raise ValueError("the nodes are no tree")
             if left[node] == node:
                 yield node, num_leaves, num_leaves

@@ -49,7 +49,7 @@ class InvarianceProbe:
         """
         compared = compared_rows(self.probes)
         alone = {row: path.run([row]).at_pooled[0] for row in compared}
-        batches = batches_of(self.probes, compared, filling_rows(self.probes, self.fill_tokens, self.max_tokens))
+        batches = batches_of(self.probes, compared, accompanying_rows(self.probes, self.fill_tokens, self.max_tokens))
         gaps: dict[Row, float] = {}
         for batch in batches:
             for outputs in _outputs_of(path, batch):
@@ -76,7 +76,7 @@ def compared_rows(probes: Sequence[Row]) -> list[Row]:
     return different[::step]
 
 
-def filling_rows(probes: Sequence[Row], num_tokens: int, max_tokens: int) -> list[Row]:
+def accompanying_rows(probes: Sequence[Row], num_tokens: int, max_tokens: int) -> list[Row]:
     """Return sequences of various lengths with that many tokens together, unless all would be too long.
 
     Each ends in a probe, so that a gate finds the tokens that it reads.

@@ -18,7 +18,7 @@ from service.checkpoints.configuration import read_config
 from service.engines.attention.interface import attend
 from service.engines.base import EngineOutput
 from service.engines.devices.device import has_avx512
-from service.engines.invariance import InvarianceProbe, batches_of, compared_rows, filling_rows
+from service.engines.invariance import InvarianceProbe, accompanying_rows, batches_of, compared_rows
 from service.engines.kernels import choice
 from service.engines.linear.verified_blocks import CPU_SIZES, VerifiedLinear, verified_sizes
 from service.engines.model.classifier import Classifier
@@ -239,7 +239,7 @@ def test_a_reward_that_changes_is_found_with_its_difference() -> None:
 def test_batches_are_of_different_sequences_within_the_limit(probes: list[tuple[int, ...]], num_tokens: int) -> None:
     """Every compared sequence is in each batch once, at different indices, and no sequence is too long."""
     compared = compared_rows(probes)
-    fill = filling_rows(probes, num_tokens, max_tokens=200)
+    fill = accompanying_rows(probes, num_tokens, max_tokens=200)
     batches = batches_of(probes, compared, fill)
 
     assert set(compared) <= set(probes)
@@ -254,11 +254,11 @@ def test_batches_are_of_different_sequences_within_the_limit(probes: list[tuple[
 
 def test_filling_sequences_have_the_tokens_that_a_gate_reads() -> None:
     """Each ends in a probe; together they have the requested number of tokens."""
-    rows = filling_rows(PROBES, 3000, max_tokens=300)
+    rows = accompanying_rows(PROBES, 3000, max_tokens=300)
 
     assert sum(map(len, rows)) >= 2500
     assert all(any(row[-len(probe) :] == probe for probe in PROBES) for row in rows)
-    assert filling_rows(PROBES, 50, max_tokens=3) == []
+    assert accompanying_rows(PROBES, 50, max_tokens=3) == []
 
 
 # --- On a GPU --------------------------------------------------------------------------------------------------------
