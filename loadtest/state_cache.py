@@ -41,7 +41,7 @@ class StateCache:
     ) -> list[Traits]:
         """Return the statistics of each sequence; those that are not known yet are computed.
 
-        Sequences with the same beginning are computed together, because a forward pass shares it.
+        Sequences with a common prefix are computed together, because a forward pass shares it.
 
         Args:
             sequences: of items at level ``full``.

@@ -175,10 +175,10 @@ def table(summary: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _first(run: Mapping[str, Any], beginnings: tuple[str, ...]) -> str:
+def _first(run: Mapping[str, Any], prefixes: tuple[str, ...]) -> str:
     """Return the earliest of some alarms, without that of the reward."""
     for name, step in run["first_alarms"].items():
-        if name.startswith(beginnings) and name != REWARD_ALARM:
+        if name.startswith(prefixes) and name != REWARD_ALARM:
             return f"{step}: `{name}`"
     return "none"
 

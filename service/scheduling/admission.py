@@ -170,11 +170,11 @@ class Admission:
             return
         if wait_s > longest_wait_s:
             self._overload.note_refusal(now, time_left_s)
-        raise Overloaded(
-            f"{waiting} tokens wait, so the answer would come after {seconds:.3g} s or more; {time_left_s:.3g} s are "
-            "left.",
-            retry_after_s=min(excess_s, waiting / speed),
-        )
+        if seconds > usable_s:
+            reason = f"so the answer would come after {seconds:.3g} s or more; {time_left_s:.3g} s are left."
+        else:
+            reason = f"for {wait_s:.3g} s; under overload at most {longest_wait_s:.3g} s may be computed before this."
+        raise Overloaded(f"{waiting} tokens wait, {reason}", retry_after_s=min(excess_s, waiting / speed))
 
     def _seconds_for(self, num_tokens: int) -> float:
         tokens_per_s = self.throughput.tokens_per_s

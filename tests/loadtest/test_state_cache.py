@@ -41,7 +41,7 @@ def complete(path: Path, model: CountedModel, version: str = "1") -> list[tuple[
 def test_a_text_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal texts share a computation; an interrupted measurement has lost one block, and a complete one computes none.
 
-    Texts with the same beginning are next to each other, and those of another version are computed anew.
+    Texts with a common prefix are next to each other, and those of another version are computed anew.
     """
     monkeypatch.setattr(state_cache, "BLOCK_ITEMS", 4)
     path, model, second, third = tmp_path / "items.states", CountedModel(2), CountedModel(), CountedModel()

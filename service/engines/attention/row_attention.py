@@ -31,7 +31,7 @@ class PaddedRows:
     """The sequences of the padded batch that is being computed."""
 
     lengths: Sequence[int]
-    """Tokens of each sequence, which are at the beginning of its row."""
+    """Tokens of each sequence, which are the first of its row."""
 
     num_calls: int = 0
     """Attention layers that have run."""
