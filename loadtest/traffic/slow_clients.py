@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass
@@ -116,6 +117,8 @@ class _Clients:
     async def _send_slowly(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Send bytes until the server closes the connection."""
         writer.write(self._address.post(NATIVE.path, b" " * BODY_BYTES)[:-BODY_BYTES])
+        # Clients that know nothing of each other do not send in the same moment of each second.
+        await asyncio.sleep(PAUSE_S * random.random())  # noqa: S311 - a time, not a secret
         while not (reader.at_eof() or writer.is_closing() or reader.exception() is not None):
             await asyncio.sleep(PAUSE_S)
             writer.write(b" ")

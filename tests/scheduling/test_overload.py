@@ -211,6 +211,17 @@ def test_the_queue_is_short_while_requests_are_refused() -> None:
     assert fill(queue, 10.0, now=11.0) == 340
 
 
+def test_a_refusal_by_the_short_queue_says_so() -> None:
+    """A request that would be in time, but waits longer than overload allows, is told the wait and the bound."""
+    queue = idle_queue()
+    assert fill(queue, 10.0) == 500
+    for number in range(340):
+        queue.cancel(("", 0.0, number))
+
+    with pytest.raises(Overloaded, match=r"16000 tokens wait, for 1\.6 s; under overload at most 1\.5 s may be"):
+        queue.admit("next", ITEM_TOKENS, now=1.0, time_left_s=10.0)
+
+
 def test_patient_requests_are_not_refused_for_impatient_ones() -> None:
     """While those with a deadline of 2 s are too many, those of 3 s and of a minute may still wait for half of it."""
     queue = idle_queue()
