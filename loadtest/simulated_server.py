@@ -50,7 +50,7 @@ _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 PARTS = {
     "replica": ("ServeReplica", LOCAL_COMMAND),
-    "proxy": ("haproxy ",),
+    "proxy": ("/haproxy -",),  # and not the process that watches it
     "controller": ("ServeController",),
     "raylet": ("raylet/raylet ",),
 }

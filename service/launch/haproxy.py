@@ -32,7 +32,7 @@ def main(arguments: Sequence[str]) -> int:
         change(config)
         binary = haproxy_binary()
         files = StandbyFiles(config.parent)
-        text, ending = take_over(files, config.read_text(encoding="utf-8"))
+        text, ending = take_over(files, config.read_text(encoding="utf-8"), is_reload="-sf" in arguments)
         config.write_text(text, encoding="utf-8")
         start_watching(files, binary)
     except (OSError, ServerStartError) as error:

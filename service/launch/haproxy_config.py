@@ -16,6 +16,9 @@ from service.protocols.problem import MEDIA_TYPE, render_problem
 
 HEAD_S = 10
 """Seconds in which the request line and the headers have to arrive."""
+CHECK_S = 2
+"""Seconds in which a replica has to answer a health check. By default it is the time between two, and a replica that is
+busy for some seconds would count as dead."""
 OTHERS_SHARE = 8
 """One address gets all connections but one in so many, which are left for probes and other clients."""
 MARK = "# Changed by the reward service.\n"
@@ -76,8 +79,9 @@ def _with_error_pages(config: str, error_pages: Mapping[int, Path]) -> str:
 
 
 def _with_bounded_clients(config: str) -> str:
-    """Bound the time for a head, and the connections of one address."""
-    config = _replaced(r"(?m)^(defaults\n\s+mode http\n)", rf"\g<1>    timeout http-request {HEAD_S}s\n", config)
+    """Bound the time for a head and for the answer to a health check, and the connections of one address."""
+    times = f"    timeout http-request {HEAD_S}s\n    timeout check {CHECK_S}s\n"
+    config = _replaced(r"(?m)^(defaults\n\s+mode http\n)", rf"\g<1>{times}", config)
     limit = re.search(r"(?m)^\s+maxconn (\d+)$", config)
     if limit is None:
         raise _not_found("maxconn")

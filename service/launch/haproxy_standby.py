@@ -25,13 +25,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from service.launch.haproxy_routes import Address, has_routes, replicas_of, with_kept_routes
+
 TICK_S = 0.2
 CHECK_S = 2.0
 """Seconds between two looks at whether another HAProxy is in charge, after a change of the replicas for example."""
 MAX_MISSES = 10
 """Checks in a row, a tick apart, in which no replica listens before the watcher gives up: Serve has ended."""
 CONNECT_S = 0.5
-_SERVER = re.compile(r"(?m)^\s+server \S+ (\S+):(\d+) check(?! backup)")
 _ADMIN_SOCKET = re.compile(r"(?m)^\s+stats socket .*\n")
 
 
@@ -62,16 +63,6 @@ class StandbyFiles:
         return self.folder / "routes.cfg"
 
 
-def has_routes(config: str) -> bool:
-    """Whether a configuration has replicas to which requests go."""
-    return _SERVER.search(config) is not None
-
-
-def replicas_of(config: str) -> list[tuple[str, int]]:
-    """Host and port of each replica in a configuration."""
-    return [(host, int(port)) for host, port in _SERVER.findall(config)]
-
-
 def without_admin_socket(config: str) -> str:
     """Return a configuration without the socket by which Ray knows that HAProxy runs."""
     return _ADMIN_SOCKET.sub("", config)
@@ -88,18 +79,23 @@ def running_standby(files: StandbyFiles) -> int | None:
     return None
 
 
-def take_over(files: StandbyFiles, config: str) -> tuple[str, list[str]]:
+def take_over(files: StandbyFiles, config: str, *, is_reload: bool) -> tuple[str, list[str]]:
     """Make this process, which becomes HAProxy, the current one.
 
+    Args:
+        files: of the processes for this HAProxy.
+        config: the new configuration.
+        is_reload: whether it takes the place of a HAProxy that runs.
+
     Returns:
-        The configuration to use, which is that with the last routes where Ray does not know any yet and a second
-        HAProxy runs; and further arguments, which end that one.
+        The configuration to use, with the routes of the HAProxy whose place it takes that Ray does not name at present
+        (`with_kept_routes`); and further arguments, which end the second HAProxy, if one runs.
     """
     replaced = running_standby(files)
+    if (is_reload or replaced is not None) and files.routes.exists():
+        config = with_kept_routes(config, files.routes.read_text(encoding="utf-8"), _listens)
     if has_routes(config):
         files.routes.write_text(config, encoding="utf-8")
-    elif replaced is not None and files.routes.exists():
-        config = files.routes.read_text(encoding="utf-8")
     files.current.write_text(str(os.getpid()), encoding="utf-8")
     return config, [] if replaced is None else ["-sf", str(replaced)]
 
@@ -134,7 +130,7 @@ def watch(pid: int, binary: str, files: StandbyFiles) -> None:
         _stand_in(pid, binary, files, replicas_of(config))
 
 
-def _stand_in(pid: int, binary: str, files: StandbyFiles, replicas: Sequence[tuple[str, int]]) -> None:
+def _stand_in(pid: int, binary: str, files: StandbyFiles, replicas: Sequence[Address]) -> None:
     """Run the second HAProxy until another one of Ray is in charge, or no replica listens any more."""
     misses = 0
     standby: subprocess.Popen[bytes] | None = None
@@ -180,7 +176,7 @@ def _read_pid(file: Path) -> int | None:
         return None
 
 
-def _listens(address: tuple[str, int]) -> bool:
+def _listens(address: Address) -> bool:
     try:
         with socket.create_connection(address, CONNECT_S):
             return True

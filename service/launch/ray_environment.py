@@ -131,8 +131,10 @@ def _proxy_environment(
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "30",
         # Idle connections beyond Ray's default of 4,096 would keep everybody out; two take five open files.
         "RAY_SERVE_HAPROXY_MAXCONN": str(max_connections),
-        # A dead replica is noticed in two seconds instead of ten, and one that has stopped answering in five. Without
-        # a replica that answers there is none, so one that is busy for a second or two must not count as dead.
+        # A dead replica is noticed in two seconds instead of ten, and one that has stopped answering in ten. Where all
+        # count as dead nobody is answered, so one that is busy must not: it has two seconds to answer a check
+        # (haproxy_config.py). One that drains fails its checks while it serves; it is needed until its successor is
+        # known, a second later, so two failures must not be enough.
         "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
         "RAY_SERVE_HAPROXY_HEALTH_CHECK_FALL": "4",
         # A dead HAProxy is replaced in seconds: three checks have to fail.

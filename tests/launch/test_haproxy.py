@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,20 +20,15 @@ from pathlib import Path
 import httpx2
 import psutil
 import pytest
+from haproxy_files import write_configuration
 from serving import eventually, free_port
 
 from service.errors import ServerStartError
 from service.launch import haproxy_config
 from service.launch.haproxy import PYTHON_VARIABLE, SCRIPT, change, haproxy_binary
 from service.launch.haproxy_config import changed
-from service.launch.haproxy_standby import (
-    StandbyFiles,
-    has_routes,
-    replicas_of,
-    running_standby,
-    take_over,
-    without_admin_socket,
-)
+from service.launch.haproxy_routes import has_routes, replicas_of
+from service.launch.haproxy_standby import StandbyFiles, running_standby, take_over, without_admin_socket
 
 Configure = Callable[..., Path]
 """Writes a configuration as Ray does; returns its file."""
@@ -69,32 +63,10 @@ def replica() -> Iterator[int]:
 @pytest.fixture
 def configure(tmp_path: Path) -> Configure:
     """Ray's own code writes the configuration."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Ray's import, which is the first in this process or not
-        from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
-        from ray.serve.config import HTTPOptions
 
     def write(port: int, replica: int | None, *, fallback: int | None = None, maxconn: int = 64) -> Path:
-        config = HAProxyConfig(
-            http_options=HTTPOptions(host="127.0.0.1", port=port),
-            maxconn=maxconn,
-            nbthread=1,
-            metrics_port=free_port(),
-            stats_port=free_port(),
-            socket_path=str(tmp_path / "admin.sock"),
-            server_state_base=str(tmp_path),
-            server_state_file=str(tmp_path / "state"),
-            metrics_socket_path=str(tmp_path / "metrics.sock"),
-            is_head=True,
-        )
-        api = HAProxyApi(config, config_file_path=str(tmp_path / "haproxy.cfg"))
-        if replica is not None:
-            servers = [ServerConfig("replica", "127.0.0.1", replica)]
-            other = None if fallback is None else ServerConfig("fallback", "127.0.0.1", fallback)
-            backend = BackendConfig("reward", "/", app_name="reward", servers=servers, fallback_server=other)
-            api.set_backend_configs({"reward": backend})
-        api._generate_config_file_internal()
-        return tmp_path / "haproxy.cfg"
+        replicas = {} if replica is None else {"/": [replica]}
+        return write_configuration(tmp_path, port, replicas, fallback=fallback, maxconn=maxconn)
 
     return write
 
@@ -219,10 +191,10 @@ def test_what_the_second_haproxy_gets(configure: Configure, tmp_path: Path) -> N
     """It has the replicas of Ray's configuration and no admin socket; without routes nothing of it is kept."""
     files = StandbyFiles(tmp_path)
     empty, routed = (configure(free_port(), replica, fallback=1).read_text() for replica in (None, 4711))
-    assert take_over(files, empty) == (empty, [])
+    assert take_over(files, empty, is_reload=False) == (empty, [])
     assert not files.routes.exists()
     assert not has_routes(empty)
-    assert take_over(files, routed) == (routed, [])
+    assert take_over(files, routed, is_reload=False) == (routed, [])
     assert files.routes.read_text() == routed
     assert files.current.read_text() == str(os.getpid())
     assert replicas_of(routed) == [("127.0.0.1", 4711)], "the fallback proxy is no replica"
@@ -230,7 +202,7 @@ def test_what_the_second_haproxy_gets(configure: Configure, tmp_path: Path) -> N
     assert "stats socket" not in without_admin_socket(routed)
     files.standby.write_text(str(os.getpid()))  # a process id that was used again
     assert running_standby(files) is None
-    assert take_over(files, empty) == (empty, [])
+    assert take_over(files, empty, is_reload=False) == (empty, [])
 
 
 @pytest.mark.slow
