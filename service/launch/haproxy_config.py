@@ -25,7 +25,7 @@ MARK = "# Changed by the reward service.\n"
 
 ERRORS: dict[int, tuple[HttpError, int]] = {
     502: (EngineUnavailable("The replica ended before it answered."), 1),
-    503: (NotReady("No replica is running at the moment."), 2),
+    503: (NotReady("No replica answers at the moment."), 2),
     504: (EngineUnavailable("The replica did not answer."), 1),
 }
 """By the status that HAProxy gives a failure of its own: what is sent, always as a 503, and its Retry-After in seconds.
