@@ -29,7 +29,7 @@ def replicas_of(config: str) -> list[Address]:
     return [(host, int(port)) for host, port in _SERVER.findall(config)]
 
 
-def with_kept_routes(config: str, previous: str, is_open: Callable[[Address], bool]) -> str:
+def with_earlier_routes(config: str, previous: str, is_open: Callable[[Address], bool]) -> str:
     """Return a configuration with the routes that it lacks and that the one before it had.
 
     A route is kept while one of its replicas accepts connections and none of their addresses belongs to another

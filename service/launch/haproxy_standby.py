@@ -25,7 +25,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from service.launch.haproxy_routes import Address, has_routes, replicas_of, with_kept_routes
+from service.launch.haproxy_routes import Address, has_routes, replicas_of, with_earlier_routes
 
 TICK_S = 0.2
 CHECK_S = 2.0
@@ -89,11 +89,11 @@ def take_over(files: StandbyFiles, config: str, *, is_reload: bool) -> tuple[str
 
     Returns:
         The configuration to use, with the routes of the HAProxy whose place it takes that Ray does not name at present
-        (`with_kept_routes`); and further arguments, which end the second HAProxy, if one runs.
+        (`with_earlier_routes`); and further arguments, which end the second HAProxy, if one runs.
     """
     replaced = running_standby(files)
     if (is_reload or replaced is not None) and files.routes.exists():
-        config = with_kept_routes(config, files.routes.read_text(encoding="utf-8"), _listens)
+        config = with_earlier_routes(config, files.routes.read_text(encoding="utf-8"), _listens)
     if has_routes(config):
         files.routes.write_text(config, encoding="utf-8")
     files.current.write_text(str(os.getpid()), encoding="utf-8")

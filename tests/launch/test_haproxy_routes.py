@@ -15,7 +15,7 @@ from haproxy_files import write_configuration
 from serving import eventually, free_port
 
 from service.launch.haproxy import change, haproxy_binary
-from service.launch.haproxy_routes import Address, replicas_of, with_kept_routes
+from service.launch.haproxy_routes import Address, replicas_of, with_earlier_routes
 from service.launch.haproxy_standby import StandbyFiles, take_over
 
 
@@ -62,7 +62,7 @@ def test_a_forgotten_application_is_answered_by_its_replica(tmp_path: Path, forg
         config = configuration(tmp_path / "now", port, others)
 
         kept = tmp_path / "now" / "kept.cfg"
-        kept.write_text(with_kept_routes(config, previous, all_open), encoding="utf-8")
+        kept.write_text(with_earlier_routes(config, previous, all_open), encoding="utf-8")
         process = subprocess.Popen([haproxy_binary(), "-db", "-f", str(kept)])
         try:
             url = f"http://127.0.0.1:{port}"
@@ -87,8 +87,8 @@ def test_the_only_application_is_kept_while_a_replica_listens(tmp_path: Path) ->
     previous = configuration(tmp_path, 8000, {"/": [4711, 4712]})
     config = configuration(tmp_path, 8000, {})
 
-    assert with_kept_routes(config, previous, lambda address: address == ("127.0.0.1", 4712)) == previous
-    assert with_kept_routes(config, previous, lambda _: False) == config
+    assert with_earlier_routes(config, previous, lambda address: address == ("127.0.0.1", 4712)) == previous
+    assert with_earlier_routes(config, previous, lambda _: False) == config
 
 
 def test_a_route_is_not_kept_without_a_replica_of_its_own(tmp_path: Path) -> None:
@@ -97,9 +97,9 @@ def test_a_route_is_not_kept_without_a_replica_of_its_own(tmp_path: Path) -> Non
     config = configuration(tmp_path, 8000, {"/b": [4712]})
     reused = configuration(tmp_path, 8000, {"/b": [4712, 4711]})
 
-    assert replicas_of(with_kept_routes(config, previous, all_open)) == [("127.0.0.1", 4712), ("127.0.0.1", 4711)]
-    assert with_kept_routes(config, previous, lambda address: address[1] != 4711) == config
-    assert with_kept_routes(reused, previous, all_open) == reused
+    assert replicas_of(with_earlier_routes(config, previous, all_open)) == [("127.0.0.1", 4712), ("127.0.0.1", 4711)]
+    assert with_earlier_routes(config, previous, lambda address: address[1] != 4711) == config
+    assert with_earlier_routes(reused, previous, all_open) == reused
 
 
 def test_named_routes_are_those_of_ray(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_named_routes_are_those_of_ray(tmp_path: Path) -> None:
     previous = configuration(tmp_path, 8000, {"/a": [4711], "/b": [4712]})
     config = configuration(tmp_path, 8000, {"/a": [4713], "/b": [4712], "/c": [4714]})
 
-    assert with_kept_routes(config, previous, all_open) == config
+    assert with_earlier_routes(config, previous, all_open) == config
 
 
 def test_only_a_reload_keeps_routes(tmp_path: Path) -> None:
