@@ -65,7 +65,7 @@ MODULES = [
     for name in (
         *("loadtest.baseline", "loadtest.compare", "loadtest.connections", "loadtest.diagnostics_cost"),
         "loadtest.engines",
-        *("loadtest.invariance", "loadtest.staged_drift", "monitoring.dashboard", "monitoring.render"),
+        *("loadtest.invariance", "loadtest.latency", "loadtest.staged_drift", "monitoring.dashboard", "monitoring.render"),
     )
 ]
 

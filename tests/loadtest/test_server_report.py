@@ -58,7 +58,7 @@ def test_one_difference_fails_the_report(max_difference: float, matches: bool) -
         "ours against plain": RewardComparison(8, 1e-3, spread=1.0, spearman=1.0),
         "plain against transformers in fp32": RewardComparison(8, max_difference, spread=1.0, spearman=1.0),
     }
-    report = ServerReport("plain", "bfloat16", shapes, found, comparisons)
+    report = ServerReport("plain", ("bfloat16", "float32"), shapes, found, comparisons, {"torch": "2.13.0"})
     output = io.StringIO()
     console = Console(file=output, width=200)
 
