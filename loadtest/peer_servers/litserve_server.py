@@ -87,7 +87,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, required=True)
     parser.add_argument("--port", type=int, required=True)
     options = parser.parse_args()
-    server = litserve.LitServer(RewardApi(options.model, options.dtype), accelerator="cpu", workers_per_device=1)
+    api = RewardApi(options.model, options.dtype)
+    server = litserve.LitServer(api, accelerator="cpu", workers_per_device=1, timeout=False)
     server.run(host="127.0.0.1", port=options.port, log_level="warning", generate_client_file=False)
 
 

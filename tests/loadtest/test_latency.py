@@ -56,14 +56,14 @@ def test_quantiles_are_of_nearest_rank_and_the_rest_is_outside() -> None:
 def test_the_table_has_a_row_per_stage_and_two_columns_per_load() -> None:
     """The forward pass alone is the first row, beside the stages of the service."""
     load = stage_latencies("alone", [(answer({"engine": 2.0, "total": 4.0}), 0.005)])
-    console = Console(file=io.StringIO(), width=120)
+    output = io.StringIO()
 
-    console.print(stage_table("a title", StageLatencies(FORWARD, {FORWARD: [0.0015]}), [load, load]))
+    table = stage_table("a title", StageLatencies(FORWARD, {FORWARD: [0.0015]}), [load, load])
+    Console(file=output, width=120).print(table)
 
-    printed = console.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
-    rows = [line.split("│")[1].strip() for line in printed.splitlines() if line.startswith("│")]
+    rows = [line.split("│")[1].strip() for line in output.getvalue().splitlines() if line.startswith("│")]
     assert rows == [FORWARD, "engine", TOTAL, OUTSIDE, CLIENT]
-    assert "1.50" in printed
+    assert "1.50" in output.getvalue()
 
 
 def test_requests_one_at_a_time_never_overlap() -> None:

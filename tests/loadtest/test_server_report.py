@@ -70,4 +70,7 @@ def test_one_difference_fails_the_report(max_difference: float, matches: bool) -
     assert ("DIFFER" in printed) is not matches
     assert printed.count("2.50 (2.50)") == len(shapes)
     assert [shape["ratio"] for shape in written["shapes"]] == [2.5] * len(shapes)
+    assert "plain in float32 with torch 2.13.0" in printed
+    assert (written["dtype"], written["peer_dtype"]) == ("bfloat16", "float32")
+    assert written["peer_versions"] == {"torch": "2.13.0"}
     assert not any("rewards" in one for one in written["measurements"])
