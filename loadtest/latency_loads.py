@@ -1,4 +1,4 @@
-"""The loads under which ``loadtest.latency`` measures single items: one at a time, as many as possible, a share of that.
+"""The loads of ``loadtest.latency`` for single items: one at a time, as many as possible, and a share of that.
 
 They are sent to a running service; nothing is started here.
 """

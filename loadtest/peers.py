@@ -68,15 +68,15 @@ PEERS: Mapping[str, Peer] = {
         ),
         Peer(
             "openvino",
-            ("openvino",),
-            ("torch", "transformers", "starlette", "uvicorn"),
-            "torch==2.13.0 transformers==5.23.0 openvino starlette uvicorn",
+            ("optimum-intel",),
+            ("openvino", "torch", "transformers", "starlette", "uvicorn"),
+            "torch==2.13.0 optimum-intel==2.2.0 openvino==2026.4.1 starlette uvicorn",
         ),
         Peer(
             "litserve",
             ("litserve",),
             ("torch", "transformers", "fastapi", "uvicorn"),
-            "torch==2.13.0 transformers==5.23.0 litserve",
+            "torch==2.13.0 transformers==5.23.0 litserve==0.2.19",
         ),
     )
 }

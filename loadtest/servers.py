@@ -199,13 +199,13 @@ def _is_ready(port: int, ready_path: str) -> bool:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Terminate the process; kill its whole process group if it does not end in time."""
+    """Terminate the process and, if it does not end in time or leaves others behind, kill its process group."""
     process.terminate()
-    try:
+    with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(STOP_WITHIN_S)
-    except subprocess.TimeoutExpired:
+    with contextlib.suppress(ProcessLookupError):  # nothing is left
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    process.wait()
 
 
 def free_port() -> int:

@@ -83,7 +83,7 @@ class OnnxScorer:
 
 
 class OpenVinoScorer:
-    """Runs a classifier that OpenVINO converts from transformers' own code.
+    """Runs a classifier that optimum-intel converts for OpenVINO.
 
     Args:
         folder: of the checkpoint.
@@ -91,26 +91,19 @@ class OpenVinoScorer:
     """
 
     def __init__(self, folder: Path, dtype: str) -> None:
-        import openvino
-        import torch
-        from transformers import AutoModelForSequenceClassification
+        from optimum.intel import OVModelForSequenceClassification
 
-        model: Any = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
-        model.config.use_cache = False
-        model.config.return_dict = False
-        ids = torch.ones((2, 8), dtype=torch.int64)
-        converted = openvino.convert_model(
-            model.eval(), example_input={"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        )
         options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": PRECISIONS[dtype]}
-        self._model: Any = openvino.compile_model(converted, "CPU", options)
+        self._model: Any = OVModelForSequenceClassification.from_pretrained(
+            folder, export=True, load_in_8bit=False, ov_config=options
+        )
         self._texts = PaddedTexts(folder)
 
     def score(self, items: Sequence[Item]) -> list[float]:
         """See `Scorer.score`."""
         ids, mask = self._texts.batch(items)
-        logits = self._model({"input_ids": ids, "attention_mask": mask})[0]
-        rewards: list[float] = logits[:, 0].astype(np.float32).tolist()
+        logits = self._model(input_ids=ids, attention_mask=mask).logits
+        rewards: list[float] = logits[:, 0].tolist()
         return rewards
 
 

@@ -8,7 +8,7 @@ It imports LitServe, torch and transformers, and nothing of the service.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -47,9 +47,15 @@ class RewardApi(litserve.LitAPI):  # type: ignore[misc]  # LitServe is in the pe
         )
         self._model = model.eval().to(device)
 
-    def decode_request(self, request: Mapping[str, Any]) -> list[str]:
+    # LitServe makes the route's schema of the annotations of the next two methods; without any it reads plain JSON.
+
+    def decode_request(self, request):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201 - as above
         """Return the texts of the items of a request."""
         return [render(self._tokenizer, item["prompt"], item["completion"]) for item in request["items"]]
+
+    def encode_response(self, output):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201 - as above
+        """Return the body of a response."""
+        return {"rewards": output}
 
     def batch(self, requests: Sequence[list[str]]) -> list[list[str]]:
         """Return the texts of several requests, which remain apart."""
@@ -66,10 +72,6 @@ class RewardApi(litserve.LitAPI):  # type: ignore[misc]  # LitServe is in the pe
     def unbatch(self, output: list[list[float]]) -> list[list[float]]:
         """Return the rewards of each request."""
         return output
-
-    def encode_response(self, output: list[float]) -> dict[str, list[float]]:
-        """Return the body of a response."""
-        return {"rewards": output}
 
     @torch.inference_mode()
     def _forward(self, texts: list[str]) -> list[float]:

@@ -64,8 +64,8 @@ MODULES = [
     f"python -m {name}"
     for name in (
         *("loadtest.baseline", "loadtest.compare", "loadtest.connections", "loadtest.diagnostics_cost"),
-        "loadtest.engines",
-        *("loadtest.invariance", "loadtest.latency", "loadtest.staged_drift", "monitoring.dashboard", "monitoring.render"),
+        *("loadtest.engines", "loadtest.latency"),
+        *("loadtest.invariance", "loadtest.staged_drift", "monitoring.dashboard", "monitoring.render"),
     )
 ]
 

@@ -12,6 +12,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -129,7 +130,7 @@ def test_versions_are_those_of_the_peers_environment() -> None:
 
 def test_a_peer_that_is_not_installed_is_named_with_its_packages(tmp_path: Path) -> None:
     """The sentence says what to install, before a model is written or a server started."""
-    with pytest.raises(ServerStartError, match="litserve is not installed .* pip install torch=="):
+    with pytest.raises(ServerStartError, match=r"litserve is not installed .* pip install torch=="):
         peer_versions(PEERS["litserve"], interpreter(tmp_path, versions={"torch": "2.13.0"}))
 
 
@@ -150,9 +151,7 @@ def test_a_peer_that_ends_early_shows_the_end_of_its_log(tmp_path: Path) -> None
         pass
 
 
-def test_a_peer_that_is_never_ready_shows_the_end_of_its_log(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_peer_that_is_never_ready_shows_the_end_of_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The log is removed with the folder of the run, so the error repeats its end."""
     monkeypatch.setattr("loadtest.servers.READY_WITHIN_S", 1.0)
     python = interpreter(tmp_path, versions={}, start="echo still loading; exec sleep 60")
@@ -164,9 +163,24 @@ def test_a_peer_that_is_never_ready_shows_the_end_of_its_log(
         pass
 
 
+def test_processes_that_a_peer_leaves_behind_are_ended(tmp_path: Path) -> None:
+    """LitServe's workers outlive the process that started them; after the run none uses a core."""
+    left = tmp_path / "left"
+    server = f"{sys.executable} -m http.server --bind 127.0.0.1"
+    ready = f"cd {tmp_path}; echo ok > health; sleep 60 & echo $! > {left}; shift 6; exec {server} $2"
+    python = interpreter(tmp_path, versions={}, start=ready)
+
+    with running_litserve(python, tmp_path, "float32", tmp_path):
+        worker = int(left.read_text())
+        assert psutil.pid_exists(worker)
+
+    psutil.wait_procs([psutil.Process(worker)] if psutil.pid_exists(worker) else [], timeout=5)
+    assert not psutil.pid_exists(worker) or psutil.Process(worker).status() == psutil.STATUS_ZOMBIE
+
+
 def test_the_command_ends_with_the_error_of_a_peer_and_no_traceback(checkpoint: Path, tmp_path: Path) -> None:
     """The whole command prints the typed error with the end of the peer's log, and its status is 1."""
-    python = interpreter(tmp_path, versions={"openvino": "1"}, start="echo libraries are missing; exit 4")
+    python = interpreter(tmp_path, versions={"optimum-intel": "1"}, start="echo libraries are missing; exit 4")
     command = [sys.executable, "-m", "loadtest.compare", "--model", str(checkpoint), "--peer", "openvino"]
 
     done = subprocess.run([*command, "--peer-python", str(python)], capture_output=True, text=True, check=False)
