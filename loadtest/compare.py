@@ -3,15 +3,19 @@
 Servers, work, requests and report have modules of their own; arguments are checked before any of them is imported.
 
     python -m loadtest.compare [--model FOLDER] [--cores 2] [--json FILE]
+    python -m loadtest.compare --peer onnxruntime
     python -m loadtest.compare --peer vllm --peer-python VENV/bin/python [--prefix-cache off]
 """
 
 from __future__ import annotations
 
+import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from loadtest.peers import PEERS
 from loadtest.served_dtype import DTYPES
 from service.arguments import CommandParser, whole_number
 from service.checkpoints.hub import check_source
@@ -27,8 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str] | None) -> int:
     parser = _parser()
     options = parser.parse(arguments)
-    if options.peer == "vllm" and options.peer_python is None:
-        parser.error("--peer vllm needs --peer-python: the interpreter of the environment in which vLLM is installed")
+    _check_interpreter(options, parser)
     if options.model is not None:
         check_source(str(options.model))
     if options.json is not None:
@@ -37,6 +40,20 @@ def _run(arguments: Sequence[str] | None) -> int:
     from loadtest.server_comparison import run
 
     return run(options)
+
+
+def _check_interpreter(options: argparse.Namespace, parser: CommandParser) -> None:
+    if options.peer_python is None:
+        if PEERS[options.peer].has_own_environment:
+            parser.error(
+                f"--peer {options.peer} needs --peer-python: the interpreter of an environment of its own, in which "
+                f"pip installed {PEERS[options.peer].install}"
+            )
+        options.peer_python = Path(sys.executable)
+    elif options.peer == "plain":
+        parser.error("--peer plain runs in this environment: leave out --peer-python")
+    elif not os.access(options.peer_python, os.X_OK) or options.peer_python.is_dir():
+        parser.error(f"--peer-python {options.peer_python} is no interpreter")
 
 
 def _parser() -> CommandParser:
@@ -48,13 +65,14 @@ def _parser() -> CommandParser:
         "--dtype",
         choices=DTYPES,
         default="auto",
-        help="of both servers; auto: what the service would choose (default: %(default)s)",
+        help="of both servers (onnxruntime: of the service); auto: what the service would choose "
+        "(default: %(default)s)",
     )
     parser.add_argument(
-        "--peer", choices=("plain", "vllm"), default="plain", help="server to compare with (default: %(default)s)"
+        "--peer", choices=list(PEERS), default="plain", help="server to compare with (default: %(default)s)"
     )
     parser.add_argument(
-        "--peer-python", type=Path, metavar="FILE", help="interpreter of the environment in which vLLM is installed"
+        "--peer-python", type=Path, metavar="FILE", help="interpreter of the environment in which the peer is installed"
     )
     parser.add_argument(
         "--prefix-cache", choices=("on", "off"), default="on", help="prefix cache of vLLM (default: %(default)s)"

@@ -62,7 +62,7 @@ def shapes_against_plain(single_groups: int, bulk_groups: int) -> list[LoadShape
     return [_singly("single", single_groups), _bulk("bulk", bulk_groups), _bulk("bulk shuffled", bulk_groups, True)]
 
 
-def shapes_against_vllm(single_groups: int, bulk_groups: int) -> list[LoadShape]:
+def shapes_of_prefixes(single_groups: int, bulk_groups: int) -> list[LoadShape]:
     """Return shapes that show the gain of shared prefixes, and the speed where nothing can be shared."""
     return [
         _singly("single shuffled", single_groups, is_shuffled=True),

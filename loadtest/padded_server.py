@@ -15,9 +15,8 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from loadtest.rendering import adds_special_tokens, render
-
-MAX_BATCH_ITEMS = 16
+from loadtest.peer_servers.item_batcher import ItemBatcher
+from loadtest.peer_servers.rendering import adds_special_tokens, render
 
 
 class Item(BaseModel):
@@ -62,39 +61,9 @@ class PaddedScorer:
         return rewards
 
 
-class Batcher:
-    """Queues items and scores up to sixteen of them at a time, oldest first."""
-
-    def __init__(self, scorer: PaddedScorer) -> None:
-        self._scorer = scorer
-        self._waiting: asyncio.Queue[tuple[Item, asyncio.Future[float]]] = asyncio.Queue()
-
-    async def score(self, items: list[Item]) -> list[float]:
-        """Queue the items and return their rewards, in order."""
-        futures: list[asyncio.Future[float]] = [asyncio.get_running_loop().create_future() for _ in items]
-        for waiting in zip(items, futures, strict=True):
-            self._waiting.put_nowait(waiting)
-        return list(await asyncio.gather(*futures))
-
-    async def run(self) -> None:
-        """Score waiting items until cancelled."""
-        while True:
-            batch = [await self._waiting.get()]
-            while len(batch) < MAX_BATCH_ITEMS and not self._waiting.empty():
-                batch.append(self._waiting.get_nowait())
-            try:
-                rewards = await asyncio.to_thread(self._scorer.score, [item for item, _ in batch])
-            except Exception as error:  # noqa: BLE001  (any error must reach the waiting callers)
-                for _, future in batch:
-                    future.set_exception(error)
-                continue
-            for (_, future), reward in zip(batch, rewards, strict=True):
-                future.set_result(reward)
-
-
 def make_app(scorer: PaddedScorer) -> FastAPI:
     """Return the application of a scorer; responses have the part of the service's wire format that is compared."""
-    batcher = Batcher(scorer)
+    batcher = ItemBatcher(scorer.score)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

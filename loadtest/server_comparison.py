@@ -17,14 +17,22 @@ import torch
 from rich.console import Console
 
 from loadtest.console import report_console
-from loadtest.load_shapes import LoadShape, Pass, passes, shapes_against_plain, shapes_against_vllm
+from loadtest.load_shapes import LoadShape, Pass, passes, shapes_against_plain, shapes_of_prefixes
+from loadtest.peers import PEERS, peer_versions
 from loadtest.random_checkpoint import write_random_checkpoint
 from loadtest.reference import reference_rewards
 from loadtest.run_progress import RunProgress, RunTimeEstimate
 from loadtest.served_dtype import served_dtype
 from loadtest.server_report import ServerReport, compare_servers
 from loadtest.server_rounds import Measurement, measure_alternately, warm_up
-from loadtest.servers import RunningServer, running_baseline, running_service, running_vllm
+from loadtest.servers import (
+    RunningServer,
+    running_baseline,
+    running_graph_server,
+    running_litserve,
+    running_service,
+    running_vllm,
+)
 from loadtest.vllm_peer import vllm_environment, vllm_flags
 from loadtest.wire import UnexpectedAnswer
 from service.errors import StartupError
@@ -54,6 +62,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace, folder: Path, console: Console) -> ServerReport:
+    peer = PEERS[options.peer]
+    versions = peer_versions(peer, options.peer_python)
     with RunProgress(console) as progress:
         progress.tell("Opening the model" if options.model else "Writing a random model")
         options.dtype = served_dtype(options.dtype, options.model, torch.device("cpu"))
@@ -63,11 +73,12 @@ def _compare(options: argparse.Namespace, folder: Path, console: Console) -> Ser
         measurements = _measure(options, model, folder, shapes, planned, progress)
         progress.tell("Computing reference rewards with transformers in fp32")
         comparisons = compare_servers(measurements, options.peer, _reference(model, planned))
-    return ServerReport(options.peer, options.dtype, shapes, measurements, comparisons)
+    dtypes = options.dtype, peer.dtype or options.dtype
+    return ServerReport(options.peer, dtypes, shapes, measurements, comparisons, versions)
 
 
 def _shapes(options: argparse.Namespace) -> list[LoadShape]:
-    choose = shapes_against_vllm if options.peer == "vllm" else shapes_against_plain
+    choose = shapes_of_prefixes if PEERS[options.peer].shares_prefixes else shapes_against_plain
     return choose(options.single_groups, options.bulk_groups)
 
 
@@ -80,8 +91,9 @@ def _measure(
     progress: RunProgress,
 ) -> list[Measurement]:
     """Start both servers, measure them, and stop them."""
+    bundle = _export(model, folder, progress) if options.peer == "onnxruntime" else model
     progress.tell("Starting the servers")
-    with _running_peer(options, model, folder) as peer, running_service(model, options.dtype, folder) as ours:
+    with _running_peer(options, bundle, folder) as peer, running_service(model, options.dtype, folder) as ours:
         progress.tell("Warming up")
         estimate = RunTimeEstimate()
         for warmed in warm_up((peer, ours), shapes, seed=options.seed - 1):
@@ -97,10 +109,25 @@ def _measure(
     return measurements
 
 
+def _export(model: Path, folder: Path, progress: RunProgress) -> Path:
+    """Export the model to ONNX in float32 without states, which only diagnostics read; return the folder."""
+    from export.onnx.bundle_export import ExportPlan, export_bundle
+
+    export_bundle(str(model), folder / "bundle", ExportPlan(taps=()), progress.tell)
+    return folder / "bundle"
+
+
 def _running_peer(options: argparse.Namespace, model: Path, folder: Path) -> AbstractContextManager[RunningServer]:
-    if options.peer == "plain":
-        return running_baseline(model, options.dtype, folder)
-    return running_vllm(options.peer_python, model, options.dtype, folder, prefix_cache=options.prefix_cache == "on")
+    peer, python, dtype = PEERS[options.peer], options.peer_python, options.dtype
+    match peer.name:
+        case "plain":
+            return running_baseline(model, dtype, folder)
+        case "vllm":
+            return running_vllm(python, model, dtype, folder, prefix_cache=options.prefix_cache == "on")
+        case "litserve":
+            return running_litserve(python, model, dtype, folder)
+        case runtime:
+            return running_graph_server(runtime, python, model, peer.dtype or dtype, folder)
 
 
 def _reference(model: Path, planned: Sequence[Pass]) -> dict[int, float]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from rich.console import Console
 from rich.table import Table
@@ -26,14 +26,22 @@ class ServerReport:
     peer: str
     """Name of the other server."""
 
-    dtype: str
-    """Of both servers; it determines how large a difference counts as rounding."""
+    dtypes: tuple[str, str]
+    """Of the service and of the peer; they determine how large a difference counts as rounding."""
 
     shapes: Sequence[LoadShape]
     measurements: Sequence[Measurement]
 
     comparisons: Mapping[str, RewardComparison]
     """Differences of rewards, by what was compared with what."""
+
+    peer_versions: Mapping[str, str] = field(default_factory=dict)
+    """Versions of the peer's packages."""
+
+    @property
+    def dtype(self) -> str:
+        """The dtype whose rounding is allowed: the coarser of both."""
+        return next((dtype for dtype in self.dtypes if dtype != "float32"), "float32")
 
     @property
     def rewards_match(self) -> bool:
@@ -44,7 +52,9 @@ class ServerReport:
         """Return the report JSON-ready, with every round of every shape, without the rewards."""
         return {
             "peer": self.peer,
-            "dtype": self.dtype,
+            "dtype": self.dtypes[0],
+            "peer_dtype": self.dtypes[1],
+            "peer_versions": dict(self.peer_versions),
             "shapes": [self._shape_as_json(shape) for shape in self.shapes],
             "measurements": [
                 {name: value for name, value in asdict(one).items() if name != "rewards"} for one in self.measurements
@@ -64,6 +74,7 @@ class ServerReport:
             ratio = f"{statistics.median(per_round):.2f} ({', '.join(f'{each:.2f}' for each in per_round)})"
             table.add_row(shape.title, self.peer, *self._medians(shape, self.peer), "")
             table.add_row("", OURS, *self._medians(shape, OURS), ratio)
+        table.caption = self._caption()
         console.print(table)
         console.print(
             f"The generator used at most {max(one.client_cpu for one in self.measurements):.2f} cores, "
@@ -77,6 +88,11 @@ class ServerReport:
                 f"{comparison.spread:.2g}), Spearman {comparison.spearman:.5f}",
                 style=None if is_rounding else "red",
             )
+
+    def _caption(self) -> str:
+        versions = ", ".join(f"{name} {version}" for name, version in self.peer_versions.items())
+        ours, peer = self.dtypes
+        return f"{OURS} in {ours}; {self.peer} in {peer}{' with ' if versions else ''}{versions}"
 
     def _shape_as_json(self, shape: LoadShape) -> dict[str, object]:
         per_round = ratios(self.measurements, shape.name, self.peer)

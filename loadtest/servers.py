@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,12 +21,17 @@ from pathlib import Path
 import psutil
 
 from loadtest import vllm_peer
-from loadtest.wire import NATIVE, VllmWire, WireFormat
+from loadtest.wire import NATIVE, LitServeWire, VllmWire, WireFormat
 from service.errors import ServerStartError
 
 READY_WITHIN_S = 300.0
 STOP_WITHIN_S = 30.0
 POLL_S = 0.2
+LOG_TAIL = 2000
+"""Characters of the log that an error repeats."""
+
+PEER_SERVERS = "peer_servers"
+"""The folder of this package whose modules run in the environments of peers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +101,47 @@ def running_vllm(
 
 
 @contextlib.contextmanager
+def running_graph_server(
+    runtime: str, python: Path, model: Path, dtype: str, log_folder: Path
+) -> Iterator[RunningServer]:
+    """Run the plain server in front of a runtime of graphs on a free port until the block ends.
+
+    Args:
+        runtime: ``onnxruntime``, whose model is a bundle, or ``openvino``, whose model is a checkpoint.
+        python: interpreter of the environment of the runtime.
+        model: folder.
+        dtype: of the arithmetic.
+        log_folder: for the log and for the modules that the interpreter imports.
+    """
+    options = ["--runtime", runtime, "--model", str(model), "--dtype", dtype]
+    command = [str(python), "-m", f"loadtest.{PEER_SERVERS}.graph_server", *options]
+    with _running(runtime, command, log_folder, peer_environment(log_folder)) as (url, process):
+        yield RunningServer(runtime, url, process)
+
+
+@contextlib.contextmanager
+def running_litserve(python: Path, model: Path, dtype: str, log_folder: Path) -> Iterator[RunningServer]:
+    """Run LitServe with the interpreter of its environment, on a free port until the block ends."""
+    command = [str(python), "-m", f"loadtest.{PEER_SERVERS}.litserve_server", "--model", str(model), "--dtype", dtype]
+    environment = peer_environment(log_folder)
+    with _running("litserve", command, log_folder, environment, ready_path="/health") as (url, process):
+        yield RunningServer("litserve", url, process, LitServeWire())
+
+
+def peer_environment(folder: Path) -> dict[str, str]:
+    """Return variables with which a peer's interpreter finds its server, and nothing of this project's environment.
+
+    Args:
+        folder: into which the modules of the peers' servers are copied.
+    """
+    package = folder / "peer" / "loadtest"
+    own = Path(__file__).parent
+    shutil.copytree(own / PEER_SERVERS, package / PEER_SERVERS, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(own / "__init__.py", package)
+    return {**os.environ, "PYTHONPATH": str(package.parent), "HF_HUB_OFFLINE": "1"}
+
+
+@contextlib.contextmanager
 def _running(
     name: str,
     command: Sequence[str],
@@ -105,7 +152,7 @@ def _running(
     """Run a command that takes ``--port``; yields its address and process when ``ready_path`` answers 200.
 
     Raises:
-        ServerStartError: it ended before it was ready, or was not ready in time; names the log.
+        ServerStartError: it ended before it was ready, or was not ready in time; the message has the end of its log.
     """
     port = free_port()
     log = log_folder / f"{name}.log"
@@ -129,13 +176,15 @@ def _wait_until_ready(name: str, process: subprocess.Popen[bytes], port: int, re
     deadline = time.monotonic() + READY_WITHIN_S
     while not _is_ready(port, ready_path):
         if process.poll() is not None:
-            last = log.read_text(errors="replace")[-2000:]
-            raise ServerStartError(
-                f"The {name} server ended with status {process.returncode}. The end of its log:\n{last}"
-            )
+            raise ServerStartError(f"The {name} server ended with status {process.returncode}. {_end_of(log)}")
         if time.monotonic() > deadline:
-            raise ServerStartError(f"The {name} server was not ready within {READY_WITHIN_S:.0f} s; its log is {log}")
+            raise ServerStartError(f"The {name} server was not ready within {READY_WITHIN_S:.0f} s. {_end_of(log)}")
         time.sleep(POLL_S)
+
+
+def _end_of(log: Path) -> str:
+    """Return the end of a log in words; the log itself is removed with the folder of the run."""
+    return f"The end of its log:\n{log.read_text(errors='replace')[-LOG_TAIL:]}"
 
 
 def _is_ready(port: int, ready_path: str) -> bool:
@@ -150,13 +199,13 @@ def _is_ready(port: int, ready_path: str) -> bool:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Terminate the process; kill its whole process group if it does not end in time."""
+    """Terminate the process and, if it does not end in time or leaves others behind, kill its process group."""
     process.terminate()
-    try:
+    with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(STOP_WITHIN_S)
-    except subprocess.TimeoutExpired:
+    with contextlib.suppress(ProcessLookupError):  # nothing is left
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    process.wait()
 
 
 def free_port() -> int:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Protocol
 
 from reward_client.errors import RewardServiceError
 
-from loadtest.rendering import adds_special_tokens, render
+from loadtest.peer_servers.rendering import adds_special_tokens, render
 
 
 class UnexpectedAnswer(RewardServiceError):
@@ -84,6 +84,20 @@ class VllmWire:
         if any(len(result["probs"]) != 1 for result in results):
             raise UnexpectedAnswer("The server's model has more than one label")
         return _finite([result["probs"][0] for result in results])
+
+
+class LitServeWire:
+    """The format of ``loadtest.peer_servers.litserve_server`` at LitServe's own path; the server renders the items."""
+
+    path: ClassVar[str] = "/predict"
+
+    def body(self, items: Sequence[Mapping[str, str]]) -> bytes:
+        """Return the items unchanged."""
+        return json.dumps({"items": list(items)}).encode()
+
+    def rewards(self, content: bytes) -> list[float]:
+        """Return ``rewards``, which are raw."""
+        return _finite(list(json.loads(content)["rewards"]))
 
 
 class OpenRlhfWire:

@@ -64,7 +64,7 @@ MODULES = [
     f"python -m {name}"
     for name in (
         *("loadtest.baseline", "loadtest.compare", "loadtest.connections", "loadtest.diagnostics_cost"),
-        "loadtest.engines",
+        *("loadtest.engines", "loadtest.latency"),
         *("loadtest.invariance", "loadtest.staged_drift", "monitoring.dashboard", "monitoring.render"),
     )
 ]

@@ -9,7 +9,8 @@ import torch
 from fastapi.testclient import TestClient
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from loadtest.padded_server import MAX_BATCH_ITEMS, Item, PaddedScorer, make_app
+from loadtest.padded_server import Item, PaddedScorer, make_app
+from loadtest.peer_servers.item_batcher import MAX_BATCH_ITEMS
 from loadtest.random_checkpoint import ModelShape, write_random_checkpoint
 from loadtest.workload import LengthDistribution, draw_groups
 

@@ -1,4 +1,4 @@
-"""The whole command, against the plain server and against a double of vLLM."""
+"""The whole command, against servers of this environment and against a double of vLLM."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from loadtest.compare import main
 from loadtest.random_checkpoint import ModelShape, write_random_checkpoint
 
 TINY = ModelShape(vocabulary=1024, hidden=32, intermediate=64, layers=2, heads=4, kv_heads=2, positions=4096)
+ITEMS_WITH_FP32 = {"plain": 48, "vllm": 64, "onnxruntime": 64}
 VLLM_DOUBLE = Path(__file__).parents[1] / "support" / "vllm_double.py"
 
 
@@ -27,7 +28,7 @@ def test_vllm_needs_an_interpreter(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("peer", ["plain", "vllm"])
+@pytest.mark.parametrize("peer", ["plain", "vllm", "onnxruntime"])
 def test_the_command_measures_both_servers_and_ends_them(tmp_path: Path, peer: str) -> None:
     """End to end on a tiny model: rewards match, all figures are there, and both servers have ended afterwards."""
     model = write_random_checkpoint(tmp_path / "tiny", TINY, dtype="float32")
@@ -38,9 +39,11 @@ def test_the_command_measures_both_servers_and_ends_them(tmp_path: Path, peer: s
     assert report["rewards_match"]
     assert {name: comparison["num_items"] for name, comparison in report["comparisons"].items()} == {
         f"ours against {peer}": report["comparisons"][f"ours against {peer}"]["num_items"],
-        "ours against transformers in fp32": 64 if peer == "vllm" else 48,
-        f"{peer} against transformers in fp32": 64 if peer == "vllm" else 48,
+        "ours against transformers in fp32": ITEMS_WITH_FP32[peer],
+        f"{peer} against transformers in fp32": ITEMS_WITH_FP32[peer],
     }
+    assert report["peer_dtype"] == "float32"
+    assert report["peer_versions"]["transformers"]
     assert all(shape["ratio"] > 0 for shape in report["shapes"])
     assert len(report["measurements"]) == 2 * len(report["shapes"])
     assert not [process for process in Path("/proc").glob("[0-9]*") if _mentions(process, str(model))]
@@ -74,7 +77,11 @@ def interpreter(folder: Path, *, wrong_rewards: bool) -> Path:
     """Write a stand-in for the interpreter of vLLM's environment, which runs the double."""
     script = folder / "python"
     flag = "--wrong-rewards" if wrong_rewards else ""
-    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{VLLM_DOUBLE}" {flag} "$@"\n')
+    script.write_text(
+        "#!/bin/sh\n"
+        """if [ "$1" = -c ]; then echo '{"vllm": "0", "transformers": "0"}'; exit; fi\n"""
+        f'exec "{sys.executable}" "{VLLM_DOUBLE}" {flag} "$@"\n'
+    )
     script.chmod(0o755)
     return script
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from loadtest.load_shapes import LoadShape, passes, shapes_against_plain, shapes_against_vllm
+from loadtest.load_shapes import LoadShape, passes, shapes_against_plain, shapes_of_prefixes
 
-ALL_SHAPES = {shape.name: shape for shape in [*shapes_against_plain(2, 3), *shapes_against_vllm(2, 3)]}
+ALL_SHAPES = {shape.name: shape for shape in [*shapes_against_plain(2, 3), *shapes_of_prefixes(2, 3)]}
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_each_shape_sends_what_its_name_says(
 
 def test_no_pass_repeats_a_prompt_of_another() -> None:
     """No cache can help between passes, whatever the shape and round, and after the warm-up."""
-    shapes = shapes_against_vllm(4, 4)
+    shapes = shapes_of_prefixes(4, 4)
 
     planned = [*passes(shapes, rounds=3, seed=1), *passes(shapes, rounds=1, seed=0)]
 
@@ -58,7 +58,7 @@ def test_passes_are_ordered_by_round() -> None:
 
 def test_the_title_describes_how_the_work_is_sent() -> None:
     """A row of the table can be understood alone."""
-    assert [shape.title for shape in shapes_against_vllm(16, 16)] == [
+    assert [shape.title for shape in shapes_of_prefixes(16, 16)] == [
         "16 groups of 8, shuffled: singly, 32 connections",
         "16 groups of 8: 1 request",
         "128 independent: singly, 32 connections",

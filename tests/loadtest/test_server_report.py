@@ -58,7 +58,7 @@ def test_one_difference_fails_the_report(max_difference: float, matches: bool) -
         "ours against plain": RewardComparison(8, 1e-3, spread=1.0, spearman=1.0),
         "plain against transformers in fp32": RewardComparison(8, max_difference, spread=1.0, spearman=1.0),
     }
-    report = ServerReport("plain", "bfloat16", shapes, found, comparisons)
+    report = ServerReport("plain", ("bfloat16", "float32"), shapes, found, comparisons, {"torch": "2.13.0"})
     output = io.StringIO()
     console = Console(file=output, width=200)
 
@@ -70,4 +70,7 @@ def test_one_difference_fails_the_report(max_difference: float, matches: bool) -
     assert ("DIFFER" in printed) is not matches
     assert printed.count("2.50 (2.50)") == len(shapes)
     assert [shape["ratio"] for shape in written["shapes"]] == [2.5] * len(shapes)
+    assert "plain in float32 with torch 2.13.0" in printed
+    assert (written["dtype"], written["peer_dtype"]) == ("bfloat16", "float32")
+    assert written["peer_versions"] == {"torch": "2.13.0"}
     assert not any("rewards" in one for one in written["measurements"])

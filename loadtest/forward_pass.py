@@ -1,0 +1,67 @@
+"""The latency of the forward pass of one item, in a process of its own, without queue, pipeline and server."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from loadtest.contenders import Outcome, Setup, Way
+from loadtest.engine_work import Work, tokenize
+from loadtest.measuring_process import running
+from loadtest.stage_latencies import FORWARD, StageLatencies
+from loadtest.workload import WORKLOADS
+from service.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from service.engines.devices.device import resolve_threads
+from service.engines.kernels.choice import kernels_for
+from service.engines.plan import default_batch_tokens
+from service.engines.torch import load_torch_engine
+from service.settings import BatchingSettings, ModelSettings
+
+WARM_UP = 20
+"""Passes that are not counted."""
+
+
+def forward_latencies(options: argparse.Namespace, model: Path, dtype: str) -> StageLatencies:
+    """Return the seconds of passes over one item each, in a process of their own, without a server."""
+    checkpoint = open_checkpoint(model, ModelSettings())
+    work = tokenize(WORKLOADS[options.workload].draw(WARM_UP + options.requests, options.seed), checkpoint)
+    with running(_engine_alone, _setup(checkpoint, dtype), "the engine") as process:
+        (way,) = process.wait_until_loaded()
+        seconds = [process.score(way, Work((one,), (0,))).seconds for one in work.sequences]
+    return StageLatencies(FORWARD, {FORWARD: seconds[WARM_UP:]})
+
+
+def _setup(checkpoint: Checkpoint, dtype: str) -> Setup:
+    device = torch.device("cpu")
+    kernels, _ = kernels_for("auto", device, getattr(torch, dtype))
+    return Setup(
+        folder=checkpoint.path,
+        device="cpu",
+        dtype=dtype,
+        pad_token_id=checkpoint.pad_token_id,
+        max_input_tokens=checkpoint.max_input_tokens,
+        max_batch_tokens=default_batch_tokens(device, kernels),
+        padded_items=1,
+        num_threads=resolve_threads(None),
+    )
+
+
+def _engine_alone(setup: Setup) -> Mapping[str, Way]:
+    """Load the engine as the service does, and return its forward pass without queue and pipeline."""
+    engine = load_torch_engine(
+        setup.folder,
+        ModelSettings.model_validate({"device": setup.device, "dtype": setup.dtype, "num_threads": setup.num_threads}),
+        BatchingSettings(max_batch_tokens=setup.max_batch_tokens),
+        pad_token_id=setup.pad_token_id,
+        max_input_tokens=setup.max_input_tokens,
+    )
+
+    def forward(work: Work) -> Outcome:
+        started = setup.now()
+        output = engine.forward(work.sequences)
+        return Outcome(setup.now() - started, tuple(output.rewards))
+
+    return {FORWARD: forward}
