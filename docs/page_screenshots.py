@@ -80,7 +80,7 @@ def photograph(browser: Browser, url: str, folder: Path, run: HackedRun) -> None
         page.locator("#view-model table").first.wait_for()
         _photograph(page, folder / "page-model.png")
     with _opened(browser, f"{url}/#live", WIDTH) as page, _sent(url, run):
-        _photograph_live(page, folder / "page-live.png", round(1000 * (run.clean_s + run.hacked_s)))
+        _photograph_live(page, folder / "page-live.png", run)
 
 
 @contextmanager
@@ -124,10 +124,12 @@ def _photograph_example(page: Page, path: Path, *, edit: str | None) -> None:
     _photograph(page, path)
 
 
-def _photograph_live(page: Page, path: Path, run_ms: int) -> None:
+def _photograph_live(page: Page, path: Path, run: HackedRun) -> None:
+    """Photograph the Live view some time after the first alarm since hacking began."""
     page.get_by_label("Name of a run").fill(RUN_ID)
     page.get_by_label("Name of a run").press("Enter")
-    page.locator("[data-alarm]").first.wait_for(timeout=run_ms + WAIT_MS)
+    page.wait_for_timeout(1000 * run.clean_s)
+    page.locator("[data-alarm]").first.wait_for(timeout=1000 * run.hacked_s + WAIT_MS)
     page.wait_for_timeout(AFTER_ALARM_MS)
     _photograph(page, path)
 

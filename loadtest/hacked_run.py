@@ -41,7 +41,8 @@ class HackedRun:
     """A run to send."""
 
     groups: Sequence[Sequence[Exchange]] = field(repr=False)
-    """Completions of each prompt; they are sent in order, again from the start when all are through."""
+    """Completions of each prompt. They are sent in a random order, as a trainer draws its prompts: files are often sorted,
+    and then length or topic drifts without any hacking. When all are through they are sent again."""
 
     edits: Sequence[Edit]
     clean_s: float
@@ -109,7 +110,7 @@ def send_run(url: str, run_id: str, run: HackedRun, connections: int = 2) -> int
 
 def _requests(run: HackedRun, started: float) -> Iterator[dict[str, Any]]:
     rng = random.Random(run.seed)  # noqa: S311 - a choice of texts, not a secret
-    groups = cycle(run.groups)
+    groups = cycle(rng.sample(run.groups, len(run.groups)))
     while (elapsed_s := time.monotonic() - started) < run.clean_s + run.hacked_s:
         yield body_of(list(islice(groups, PROMPTS_PER_REQUEST)), run, run.share_after(elapsed_s), rng)
 

@@ -35,7 +35,7 @@ from service.settings import BatchingSettings, ModelSettings
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 NUM_PAIRS = 110
-LONGEST_CHARS = 2500
+LONGEST_CHARS = 800
 
 
 @dataclass(frozen=True)
