@@ -37,10 +37,9 @@ function wordingPart(drift) {
   ]);
   const rows = drift.comparisons.flatMap(({ against, changes }) =>
     changes.map(({ statistic, unit, reference, recent, z }) => [
-      element("span", { class: "wrapping" }, statistic.replaceAll("_", " ")),
+      element("span", { class: "wrapping" }, statistic.replaceAll("_", " "), element("span", { class: "note" }, ` ${unit}`)),
       against,
       `${fixed(reference, 2)} \u2192 ${fixed(recent, 2)}`,
-      element("span", { class: "wrapping" }, unit),
       fixed(z, 1),
     ]),
   );
@@ -49,7 +48,7 @@ function wordingPart(drift) {
     title,
     evidence.length ? table(caption, ["compared", "evidence", "alarms"], evidence) : null,
     rows.length
-      ? table("What differs most", ["statistic", "compared with", "then \u2192 now", "unit", "standard errors"], rows)
+      ? table("What differs most", ["statistic", "compared with", "then \u2192 now", "standard errors"], rows)
       : element("p", { class: "note" }, "The completions are worded as before."),
   );
 }
