@@ -41,8 +41,8 @@ class HackedRun:
     """A run to send."""
 
     groups: Sequence[Sequence[Exchange]] = field(repr=False)
-    """Completions of each prompt. They are sent in a random order, as a trainer draws its prompts: files are often sorted,
-    and then length or topic drifts without any hacking. When all are through they are sent again."""
+    """Completions of each prompt. They are sent in a random order, as a trainer draws its prompts: files are often
+    sorted, and then length or topic drifts without any hacking. When all are through they are sent again."""
 
     edits: Sequence[Edit]
     clean_s: float
