@@ -28,7 +28,9 @@ def test_vllm_needs_an_interpreter(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("peer", ["plain", "vllm", "onnxruntime"])
+@pytest.mark.parametrize(
+    "peer", ["plain", *(pytest.param(name, marks=pytest.mark.soak) for name in ("vllm", "onnxruntime"))]
+)
 def test_the_command_measures_both_servers_and_ends_them(tmp_path: Path, peer: str) -> None:
     """End to end on a tiny model: rewards match, all figures are there, and both servers have ended afterwards."""
     model = write_random_checkpoint(tmp_path / "tiny", TINY, dtype="float32")
