@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from argparse import Namespace
@@ -126,7 +127,8 @@ def test_the_command_measures_the_service(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "loadtest.latency", "--model", str(model), "--json", str(file)]
     command += ["--requests", "10", "--capacity-s", "1", "--load-s", "3"]
 
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
+    wide = {**os.environ, "COLUMNS": "160"}  # no cell of the table is wrapped
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False, env=wide)
 
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(file.read_text())
