@@ -9,7 +9,9 @@ the seconds of the build, and 404 where another application has routes.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+
+from service.errors import ServerStartError
 
 Address = tuple[str, int]
 """Host and port of a replica."""
@@ -39,6 +41,9 @@ def with_earlier_routes(config: str, previous: str, is_open: Callable[[Address],
         config: the new configuration, as `haproxy_config.changed` returns it.
         previous: the one that HAProxy has at present, of the same ports.
         is_open: returns whether a replica accepts connections.
+
+    Raises:
+        ServerStartError: a route has no place in the new configuration: another version of Ray.
     """
     if not has_routes(config):
         return previous if any(map(is_open, replicas_of(previous))) else config
@@ -83,14 +88,16 @@ def _section(config: str, name: str) -> str:
 
 
 def _lines(config: str, pattern: str) -> str:
-    return "".join(_matches(rf"(?m)^\s+{pattern}\n", config))
-
-
-def _matches(pattern: str, config: str) -> Iterator[str]:
-    return (found[0] for found in re.finditer(pattern, config))
+    return "".join(found[0] for found in re.finditer(rf"(?m)^\s+{pattern}\n", config))
 
 
 def _inserted(config: str, before: re.Pattern[str], text: str) -> str:
-    """Insert lines before the first line that a pattern matches; without one, nothing is inserted."""
+    """Insert lines before the first line that a pattern matches."""
+    if not text:
+        return config
     found = before.search(config)
-    return config if found is None else config[: found.start()] + text + config[found.start() :]
+    if found is None:
+        raise ServerStartError(
+            f"Ray's configuration of HAProxy has no line for {before.pattern}: this version of Ray is not known."
+        )
+    return config[: found.start()] + text + config[found.start() :]

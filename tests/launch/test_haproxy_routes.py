@@ -14,6 +14,7 @@ import pytest
 from haproxy_files import write_configuration
 from serving import eventually, free_port
 
+from service.errors import ServerStartError
 from service.launch.haproxy import change, haproxy_binary
 from service.launch.haproxy_routes import Address, replicas_of, with_earlier_routes
 from service.launch.haproxy_standby import StandbyFiles, take_over
@@ -108,6 +109,15 @@ def test_named_routes_are_those_of_ray(tmp_path: Path) -> None:
     config = configuration(tmp_path, 8000, {"/a": [4713], "/b": [4712], "/c": [4714]})
 
     assert with_earlier_routes(config, previous, all_open) == config
+
+
+def test_a_route_without_a_place_is_an_error(tmp_path: Path) -> None:
+    """A configuration in which a route cannot be inserted is refused, never used without the route."""
+    previous = configuration(tmp_path, 8000, {"/a": [4711], "/b": [4712]})
+    config = configuration(tmp_path, 8000, {"/b": [4712]}).replace("listen stats", "listen renamed")
+
+    with pytest.raises(ServerStartError, match="this version of Ray is not known"):
+        with_earlier_routes(config, previous, all_open)
 
 
 def test_only_a_reload_keeps_routes(tmp_path: Path) -> None:
