@@ -57,8 +57,9 @@ format: $(VENV)/dev.installed ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-test: $(VENV)/dev.installed ## the fast tests
-	$(BIN)/python -m pytest -m 'not slow and not gpu'
+WORKERS ?= 2
+test: $(VENV)/dev.installed ## the fast tests, in WORKERS processes
+	$(BIN)/python -m pytest -m 'not slow and not gpu' --numprocesses $(WORKERS) --dist worksteal
 
 test-slow: $(VENV)/dev.installed ## real servers, the demo model and long checks
 	$(BIN)/python -m pytest -m 'slow and not soak and not gpu'

@@ -42,6 +42,16 @@ ODD = {
 }
 """How the page words the categories of test data."""
 
+UNCERTAINTY = {
+    "disagreement": "disagreement of the heads about the difference",
+    "disagreement / margin": "the same, divided by the margin",
+    "small margin": r"small margin, -\|difference of rewards\|",
+    "Laplace": "Laplace, both variances added",
+    "surprise": "`ood.surprise`, larger of the two",
+    "Mahalanobis distance": "`ood.score`, squared Mahalanobis distance, larger of the two",
+}
+"""How the page words the figures of uncertainty."""
+
 Figures: TypeAlias = Mapping[str, Any]
 
 
@@ -70,6 +80,24 @@ def rates(figures: Figures) -> str:
     rows.append(["correlation of the reward with log length: pooled, within prompts", pair.format(**raw), ""])
     rows.append(["correlation of `reward_length_adjusted` with log length", pair.format(**adjusted), "0"])
     return table(["on unseen prompts", "value", "expected"], rows)
+
+
+def errors(figures: Figures) -> str:
+    """How well figures of uncertainty predict the test pairs that are ordered wrongly."""
+    pairs = figures["test"]["pairs"]
+    rows = [
+        [
+            UNCERTAINTY[name],
+            f"{one['auroc']:.3f} ± {one['standard_error']:.3f}",
+            "" if name == "disagreement" else f"{one['behind']:+.3f} ± {one['behind_error']:.3f}",
+            f"{one['retention_area']:.4f}",
+        ]
+        for name, one in pairs["figures"].items()
+    ]
+    found = f"{pairs['num_pairs']:,} pairs, of which {pairs['error']:.1%} are wrong".replace("%", " %")
+    rows.append([f"knows nothing ({found})", "0.5", "", f"{pairs['random_area']:.4f}"])
+    rows.append(["knows all", "1", "", f"{pairs['ideal_area']:.4f}"])
+    return table(["figure of a pair", "AUROC", "disagreement better by", "retention area"], rows)
 
 
 def odd(figures: Figures) -> str:
@@ -146,6 +174,7 @@ def probe(figures: Figures) -> str:
 
 
 TABLES: Mapping[str, Callable[[Figures], str]] = {
+    "errors": errors,
     "rates": rates,
     "odd": odd,
     "near": near,

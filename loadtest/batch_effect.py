@@ -119,7 +119,7 @@ def _engines(options: argparse.Namespace, checkpoint: Checkpoint) -> Iterator[En
 
 def _model_settings(options: argparse.Namespace, device: str) -> Iterator[dict[str, str]]:
     for dtype in options.dtypes:
-        for kernels in ("auto", "off") if (dtype, device) == ("bfloat16", "cpu") else ("off",):
+        for kernels in ("auto", "off") if device == "cpu" and dtype in {"bfloat16", "float32"} else ("off",):
             yield {"dtype": dtype, "kernels": kernels}
     if options.int8:
         yield {"quantization": "int8"}

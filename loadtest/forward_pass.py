@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from loadtest.contenders import Outcome, Setup, Way
 from loadtest.engine_work import Work, tokenize
-from loadtest.measuring_process import running
-from loadtest.stage_latencies import FORWARD, StageLatencies
+from loadtest.latency_loads import WARM_UP
+from loadtest.measuring_process import MeasuringProcess, running
+from loadtest.stage_latencies import FORWARD
 from loadtest.workload import WORKLOADS
 from service.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from service.engines.devices.device import resolve_threads
@@ -20,18 +22,34 @@ from service.engines.plan import default_batch_tokens
 from service.engines.torch import load_torch_engine
 from service.settings import BatchingSettings, ModelSettings
 
-WARM_UP = 20
-"""Passes that are not counted."""
+
+class ForwardPass:
+    """The forward pass of one item of the workload at a time, in a process without a server.
+
+    Args:
+        process: that has loaded the engine.
+        way: its only way.
+        texts: all items of the workload.
+    """
+
+    def __init__(self, process: MeasuringProcess, way: str, texts: Work) -> None:
+        self._process = process
+        self._way = way
+        self._texts = texts
+
+    def seconds(self, number: int) -> float:
+        """Compute the pass over the item of this number, and return the seconds that it took."""
+        return self._process.score(self._way, Work((self._texts.sequences[number],), (0,))).seconds
 
 
-def forward_latencies(options: argparse.Namespace, model: Path, dtype: str) -> StageLatencies:
-    """Return the seconds of passes over one item each, in a process of their own, without a server."""
+@contextmanager
+def running_forward_pass(options: argparse.Namespace, model: Path, dtype: str) -> Iterator[ForwardPass]:
+    """Load the engine in a process of its own, which ends with the block; between passes it is idle."""
     checkpoint = open_checkpoint(model, ModelSettings())
-    work = tokenize(WORKLOADS[options.workload].draw(WARM_UP + options.requests, options.seed), checkpoint)
+    texts = tokenize(WORKLOADS[options.workload].draw(WARM_UP + options.requests, options.seed), checkpoint)
     with running(_engine_alone, _setup(checkpoint, dtype), "the engine") as process:
         (way,) = process.wait_until_loaded()
-        seconds = [process.score(way, Work((one,), (0,))).seconds for one in work.sequences]
-    return StageLatencies(FORWARD, {FORWARD: seconds[WARM_UP:]})
+        yield ForwardPass(process, way, texts)
 
 
 def _setup(checkpoint: Checkpoint, dtype: str) -> Setup:

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-from loadtest.connection import Address
-from loadtest.generator import send_all, send_for
+from loadtest.connection import Address, Connection
+from loadtest.generator import LoadRun, Reply, send_for
 from loadtest.load_shapes import NUM_CONNECTIONS
-from loadtest.stage_latencies import CLIENT, StageLatencies, stage_latencies
+from loadtest.stage_latencies import BEYOND, CLIENT, FORWARD, StageLatencies, stage_latencies
 from loadtest.traffic.arrivals import Arrivals
 from loadtest.traffic.execution import Executor, PhaseRun
 from loadtest.traffic.items import WorkloadItems
@@ -20,23 +23,58 @@ from loadtest.wire import NATIVE, UnexpectedAnswer
 from loadtest.workload import WORKLOADS, cut_into_requests
 
 WARM_UP = 20
-"""Requests that are not counted."""
+"""Requests that are not counted, and passes."""
+
+IDLE_S = 0.02
+"""Pause between a pass and a request, so that the threads of one process no longer spin when the other computes."""
 
 MOST_BODIES = 8192
 """Texts of the measurement of capacity, which repeat after so many."""
 
 
-def latencies_one_at_a_time(url: str, options: argparse.Namespace) -> StageLatencies:
-    """Send single items over one connection, each after the answer to the one before.
+def latencies_one_at_a_time(url: str, options: argparse.Namespace, forward_s: Callable[[int], float]) -> StageLatencies:
+    """Send single items over one connection, each after the answer to the one before, beside the pass over each.
+
+    Args:
+        url: of the service.
+        options: of the command.
+        forward_s: computes the forward pass of the item of a number without the service, and returns its seconds.
+
+    Returns:
+        Besides the service's stages the forward pass of the same items, and how much longer each client waited. Pass
+        and request alternate, and so does which is first, because a machine's speed changes with time.
 
     Raises:
         UnexpectedAnswer: a request got no reward.
     """
     bodies = _bodies(options, WARM_UP + options.requests, options.seed)
-    _ = send_all(url, bodies[:WARM_UP], 1).rewards
-    sent = send_all(url, bodies[WARM_UP:], 1)
-    _ = sent.rewards  # every request must have one
-    return stage_latencies("one at a time", ((reply.content, reply.latency_s) for reply in sent.replies))
+    passes_s, replies = asyncio.run(_alternate(url, bodies, forward_s))
+    _ = LoadRun(replies, NATIVE, 0.0, 0.0).rewards  # every request must have one
+    counted = replies[WARM_UP:]
+    found = stage_latencies("one at a time", ((reply.content, reply.latency_s) for reply in counted))
+    more_s = [reply.latency_s - pass_s for reply, pass_s in zip(counted, passes_s[WARM_UP:], strict=True)]
+    return replace(found, seconds={FORWARD: passes_s[WARM_UP:], **found.seconds, BEYOND: more_s})
+
+
+async def _alternate(
+    url: str, bodies: Sequence[bytes], forward_s: Callable[[int], float]
+) -> tuple[list[float], tuple[Reply, ...]]:
+    address = Address.of(url)
+    connection = Connection(address, address.tls_context())
+    passes_s, replies = [], []
+    try:
+        for number, body in enumerate(bodies):
+            for is_pass in (True, False) if number % 2 else (False, True):
+                await asyncio.sleep(IDLE_S)
+                if is_pass:
+                    passes_s.append(forward_s(number))
+                else:
+                    sent = time.perf_counter()
+                    response = await connection.send(address.post(NATIVE.path, body))
+                    replies.append(Reply(response.status, response.content, time.perf_counter() - sent))
+    finally:
+        connection.close()
+    return passes_s, tuple(replies)
 
 
 def capacity_per_s(url: str, options: argparse.Namespace, alone: StageLatencies) -> float:

@@ -8,7 +8,7 @@ import os
 import signal
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,14 @@ from rich.console import Console
 from rich.table import Table
 
 from loadtest.console import report_console
-from loadtest.forward_pass import forward_latencies
+from loadtest.forward_pass import ForwardPass, running_forward_pass
 from loadtest.latency_loads import WARM_UP, capacity_per_s, latencies_one_at_a_time, latencies_under_load
 from loadtest.random_checkpoint import write_random_checkpoint
 from loadtest.run_progress import RunProgress, duration
 from loadtest.served_dtype import served_dtype
 from loadtest.servers import running_service
-from loadtest.stage_latencies import StageLatencies, stage_table
+from loadtest.simulated_queue import latencies_one_by_one
+from loadtest.stage_latencies import FORWARD, ONE_BY_ONE, StageLatencies, stage_table
 from loadtest.wire import UnexpectedAnswer
 from service.errors import StartupError
 from service.outputs import write_text
@@ -75,11 +76,11 @@ class Steps:
 def planned_steps(options: argparse.Namespace) -> list[tuple[str, float]]:
     """Return title and expected seconds of each step; those of starts and requests are of a 24M model on two cores."""
     requests_s = (options.requests + WARM_UP) * REQUEST_S
-    steps = [("Measuring the forward pass", LOAD_S["model"] + requests_s)]
+    steps = [("Loading the model", LOAD_S["model"])]
     for runtime in options.runtime:
         steps += [
             (f"{runtime}: starting the service", LOAD_S[runtime]),
-            (f"{runtime}: one request at a time", requests_s),
+            (f"{runtime}: one request at a time", 2 * requests_s),
             (f"{runtime}: measuring the capacity", options.capacity_s),
             (f"{runtime}: {options.load:.0%} of the capacity", options.load_s),
         ]
@@ -116,8 +117,12 @@ def _measure(options: argparse.Namespace, folder: Path, console: Console) -> tup
         dtype = served_dtype(options.dtype, options.model, torch.device("cpu"))
         model = options.model or write_random_checkpoint(folder / "random-24m", dtype=dtype)
         steps.begin()
-        forward = forward_latencies(options, model, dtype)
-        found = [_runtime_latencies(options, runtime, model, dtype, folder, steps) for runtime in options.runtime]
+        with running_forward_pass(options, model, dtype) as forward:
+            found = [
+                _runtime_latencies(options, runtime, model, dtype, folder, forward, steps)
+                for runtime in options.runtime
+            ]
+        found = [_with_simulation(one, options.seed) for one in found]
     report = {
         "model": str(options.model) if options.model else "random, 24 million parameters",
         "dtype": dtype,
@@ -125,20 +130,25 @@ def _measure(options: argparse.Namespace, folder: Path, console: Console) -> tup
         "seed": options.seed,
         "cores": len(os.sched_getaffinity(0)),
         "torch": torch.__version__,
-        "forward": forward.as_json(),
         "runtimes": [one.as_json() for one in found],
     }
-    return report, [_table(one, forward) for one in found]
+    return report, [_table(one) for one in found]
 
 
 def _runtime_latencies(
-    options: argparse.Namespace, runtime: str, model: Path, dtype: str, folder: Path, steps: Steps
+    options: argparse.Namespace,
+    runtime: str,
+    model: Path,
+    dtype: str,
+    folder: Path,
+    forward: ForwardPass,
+    steps: Steps,
 ) -> RuntimeLatencies:
     """Start the service with a runtime, measure it under three loads, and stop it."""
     steps.begin()
     with running_service(model, dtype, folder, "--runtime", runtime) as server:
         steps.begin()
-        alone = latencies_one_at_a_time(server.url, options)
+        alone = latencies_one_at_a_time(server.url, options, forward.seconds)
         steps.begin()
         capacity = capacity_per_s(server.url, options, alone)
         steps.begin()
@@ -146,8 +156,20 @@ def _runtime_latencies(
     return RuntimeLatencies(runtime, capacity, (alone, loaded))
 
 
-def _table(found: RuntimeLatencies, forward: StageLatencies) -> Table:
-    table = stage_table(f"runtime {found.runtime}, capacity {found.capacity_per_s:.1f} items/s", forward, found.loads)
+def _with_simulation(found: RuntimeLatencies, seed: int) -> RuntimeLatencies:
+    """Add what items one by one would need to the loads whose items arrive at times of their own."""
+    forward_s = found.loads[0].seconds[FORWARD]
+    loads = [
+        one
+        if one.rate_per_s is None
+        else one.beside(ONE_BY_ONE, latencies_one_by_one(forward_s, one.rate_per_s, seed=seed))
+        for one in found.loads
+    ]
+    return replace(found, loads=loads)
+
+
+def _table(found: RuntimeLatencies) -> Table:
+    table = stage_table(f"runtime {found.runtime}, capacity {found.capacity_per_s:.1f} items/s", found.loads)
     failed = sum(one.num_failed for one in found.loads)
     requests = ", ".join(f"{one.load}: {one.num_requests} requests" for one in found.loads)
     table.caption = f"{requests}; {failed} got no reward. Quantiles of stages do not add up to those of the total."

@@ -50,11 +50,16 @@ class RunningServer:
 
 def family_cpu_s(process: psutil.Process) -> float:
     """Return the CPU seconds so far of a process and all its living descendants."""
-    spent = 0.0
+    return sum(cpu_s_by_process(process).values())
+
+
+def cpu_s_by_process(process: psutil.Process) -> dict[int, float]:
+    """Return the CPU seconds so far of a process and of each living descendant, by process id."""
+    spent = {}
     for member in (process, *process.children(recursive=True)):
         with contextlib.suppress(psutil.NoSuchProcess):
             times = member.cpu_times()
-            spent += times.user + times.system
+            spent[member.pid] = times.user + times.system
     return spent
 
 

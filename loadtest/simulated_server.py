@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 import psutil
 import yaml
 
+from loadtest.servers import cpu_s_by_process
 from service.errors import ServerStartError
 from service.launch.ports import reserved_block
 from service.launch.private_folder import private_folder, write_token
@@ -132,6 +133,10 @@ class SimulatedServer:
                 times = process.cpu_times()
                 spent[_part_of(" ".join(process.cmdline()))] += times.user + times.system
         return spent
+
+    def cpu_s_by_process(self) -> dict[int, float]:
+        """Return the CPU seconds so far of each living process, by process id."""
+        return cpu_s_by_process(self._process)
 
     def processes(self, part: str) -> list[psutil.Process]:
         """Return the living processes of a part, one of `PARTS`."""

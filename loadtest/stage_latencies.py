@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rich.table import Table
@@ -16,11 +16,18 @@ from rich.table import Table
 FORWARD = "forward pass alone"
 """The pass of one item in a process without a server."""
 
+BEYOND = "client less forward pass alone"
+"""How much longer the client waits for an item than its forward pass alone takes."""
+
 TOTAL = "total"
 """The service's stage that contains all others."""
 
 OUTSIDE, CLIENT = "outside the service", "client"
 """What the client waits beyond the service's total: sockets, the proxy and Ray; and all that it waits."""
+
+ONE_BY_ONE = "items one by one, simulated"
+"""Under load, what a server would need that has the same arrivals and computes nothing but one forward pass after the
+other."""
 
 QUANTILES = (0.5, 0.99)
 
@@ -40,6 +47,10 @@ class StageLatencies:
 
     num_failed: int = 0
     """Requests without a reward, which are left out."""
+
+    def beside(self, stage: str, seconds: Sequence[float]) -> StageLatencies:
+        """Return these latencies with one more stage."""
+        return replace(self, seconds={**self.seconds, stage: seconds})
 
     @property
     def num_requests(self) -> int:
@@ -84,14 +95,15 @@ def stage_latencies(
     return StageLatencies(load, seconds, rate_per_s, num_failed)
 
 
-def stage_table(title: str, forward: StageLatencies, loads: Sequence[StageLatencies]) -> Table:
+def stage_table(title: str, loads: Sequence[StageLatencies]) -> Table:
     """Return a table with a row per stage and two columns per load, in milliseconds."""
     table = Table("stage", *(f"{one.load}: p{share * 100:g} ms" for one in loads for share in QUANTILES), title=title)
-    table.add_row(FORWARD, *_cells(forward, FORWARD), *[""] * (len(QUANTILES) * (len(loads) - 1)))
     for stage in dict.fromkeys(stage for one in loads for stage in one.seconds):
         table.add_row(stage, *(cell for one in loads for cell in _cells(one, stage)))
     return table
 
 
 def _cells(latencies: StageLatencies, stage: str) -> list[str]:
+    if stage not in latencies.seconds:
+        return [""] * len(QUANTILES)
     return [f"{latencies.quantile_ms(stage, share):.2f}" for share in QUANTILES]

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import time
+from dataclasses import replace
 from typing import Any, TextIO
 
 import ray
@@ -99,7 +100,9 @@ class RewardReplica:
 
     async def monitors(self, run_id: str | None) -> tuple[str, MonitorView]:
         """This replica's name and the state of its monitors, of all items or of one run."""
-        return self._name, self._served.monitors.view(run_id)
+        calibration = self._served.lookup.calibration
+        build = f"{self._served.build} {calibration.id if calibration else ''}"
+        return self._name, replace(self._served.monitors.view(run_id), build=build)
 
     async def summary(self) -> str:
         """What is served, as one line for the terminal."""

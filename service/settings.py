@@ -98,7 +98,7 @@ class ModelSettings(Section):
     kernels: Literal["auto", "on", "off"] = Field(
         "auto",
         description="Compiled CPU kernels on x86-64, built at the first start by a C++ compiler: in bfloat16 with "
-        "AVX-512, in float32 with AVX2 and without AVX-512. auto: use them if the CPU supports them and they can be "
+        "AVX-512, in float32 with AVX-512 or AVX2. auto: use them if the CPU supports them and they can be "
         "built; on: refuse to start without them.",
     )
     compile: bool = Field(

@@ -20,6 +20,7 @@ CATEGORY = {
     "sibling_auroc": None,
     "sibling_flagged": None,
 }
+UNCERTAINTY = {"auroc": 0.461, "standard_error": 0.018, "behind": -0.046, "behind_error": 0.017, "retention_area": 0.23}
 FIGURES: dict[str, Any] = {
     "calibration": {
         "suite": {"combined": {"padding": DETECTION}},
@@ -41,6 +42,16 @@ FIGURES: dict[str, Any] = {
     "test": {
         "rates": [{"nominal": 0.01, "value": 0.0094, "standard_error": 0.0026, "num_items": 1920, "num_prompts": 880}],
         "length": {name: {"pooled": 0.46, "within": 0.35} for name in ("raw", "adjusted")},
+        "pairs": {
+            "num_pairs": 880,
+            "error": 0.44,
+            "random_area": 0.22,
+            "ideal_area": 0.097,
+            "figures": {
+                "disagreement": UNCERTAINTY | {"behind": 0.0, "behind_error": 0.0},
+                "Laplace": UNCERTAINTY | {"auroc": 0.507},
+            },
+        },
         "categories": {
             "zalgo": CATEGORY | {"is_ood": True, "sibling_auroc": 0.99, "sibling_flagged": 1.0},
             "truncated": CATEGORY | {"is_ood": False},
@@ -71,6 +82,9 @@ def test_the_page_has_a_place_for_every_table(tables: ModuleType) -> None:
         "+0.460, +0.350",
         "| zalgo | -0.50 | 0.912 |",
         "0.654",
+        "| 0.461 ± 0.018 | | 0.2300 |",
+        "| 0.507 ± 0.018 | -0.046 ± 0.017 | 0.2300 |",
+        "(880 pairs, of which 44.0 % are wrong)",
         "+0.100 (+0.050 to +0.150)",
     ):
         assert cell in found

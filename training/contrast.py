@@ -75,13 +75,22 @@ class Answers:
         lengths, texts, openings = zip(*answers, strict=True) if answers else ((), (), ())
         return cls(lengths, texts, openings)
 
-    def draw(self, opening: str, low: float, high: float, rng: random.Random) -> str | None:
-        """Draw an answer to another prompt with ``low`` to ``high`` characters; None where none is found."""
+    def draw(self, opening: str, low: float, high: float, rng: random.Random, excluded: str = "") -> str | None:
+        """Draw an answer to another prompt with ``low`` to ``high`` characters; None where none is found.
+
+        Args:
+            opening: of the prompt that it must not belong to.
+            low: characters, at least.
+            high: characters, at most.
+            rng: draws.
+            excluded: answers that begin with it are left out; empty: none.
+        """
         first, end = bisect_left(self.lengths, low), bisect_right(self.lengths, high)
         for _ in range(_NUM_ATTEMPTS if first < end else 0):
             index = rng.randrange(first, end)
-            if self.openings[index] != opening:
-                return self.texts[index]
+            text = self.texts[index]
+            if self.openings[index] != opening and not (excluded and text.startswith(excluded)):
+                return text
         return None
 
 
@@ -105,8 +114,9 @@ class Case:
         return self.answer.split()
 
     def other_answer(self, low: float, high: float) -> str | None:
-        """An answer to another prompt, ``low`` to ``high`` times as long as this one."""
-        return self.answers.draw(self.opening, low * len(self.answer), high * len(self.answer), self.rng)
+        """An answer to another prompt, ``low`` to ``high`` times as long as this one, that does not begin with it."""
+        length = len(self.answer)
+        return self.answers.draw(self.opening, low * length, high * length, self.rng, self.answer)
 
     def draw_length(self, low: float, high: float) -> float:
         """Characters, ``low`` to ``high`` times those of the answer, uniform on a logarithmic scale."""

@@ -47,8 +47,11 @@ class Share:
 
     @classmethod
     def of(cls, margins: Iterable[float]) -> Share:
-        """Return the share of positive margins, ties counted one half; NaN for no margins at all."""
-        wins = [(margin > 0) + 0.5 * (margin == 0) for margin in margins]
+        """Return the share of positive margins, ties counted one half.
+
+        NaN for no margins at all, and where one is not finite: such a model orders nothing.
+        """
+        wins = [(margin > 0) + 0.5 * (margin == 0) if math.isfinite(margin) else math.nan for margin in margins]
         value = sum(wins) / len(wins) if wins else math.nan
         return cls(value, math.sqrt(value * (1 - value) / len(wins)) if wins else math.nan)
 
@@ -84,6 +87,7 @@ def measure(
     pairs: Sequence[PreferencePair], chosen: NDArray[np.floating], rejected: NDArray[np.floating]
 ) -> Evaluation:
     """Compare the rewards of the pairs' completions, [pair] each, with the human choice."""
+    chosen, rejected = (np.where(np.isfinite(found), found, np.nan) for found in (chosen, rejected))
     margins = chosen - rejected
     log_lengths = np.array([math.log1p(len(text)) for text in _completions(pairs)])
     excess = log_lengths[0::2] - log_lengths[1::2]
@@ -102,6 +106,8 @@ def describe(name: str, evaluation: Evaluation) -> str:
     accuracy, longer_wins = evaluation.accuracy, evaluation.longer_wins
     if not evaluation.num_pairs:
         return f"{name}: no pairs"
+    if math.isnan(accuracy.value):
+        return f"{name}: no accuracy, since not all rewards of the {evaluation.num_pairs} pairs are finite"
     return (
         f"{name}: accuracy {accuracy.value:.1%} ± {accuracy.standard_error:.1%} on {evaluation.num_pairs} pairs; "
         f"longer answer wins {longer_wins.value:.1%} ± {longer_wins.standard_error:.1%}; "

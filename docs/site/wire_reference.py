@@ -22,7 +22,8 @@ def wire_reference() -> str:
     return page(
         "Wire format",
         "`GET /openapi.json` of a running service has the same as an OpenAPI 3.1 document. Bodies are JSON with "
-        "`Content-Type: application/json`, optionally with `Content-Encoding: gzip`. A field that is `null` counts as "
+        "`Content-Type: application/json`, optionally with "
+        "`Content-Encoding: gzip`, `zstd` or `deflate`. A field that is `null` counts as "
         "left out; an unknown field is an error. Headers of requests: `Authorization`, `X-Run-Id`, `X-Request-Id`.",
         "## Routes",
         *_routes(openapi["paths"]),

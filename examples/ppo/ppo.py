@@ -15,11 +15,12 @@ reward, the client's exception ends the loop: no reward is ever made up.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import random
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -58,10 +59,14 @@ class Rollout:
     completions: list[str]
     """The decoded completions without special tokens: what the service scores."""
 
+    frozen_states: Tensor | None = None
+    """[n, p + t, width] what the last frozen layer gives for the tokens, where that has been computed before."""
+
     def select(self, indices: Tensor) -> Self:
         """Return the completions with the given indices."""
         texts = [self.completions[index] for index in indices.tolist()]
-        return type(self)(self.tokens[indices], self.attention_mask[indices], self.mask[indices], texts)
+        states = None if self.frozen_states is None else self.frozen_states[indices]
+        return type(self)(self.tokens[indices], self.attention_mask[indices], self.mask[indices], texts, states)
 
 
 class Policy(torch.nn.Module):
@@ -81,10 +86,13 @@ class Policy(torch.nn.Module):
         self.language_model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()  # eval: no dropout
         self.temperature = temperature
         self.autocast_dtype = dtype
+        self._frozen_layers: list[torch.nn.Module] = []
         if trained_layers is not None:
             self.language_model.requires_grad_(requires_grad=False)
             layers = self.language_model.base_model.layers
-            for layer in layers[len(layers) - trained_layers :]:
+            num_frozen = len(layers) - trained_layers
+            self._frozen_layers = list(layers[:num_frozen])
+            for layer in layers[num_frozen:]:
                 layer.requires_grad_(requires_grad=True).float()
         else:
             self.language_model.float()
@@ -96,13 +104,15 @@ class Policy(torch.nn.Module):
         torch.nn.init.zeros_(value.weight)
         self.value_head = torch.nn.Sequential(torch.nn.LayerNorm(width, elementwise_affine=False), value)
 
-    def forward(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """Return log-probability and value of each completion token, both [n, t] in float32.
+    def forward(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return log-probability and value of each completion token, and the states of the last frozen layer.
 
-        The value at a token is that of the state before it: the expected sum of the rewards from it on.
+        Log-probabilities and values are [n, t] in float32. The value at a token is that of the state before it: the
+        expected sum of the rewards from it on. The states are those of ``Rollout.frozen_states``; None: all weights
+        are trained.
         """
         num_tokens = rollout.mask.shape[1]
-        with self._autocast():
+        with self._autocast(), self._without_frozen_layers(rollout.frozen_states):
             output = self.language_model(
                 rollout.tokens,
                 attention_mask=rollout.attention_mask,
@@ -114,7 +124,23 @@ class Policy(torch.nn.Module):
         logits = output.logits[:, :-1].float() / self.temperature
         states = output.hidden_states[-1][:, -num_tokens - 1 : -1].detach().float()
         chosen = rollout.tokens[:, -num_tokens:, None]
-        return logits.log_softmax(-1).gather(-1, chosen).squeeze(-1), self.value_head(states).squeeze(-1)
+        logprobs = logits.log_softmax(-1).gather(-1, chosen).squeeze(-1)
+        num_frozen = len(self._frozen_layers)
+        # With no trained layer the last of these states are normalised, which those of a layer are not.
+        reusable = output.hidden_states[num_frozen] if 0 < num_frozen < len(output.hidden_states) - 1 else None
+        return logprobs, self.value_head(states).squeeze(-1), reusable
+
+    @contextlib.contextmanager
+    def _without_frozen_layers(self, states: Tensor | None) -> Iterator[None]:
+        """Have every frozen layer return these states instead of computing its own; None: they compute."""
+        layers = self._frozen_layers if states is not None else []
+        for layer in layers:
+            layer.forward = lambda *_, **__: states
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer.forward
 
     @torch.no_grad()
     def sample(self, tokenizer: Any, prompts: Sequence[list[dict[str, str]]], max_tokens: int) -> Rollout:
@@ -269,7 +295,7 @@ class Trainer:
         self.critic = critic
         self.tokenizer = AutoTokenizer.from_pretrained(options.policy)
         self.policy = Policy(options.policy, dtype, options.trained_layers, options.temperature)
-        self.reference = Policy(options.policy, dtype, 0, options.temperature)
+        self.reference = Policy(options.policy, dtype, options.trained_layers, options.temperature)
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": [p for p in self.policy.language_model.parameters() if p.requires_grad]},
@@ -295,7 +321,9 @@ class Trainer:
         scored = time.monotonic()
         scores = torch.tensor([item.reward for item in items])
         with torch.no_grad():
-            old_logprobs, old_values = self.policy(rollout)
+            old_logprobs, old_values, states = self.policy(rollout)
+            # Computed once for the reference and all passes of the update, which have the same frozen layers.
+            rollout = replace(rollout, frozen_states=states)
             log_ratio = old_logprobs - self.reference(rollout)[0]
         rewards = token_rewards(scores, log_ratio, rollout.mask, options.kl)
         advantages = advantages_of(rewards, old_values, rollout.mask, options.gae_lambda)
@@ -319,7 +347,7 @@ class Trainer:
         options, losses = self.options, []
         for _ in range(options.epochs):
             for part in torch.randperm(len(returns)).chunk(options.minibatches):
-                logprobs, values = self.policy(rollout.select(part))
+                logprobs, values, _ = self.policy(rollout.select(part))
                 fixed = (old_logprobs[part], advantages[part], returns[part], rollout.mask[part])
                 loss = ppo_loss(logprobs, values, *fixed, options.clip)
                 self.optimizer.zero_grad()

@@ -34,6 +34,9 @@ _FLAGS = {"true": True, "1": True, "false": False, "0": False}
 MIN_PART_ITEMS = 60
 """Items that each part needs: below, the tail of its distribution is hardly seen."""
 
+MIN_TEXTS = 60
+"""Different completions that a calibration needs."""
+
 ENOUGH_ITEMS = 650
 """With as many items of different prompts the smallest part (13 percent) has `MIN_PART_ITEMS` with 99 % certainty."""
 
@@ -135,16 +138,23 @@ def split(items: Sequence[CleanItem]) -> dict[Part, list[CleanItem]]:
 
 
 def require_enough(items: Sequence[CleanItem], name: str) -> None:
-    """Check that every part has `MIN_PART_ITEMS` items, before a model is loaded.
+    """Check that every part has `MIN_PART_ITEMS` items and that they vary, before a model is loaded.
 
     Args:
         items: the items of a calibration.
         name: of the data, for the message.
 
     Raises:
-        CalibrationError: a part has fewer; the message gives the completions that there are and that are needed.
+        CalibrationError: a part has fewer, or nearly all are the same text; the message gives the completions that
+            there are and that are needed.
     """
+    num_texts = len({item.exchange.completion_text for item in items})
     smallest = min(map(len, split(items).values()))
+    if smallest >= MIN_PART_ITEMS and num_texts < MIN_TEXTS:
+        raise CalibrationError(
+            f"{name} has {len(items)} completions but only {num_texts} different ones; at least {MIN_TEXTS} are "
+            "needed, since a calibration describes how completions vary."
+        )
     if smallest >= MIN_PART_ITEMS:
         return
     num_prompts = len({item.opening for item in items})

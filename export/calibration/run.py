@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 
 from export.calibration.build import DataFacts, build
@@ -87,8 +88,13 @@ def _make(
         scored = score_parts(served, items, sizes, advance, seed=options.seed, sets=sets, cache=cache)
         probe = probe_reward(served, plan, advance, cache)
     data = DataFacts(_hash(Path(options.data)), options.held_out, options.drop_set)
-    with stages(console) as stage:
-        calibration = replace(build(served, scored, seed=options.seed, data=data, show=stage), probe=probe)
+    try:
+        with stages(console) as stage:
+            calibration = replace(build(served, scored, seed=options.seed, data=data, show=stage), probe=probe)
+    except np.linalg.LinAlgError as error:
+        raise CalibrationError(
+            f"Nothing was written: statistics of these completions cannot be fitted ({error}). They vary too little."
+        ) from error
     if calibration.facts.weak and not options.force:
         raise CalibrationError(
             "Nothing was written: the mean AUROC over the built-in hacks is only "

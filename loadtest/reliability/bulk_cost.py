@@ -30,7 +30,9 @@ from service.settings import ModelSettings
 
 ROUNDS = 3
 ITEMS_PER_REQUEST = 64
-REQUESTS = 4
+REQUESTS = 16
+"""Of a round. While its first one is read and its last one answered the model waits, so a round has to be
+long beside them; a job has thousands."""
 CONNECTIONS = 2
 """One request is read and tokenized while the other one is computed, as a trainer that sends ahead would have it."""
 DTYPE = "float32"

@@ -109,7 +109,7 @@ def _run(
             planner,
             within_s=within_s,
             expected=oracle_reward_of_item,
-            server_cpu_s=lambda: sum(server.cpu_s().values()),
+            server_cpu_s=server.cpu_s_by_process,
         )
         injector = FaultInjector(address, server, simulation, options.seed)
         asyncio.run(

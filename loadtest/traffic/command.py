@@ -102,7 +102,7 @@ def command_parser() -> CommandParser:
     add("--out", type=Path, metavar="DIR", help="write loadtest.json and loadtest.html")
     add("--overwrite", action="store_true", help="replace an earlier report")
     add = parser.add_argument_group("faults").add_argument
-    add("--faults", type=Path, metavar="FILE", help="fault schedule, a YAML list (docs/reliability.md)")
+    add("--faults", type=Path, metavar="FILE", help="fault schedule, a YAML list (docs/load-testing.md)")
     _add_requests(parser)
     _add_streams(parser)
     return parser

@@ -42,6 +42,10 @@ def server_facts(url: str, headers: Mapping[str, str]) -> dict[str, Any]:
             facts: dict[str, Any] = msgspec.json.decode(answer.read(), type=dict)
             return facts
     except urllib.error.HTTPError as error:
+        if error.code in (401, 403):
+            raise ServerStartError(
+                f"{url} answers {error.code}: it needs a key with the scope score; give --api-key or REWARD_API_KEY."
+            ) from None
         raise ServerStartError(f"{url}/v1/model answers {error.code}, so this is no server to measure.") from None
     except (OSError, msgspec.DecodeError, msgspec.ValidationError) as error:
         reason = getattr(error, "reason", None) or error

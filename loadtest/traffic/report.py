@@ -18,7 +18,7 @@ from rich.table import Table
 
 from loadtest.traffic.fault_actions import CausedFault
 from loadtest.traffic.scenarios import RECOVERY
-from loadtest.traffic.summary import StreamSummary, recovered_after_s
+from loadtest.traffic.summary import UNANSWERED, StreamSummary, recovered_after_s
 from service.outputs import new_folder
 
 if TYPE_CHECKING:
@@ -73,6 +73,8 @@ class LoadTest:
             found.append(f"{wrong:,} items got a wrong reward or none.")
         if unexplained := sum(one.unexplained for one in self.summaries):
             found.append(f"{unexplained:,} answers were neither rewards nor a problem with a code.")
+        if unanswered := sum(one.statuses.get(UNANSWERED, 0) for one in self.summaries):
+            found.append(f"{unanswered:,} requests got no answer: their connection was refused, or broke.")
         for one in self.summaries:
             if one.stream == RECOVERY:
                 after_s = recovered_after_s(one)
@@ -150,6 +152,7 @@ def table(test: LoadTest) -> Table:
 def cost_table(costs: Sequence[PhaseCost]) -> Table:
     """Return the processor time of the phases for a terminal."""
     drawn = Table("phase", "seconds", "cores of the generator", "cores of the server")
+    drawn.caption = "Processes of the server that ended within a phase do not count."
     for column in drawn.columns[1:]:
         column.justify = "right"
     for one in costs:

@@ -7,7 +7,7 @@ import contextlib
 import signal
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 
 import psutil
@@ -15,7 +15,7 @@ from rich.console import Console
 
 from loadtest.connection import Address
 from loadtest.console import report_console
-from loadtest.servers import family_cpu_s
+from loadtest.servers import cpu_s_by_process
 from loadtest.simulated_server import SimulatedServer, Simulation, simulated_server
 from loadtest.traffic.checking import ORACLE, ExpectedReward, oracle_reward_of_item
 from loadtest.traffic.execution import Executor, PhaseRun
@@ -116,7 +116,7 @@ class PhaseSender:
         planner: makes the requests.
         within_s: time limit of a good answer.
         expected: gives the right rewards; None: they are unknown.
-        server_cpu_s: returns the CPU seconds of the server so far; None: they are unknown.
+        server_cpu_s: returns the CPU seconds of the server's processes so far, by process id; None: they are unknown.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class PhaseSender:
         *,
         within_s: float,
         expected: ExpectedReward | None,
-        server_cpu_s: Callable[[], float] | None = None,
+        server_cpu_s: Callable[[], Mapping[int, float]] | None = None,
     ) -> None:
         self.summaries: list[StreamSummary] = []
         self.costs: list[PhaseCost] = []
@@ -161,9 +161,9 @@ class PhaseSender:
     async def _send(self, phases: Sequence[Phase], sender: Executor, begin: int = 0) -> None:
         for number, phase in enumerate(phases, begin):
             schedule = self._planner.schedule(phase, number)
-            server_began_s = self._server_cpu_s() if self._server_cpu_s else 0.0
+            began_s = self._server_cpu_s() if self._server_cpu_s else {}
             phase_run = await sender.run(phase, schedule, self._planner)
-            server_s = self._server_cpu_s() - server_began_s if self._server_cpu_s else None
+            server_s = cpu_s_since(began_s, self._server_cpu_s()) if self._server_cpu_s else None
             self.cpu_s += phase_run.cpu_s
             self.costs.append(_cost(phase_run, server_s))
             self.summaries += await asyncio.to_thread(
@@ -176,21 +176,29 @@ def _cost(run: PhaseRun, server_s: float | None) -> PhaseCost:
     return PhaseCost(run.phase.name, run.wall_s, run.cpu_s / run.wall_s, server_cores)
 
 
-def _cpu_of(options: Namespace, server: SimulatedServer | None) -> Callable[[], float] | None:
-    """Return what measures the CPU seconds of the server; None where its processes are not known.
+def cpu_s_since(before: Mapping[int, float], now: Mapping[int, float]) -> float:
+    """Return the CPU seconds between two readings of the processes that live at the second one.
+
+    What processes that have ended since used is not known, and not counted.
+    """
+    return sum(seconds - before.get(pid, 0.0) for pid, seconds in now.items())
+
+
+def _cpu_of(options: Namespace, server: SimulatedServer | None) -> Callable[[], Mapping[int, float]] | None:
+    """Return what measures the CPU seconds of the server's processes; None where its processes are not known.
 
     Raises:
         ServerStartError: there is no process of the number that was given.
     """
     if server is not None:
-        return lambda: sum(server.cpu_s().values())
+        return server.cpu_s_by_process
     if options.server_pid is None:
         return None
     try:
         process = psutil.Process(options.server_pid)
     except psutil.NoSuchProcess:
         raise ServerStartError(f"--server-pid: there is no process {options.server_pid}.") from None
-    return lambda: family_cpu_s(process)
+    return lambda: cpu_s_by_process(process)
 
 
 def _tell(test: LoadTest, faults: Sequence[CausedFault]) -> None:

@@ -14,6 +14,9 @@ from loadtest.traffic.phases import OpenStream, Stream
 
 OVERLOADED = 503
 
+UNANSWERED = "no answer"
+"""Among the statuses: requests whose connection was refused, or broke."""
+
 
 @dataclass(frozen=True, slots=True)
 class BatchSummary:
@@ -136,7 +139,7 @@ def _summary(
         late_items=rewards - good,
         wrong_items=sum(one.num_wrong for one in checked),
         item_errors=dict(sum((one.item_errors for one in checked), Counter[str]())),
-        statuses=dict(Counter(str(exchange.status) if exchange.status else "none" for exchange in exchanges)),
+        statuses=dict(Counter(str(exchange.status) if exchange.status else UNANSWERED for exchange in exchanges)),
         codes=dict(Counter(code for pair in zip(exchanges, checked, strict=True) if (code := _code(*pair)))),
         unexplained=sum(one.is_malformed for one in checked),
         retry_after_share=statistics.fmean(one.has_retry_after for one in refused) if refused else None,

@@ -38,6 +38,9 @@ from service.records import Pooling, StateTap
 
 FORMAT = "reward-calibration/2"
 
+CHECKSUM = "sha256"
+"""Name of the checksum in the header. It is no second entry of the metadata, whose order safetensors does not keep."""
+
 Arrays = Mapping[str, NDArray[Any]]
 
 
@@ -130,6 +133,7 @@ def write_calibration(calibration: Calibration, path: Path) -> str:
         "probe": None if calibration.probe is None else calibration.probe.as_json(),
     }
     contiguous = {name: np.ascontiguousarray(array) for name, array in sorted(arrays.items())}
+    header[CHECKSUM] = _checksum(header, contiguous)
     with new_file(path) as unfinished:
         save_file(contiguous, unfinished, {"calibration": json.dumps(header, sort_keys=True)})
         unfinished.chmod(0o644)  # safetensors restricts it to its owner, but a replica may run as another user
@@ -140,7 +144,7 @@ def read_calibration(path: Path) -> Calibration:
     """Read an artifact; the caller must compare its binding with the served model.
 
     Raises:
-        CalibrationError: it cannot be read, or is of another format.
+        CalibrationError: it cannot be read, is of another format, or is damaged.
     """
     try:
         with safe_open(path, framework="numpy") as file:
@@ -148,12 +152,26 @@ def read_calibration(path: Path) -> Calibration:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise CalibrationError(f"{path} cannot be read as a calibration ({type(error).__name__}).") from error
-    if header.get("format") != FORMAT:
-        raise CalibrationError(f"{path} is of format {header.get('format')}; this service reads {FORMAT}.")
+    found = header.get("format") if isinstance(header, dict) else None
+    if found != FORMAT:
+        raise CalibrationError(f"{path} is of format {found}; this service reads {FORMAT}.")
+    # Calibrations that were made before there was a checksum have none.
+    if CHECKSUM in header and header[CHECKSUM] != _checksum(header, arrays):
+        raise CalibrationError(f"{path} is damaged: its content differs from what reward-calibrate wrote.")
     try:
         return _unpack(header, arrays, _id_of(path))
-    except (KeyError, ValueError, TypeError) as error:
+    except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise CalibrationError(f"{path} is damaged: {type(error).__name__} {error}.") from error
+
+
+def _checksum(header: Mapping[str, Any], arrays: Arrays) -> str:
+    """Return the sha256, hexadecimal, of the header without it and of every array's name, dtype, shape and content."""
+    summed = {name: value for name, value in header.items() if name != CHECKSUM}
+    digest = hashlib.sha256(json.dumps(summed, sort_keys=True).encode())
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def _id_of(path: Path) -> str:

@@ -125,7 +125,7 @@ MONITORS: dict[str, Any] = {
         "model": MODEL_IDENTITY,
         "run": _TEXT_OR_NULL,
         "runs": {"type": "array", "items": {"type": "string"}},
-        "incomplete": {"type": "boolean", "description": "Whether some replica did not answer."},
+        "incomplete": {"type": "boolean", "description": "Whether some replica did not answer, or has another model."},
         "calibrated": {
             "type": "boolean",
             "description": "Whether the model has a calibration; drift is unknown without one.",

@@ -21,6 +21,8 @@ CHECK_S = 2
 busy for some seconds would count as dead."""
 OTHERS_SHARE = 8
 """One address gets all connections but one in so many, which are left for probes and other clients."""
+OFTEN_UNREAD = (401, 408, 413, 415)
+"""Statuses of answers after which the connection is closed: the replica may not have read the whole body."""
 MARK = "# Changed by the reward service.\n"
 
 ERRORS: dict[int, tuple[HttpError, int]] = {
@@ -79,14 +81,20 @@ def _with_error_pages(config: str, error_pages: Mapping[int, Path]) -> str:
 
 
 def _with_bounded_clients(config: str) -> str:
-    """Bound the time for a head and for the answer to a health check, and the connections of one address."""
+    """Bound the time for a head and for the answer to a health check, and the connections of one address.
+
+    A connection whose request was refused before its body was read is not used again.
+    """
     times = f"    timeout http-request {HEAD_S}s\n    timeout check {CHECK_S}s\n"
     config = _replaced(r"(?m)^(defaults\n\s+mode http\n)", rf"\g<1>{times}", config)
     limit = re.search(r"(?m)^\s+maxconn (\d+)$", config)
     if limit is None:
         raise _not_found("maxconn")
     max_connections = int(limit[1])
+    # These may be answered before the body has been read; a next request would be read as its rest.
+    unread = " ".join(map(str, OFTEN_UNREAD))
     rules = (
+        f"    http-after-response set-header Connection close if {{ status {unread} }}\n"
         "    stick-table type ipv6 size 100k expire 60s store conn_cur\n"
         "    tcp-request connection track-sc0 src\n"
         "    tcp-request connection reject if "

@@ -8,6 +8,9 @@ every connection would be refused although the replicas run.
 So each HAProxy that Ray starts gets a process that watches it. When it dies, the watcher starts HAProxy with the same
 configuration, but without the admin socket, so that Ray finds it dead and replaces it as before. The HAProxy that Ray
 starts then takes the port over (``-sf``), and begins with the routes that were known.
+
+Where Ray was ended without Serve, HAProxy would stay and keep the port. The watcher ends it once its parent has ended
+and no replica has listened for half a minute, within which Ray starts another one if it runs.
 """
 
 from __future__ import annotations
@@ -32,6 +35,8 @@ CHECK_S = 2.0
 """Seconds between two looks at whether another HAProxy is in charge, after a change of the replicas for example."""
 MAX_MISSES = 10
 """Checks in a row, a tick apart, in which no replica listens before the watcher gives up: Serve has ended."""
+LEFT_CHECKS = 15
+"""Checks in a row, ``CHECK_S`` apart, in which HAProxy has lost its parent and no replica listens: Ray has ended."""
 CONNECT_S = 0.5
 _ADMIN_SOCKET = re.compile(r"(?m)^\s+stats socket .*\n")
 
@@ -108,19 +113,32 @@ def start_watching(files: StandbyFiles, binary: str) -> None:
         "-m",
         "service.launch.haproxy_standby",
         str(os.getpid()),
+        str(os.getppid()),
         binary,
         str(files.folder),
     ]
     subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)  # noqa: S603 - this interpreter
 
 
-def watch(pid: int, binary: str, files: StandbyFiles) -> None:
-    """Wait for the end of a HAProxy, and take its place unless another one has done so; returns when not needed."""
+def watch(pid: int, parent: int, binary: str, files: StandbyFiles) -> None:
+    """Wait for the end of a HAProxy, and take its place unless another one has done so; returns when not needed.
+
+    Args:
+        pid: of the HAProxy.
+        parent: process that started it. It may have ended before this one runs, so it cannot be looked up here.
+        binary: path of HAProxy.
+        files: of the processes for this HAProxy.
+    """
     with suppress(ProcessLookupError):  # it has died already
         watched = os.pidfd_open(pid)
+        num_left = 0
         try:
             while not select.select([watched], [], [], CHECK_S)[0]:
                 if _is_replaced(pid, files):
+                    return
+                num_left = num_left + 1 if _parent_of(pid) != parent and not _has_replica(files) else 0
+                if num_left == LEFT_CHECKS:
+                    os.kill(pid, signal.SIGUSR1)  # gives up the port, answers what is open and ends
                     return
         finally:
             os.close(watched)
@@ -128,6 +146,20 @@ def watch(pid: int, binary: str, files: StandbyFiles) -> None:
         config = files.routes.read_text(encoding="utf-8")
         files.config.write_text(without_admin_socket(config), encoding="utf-8")
         _stand_in(pid, binary, files, replicas_of(config))
+
+
+def _parent_of(pid: int) -> int | None:
+    with suppress(OSError):
+        after_name = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2]
+        return int(after_name.split()[1])
+    return None
+
+
+def _has_replica(files: StandbyFiles) -> bool:
+    """Whether a replica of the last known routes listens."""
+    with suppress(FileNotFoundError):
+        return any(map(_listens, replicas_of(files.routes.read_text(encoding="utf-8"))))
+    return False
 
 
 def _stand_in(pid: int, binary: str, files: StandbyFiles, replicas: Sequence[Address]) -> None:
@@ -185,4 +217,4 @@ def _listens(address: Address) -> bool:
 
 
 if __name__ == "__main__":
-    watch(int(sys.argv[1]), sys.argv[2], StandbyFiles(Path(sys.argv[3])))
+    watch(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], StandbyFiles(Path(sys.argv[4])))

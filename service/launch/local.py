@@ -85,7 +85,9 @@ def serve_locally(settings: StartSettings, console: Console, *, opens_page: bool
             listener = stack.enter_context(_listening(settings.server.host, settings.server.port))
             access_log = stack.enter_context(_access_log(settings.log))
             url = f"{'https' if tls else 'http'}://{reachable(settings.server.host)}:{listener.getsockname()[1]}"
-            progress = stack.enter_context(TerminalProgress(console, url, opens_page=opens_page))
+            progress = stack.enter_context(
+                TerminalProgress(console, url, opens_page=opens_page, needs_key=api_keys is not None)
+            )
             server = _LocalServer(replica_settings(settings), listener, access_log, progress, api_keys, tls)
             server.run()
     except StopRequested as stop:

@@ -18,9 +18,12 @@ _STAGES = {
     "running": "Waiting for the first answer through HAProxy",
 }
 _EXAMPLE = """\
-curl -s {url}/v1/score -H 'Content-Type: application/json' -d '{{"items": [
+curl -s {url}/v1/score{key} -H 'Content-Type: application/json' -d '{{"items": [
   {{"prompt": "How do I boil an egg?", "completion": "Put it in boiling water for eight minutes."}},
   {{"prompt": "How do I boil an egg?", "completion": "No."}}]}}'"""
+
+
+_KEY = ' -H "Authorization: Bearer $REWARD_API_KEY"'
 
 
 class TerminalProgress:
@@ -30,12 +33,14 @@ class TerminalProgress:
         console: where it is shown.
         url: address of the service.
         opens_page: whether a browser is to show the page once the service answers.
+        needs_key: whether requests need an API key.
     """
 
-    def __init__(self, console: Console, url: str, *, opens_page: bool = False) -> None:
+    def __init__(self, console: Console, url: str, *, opens_page: bool = False, needs_key: bool = False) -> None:
         self._console = console
         self._url = url
         self._opens_page = opens_page
+        self._needs_key = needs_key
         self._status: Status | None = None
         self._started_at = time.monotonic()
 
@@ -54,10 +59,8 @@ class TerminalProgress:
         """Show that the service answers, what it serves, and a request to paste."""
         self._end_status()
         elapsed_s = time.monotonic() - self._started_at
-        self._console.print(
-            f"Ready in {elapsed_s:.0f} s: {self._url} serves {summary}.\n\n{_EXAMPLE.format(url=self._url)}\n",
-            markup=False,
-        )
+        example = _EXAMPLE.format(url=self._url, key=_KEY if self._needs_key else "")
+        self._console.print(f"Ready in {elapsed_s:.0f} s: {self._url} serves {summary}.\n\n{example}\n", markup=False)
         if self._opens_page and not open_in_browser(self._url):
             self._console.print(f"There is no desktop here: open {self._url} in a browser.", markup=False)
 

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from service.arguments import CommandParser
 from service.errors import SettingsError
 from service.setting_fields import did_you_mean
 from service.settings import Section, Settings, read_settings
@@ -192,6 +193,19 @@ def _check_application(application: Application) -> Settings:
     return settings
 
 
+def notes_on(config: ServeConfig) -> list[str]:
+    """Return a sentence for each part that is valid and may surprise."""
+    return [
+        f"Note: application {application.name} has one replica and max_surge_percent 0: serve deploy stops it before "
+        "its successor starts, and callers get 503 until that answers."
+        for application in config.applications
+        for deployment in application.deployments
+        if (deployment.num_replicas or 1) == 1
+        and deployment.autoscaling_config is None
+        and not deployment.max_surge_percent
+    ]
+
+
 def _problems(error: ValidationError) -> list[str]:
     """One clause for each error, without the values."""
     known = [name for model in _MODELS for name in model.model_fields]
@@ -213,21 +227,24 @@ _MODELS: tuple[type[Section], ...] = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check the file that the only argument names; returns the exit status."""
-    names = list(sys.argv[1:] if arguments is None else arguments)
-    if len(names) != 1:
-        print("usage: python -m service.launch.serve_config FILE", file=sys.stderr)
-        return 2
+    parser = CommandParser(
+        prog="python -m service.launch.serve_config", description="Check a configuration of Ray Serve for this service."
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="serve_config.yaml")
+    file = parser.parse(arguments).file
     try:
-        tree = yaml.safe_load(Path(names[0]).read_text(encoding="utf-8"))
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
         config, _ = check_serve_config(tree if isinstance(tree, dict) else {})
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        print(f"{names[0]} cannot be read: {error}", file=sys.stderr)
+        print(f"{file} cannot be read: {error}", file=sys.stderr)
         return 1
     except SettingsError as error:
         print(error, file=sys.stderr)
         return 1
     for application in config.applications:
         print(f"{application.name} at {application.route_prefix}")
+    for note in notes_on(config):
+        print(note, file=sys.stderr)
     return 0
 
 

@@ -51,12 +51,12 @@ def serve(settings: StartSettings, console: Console, *, opens_page: bool = False
     """
     server = settings.server
     refuse_tls(server)
-    keys_for(settings.security, server.host)
+    needs_key = keys_for(settings.security, server.host) is not None
     check_script()
     url = f"http://{reachable(server.host)}:{server.port}"
     with (
         reserved_http(server.host, server.port) as http,
-        TerminalProgress(console, url, opens_page=opens_page) as progress,
+        TerminalProgress(console, url, opens_page=opens_page, needs_key=needs_key) as progress,
     ):
         with private_folder() as folder:  # what cannot be made or written is said before a model is loaded
             log_path(settings.log, folder)

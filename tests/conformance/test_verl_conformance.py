@@ -29,7 +29,7 @@ REQUIREMENT = "verl==0.9.1"
 PROMPT = [{"role": "user", "content": "How do I boil an egg?"}]
 COMPLETIONS = ["Put it into boiling water.", "No.", "Seven minutes, then cool it."]
 ENGINES = ["vllm", "sglang"]
-QUEUE_TOKENS = 2048
+QUEUE_TOKENS = 1024
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,10 @@ class Answers:
 @pytest.mark.parametrize("runtime", ["ray", "local"])
 def test_overload_is_survived(runtime: str, wheel: Any, tmp_path: Path) -> None:
     """64 samples at once for a queue that holds a few: some get 503 with Retry-After, and all end with their reward."""
-    checkpoint = write_tiny_checkpoint(tmp_path / "tiny", "llama")
+    # Large enough that the pass of one sample takes longer than the arrival of the next on any CPU.
+    checkpoint = write_tiny_checkpoint(
+        tmp_path / "tiny", "llama", hidden_size=256, intermediate_size=1024, num_hidden_layers=12
+    )
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     completions = [f"Answer {number}: " + "egg " * 80 for number in range(64)]
     answers = Answers()

@@ -275,6 +275,7 @@ def test_serve_config_is_the_one_of_the_repository() -> None:
         "public_metrics": True,
     }
     application["deployments"][0]["num_replicas"] = 2
+    application["deployments"][0]["max_surge_percent"] = 0
     application["deployments"][0]["ray_actor_options"]["num_gpus"] = 1
 
     assert config == expected

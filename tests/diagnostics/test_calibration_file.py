@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,8 @@ import numpy as np
 import pytest
 from made_up_calibration import BINDING, COLUMNS, TAPS, made_up_calibration
 from observed_streams import worded_stream
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from export.calibration.drift import drift_reference
 from service.checkpoints.files import CALIBRATION_FILE
@@ -139,6 +143,86 @@ def test_a_missing_calibration_is_not_an_error(tmp_path: Path) -> None:
     """A model without one is served, and the reason names the command; a file that was named must exist."""
     assert "reward-calibrate" in str(find_calibration(tmp_path, None, BINDING).reason)
     assert "no file" in str(find_calibration(tmp_path, str(tmp_path / "none"), BINDING).reason)
+
+
+def _reversed(arrays: dict[str, Any]) -> None:
+    arrays["cal_scores_single"] = np.ascontiguousarray(arrays["cal_scores_single"][::-1])
+
+
+def _swapped(arrays: dict[str, Any]) -> None:
+    arrays["ref_reward_q"], arrays["ref_loglen_q"] = arrays["ref_loglen_q"], arrays["ref_reward_q"]
+
+
+def _narrowed(arrays: dict[str, Any]) -> None:
+    arrays["mu"] = arrays["mu"].astype(np.int8)
+
+
+def _emptied(arrays: dict[str, Any]) -> None:
+    arrays["cal_scores_single"] = arrays["cal_scores_single"][:0]
+
+
+def _flipped(arrays: dict[str, Any]) -> None:
+    arrays["mu"].view(np.uint8).flat[3] ^= 0x40
+
+
+@pytest.mark.parametrize("damage", [_reversed, _swapped, _narrowed, _emptied, _flipped])
+def test_a_changed_tensor_is_refused(
+    calibration: Calibration, tmp_path: Path, damage: Callable[[dict[str, Any]], None]
+) -> None:
+    """A file in which a tensor is not what was written is damaged, however valid it looks."""
+    path = tmp_path / CALIBRATION_FILE
+    write_calibration(calibration, path)
+    metadata, arrays = _content(path)
+    damage(arrays)
+    save_file(arrays, path, metadata)
+
+    with pytest.raises(CalibrationError, match="damaged"):
+        read_calibration(path)
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [("head_tap", 99), ("maps", None), ("maps", []), ("rewards", [0.0]), ("taps", 3), ("text_tests", None)],
+)
+def test_a_changed_header_is_refused(calibration: Calibration, tmp_path: Path, part: str, value: Any) -> None:
+    """So is a changed header, with the checksum and, in a calibration that was made before it, without."""
+    path = tmp_path / CALIBRATION_FILE
+    write_calibration(calibration, path)
+    metadata, arrays = _content(path)
+    header = json.loads(metadata["calibration"])
+    header["shapes"][part] = value
+    for changed in (header, {name: entry for name, entry in header.items() if name != "sha256"}):
+        save_file(arrays, path, {"calibration": json.dumps(changed)})
+        with pytest.raises(CalibrationError, match="damaged"):
+            read_calibration(path)
+
+
+@pytest.mark.parametrize("header", ["[]", "null", "5", "{}"])
+def test_a_header_of_another_kind_is_refused(calibration: Calibration, tmp_path: Path, header: str) -> None:
+    """A header that is no object, or of no format, is another format."""
+    path = tmp_path / CALIBRATION_FILE
+    write_calibration(calibration, path)
+    save_file(_content(path)[1], path, {"calibration": header})
+
+    with pytest.raises(CalibrationError, match="format None"):
+        read_calibration(path)
+
+
+def test_a_calibration_without_a_checksum_is_read(calibration: Calibration, tmp_path: Path) -> None:
+    """Calibrations that were made before there was a checksum are used as before."""
+    path = tmp_path / CALIBRATION_FILE
+    write_calibration(calibration, path)
+    metadata, arrays = _content(path)
+    header = json.loads(metadata["calibration"])
+    del header["sha256"]
+    save_file(arrays, path, {"calibration": json.dumps(header)})
+
+    assert read_calibration(path).facts == calibration.facts
+
+
+def _content(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    with safe_open(path, framework="numpy") as file:
+        return dict(file.metadata()), {name: file.get_tensor(name).copy() for name in file.keys()}  # noqa: SIM118
 
 
 @pytest.mark.parametrize("content", [b"", b"not a file of tensors", b"\x10\0\0\0\0\0\0\0{}              "])

@@ -124,7 +124,9 @@ def test_heads_of_another_size_are_refused(calibration: Calibration, tmp_path: P
     arrays = load_file(path)
     header = path.read_bytes()
     text = header[8 : 8 + int.from_bytes(header[:8], "little")].decode()
-    metadata = json.loads(text)["__metadata__"]
+    content = json.loads(json.loads(text)["__metadata__"]["calibration"])
+    del content["sha256"]
+    metadata = {"calibration": json.dumps(content)}
     save_file(arrays | {"resampled_heads": arrays["resampled_heads"][1:]}, path, metadata)
 
     with pytest.raises(CalibrationError, match="resampled_heads"):

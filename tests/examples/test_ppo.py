@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,8 @@ def test_log_probabilities_are_those_of_plain_transformers_on_each_conversation_
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "policy")
     torch.manual_seed(1)
     rollout = policy.sample(tokenizer, conversations(PROMPTS), max_tokens=6)
-    found, values = policy(rollout)
+    found, values, states = policy(rollout)
+    assert states is None
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "policy").eval()
     for row in range(2):
         tokens = rollout.tokens[row][rollout.attention_mask[row].bool()]
@@ -120,7 +122,7 @@ def test_only_the_topmost_layers_are_trained(tmp_path: Path) -> None:
     """With a number of layers, gradients exist for these alone; the value head changes no state."""
     policy = tiny_policy(tmp_path / "policy", trained_layers=1)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "policy")
-    logprobs, values = policy(policy.sample(tokenizer, conversations(PROMPTS), max_tokens=4))
+    logprobs, values, _ = policy(policy.sample(tokenizer, conversations(PROMPTS), max_tokens=4))
     values.sum().backward(retain_graph=True)
     assert all(weight.grad is None for weight in policy.language_model.parameters())
     logprobs.sum().backward()
@@ -128,6 +130,31 @@ def test_only_the_topmost_layers_are_trained(tmp_path: Path) -> None:
         name.split(".")[2] for name, weight in policy.language_model.named_parameters() if weight.grad is not None
     }
     assert trained == {"2"}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3"])
+def test_states_of_the_frozen_layers_are_computed_once(tmp_path: Path, family: str) -> None:
+    """With the states of an earlier pass the results and gradients are the same, and the frozen layers do not run."""
+    write_tiny_causal_lm(tmp_path / "policy", family, seed=3)
+    policy = Policy(str(tmp_path / "policy"), torch.float32, 1, 1.0)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "policy")
+    rollout = policy.sample(tokenizer, conversations(PROMPTS), max_tokens=4)
+    expected = policy(rollout)
+    expected[0].sum().backward()
+    gradients = [weight.grad.clone() for weight in policy.parameters() if weight.grad is not None]
+    policy.zero_grad()
+
+    with pytest.MonkeyPatch.context() as patch:
+        for layer in policy.language_model.base_model.layers[:-1]:
+            patch.setattr(layer.mlp, "forward", None)  # fails if it is called
+        found = policy(replace(rollout, frozen_states=expected[2]))
+    found[0].sum().backward()
+
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    of_found = [weight.grad for weight in policy.parameters() if weight.grad is not None]
+    assert gradients
+    assert all(torch.equal(one, other) for one, other in zip(of_found, gradients, strict=True))
+    assert torch.equal(policy(rollout)[0], expected[0])
 
 
 def test_every_prompt_comes_once_before_any_comes_again() -> None:

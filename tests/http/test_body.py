@@ -66,10 +66,10 @@ async def test_a_body_of_many_small_values_is_refused_before_it_is_decoded() -> 
         b'{"items":[' + b"{}," * (20 * MIB) + b"{}]}",
         b'{"items":[{"token_ids":[' + b"1," * (30 * MIB) + b"1]}]}",
     ):
-        begin = time.perf_counter()
+        begin = time.process_time()
         with pytest.raises(TooManyItems, match="values"):
             await read_json_body({}, at_once(content), LIMITS)
-        assert time.perf_counter() - begin < 2.0
+        assert time.process_time() - begin < 2.0
     text = json.dumps({"items": [{"text": 'a, {b}, "c",\\n' * (3 * MIB)}]}).encode()
     await check_values(text, LIMITS.max_request_values)
 
@@ -110,19 +110,21 @@ async def test_the_ratio_of_a_compressed_body_is_bounded() -> None:
 
 async def test_a_slow_body_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A body that arrives below the minimum rate gets 408 after the grace; a faster one has all the time it needs."""
-    monkeypatch.setattr(body_module, "GRACE_S", 0.1)
+    monkeypatch.setattr(body_module, "GRACE_S", 0.3)
     monkeypatch.setattr(body_module, "MIN_BYTES_PER_S", 1000)
+    num_sent = 0
 
     async def trickle(num_bytes: int) -> AsyncIterator[bytes]:
-        for _ in range(20):
+        nonlocal num_sent
+        for _ in range(30):  # 0.6 s
             yield b"a" * num_bytes
+            num_sent += 1
             await asyncio.sleep(0.02)
 
-    begin = time.perf_counter()
     with pytest.raises(BodyTooSlow):
         await read_json_body({}, trickle(1), LIMITS)
-    assert time.perf_counter() - begin < 0.35
-    assert len(await read_json_body({}, trickle(100), LIMITS)) == 2000
+    assert num_sent < 30
+    assert len(await read_json_body({}, trickle(1000), LIMITS)) == 30_000
 
 
 async def test_a_body_that_stops_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,16 +132,19 @@ async def test_a_body_that_stops_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(body_module, "GRACE_S", 0.1)
     monkeypatch.setattr(body_module, "MIN_BYTES_PER_S", 1000)
 
+    num_sent = 0
+
     async def stop() -> AsyncIterator[bytes]:
+        nonlocal num_sent
         yield b"a" * MIB
-        for _ in range(40):
+        for _ in range(40):  # 0.8 s
             await asyncio.sleep(0.02)
             yield b"a"
+            num_sent += 1
 
-    begin = time.perf_counter()
     with pytest.raises(BodyTooSlow):
         await read_json_body({}, stop(), LIMITS)
-    assert time.perf_counter() - begin < 0.5
+    assert num_sent < 25
 
 
 async def test_the_bodies_of_all_requests_have_a_budget(tmp_path: Path) -> None:

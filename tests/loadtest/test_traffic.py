@@ -23,12 +23,15 @@ from loadtest.traffic.execution import Exchange, Executor, PhaseRun
 from loadtest.traffic.faults import Fault, FaultScheduleError, check_fits, occurrences, read_schedule
 from loadtest.traffic.items import EqualItems, WorkloadItems
 from loadtest.traffic.latencies import latencies_of
+from loadtest.traffic.machine import server_facts
 from loadtest.traffic.phases import BurstStream, ClosedStream, OpenStream, Phase, PlannedRequest, RequestPlanner, Stream
+from loadtest.traffic.run import cpu_s_since
 from loadtest.traffic.scenarios import RECOVERY, NoCapacityError, Scenario
 from loadtest.traffic.slow_clients import HeldConnections, slow_clients
 from loadtest.traffic.summary import Second, StreamSummary, recovered_after_s, summarize
 from loadtest.workload import WORKLOADS
 from service.engines.oracle import oracle_reward_of_text
+from service.errors import ServerStartError
 
 
 def planner() -> RequestPlanner:
@@ -220,9 +223,28 @@ def test_requests_without_an_answer_are_counted_by_their_reason() -> None:
     run = run_against(Closing(), ClosedStream("closed", 2), duration_s=0.1)
     (summary,) = summarize(run, within_s=1.0, expected=oracle_reward_of_item)
 
-    assert set(summary.statuses) == {"none"}
+    assert set(summary.statuses) == {"no answer"}
     assert summary.codes == {"IncompleteReadError": summary.requests}
     assert summary.good_items == 0
+
+
+def test_the_time_of_ended_processes_does_not_count() -> None:
+    """A process that a fault ended takes its time along, so the difference of sums would be less than what was used."""
+    assert cpu_s_since({1: 10.0, 2: 50.0}, {1: 12.5, 3: 1.5}) == 4.0
+
+
+@pytest.mark.parametrize("status", ["401 Unauthorized", "403 Forbidden"])
+def test_a_server_that_needs_a_key_is_told(status: str) -> None:
+    """The message names the option and the variable for the key."""
+
+    class Guarded(FakeServer):
+        """Answers nobody."""
+
+        async def answer(self, request: Request) -> AsyncIterator[bytes]:
+            yield response(status, b"{}")
+
+    with running(Guarded()) as server, pytest.raises(ServerStartError, match=r"--api-key or REWARD_API_KEY"):
+        server_facts(server.url, {})
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,12 @@ def write_world(folder: Path) -> Path:
     pair = {"prompt": "How do I boil an egg?", "chosen": "In water.", "rejected": "No."}
     files: dict[str, str] = {
         "pairs.jsonl": "".join(_line(pair | {"prompt": f"How do I boil {n} eggs?"}) for n in range(24)),
-        "many.jsonl": "".join(_line(pair | {"prompt": f"How do I boil {n} eggs?"}) for n in range(600)),
+        "many.jsonl": "".join(
+            _line(
+                {"prompt": f"How do I boil {n} eggs?", "chosen": f"In {n} pots of water.", "rejected": f"No, not {n}."}
+            )
+            for n in range(600)
+        ),
         "few.jsonl": _line(pair) * 3,
         "empty.jsonl": "",
         "not-json.jsonl": "prompt,chosen,rejected\n",

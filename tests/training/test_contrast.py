@@ -120,6 +120,18 @@ def test_an_answer_to_the_same_question_is_no_other_answer() -> None:
     assert Answers.of(same).draw("another question", 0, 1000, random.Random(0)) is not None
 
 
+@pytest.mark.parametrize("family", ["other_prompt", "spliced"])
+def test_the_same_answer_elsewhere_is_no_other_answer(family: str) -> None:
+    """An answer that is also given to other prompts, whole or with more after it, is not what it is spoiled with."""
+    answer = "It is thing number one, which is blue. It is also round."
+    texts = [answer, answer, f"{answer} So it is."]
+    same = [PreferencePair(f"What is {number}?", text, "No.", id=str(number)) for number, text in enumerate(texts)]
+
+    made = make_contrasts(same, {family: 9}, seed=0)
+    assert not [pair for pair in made if str(pair.rejected).startswith(answer)]
+    assert make_contrasts(same[:2], {family: 9}, seed=0) == []
+
+
 def test_contrast_pairs_are_shared_out_by_weight() -> None:
     """Half a contrast pair for each pair, three of four in the family of weight 3; none without the option."""
     recipe = Recipe(contrast=0.5, contrast_families=("bare", "padded"), contrast_weights=(1.0, 3.0))

@@ -6,6 +6,7 @@ import math
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from preference_rows import write_pairs
@@ -14,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from training import evaluation
 from training.contrast import FAMILIES
-from training.evaluation import Share, describe, evaluate, rewards
+from training.evaluation import Share, describe, evaluate, measure, rewards
 from training.pairs import tokenize_pairs
 from training.preferences import PreferencePair
 
@@ -30,6 +31,17 @@ def test_a_tie_counts_one_half() -> None:
 def test_the_accuracy_of_no_pairs_is_nan() -> None:
     """The share of no margins is NaN, not 0."""
     assert math.isnan(Share.of([]).value)
+
+
+@pytest.mark.parametrize("margin", [math.nan, math.inf])
+def test_rewards_that_are_not_finite_have_no_accuracy(margin: float) -> None:
+    """A model that gives NaN is not one that is always wrong: no share is stated, and the line says why."""
+    pairs = [PreferencePair("How?", "So it is done.", "No.", id=str(number)) for number in range(2)]
+
+    found = measure(pairs, np.array([margin, 1.0]), np.array([0.0, 0.0]))
+
+    assert math.isnan(found.accuracy.value)
+    assert describe("few", found) == "few: no accuracy, since not all rewards of the 2 pairs are finite"
 
 
 def test_rewards_come_back_in_input_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,10 +71,10 @@ class DriftState:
     """The state of a drift detector by value: of one replica, or of several merged."""
 
     start: Means
-    """Of the first batches of the run."""
+    """Of the first batches of the run: eight, but at least four and none that is recent while there are few."""
 
     recent: Means
-    """Of the latest batches."""
+    """Of the latest batches: eight, but none of the first four once there are more."""
 
     variances: Means
     """Of the variance of a mean times its number of items, weighted by items."""
@@ -133,6 +133,7 @@ class DriftDetector:
         self._reference = reference
         self._threshold = math.log(false_alarm_batches * (1 if reference is None else 2))
         self._before, self._start = Means.none(num), Means.none(num)
+        self._early: list[Means] = []
         self._spread = Spread.none(num)
         self._num_start = np.zeros(num)
         self._recent: deque[Means] = deque(maxlen=RECENT_BATCHES)
@@ -149,6 +150,8 @@ class DriftDetector:
     def step(self, batch: BatchMoments) -> None:
         """Bet on one batch, then learn from it."""
         self._recent.append(Means.of(batch))
+        if self._num_batches < START_BATCHES:
+            self._early.append(Means.of(batch))
         if self._is_ready:
             self._compare(batch)
         self._start = self._start.merged(self._part_of_start(batch))
@@ -165,9 +168,10 @@ class DriftDetector:
     def state(self) -> DriftState:
         """Return the state by value."""
         counts = self._spread.counts
+        start, recent = self._ends()
         return DriftState(
-            self._start,
-            _merged(self._recent, len(self._scarce)),
+            start,
+            recent,
             Means(counts, counts * self._spread.variances(self._scarce) * self._spread.excess()),
             {
                 name: Comparison(side.log_evidence, side.bets.gains(), side.alarm, side.num_alarms)
@@ -176,6 +180,14 @@ class DriftDetector:
             self._threshold,
             self._num_batches,
         )
+
+    def _ends(self) -> tuple[Means, Means]:
+        """Return the means of the start and of the recent batches, which have no batch in common after four batches."""
+        recent, num = list(self._recent), len(self._scarce)
+        if self._num_batches <= MIN_BATCHES or self._num_batches >= START_BATCHES + RECENT_BATCHES:
+            return self._start, _merged(recent, num)
+        num_start = max(MIN_BATCHES, self._num_batches - RECENT_BATCHES)
+        return _merged(self._early[:num_start], num), _merged(recent[num_start - self._num_batches :], num)
 
     def _compare(self, batch: BatchMoments) -> None:
         variances = self._spread.variances(self._scarce) * self._spread.excess()

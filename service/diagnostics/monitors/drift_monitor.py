@@ -52,15 +52,20 @@ class DriftSubject:
 
 UNCALIBRATED = DriftSubject()
 
+MIN_PROMPTS = 8
+"""Different prompts of a batch that is compared. Completions of one prompt may be as similar as they like, so with
+fewer prompts it is not known how much the mean of a batch varies."""
+
 MAX_COMPLETIONS = 16
 """Completions of a prompt in a request that are compared, the first ones; more would say little more of the stream."""
 
 
+STATES_UNIT = "of the hidden states"
+
+
 def state_statistics(taps: Sequence[StateTap]) -> tuple[Statistic, ...]:
     """Return the statistics of the states at some taps, in the order of a Score's traits."""
-    return tuple(
-        Statistic(f"state_{name}_{tap.pooling}_{tap.layer}", "of the hidden states") for tap in taps for name in PER_TAP
-    )
+    return tuple(Statistic(f"state_{name}_{tap.pooling}_{tap.layer}", STATES_UNIT) for tap in taps for name in PER_TAP)
 
 
 def batch_moments(groups: Sequence[Sequence[Observation]], num_states: int) -> BatchMoments:
@@ -96,8 +101,15 @@ def groups_of(items: Sequence[Observation]) -> list[list[Observation]]:
     return [group[:MAX_COMPLETIONS] for group in groups.values()]
 
 
+def _num_prompts(groups: Sequence[Sequence[Observation]]) -> int:
+    """Return the number of different prompts of groups, all with a known wording."""
+    return len({item.wording.prompt for group in groups for item in group if item.wording is not None})
+
+
 class DriftMonitor:
     """Compares a stream of items with its start and with the calibration, in batches of prompts.
+
+    Batches of fewer than `MIN_PROMPTS` different prompts are left out.
 
     Args:
         subject: what is compared.
@@ -116,7 +128,9 @@ class DriftMonitor:
         """Add items; all completions of a prompt within a request must be among them."""
         self._pending += groups_of(items)
         while len(self._pending) >= self._num_prompts:
-            self._detector.step(batch_moments(self._pending[: self._num_prompts], self._num_states))
+            batch = self._pending[: self._num_prompts]
+            if _num_prompts(batch) >= MIN_PROMPTS:
+                self._detector.step(batch_moments(batch, self._num_states))
             del self._pending[: self._num_prompts]
 
     def state(self) -> DriftState:

@@ -13,7 +13,7 @@ import numpy as np
 
 from service.diagnostics.monitors.drift import DriftState
 from service.diagnostics.monitors.drift_moments import Vector, standardised
-from service.diagnostics.monitors.drift_monitor import DriftSubject
+from service.diagnostics.monitors.drift_monitor import STATES_UNIT, DriftSubject
 from service.diagnostics.monitors.shared_phrases import PLAINLY_SHARED
 from service.diagnostics.phrasing import shown
 
@@ -21,6 +21,10 @@ NUM_CHANGES = 5
 """Changes that are named."""
 
 NUM_SHARED = 2
+"""Of them, those that only say that prompts share phrases."""
+
+NUM_STATES = 1
+"""Of them, those of the hidden states, which say that something has changed but not what."""
 
 MIN_GAIN = 3.0
 """ln of what the bets on a change must have gained, so that it is named."""
@@ -119,9 +123,12 @@ def _reference_of(state: DriftState, subject: DriftSubject, against: str) -> tup
 def largest(changes: Sequence[Change]) -> list[Change]:
     """Return the changes that are named, that with the most evidence first.
 
-    At most `NUM_SHARED` of them only say that prompts share phrases, which leaves room for what the phrases are.
+    At most `NUM_SHARED` of them only say that prompts share phrases, and at most `NUM_STATES` are of the hidden states,
+    which leaves room for what has changed in the text.
     """
     named = [change for change in changes if change.gain >= MIN_GAIN]
     ordered = sorted(named, key=lambda change: -change.gain)
     shared = [change.statistic for change in ordered if change.statistic in PLAINLY_SHARED]
-    return [change for change in ordered if change.statistic not in shared[NUM_SHARED:]][:NUM_CHANGES]
+    states = [change.statistic for change in ordered if change.unit == STATES_UNIT]
+    left_out = {*shared[NUM_SHARED:], *states[NUM_STATES:]}
+    return [change for change in ordered if change.statistic not in left_out][:NUM_CHANGES]

@@ -97,7 +97,10 @@ class MonitorView:
     """Names of the runs that have a window."""
 
     incomplete: bool = False
-    """Whether a replica did not answer."""
+    """Whether a replica did not answer, or serves another model or calibration."""
+
+    build: str = ""
+    """Model, calibration and code of the replica: only views of one build have the same statistics."""
 
 
 class Monitor:
@@ -311,10 +314,12 @@ def merge_states(states: Iterable[MonitorState]) -> MonitorState | None:
 
 
 def merge_views(views: Iterable[MonitorView], *, incomplete: bool) -> MonitorView:
-    """Return the views of several replicas merged."""
-    known = list(views)
+    """Return the views of several replicas merged; those of another build than the first one's are left out."""
+    first, *others = views
+    known = [first, *(view for view in others if view.build == first.build)]
+    incomplete = incomplete or len(known) <= len(others)
     state = merge_states(view.state for view in known if view.state is not None)
-    return MonitorView(state, tuple(sorted({run for view in known for run in view.runs})), incomplete)
+    return MonitorView(state, tuple(sorted({run for view in known for run in view.runs})), incomplete, first.build)
 
 
 def describe_state(

@@ -62,7 +62,7 @@ class Target:
     @property
     def is_float32(self) -> bool:
         """Whether states, weights and biases are fp32; else they are bfloat16."""
-        return "-DUSE_AVX2" in self.flags
+        return "-DFLOAT_STATES" in self.flags
 
 
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
@@ -70,6 +70,9 @@ _BF16 = (*_AVX512, "-mavx512bf16")
 
 AVX512_F32 = Target("avx512", _AVX512)
 """Products of fp32 vectors, to which bfloat16 is widened."""
+
+AVX512_FLOAT = Target("avx512-float32", (*_AVX512, "-DFLOAT_STATES"))
+"""Products of fp32 vectors, with states in fp32."""
 
 AVX512_BF16 = Target("avx512-bf16", (*_BF16, "-DUSE_AVX512_BF16"))
 """Products of vectors of bfloat16 pairs."""
@@ -80,10 +83,10 @@ AMX_BF16 = Target("amx-bf16", (*_BF16, "-mamx-tile", "-mamx-bf16", "-DUSE_AMX_BF
 AVX512_VNNI = Target("avx512-int8", (*_AVX512, "-mavx512vnni", "-DUSE_AVX512_VNNI"))
 """Products of int8 vectors in linear layers, of fp32 vectors in attention."""
 
-AVX2_F32 = Target("avx2", ("-mavx2", "-mfma", "-DUSE_AVX2"))
+AVX2_F32 = Target("avx2", ("-mavx2", "-mfma", "-DUSE_AVX2", "-DFLOAT_STATES"))
 """Products of fp32 vectors, with states in fp32."""
 
-TARGETS = (AVX2_F32, AVX512_F32, AVX512_BF16, AMX_BF16, AVX512_VNNI)
+TARGETS = (AVX2_F32, AVX512_FLOAT, AVX512_F32, AVX512_BF16, AMX_BF16, AVX512_VNNI)
 
 
 def target_of_machine(arithmetic: Arithmetic = "bfloat16") -> Target:
@@ -110,7 +113,7 @@ def target_of_machine(arithmetic: Arithmetic = "bfloat16") -> Target:
 
 def _float32_target() -> Target:
     if has_avx512():
-        raise KernelsUnavailable("in float32 they use AVX2, and this CPU has AVX-512, which torch uses")
+        return AVX512_FLOAT
     if not has_avx2():
         raise KernelsUnavailable("this CPU has neither AVX-512 nor AVX2 with FMA")
     return AVX2_F32

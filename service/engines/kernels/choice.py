@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from service.engines.devices.device import has_avx2, has_avx512
+from service.engines.devices.device import has_avx2
 from service.engines.kernels.bindings import Kernels
 from service.engines.kernels.build import Arithmetic, KernelsUnavailable, locate_library, target_of_machine
 from service.errors import SettingsError
@@ -61,10 +61,10 @@ def int8_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
 
 
 def would_gain(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether passes in this dtype are much slower without the kernels: in bfloat16, and in float32 on AVX2."""
+    """Whether passes in this dtype are much slower without the kernels: in bfloat16, and in float32 where they run."""
     if device.type != "cpu":
         return False
-    return dtype == torch.bfloat16 or (dtype == torch.float32 and has_avx2() and not has_avx512())
+    return dtype == torch.bfloat16 or (dtype == torch.float32 and has_avx2())
 
 
 def _arithmetic_of(device: torch.device, dtype: torch.dtype) -> Arithmetic:

@@ -6,7 +6,7 @@ const EGG_ANSWER =
   "Bring water to a boil, lower the egg in with a spoon, and cook it for seven minutes for a soft yolk or ten for a hard one. Then put it in cold water so that it peels easily.";
 const SKY = "Why is the sky blue?";
 const SKY_ANSWER =
-  "Air scatters short wavelengths of sunlight more strongly than long ones, so blue light reaches your eyes from all over the sky. Near sunset the light crosses more air, and red is what is left.";
+  "The sky looks blue because the air scatters blue light from the sun more than red light. At sunset the light has to pass through more air, so mostly red light is left.";
 const LOAN = "Should I pay off my loan early?";
 const LOAN_ANSWER =
   "Compare the interest of the loan with what your savings earn. If the loan costs more, and there is no fee for paying early, paying it off saves money. Keep three months of expenses in reserve first.";

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from service.diagnostics.monitors.bets import Bets
 from service.diagnostics.monitors.drift import RECENT_BATCHES, START_BATCHES, DriftDetector, DriftState
 from service.diagnostics.monitors.drift_moments import BatchMoments
-from service.diagnostics.monitors.drift_monitor import DriftSubject
+from service.diagnostics.monitors.drift_monitor import STATES_UNIT, DriftSubject
 from service.diagnostics.monitors.drift_reference import DriftReference
 from service.diagnostics.monitors.drift_report import Change, changes_of, describe_drift, drift_alarms, largest
 from service.diagnostics.phrasing import Statistic
@@ -116,6 +116,22 @@ def test_a_slow_drift_is_detected_and_named() -> None:
     assert described["comparisons"][0]["changes"][0]["reference"] == pytest.approx(0.014 * START_BATCHES / 2, abs=0.1)
 
 
+@pytest.mark.parametrize("num_shifted", [1, 3, 8])
+def test_an_early_alarm_names_what_has_changed(num_shifted: int) -> None:
+    """While batches are few the recent ones are not those of the start, so the change has its size and direction."""
+    rng = np.random.default_rng(3)
+    detector = DriftDetector(SCARCE, None, 10_000)
+
+    state = fed(detector, rng, [0.0] * 4 + [-2.0] * num_shifted)
+
+    change = changes_of(state, DriftSubject(STATISTICS, None), "start")[0]
+    assert change.reference == pytest.approx(0.0, abs=0.3)
+    assert change.recent == pytest.approx(-2.0, abs=0.4)
+    assert change.z < -5
+    assert change.gain > 0
+    assert state.recent.counts[0] == 256 * num_shifted
+
+
 def test_a_logarithm_is_shown_in_its_unit() -> None:
     """The mean of a logarithm is shown as the number that it is the logarithm of."""
     rng = np.random.default_rng(3)
@@ -137,6 +153,17 @@ def test_shared_phrases_leave_room_for_what_they_are() -> None:
     named = [change.statistic for change in largest(changes)]
 
     assert named == ["shared_phrases", "shared_endings", "widely_shared_phrases_with_praise_words", "words", "commas"]
+
+
+def test_hidden_states_leave_room_for_the_text() -> None:
+    """At most one of the changes that are named is of the hidden states, which do not say what has changed."""
+    gains = {"norm": 9.0, "cosine": 8.0, "residual": 7.0, "hedging_words": 4.0, "words": 3.5}
+    changes = [
+        Change(name, "per 100 words" if "words" in name else STATES_UNIT, 0.0, 1.0, 4.0, gain)
+        for name, gain in gains.items()
+    ]
+
+    assert [change.statistic for change in largest(changes)] == ["norm", "hedging_words", "words"]
 
 
 def test_an_alarm_ends_when_the_stream_returns() -> None:

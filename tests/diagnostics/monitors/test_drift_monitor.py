@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from export.calibration.drift import drift_reference
 from service.diagnostics.monitors.drift_monitor import (
     MAX_COMPLETIONS,
+    MIN_PROMPTS,
     UNCALIBRATED,
     DriftMonitor,
     DriftSubject,
@@ -22,7 +24,14 @@ from service.diagnostics.monitors.drift_monitor import (
     state_statistics,
 )
 from service.diagnostics.monitors.drift_report import changes_of
-from service.diagnostics.monitors.monitor import Monitor, Monitors, describe_state, merge_states
+from service.diagnostics.monitors.monitor import (
+    Monitor,
+    Monitors,
+    MonitorView,
+    describe_state,
+    merge_states,
+    merge_views,
+)
 from service.diagnostics.monitors.observation import Observation
 from service.diagnostics.monitors.publisher import watch_stream
 from service.diagnostics.monitors.shared_phrases import NUM_PROMPTS, SHARED
@@ -123,6 +132,28 @@ def test_replicas_are_merged(calibrated: DriftSubject) -> None:
     assert merged.drift.recent.sums == pytest.approx(parts[0].sums + parts[1].sums, rel=1e-12)
 
 
+def test_a_replica_of_another_calibration_is_left_out(calibrated: DriftSubject) -> None:
+    """Of replicas with different calibrations, those like the first are merged, and the answer is incomplete."""
+    with_, without = Monitor(SETTINGS, None, subject=calibrated), Monitor(SETTINGS, None)
+    for monitor in (with_, without):
+        fed(monitor, worded_stream(2 * NUM_PROMPTS, seed=3))
+    views = [
+        MonitorView(with_.state(), ("a",), build="model calibration"),
+        MonitorView(without.state(), ("b",), build="model"),
+        MonitorView(with_.state(), ("c",), build="model calibration"),
+    ]
+
+    merged = merge_views(views, incomplete=False)
+    turned = merge_views([views[1], views[0], views[2]], incomplete=False)
+
+    assert merged.state is not None
+    assert turned.state is not None
+    assert (merged.state.num_replicas, merged.runs, merged.incomplete) == (2, ("a", "c"), True)
+    assert (turned.state.num_replicas, turned.runs, turned.incomplete) == (1, ("b",), True)
+    assert set(merged.state.drift.comparisons) == {"start", "calibration"}
+    assert not merge_views([views[0], views[2]], incomplete=False).incomplete
+
+
 def test_metrics_show_evidence_alarm_and_changes(calibrated: DriftSubject) -> None:
     """The metrics have the evidence of both comparisons, their alarms, and every statistic's change."""
     metrics = Metrics()
@@ -172,6 +203,35 @@ def test_batches_have_a_fixed_number_of_prompts() -> None:
 
     assert small.state().num_batches == large.state().num_batches == 3
     assert small.state().recent.sums == pytest.approx(large.state().recent.sums, rel=1e-12)
+
+
+@pytest.mark.parametrize("num_prompts", [1, 2, MIN_PROMPTS - 1])
+def test_a_stream_of_few_prompts_is_not_compared(num_prompts: int) -> None:
+    """Of one prompt, or a few, it is not known how much batches vary, so such batches are left out."""
+    monitor = DriftMonitor(UNCALIBRATED, 10_000)
+
+    for number, item in enumerate(worded_stream(6 * NUM_PROMPTS, seed=9)):
+        assert item.wording is not None
+        prompt = number % num_prompts
+        monitor.observe([replace(item, prompt=prompt, wording=replace(item.wording, prompt=prompt))])
+
+    state = monitor.state()
+    assert state.num_batches == 0
+    assert not any(comparison.alarm or comparison.log_evidence for comparison in state.comparisons.values())
+
+
+@pytest.mark.parametrize("num_prompts", [MIN_PROMPTS, 4 * MIN_PROMPTS])
+def test_a_clean_stream_of_not_many_prompts_raises_no_alarm(num_prompts: int) -> None:
+    """With as few prompts as are compared there is no alarm, although each occurs again and again."""
+    for seed in range(5):
+        monitor = DriftMonitor(UNCALIBRATED, 10_000)
+        for number, item in enumerate(worded_stream(15 * NUM_PROMPTS // 2, seed=20 + seed)):
+            assert item.wording is not None
+            prompt = number % num_prompts
+            monitor.observe([replace(item, prompt=prompt, wording=replace(item.wording, prompt=prompt))])
+
+        assert monitor.state().num_batches == 15
+        assert not any(comparison.alarm for comparison in monitor.state().comparisons.values())
 
 
 def test_smaller_batches_answer_sooner(calibrated: DriftSubject) -> None:

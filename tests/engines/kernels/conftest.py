@@ -14,6 +14,7 @@ from service.engines.kernels.build import (
     AVX2_F32,
     AVX512_BF16,
     AVX512_F32,
+    AVX512_FLOAT,
     AVX512_VNNI,
     LIBRARY,
     TARGETS,
@@ -41,7 +42,12 @@ EMULATED_AMX = Target(
 def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
     """The kernels of each target; AMX is emulated on a CPU without it."""
     target: Target = request.param
-    runs = {AVX2_F32: has_avx2(), AVX512_F32: has_avx512(), AVX512_VNNI: has_avx512() and has_avx512_vnni()}
+    runs = {
+        AVX2_F32: has_avx2(),
+        AVX512_FLOAT: has_avx512(),
+        AVX512_F32: has_avx512(),
+        AVX512_VNNI: has_avx512() and has_avx512_vnni(),
+    }
     if not runs.get(target, has_avx512() and has_avx512_bf16()):
         pytest.skip(f"this CPU does not support the kernels for {target.name}")
     try:

@@ -148,6 +148,21 @@ def test_too_little_data_is_an_error(folder: Path, tmp_path: Path, capsys: pytes
     assert not out.exists()
 
 
+def test_completions_that_are_all_the_same_are_an_error(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """500 prompts with one answer are refused before the model is loaded, with the number of different completions."""
+    data, out = tmp_path / "same.jsonl", tmp_path / "none.safetensors"
+    rows = [
+        {"prompt": f"Question {number}?", "chosen": "It is blue.", "rejected": "It is red."} for number in range(500)
+    ]
+    data.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+    assert calibrate(folder, data, "--out", str(out)) == 1
+    assert "1000 completions but only 2 different ones" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_a_calibration_is_made_and_tested_with_one_load(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

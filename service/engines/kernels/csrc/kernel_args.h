@@ -9,7 +9,7 @@
 using bf16 = std::uint16_t;
 
 // The type of states, weights and biases.
-#ifdef USE_AVX2
+#ifdef FLOAT_STATES
 using state = float;
 #else
 using state = bf16;

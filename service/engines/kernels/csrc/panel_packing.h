@@ -24,8 +24,8 @@ constexpr int TILE = 16;
 constexpr int STEP_SIZE = BLOCK * BLOCK;  // elements of one step of a panel
 constexpr int TILE_SIZE = BLOCK * TILE;  // elements of one step of a tile
 
-#ifdef USE_AVX2
-#include "tile_packing_avx2.h"
+#ifdef FLOAT_STATES
+#include "tile_packing_f32.h"
 #else
-#include "tile_packing_avx512.h"
+#include "tile_packing_bf16.h"
 #endif

@@ -86,15 +86,25 @@ inline void store(float* address, Vector x) { _mm512_storeu_ps(address, x); }
 
 inline void store(float* address, Vector x, Lanes lanes) { _mm512_mask_storeu_ps(address, lanes, x); }
 
-// Rounds to bfloat16 and widens again, where transformers stores an intermediate result in bfloat16.
+// Rounds to the type of states and widens again, where transformers stores an intermediate result.
+#ifdef FLOAT_STATES
+inline Vector round_to_state(Vector x) { return x; }
+#else
 inline Vector round_to_state(Vector x) { return widen(narrow(x)); }
+#endif
 
-// 2^x as 2^n times a polynomial in f, x = n + f and |f| <= 1/2; its relative error of about 1e-6 is far below the
-// resolution of bfloat16. NaN stays NaN, because a reward that is not finite must be detected.
+// 2^x as 2^n times a polynomial in f, x = n + f and |f| <= 1/2. For fp32 states its relative error is about 1e-7; else
+// one of 1e-6 is far below the resolution of bfloat16. NaN stays NaN, because a reward that is not finite must be
+// detected.
 inline Vector exp2(Vector x) {
     const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const __m512 fraction = _mm512_sub_ps(x, whole);
+#ifdef FLOAT_STATES
+    __m512 power = _mm512_set1_ps(1.540353039338161e-4f);
+    power = _mm512_fmadd_ps(power, fraction, _mm512_set1_ps(1.3333558146428443e-3f));
+#else
     __m512 power = _mm512_set1_ps(1.3333558146428443e-3f);
+#endif
     power = _mm512_fmadd_ps(power, fraction, _mm512_set1_ps(9.618129107628477e-3f));
     power = _mm512_fmadd_ps(power, fraction, _mm512_set1_ps(5.550410866482158e-2f));
     power = _mm512_fmadd_ps(power, fraction, _mm512_set1_ps(2.402265069591007e-1f));

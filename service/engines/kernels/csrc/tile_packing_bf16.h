@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "scratch_buffer.h"
+#include "transpose_avx512.h"
 
 // Writes one row of pairs of a tile.
 inline void store_pairs(bf16* tile, int row, __m512i pairs) { _mm512_storeu_si512(tile + row * BLOCK, pairs); }
@@ -29,30 +30,8 @@ inline void pack_tile(const bf16* const columns[TILE], Element* tile) {
     __m512i pairs[TILE];
     for (int column = 0; column < TILE; ++column)
         pairs[column] = columns[column] ? _mm512_loadu_si512(columns[column]) : _mm512_setzero_si512();
-    // Transposes 16 by 16 pairs in four rounds of exchanges.
-    __m512i mixed[TILE];
-    for (int row = 0; row < TILE; row += 2) {
-        mixed[row] = _mm512_unpacklo_epi32(pairs[row], pairs[row + 1]);
-        mixed[row + 1] = _mm512_unpackhi_epi32(pairs[row], pairs[row + 1]);
-    }
-    for (int row = 0; row < TILE; row += 4) {
-        pairs[row] = _mm512_unpacklo_epi64(mixed[row], mixed[row + 2]);
-        pairs[row + 1] = _mm512_unpackhi_epi64(mixed[row], mixed[row + 2]);
-        pairs[row + 2] = _mm512_unpacklo_epi64(mixed[row + 1], mixed[row + 3]);
-        pairs[row + 3] = _mm512_unpackhi_epi64(mixed[row + 1], mixed[row + 3]);
-    }
-    for (int row = 0; row < 4; ++row) {
-        mixed[row] = _mm512_shuffle_i32x4(pairs[row], pairs[row + 4], 0x88);
-        mixed[row + 4] = _mm512_shuffle_i32x4(pairs[row], pairs[row + 4], 0xDD);
-        mixed[row + 8] = _mm512_shuffle_i32x4(pairs[row + 8], pairs[row + 12], 0x88);
-        mixed[row + 12] = _mm512_shuffle_i32x4(pairs[row + 8], pairs[row + 12], 0xDD);
-    }
-    for (int row = 0; row < 4; ++row) {
-        store_pairs(tile, row, _mm512_shuffle_i32x4(mixed[row], mixed[row + 8], 0x88));
-        store_pairs(tile, row + 8, _mm512_shuffle_i32x4(mixed[row], mixed[row + 8], 0xDD));
-        store_pairs(tile, row + 4, _mm512_shuffle_i32x4(mixed[row + 4], mixed[row + 12], 0x88));
-        store_pairs(tile, row + 12, _mm512_shuffle_i32x4(mixed[row + 4], mixed[row + 12], 0xDD));
-    }
+    transpose_16(pairs);
+    for (int row = 0; row < TILE; ++row) store_pairs(tile, row, pairs[row]);
 }
 
 // Bytes of one packed weight. There is one format: as in the states.
