@@ -19,6 +19,9 @@ WARM_UPS = 2
 REPEATS = 15
 """Multiplications of each shape; the fastest one counts, since other processes can only slow them down."""
 
+KEYS_AND_VALUES = ("k_proj", "v_proj", "qkv_proj", "query_key_value", "Wqkv", ".key", ".value")
+"""Endings of the names of the layers that compute keys or values, in transformers' model families."""
+
 LayerShape: TypeAlias = tuple[int, int]
 """Input and output features of a linear layer."""
 
@@ -42,18 +45,23 @@ class MatmulLimit:
 
 
 def layer_shapes(folder: Path) -> Counter[LayerShape]:
-    """Count the shapes of the linear layers of a checkpoint's model, without the head.
+    """Count the shapes of the linear layers that a reward needs for every token of a text, without the head.
 
-    No weights are loaded.
+    A head on the state of one token reads one state after the last block, so of that block only keys and values are
+    needed of all tokens. No weights are loaded.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
+    from service.engines.model.taps import blocks_of
+
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(folder))
+    last_block = blocks_of(model.base_model, model.config.get_text_config().num_hidden_layers)[-1]
+    not_needed = {module for name, module in last_block.named_modules() if not name.endswith(KEYS_AND_VALUES)}
     return Counter(
         (module.in_features, module.out_features)
         for module in model.base_model.modules()
-        if isinstance(module, torch.nn.Linear)
+        if isinstance(module, torch.nn.Linear) and module not in not_needed
     )
 
 

@@ -6,6 +6,7 @@ follow the batch's own in keys and values alone. The layout holds indices and li
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -25,6 +26,10 @@ BLOCK = 32
 """On a CPU the queries and keys of one sequence are padded to a multiple of this. Among such sizes, CPU kernels give a
 token the same bits independent of the length of its sequence and of the number of computed queries (observed with AMX
 and bfloat16)."""
+
+
+MAX_READ_SHARE = 0.75
+"""Largest share of a batch's tokens that the last block computes alone instead of all tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +114,12 @@ class PackedLayout:
     is_batch_invariant: bool = False
     """Whether no bit of a token's result may depend on the other sequences of the batch."""
 
+    read_tokens: tuple[int, ...] | None = None
+    """Tokens of the packed batch whose states are read after the last block, ascending; None: those of all tokens."""
+
+    queries: tuple[int, ...] | None = None
+    """Tokens of the packed batch whose attention the CPU kernels compute, ascending; None: that of all tokens."""
+
     window_masks: dict[tuple[int | None, torch.dtype], torch.Tensor] = field(default_factory=dict)
     """Sliding-window masks by window and type, which the layers of a pass share; filled by ``per_sequence``."""
 
@@ -155,6 +166,14 @@ class PackedLayout:
         """The attention of all sequences in the order of the packed batch, for kernels that gather queries and keys."""
         return self.staged_chunks or tuple(_split_chunks(self.sequences, self.block))
 
+    def reading(self, tokens: Sequence[int]) -> PackedLayout:
+        """Return the same layout for a pass after whose last block only the states of these tokens are read.
+
+        Where they are nearly all, to compute them alone would cost more than it saves.
+        """
+        read = tuple(sorted(set(tokens)))
+        return replace(self, read_tokens=read if len(read) <= MAX_READ_SHARE * self.num_tokens else None)
+
     def with_cache(self, transaction: CacheTransaction) -> PackedLayout:
         """Return the same layout for a pass within this transaction, whose lookup the layout was built with."""
         return replace(self, cache_transaction=transaction)
@@ -179,15 +198,35 @@ class PackedLayout:
         """The attention of all sequences, for a kernel that reads tokens where they are.
 
         int32 [sequences, 5]: first own token, own tokens, tokens before them, first span, spans; and int32 [spans, 2].
+        With ``queries`` a row is a range of them.
         """
         owners = [sequence for sequence in self.sequences if sequence.num_own]
         first_spans = accumulate((len(sequence.spans) for sequence in owners), initial=0)
-        sequences = [
-            (sequence.own[0], sequence.num_own, sequence.num_shared, first_span, len(sequence.spans))
+        rows = [
+            (begin, num_own, begin - sequence.own[0] + sequence.num_shared, first_span, len(sequence.spans))
             for sequence, first_span in zip(owners, first_spans, strict=False)
+            for begin, num_own in self._queries_of(sequence)
         ]
         spans = [span for sequence in owners for span in sequence.spans]
-        return torch.tensor(sequences, dtype=torch.int32), torch.tensor(spans, dtype=torch.int32)
+        return torch.tensor(rows, dtype=torch.int32), torch.tensor(spans, dtype=torch.int32)
+
+    def _queries_of(self, sequence: SequenceLayout) -> list[tuple[int, int]]:
+        """Return ranges of a sequence's own tokens whose attention is computed, as first token and number of tokens."""
+        if self.queries is None:
+            return [(sequence.own[0], sequence.num_own)]
+        first, end = (bisect_left(self.queries, token) for token in sequence.own)
+        ranges: list[tuple[int, int]] = []
+        for token in self.queries[first:end]:
+            begin, num_tokens = ranges[-1] if ranges else (token, 0)
+            if begin + num_tokens == token:
+                ranges[-1:] = [(begin, num_tokens + 1)]
+            else:
+                ranges.append((token, 1))
+        return ranges
+
+    def of_read_tokens(self) -> PackedLayout:
+        """Return the layout in which attention is computed for the tokens alone that are read after the last block."""
+        return replace(self, queries=self.read_tokens)
 
     def tile_batches(self, window: int | None, dtype: torch.dtype) -> list[TileBatch]:
         """Return the attention of all sequences as tiles, for layers with this window; planned once a pass."""

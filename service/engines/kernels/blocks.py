@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -27,6 +27,9 @@ from service.engines.kernels.fused_modules import (
     trial_states,
 )
 
+if TYPE_CHECKING:
+    from service.engines.attention.layout import PackedLayout
+
 PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("qkv_proj",))
 """The names of the query, key and value projections in transformers' model families."""
 
@@ -39,6 +42,10 @@ class FusedDecoderBlock(KernelForward):
     multiplies by the weight afterwards. The block's norms and feed-forward layer are not called any more.
 
     The states of the input are overwritten: in a model they are read by this block alone.
+
+    After the last block, few states are read: those of the tokens that the head reads. It computes keys and values of
+    all tokens, and all else for these tokens alone (``PackedLayout.read_tokens``); the states of the others are then
+    those of its input.
     """
 
     def __init__(
@@ -53,6 +60,7 @@ class FusedDecoderBlock(KernelForward):
         mlp_layers, self._mlp = mlp
         self._module = module
         self._kernels = kernels
+        self._is_last = _is_last_block(module)
         self._qkv_norm, self._mlp_norm = norms
         self._qkv_weights = [pack_linear(layer, kernels) for layer in projections]
         self._attn_out = pack_linear(attn_out, kernels)
@@ -73,12 +81,42 @@ class FusedDecoderBlock(KernelForward):
     def __call__(self, hidden_states: torch.Tensor, **named: Any) -> torch.Tensor:
         """Return the block's states [1, tokens, width]."""
         states = hidden_states.contiguous()
+        layout = named.get("packed_layout")
+        if self._is_last and layout is not None and layout.read_tokens is not None:
+            return self._run_last(states, layout, named)
         products = self._kernels.norm_qkv(states, self._qkv_norm, self._qkv_weights)
-        for result, product in zip(self._results, products, strict=True):
-            result.product = product
-        attended, _ = self._module.self_attn(hidden_states=states, **named)
+        attended = self._attend(states, products, named)
         self._kernels.attn_out_mlp(states, attended, self._attn_out, self._mlp_norm, self._mlp)
         return states
+
+    def _run_last(self, states: torch.Tensor, layout: PackedLayout, named: dict[str, Any]) -> torch.Tensor:
+        """Overwrite the states of the tokens that are read by those after the block; return all."""
+        read = torch.tensor(layout.read_tokens)
+        rows = states.index_select(1, read)
+        products = self._norm_qkv_of_read(states, rows, read)
+        attended = self._attend(states, products, {**named, "packed_layout": layout.of_read_tokens()})
+        attended = attended.index_select(1, read)
+        self._kernels.attn_out_mlp(rows, attended, self._attn_out, self._mlp_norm, self._mlp)
+        return states.index_copy_(1, read, rows)
+
+    def _norm_qkv_of_read(self, states: torch.Tensor, rows: torch.Tensor, read: torch.Tensor) -> list[torch.Tensor]:
+        """Return the projections of all tokens, but zeros as queries of tokens that are not read.
+
+        A projection of queries, keys and values in one is computed for all tokens.
+        """
+        if len(self._qkv_weights) == 1:
+            return self._kernels.norm_qkv(states, self._qkv_norm, self._qkv_weights)
+        query_weight, *others = self._qkv_weights
+        (queries,) = self._kernels.norm_qkv(rows, self._qkv_norm, [query_weight])
+        query = queries.new_zeros((*states.shape[:-1], query_weight.outputs)).index_copy_(1, read, queries)
+        return [query, *self._kernels.norm_qkv(states, self._qkv_norm, others)]
+
+    def _attend(self, states: torch.Tensor, products: list[torch.Tensor], named: dict[str, Any]) -> torch.Tensor:
+        """Return what transformers' attention layer passes to its output projection."""
+        for result, product in zip(self._results, products, strict=True):
+            result.product = product
+        attended: torch.Tensor = self._module.self_attn(hidden_states=states, **named)[0]
+        return attended
 
 
 class _PrecomputedProjection(KernelForward):
@@ -119,6 +157,13 @@ def match_block(module: Any, kernels: Kernels) -> FusedDecoderBlock | None:
     mlp = mlp_layers, pack_gated_mlp(mlp_layers, activation, kernels)
     block = FusedDecoderBlock(module, (norms[0].norm, norms[1].norm), projections, mlp, kernels)
     return block if _agrees_in_trial(block, module, projections[0], kernels.dtype) else None
+
+
+def _is_last_block(module: Any) -> bool:
+    """Whether a block is the model's last one, after which only states that the head reads are needed."""
+    attention = module.self_attn
+    index, config = getattr(attention, "layer_idx", None), getattr(attention, "config", None)
+    return index is not None and index + 1 == getattr(config, "num_hidden_layers", None)
 
 
 def _projections_of(attention: Any) -> tuple[nn.Linear, ...] | None:

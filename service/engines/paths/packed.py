@@ -6,7 +6,7 @@ attention of ``engines.attention``. With a prefix cache a pass computes only tok
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from math import isfinite
@@ -245,11 +245,13 @@ class PackedForward:
         head_positions = _head_positions(layout, pooled, steps) if steps else pooled
         if classifier.gate_pattern:
             head_positions = [*head_positions, *self._gate_positions(layout, rows, steps)]
+        taps, readouts = _readouts_of(query, layout, pooled)
+        layout = layout.reading([*head_positions, *self._averaged_last(taps, readouts)])
         layout, (ids, positions, read) = layout.to_device(
             self._staging,
             [torch.tensor([layout.token_ids(rows, PADDING_ID)]), layout.position_ids(), torch.tensor(head_positions)],
         )
-        with classifier.recording(*_readouts_of(query, layout, pooled)) as recorded:
+        with classifier.recording(taps, readouts) as recorded:
             states = classifier.body(
                 input_ids=ids, attention_mask=self._mask, position_ids=positions, use_cache=False, packed_layout=layout
             ).last_hidden_state[0]
@@ -283,6 +285,13 @@ class PackedForward:
         if not steps:
             return positions
         return [position for position, own in zip(positions, steps, strict=True) for _ in range(len(own) + 1)]
+
+    def _averaged_last(self, taps: Sequence[StateTap], readouts: Sequence[Readout]) -> Iterator[int]:
+        """Yield the tokens of the packed batch whose states after the last block are averaged."""
+        num_blocks = self._classifier.config.num_hidden_layers
+        if any(tap.layer == num_blocks and tap.pooling == "mean" for tap in taps):
+            for begin, end in (span for readout in readouts for span in readout.spans):
+                yield from range(begin, end)
 
     def _max_cached(self, row: TokenIds, mean_start: int | None, steps: tuple[int, ...]) -> int:
         """Return how many leading tokens a pass may take from the cache: none whose state is read."""

@@ -97,6 +97,35 @@ def test_gated_mlp(kernels: Kernels, rows: int, activation: Activation) -> None:
     assert_rounded(found, operands(kernels, inner) @ down.T)
 
 
+@pytest.mark.parametrize("rows", [1, 6, 31, 32, 33, 70])
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+def test_the_second_half_of_a_block(kernels: Kernels, rows: int, bias: bool) -> None:
+    """It adds output projection and feed-forward layer to the states, with the same bits for 1 to 5 threads.
+
+    For few rows the threads divide the columns of the weights, which have no whole number of panels for each here.
+    """
+    width, heads, inner = 96, 64, 160
+    states, attended = random(kernels, rows, width), random(kernels, rows, heads, seed=1)
+    weight, added = random(kernels, width, heads, seed=2), random(kernels, width, seed=3) if bias else None
+    gate, up, down = (random(kernels, *shape, seed=4) for shape in ((inner, width), (inner, width), (width, inner)))
+    norm = RmsNorm(random(kernels, width, seed=5), 1e-6, Norm.ROUND_AFTER_WEIGHT)
+    packed = kernels.pack_weight(weight, added), norm, kernels.pack_gated_mlp(gate, up, down, Activation.SILU)
+
+    found = []
+    for num_threads in range(1, 6):
+        torch.set_num_threads(num_threads)
+        found.append(states.clone())
+        kernels.attn_out_mlp(found[-1], attended, *packed)
+
+    assert all(torch.equal(found[0], other) for other in found[1:])
+    residual = states.float() + operands(kernels, attended) @ operands(kernels, weight).T
+    residual = (residual if added is None else residual + added.float()).to(kernels.dtype)
+    normalized = operands(kernels, kernels.rms_norm(residual, norm))
+    inner_states = silu(normalized @ operands(kernels, gate).T) * (normalized @ operands(kernels, up).T)
+    expected = residual.float() + operands(kernels, inner_states) @ operands(kernels, down).T
+    torch.testing.assert_close(found[0].float(), expected, atol=0.05 * float(expected.abs().max()), rtol=0)
+
+
 def test_nan_and_infinity_do_not_leave_their_row(kernels: Kernels) -> None:
     """NaN or infinity in a row makes its whole product not finite and changes no bit of another row."""
     states, weight = random(kernels, 40, 96), random(kernels, 64, 96, seed=1)

@@ -6,7 +6,9 @@ import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_classifiers import (
@@ -21,6 +23,8 @@ from tiny_classifiers import (
 from tiny_models import DECODER_FAMILIES
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from service.engines.attention.layout import PackedLayout
+from service.engines.base import StatePooling, StateTap
 from service.engines.devices.device import has_avx2
 from service.engines.kernels import choice
 from service.engines.kernels.bindings import Kernels
@@ -36,6 +40,7 @@ from service.engines.kernels.fused_modules import (
 from service.engines.kernels.patching import attach_kernels, detach_kernels, drop_plain_weights, packs_all_linear_layers
 from service.engines.linear.int8 import quantize_int8
 from service.engines.model.classifier import Classifier
+from service.engines.model.taps import StateQuery
 from service.engines.parity import plain_rewards
 from service.engines.torch import load_torch_engine
 from service.errors import SettingsError
@@ -123,6 +128,60 @@ def test_a_cached_prompt_changes_no_bit_of_a_reward(tiny_checkpoint: Checkpoint,
         num_cached_tokens += output.cached_tokens
 
     assert num_cached_tokens > 0
+
+
+@pytest.mark.parametrize("family", sorted(FUSED_BLOCK_FAMILIES))
+def test_the_last_block_computes_only_what_is_read(
+    tiny_checkpoint: Checkpoint, kernels: Kernels, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """Attention and feed-forward layer of the last block run for the tokens that the head reads, with the same bits."""
+    classifier = load_for(kernels, tiny_checkpoint(family, hidden_size=192, intermediate_size=576))
+    path = packed_path(classifier, kernels=kernels)
+    rows = [*random_rows(classifier, lengths=(133, 300)), *rows_that_share(classifier)]
+    steps = [(len(row) // 2,) for row in rows]
+    num_rows: list[int] = []
+    attn_out_mlp = kernels.attn_out_mlp
+
+    def counting(states: torch.Tensor, *others: Any) -> None:
+        num_rows.append(states.shape[1])
+        attn_out_mlp(states, *others)
+
+    monkeypatch.setattr(kernels, "attn_out_mlp", counting)
+    found = [path.run(rows), path.run(rows, steps=steps)]
+    num_blocks = classifier.config.num_hidden_layers
+    num_read = [num_rows[num_blocks - 1], num_rows[2 * num_blocks - 1]]
+    num_rows.clear()
+    monkeypatch.setattr(PackedLayout, "reading", lambda layout, _tokens: layout)
+    expected = [path.run(rows), path.run(rows, steps=steps)]
+
+    assert num_read[0] == len(set(rows)) < num_read[1] <= 2 * len(rows)
+    assert min(num_rows) == max(num_rows) > 300
+    assert found[0].rewards == expected[0].rewards
+    assert found[1].outputs is not None
+    assert expected[1].outputs is not None
+    assert np.array_equal(np.concatenate(found[1].outputs), np.concatenate(expected[1].outputs))
+
+
+@pytest.mark.parametrize("first", [0, 30])
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_states_after_the_last_block_are_complete(
+    tiny_checkpoint: Checkpoint, kernels: Kernels, pooling: StatePooling, first: int
+) -> None:
+    """A mean after the last block is over tokens that it has computed, and reading it changes no bit of a reward."""
+    classifier = load_for(kernels, tiny_checkpoint("llama"))
+    plain = [classifier.body(torch.tensor([row])).last_hidden_state[0] for row in random_rows(classifier, (40, 90))]
+    path = packed_path(classifier, kernels=kernels)
+    rows = random_rows(classifier, lengths=(40, 90))
+    tap = StateTap(classifier.config.num_hidden_layers, pooling)
+
+    found = path.run(rows, StateQuery((tap,), ((0, first), (1, 2 * first))))
+
+    means = [states[begin:].float().mean(0) for states, begin in zip(plain, (first, 2 * first), strict=True)]
+    expected = torch.stack(means if pooling == "mean" else [states[-1].float() for states in plain])
+    assert found.states is not None
+    tolerance = (0.1 if kernels.is_int8 else 0.05) * float(expected.abs().max())
+    torch.testing.assert_close(torch.from_numpy(found.states[:, 0]), expected, atol=tolerance, rtol=0)
+    assert found.rewards == path.run(rows).rewards
 
 
 def test_a_nan_reward_does_not_spread(tiny_checkpoint: Checkpoint, kernels: Kernels) -> None:

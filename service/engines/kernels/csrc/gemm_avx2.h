@@ -1,6 +1,8 @@
 // Products of fp32 on AVX2 vectors, up to 6 rows by 16 columns at a time, whose sums fill twelve of sixteen registers.
 #pragma once
 
+#include <algorithm>
+
 #include "panel_packing.h"
 
 // AVX2 needs no configuration of a thread.
@@ -14,6 +16,9 @@ constexpr int ROW_STEP = 2;
 // Most rows of a product, and what the rows of a block are a multiple of: whole strips of six, the fastest.
 constexpr int TILE_ROWS = 30;
 constexpr int BLOCK_ROW_STEP = 6;
+
+// Steps of a panel that stay in a first-level cache of 32 KiB beside a strip of rows.
+constexpr int CACHED_STEPS = 4;
 
 // Multiplies some rows by the 16 columns of a tile in each step of a panel.
 template <int ROWS>
@@ -58,14 +63,16 @@ inline void multiply(
     const float* left, std::size_t left_stride, const float* panel, int num_steps, int num_rows, float* product,
     std::size_t product_stride, bool accumulate, Interleave interleave) {
     const int end = (num_rows + ROW_STEP - 1) / ROW_STEP * ROW_STEP;
-    // One tile of the panel for all rows, then the other one: a tile stays in a first-level cache of 32 KiB.
-    for (int tile = 0; tile < 2; ++tile)
+    // Both tiles of some steps for a strip of rows, which is then in the first-level cache for the second tile.
+    for (int step = 0; step < num_steps; step += CACHED_STEPS)
         for (int row = 0, count; row < end; row += count) {
             count = strip_rows(end - row);
             const auto strip = count == 6 ? multiply_strip<6> : count == 4 ? multiply_strip<4> : multiply_strip<2>;
-            strip(
-                left + row * left_stride, left_stride, panel + tile * TILE_SIZE, num_steps,
-                product + row * product_stride + tile * TILE, product_stride, accumulate);
+            for (int tile = 0; tile < 2; ++tile)
+                strip(
+                    left + row * left_stride + step * BLOCK, left_stride, panel + step * STEP_SIZE + tile * TILE_SIZE,
+                    std::min(CACHED_STEPS, num_steps - step), product + row * product_stride + tile * TILE,
+                    product_stride, accumulate || step);
         }
     for (int step = 0; step < num_steps; ++step) interleave(step);
 }

@@ -24,9 +24,13 @@ constexpr int MAX_BLOCK_ROWS = 128;
 constexpr int MAX_BLOCK_ROWS = 256;
 #endif
 
+// Most rows for which the threads divide the columns of the weights of a block's second half, and share the rows.
+constexpr int MAX_SHARED_ROWS = 32;
+
 thread_local ScratchBuffer product_buffer;
 thread_local ScratchBuffer norm_buffer;
 thread_local ScratchBuffer inner_buffer;
+thread_local ScratchBuffer shared_inner_buffer;  // of the thread that calls a kernel; all of its threads use it
 
 int ceil_div(int count, int divisor) { return (count + divisor - 1) / divisor; }
 
@@ -70,6 +74,20 @@ struct PanelRange {
 
 PanelRange all_panels(const LinearWeight& weight) {
     return {weight.panels, PanelFormat(weight.format), 0, ceil_div(weight.outputs, BLOCK)};
+}
+
+PanelRange gate_up_panels(const GatedMlpWeights& mlp) {
+    return {mlp.gate_up_panels, PanelFormat(mlp.format), 0, mlp.inner / TILE};
+}
+
+PanelRange down_panels(const GatedMlpWeights& mlp, int width) {
+    return {mlp.down_panels, PanelFormat(mlp.format), 0, ceil_div(width, BLOCK)};
+}
+
+// One of `count` parts of about the same number of panels.
+PanelRange part_of(const PanelRange& range, int index, int count) {
+    const int size = range.end - range.begin;
+    return {range.panels, range.format, range.begin + size * index / count, range.begin + size * (index + 1) / count};
 }
 
 // Multiplies a block of rows by panels and calls `epilogue(products, row, panel)` for each row of each product.
@@ -152,19 +170,27 @@ struct GateEpilogue {
     }
 };
 
+// Writes act(gate) * up for a block of rows and some panels of gate and up; `gated` has a multiple of TILE_ROWS rows.
+void multiply_gate_up(
+    const InputRows& rows, int num_rows, const GatedMlpWeights& mlp, const PanelRange& range, operand* gated) {
+    if (mlp.activation == SILU)
+        multiply_block(rows, num_rows, range, GateEpilogue<SILU>{gated, mlp.inner});
+    else
+        multiply_block(rows, num_rows, range, GateEpilogue<GELU_TANH>{gated, mlp.inner});
+}
+
+// Allocates the intermediate states of a gated feed-forward layer for rows padded to a multiple of TILE_ROWS.
+operand* reserve_inner(ScratchBuffer& buffer, int num_rows, const GatedMlpWeights& mlp) {
+    return static_cast<operand*>(buffer.reserve(sizeof(operand) * round_up(num_rows, TILE_ROWS) * mlp.inner));
+}
+
 // Runs a gated feed-forward layer for a block of rows; `epilogue` receives the products of the down projection.
 template <class Epilogue>
 void run_gated_mlp(const InputRows& rows, int num_rows, const GatedMlpWeights& mlp, Epilogue epilogue) {
-    const int num_padded = round_up(num_rows, TILE_ROWS), inner = mlp.inner;
-    auto* gated = static_cast<operand*>(inner_buffer.reserve(sizeof(operand) * num_padded * inner));
-    const auto format = PanelFormat(mlp.format);
-    const PanelRange gate_up{mlp.gate_up_panels, format, 0, inner / TILE};
-    if (mlp.activation == SILU)
-        multiply_block(rows, num_rows, gate_up, GateEpilogue<SILU>{gated, inner});
-    else
-        multiply_block(rows, num_rows, gate_up, GateEpilogue<GELU_TANH>{gated, inner});
-    const PanelRange down{mlp.down_panels, format, 0, ceil_div(rows.width(), BLOCK)};
-    multiply_block(InputRows(gated, num_padded, inner), num_rows, down, epilogue);
+    operand* gated = reserve_inner(inner_buffer, num_rows, mlp);
+    multiply_gate_up(rows, num_rows, mlp, gate_up_panels(mlp), gated);
+    const InputRows inner(gated, round_up(num_rows, TILE_ROWS), mlp.inner);
+    multiply_block(inner, num_rows, down_panels(mlp, rows.width()), epilogue);
 }
 
 // Returns the norms of a block of rows, in this thread's scratch memory and padded with zeros.
@@ -186,6 +212,35 @@ void for_each_block(int num_rows, int num_threads, Run run) {
         const ThreadConfig config;
 #pragma omp for schedule(static)
         for (int first = 0; first < num_rows; first += block) run(first, std::min(block, num_rows - first));
+    }
+}
+
+// `attn_out_mlp` with the columns of the weights divided among the threads instead of the rows: for few rows this is
+// faster, because each thread reads a part of the weights only. The bits are the same.
+void attn_out_mlp_by_columns(const AttnOutMlpArgs& args) {
+    const int num_rows = args.num_rows, width = args.width, num_threads = args.num_threads;
+    operand* gated = reserve_inner(shared_inner_buffer, num_rows, args.mlp);
+#pragma omp parallel num_threads(num_threads)
+    {
+        const ThreadConfig config;
+        // Each loop ends with a barrier: all states, then all gated products are complete.
+#pragma omp for schedule(static)
+        for (int part = 0; part < num_threads; ++part)
+            multiply_block(
+                input_rows(args.attended, num_rows, args.attended_width), num_rows,
+                part_of(all_panels(args.attn_out), part, num_threads),
+                ResidualEpilogue{args.states, num_rows, width, args.attn_out.bias});
+#pragma omp for schedule(static)
+        for (int part = 0; part < num_threads; ++part)
+            multiply_gate_up(
+                normalized_rows(args.states, num_rows, width, args.norm), num_rows, args.mlp,
+                part_of(gate_up_panels(args.mlp), part, num_threads), gated);
+#pragma omp for schedule(static)
+        for (int part = 0; part < num_threads; ++part)
+            multiply_block(
+                InputRows(gated, round_up(num_rows, TILE_ROWS), args.mlp.inner), num_rows,
+                part_of(down_panels(args.mlp, width), part, num_threads),
+                ResidualEpilogue{args.states, num_rows, width, nullptr});
     }
 }
 
@@ -278,6 +333,7 @@ void norm_qkv(const NormQkvArgs* args) {
 
 // The part of a block after attention: states += attended x attn_out + bias; states += mlp(norm(states)).
 void attn_out_mlp(const AttnOutMlpArgs* args) {
+    if (args->num_rows <= MAX_SHARED_ROWS && args->num_threads > 1) return attn_out_mlp_by_columns(*args);
     const int width = args->width, attended_width = args->attended_width;
     for_each_block(args->num_rows, args->num_threads, [=](int first, int count) {
         state* states = args->states + std::size_t(first) * width;

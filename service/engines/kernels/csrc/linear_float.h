@@ -3,10 +3,9 @@
 
 #include "gemm.h"
 
-// Most steps of the inner dimension in one slice of a panel: a slice must stay in the first-level cache; on AVX2 one of
-// its two tiles, because rows are multiplied by one tile after the other.
+// Most steps of the inner dimension in one slice of a panel: a slice must stay in the first-level cache.
 #ifdef USE_AVX2
-constexpr int MAX_SLICE_STEPS = 12;
+constexpr int MAX_SLICE_STEPS = CACHED_STEPS;
 #else
 constexpr int MAX_SLICE_STEPS = 40 / int(sizeof(operand));
 #endif
