@@ -97,7 +97,7 @@ def test_gated_mlp(kernels: Kernels, rows: int, activation: Activation) -> None:
     assert_rounded(found, operands(kernels, inner) @ down.T)
 
 
-@pytest.mark.parametrize("rows", [1, 6, 31, 32, 33, 70])
+@pytest.mark.parametrize("rows", [1, 6, 33, 192, 193, 700])
 @pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
 def test_the_second_half_of_a_block(kernels: Kernels, rows: int, bias: bool) -> None:
     """It adds output projection and feed-forward layer to the states, with the same bits for 1 to 5 threads.

@@ -24,8 +24,9 @@ constexpr int MAX_BLOCK_ROWS = 128;
 constexpr int MAX_BLOCK_ROWS = 256;
 #endif
 
-// Most rows for which the threads divide the columns of the weights of a block's second half, and share the rows.
-constexpr int MAX_SHARED_ROWS = 32;
+// Most rows for which the threads divide the columns of the weights of a block's second half, and share the rows. With
+// more, the threads' intermediate states no longer fit a second-level cache.
+constexpr int MAX_SHARED_ROWS = 192;
 
 thread_local ScratchBuffer product_buffer;
 thread_local ScratchBuffer norm_buffer;
@@ -36,11 +37,24 @@ int ceil_div(int count, int divisor) { return (count + divisor - 1) / divisor; }
 
 int round_up(int count, int multiple) { return ceil_div(count, multiple) * multiple; }
 
-// Rows of a block, so that blocks divide `num_rows` evenly among the threads.
-int rows_per_block(int num_rows, int num_threads) {
-    const int num_blocks = num_threads * ceil_div(num_rows, num_threads * MAX_BLOCK_ROWS);
-    return round_up(ceil_div(num_rows, num_blocks), BLOCK_ROW_STEP);
-}
+// The division of rows into blocks of about the same size, as many for each thread; all but the last one have a multiple
+// of BLOCK_ROW_STEP rows.
+class RowBlocks {
+public:
+    RowBlocks(int num_rows, int num_threads)
+        : num_rows_(num_rows),
+          num_steps_(ceil_div(num_rows, BLOCK_ROW_STEP)),
+          count_(std::min(num_steps_, num_threads * ceil_div(num_rows, num_threads * MAX_BLOCK_ROWS))) {}
+
+    int count() const { return count_; }
+    int begin(int block) const {
+        return std::min(num_rows_, int(std::int64_t(num_steps_) * block / count_) * BLOCK_ROW_STEP);
+    }
+    int num_rows(int block) const { return begin(block + 1) - begin(block); }
+
+private:
+    int num_rows_, num_steps_, count_;
+};
 
 // A product [TILE_ROWS, 32] whose epilogue (activation, bias, rounding) runs later, a few rows at a time.
 template <class Epilogue>
@@ -206,12 +220,12 @@ InputRows normalized_rows(const state* states, int num_rows, int width, const No
 // Calls `run(first row, number of rows)` for each block of rows, on `num_threads` threads.
 template <class Run>
 void for_each_block(int num_rows, int num_threads, Run run) {
-    const int block = rows_per_block(num_rows, num_threads);
+    const RowBlocks blocks(num_rows, num_threads);
 #pragma omp parallel num_threads(num_threads)
     {
         const ThreadConfig config;
 #pragma omp for schedule(static)
-        for (int first = 0; first < num_rows; first += block) run(first, std::min(block, num_rows - first));
+        for (int block = 0; block < blocks.count(); ++block) run(blocks.begin(block), blocks.num_rows(block));
     }
 }
 
@@ -282,17 +296,15 @@ void pack_gate_up(
 void linear(const LinearArgs* args) {
     const int num_rows = args->num_rows, width = args->width, num_threads = args->num_threads;
     const int outputs = args->weight.outputs, num_panels = ceil_div(outputs, BLOCK);
-    const int block = rows_per_block(num_rows, num_threads);
-    const int num_row_blocks = ceil_div(num_rows, block);
+    const RowBlocks blocks(num_rows, num_threads);
     // With fewer blocks of rows than threads, the columns are divided among the threads too.
-    const int num_column_blocks = num_row_blocks >= num_threads ? 1 : std::min(num_panels, num_threads);
+    const int num_column_blocks = blocks.count() >= num_threads ? 1 : std::min(num_panels, num_threads);
 #pragma omp parallel num_threads(num_threads)
     {
         const ThreadConfig config;
 #pragma omp for schedule(static)
-        for (int task = 0; task < num_row_blocks * num_column_blocks; ++task) {
-            const int first = task / num_column_blocks * block;
-            const int count = std::min(block, num_rows - first);
+        for (int task = 0; task < blocks.count() * num_column_blocks; ++task) {
+            const int block = task / num_column_blocks, first = blocks.begin(block), count = blocks.num_rows(block);
             const int column = task % num_column_blocks;
             const InputRows rows = input_rows(args->states + std::size_t(first) * width, count, width);
             const PanelRange range{
