@@ -68,11 +68,14 @@ def _setup(checkpoint: Checkpoint, dtype: str) -> Setup:
 
 
 def _engine_alone(setup: Setup) -> Mapping[str, Way]:
-    """Load the engine as the service does, and return its forward pass without queue and pipeline."""
+    """Load the engine as the service does, and return its forward pass without queue and pipeline.
+
+    It caches no prefixes: the same items are computed beside each runtime, where they are new to the service.
+    """
     engine = load_torch_engine(
         setup.folder,
         ModelSettings.model_validate({"device": setup.device, "dtype": setup.dtype, "num_threads": setup.num_threads}),
-        BatchingSettings(max_batch_tokens=setup.max_batch_tokens),
+        BatchingSettings(max_batch_tokens=setup.max_batch_tokens, prefix_cache_mib=0),
         pad_token_id=setup.pad_token_id,
         max_input_tokens=setup.max_input_tokens,
     )

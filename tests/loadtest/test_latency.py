@@ -10,11 +10,14 @@ import sys
 from argparse import Namespace
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from misbehaving_server import FakeServer, Request, ok, running
 from rich.console import Console
 
+from loadtest.engine_work import tokenize
+from loadtest.forward_pass import _engine_alone, _setup
 from loadtest.latency import main
 from loadtest.latency_loads import WARM_UP, capacity_per_s, latencies_one_at_a_time, latencies_under_load
 from loadtest.latency_run import planned_steps
@@ -32,6 +35,11 @@ from loadtest.stage_latencies import (
     stage_table,
 )
 from loadtest.wire import UnexpectedAnswer
+from loadtest.workload import WORKLOADS
+from service.checkpoints.checkpoint import open_checkpoint
+from service.engines.base import EngineOutput
+from service.engines.torch import TorchEngine
+from service.settings import ModelSettings
 
 TINY = ModelShape(vocabulary=1024, hidden=32, intermediate=64, layers=2, heads=4, kv_heads=2, positions=4096)
 OPTIONS = Namespace(
@@ -110,6 +118,26 @@ def test_requests_one_at_a_time_never_overlap() -> None:
     assert found.seconds[BEYOND] == pytest.approx(
         [client - forward for client, forward in zip(found.seconds[CLIENT], found.seconds[FORWARD], strict=True)]
     )
+
+
+def test_a_pass_alone_computes_every_token_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same items are computed beside each runtime, so the engine without a server caches no prefixes."""
+    checkpoint = open_checkpoint(write_random_checkpoint(tmp_path / "tiny", TINY, dtype="float32"), ModelSettings())
+    outputs: list[EngineOutput] = []
+    forward = TorchEngine.forward
+
+    def recorded(engine: TorchEngine, *inputs: Any, **named: Any) -> EngineOutput:
+        outputs.append(forward(engine, *inputs, **named))
+        return outputs[-1]
+
+    monkeypatch.setattr(TorchEngine, "forward", recorded)
+    work = tokenize(WORKLOADS["independent"].draw(1, 0), checkpoint)
+    way = _engine_alone(_setup(checkpoint, "float32"))[FORWARD]
+    outcomes = [way(work), way(work)]
+
+    assert work.sequences[0].num_prompt_tokens
+    assert [output.cached_tokens for output in outputs] == [0, 0]
+    assert outcomes[0].rewards == outcomes[1].rewards
 
 
 def test_the_load_is_a_share_of_the_measured_capacity() -> None:
