@@ -8,9 +8,8 @@ from __future__ import annotations
 import fcntl
 import os
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from service.launch.private_folder import ACCESS_LOG, SHORT_FOLDER, is_too_long,
 from service.launch.progress import TerminalProgress
 from service.launch.ray_environment import direct_loopback, max_connections_within, ray_environment
 from service.launch.start_settings import ServerSettings, StartSettings
-from service.launch.supervisor import ServerPlace, supervise
+from service.launch.supervisor import supervise
 from service.launch.tls import refuse_tls
 from service.settings import SecuritySettings, Settings, name_as_given
 
@@ -63,42 +62,34 @@ def serve(settings: StartSettings, console: Console, *, opens_page: bool = False
             log_path(settings.log, folder)
         if is_too_long(os.environ.get("TMPDIR", "")):
             progress.note(f"TMPDIR has too long a path for Unix sockets: they are made in {SHORT_FOLDER}.")
-        inspect = cache(partial(_inspect, settings, progress))
+        if settings.model.engine != "oracle":
+            progress.stage("checkpoint")
+        inspection = inspect_checkpoint(settings.model, settings.tokenization)
+        for note in inspection.notes:
+            progress.note(f"Note: {note}")
+        if inspection.text_rule is not None:
+            progress.note(inspection.text_rule)
         for attempts_left in range(START_ATTEMPTS - 1, -1, -1):
             try:
-                _run(settings, inspect, http, progress)
+                _run(settings, inspection, http, progress)
             except RayStartError as error:
                 if not attempts_left:
                     raise
                 progress.note(f"{error} Starting Ray once more.")
 
 
-def _inspect(settings: StartSettings, progress: TerminalProgress) -> Inspection:
-    """Check the checkpoint and print what is unusual about it.
-
-    Raises:
-        CheckpointError: it is refused.
-    """
-    if settings.model.engine != "oracle":
-        progress.stage("checkpoint")
-    inspection = inspect_checkpoint(settings.model, settings.tokenization)
-    for note in inspection.notes:
-        progress.note(f"Note: {note}")
-    if inspection.text_rule is not None:
-        progress.note(inspection.text_rule)
-    return inspection
-
-
-def _run(settings: StartSettings, inspect: Callable[[], Inspection], http: Owners, progress: TerminalProgress) -> None:
-    """Start Ray with ports and a folder of its own, and supervise it; returns only by an exception.
-
-    The checkpoint is checked while the process that runs Ray imports it.
-    """
+def _run(settings: StartSettings, inspection: Inspection, http: Owners, progress: TerminalProgress) -> None:
+    """Start Ray with ports and a folder of its own, and supervise it; returns only by an exception."""
     server = settings.server
-    with private_folder() as folder, reserved_block(server.port, server.replicas) as (ports, block):
+    with (
+        _checkpoint_named_as_given(settings, inspection),
+        private_folder() as folder,
+        reserved_block(server.port, server.replicas) as (ports, block),
+    ):
         log = log_path(settings.log, folder)
         for descriptor in (1, 2):
             write_at_the_end(descriptor)
+        launch = _launch(resolve(settings, inspection, log), server, folder, needs_gpu=inspection.needs_gpu)
         environment = ray_environment(
             folder,
             ports,
@@ -109,26 +100,18 @@ def _run(settings: StartSettings, inspect: Callable[[], Inspection], http: Owner
             max_connections=max_connections_within(resource.getrlimit(resource.RLIMIT_NOFILE)[1]),
         )
         environment |= direct_loopback(os.environ) | visible_devices(settings.model.device)
-
-        def prepare() -> Launch:
-            inspection = inspect()
-            return _launch(resolve(settings, inspection, log), server, folder, needs_gpu=inspection.needs_gpu)
-
-        place = ServerPlace(folder, server.host, server.port)
-        with _checkpoint_named_as_given(settings, inspect):
-            supervise(place, prepare, environment, progress, (*http, *block))
+        supervise(launch, environment, progress, (*http, *block))
 
 
 @contextmanager
-def _checkpoint_named_as_given(settings: StartSettings, inspect: Callable[[], Inspection]) -> Iterator[None]:
+def _checkpoint_named_as_given(settings: StartSettings, inspection: Inspection) -> Iterator[None]:
     """Let errors of replicas, which know the checkpoint's folder alone, name it as the user did."""
     try:
         yield
     except ServerStartError as error:
-        path = inspect().path  # known: the server starts after the check
-        if path is None:
+        if inspection.path is None:
             raise
-        raise type(error)(name_as_given(str(error), Path(path), settings.model)) from None
+        raise type(error)(name_as_given(str(error), Path(inspection.path), settings.model)) from None
 
 
 def resolve(settings: StartSettings, inspection: Inspection, log: str) -> Settings:

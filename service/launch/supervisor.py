@@ -17,7 +17,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,20 +47,6 @@ _TICK_S = 0.2
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _PR_SET_CHILD_SUBREAPER = 36
 _CHILD = "from service.app import main; main()"
-
-
-@dataclass(frozen=True, slots=True)
-class ServerPlace:
-    """Where a server is on this machine."""
-
-    folder: Path
-    """Its private folder."""
-
-    host: str
-    """Address on which HTTP listens."""
-
-    port: int
-    """TCP port of HTTP."""
 
 
 class Progress(Protocol):
@@ -122,19 +108,11 @@ def _without_stop_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
-def supervise(
-    place: ServerPlace,
-    prepare: Callable[[], Launch],
-    environment: dict[str, str],
-    progress: Progress,
-    inherited: Sequence[int] = (),
-) -> None:
+def supervise(launch: Launch, environment: dict[str, str], progress: Progress, inherited: Sequence[int] = ()) -> None:
     """Run the server until SIGINT or SIGTERM raises StopRequested, then stop all its processes.
 
     Args:
-        place: where the server is.
-        prepare: returns what the process that runs Ray gets; that process imports Ray meanwhile. What it raises ends
-            that process.
+        launch: what the process that runs Ray gets.
         environment: variables for it, beside those of this process.
         progress: receives the stages.
         inherited: file descriptors that it holds open.
@@ -146,9 +124,8 @@ def supervise(
     """
     _adopt_orphans()
     try:
-        with (place.folder / SERVER_LOG).open("wb") as log:
-            server = _Server(place, environment, log, inherited)
-        server.launch(prepare())
+        with (Path(launch.folder) / SERVER_LOG).open("wb") as log:
+            server = _Server(launch, environment, log, inherited)
         try:
             server.await_ready(progress)
             server.watch()
@@ -158,7 +135,7 @@ def supervise(
             server.stop()
             raise
     except ServerStartError as error:
-        saved = save_log(place.folder, place.port)
+        saved = save_log(Path(launch.folder), launch.port)
         raise type(error)(f"{error} The log is {saved}." if saved else str(error)) from None
     finally:
         with _without_stop_signals():
@@ -168,10 +145,8 @@ def supervise(
 class _Server:
     """The process that runs Ray, the pipe whose end stops it, and the pipe on which it reports stages."""
 
-    def __init__(
-        self, place: ServerPlace, environment: dict[str, str], log: IO[bytes], inherited: Sequence[int]
-    ) -> None:
-        self._url = f"http://{reachable(place.host)}:{place.port}/readyz"
+    def __init__(self, launch: Launch, environment: dict[str, str], log: IO[bytes], inherited: Sequence[int]) -> None:
+        self._url = f"http://{reachable(launch.host)}:{launch.port}/readyz"
         self._started_at = time.monotonic()
         reports, reports_child = os.pipe()
         self._reports = os.fdopen(reports, "rb", buffering=0)
@@ -191,9 +166,6 @@ class _Server:
         os.close(reports_child)
         assert self._process.stdin is not None  # noqa: S101 - for the type checker
         self._stdin = self._process.stdin
-
-    def launch(self, launch: Launch) -> None:
-        """Let the process start Ray."""
         with suppress(BrokenPipeError):  # the process has exited already: await_ready reports it
             self._stdin.write(json.dumps(asdict(launch)).encode() + b"\n")
             self._stdin.flush()

@@ -130,9 +130,9 @@ def test_path_that_the_environment_cannot_name(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("options", [("--runtime", "local", "--model"), ("--check",)])
+@pytest.mark.parametrize("options", [("--model",), ("--runtime", "local", "--model"), ("--check",)])
 def test_refused_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path, options: tuple[str, ...]) -> None:
-    """A checkpoint without a scalar head is refused, with what to do about it."""
+    """A checkpoint without a scalar head is refused, with what to do about it, and Ray is not started."""
     write_tiny_causal_lm(tmp_path)
 
     assert "reward-convert" in refusal(capsys, "--port", str(free_port()), *options, str(tmp_path))
