@@ -14,6 +14,12 @@ for _name in ("no_proxy", "NO_PROXY"):
     os.environ[_name] = ",".join(filter(None, [os.environ.get(_name), "127.0.0.1", "localhost", "::1"]))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled_code(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Torch's compiler has a new cache: in its own a run that was interrupted may have left half of a library."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("inductor"))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip the ``gpu`` tests on a machine without CUDA."""
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
