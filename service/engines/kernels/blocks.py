@@ -156,7 +156,7 @@ def match_block(module: Any, kernels: Kernels) -> FusedDecoderBlock | None:
         return None
     mlp = mlp_layers, pack_gated_mlp(mlp_layers, activation, kernels)
     block = FusedDecoderBlock(module, (norms[0].norm, norms[1].norm), projections, mlp, kernels)
-    return block if _agrees_in_trial(block, module, projections[0], kernels.dtype) else None
+    return block if _agrees_in_trial(block, module, projections[0], kernels) else None
 
 
 def _is_last_block(module: Any) -> bool:
@@ -174,9 +174,9 @@ def _projections_of(attention: Any) -> tuple[nn.Linear, ...] | None:
     return None
 
 
-def _agrees_in_trial(block: FusedDecoderBlock, module: Any, query_layer: nn.Linear, dtype: torch.dtype) -> bool:
+def _agrees_in_trial(block: FusedDecoderBlock, module: Any, query_layer: nn.Linear, kernels: Kernels) -> bool:
     """Run block and module with a stand-in for the attention layer that passes the query projection on."""
-    states = trial_states(module.hidden_size, dtype)
+    states = trial_states(module.hidden_size, kernels.dtype)
     attn_out, width = module.self_attn.o_proj, module.self_attn.o_proj.in_features
     with _temporary_forward(
         module.self_attn, lambda hidden_states, **_: (attn_out(query_layer(hidden_states)[..., :width]), None)
@@ -184,7 +184,7 @@ def _agrees_in_trial(block: FusedDecoderBlock, module: Any, query_layer: nn.Line
         expected = original_forward(module)(states)
     query = block.replacements[query_layer]
     with _temporary_forward(module.self_attn, lambda hidden_states, **_: (query(hidden_states)[..., :width], None)):  # type: ignore[misc]
-        return results_agree(block(states.clone()), expected)
+        return results_agree(block(states.clone()), expected, is_int8=kernels.is_int8)
 
 
 @contextmanager

@@ -32,6 +32,11 @@ TRIAL_TOLERANCES = {torch.bfloat16: 2**-6, torch.float32: 2**-16}
 """Largest accepted difference in a trial, relative to the largest magnitude: two units of bfloat16's last place, and in
 fp32 what another order of some thousand additions explains."""
 
+INT8_TRIAL_TOLERANCE = 2**-4
+"""The same for products in int8: where states differ by a unit of bfloat16's last place, some round to the next
+integer, which is up to 1/127 of the largest in their group. 64 rows through the demo model's blocks differ by up to
+1.4 times 2**-6."""
+
 TRIAL_EQUAL_SHARE = 0.99
 """Least share of equal elements in the trial of a norm in bfloat16: it shows where the norm rounds."""
 
@@ -222,7 +227,8 @@ def _match_gated_mlp(module: Any, layers: tuple[nn.Linear, ...], kernels: Kernel
     packs = all(can_pack(layer, kernels) and layer.bias is None for layer in layers)
     forward = (FusedGatedMlp if packs else FusedActAndMul)(layers, activation, kernels)
     states = trial_states(layers[0].in_features, kernels.dtype)
-    return forward if results_agree(forward(states), original_forward(module)(states)) else None
+    expected = original_forward(module)(states)
+    return forward if results_agree(forward(states), expected, is_int8=kernels.is_int8) else None
 
 
 def match_activation(module: Any) -> Activation | None:
@@ -286,7 +292,8 @@ def trial_states(width: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(1, TRIAL_ROWS, width, generator=generator).to(dtype)
 
 
-def results_agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether two results of a trial differ by no more than rounding."""
+def results_agree(found: torch.Tensor, expected: torch.Tensor, *, is_int8: bool = False) -> bool:
+    """Whether two results of a trial differ by no more than rounding; ``is_int8``: of products in int8."""
+    tolerance = INT8_TRIAL_TOLERANCE if is_int8 else TRIAL_TOLERANCES[expected.dtype]
     difference = (found.float() - expected.float()).abs().max()
-    return bool(difference <= TRIAL_TOLERANCES[expected.dtype] * expected.float().abs().max())
+    return bool(difference <= tolerance * expected.float().abs().max())
