@@ -34,8 +34,10 @@ extern "C" {
 void rms_norm(const RmsNormArgs* args) {
     const std::int64_t width = args->width;
 #pragma omp parallel for num_threads(args->num_threads) schedule(static)
-    for (std::int64_t row = 0; row < args->num_rows; ++row)
-        normalize(args->states + row * width, int(width), args->norm, args->output + row * width);
+    for (std::int64_t row = 0; row < args->num_rows; ++row) {
+        state* const output = args->output + row * width;
+        normalize(args->states + row * width, int(width), args->norm, [=](int column) { return output + column; });
+    }
 }
 
 // Writes act(gate) * up over the gate, element by element.

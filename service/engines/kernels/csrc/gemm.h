@@ -19,7 +19,7 @@
 inline void multiply(
     const operand* left, std::size_t left_stride, const operand* panel, int num_steps, int num_rows, float* product,
     std::size_t product_stride) {
-    multiply(left, left_stride, panel, num_steps, num_rows, product, product_stride, false, [](int) {});
+    multiply(left, row_strides(left_stride), panel, num_steps, num_rows, product, product_stride, false, [](int) {});
 }
 
 // Copies elements, converted to the type of the output.

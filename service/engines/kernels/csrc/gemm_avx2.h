@@ -56,11 +56,16 @@ inline int strip_rows(int num_rows) {
     return num_rows >= 4 ? 4 : 2;
 }
 
+// Operands that a kernel writes and then multiplies are stored row by row.
+inline std::size_t operand_offset(int row, int column, int width) { return std::size_t(row) * width + column; }
+
+inline LeftStrides operand_strides(int width) { return row_strides(width); }
+
 // Writes left x panel [num_rows rounded up to ROW_STEP, 32] into `product`, or adds it to the product if `accumulate`;
 // as many rows of `left` are read. Strides are in elements. `interleave(step)` is called once for each step.
 template <class Interleave>
 inline void multiply(
-    const float* left, std::size_t left_stride, const float* panel, int num_steps, int num_rows, float* product,
+    const float* left, LeftStrides strides, const float* panel, int num_steps, int num_rows, float* product,
     std::size_t product_stride, bool accumulate, Interleave interleave) {
     const int end = (num_rows + ROW_STEP - 1) / ROW_STEP * ROW_STEP;
     // Both tiles of some steps for a strip of rows, which is then in the first-level cache for the second tile.
@@ -70,7 +75,7 @@ inline void multiply(
             const auto strip = count == 6 ? multiply_strip<6> : count == 4 ? multiply_strip<4> : multiply_strip<2>;
             for (int tile = 0; tile < 2; ++tile)
                 strip(
-                    left + row * left_stride + step * BLOCK, left_stride, panel + step * STEP_SIZE + tile * TILE_SIZE,
+                    left + row * strides.row + step * BLOCK, strides.row, panel + step * STEP_SIZE + tile * TILE_SIZE,
                     std::min(CACHED_STEPS, num_steps - step), product + row * product_stride + tile * TILE,
                     product_stride, accumulate || step);
         }

@@ -66,15 +66,20 @@ inline void multiply_strip(
             _mm512_storeu_ps(product + row * product_stride + half * TILE, sums[row][half]);
 }
 
+// Operands that a kernel writes and then multiplies are stored row by row.
+inline std::size_t operand_offset(int row, int column, int width) { return std::size_t(row) * width + column; }
+
+inline LeftStrides operand_strides(int width) { return row_strides(width); }
+
 // Writes left x panel [num_rows rounded up to ROW_STEP, 32] into `product`, or adds it to the product if `accumulate`;
 // as many rows of `left` are read. Strides are in elements. `interleave(step)` is called once for each step.
 template <class Interleave>
 inline void multiply(
-    const operand* left, std::size_t left_stride, const operand* panel, int num_steps, int num_rows, float* product,
+    const operand* left, LeftStrides strides, const operand* panel, int num_steps, int num_rows, float* product,
     std::size_t product_stride, bool accumulate, Interleave interleave) {
     for (int row = 0; row < num_rows; row += STRIP)
         multiply_strip(
-            left + row * left_stride, left_stride, panel, num_steps, product + row * product_stride, product_stride,
+            left + row * strides.row, strides.row, panel, num_steps, product + row * product_stride, product_stride,
             accumulate);
     for (int step = 0; step < num_steps; ++step) interleave(step);
 }

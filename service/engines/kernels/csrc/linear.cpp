@@ -126,10 +126,12 @@ void multiply_block(const InputRows& rows, int num_rows, PanelRange range, Epilo
             const PanelSlice slice(
                 range.panels + panel * panel_bytes(width, range.format), width, range.format, step, count);
             for (int tile = 0; tile < num_row_tiles; ++tile) {
-                slice.prefetch_next(tile, num_row_tiles);
                 const int tile_rows = round_up(std::min(TILE_ROWS, num_rows - tile * TILE_ROWS), ROW_STEP);
                 float* product = products + (base + tile) % num_products * BLOCK * BLOCK;
-                slice.multiply(rows, tile * TILE_ROWS, tile_rows, product, [&](int) { pending.advance(rows_per_step); });
+                slice.multiply(rows, tile * TILE_ROWS, tile_rows, product, [&](int sliced_step) {
+                    slice.prefetch_next(tile * count + sliced_step, num_row_tiles * count);
+                    pending.advance(rows_per_step);
+                });
                 if (step + count == num_steps) pending.take(product, tile * TILE_ROWS, tile_rows, panel);
             }
         }
@@ -180,7 +182,7 @@ struct GateEpilogue {
 
     void operator()(const float* products, int row, int panel) const {
         const Vector gate = load(products), up = load(products + LANES);
-        store(output + std::size_t(row) * width + panel * LANES, mul(activate<ACTIVATION>(gate), up));
+        store(output + operand_offset(row, panel * LANES, width), mul(activate<ACTIVATION>(gate), up));
     }
 };
 
@@ -203,7 +205,7 @@ template <class Epilogue>
 void run_gated_mlp(const InputRows& rows, int num_rows, const GatedMlpWeights& mlp, Epilogue epilogue) {
     operand* gated = reserve_inner(inner_buffer, num_rows, mlp);
     multiply_gate_up(rows, num_rows, mlp, gate_up_panels(mlp), gated);
-    const InputRows inner(gated, round_up(num_rows, TILE_ROWS), mlp.inner);
+    const InputRows inner = InputRows::written(gated, round_up(num_rows, TILE_ROWS), mlp.inner);
     multiply_block(inner, num_rows, down_panels(mlp, rows.width()), epilogue);
 }
 
@@ -211,10 +213,14 @@ void run_gated_mlp(const InputRows& rows, int num_rows, const GatedMlpWeights& m
 InputRows normalized_rows(const state* states, int num_rows, int width, const NormParams& norm) {
     const int num_padded = round_up(num_rows, TILE_ROWS);
     auto* normalized = static_cast<operand*>(norm_buffer.reserve(sizeof(operand) * num_padded * width));
-    for (int row = 0; row < num_rows; ++row)
-        normalize(states + std::size_t(row) * width, width, norm, normalized + std::size_t(row) * width);
-    std::memset(normalized + std::size_t(num_rows) * width, 0, sizeof(operand) * (num_padded - num_rows) * width);
-    return InputRows(normalized, num_padded, width);
+    for (int row = 0; row < num_padded; ++row) {
+        auto output = [=](int column) { return normalized + operand_offset(row, column, width); };
+        if (row < num_rows)
+            normalize(states + std::size_t(row) * width, width, norm, output);
+        else
+            for (int column = 0; column < width; column += LANES) store(output(column), zeros());
+    }
+    return InputRows::written(normalized, num_padded, width);
 }
 
 // Calls `run(first row, number of rows)` for each block of rows, on `num_threads` threads.
@@ -252,7 +258,7 @@ void attn_out_mlp_by_columns(const AttnOutMlpArgs& args) {
 #pragma omp for schedule(static)
         for (int part = 0; part < num_threads; ++part)
             multiply_block(
-                InputRows(gated, round_up(num_rows, TILE_ROWS), args.mlp.inner), num_rows,
+                InputRows::written(gated, round_up(num_rows, TILE_ROWS), args.mlp.inner), num_rows,
                 part_of(down_panels(args.mlp, width), part, num_threads),
                 ResidualEpilogue{args.states, num_rows, width, nullptr});
     }

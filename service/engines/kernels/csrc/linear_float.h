@@ -28,10 +28,12 @@ inline void pack_panel(
         }
 }
 
-// The input rows of a product, read TILE_ROWS at a time; a last incomplete group is copied and padded with zeros.
+// The input rows of a product, read TILE_ROWS at a time.
 class InputRows {
 public:
-    InputRows(const operand* rows, int num_rows, int width) : rows_(rows), num_rows_(num_rows), width_(width) {
+    // Rows one after the other; a last incomplete group is copied and padded with zeros.
+    InputRows(const operand* rows, int num_rows, int width)
+        : rows_(rows), num_rows_(num_rows), width_(width), strides_(row_strides(width)) {
         static thread_local ScratchBuffer buffer;
         const int first = num_rows / TILE_ROWS * TILE_ROWS;
         if (first == num_rows) return;
@@ -39,14 +41,25 @@ public:
         std::memset(tail_, 0, sizeof(operand) * TILE_ROWS * width);
         std::memcpy(tail_, rows + std::size_t(first) * width, sizeof(operand) * (num_rows - first) * width);
     }
+    // Rows that were written at `operand_offset`; their number is a multiple of TILE_ROWS.
+    static InputRows written(const operand* rows, int num_rows, int width) {
+        InputRows written(rows, num_rows, width);
+        written.strides_ = operand_strides(width);
+        return written;
+    }
     int width() const { return width_; }
-    const operand* from(int row) const {
-        return row + TILE_ROWS <= num_rows_ ? rows_ + std::size_t(row) * width_ : tail_;
+    LeftStrides strides() const { return strides_; }
+    const operand* from(int row, int step) const {
+        const operand* first = row + TILE_ROWS <= num_rows_
+                                   ? rows_ + row / TILE * strides_.tile + row % TILE * strides_.row
+                                   : tail_;
+        return first + step * strides_.step;
     }
 
 private:
     const operand* rows_;
     int num_rows_, width_;
+    LeftStrides strides_;
     operand* tail_ = nullptr;
 };
 
@@ -70,7 +83,7 @@ public:
 
     // Loads a part of the weights that follow these into the second-level cache: part `index` of `count`.
     void prefetch_next([[maybe_unused]] int index, [[maybe_unused]] int count) const {
-#ifdef USE_AVX2
+#if defined(USE_AVX2) || defined(USE_AMX_BF16)
         const std::uint8_t* next = packed_ + num_bytes_;
         for (std::size_t byte = num_bytes_ * index / count / 64 * 64; byte < num_bytes_ * (index + 1) / count; byte += 64)
             _mm_prefetch(reinterpret_cast<const char*>(next + byte), _MM_HINT_T1);
@@ -81,7 +94,7 @@ public:
     template <class Interleave>
     void multiply(const InputRows& rows, int row, int num_rows, float* product, Interleave interleave) const {
         ::multiply(
-            rows.from(row) + first_step_ * BLOCK, rows.width(), operands_, num_steps_, num_rows, product, BLOCK,
+            rows.from(row, first_step_), rows.strides(), operands_, num_steps_, num_rows, product, BLOCK,
             first_step_ > 0, interleave);
     }
 

@@ -114,6 +114,10 @@ public:
         std::memset(integers_ + std::size_t(num_rows) * width, ZERO_POINT, (num_padded - num_rows) * width);
         std::fill(scales_ + std::size_t(num_rows) * num_groups_, scales_ + num_padded * num_groups_, 0.0f);
     }
+    template <class Element>
+    static InputRows written(const Element* rows, int num_rows, int width) {
+        return InputRows(rows, num_rows, width);
+    }
     int width() const { return width_; }
     const std::uint8_t* integers(int row) const { return integers_ + std::size_t(row) * width_; }
     const float* scales(int row) const { return scales_ + std::size_t(row) * num_groups_; }
@@ -157,7 +161,7 @@ public:
                 multiply_group(
                     rows.integers(row + strip) + element, rows.width(), rows.scales(row + strip) + element / BLOCK,
                     rows.width() / BLOCK, panel_.group(element), element > 0, product + strip * BLOCK);
-        for (int element = begin_; element < end_; element += BLOCK) interleave(element);
+        for (int element = begin_; element < end_; element += BLOCK) interleave((element - begin_) / BLOCK);
     }
 
 private:

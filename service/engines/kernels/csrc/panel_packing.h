@@ -24,6 +24,15 @@ constexpr int TILE = 16;
 constexpr int STEP_SIZE = BLOCK * BLOCK;  // elements of one step of a panel
 constexpr int TILE_SIZE = BLOCK * TILE;  // elements of one step of a tile
 
+// Where the left-hand matrix of a product has its elements: distances, in elements, between rows of a tile, between
+// steps, and between tiles of TILE rows. Only AMX reads steps that do not follow each other in a row.
+struct LeftStrides {
+    std::size_t row, step, tile;
+};
+
+// The strides of a matrix whose rows are `stride` elements apart.
+inline LeftStrides row_strides(std::size_t stride) { return {stride, BLOCK, TILE * stride}; }
+
 #ifdef FLOAT_STATES
 #include "tile_packing_f32.h"
 #else
