@@ -128,10 +128,8 @@ void multiply_block(const InputRows& rows, int num_rows, PanelRange range, Epilo
             for (int tile = 0; tile < num_row_tiles; ++tile) {
                 const int tile_rows = round_up(std::min(TILE_ROWS, num_rows - tile * TILE_ROWS), ROW_STEP);
                 float* product = products + (base + tile) % num_products * BLOCK * BLOCK;
-                slice.multiply(rows, tile * TILE_ROWS, tile_rows, product, [&](int sliced_step) {
-                    slice.prefetch_next(tile * count + sliced_step, num_row_tiles * count);
-                    pending.advance(rows_per_step);
-                });
+                slice.multiply(
+                    rows, tile, num_row_tiles, tile_rows, product, [&](int) { pending.advance(rows_per_step); });
                 if (step + count == num_steps) pending.take(product, tile * TILE_ROWS, tile_rows, panel);
             }
         }

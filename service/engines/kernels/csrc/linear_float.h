@@ -81,24 +81,32 @@ public:
         operands_ = panel_operands(packed_, format, num_steps, buffer);
     }
 
-    // Loads a part of the weights that follow these into the second-level cache: part `index` of `count`.
-    void prefetch_next([[maybe_unused]] int index, [[maybe_unused]] int count) const {
-#if defined(USE_AVX2) || defined(USE_AMX_BF16)
-        const std::uint8_t* next = packed_ + num_bytes_;
-        for (std::size_t byte = num_bytes_ * index / count / 64 * 64; byte < num_bytes_ * (index + 1) / count; byte += 64)
-            _mm_prefetch(reinterpret_cast<const char*>(next + byte), _MM_HINT_T1);
-#endif
-    }
-
-    // Writes the product with `num_rows` <= TILE_ROWS rows from `row` on; slices after the first add to it.
+    // Writes the product with `num_rows` rows of a tile, one of `num_tiles`; slices after the first add to it. Meanwhile a
+    // part of the weights that follow these is loaded into the second-level cache, where that gains.
     template <class Interleave>
-    void multiply(const InputRows& rows, int row, int num_rows, float* product, Interleave interleave) const {
+    void multiply(
+        const InputRows& rows, int tile, int num_tiles, int num_rows, float* product, Interleave interleave) const {
+#if defined(USE_AVX2) || defined(USE_AMX_BF16)
+        auto run = [&](int step) {
+            prefetch_next(tile * num_steps_ + step, num_tiles * num_steps_);
+            interleave(step);
+        };
+#else
+        auto run = interleave;
+#endif
         ::multiply(
-            rows.from(row, first_step_), rows.strides(), operands_, num_steps_, num_rows, product, BLOCK,
-            first_step_ > 0, interleave);
+            rows.from(tile * TILE_ROWS, first_step_), rows.strides(), operands_, num_steps_, num_rows, product, BLOCK,
+            first_step_ > 0, run);
     }
 
 private:
+    // Loads part `index` of `count` of the next weights.
+    void prefetch_next(int index, int count) const {
+        const std::uint8_t* next = packed_ + num_bytes_;
+        for (std::size_t byte = num_bytes_ * index / count / 64 * 64; byte < num_bytes_ * (index + 1) / count; byte += 64)
+            _mm_prefetch(reinterpret_cast<const char*>(next + byte), _MM_HINT_T1);
+    }
+
     const std::uint8_t* packed_;
     std::size_t num_bytes_;
     const operand* operands_;

@@ -151,11 +151,11 @@ public:
           begin_(first_step * BLOCK),
           end_(begin_ + num_steps * BLOCK) {}
 
-    void prefetch_next(int /*index*/, int /*count*/) const {}
-
-    // Writes the product with `num_rows` <= TILE_ROWS rows from `row` on; slices after the first add to it.
+    // Writes the product with `num_rows` rows of a tile; slices after the first add to it.
     template <class Interleave>
-    void multiply(const InputRows& rows, int row, int num_rows, float* product, Interleave interleave) const {
+    void multiply(
+        const InputRows& rows, int tile, int /*num_tiles*/, int num_rows, float* product, Interleave interleave) const {
+        const int row = tile * TILE_ROWS;
         for (int strip = 0; strip < num_rows; strip += STRIP)
             for (int element = begin_; element < end_; element += BLOCK)
                 multiply_group(
