@@ -1,4 +1,7 @@
-"""Check a checkpoint in a process of its own, so that the memory of torch and transformers ends with that process."""
+"""Check a checkpoint in a process of its own, so that the memory of torch and transformers ends with that process.
+
+A check that has passed is recorded (``inspection_records``), because the imports of that process take most of its time.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,10 @@ import signal
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from service.errors import CheckpointError, StartupError
+from service.launch import inspection_records
 from service.settings import ModelSettings, TokenizationSettings
 
 _CHILD = "import sys; from service.launch.inspection import print_inspection; print_inspection(sys.stdin.read())"
@@ -31,7 +36,7 @@ class Inspection:
 
 
 def inspect_checkpoint(settings: ModelSettings, tokenization: TokenizationSettings) -> Inspection:
-    """Validate the checkpoint that the settings name, in a child process.
+    """Validate the checkpoint that the settings name, in a child process, or return what an earlier check has found.
 
     Args:
         settings: name the checkpoint.
@@ -42,11 +47,22 @@ def inspect_checkpoint(settings: ModelSettings, tokenization: TokenizationSettin
     """
     if settings.engine == "oracle":
         return Inspection(None, None, needs_gpu=False)
+    question = json.dumps(
+        {"model": settings.model_dump(mode="json"), "tokenization": tokenization.model_dump(mode="json")}
+    )
+    record = inspection_records.record_of(question, settings)
+    if record is not None and record.answer is not None:
+        return Inspection(**record.answer)
+    answer = _answer_of_child(question)
+    if record is not None:
+        record.write(answer)
+    return Inspection(**answer)
+
+
+def _answer_of_child(question: str) -> dict[str, Any]:
     child = subprocess.run(  # noqa: S603 - this interpreter and a module of this package
         [sys.executable, "-P", "-c", _CHILD],
-        input=json.dumps(
-            {"model": settings.model_dump(mode="json"), "tokenization": tokenization.model_dump(mode="json")}
-        ),
+        input=question,
         stdout=subprocess.PIPE,
         text=True,
         check=False,
@@ -54,10 +70,10 @@ def inspect_checkpoint(settings: ModelSettings, tokenization: TokenizationSettin
     )
     if child.returncode != 0:
         raise CheckpointError(_failure(child.returncode))
-    answer = json.loads(child.stdout)
+    answer: dict[str, Any] = json.loads(child.stdout)
     if "refusal" in answer:
         raise CheckpointError(answer["refusal"])
-    return Inspection(**answer)
+    return answer
 
 
 def _failure(status: int) -> str:
