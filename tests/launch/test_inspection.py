@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from tiny_models import write_tiny_checkpoint
 
+from service.cache import cache_directory
 from service.errors import CheckpointError
 from service.launch import inspection, inspection_records
 from service.launch.inspection import Inspection, inspect_checkpoint
@@ -141,7 +142,7 @@ def test_an_adapter_is_checked_at_each_start(checks: Checks, folder: Path) -> No
 def test_a_damaged_record_is_replaced(checks: Checks, folder: Path, content: bytes) -> None:
     """A record that cannot be read leads to a check, which writes it anew."""
     first = checks.run(folder)
-    (record,) = (inspection_records.cache_directory() / "inspections").glob("*.json")
+    (record,) = (cache_directory() / "inspections").glob("*.json")
     record.write_bytes(content)
 
     assert [checks.run(folder), checks.run(folder)] == [first, first]
@@ -164,5 +165,5 @@ def test_old_records_are_deleted(checks: Checks, folder: Path, monkeypatch: pyte
     checks.run(folder, name="three")
     checks.run(folder, name="one")
 
-    assert len(list((inspection_records.cache_directory() / "inspections").glob("*.json"))) == 2
+    assert len(list((cache_directory() / "inspections").glob("*.json"))) == 2
     assert checks.count == 4
