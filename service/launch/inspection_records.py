@@ -75,12 +75,13 @@ def record_of(question: str, settings: ModelSettings) -> InspectionRecord | None
     try:
         files = _states_of(named) if named.is_dir() else None
         surroundings = [question, str(named.resolve()), files, _states_of(_PACKAGE, "*.py"), _versions(), _devices()]
-    except (OSError, PackageNotFoundError):
+        cache = cache_directory()
+    except (OSError, PackageNotFoundError, RuntimeError):  # RuntimeError: this user has no home directory
         return None
     if files is None:
         return None
     digest = hashlib.sha256(json.dumps(surroundings).encode()).hexdigest()
-    file = cache_directory() / "inspections" / f"{digest[:32]}.json"
+    file = cache / "inspections" / f"{digest[:32]}.json"
     return InspectionRecord(file, _read(file))
 
 

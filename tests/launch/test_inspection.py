@@ -157,6 +157,20 @@ def test_a_cache_that_cannot_be_written_is_no_fault(checks: Checks, folder: Path
     assert checks.count == 2
 
 
+def test_a_user_without_a_home_is_no_fault(checks: Checks, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where not even the place of the cache is known, each start checks."""
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", _raise_key_error)
+
+    assert checks.run(folder) == checks.run(folder)
+    assert checks.count == 2
+
+
+def _raise_key_error(uid: int) -> None:
+    raise KeyError(uid)
+
+
 def test_old_records_are_deleted(checks: Checks, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cache keeps the newest records only."""
     monkeypatch.setattr(inspection_records, "MAX_RECORDS", 2)
