@@ -15,10 +15,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from service.cache import cache_directory
+from service.checkpoints.demo import ADAPTER_FOLDER
 from service.checkpoints.files import ADAPTER_CONFIG_FILE
 from service.settings import ModelSettings
 
@@ -35,7 +36,6 @@ MAX_RECORDS = 100
 """Older records are deleted."""
 
 _PACKAGE = Path(__file__).parents[1]
-_DEMO_ADAPTER = _PACKAGE.parent / "demo"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +53,10 @@ class InspectionRecord:
         with contextlib.suppress(OSError):
             content = json.dumps({"answer": answer, "served_files": _states_of(Path(answer["path"]))})
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            with NamedTemporaryFile("w", dir=self.file.parent, delete=False, encoding="utf-8") as unfinished:
-                unfinished.write(content)
-            Path(unfinished.name).replace(self.file)
+            with TemporaryDirectory(prefix=".", dir=self.file.parent) as folder:
+                unfinished = Path(folder) / self.file.name
+                unfinished.write_text(content, encoding="utf-8")
+                unfinished.replace(self.file)
             _delete_old(self.file.parent)
 
 
@@ -69,14 +70,15 @@ def record_of(question: str, settings: ModelSettings) -> InspectionRecord | None
         question: all settings that the check depends on, as JSON.
         settings: name the checkpoint.
     """
-    named = _DEMO_ADAPTER if settings.is_demo else Path(str(settings.path))
-    if not settings.is_demo and (named / ADAPTER_CONFIG_FILE).is_file():
-        return None
+    named = ADAPTER_FOLDER if settings.is_demo else Path(str(settings.path))
     try:
+        if not settings.is_demo and (named / ADAPTER_CONFIG_FILE).is_file():
+            return None
         files = _states_of(named) if named.is_dir() else None
         surroundings = [question, str(named.resolve()), files, _states_of(_PACKAGE, "*.py"), _versions(), _devices()]
         cache = cache_directory()
-    except (OSError, PackageNotFoundError, RuntimeError):  # RuntimeError: this user has no home directory
+    except (OSError, PackageNotFoundError, RuntimeError, ValueError):
+        # RuntimeError: this user has no home directory; ValueError: no file can have this name.
         return None
     if files is None:
         return None

@@ -157,6 +157,12 @@ def test_a_cache_that_cannot_be_written_is_no_fault(checks: Checks, folder: Path
     assert checks.count == 2
 
 
+def test_a_name_that_no_file_can_have_is_refused(checks: Checks) -> None:
+    """The check itself refuses such a path, in a sentence."""
+    with pytest.raises(CheckpointError):
+        checks.run("no\0file")
+
+
 def test_a_user_without_a_home_is_no_fault(checks: Checks, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where not even the place of the cache is known, each start checks."""
     monkeypatch.delenv("XDG_CACHE_HOME")
